@@ -1,0 +1,42 @@
+"""Errors a user can cause, each with the exit code that the command line ends with.
+
+A message is one line and says what was got, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class TomeExportError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(TomeExportError):
+    """The command or call was not formed correctly."""
+
+    exit_code = 2
+
+
+class InputError(TomeExportError):
+    """The model, weights, schedule, images or artifact given are not usable."""
+
+    exit_code = 3
+
+
+class MissingComponentError(TomeExportError):
+    """A needed component (TensorRT, a GPU, a package) is not on this machine."""
+
+    exit_code = 4
+
+
+class ParityError(TomeExportError):
+    """The exported graph or engine does not compute what PyTorch computes."""
+
+    exit_code = 5
+
+
+class ExportError(TomeExportError):
+    """The ONNX export or the engine build failed."""
+
+    exit_code = 6

@@ -1,0 +1,141 @@
+"""``tome_export::match`` and ``tome_export::merge`` as torch custom operators.
+
+Custom operators keep each step one node through ``torch.export``, so that the ONNX graph can
+name it and a TensorRT plugin can take it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tome_export.merge import spec
+from tome_export.merge.lowering import accumulate_dtype, gather_tokens, merge_index_add
+from tome_export.merge.plan import MergePlan
+
+
+def scores_and_masks(metric: Tensor, prefix: int) -> Tensor:
+    """Cosine scores of set A against set B with the prefix tokens masked out.
+
+    Args:
+        metric: ``[B, N, D]``.
+        prefix: Protected tokens at the front.
+
+    Returns:
+        ``[B, ceil(N/2), floor(N/2)]`` float32 (float64 for a float64 metric); rows and columns
+        of prefix tokens are -inf.
+    """
+    metric = metric.to(accumulate_dtype(metric))
+    norm = (metric * metric).sum(-1, keepdim=True).sqrt()
+    metric = metric / norm.clamp_min(spec.NORM_EPS)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
+    scores[:, : (prefix + 1) // 2] = -torch.inf
+    scores[:, :, : prefix // 2] = -torch.inf
+    return scores
+
+
+@torch.library.custom_op("tome_export::match", mutates_args=())
+def _match(
+    metric: Tensor, r: int, prefix: int, class_token: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, _ = metric.shape
+    rows_a, rows_b = (tokens + 1) // 2, tokens // 2
+    prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
+    scores = scores_and_masks(metric, prefix)
+    best = scores.argmax(-1)  # the first of equal maxima
+    value = scores.gather(-1, best[..., None])[..., 0]
+    rank = value.sort(dim=-1, descending=True, stable=True).indices
+    merged, rest = rank[:, :r], rank[:, r : rows_a - prefix_a]
+    if class_token:
+        rest = rest.sort(dim=-1).values
+    device = metric.device
+    first = torch.arange(prefix, device=device).expand(batch, prefix)
+    last = 2 * torch.arange(prefix_b, rows_b, device=device) + 1
+    keep = torch.cat([first, 2 * rest, last.expand(batch, rows_b - prefix_b)], dim=1)
+    # Set B closes the output, so its token j stands at a fixed distance from the end.
+    dst = best.gather(1, merged) + (tokens - r - rows_b)
+    return keep.int(), (2 * merged).int(), dst.int()
+
+
+@_match.register_fake
+def _(metric: Tensor, r: int, prefix: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    batch, tokens, _ = metric.shape
+
+    def index(length: Any) -> Tensor:
+        return metric.new_empty((batch, length), dtype=torch.int32)
+
+    return index(tokens - r), index(r), index(r)
+
+
+@torch.library.custom_op("tome_export::merge", mutates_args=())
+def _merge(
+    x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor
+) -> tuple[Tensor, Tensor]:
+    return merge_index_add(x, size, MergePlan(keep, src, dst))
+
+
+@_merge.register_fake
+def _(x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    batch, kept = keep.shape
+    return x.new_empty((batch, kept, x.shape[-1])), size.new_empty((batch, kept))
+
+
+def _merge_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, size, keep, src, dst = inputs
+    ctx.save_for_backward(size, keep, src, dst, output[1])
+
+
+def _merge_backward(ctx: Any, grad: Tensor, _grad_size: Tensor) -> tuple[Tensor | None, ...]:
+    size, keep, src, dst, merged = ctx.saved_tensors
+    share = grad / merged[..., None].to(grad.dtype)
+    width = grad.shape[-1]
+    out = grad.new_empty((*size.shape, width))
+    out.scatter_(1, keep.long()[..., None].expand(-1, -1, width), share)
+    out.scatter_(1, src.long()[..., None].expand(-1, -1, width), gather_tokens(share, dst))
+    return out * size[..., None].to(grad.dtype), None, None, None, None
+
+
+_merge.register_autograd(_merge_backward, setup_context=_merge_setup)
+
+
+def match(metric: Tensor, r: int, prefix: int, class_token: bool) -> MergePlan:
+    """Bipartite soft matching (ToMe, section 3.1): which tokens merge into which.
+
+    Even positions form set A, odd ones set B. Every A token is matched with its most similar B
+    token by cosine; the r best pairs merge. Prefix tokens neither merge nor are merged into.
+    Output order: the prefix tokens, then what stays of A (by position with a class token, else
+    by rank), then B. Ties go to the lowest index. Scores are float32.
+
+    Args:
+        metric: ``[B, N, D]``, the keys averaged over heads, any float dtype.
+        r: Tokens to merge, ``1 <= r <= (N - prefix) // 2``.
+        prefix: Protected tokens P at the front (class, distillation, registers).
+        class_token: Whether one of them is a class token.
+
+    Returns:
+        The merge plan: ``keep [B, N - r]``, ``src [B, r]``, ``dst [B, r]``, int32.
+
+    Raises:
+        ValueError: if r is out of range; schedules clamp it.
+    """
+    limit = spec.clamp_r(metric.shape[1], metric.shape[1], prefix)
+    if not 1 <= r <= limit:
+        raise ValueError(f"r is {r}; expected 1 to {limit} for {metric.shape[1]} tokens")
+    return MergePlan(*_match(metric.detach(), r, prefix, class_token))
+
+
+def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    """Size-weighted mean of merged tokens (ToMe, section 3.1), differentiable in x.
+
+    Args:
+        x: ``[B, N, C]``, any float dtype.
+        size: ``[B, N]`` float32, patches that each token stands for.
+        plan: A plan over the N tokens.
+
+    Returns:
+        ``x' [B, K, C]`` in the dtype of x, ``size' [B, K]`` float32. Sums are float32.
+    """
+    merged: tuple[Tensor, Tensor] = _merge(x, size, *plan)
+    return merged

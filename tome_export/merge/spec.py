@@ -1,0 +1,38 @@
+"""The operator contract of match and merge, shared by PyTorch, ONNX and the kernels.
+
+Imports nothing: the ONNX functions, the TensorRT plugins and the tests all read these names.
+
+``TomeMatch(metric [B, N, D]) -> keep [B, K], src [B, r], dst [B, r]`` (int32) with attributes
+``r``, ``prefix`` and ``class_token``; ``K = N - r``.
+``TomeMerge(x [B, N, C], size [B, N], keep, src, dst) -> x' [B, K, C], size' [B, K]``.
+"""
+
+from __future__ import annotations
+
+DOMAIN = "tome_export"
+VERSION = 1
+"""Version of the operator set; raised when the meaning of an operator changes."""
+
+MATCH = "TomeMatch"
+MERGE = "TomeMerge"
+
+MATCH_OUTPUTS = ("keep", "src", "dst")
+MERGE_INPUTS = ("x", "size", "keep", "src", "dst")
+
+NORM_EPS = 1e-12
+"""Lower bound of a metric vector's L2 norm, so that a zero vector scores 0 and not NaN."""
+
+
+def clamp_r(tokens: int, r: int, prefix: int) -> int:
+    """The number of tokens a layer can really merge.
+
+    Args:
+        tokens: Tokens N that enter the layer, prefix tokens included.
+        r: Tokens asked to be merged.
+        prefix: Protected tokens P at the front of the sequence.
+
+    Returns:
+        ``min(r, (N - P) // 2)``, never negative (ToMe, section 3.2: a token of set A merges at
+        most once, and set A is half of the tokens).
+    """
+    return max(0, min(r, (tokens - prefix) // 2))

@@ -1,0 +1,122 @@
+"""Merging for timm's ``VisionTransformer`` and ``VisionTransformerDistilled``."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tome_export.errors import InputError
+from tome_export.merge.macs import BlockCost
+from tome_export.patch.attention import log_size_bias
+from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.blocks import block_cost, block_forward
+
+POOLS = ("", "avg", "avgmax", "max", "token", "map")
+
+
+class MergedVisionTransformer(MergedModel):
+    """A timm ViT that merges tokens; see ``MergedModel``.
+
+    Class, distillation and register tokens are protected. Average pooling weights tokens by
+    size, so that every patch counts once; attention pooling gets log(size) as attention does.
+
+    Raises:
+        InputError: if a part of the model is not understood.
+    """
+
+    def __init__(self, model: Any, settings: MergeSettings) -> None:
+        name = model_name(model)
+        self._forwards = tuple(block_forward(block, name) for block in model.blocks)
+        _check_pooling(model, name)
+        prefix = int(model.num_prefix_tokens)
+        tokens = int(model.patch_embed.num_patches) + prefix
+        super().__init__(model, settings, len(model.blocks), tokens, prefix)
+
+    @property
+    def class_token(self) -> bool:
+        return bool(self.model.has_class_token)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        model: Any = self.model
+        height, width = model.patch_embed.img_size
+        return int(model.in_chans), int(height), int(width)
+
+    @cached_property
+    def block_costs(self) -> tuple[BlockCost, ...]:
+        model: Any = self.model
+        return tuple(block_cost(block) for block in model.blocks)
+
+    @cached_property
+    def fixed_macs(self) -> int:
+        model: Any = self.model
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.utils.flop_counter import FlopCounterMode
+
+        counter = FlopCounterMode(display=False)
+        final = self.layers[-1].tokens_out if self.layers else self.prefix
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
+            parameter = next(model.parameters())
+            kind = {"dtype": parameter.dtype, "device": parameter.device}
+            model.patch_embed(torch.zeros((1, *self.input_size), **kind))
+            model.forward_head(torch.zeros((1, final, model.embed_dim), **kind))
+        return int(counter.get_total_flops()) // 2
+
+    def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
+        model: Any = self.model
+        x = model._pos_embed(model.patch_embed(pixel_values))
+        tokens = Tokens(model.norm_pre(model.patch_drop(x)))
+        for layer, (block, forward) in enumerate(zip(model.blocks, self._forwards, strict=True)):
+            tokens = forward(block, tokens, self._bias(tokens), merger, layer)
+        x = model.norm(tokens.x)
+        if tokens.size is None or model.global_pool == "token":
+            return model.forward_head(x)  # type: ignore[no-any-return]
+        return self._head(x, tokens.size)
+
+    def _bias(self, tokens: Tokens) -> Tensor | None:
+        size = tokens.size if self.settings.prop_attn else None
+        return log_size_bias(size, tokens.x.dtype)
+
+    def _head(self, x: Tensor, size: Tensor) -> Tensor:
+        model: Any = self.model
+        if not model.pool_include_prefix:
+            x, size = x[:, self.prefix :], size[:, self.prefix :]
+        x = model.head_drop(model.fc_norm(self._pool(x, size)))
+        return model.head(x)  # type: ignore[no-any-return]
+
+    def _pool(self, x: Tensor, size: Tensor) -> Tensor:
+        model: Any = self.model
+        if model.attn_pool is not None:
+            mask = size.log().to(x.dtype)[:, None, None, :] if self.settings.prop_attn else None
+            if mask is not None:
+                mask = mask.expand(-1, -1, model.attn_pool.latent_len, -1)
+            return model.attn_pool(x, attn_mask=mask)  # type: ignore[no-any-return]
+        if model.global_pool == "":
+            return x
+        if model.global_pool == "max":
+            return x.amax(dim=1)
+        weight = (size / size.sum(dim=1, keepdim=True)).to(torch.promote_types(x.dtype, size.dtype))
+        mean = (x.to(weight.dtype) * weight[..., None]).sum(dim=1).to(x.dtype)
+        return 0.5 * (x.amax(dim=1) + mean) if model.global_pool == "avgmax" else mean
+
+
+def _check_pooling(model: Any, name: str) -> None:
+    if model.global_pool not in POOLS:
+        raise InputError(
+            f"global pooling {model.global_pool!r} of model {name} is not supported; "
+            f"supported: {', '.join(repr(pool) for pool in POOLS)}"
+        )
+    if getattr(model.attn_pool, "pos_embed", None) is not None:
+        raise InputError(
+            f"attention pooling of model {name} has a position embedding, which merged tokens "
+            "cannot keep; not supported"
+        )
+
+
+def model_name(model: nn.Module) -> str:
+    """timm's name of the model if it has one, else its class."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)

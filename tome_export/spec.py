@@ -1,0 +1,98 @@
+"""Plain values that travel between the stages: no torch, no numpy, nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
+
+from tome_export.errors import InputError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+MergeOp = Literal["auto", "index_add", "matmul", "plugin"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
+
+INPUT_NAME = "pixel_values"
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes an exported model accepts, and the one it is tuned for.
+
+    Raises:
+        InputError: unless ``1 <= min <= opt <= max``.
+    """
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise InputError(
+                f"batch range is {self.min}:{self.opt}:{self.max}; "
+                "expected 1 <= MIN <= OPT <= MAX, for example 1:8:32"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> BatchRange:
+        """Read ``MIN:OPT:MAX``, or one number for a fixed batch size.
+
+        Raises:
+            InputError: if the text is neither.
+        """
+        parts = text.split(":")
+        try:
+            numbers = [int(part) for part in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1:
+            return cls(*numbers * 3)
+        if len(numbers) == 3:
+            return cls(*numbers)
+        raise InputError(
+            f"batch range is {text!r}; expected MIN:OPT:MAX or one number, for example 1:8:32"
+        )
+
+    @property
+    def is_static(self) -> bool:
+        """Whether only one batch size is accepted."""
+        return self.min == self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes ``pixel_values [B, C, H, W]`` float32.
+
+    The image is converted to RGB (``C == 3``) or grey (``C == 1``), its shorter side resized to
+    ``round(side / crop_pct)`` with ``interpolation``, cut to ``[H, W]`` around its centre, scaled
+    to [0, 1], then ``(x - mean) / std`` per channel.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: Interpolation
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Inverse of ``to_dict``."""
+        channels, height, width = (int(v) for v in values["input_size"])
+        return cls(
+            input_size=(channels, height, width),
+            mean=tuple(float(v) for v in values["mean"]),
+            std=tuple(float(v) for v in values["std"]),
+            crop_pct=float(values["crop_pct"]),
+            interpolation=cast(Interpolation, values["interpolation"]),
+        )
