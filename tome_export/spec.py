@@ -70,9 +70,11 @@ class BatchRange:
 class Preprocessing:
     """How an image becomes ``pixel_values [B, C, H, W]`` float32.
 
-    The image is converted to RGB (``C == 3``) or grey (``C == 1``), its shorter side resized to
-    ``round(side / crop_pct)`` with ``interpolation``, cut to ``[H, W]`` around its centre, scaled
-    to [0, 1], then ``(x - mean) / std`` per channel.
+    The image is converted to RGB (``C == 3``) or grey (``C == 1``), resized with PIL's
+    ``interpolation`` so that its shorter side is ``floor(side / crop_pct)`` pixels (the longer one
+    in proportion, truncated), cut to ``[H, W]`` around its centre (offset rounded half to even),
+    scaled to [0, 1], then ``(x - mean) / std`` per channel. This is timm's evaluation transform
+    with ``crop_mode="center"``.
     """
 
     input_size: tuple[int, int, int]

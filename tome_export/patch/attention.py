@@ -55,8 +55,8 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         Output ``[B, N, C]`` and metric ``[B, N, D]``.
     """
     batch, tokens, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    heads = (batch, tokens, attn.num_heads, attn.head_dim)
+    q, k, v = (part.reshape(heads).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1))
     q, k = attn.q_norm(q), attn.k_norm(k)
     out = _attend(attn, q, k, v, bias).transpose(1, 2).reshape(batch, tokens, attn.attn_dim)
     out = attn.norm(out)

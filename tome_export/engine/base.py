@@ -1,0 +1,198 @@
+"""What a backend takes, gives and promises. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from tome_export.errors import UsageError
+from tome_export.spec import BatchRange
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+BackendName = Literal["tensorrt", "tensorrt-rtx"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built.
+
+    Attributes:
+        batch: Batch sizes of the one optimisation profile: least, tuned for, most.
+        workspace_bytes: Most scratch memory a tactic may use; None leaves the builder's default.
+        optimization_level: 0 (fast build) to 5 (longest search); None leaves the default (3).
+        timing_cache: File of tactic timings, read when it exists and written after the build.
+        version_compatible: The engine also runs on later TensorRT versions of the same major.
+        hardware_compatible: The engine runs on every GPU of the Ampere generation and later.
+        compute_capabilities: GPUs a TensorRT-RTX engine is built for, such as ``("8.9", "12.0")``,
+            or ``("current",)``; empty for its portable default (Ampere and later).
+
+    Raises:
+        UsageError: if a value is out of its range.
+    """
+
+    batch: BatchRange = field(default_factory=BatchRange)
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.workspace_bytes is not None and self.workspace_bytes <= 0:
+            raise UsageError(f"workspace is {self.workspace_bytes} bytes; expected more than 0")
+        level = self.optimization_level
+        if level is not None and not 0 <= level <= 5:
+            raise UsageError(f"optimisation level is {level}; expected 0 to 5")
+        for capability in self.compute_capabilities:
+            if capability != "current" and not re.fullmatch(r"\d+\.\d", capability):
+                raise UsageError(
+                    f"compute capability is {capability!r}; expected one such as 8.9, or current"
+                )
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a component can be used here.
+
+    Attributes:
+        available: Whether it can.
+        version: Its version, where it is installed.
+        reason: One line: what was found, or what is missing and how to get it.
+    """
+
+    available: bool
+    version: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of an engine; ``-1`` in the shape is the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was built, for the manifest.
+
+    Attributes:
+        backend: Name of the backend.
+        version: Version of its library; an engine runs with exactly this one unless it was built
+            ``version_compatible``.
+        file: Name of the engine file.
+        size_bytes: Its size.
+        build_seconds: Wall time of parsing and building.
+        batch: The optimisation profile, ``MIN:OPT:MAX``.
+        inputs: Inputs by name.
+        outputs: Outputs by name.
+        targets: Compute capabilities it was built for.
+        network_layers: Layers of the parsed network, before the builder fuses them.
+        layers: The engine's layers as its inspector gives them; None where it could not be read.
+        notes: Whatever a user should know: options without effect here, fall-backs, warnings.
+    """
+
+    backend: BackendName
+    version: str
+    file: str
+    size_bytes: int
+    build_seconds: float
+    batch: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    targets: tuple[str, ...]
+    network_layers: int
+    layers: tuple[Any, ...] | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        values = asdict(self)
+        for key in ("inputs", "outputs"):
+            values[key] = [{**tensor, "shape": list(tensor["shape"])} for tensor in values[key]]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+class Runner(Protocol):
+    """A loaded engine."""
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
+        """Run the engine once.
+
+        Args:
+            inputs: Every input by name, in host memory, of the engine's dtype and a batch inside
+                its profile.
+
+        Returns:
+            Every output by name, copied to host memory.
+
+        Raises:
+            InputError: if a name, dtype or shape does not fit the engine.
+            ExportError: if the engine fails.
+        """
+
+
+class Backend(Protocol):
+    """A compiler from ONNX to an engine, and the runtime of what it builds."""
+
+    name: BackendName
+    file_name: str
+
+    def availability(self) -> Availability:
+        """Whether its library is installed and recent enough."""
+
+    def can_build(self) -> Availability:
+        """Whether it can build an engine on this machine."""
+
+    def can_run(self) -> Availability:
+        """Whether it can run an engine on this machine."""
+
+    def parse(self, onnx_path: Path) -> None:
+        """Check that the parser accepts a model, without building it.
+
+        Raises:
+            MissingComponentError: if the library is not here.
+            ExportError: with the parser's errors: node, operator, reason.
+        """
+
+    def build(
+        self,
+        onnx_path: Path,
+        options: EngineOptions,
+        output_path: Path,
+        progress: Progress | None = None,
+    ) -> EngineInfo:
+        """Build an engine and write it to ``output_path`` in one step.
+
+        Ctrl-C ends the build at the builder's next step; nothing is left behind.
+
+        Args:
+            onnx_path: The model; external data is looked up beside it.
+            options: How to build.
+            output_path: The engine file; its folder must exist.
+            progress: Called with one line per builder phase, from another thread.
+
+        Raises:
+            MissingComponentError: if it cannot build on this machine.
+            UsageError: if an option cannot be honoured by this backend.
+            ExportError: if the parser or the builder refuses, or the file cannot be written.
+        """
+
+    def runner(self, engine_path: Path) -> AbstractContextManager[Runner]:
+        """Load an engine on the GPU; it is unloaded when the context ends.
+
+        Raises:
+            MissingComponentError: if this machine cannot run it.
+            InputError: if the file is not an engine of this backend and version.
+        """

@@ -1,0 +1,56 @@
+"""Which backend builds the engine on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tome_export.engine.base import Backend
+from tome_export.engine.tensorrt import TensorRT
+from tome_export.engine.tensorrt_rtx import TensorRTRTX
+from tome_export.errors import MissingComponentError, UsageError
+
+Choice = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+
+# In the order in which ``auto`` prefers them.
+BACKENDS: tuple[Backend, ...] = (TensorRT(), TensorRTRTX())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The backend to build with, or None, and one line that says why."""
+
+    backend: Backend | None
+    line: str
+
+
+def select(choice: str = "auto") -> Selection:
+    """Choose a backend.
+
+    ``auto`` takes TensorRT where it and a GPU are, else TensorRT-RTX, else none.
+
+    Raises:
+        UsageError: if the choice is unknown.
+        MissingComponentError: if a named backend cannot build here.
+    """
+    if choice not in CHOICES:
+        raise UsageError(f"engine is {choice!r}; expected one of {', '.join(CHOICES)}")
+    if choice == "none":
+        return Selection(None, "no engine, as asked")
+    refused: list[str] = []
+    for backend in BACKENDS:
+        if choice not in ("auto", backend.name):
+            continue
+        ready = backend.can_build()
+        if ready.available:
+            return Selection(backend, "; ".join([f"{ready.reason} builds the engine", *refused]))
+        refused.append(ready.reason)
+    if choice == "auto":
+        return Selection(None, "no engine is built: " + "; ".join(refused))
+    raise MissingComponentError(refused[0])
+
+
+def backend_for_file(name: str) -> Backend | None:
+    """The backend whose engine file has that name."""
+    return next((backend for backend in BACKENDS if backend.file_name == name), None)

@@ -1,0 +1,1 @@
+"""ONNX export: tracing, the merge functions, precision, simplification, checking, files."""

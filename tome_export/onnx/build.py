@@ -1,0 +1,78 @@
+"""The whole ONNX stage: trace, attach the merge functions, simplify, describe, write, check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from tome_export.merge import spec
+from tome_export.onnx import files
+from tome_export.onnx.export import ExportOptions, ir_from_model
+from tome_export.onnx.functions import match_function, merge_function
+from tome_export.onnx.simplify import simplified
+from tome_export.patch import MergedModel
+
+METADATA_PREFIX = "tome_export."
+
+
+@dataclass(frozen=True)
+class OnnxFiles:
+    """What was written.
+
+    Attributes:
+        paths: The model, then its external data if any.
+        opset: Of the standard operators.
+        nodes: Nodes in the main graph.
+        simplified: Whether onnxsim ran; it cannot above protobuf's 2 GB.
+    """
+
+    paths: tuple[Path, ...]
+    opset: int
+    nodes: int
+    simplified: bool
+
+
+def onnx_from_model(
+    model: MergedModel,
+    path: Path,
+    options: ExportOptions,
+    output_name: str,
+    metadata: Mapping[str, object] | None = None,
+    *,
+    external_data_bytes: int = files.EXTERNAL_DATA_BYTES,
+) -> OnnxFiles:
+    """Export a merged model to ``path``.
+
+    Args:
+        model: In eval mode, fp32 weights.
+        path: Of the ``.onnx`` file; external data goes beside it.
+        options: Precision, batch range, operator forms.
+        output_name: ``logits`` or ``features``.
+        metadata: Written to the model's metadata_props as JSON, keys prefixed ``tome_export.``.
+        external_data_bytes: Weights above this go to a file of their own.
+
+    Raises:
+        ExportError: if the model cannot be traced, or the result is not valid ONNX with a known
+            shape for every tensor.
+    """
+    from onnx_ir import serde
+
+    proto = serde.serialize_model(ir_from_model(model, options, output_name))
+    if model.merges:
+        proto.functions.extend(
+            [match_function(options.opset), merge_function(options.lowering, options.opset)]
+        )
+    can_simplify = files.weight_bytes(proto) <= external_data_bytes
+    if can_simplify:
+        proto = simplified(proto)
+    described = {METADATA_PREFIX + key: json.dumps(value) for key, value in (metadata or {}).items()}
+    onnx.helper.set_model_props(proto, described)
+    proto.doc_string = f"Vision transformer with token merging; {spec.DOMAIN} operators v{spec.VERSION}"
+    nodes = len(proto.graph.node)
+    written = files.save(proto, path, threshold=external_data_bytes)
+    files.check(path)
+    return OnnxFiles(tuple(written), options.opset, nodes, can_simplify)

@@ -1,0 +1,181 @@
+"""From a merged torch module to an ONNX model with static tokens and a dynamic batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tome_export.errors import ExportError
+from tome_export.merge import spec
+from tome_export.onnx.functions import Lowering
+from tome_export.onnx.translation import translation_table
+from tome_export.patch import MergedModel
+from tome_export.spec import INPUT_NAME, BatchRange, Precision
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TORCH_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+AttentionForm = Literal["auto", "fused", "decomposed"]
+
+OPSET = 23
+"""First opset with Attention and RMSNormalization."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model becomes ONNX.
+
+    Attributes:
+        precision: Of weights and activations. Matching, sizes, merge sums and layer-norm
+            statistics are fp32 in every precision; so are the model's input and output.
+        batch: Accepted batch sizes; a static range gives a static batch dimension.
+        lowering: Body of ``TomeMerge``: ``matmul`` runs everywhere, ``index_add`` not in TensorRT.
+        attention: ``fused`` is the Attention operator, ``decomposed`` MatMul-Softmax-MatMul;
+            ``auto`` is decomposed for fp32, whose fused form TensorRT has no kernel for.
+        opset: Of the standard operators; the fused form needs 23.
+    """
+
+    precision: Precision = "fp32"
+    batch: BatchRange = BatchRange()
+    lowering: Lowering = "matmul"
+    attention: AttentionForm = "auto"
+    opset: int = OPSET
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether the Attention operator is written."""
+        if self.attention == "auto":
+            return self.precision != "fp32" and self.opset >= OPSET
+        return self.attention == "fused"
+
+
+class PrecisionBoundary(nn.Module):
+    """A model in its own precision behind float32 inputs and outputs."""
+
+    def __init__(self, model: MergedModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``pixel_values [B, C, H, W]`` float32 -> the model's output in float32."""
+        output: Tensor = self.model(pixel_values.to(self.dtype))
+        return output.float()
+
+
+def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
+    """A copy of the model in another precision; the model itself for fp32."""
+    if precision == "fp32":
+        return model
+    return copy.deepcopy(model).to(TORCH_DTYPES[precision])
+
+
+def ir_from_model(model: MergedModel, options: ExportOptions, output_name: str) -> ir.Model:
+    """Trace a merged model into an ONNX graph whose match and merge are one node each.
+
+    Nodes of merging layer i are named ``blocks.i.match`` and ``blocks.i.merge``; the match's
+    input and outputs ``blocks.i.metric``, ``.keep``, ``.src`` and ``.dst``.
+
+    Args:
+        model: In eval mode, fp32 weights.
+        options: Precision, batch range, operator forms.
+        output_name: ``logits`` or ``features``.
+
+    Raises:
+        ExportError: if torch cannot trace or translate the model.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dtype = TORCH_DTYPES[options.precision]
+    module = PrecisionBoundary(in_precision(model, options.precision), dtype).eval()
+    # A traced batch of 1 would be specialised to the constant 1.
+    size = options.batch.opt if options.batch.is_static else max(2, options.batch.min)
+    example = torch.zeros(size, *model.input_size)
+    shapes = None
+    if not options.batch.is_static:
+        batch = torch.export.Dim("batch", min=options.batch.min, max=options.batch.max)
+        shapes = {INPUT_NAME: {0: batch}}
+    try:
+        # The CPU's fused attention has an output layout that tracing cannot carry over.
+        with torch.no_grad(), _quiet(), sdpa_kernel(SDPBackend.MATH):
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=options.opset,
+                input_names=[INPUT_NAME],
+                output_names=[output_name],
+                dynamic_shapes=shapes,
+                custom_translation_table=translation_table(options.fused_attention),
+                verbose=False,
+            )
+    except Exception as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = (str(root).strip().splitlines() or [""])[0]
+        raise ExportError(
+            f"torch could not export the model to ONNX ({type(root).__name__}: {reason}); "
+            "check that the model runs under torch.export"
+        ) from error
+    if program is None:
+        raise ExportError("torch returned no ONNX program; expected a traced model")
+    merging = [index for index, layer in enumerate(model.layers) if layer.r]
+    _name_merge_nodes(program.model, merging)
+    return program.model
+
+
+def _name_merge_nodes(model: ir.Model, merging: list[int]) -> None:
+    """Stable names for what the parity check reads, and no traces of the exporting machine."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    for op_type, suffix in ((spec.MATCH, "match"), (spec.MERGE, "merge")):
+        nodes = [node for node in model.graph if node.op_type == op_type]
+        if len(nodes) != len(merging):
+            raise ExportError(
+                f"the exported graph has {len(nodes)} {op_type} nodes; expected {len(merging)}, "
+                "one per merging layer"
+            )
+        for layer, node in zip(merging, nodes, strict=True):
+            node.name = f"blocks.{layer}.{suffix}"
+            if op_type == spec.MATCH:
+                _value(node.inputs[0]).name = f"blocks.{layer}.metric"
+                for value, name in zip(node.outputs, spec.MATCH_OUTPUTS, strict=True):
+                    value.name = f"blocks.{layer}.{name}"
+    model.producer_name = "tome-export"
+    model.graph.name = "tome_export"
+
+
+def _value(value: Any) -> Any:
+    if value is None:
+        raise ExportError("a match node in the exported graph has no input; expected the metric")
+    return value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and internal deprecations off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

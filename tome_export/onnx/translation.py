@@ -1,0 +1,136 @@
+"""How torch operators become ONNX nodes where the exporter's own choice does not serve us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import onnx
+import torch
+
+from tome_export.merge import spec
+
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+
+
+@cache
+def _operator(name: str) -> Any:
+    """An onnxscript operator for ``TomeMatch`` or ``TomeMerge``, callable while exporting."""
+    from onnxscript.values import Op, Opset
+
+    schema = onnx.defs.OpSchema
+    kinds = [("S", ["tensor(float)"], ""), ("I", ["tensor(int32)"], "")]
+    if name == spec.MATCH:
+        inputs = [schema.FormalParameter("metric", "S")]
+        outputs = [schema.FormalParameter(o, "I") for o in spec.MATCH_OUTPUTS]
+        attributes = [
+            schema.Attribute(attribute, schema.AttrType.INT, "")
+            for attribute in ("r", "prefix", "class_token")
+        ]
+    else:
+        kinds = [("T", _FLOATS, ""), *kinds]
+        types = dict(zip(spec.MERGE_INPUTS, "TSIII", strict=True))
+        inputs = [schema.FormalParameter(i, kind) for i, kind in types.items()]
+        outputs = [
+            schema.FormalParameter("x_out", "T"),
+            schema.FormalParameter("size_out", "S"),
+        ]
+        attributes = []
+    operator = schema(
+        name,
+        spec.DOMAIN,
+        spec.VERSION,
+        inputs=inputs,
+        outputs=outputs,
+        type_constraints=kinds,
+        attributes=attributes,
+    )
+    return Op(Opset(spec.DOMAIN, spec.VERSION), name, operator)
+
+
+def _match(metric: Any, r: int, prefix: int, class_token: bool) -> Any:
+    return _operator(spec.MATCH)(metric, r=r, prefix=prefix, class_token=int(class_token))
+
+
+def _merge(x: Any, size: Any, keep: Any, src: Any, dst: Any) -> Any:
+    return _operator(spec.MERGE)(x, size, keep, src, dst)
+
+
+FUSED_HEAD_DIMS = range(16, 257, 8)
+"""Head widths that TensorRT has dedicated attention kernels for (tried with TensorRT-RTX 1.7)."""
+
+
+def _fused_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``scaled_dot_product_attention`` as the Attention operator where TensorRT can fuse it.
+
+    That is self-attention with one width for keys and values; attention pooling (one query) and
+    differential attention (values twice as wide) are written in their parts.
+    """
+    from onnxscript import opset23 as op
+
+    fusible = (
+        tuple(q.shape[1:]) == tuple(k.shape[1:]) == tuple(v.shape[1:])
+        and q.shape[-1] in FUSED_HEAD_DIMS
+    )
+    if not fusible or is_causal or enable_gqa:
+        return _decomposed_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+    return op.Attention(*inputs, scale=factor)[0]
+
+
+def _decomposed_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,  # noqa: ARG001
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``scaled_dot_product_attention`` as MatMul, Add, Softmax, MatMul."""
+    from onnxscript import opset18 as op
+
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal and grouped-query attention have no translation")
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = op.MatMul(
+        op.Mul(q, op.CastLike(op.Constant(value_float=factor), q)),
+        op.Transpose(k, perm=[0, 1, 3, 2]),
+    )
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), v)
+
+
+def translation_table(fused_attention: bool) -> dict[Any, Callable[..., Any]]:
+    """Custom translations for ``torch.onnx.export``.
+
+    Args:
+        fused_attention: Write the Attention operator (ONNX opset 23) where TensorRT can fuse it;
+            otherwise write attention in its parts.
+    """
+    # Importing the operators registers them with torch.
+    import tome_export.merge.ops  # noqa: F401
+
+    ops = torch.ops.tome_export
+    return {
+        ops.match.default: _match,
+        ops.merge.default: _merge,
+        torch.ops.aten.scaled_dot_product_attention.default: (
+            _fused_attention if fused_attention else _decomposed_attention
+        ),
+    }
