@@ -37,9 +37,7 @@ def scores_and_masks(metric: Tensor, prefix: int) -> Tensor:
 
 
 @torch.library.custom_op("tome_export::match", mutates_args=())
-def _match(
-    metric: Tensor, r: int, prefix: int, class_token: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _match(metric: Tensor, r: int, prefix: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = metric.shape
     rows_a, rows_b = (tokens + 1) // 2, tokens // 2
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2

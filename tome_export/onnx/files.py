@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -78,3 +81,13 @@ def check(path: Path) -> None:
         raise ExportError(
             f"shape inference found no shape for {len(unknown)} tensors, first {unknown[0]!r}"
         )
+
+
+@contextlib.contextmanager
+def serialized(model: onnx.ModelProto) -> Iterator[bytes | str]:
+    """The model in a form that ONNX Runtime loads: bytes, or a temporary file above 2 GB."""
+    if weight_bytes(model) <= EXTERNAL_DATA_BYTES:
+        yield model.SerializeToString()
+        return
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+        yield str(save(model, Path(folder) / "model.onnx")[0])

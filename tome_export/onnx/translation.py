@@ -83,9 +83,7 @@ def _fused_attention(
         and q.shape[-1] in FUSED_HEAD_DIMS
     )
     if not fusible or is_causal or enable_gqa:
-        return _decomposed_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
+        return _decomposed_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
     return op.Attention(*inputs, scale=factor)[0]

@@ -117,6 +117,6 @@ def _check_pooling(model: Any, name: str) -> None:
 
 
 def model_name(model: nn.Module) -> str:
-    """timm's name of the model if it has one, else its class."""
+    """Timm's name of the model if it has one, else its class."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return str(cfg.get("architecture") or type(model).__name__)

@@ -1,0 +1,99 @@
+"""An instrumented twin of an exported graph: it shows every merge decision and can be led.
+
+The twin is the shipped graph plus, for each merging layer, outputs for the metric and the chosen
+plan, and a switch that replaces the chosen plan by one given as input. Led by the reference's
+plans, every layer sees the reference's tokens, so each decision can be judged on its own and the
+numerical error is not mixed with the effect of a flipped decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto, helper
+
+from tome_export.errors import InputError
+from tome_export.merge import spec
+
+LEAD = "tome_export.lead"
+"""Bool scalar input: whether the plans given as inputs are applied."""
+
+
+@dataclass(frozen=True)
+class TwinLayer:
+    """Tensor names of one merging layer in the twin."""
+
+    layer: int
+    metric: str
+    chosen: tuple[str, str, str]
+    given: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """An instrumented graph and how to read it."""
+
+    model: onnx.ModelProto
+    layers: tuple[TwinLayer, ...]
+
+
+def twin_from_model(model: onnx.ModelProto) -> Twin:
+    """Instrument a model exported by this package; the argument is not changed.
+
+    Raises:
+        InputError: if a match node does not carry the name the exporter gives it.
+    """
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    graph = twin.graph
+    batch = graph.input[0].type.tensor_type.shape.dim[0]
+    types = {value.name: value for value in (*graph.value_info, *graph.output)}
+    layers: list[TwinLayer] = []
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type != spec.MATCH:
+            continue
+        layer = _layer_of(node)
+        chosen = tuple(node.output)
+        led = tuple(f"{name}.led" for name in chosen)
+        given = tuple(f"{name}.given" for name in chosen)
+        for name, source, new in zip(chosen, given, led, strict=True):
+            value = types[name]
+            length = value.type.tensor_type.shape.dim[1].dim_value
+            shape = [batch.dim_param or batch.dim_value, length]
+            graph.input.append(helper.make_tensor_value_info(source, TensorProto.INT32, shape))
+            nodes.append(
+                helper.make_node("Where", [LEAD, source, name], [new], name=f"{new}.where")
+            )
+            _rewire(graph, name, new, skip=nodes)
+            graph.output.append(value)
+        graph.output.append(types[node.input[0]])
+        metric = node.input[0]
+        layers.append(TwinLayer(layer, metric, (*chosen,), (*given,)))  # type: ignore[arg-type]
+    if layers:
+        graph.input.append(helper.make_tensor_value_info(LEAD, TensorProto.BOOL, []))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return Twin(twin, tuple(layers))
+
+
+def _layer_of(node: onnx.NodeProto) -> int:
+    parts = node.name.split(".")
+    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+        return int(parts[1])
+    raise InputError(
+        f"match node is named {node.name!r}; expected 'blocks.<layer>.match', as this package "
+        "writes it: rebuild the artifact"
+    )
+
+
+def _rewire(graph: onnx.GraphProto, old: str, new: str, skip: list[onnx.NodeProto]) -> None:
+    """Let all readers of ``old`` read ``new``, apart from the switch itself."""
+    switch = skip[-1]
+    for node in graph.node:
+        if node is not switch:
+            for index, name in enumerate(node.input):
+                if name == old:
+                    node.input[index] = new

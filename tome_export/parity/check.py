@@ -1,0 +1,219 @@
+"""The parity check: an exported graph against PyTorch, decision by decision, then by numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tome_export.errors import InputError
+from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
+from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
+from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
+from tome_export.parity.runners import OrtCpuRunner, Runner, infer_in_batches
+from tome_export.spec import INPUT_NAME
+
+if TYPE_CHECKING:
+    import onnx
+
+    from tome_export.onnx.twin import Twin
+    from tome_export.patch import MergedModel
+    from tome_export.spec import BatchRange, Precision
+
+K = 4.0
+"""Error allowed as a multiple of PyTorch's own in the same precision."""
+
+RunnerFactory = Callable[["onnx.ModelProto"], Runner]
+
+
+def check_parity(
+    model: MergedModel,
+    exported: onnx.ModelProto,
+    images: Array,
+    precision: Precision,
+    batch: BatchRange,
+    *,
+    runner_factory: RunnerFactory = OrtCpuRunner,
+    candidate: str = "onnx on ONNX Runtime CPU",
+    k: float = K,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ParityReport:
+    """Compare an exported graph with PyTorch in fp32 on real images.
+
+    Args:
+        model: The patched model, fp32, eval mode: the reference.
+        exported: The graph as shipped.
+        images: ``[B, C, H, W]`` float32, preprocessed.
+        precision: Of the exported graph.
+        batch: Batch sizes it accepts.
+        runner_factory: Makes a runner of a graph: ONNX Runtime, or an engine on a GPU.
+        candidate: Name of graph and runtime for the report.
+        k: Error allowed as a multiple of PyTorch's own in the same precision.
+        progress: Told what is being run.
+
+    Raises:
+        InputError: if there is no image.
+        ExportError: if the runtime refuses the graph.
+    """
+    from tome_export.onnx.twin import twin_from_model
+
+    if len(images) == 0:
+        raise InputError("no image to check parity on; give at least one")
+    size = min(batch.max, max(batch.min, len(images)))
+    output_name = exported.graph.output[0].name
+    pixels = {INPUT_NAME: images}
+
+    progress("PyTorch fp32 reference")
+    reference = run_reference(model, images)
+    progress(f"PyTorch's own error in {precision}")
+    yardstick = run_yardstick(model, images, precision, reference)
+    progress(candidate)
+    runner = runner_factory(exported)
+    shipped = infer_in_batches(runner, pixels, len(images), size)[output_name]
+    del runner
+    twin = twin_from_model(exported)
+    if not twin.layers:
+        free = led = Pass(shipped, {})
+    else:
+        progress(f"{candidate}, instrumented")
+        free, led = _run_twin(
+            twin, runner_factory(twin.model), images, size, output_name, reference
+        )
+
+    diverged = _first_divergence(reference, free)
+    layers = tuple(
+        _layer_parity(model, layer, reference, yardstick, led, diverged, k)
+        for layer in sorted(reference.layers)
+    )
+    # With a flip in every image there is no steady one to compare; then compare them all.
+    steady = diverged < 0 if (diverged < 0).any() else np.ones_like(diverged, bool)
+    allowed = k * float(np.abs(yardstick.output - reference.output).max())
+    return ParityReport(
+        candidate=candidate,
+        precision=precision,
+        images=len(images),
+        k=k,
+        layers=layers,
+        output=_output_parity(shipped, reference.output),
+        led_output=_output_parity(led.output, reference.output),
+        led_allowed=allowed,
+        twin_difference=float(np.abs(shipped - free.output)[steady].max(initial=0.0)),
+        twin_allowed=allowed,
+    )
+
+
+def _run_twin(
+    twin: Twin, runner: Runner, images: Array, size: int, output_name: str, reference: Pass
+) -> tuple[Pass, Pass]:
+    """The twin deciding for itself, and led by the reference's plans."""
+    from tome_export.onnx.twin import LEAD
+
+    inputs = {INPUT_NAME: images}
+    for layer in twin.layers:
+        record = reference.layers[layer.layer]
+        inputs |= dict(zip(layer.given, (record.keep, record.src, record.dst), strict=True))
+    passes = []
+    for lead in (False, True):
+        results = infer_in_batches(runner, inputs, len(images), size, {LEAD: np.array(lead)})
+        layers = {
+            layer.layer: LayerRecord(results[layer.metric], *(results[n] for n in layer.chosen))
+            for layer in twin.layers
+        }
+        passes.append(Pass(results[output_name], layers))
+    return passes[0], passes[1]
+
+
+def _first_divergence(reference: Pass, free: Pass) -> Array:
+    """For each image the first layer whose free-running plan differs, or -1: ``[B]`` int."""
+    first = np.full(len(reference.output), -1)
+    for layer in sorted(free.layers):
+        for image in np.flatnonzero(first < 0):
+            ours, theirs = reference.layers[layer].plan(image), free.layers[layer].plan(image)
+            same = np.array_equal(ours.keep, theirs.keep) and ours.targets == theirs.targets
+            if not same:
+                first[image] = layer
+    return first
+
+
+def fp32_score_bound(width: int) -> float:
+    """How far an fp32 cosine score can be from its exact value.
+
+    A dot product of D unit-vector terms is off by at most about D u, the two normalisations by a
+    few u more (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); u = 2^-24.
+    """
+    return (width + 8) * 2.0**-24
+
+
+def _layer_parity(
+    model: MergedModel,
+    layer: int,
+    reference: Pass,
+    yardstick: Pass,
+    led: Pass,
+    diverged: Array,
+    k: float,
+) -> LayerParity:
+    ours, theirs, measure = (p.layers[layer] for p in (reference, led, yardstick))
+    prefix, class_token = model.prefix, model.class_token
+    width = ours.metric.shape[-1]
+    found, op_defects, errors, own_errors = [], 0, [0.0], [0.0]
+    for image in range(len(ours.metric)):
+        scores = cosine_scores(ours.metric[image], prefix)
+        theirs_scores = cosine_scores(theirs.metric[image], prefix)
+        errors.append(_distance(theirs_scores, scores))
+        own_errors.append(_distance(cosine_scores(measure.metric[image], prefix), scores))
+        plan = theirs.plan(image)
+        found += disagreements(ours.plan(image), plan, scores, prefix, class_token, image)
+        exact = _plan_from_scores(theirs_scores, len(plan.src), prefix, class_token)
+        own = disagreements(exact, plan, theirs_scores, prefix, class_token, image)
+        op_defects += sum(d.margin > 2 * fp32_score_bound(width) for d in own)
+    # Both runtimes also round the score itself in fp32, after the metric is given.
+    allowed = k * max(own_errors) + fp32_score_bound(width)
+    margins = [d.margin for d in found]
+    mergeable = (ours.metric.shape[1] + 1) // 2 - (prefix + 1) // 2
+    return LayerParity(
+        layer=layer,
+        decisions=mergeable * len(ours.metric),
+        disagreements=len(found),
+        defects=sum(margin > 2 * allowed for margin in margins),
+        largest_margin=max(margins, default=0.0),
+        margin_bound=2 * allowed,
+        score_error=max(errors),
+        score_error_allowed=allowed,
+        op_defects=op_defects,
+        images_diverged=int((diverged == layer).sum()),
+        examples=tuple(sorted(found, key=lambda d: -d.margin)[:LISTED]),
+    )
+
+
+def _distance(a: Array, b: Array) -> float:
+    finite = np.isfinite(b)
+    return float(np.abs(a[finite] - b[finite]).max(initial=0.0))
+
+
+def _plan_from_scores(scores: Array, r: int, prefix: int, class_token: bool) -> Plan:
+    """The plan that exact scores lead to, by the rules of ``merge.ops.match``."""
+    best, value = scores.argmax(axis=1), scores.max(axis=1, initial=-np.inf)
+    rank = np.argsort(-value, kind="stable")
+    rank = rank[np.isfinite(value[rank])]
+    stay = np.sort(rank[r:]) if class_token else rank[r:]
+    odd = np.arange(1, sum(scores.shape), 2)
+    keep = np.concatenate([np.arange(prefix), 2 * stay, odd[odd >= prefix]])
+    position = {token: index for index, token in enumerate(keep.tolist())}
+    dst = np.array([position[2 * b + 1] for b in best[rank[:r]].tolist()], dtype=np.int64)
+    return Plan(keep, 2 * rank[:r], dst)
+
+
+def _output_parity(candidate: Array, reference: Array) -> OutputParity:
+    a = candidate.reshape(len(candidate), -1).astype(np.float64)
+    b = reference.reshape(len(reference), -1).astype(np.float64)
+    error = float(np.abs(a - b).max())
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
+    return OutputParity(
+        max_abs=error,
+        relative=error / max(float(np.abs(b).max()), np.finfo(np.float32).tiny),
+        cosine=float(cosine.min()),
+        top1_agreement=float((a.argmax(axis=1) == b.argmax(axis=1)).mean()),
+    )

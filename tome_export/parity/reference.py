@@ -1,0 +1,117 @@
+"""PyTorch's side of the comparison: the fp32 reference, and its own error in a precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tome_export.parity.decisions import Array, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from tome_export.merge.plan import MergePlan
+    from tome_export.patch import MergedModel
+    from tome_export.spec import Precision
+
+CHUNK = 8
+"""Images per PyTorch pass: bounds memory, whatever the number of images."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One merging layer over all images: ``metric [B, N, D]``, plans stacked as ``[B, ...]``."""
+
+    metric: Array
+    keep: Array
+    src: Array
+    dst: Array
+
+    def plan(self, image: int) -> Plan:
+        """The plan of one image."""
+        return Plan(self.keep[image], self.src[image], self.dst[image])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over all images: ``output [B, ...]`` and the merging layers by index."""
+
+    output: Array
+    layers: dict[int, LayerRecord]
+
+
+def run_reference(model: MergedModel, images: Array) -> Pass:
+    """PyTorch in fp32, with its own decisions.
+
+    Args:
+        model: In eval mode, fp32 weights.
+        images: ``[B, C, H, W]`` float32.
+    """
+    return _run(model, images, _dtype("fp32"), None)
+
+
+def run_yardstick(model: MergedModel, images: Array, precision: Precision, lead: Pass) -> Pass:
+    """PyTorch in the candidate's precision, led by the reference's plans.
+
+    Its distance from the reference is the error that the precision itself costs, and so the
+    measure for the candidate's. For fp32 the pass runs in fp64: its distance from the reference
+    is the reference's own rounding error.
+    """
+    dtype = _dtype("fp64" if precision == "fp32" else precision)
+    return _run(copy.deepcopy(model).to(dtype), images, dtype, lead)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {
+        "fp64": torch.float64,
+        "fp32": torch.float32,
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+    }[name]
+
+
+def _run(model: MergedModel, images: Array, dtype: torch.dtype, lead: Pass | None) -> Pass:
+    import torch
+
+    outputs: list[Array] = []
+    parts: dict[int, list[tuple[Array, Array, Array, Array]]] = {}
+    for start in range(0, len(images), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        forced = None if lead is None else _plans(lead, chunk)
+        with torch.inference_mode():
+            pixel_values = torch.from_numpy(images[chunk]).to(dtype)
+            output, trace = model.forward_traced(pixel_values, forced)
+        outputs.append(_numpy(output))
+        for step in trace:
+            arrays = (_numpy(step.metric), *(part.numpy() for part in step.chosen))
+            parts.setdefault(step.layer, []).append(arrays)
+    layers = {
+        layer: LayerRecord(*(np.concatenate(columns) for columns in zip(*rows, strict=True)))
+        for layer, rows in parts.items()
+    }
+    return Pass(np.concatenate(outputs), layers)
+
+
+def _plans(lead: Pass, chunk: slice) -> Mapping[int, MergePlan]:
+    import torch
+
+    from tome_export.merge.plan import MergePlan
+
+    return {
+        layer: MergePlan(*(torch.from_numpy(a[chunk]) for a in (rec.keep, rec.src, rec.dst)))
+        for layer, rec in lead.layers.items()
+    }
+
+
+def _numpy(tensor: Any) -> Array:
+    import torch
+
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    result: Array = wide.numpy()
+    return result

@@ -1,0 +1,170 @@
+"""What a parity check found, as plain values, and the verdict that follows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tome_export.parity.decisions import Disagreement
+
+LISTED = 20
+"""Disagreements listed per layer in the JSON; all are counted."""
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """One merging layer, led by the reference's plans so that both see the same tokens.
+
+    Attributes:
+        layer: Index of the block.
+        decisions: Decisions compared: mergeable set-A tokens times images.
+        disagreements: Those that differ from the reference's.
+        defects: Those whose margin lies outside the rounding bound.
+        largest_margin: Largest score margin among the disagreements.
+        margin_bound: Twice the allowed score error: what rounding can overturn.
+        score_error: Largest difference of a cosine score from the reference's.
+        score_error_allowed: k times that of PyTorch in the same precision.
+        op_defects: Decisions that do not follow from the layer's own metric, beyond fp32
+            rounding of the scores: a wrong match, whatever the precision.
+        images_diverged: Images whose free-running plans differ here for the first time.
+        examples: The first few disagreements, largest margin first.
+    """
+
+    layer: int
+    decisions: int
+    disagreements: int
+    defects: int
+    largest_margin: float
+    margin_bound: float
+    score_error: float
+    score_error_allowed: float
+    op_defects: int
+    images_diverged: int
+    examples: tuple[Disagreement, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """No defect and no more score error than allowed."""
+        return (
+            self.defects == 0
+            and self.op_defects == 0
+            and self.score_error <= self.score_error_allowed
+        )
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """The model's output against the reference's.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        relative: ``max_abs`` over the reference's largest absolute value.
+        cosine: Smallest cosine similarity over the images.
+        top1_agreement: Share of images whose largest entry is the same.
+    """
+
+    max_abs: float
+    relative: float
+    cosine: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """A candidate against PyTorch in fp32.
+
+    Attributes:
+        candidate: What was checked, for example ``onnx on ONNX Runtime CPU``.
+        precision: Of the candidate.
+        images: Number of images.
+        k: Factor allowed over PyTorch's own error in the same precision.
+        layers: Every merging layer.
+        output: The candidate as shipped, making its own decisions.
+        led_output: The candidate led by the reference's plans: numerical error alone.
+        led_allowed: Largest ``led_output.max_abs`` allowed: k times the yardstick's.
+        twin_difference: Largest difference between the shipped graph's output and that of its
+            instrumented twin when both decide for themselves, over the images where no plan
+            differs: the twin speaks for the shipped graph as far as this is small.
+        twin_allowed: What it may be.
+    """
+
+    candidate: str
+    precision: str
+    images: int
+    k: float
+    layers: tuple[LayerParity, ...]
+    output: OutputParity
+    led_output: OutputParity
+    led_allowed: float
+    twin_difference: float
+    twin_allowed: float
+
+    @property
+    def disagreements(self) -> int:
+        """Decisions that differ, over all layers."""
+        return sum(layer.disagreements for layer in self.layers)
+
+    @property
+    def decisions(self) -> int:
+        """Decisions compared, over all layers."""
+        return sum(layer.decisions for layer in self.layers)
+
+    @property
+    def defects(self) -> int:
+        """Decisions that rounding cannot explain, over all layers."""
+        return sum(layer.defects + layer.op_defects for layer in self.layers)
+
+    @property
+    def first_diverging_layer(self) -> int | None:
+        """First layer where a free-running plan differs from the reference's."""
+        return next((layer.layer for layer in self.layers if layer.images_diverged), None)
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the check failed, the first failing layer first; empty if it passed."""
+        reasons = []
+        for layer in self.layers:
+            if layer.op_defects:
+                reasons.append(
+                    f"layer {layer.layer}: {layer.op_defects} merge decisions do not follow from "
+                    "the layer's own metric"
+                )
+            if layer.defects:
+                reasons.append(
+                    f"layer {layer.layer}: {layer.defects} of {layer.decisions} merge decisions "
+                    f"differ with a margin up to {layer.largest_margin:.2e}, outside the rounding "
+                    f"bound {layer.margin_bound:.2e}"
+                )
+            if layer.score_error > layer.score_error_allowed:
+                reasons.append(
+                    f"layer {layer.layer}: score error {layer.score_error:.2e} exceeds "
+                    f"{layer.score_error_allowed:.2e} ({self.k:g} times PyTorch's own)"
+                )
+        if not self.led_output.max_abs <= self.led_allowed:
+            reasons.append(
+                f"output error {self.led_output.max_abs:.2e} exceeds {self.led_allowed:.2e} "
+                f"({self.k:g} times PyTorch's own in {self.precision})"
+            )
+        if not self.twin_difference <= self.twin_allowed:
+            reasons.append(
+                f"the shipped graph's output differs from its instrumented twin's by "
+                f"{self.twin_difference:.2e}, allowed {self.twin_allowed:.2e}"
+            )
+        return reasons
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate computes what PyTorch computes, as far as rounding allows."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, verdict first."""
+        return {
+            "passed": self.passed,
+            "failures": self.failures,
+            "first_diverging_layer": self.first_diverging_layer,
+            "decisions": self.decisions,
+            "disagreements": self.disagreements,
+            "defects": self.defects,
+            **asdict(self),
+        }
