@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tome_export.errors import InputError
@@ -45,7 +44,7 @@ class Schedule:
             )
 
     @classmethod
-    def of(cls, value: int | tuple[int, float] | Sequence[int] | Schedule) -> Schedule:
+    def of(cls, value: int | tuple[int, float] | list[int] | Schedule) -> Schedule:
         """Read the forms of the official code: r, a tuple (r, inflect), or a list per layer.
 
         Raises:
@@ -53,13 +52,13 @@ class Schedule:
         """
         if isinstance(value, Schedule):
             return value
-        if isinstance(value, tuple):
-            if len(value) != 2:
-                raise InputError(f"schedule is {value!r}; expected (r, inflect) or a list")
-            return cls(r=value[0], inflect=float(value[1]))
-        if isinstance(value, Sequence):
+        if isinstance(value, int):
+            return cls(r=value)
+        if isinstance(value, list):
             return cls(per_layer=tuple(value))
-        return cls(r=value)
+        if isinstance(value, tuple) and len(value) == 2:
+            return cls(r=value[0], inflect=float(value[1]))
+        raise InputError(f"schedule is {value!r}; expected r, (r, inflection) or a list of r")
 
     @classmethod
     def parse(cls, text: str, r: int | None) -> Schedule:

@@ -69,13 +69,9 @@ def onnx_from_model(
     can_simplify = files.weight_bytes(proto) <= external_data_bytes
     if can_simplify:
         proto = simplified(proto)
-    described = {
-        METADATA_PREFIX + key: json.dumps(value) for key, value in (metadata or {}).items()
-    }
-    onnx.helper.set_model_props(proto, described)
-    proto.doc_string = (
-        f"Vision transformer with token merging; {spec.DOMAIN} operators v{spec.VERSION}"
-    )
+    props = {METADATA_PREFIX + key: json.dumps(value) for key, value in (metadata or {}).items()}
+    onnx.helper.set_model_props(proto, props)
+    proto.doc_string = f"Vision transformer with token merging, operators v{spec.VERSION}"
     nodes = len(proto.graph.node)
     written = files.save(proto, path, threshold=external_data_bytes)
     files.check(path)

@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,7 +51,7 @@ class ExportOptions:
     """
 
     precision: Precision = "fp32"
-    batch: BatchRange = BatchRange()
+    batch: BatchRange = field(default_factory=BatchRange)
     lowering: Lowering = "matmul"
     attention: AttentionForm = "auto"
     opset: int = OPSET

@@ -22,6 +22,7 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim
 
     before = _signature(model)
+    result: onnx.ModelProto
     result, valid = onnxsim.simplify(model)
     if not valid:
         raise ExportError("onnxsim's result differs from its input; export with simplify=False")

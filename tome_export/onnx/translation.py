@@ -76,7 +76,9 @@ def _fused_attention(
     That is self-attention with one width for keys and values; attention pooling (one query) and
     differential attention (values twice as wide) are written in their parts.
     """
-    from onnxscript import opset23 as op
+    from onnxscript import opset23
+
+    op: Any = opset23
 
     fusible = (
         tuple(q.shape[1:]) == tuple(k.shape[1:]) == tuple(v.shape[1:])
@@ -100,7 +102,10 @@ def _decomposed_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """``scaled_dot_product_attention`` as MatMul, Add, Softmax, MatMul."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    # The operators' type hints know no symbolic values.
+    op: Any = opset18
 
     if is_causal or enable_gqa:
         raise NotImplementedError("causal and grouped-query attention have no translation")

@@ -64,10 +64,9 @@ def twin_from_model(model: onnx.ModelProto) -> Twin:
             length = value.type.tensor_type.shape.dim[1].dim_value
             shape = [batch.dim_param or batch.dim_value, length]
             graph.input.append(helper.make_tensor_value_info(source, TensorProto.INT32, shape))
-            nodes.append(
-                helper.make_node("Where", [LEAD, source, name], [new], name=f"{new}.where")
-            )
-            _rewire(graph, name, new, skip=nodes)
+            switch = helper.make_node("Where", [LEAD, source, name], [new], name=f"{new}.where")
+            nodes.append(switch)
+            _rewire(graph, name, new, switch)
             graph.output.append(value)
         graph.output.append(types[node.input[0]])
         metric = node.input[0]
@@ -89,9 +88,8 @@ def _layer_of(node: onnx.NodeProto) -> int:
     )
 
 
-def _rewire(graph: onnx.GraphProto, old: str, new: str, skip: list[onnx.NodeProto]) -> None:
+def _rewire(graph: onnx.GraphProto, old: str, new: str, switch: onnx.NodeProto) -> None:
     """Let all readers of ``old`` read ``new``, apart from the switch itself."""
-    switch = skip[-1]
     for node in graph.node:
         if node is not switch:
             for index, name in enumerate(node.input):

@@ -77,9 +77,8 @@ def check_parity(
         free = led = Pass(shipped, {})
     else:
         progress(f"{candidate}, instrumented")
-        free, led = _run_twin(
-            twin, runner_factory(twin.model), images, size, output_name, reference
-        )
+        runner = runner_factory(twin.model)
+        free, led = _run_twin(twin, runner, images, size, output_name, reference)
 
     diverged = _first_divergence(reference, free)
     layers = tuple(
@@ -128,7 +127,7 @@ def _first_divergence(reference: Pass, free: Pass) -> Array:
     """For each image the first layer whose free-running plan differs, or -1: ``[B]`` int."""
     first = np.full(len(reference.output), -1)
     for layer in sorted(free.layers):
-        for image in np.flatnonzero(first < 0):
+        for image in np.flatnonzero(first < 0).tolist():
             ours, theirs = reference.layers[layer].plan(image), free.layers[layer].plan(image)
             same = np.array_equal(ours.keep, theirs.keep) and ours.targets == theirs.targets
             if not same:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,7 +98,7 @@ def disagreements(
     if not class_token:
         stay = [t for t in candidate.keep[prefix:].tolist() if t % 2 == 0]
         wanted = {t: i for i, t in enumerate(reference.keep.tolist())}
-        for left, right in zip(stay, stay[1:], strict=False):
+        for left, right in itertools.pairwise(stay):
             both = left in wanted and right in wanted
             if both and wanted[left] > wanted[right]:
                 add(left, "order", value[right // 2] - value[left // 2])

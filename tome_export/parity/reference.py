@@ -80,7 +80,7 @@ def _run(model: MergedModel, images: Array, dtype: torch.dtype, lead: Pass | Non
     import torch
 
     outputs: list[Array] = []
-    parts: dict[int, list[tuple[Array, Array, Array, Array]]] = {}
+    parts: dict[int, list[tuple[Array, ...]]] = {}
     for start in range(0, len(images), CHUNK):
         chunk = slice(start, start + CHUNK)
         forced = None if lead is None else _plans(lead, chunk)

@@ -5,7 +5,6 @@ One file per model family; ``patch`` finds the family of a model by its exact cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
@@ -20,7 +19,7 @@ __all__ = ["LayerTrace", "MergeSettings", "MergedModel", "patch", "unpatch"]
 
 def patch(
     model: nn.Module,
-    r: int | tuple[int, float] | Sequence[int] | Schedule,
+    r: int | tuple[int, float] | list[int] | Schedule,
     *,
     prop_attn: bool = True,
 ) -> MergedModel:

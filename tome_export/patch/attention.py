@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -33,7 +33,7 @@ def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     dropout = module.attn_drop.p if module.training else 0.0
-    return F.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=dropout, scale=module.scale
     )
 

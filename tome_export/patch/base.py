@@ -114,8 +114,8 @@ class MergedModel(nn.Module, ABC):
         self.prefix = prefix
         self.layers = settings.schedule.tokens(depth, tokens, prefix)
         self.training = model.training
-        self.register_state_dict_post_hook(_drop_inner_prefix)
-        self.register_load_state_dict_pre_hook(_add_inner_prefix)
+        self.register_state_dict_post_hook(_drop_inner_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_inner_prefix)  # type: ignore[no-untyped-call]
 
     @property
     @abstractmethod
@@ -155,7 +155,7 @@ class MergedModel(nn.Module, ABC):
         return total_macs(self.block_costs, layers, self.fixed_macs)
 
     def merger(self, forced: Mapping[int, MergePlan] | None = None) -> Merger:
-        """A fresh merger with this model's schedule; ``forced`` plans by layer override matching."""
+        """A fresh merger; ``forced`` plans, by layer, are applied instead of matching."""
         return Merger(self.layers, self.prefix, self.class_token, forced)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

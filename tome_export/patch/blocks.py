@@ -87,15 +87,20 @@ def block_forward(block: nn.Module, model_name: str) -> BlockForward:
     """
     forwards = _block_forwards()
     _require(block, set(forwards), "block", model_name)
-    attentions = [block.attn] if hasattr(block, "attn") else []
-    attentions += [branch.attn for branch in getattr(block, "attns", ())]
-    mlps = [block.mlp] if hasattr(block, "mlp") else []
-    mlps += [branch.mlp for branch in getattr(block, "ffns", ())]
+    attentions: list[Any] = [block.attn] if hasattr(block, "attn") else []
+    attentions += [branch.attn for branch in _branches(block, "attns")]
+    mlps: list[Any] = [block.mlp] if hasattr(block, "mlp") else []
+    mlps += [branch.mlp for branch in _branches(block, "ffns")]
     for module in attentions:
         _require(module, set(_attention_forwards()), "attention", model_name)
     for module in mlps:
         _require(module, _pointwise_mlps(), "MLP", model_name)
     return forwards[type(block)]
+
+
+def _branches(block: nn.Module, name: str) -> list[Any]:
+    """The parallel branches of a block; none for other blocks."""
+    return list(getattr(block, name, ()))
 
 
 def _pointwise_mlps() -> set[type]:
@@ -130,8 +135,9 @@ def block_cost(block: Any) -> BlockCost:
 
 
 def _head_width(module: Any) -> int:
-    """Width of a head's scores and values; differential heads hold two halves for the scores,
-    each with its own map over the whole value.
+    """Half the width of a head's scores and values together.
+
+    A differential head has two maps of half width, each over the whole value.
     """
     width = int(module.head_dim)
     return 3 * width if hasattr(module, "lambda_init") else width

@@ -37,21 +37,25 @@ class MergedVisionTransformer(MergedModel):
 
     @property
     def class_token(self) -> bool:
+        """Whether one of the prefix tokens is a class token."""
         return bool(self.model.has_class_token)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image, in pixels."""
         model: Any = self.model
         height, width = model.patch_embed.img_size
         return int(model.in_chans), int(height), int(width)
 
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:
+        """Cost per token of each block."""
         model: Any = self.model
         return tuple(block_cost(block) for block in model.blocks)
 
     @cached_property
     def fixed_macs(self) -> int:
+        """MACs per image of patch embedding, pooling and head, as torch counts them."""
         model: Any = self.model
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.utils.flop_counter import FlopCounterMode
@@ -66,6 +70,7 @@ class MergedVisionTransformer(MergedModel):
         return int(counter.get_total_flops()) // 2
 
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
+        """The forward pass of timm, with ``merger`` called once in every block."""
         model: Any = self.model
         x = model._pos_embed(model.patch_embed(pixel_values))
         tokens = Tokens(model.norm_pre(model.patch_drop(x)))
