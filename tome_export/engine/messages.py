@@ -16,6 +16,9 @@ from typing import Any
 
 from tome_export.engine.base import Progress
 
+# Said of every node of a function body that is inlined a second time; nothing queries those nodes.
+_INLINED_AGAIN = "already exists, the output tensors of this new instance will not be queryable"
+
 _loggers: dict[str, Any] = {}
 _lock = threading.RLock()
 
@@ -39,6 +42,8 @@ class Messages:
         if severity == "VERBOSE":
             node, found, _ = text.partition(" inputs: ")
             self.parsing = node if found and node.endswith("]") else self.parsing
+            return
+        if _INLINED_AGAIN in text:
             return
         kept = {"ERROR": self.errors, "INTERNAL_ERROR": self.errors, "WARNING": self.warnings}
         target = kept.get(severity)

@@ -78,6 +78,11 @@ def twin_from_model(model: onnx.ModelProto) -> Twin:
     return Twin(twin, tuple(layers))
 
 
+def is_twin(model: onnx.ModelProto) -> bool:
+    """Whether the model is an instrumented one."""
+    return any(value.name == LEAD for value in model.graph.input)
+
+
 def _layer_of(node: onnx.NodeProto) -> int:
     parts = node.name.split(".")
     if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():

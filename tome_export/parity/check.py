@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 K = 4.0
 """Error allowed as a multiple of PyTorch's own in the same precision."""
 
-RunnerFactory = Callable[["onnx.ModelProto"], Runner]
+RunnerFactory = Callable[["onnx.ModelProto"], AbstractContextManager[Runner]]
 
 
 def check_parity(
@@ -69,16 +70,15 @@ def check_parity(
     progress(f"PyTorch's own error in {precision}")
     yardstick = run_yardstick(model, images, precision, reference)
     progress(candidate)
-    runner = runner_factory(exported)
-    shipped = infer_in_batches(runner, pixels, len(images), size)[output_name]
-    del runner
+    with runner_factory(exported) as runner:
+        shipped = infer_in_batches(runner, pixels, len(images), size)[output_name]
     twin = twin_from_model(exported)
     if not twin.layers:
         free = led = Pass(shipped, {})
     else:
         progress(f"{candidate}, instrumented")
-        runner = runner_factory(twin.model)
-        free, led = _run_twin(twin, runner, images, size, output_name, reference)
+        with runner_factory(twin.model) as runner:
+            free, led = _run_twin(twin, runner, images, size, output_name, reference)
 
     diverged = _first_divergence(reference, free)
     layers = tuple(

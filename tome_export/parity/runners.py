@@ -55,6 +55,12 @@ class OrtCpuRunner:
             ) from error
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
 
+    def __enter__(self) -> OrtCpuRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._session
+
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Run one batch."""
         results = self._session.run(None, dict(inputs))

@@ -1,0 +1,132 @@
+"""What a recipe is: how to make one model, feed it, and merge it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tome_export.spec import Preprocessing
+
+Family = Literal["timm_vit", "custom"]
+OutputName = Literal["logits", "features"]
+WeightsKind = Literal["pretrained", "random", "file", "bundled"]
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one model, feed it and merge it.
+
+    Attributes:
+        name: What ``resolve`` finds it by.
+        family: ``timm_vit``, or ``custom`` for ``module:function``.
+        timm_name: timm's architecture with the tag of its weights; empty for ``custom``.
+        timm_kwargs: Arguments of ``timm.create_model`` that differ from its defaults.
+        preprocessing: How an image becomes ``pixel_values``.
+        recommended_r: Tokens to merge per layer where the user names no schedule.
+        r_source: Where ``recommended_r`` comes from.
+        prop_attn: Proportional attention (ToMe, eq. 1).
+        output_name: ``logits`` of a classifier, ``features`` of a model without a head.
+        description: One line for ``tome-export models``.
+        weights_source: Where pretrained weights come from, and who made them.
+        licence: Licence of the pretrained weights, as timm states it.
+        labels: Class names, where they are not those of ``label_set``.
+        label_set: timm's name of the label set, loaded only when asked for.
+        aliases: Other names of the recipe.
+        bundled: File name under ``models/data`` of weights that come with the package.
+        factory: Makes the model of a ``custom`` recipe.
+    """
+
+    name: str
+    preprocessing: Preprocessing
+    recommended_r: int
+    family: Family = "timm_vit"
+    timm_name: str = ""
+    timm_kwargs: tuple[tuple[str, Any], ...] = ()
+    r_source: str = ""
+    prop_attn: bool = True
+    output_name: OutputName = "logits"
+    description: str = ""
+    weights_source: str = ""
+    licence: str = ""
+    labels: tuple[str, ...] | None = None
+    label_set: str | None = None
+    aliases: tuple[str, ...] = ()
+    bundled: str | None = None
+    factory: Callable[[], nn.Module] | None = None
+
+    def load(
+        self, weights: str = "pretrained", seed: int = 0, depth: int | None = None
+    ) -> LoadedModel:
+        """Make the model.
+
+        Args:
+            weights: ``pretrained``, ``random``, or the path of a .safetensors or .pth file.
+            seed: Seed of random weights.
+            depth: Number of blocks, to make a smaller model; not with pretrained weights.
+
+        Returns:
+            The model in eval mode, float32, on the CPU.
+
+        Raises:
+            InputError: if the weights cannot be had or do not fit.
+        """
+        from tome_export.models.weights import load
+
+        return load(self, weights, seed, depth)
+
+    def label_names(self, classes: int) -> tuple[str, ...] | None:
+        """Names of the classes; None where they are not known, as for a fine-tuned head.
+
+        Args:
+            classes: Width of the model's output.
+        """
+        if self.labels is not None:
+            return self.labels if len(self.labels) == classes else None
+        if self.label_set is None or self.output_name != "logits":
+            return None
+        from timm.data import ImageNetInfo
+
+        info: Any = ImageNetInfo(self.label_set)
+        if len(info.label_names()) != classes:
+            return None
+        return tuple(info.index_to_description(i) for i in range(classes))
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where the weights of a loaded model come from; goes into the artifact's manifest.
+
+    Attributes:
+        kind: ``random`` weights are never meant for use, and every report says so.
+        source: For people: hub repository, file name, or how they were drawn.
+        sha256: Of the weights file, where there is one.
+        seed: Of random weights.
+    """
+
+    kind: WeightsKind
+    source: str
+    sha256: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be patched.
+
+    Attributes:
+        module: In eval mode, float32, on the CPU, without gradients.
+        recipe: What made it; where a checkpoint brought a head of its own, ``output_name`` is
+            that of this model.
+        weights: Where its weights come from.
+    """
+
+    module: nn.Module
+    recipe: Recipe
+    weights: WeightsInfo

@@ -1,0 +1,141 @@
+"""Making a recipe's model with pretrained, random or the user's own weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.errors import InputError
+from tome_export.models.checkpoint import fit, read_state, sha256
+from tome_export.models.hub import pretrained_overlay, recorded_file
+from tome_export.models.recipe import DATA, LoadedModel, Recipe, WeightsInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+    """Make a recipe's model; see ``Recipe.load``."""
+    if depth is not None and depth < 1:
+        raise InputError(f"depth is {depth}; expected 1 or more blocks")
+    if weights == "random":
+        return _random(recipe, seed, depth)
+    if weights != "pretrained":
+        return _from_file(recipe, Path(weights), "file", depth)
+    if depth is not None:
+        raise InputError(
+            f"depth {depth} was asked with pretrained weights, which are for all blocks; "
+            "use random weights or leave the depth"
+        )
+    if recipe.factory is not None:
+        module = recipe.factory()
+        return _loaded(module, recipe, WeightsInfo("pretrained", f"returned by {recipe.name}"))
+    if recipe.bundled is not None:
+        return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
+    return _pretrained(recipe)
+
+
+def _random(recipe: Recipe, seed: int, depth: int | None) -> LoadedModel:
+    import torch
+
+    if recipe.factory is not None:
+        raise InputError(
+            f"random weights were asked for {recipe.name}, whose function makes its own; "
+            "leave --weights out"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = _create(recipe, depth=depth)
+        wake_constants(module)
+    return _loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+
+
+def wake_constants(module: nn.Module) -> None:
+    """Give parameters that start out constant values that matter. Uses torch's global generator.
+
+    A fresh model hides mistakes: a zero head answers zero whatever comes in, LayerScale at 1e-5
+    switches every block off, class and register tokens are all but zero, and norm weights of one
+    and biases of zero could be dropped unnoticed. So each parameter whose values lie within 1e-3
+    of each other gets normal noise of standard deviation 0.02, and a LayerScale (``gamma``) is
+    first set to 0.5, so that the blocks act on the tokens.
+
+    Args:
+        module: A freshly initialised model; changed in place.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if value.numel() > 1 and value.max() - value.min() < 1e-3:
+                if name.endswith("gamma"):
+                    value.fill_(0.5)
+                value.add_(torch.randn(value.shape) * 0.02)
+
+
+def _from_file(recipe: Recipe, path: Path, kind: Any, depth: int | None) -> LoadedModel:
+    state = read_state(path)
+    if recipe.factory is not None:
+        if depth is not None:
+            raise InputError(
+                f"depth {depth} was asked for {recipe.name}, whose function makes the model; "
+                "leave the depth"
+            )
+        module, changed = recipe.factory(), recipe
+    else:
+        classes = _head_classes(state, path)
+        module = _create(recipe, depth=depth, num_classes=classes)
+        changed = replace(recipe, output_name="logits") if classes else recipe
+    state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
+    module.load_state_dict(state, strict=True)
+    source = f"{path.name}; {remark}" if remark else path.name
+    return _loaded(module, changed, WeightsInfo(kind, source, sha256=sha256(path)))
+
+
+def _head_classes(state: dict[str, Tensor], path: Path) -> int | None:
+    """Classes of the checkpoint's own head; None if it has none, and the recipe's count holds.
+
+    Fine-tuned models are what people ship, so their number of classes is the file's to say.
+    """
+    heads = {
+        key: int(state[key].shape[0])
+        for key in ("head.weight", "head_dist.weight")
+        if key in state and state[key].ndim == 2
+    }
+    if len(set(heads.values())) > 1:
+        counts = ", ".join(f"{key} {count}" for key, count in heads.items())
+        raise InputError(
+            f"weights file {path} has heads with different numbers of classes ({counts}); "
+            "expected the same"
+        )
+    return next(iter(heads.values()), None)
+
+
+def _pretrained(recipe: Recipe) -> LoadedModel:
+    overlay = pretrained_overlay(recipe)
+    try:
+        module = _create(recipe, pretrained=True, pretrained_cfg_overlay=overlay)
+    # What the network or the hub does to a download half-way comes as many classes, most of them
+    # OSError or RuntimeError; the cause is in the message.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"pretrained weights of {recipe.name} could not be loaded ({reason}); give a "
+            "downloaded .safetensors or .pth file with --weights PATH, or try the toolchain "
+            "with --weights random"
+        ) from None
+    path = recorded_file(recipe)
+    digest = sha256(path) if path is not None else None
+    return _loaded(module, recipe, WeightsInfo("pretrained", recipe.weights_source, digest))
+
+
+def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
+    from timm import create_model
+
+    given = {key: value for key, value in arguments.items() if value is not None}
+    module: nn.Module = create_model(recipe.timm_name, **{**dict(recipe.timm_kwargs), **given})
+    return module
+
+
+def _loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedModel:
+    return LoadedModel(module.eval().float().requires_grad_(False), recipe, weights)

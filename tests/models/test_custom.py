@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tome_export.errors import InputError
+from tome_export.models import resolve
+from tome_export.spec import Preprocessing
+
+SOURCE = """
+import timm
+from tome_export.spec import Preprocessing
+
+ARGS = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+def plain():
+    return timm.create_model("vit_tiny_patch16_224", **ARGS)
+
+def grey():
+    return timm.create_model("vit_tiny_patch16_224", in_chans=1, **ARGS)
+
+def with_preprocessing():
+    return plain(), Preprocessing((3, 32, 32), (0.1,) * 3, (0.2,) * 3, 0.8, "bilinear")
+
+def fails():
+    raise ValueError("no such luck")
+
+def number():
+    return 3
+
+def pair():
+    return plain(), "bicubic"
+
+def convnet():
+    import torch
+    return torch.nn.Conv2d(3, 4, 3)
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The user's module, in the current folder and not on the Python path."""
+    (tmp_path / "mymodels_t.py").write_text(SOURCE)
+    (tmp_path / "broken_t.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield tmp_path
+    assert sys.path == before
+    sys.modules.pop("mymodels_t", None)
+
+
+@pytest.mark.usefixtures("models")
+def test_function_of_the_users():
+    recipe = resolve("mymodels_t:plain")
+    assert recipe.family == "custom"
+    assert recipe.preprocessing.input_size == (3, 32, 32)
+    assert recipe.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert recipe.recommended_r == int(0.8 * 17 / 2)
+    loaded = recipe.load()
+    assert loaded.weights.kind == "pretrained"
+    assert loaded.weights.source == "returned by mymodels_t:plain"
+    assert loaded.module(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    # Each load is a model of its own, with the same weights.
+    again = recipe.load().module
+    assert torch.equal(again.head.weight, loaded.module.head.weight)
+    assert again is not loaded.module
+
+
+@pytest.mark.usefixtures("models")
+def test_preprocessing_of_the_users():
+    expected = Preprocessing((3, 32, 32), (0.1,) * 3, (0.2,) * 3, 0.8, "bilinear")
+    assert resolve("mymodels_t:with_preprocessing").preprocessing == expected
+    grey = resolve("mymodels_t:grey").preprocessing
+    assert (grey.input_size, grey.mean, grey.std) == ((1, 32, 32), (0.5,), (0.5,))
+
+
+def test_weights_from_a_file(models):
+    recipe = resolve("mymodels_t:plain")
+    state = {k: torch.full_like(v, 0.5) for k, v in recipe.load().module.state_dict().items()}
+    save_file(state, models / "w.safetensors")
+    loaded = recipe.load("w.safetensors")
+    assert loaded.module.head.weight.unique().tolist() == [0.5]
+    with pytest.raises(InputError, match="random weights were asked for mymodels_t:plain"):
+        recipe.load("random")
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nomodule_t:f", "no module 'nomodule_t' on the Python path or in the current folder"),
+        ("broken_t:f", "importing 'broken_t' failed with ZeroDivisionError: division by zero"),
+        ("mymodels_t:nothing", "module 'mymodels_t' has no function 'nothing'"),
+        ("mymodels_t:", "module 'mymodels_t' has no function ''; expected module:function"),
+        ("mymodels_t:fails", "the function failed with ValueError: no such luck"),
+        ("mymodels_t:number", "the function returned int; expected an nn.Module"),
+        ("mymodels_t:pair", "the function returned VisionTransformer, str; expected an nn.Module"),
+        ("mymodels_t:convnet", "returned a Conv2d, which has no sequence of tokens to merge"),
+        (":f", "model ':f' names no module; expected module:function"),
+    ],
+)
+def test_mistakes(name, message):
+    with pytest.raises(InputError) as caught:
+        resolve(name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+
+from tome_export.errors import InputError
+from tome_export.models import RECIPES, resolve
+from tome_export.models.registry import recommended_r
+
+TIMM = [recipe for recipe in RECIPES.values() if recipe.name != "vit_digits"]
+
+
+@pytest.mark.parametrize("recipe", TIMM, ids=lambda recipe: recipe.name)
+def test_preprocessing_is_that_of_the_weights(recipe):
+    cfg = timm.get_pretrained_cfg(recipe.timm_name)
+    ours = recipe.preprocessing
+    assert f"{cfg.architecture}.{cfg.tag}" == recipe.timm_name
+    assert (ours.mean, ours.std) == (cfg.mean, cfg.std)
+    assert (ours.crop_pct, ours.interpolation) == (cfg.crop_pct, cfg.interpolation)
+    assert cfg.crop_mode == "center"
+    assert cfg.license == recipe.licence
+    if recipe.name.startswith("dinov2"):
+        # 224 on purpose, see registry._dinov2.
+        assert (ours.input_size, cfg.input_size) == ((3, 224, 224), (3, 518, 518))
+    else:
+        assert ours.input_size == cfg.input_size
+    assert recipe.output_name == ("logits" if cfg.num_classes else "features")
+
+
+def test_recommended_r_rule_never_exceeds_what_the_authors_publish():
+    published = {(197, 12): 13, (197, 24): 7, (577, 24): 23, (577, 12): 45, (1025, 24): 40}
+    assert recommended_r(197, 12) == 13
+    assert recommended_r(65, 6) == 8
+    assert all(recommended_r(*shape) <= r for shape, r in published.items())
+    assert recommended_r(197, 0) == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_every_recipe_tells_what_it_is(recipe):
+    assert recipe.description
+    assert recipe.r_source
+    assert recipe.weights_source
+    assert recipe.recommended_r > 0
+    assert resolve(recipe.name) is recipe
+
+
+def test_timm_architecture_is_an_alias():
+    assert resolve("vit_base_patch16_224") is RECIPES["vit_b16"]
+
+
+def test_timm_name_agrees_with_the_recipe():
+    ours, theirs = RECIPES["vit_b16_384"], resolve("timm:vit_base_patch16_384")
+    assert theirs.timm_name == ours.timm_name
+    assert theirs.preprocessing == ours.preprocessing
+    assert theirs.recommended_r == recommended_r(577, 12) == 38
+    assert theirs.label_set == "imagenet-1k"
+
+
+def test_timm_tag_chooses_the_weights():
+    mae = resolve("timm:vit_base_patch16_224.mae")
+    assert mae.output_name == "features"
+    assert mae.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert mae.prop_attn is False
+    assert resolve("timm:vit_base_patch16_224").prop_attn is True
+
+
+def test_squash_crop_is_told():
+    squashed = next(
+        name
+        for name in timm.list_models("vit*", module="vision_transformer")
+        if (cfg := timm.get_pretrained_cfg(name)) and cfg.crop_mode == "squash"
+    )
+    assert "'squash'" in resolve(f"timm:{squashed}").description
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vitb16", "unknown model 'vitb16'; did you mean vit_b16, "),
+        ("vit_base_patch8_224", "did you mean timm:vit_base_patch8_224?"),
+        ("zzzz", "unknown model 'zzzz'; expected one of vit_ti16, vit_s16, "),
+        ("timm:vit_base_patch16_24", "timm has no model 'vit_base_patch16_24'; did you mean timm:"),
+        ("timm:qqqqqq", "timm has no model 'qqqqqq'; see timm.list_models()"),
+        ("timm:vit_base_patch16_224.nope", "timm has no weights 'nope' of vit_base_patch16_224; "),
+        ("timm:resnet18", "(class ResNet) has no sequence of tokens to merge"),
+        ("hf:google/vit-base-patch16-224", "are not supported yet; use timm:<name>"),
+    ],
+)
+def test_bad_names(name, message):
+    with pytest.raises(InputError) as caught:
+        resolve(name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_labels_are_loaded_lazily():
+    labels = RECIPES["vit_b16"].label_names(1000)
+    assert labels is not None
+    assert labels[0].startswith("tench")
+    assert len(labels) == 1000
+    assert RECIPES["vit_b16"].label_names(37) is None
+    assert RECIPES["dinov2_s14"].label_names(384) is None
+    assert RECIPES["vit_digits"].label_names(10) == tuple("0123456789")
+
+
+def test_recipes_import_neither_torch_nor_timm_nor_scikit_learn():
+    code = (
+        "import sys, tome_export.models as m; m.resolve('vit_b16'); "
+        "import tome_export.models.samples, tome_export.models.preprocess; "
+        "bad = {'torch', 'timm', 'sklearn', 'skimage', 'PIL'} & set(sys.modules); "
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

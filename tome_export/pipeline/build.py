@@ -1,0 +1,214 @@
+"""``tome-export build``: recipe -> patched model -> ONNX -> parity -> engine -> artifact."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
+from tome_export.engine import EngineOptions, select
+from tome_export.errors import MissingComponentError, ParityError, UsageError
+from tome_export.merge.schedule import Schedule
+from tome_export.pipeline.engine import attention_form, build_engine
+from tome_export.pipeline.images import parity_images
+from tome_export.pipeline.manifest import manifest_of
+from tome_export.pipeline.progress import Progress, Silent
+from tome_export.spec import MergeOp, Precision
+
+if TYPE_CHECKING:
+    from tome_export.engine import Selection
+    from tome_export.onnx.functions import Lowering
+    from tome_export.parity.report import ParityReport
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        model: Recipe name, ``timm:<name>`` or ``module:function``.
+        output: The artifact directory.
+        schedule: Tokens to merge per layer; None for the recipe's recommended r.
+        precision: Of weights and activations.
+        weights: ``pretrained``, ``random`` or the path of a checkpoint.
+        seed: Of random weights.
+        prop_attn: Proportional attention; None for the recipe's own setting.
+        merge_op: How the merge is written into the graph.
+        engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
+        engine_options: Batch range and engine settings.
+        images: Folder of images for the parity check; None for those that come along.
+        check: Whether to check parity; without it the artifact says that it was not checked.
+        force: Replace an existing artifact.
+    """
+
+    model: str
+    output: Path
+    schedule: Schedule | None = None
+    precision: Precision = "fp32"
+    weights: str = "pretrained"
+    seed: int = 0
+    prop_attn: bool | None = None
+    merge_op: MergeOp = "auto"
+    engine: str = "auto"
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
+    images: Path | None = None
+    check: bool = True
+    force: bool = False
+
+
+def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
+    """Build an artifact; nothing is left behind unless it is complete and its parity holds.
+
+    Raises:
+        InputError: if model, weights, schedule, images or output are not usable.
+        MissingComponentError: if an engine or plugin was asked for that cannot be had here.
+        ParityError: if the exported graph does not compute what PyTorch computes.
+        ExportError: if the export or the engine build fails.
+    """
+    progress = progress or Silent()
+    selection = select(request.engine)
+    lowering, selection = _lowering(request, selection)
+    with staged(request.output, force=request.force) as folder:
+        _build_into(folder, request, lowering, selection, progress)
+    return Artifact.open(request.output.absolute())
+
+
+def _lowering(request: BuildRequest, selection: Selection) -> tuple[Lowering, Selection]:
+    """The body of the merge function, and the engine that can take it."""
+    if request.merge_op == "plugin":
+        raise MissingComponentError(
+            "--merge-op plugin needs a backend with a plugin for the merge, and none is available "
+            "here; use --merge-op matmul, which every backend runs"
+        )
+    if request.merge_op != "index_add":
+        return "matmul", selection
+    reason = "TensorRT's parser refuses scatter-add"
+    if request.engine not in ("auto", "none"):
+        raise UsageError(
+            f"--merge-op index_add cannot go into a {request.engine} engine ({reason}); use "
+            "--merge-op matmul, or --engine none"
+        )
+    if selection.backend is not None:
+        line = f"no engine is built: {reason} of --merge-op index_add; use matmul for an engine"
+        selection = replace(selection, backend=None, line=line)
+    return "index_add", selection
+
+
+def _build_into(
+    folder: Path,
+    request: BuildRequest,
+    lowering: Lowering,
+    selection: Selection,
+    progress: Progress,
+) -> None:
+    manifest = _export_and_check(folder, request, lowering, selection, progress)
+    if selection.backend is not None:
+        # The builder needs gigabytes of its own; the torch model is garbage by now.
+        gc.collect()
+        progress.stage(f"Build the {selection.backend.name} engine")
+        info = build_engine(selection.backend, folder, request.engine_options, progress)
+        manifest["engines"] = {info.backend: info.to_dict()}
+    progress.stage("Write the artifact")
+    write_manifest(folder, manifest)
+
+
+def _export_and_check(
+    folder: Path,
+    request: BuildRequest,
+    lowering: Lowering,
+    selection: Selection,
+    progress: Progress,
+) -> dict[str, Any]:
+    from tome_export.models import resolve
+    from tome_export.onnx.build import onnx_from_model
+    from tome_export.onnx.export import ExportOptions
+    from tome_export.patch import patch
+
+    progress.stage(f"Load {request.model}")
+    recipe = resolve(request.model)
+    schedule = request.schedule or Schedule(recipe.recommended_r)
+    loaded = recipe.load(weights=request.weights, seed=request.seed)
+    progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
+    prop_attn = recipe.prop_attn if request.prop_attn is None else request.prop_attn
+    model = patch(loaded.module, schedule, prop_attn=prop_attn).eval()
+    images = None
+    if request.check:
+        images = parity_images(loaded.recipe, model.input_size, request.images)
+
+    progress.stage(f"Export to ONNX, {request.precision}")
+    options = ExportOptions(
+        precision=request.precision,
+        batch=request.engine_options.batch,
+        lowering=lowering,
+        attention=attention_form(selection.backend),
+    )
+    manifest = manifest_of(loaded, model, options, selection.line)
+    described = {key: manifest[key] for key in ("model", "merge", "versions")}
+    output_name = loaded.recipe.output_name
+    exported = onnx_from_model(model, folder / MODEL, options, output_name, described)
+    manifest["onnx"] |= {"nodes": exported.nodes, "simplified": exported.simplified}
+
+    if images is not None:
+        progress.stage(f"Check parity on {len(images)} images")
+        report = _parity(folder, model, images, options, progress)
+        manifest["parity"] = parity_summary(report)
+        write_json(folder / PARITY, {"checks": [report.to_dict()]})
+    return manifest
+
+
+def _parity(
+    folder: Path, model: Any, images: Any, options: Any, progress: Progress
+) -> ParityReport:
+    from tome_export.onnx.files import load
+    from tome_export.parity.check import check_parity
+
+    report = check_parity(
+        model,
+        load(folder / MODEL),
+        images,
+        options.precision,
+        options.batch,
+        progress=progress.detail,
+    )
+    if not report.passed:
+        raise ParityFailedError(report)
+    return report
+
+
+class ParityFailedError(ParityError):
+    """Parity failed; ``report`` says where.
+
+    Attributes:
+        report: The whole report.
+    """
+
+    def __init__(self, report: ParityReport) -> None:
+        first, more = report.failures[0], len(report.failures) - 1
+        also = f" (and {more} more findings)" if more else ""
+        super().__init__(
+            f"parity failed for {report.candidate} in {report.precision}: {first}{also}; expected "
+            "PyTorch's results as far as rounding allows"
+        )
+        self.report = report
+
+
+def parity_summary(report: ParityReport) -> dict[str, Any]:
+    """The part of a parity report that the manifest keeps."""
+    whole = json.loads(json.dumps(report.to_dict()))
+    keys = (
+        "passed",
+        "candidate",
+        "precision",
+        "images",
+        "decisions",
+        "disagreements",
+        "defects",
+        "first_diverging_layer",
+        "output",
+        "led_output",
+        "led_allowed",
+    )
+    return {key: whole[key] for key in keys}

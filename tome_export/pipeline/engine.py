@@ -1,0 +1,92 @@
+"""``tome-export engine``: an engine for a ready artifact, built where it will run; no torch."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tome_export.artifact import MODEL, Artifact
+from tome_export.engine import EngineOptions, select
+from tome_export.errors import InputError, MissingComponentError
+from tome_export.pipeline.progress import Progress, Silent
+from tome_export.spec import BatchRange
+
+if TYPE_CHECKING:
+    from tome_export.engine import Backend, EngineInfo
+    from tome_export.onnx.export import AttentionForm
+
+ATTENTION_SINCE = (10, 14)
+"""First TensorRT whose parser knows ONNX's Attention operator."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Which engine to build.
+
+    Attributes:
+        artifact: The artifact directory.
+        engine: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
+        options: Engine settings; their batch range is replaced by ``batch``.
+        batch: Optimisation profile; None for the artifact's own range.
+    """
+
+    artifact: Path
+    engine: str = "auto"
+    options: EngineOptions = field(default_factory=EngineOptions)
+    batch: BatchRange | None = None
+
+
+def add_engine(request: EngineRequest, progress: Progress | None = None) -> Artifact:
+    """Build an engine from an artifact's ONNX model and add it to the artifact.
+
+    Raises:
+        InputError: if the artifact is damaged, or the batch range outside that of its model.
+        MissingComponentError: if no engine can be built here.
+        ExportError: if the build fails; the artifact is then as it was.
+    """
+    progress = progress or Silent()
+    progress.stage("Verify the artifact")
+    artifact = Artifact.open(request.artifact.absolute())
+    selection = select(request.engine)
+    if selection.backend is None:
+        raise MissingComponentError(selection.line)
+    built = BatchRange.parse(artifact.manifest["batch"])
+    batch = request.batch or built
+    if batch.min < built.min or batch.max > built.max:
+        raise InputError(
+            f"batch range is {batch}; the artifact's model takes {built}, choose one inside it or "
+            "rebuild the artifact"
+        )
+    options = replace(request.options, batch=batch)
+    progress.stage(f"Build the {selection.backend.name} engine")
+    with tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder:
+        info = build_engine(selection.backend, artifact.path, options, progress, Path(folder))
+        engines = {**artifact.manifest["engines"], info.backend: info.to_dict()}
+        changes = {"engines": engines, "engine_note": selection.line}
+        return artifact.with_files(changes, {info.file: Path(folder) / info.file})
+
+
+def build_engine(
+    backend: Backend,
+    artifact: Path,
+    options: EngineOptions,
+    progress: Progress,
+    folder: Path | None = None,
+) -> EngineInfo:
+    """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself)."""
+    output = (folder or artifact) / backend.file_name
+    info = backend.build(artifact / MODEL, options, output, progress.detail)
+    for note in info.notes:
+        progress.detail(note)
+    return info
+
+
+def attention_form(backend: Backend | None) -> AttentionForm:
+    """The form of attention that a backend parses."""
+    if backend is None or backend.name != "tensorrt":
+        return "auto"
+    version = backend.availability().version or "0.0"
+    parts = tuple(int(part) for part in version.split(".")[:2])
+    return "auto" if parts >= ATTENTION_SINCE else "decomposed"

@@ -1,0 +1,116 @@
+"""What ``build.json`` says: everything later commands need, and what a colleague would ask."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import tome_export
+from tome_export.merge.schedule import LayerTokens
+from tome_export.spec import INPUT_NAME
+
+if TYPE_CHECKING:
+    from tome_export.models import LoadedModel
+    from tome_export.onnx.export import ExportOptions
+    from tome_export.patch import MergedModel
+
+PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxsim")
+
+
+def manifest_of(
+    loaded: LoadedModel, model: MergedModel, options: ExportOptions, engine_note: str
+) -> dict[str, Any]:
+    """The manifest of a build, before its files, engines and parity are known."""
+    recipe, weights = loaded.recipe, loaded.weights
+    merged, unmerged = model.macs(), model.macs(merged=False)
+    batch = options.batch.max if options.batch.is_static else "batch"
+    preprocessing = recipe.preprocessing.to_dict() | {"input_size": list(model.input_size)}
+    labels = recipe.label_names(output_width(model)) if recipe.output_name == "logits" else None
+    return {
+        "model": {
+            "name": recipe.name,
+            "family": recipe.family,
+            "timm_name": recipe.timm_name,
+            "description": recipe.description,
+            "weights": {**asdict(weights), "state_sha256": state_sha256(model)},
+            "random_weights": weights.kind == "random",
+        },
+        "merge": {
+            "schedule": str(model.settings.schedule),
+            "r": [layer.r for layer in model.layers],
+            "prop_attn": model.settings.prop_attn,
+            "prefix": model.prefix,
+            "class_token": model.class_token,
+            "merge_op": options.lowering,
+        },
+        "tokens": [layer.tokens_out for layer in model.layers],
+        "tokens_in": model.layers[0].tokens_in if model.layers else 0,
+        "layers": _layers(model),
+        "macs": {"merged": merged, "unmerged": unmerged, "ratio": unmerged / merged},
+        "precision": options.precision,
+        "batch": str(options.batch),
+        "input": {
+            "name": INPUT_NAME,
+            "dtype": "float32",
+            "shape": [batch, *model.input_size],
+        },
+        "output": {
+            "name": recipe.output_name,
+            "dtype": "float32",
+            "shape": [batch, *output_shape(model)],
+        },
+        "preprocessing": preprocessing,
+        "labels": list(labels) if labels else None,
+        "onnx": {
+            "opset": options.opset,
+            "attention": "fused" if options.fused_attention else "decomposed",
+        },
+        "engines": {},
+        "engine_note": engine_note,
+        "parity": None,
+        "versions": versions(),
+    }
+
+
+def _layers(model: MergedModel) -> list[dict[str, int]]:
+    first = model.layers[0].tokens_in if model.layers else 0
+    return [
+        {
+            **asdict(layer),
+            "macs": cost.macs(layer),
+            "macs_unmerged": cost.macs(LayerTokens(first, 0, first)),
+        }
+        for layer, cost in zip(model.layers, model.block_costs, strict=True)
+    ]
+
+
+def output_shape(model: MergedModel) -> tuple[int, ...]:
+    """Shape of the model's output for one image, found by running it on a meta tensor."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return tuple(model(torch.zeros(1, *model.input_size)).shape[1:])
+
+
+def output_width(model: MergedModel) -> int:
+    """Number of classes or features."""
+    return output_shape(model)[-1]
+
+
+def state_sha256(model: MergedModel) -> str:
+    """Digest of all weights by name, shape and value: the same for the same weights anywhere."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it used."""
+    found = {"tome-export": tome_export.__version__}
+    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    return found | {name: installed[name] for name in PACKAGES if name in installed}

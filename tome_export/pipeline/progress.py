@@ -1,0 +1,25 @@
+"""How long work tells where it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told of stages and what happens in them; implemented by the command line."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins; the one before it has ended."""
+
+    def detail(self, text: str) -> None:
+        """Something within the stage; may come from another thread."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def stage(self, title: str) -> None:
+        """Ignore."""
+
+    def detail(self, text: str) -> None:
+        """Ignore."""
