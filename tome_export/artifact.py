@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tome_export.errors import InputError
+from tome_export.errors import ExportError, InputError
 
 FORMAT = 1
 """Version of ``build.json``; raised when a reader of the old form would misread the new."""
@@ -72,16 +72,23 @@ class Artifact:
         Args:
             changes: Top-level manifest entries.
             files: File name in the artifact -> finished file to move there (same filesystem).
+
+        Raises:
+            InputError: if the artifact cannot be written (read-only, disk full).
         """
         manifest = {**self.manifest, **changes}
-        records = dict(manifest["files"])
-        for name, source in files.items():
-            records[name] = _record(source)
-            source.replace(self.path / name)
-        manifest["files"] = records
+        records = {name: _record(source) for name, source in files.items()}
+        manifest["files"] = {**manifest["files"], **records}
         draft = self.path / f".{MANIFEST}.partial"
-        draft.write_text(_dumps(manifest))
-        draft.replace(self.path / MANIFEST)
+        with writing_to(self.path):
+            try:
+                # What needs disk space comes first: when it runs out, the artifact is as it was.
+                draft.write_text(_dumps(manifest))
+                for name, source in files.items():
+                    source.replace(self.path / name)
+                draft.replace(self.path / MANIFEST)
+            finally:
+                draft.unlink(missing_ok=True)
         return Artifact(self.path, manifest)
 
 
@@ -149,14 +156,17 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         InputError: if the output exists (without ``force``), is not an artifact (with it), is
             being built by another process, or cannot be written (read-only, disk full).
     """
-    output = output.absolute()
-    _check_replaceable(output, force)
+    output = output.resolve() if output.is_dir() else output.absolute()
     partial = output.with_name(f".{output.name}.partial")
-    with _writing_to(output):
+    with writing_to(output):
+        _check_replaceable(output, force)
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(partial, output)
         try:
+            # Another build may have ended between the first look and the claim.
+            _check_replaceable(output, force)
             yield partial
+            _check_replaceable(output, force)
             _publish(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -202,19 +212,31 @@ def _claim(partial: Path, output: Path) -> int:
 
 
 def _publish(partial: Path, output: Path) -> None:
+    old = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
     if not output.exists():
         partial.rename(output)
         return
-    old = output.with_name(f".{output.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
     output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old)
+    try:
+        partial.rename(output)
+    except BaseException:
+        # An interrupt may come after the rename as well as before it.
+        if not output.exists():
+            old.rename(output)
+        raise
+    finally:
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _writing_to(output: Path) -> Iterator[None]:
-    """Say in one line why a directory cannot be written."""
+def writing_to(output: Path) -> Iterator[None]:
+    """Say in one line why a directory cannot be written.
+
+    Raises:
+        InputError: in place of the ``OSError`` that says so.
+    """
     reasons = {
         errno.ENOSPC: "no space is left on the device; free some or give another directory",
         errno.EDQUOT: "the disk quota is used up; free some space or give another directory",
@@ -226,7 +248,9 @@ def _writing_to(output: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as error:
-        if error.errno not in reasons:
+    except (OSError, ExportError) as error:
+        # A stage that failed for want of space says so as its cause.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in reasons:
             raise
-        raise InputError(f"cannot write {output}: {reasons[error.errno]}") from error
+        raise InputError(f"cannot write {output}: {reasons[cause.errno]}") from error

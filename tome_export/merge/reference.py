@@ -21,13 +21,14 @@ class ReferencePlan:
 
 def cosine_scores(metric: Sequence[Sequence[float]], prefix: int) -> dict[tuple[int, int], float]:
     """Cosine similarity of every allowed pair (even token, odd token), keyed by token index."""
-    norms = [math.sqrt(math.fsum(v * v for v in row)) for row in metric]
+    # The contract's bound, per vector: a zero vector scores 0.
+    norms = [max(math.sqrt(math.fsum(v * v for v in row)), 1e-12) for row in metric]
     scores = {}
     for a in range(0, len(metric), 2):
         for b in range(1, len(metric), 2):
             if a >= prefix and b >= prefix:
                 dot = math.fsum(p * q for p, q in zip(metric[a], metric[b], strict=True))
-                scores[a, b] = dot / max(norms[a] * norms[b], 1e-24)
+                scores[a, b] = dot / (norms[a] * norms[b])
     return scores
 
 

@@ -57,7 +57,10 @@ class Schedule:
         if isinstance(value, list):
             return cls(per_layer=tuple(value))
         if isinstance(value, tuple) and len(value) == 2:
-            return cls(r=value[0], inflect=float(value[1]))
+            r, inflect = value
+            if not isinstance(inflect, int | float):
+                raise InputError(f"inflection is {inflect!r}; expected a number from -1 to 1")
+            return cls(r=r, inflect=float(inflect))
         raise InputError(f"schedule is {value!r}; expected r, (r, inflection) or a list of r")
 
     @classmethod

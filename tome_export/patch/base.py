@@ -132,10 +132,9 @@ class MergedModel(nn.Module, ABC):
     def block_costs(self) -> tuple[BlockCost, ...]:
         """Cost per token of each block."""
 
-    @property
     @abstractmethod
-    def fixed_macs(self) -> int:
-        """MACs per image outside the blocks: patch embedding, pooling and head."""
+    def fixed_macs(self, tokens: int) -> int:
+        """MACs per image outside the blocks: patch embedding, pooling of ``tokens``, head."""
 
     @abstractmethod
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
@@ -152,7 +151,8 @@ class MergedModel(nn.Module, ABC):
         if not merged:
             first = layers[0].tokens_in if layers else 0
             layers = tuple(LayerTokens(first, 0, first) for _ in layers)
-        return total_macs(self.block_costs, layers, self.fixed_macs)
+        final = layers[-1].tokens_out if layers else self.prefix
+        return total_macs(self.block_costs, layers, self.fixed_macs(final))
 
     def merger(self, forced: Mapping[int, MergePlan] | None = None) -> Merger:
         """A fresh merger; ``forced`` plans, by layer, are applied instead of matching."""

@@ -31,6 +31,9 @@ class MergedVisionTransformer(MergedModel):
         name = model_name(model)
         self._forwards = tuple(block_forward(block, name) for block in model.blocks)
         _check_pooling(model, name)
+        height, width = model.patch_embed.img_size
+        # Kept, because token counts stay those of this size if timm's set_input_size comes later.
+        self._input_size = int(model.in_chans), int(height), int(width)
         prefix = int(model.num_prefix_tokens)
         tokens = int(model.patch_embed.num_patches) + prefix
         super().__init__(model, settings, len(model.blocks), tokens, prefix)
@@ -43,9 +46,7 @@ class MergedVisionTransformer(MergedModel):
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
-        model: Any = self.model
-        height, width = model.patch_embed.img_size
-        return int(model.in_chans), int(height), int(width)
+        return self._input_size
 
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:
@@ -53,20 +54,22 @@ class MergedVisionTransformer(MergedModel):
         model: Any = self.model
         return tuple(block_cost(block) for block in model.blocks)
 
-    @cached_property
-    def fixed_macs(self) -> int:
+    def fixed_macs(self, tokens: int) -> int:
         """MACs per image of patch embedding, pooling and head, as torch counts them."""
         model: Any = self.model
         from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
         counter = FlopCounterMode(display=False)
-        final = self.layers[-1].tokens_out if self.layers else self.prefix
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
+        # The counter follows parameters by their gradient functions, and knows no fused attention
+        # of the CPU.
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             parameter = next(model.parameters())
             kind = {"dtype": parameter.dtype, "device": parameter.device}
             model.patch_embed(torch.zeros((1, *self.input_size), **kind))
-            model.forward_head(torch.zeros((1, final, model.embed_dim), **kind))
+            model.forward_head(torch.zeros((1, tokens, model.embed_dim), **kind))
         return int(counter.get_total_flops()) // 2
 
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
@@ -77,7 +80,8 @@ class MergedVisionTransformer(MergedModel):
         for layer, (block, forward) in enumerate(zip(model.blocks, self._forwards, strict=True)):
             tokens = forward(block, tokens, self._bias(tokens), merger, layer)
         x = model.norm(tokens.x)
-        if tokens.size is None or model.global_pool == "token":
+        # Without pooling timm hands on every token, prefix included.
+        if tokens.size is None or model.global_pool in ("", "token"):
             return model.forward_head(x)  # type: ignore[no-any-return]
         return self._head(x, tokens.size)
 
@@ -99,8 +103,6 @@ class MergedVisionTransformer(MergedModel):
             if mask is not None:
                 mask = mask.expand(-1, -1, model.attn_pool.latent_len, -1)
             return model.attn_pool(x, attn_mask=mask)  # type: ignore[no-any-return]
-        if model.global_pool == "":
-            return x
         if model.global_pool == "max":
             return x.amax(dim=1)
         weight = (size / size.sum(dim=1, keepdim=True)).to(torch.promote_types(x.dtype, size.dtype))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import PARITY, Artifact, write_json
+from tome_export.artifact import PARITY, Artifact, write_json, writing_to
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.build import parity_summary
@@ -55,12 +55,14 @@ class CheckResult:
         accuracy: Top-1 on labelled sample images, ``unmerged`` (PyTorch, fp32) and ``merged``
             (the ONNX model on ONNX Runtime), where the recipe brings such images; else None.
         skipped: Backends that could not run here, with the reason.
+        unrecorded: Why the result is not in the artifact, as when that is read-only; else None.
     """
 
     artifact: Artifact
     reports: tuple[ParityReport, ...]
     accuracy: dict[str, Any] | None
     skipped: dict[str, str]
+    unrecorded: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -114,8 +116,13 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     if labelled is not None:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
         accuracy = _accuracy(model, exported, BatchRange.parse(manifest["batch"]), *labelled)
-    artifact = _record(artifact, reports)
-    return CheckResult(artifact, tuple(reports), accuracy, skipped)
+    unrecorded = None
+    try:
+        artifact = _record(artifact, reports)
+    # The verdict stands also where it cannot be written down, as on a read-only mount.
+    except InputError as error:
+        unrecorded = str(error)
+    return CheckResult(artifact, tuple(reports), accuracy, skipped, unrecorded)
 
 
 def _reference_model(artifact: Artifact, weights: str | None) -> tuple[MergedModel, Any]:
@@ -187,6 +194,10 @@ def _accuracy(
 
 def _record(artifact: Artifact, reports: list[ParityReport]) -> Artifact:
     draft = artifact.path / f".{PARITY}.partial"
-    write_json(draft, {"checks": [report.to_dict() for report in reports]})
     summary = parity_summary(min(reports, key=lambda report: report.passed))
-    return artifact.with_files({"parity": summary}, {PARITY: draft})
+    with writing_to(artifact.path):
+        try:
+            write_json(draft, {"checks": [report.to_dict() for report in reports]})
+            return artifact.with_files({"parity": summary}, {PARITY: draft})
+        finally:
+            draft.unlink(missing_ok=True)

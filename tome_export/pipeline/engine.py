@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tome_export.artifact import MODEL, Artifact
+from tome_export.artifact import MODEL, Artifact, writing_to
 from tome_export.engine import EngineOptions, select
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.pipeline.progress import Progress, Silent
@@ -42,7 +42,8 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
     """Build an engine from an artifact's ONNX model and add it to the artifact.
 
     Raises:
-        InputError: if the artifact is damaged, or the batch range outside that of its model.
+        InputError: if the artifact is damaged or cannot be written, or the batch range is outside
+            that of its model.
         MissingComponentError: if no engine can be built here.
         ExportError: if the build fails; the artifact is then as it was.
     """
@@ -61,7 +62,10 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         )
     options = replace(request.options, batch=batch)
     progress.stage(f"Build the {selection.backend.name} engine")
-    with tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder:
+    with (
+        writing_to(artifact.path),
+        tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder,
+    ):
         info = build_engine(selection.backend, artifact.path, options, progress, Path(folder))
         engines = {**artifact.manifest["engines"], info.backend: info.to_dict()}
         changes = {"engines": engines, "engine_note": selection.line}

@@ -1,0 +1,40 @@
+# Two commands set everything up on a machine that has Python 3.10 or later, make and a C compiler:
+#   make demo    build, check and measure the bundled model on its real test images
+#   make test    the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/vit_digits
+
+.PHONY: demo test lint format bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else "Python %d.%d found; tome-export needs 3.10 to 3.13: set PYTHON=" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev,rtx]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/tome-export build vit_digits --r 8 --fp16 --force --output $(OUT)
+	$(BIN)/tome-export check $(OUT)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/recipes.py
+	$(BIN)/python benchmarks/registry.py
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

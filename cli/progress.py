@@ -1,0 +1,120 @@
+"""Progress on standard error: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tome_export.cli.quiet import quiet
+from tome_export.cli.signals import raise_if_interrupted
+
+if TYPE_CHECKING:
+    from tome_export.cli.output import Terminal
+    from tome_export.pipeline.progress import Progress
+
+_STEPS = re.compile(r"(?P<text>.*): (?P<done>\d+)/(?P<total>\d+)")
+
+
+@contextlib.contextmanager
+def working(terminal: Terminal) -> Iterator[Progress]:
+    """Run a library call inside: its progress is shown, the noise of others is not."""
+    with quiet(debug=terminal.debug) as stream:
+        shown = Live if _is_live(stream) else Plain
+        with shown(stream, terminal.verbose) as progress:
+            yield progress
+
+
+def _is_live(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Plain:
+    """One line per stage; with ``verbose`` also what happens in it."""
+
+    def __init__(self, stream: TextIO, verbose: bool) -> None:
+        self._stream = stream
+        self._verbose = verbose
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.flush()
+
+    def stage(self, title: str) -> None:
+        """See ``Progress``."""
+        raise_if_interrupted()
+        self._stream.write(f"{title}\n")
+        self._stream.flush()
+
+    def detail(self, text: str) -> None:
+        """See ``Progress``."""
+        if self._verbose:
+            self._stream.write(f"  {text}\n")
+            self._stream.flush()
+
+
+class Live:
+    """A spinner, the stage, its steps and its time; ended stages stay as lines."""
+
+    def __init__(self, stream: TextIO, verbose: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self._console = Console(file=stream, highlight=False)
+        self._verbose = verbose
+        self._display = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            _steps_column(BarColumn)(bar_width=20),
+            TextColumn("[dim]{task.fields[elapsed]}"),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            get_time=time.monotonic,
+        )
+        self._task: Any = None
+        self._title = ""
+        self._since = 0.0
+
+    def __enter__(self) -> Live:
+        self._display.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end("✓" if kind is None else "✗")
+        self._display.stop()
+
+    def stage(self, title: str) -> None:
+        """See ``Progress``."""
+        raise_if_interrupted()
+        self._end("✓")
+        self._title, self._since = title, time.monotonic()
+        self._task = self._display.add_task(title, total=None, detail="", elapsed="")
+
+    def detail(self, text: str) -> None:
+        """See ``Progress``."""
+        if self._verbose:
+            self._console.print(f"  {text}", markup=False)
+        if self._task is None:
+            return
+        steps = _STEPS.fullmatch(text)
+        if steps is None:
+            self._display.update(self._task, detail=text)
+            return
+        done, total = int(steps["done"]), int(steps["total"])
+        self._display.update(self._task, detail=steps["text"], completed=done, total=total)
+
+    def _end(self, mark: str) -> None:
+        if self._task is None:
+            return
+        self._display.remove_task(self._task)
+        self._task = None
+        seconds = time.monotonic() - self._since
+        self._console.print(f"{mark} {self._title}  {seconds:.1f} s", markup=False)

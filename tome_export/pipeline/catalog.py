@@ -1,0 +1,144 @@
+"""``tome-export models``: the recipes and what merging does to each, without torch for the list."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tome_export.merge.macs import BlockCost, total_macs
+from tome_export.merge.schedule import LayerTokens, Schedule
+
+if TYPE_CHECKING:
+    from tome_export.models import Recipe
+
+WIDTH_DEPTH = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+"""Width and depth by the name of the size (ViT, arXiv 2010.11929, table 1; DeiT, table 1)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What token counts and MACs of a model follow from.
+
+    Attributes:
+        tokens: Tokens that enter the first block, prefix tokens included.
+        prefix: Class, distillation and register tokens.
+        depth: Number of blocks.
+        macs: Multiply-accumulates per image, unmerged.
+        macs_merged: The same with the recommended r.
+        layers: Token counts with the recommended r.
+    """
+
+    tokens: int
+    prefix: int
+    depth: int
+    macs: int
+    macs_merged: int
+    layers: tuple[LayerTokens, ...]
+
+
+def catalog() -> list[dict[str, Any]]:
+    """Every recipe in one row: name, model, sizes, recommended r and what it saves."""
+    from tome_export.models import RECIPES
+
+    return [_row(recipe, sizes_from_name(recipe)) for recipe in RECIPES.values()]
+
+
+def details(name: str) -> dict[str, Any]:
+    """All about one model; a name that is not a recipe's is built, without weights, to be counted.
+
+    Raises:
+        InputError: if there is no such model, or it cannot be patched.
+    """
+    from tome_export.models import RECIPES, resolve
+
+    recipe = resolve(name)
+    known = recipe.name in RECIPES
+    sizes = sizes_from_name(recipe) if known else sizes_from_model(recipe)
+    return {
+        **_row(recipe, sizes),
+        "aliases": list(recipe.aliases),
+        "prop_attn": recipe.prop_attn,
+        "recommended_r_source": recipe.r_source,
+        "layers": [asdict(layer) for layer in sizes.layers],
+        "preprocessing": recipe.preprocessing.to_dict(),
+        "weights": recipe.weights_source,
+        "licence": recipe.licence,
+    }
+
+
+def _row(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "timm_name": recipe.timm_name,
+        "input_size": list(recipe.preprocessing.input_size),
+        "tokens": sizes.tokens,
+        "prefix": sizes.prefix,
+        "depth": sizes.depth,
+        "macs": sizes.macs,
+        "recommended_r": recipe.recommended_r,
+        "macs_merged": sizes.macs_merged,
+        "macs_ratio": sizes.macs / sizes.macs_merged,
+        "output": recipe.output_name,
+        "description": recipe.description,
+    }
+
+
+def sizes_from_name(recipe: Recipe) -> Sizes:
+    """Sizes of a recipe, from the conventions of timm's names: needs neither torch nor timm.
+
+    Args:
+        recipe: One of ``RECIPES``; its ``timm_kwargs`` count before the name.
+    """
+    given = dict(recipe.timm_kwargs)
+    arch = recipe.timm_name.partition(".")[0]
+    size = re.search("|".join(WIDTH_DEPTH), arch)
+    patches = re.search(r"_patch(\d+)", arch)
+    if size is None or patches is None:
+        raise ValueError(f"{arch!r} does not follow timm's names <size>_patch<pixels>")
+    width, depth = WIDTH_DEPTH[size[0]]
+    width, depth = given.get("embed_dim", width), given.get("depth", depth)
+    pixels = given.get("patch_size", int(patches[1]))
+    registers = re.search(r"_reg(\d+)", arch)
+    heads = 2 if "_distilled_" in arch else 1
+    prefix = heads + (int(registers[1]) if registers else 0)
+    channels, height, image_width = recipe.preprocessing.input_size
+    grid = (height // pixels) * (image_width // pixels)
+    classes = given.get("num_classes", 1000) if recipe.output_name == "logits" else 0
+    fixed = grid * width * channels * pixels**2 + heads * width * classes
+    # Projections of q, k, v and output; scores and values; an MLP of four times the width.
+    cost = BlockCost(before=4 * width**2, attention=2 * width, after=8 * width**2)
+    tokens = grid + prefix
+    layers = Schedule(recipe.recommended_r).tokens(depth, tokens, prefix)
+    plain = [LayerTokens(tokens, 0, tokens)] * depth
+    costs = [cost] * depth
+    macs, merged = total_macs(costs, plain, fixed), total_macs(costs, layers, fixed)
+    return Sizes(tokens, prefix, depth, macs, merged, layers)
+
+
+def sizes_from_model(recipe: Recipe) -> Sizes:
+    """Sizes of any model, counted on its architecture without memory for its weights.
+
+    Raises:
+        InputError: if the model cannot be patched.
+    """
+    import torch
+    from timm import create_model
+
+    from tome_export.patch import patch
+
+    if recipe.factory is not None:
+        module = recipe.factory()
+    else:
+        with torch.device("meta"):
+            module = create_model(recipe.timm_name, **dict(recipe.timm_kwargs))
+    model = patch(module.eval(), Schedule(recipe.recommended_r))
+    tokens = model.layers[0].tokens_in if model.layers else model.prefix
+    return Sizes(
+        tokens=tokens,
+        prefix=model.prefix,
+        depth=len(model.layers),
+        macs=model.macs(merged=False),
+        macs_merged=model.macs(),
+        layers=model.layers,
+    )

@@ -1,0 +1,160 @@
+"""``tome-export doctor``: what this machine can do, found by trying, and what to install."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import tome_export
+from tome_export.engine import gpu
+from tome_export.engine.select import BACKENDS
+from tome_export.pipeline.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from tome_export.engine import Backend
+
+ROOM_BYTES = 4 << 30
+"""Free memory and disk below which a build of vit_b16 may fail."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        name: Of the component or ability.
+        ok: Whether it is there and works.
+        found: What was found, in one line.
+        fix: What to do for it; empty where nothing is to be done.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def survey(progress: Progress | None = None) -> list[Finding]:
+    """Look at everything a command may need; what is missing is a finding, never an error."""
+    progress = progress or Silent()
+    progress.stage("Look at the Python packages")
+    findings = [
+        Finding("tome-export", True, f"{tome_export.__version__}, Python {_python()}"),
+        _package("torch", "pip install torch", _torch),
+        _package("timm", "pip install timm torchvision"),
+        _package("onnx", "pip install onnx"),
+        _package("onnxscript", "pip install onnxscript"),
+        _package("onnxsim", "pip install onnxsim"),
+        _package("onnxruntime", "pip install 'tome-export[cpu]'", _onnxruntime),
+        _package("triton", "pip install triton (Linux; needed to compile plugin kernels)"),
+    ]
+    progress.stage("Look at GPUs and TensorRT")
+    report = gpu.detect()
+    needs = "" if report.gpus else "to run engines: a machine with an NVIDIA GPU and its driver"
+    findings.append(Finding("GPU", bool(report.gpus), report.reason, needs))
+    findings += [finding for backend in BACKENDS for finding in _backend(backend)]
+    progress.stage("Look at disk and memory")
+    return [*findings, _disk(), _memory()]
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {sys.platform} {platform.machine()}"
+
+
+def _package(
+    name: str, install: str, more: Callable[[ModuleType], str] | None = None
+) -> Finding:
+    """Import a package: a version number alone would not tell of a broken installation."""
+    title = "Triton language" if name == "triton" else name
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return Finding(title, False, "not installed", install)
+        return _broken(title, error, install)
+    # A package with a part missing or of the wrong build fails with any class while imported.
+    except Exception as error:
+        return _broken(title, error, install)
+    version = str(getattr(module, "__version__", None) or _version(name))
+    return Finding(title, True, version + (f", {more(module)}" if more else ""))
+
+
+def _broken(name: str, error: Exception, install: str) -> Finding:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return Finding(name, False, f"installed, but does not load: {reason}", f"repair: {install}")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _torch(torch: Any) -> str:
+    cuda = torch.version.cuda
+    if cuda is None:
+        return "CPU only"
+    return f"CUDA {cuda}, {'usable' if torch.cuda.is_available() else 'no usable GPU'}"
+
+
+def _onnxruntime(onnxruntime: Any) -> str:
+    return "providers " + ", ".join(onnxruntime.get_available_providers())
+
+
+def _backend(backend: Backend) -> list[Finding]:
+    findings = []
+    for verb, state in (("build", backend.can_build()), ("run", backend.can_run())):
+        found, _, fix = state.reason.rpartition(": ")
+        if state.available:
+            found, fix = state.reason, ""
+        findings.append(Finding(f"{backend.name}: {verb} engines", state.available, found, fix))
+    return findings
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    enough = free >= ROOM_BYTES
+    found = f"{free / 2**30:.1f} GiB free in the current folder"
+    return Finding("disk", enough, found, "" if enough else "free some: a build needs up to 4 GiB")
+
+
+def _memory() -> Finding:
+    available = _available_memory()
+    if available is None:
+        return Finding("memory", True, "free memory is not known on this system")
+    enough = available >= ROOM_BYTES
+    found = f"{available / 2**30:.1f} GiB available, {_cores()} CPU cores usable"
+    fix = "" if enough else "close programs: a build of vit_b16 needs up to 4 GiB"
+    return Finding("memory", enough, found, fix)
+
+
+def _available_memory() -> int | None:
+    """Bytes, by the kernel's estimate; a container's own limit counts where it is lower."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    if kib is None:
+        return None
+    available = int(kib) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
