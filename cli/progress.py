@@ -63,21 +63,26 @@ class Live:
 
     def __init__(self, stream: TextIO, verbose: bool) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         self._console = Console(file=stream, highlight=False)
         self._verbose = verbose
         self._display = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            _steps_column(BarColumn)(bar_width=20),
-            TextColumn("[dim]{task.fields[elapsed]}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
             console=self._console,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
-            get_time=time.monotonic,
         )
         self._task: Any = None
         self._title = ""
@@ -96,7 +101,7 @@ class Live:
         raise_if_interrupted()
         self._end("✓")
         self._title, self._since = title, time.monotonic()
-        self._task = self._display.add_task(title, total=None, detail="", elapsed="")
+        self._task = self._display.add_task(title, total=None, detail="")
 
     def detail(self, text: str) -> None:
         """See ``Progress``."""

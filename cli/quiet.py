@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 
@@ -30,8 +31,7 @@ def quiet(*, debug: bool) -> Iterator[TextIO]:
             stack.callback(own.close)
         sink: TextIO = own
         if not debug:
-            # A file, not a pipe: a pipe that nobody reads would block the writer when full.
-            sink = stack.enter_context(tempfile.TemporaryFile("w", errors="replace"))
+            sink = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.callback(logging.disable, logging.root.manager.disable)
@@ -58,8 +58,8 @@ def _own_stderr() -> TextIO:
 @contextlib.contextmanager
 def _descriptor(number: int, sink: TextIO) -> Iterator[None]:
     try:
-        saved = os.dup(number)
         target = sink.fileno()
+        saved = os.dup(number)
     except (OSError, io.UnsupportedOperation, AttributeError):
         yield  # closed by the caller, or nothing to lead to
         return
@@ -67,7 +67,12 @@ def _descriptor(number: int, sink: TextIO) -> Iterator[None]:
     try:
         yield
     finally:
-        # C's own buffer is emptied at exit at the earliest; what it holds then is not ours.
-        sys.stdout.flush()
+        _flush_c()
         os.dup2(saved, number)
         os.close(saved)
+
+
+def _flush_c() -> None:
+    """Empty C's own buffers while they still lead away; else they would appear at exit."""
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)

@@ -156,11 +156,11 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         InputError: if the output exists (without ``force``), is not an artifact (with it), is
             being built by another process, or cannot be written (read-only, disk full).
     """
-    output = output.resolve() if output.is_dir() else output.absolute()
-    partial = output.with_name(f".{output.name}.partial")
-    with writing_to(output):
+    with writing_to(output.absolute()):
+        output = output.resolve() if output.is_dir() else output.absolute()
+        partial = output.with_name(f".{output.name}.partial")
         _check_replaceable(output, force)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        _make(output.parent)
         lock = _claim(partial, output)
         try:
             # Another build may have ended between the first look and the claim.
@@ -171,6 +171,13 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError) as error:  # /proc, or a file of that name
+        raise InputError(f"cannot make the folder {folder}; give another directory") from error
 
 
 def _check_replaceable(output: Path, force: bool) -> None:

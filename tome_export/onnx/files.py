@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from tome_export.errors import ExportError, InputError
 
@@ -23,11 +26,15 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_BYTES) -> list[Path]:
     """Write the model, and its weights beside it when they exceed ``threshold`` bytes.
 
+    A file of weights left by an earlier save is removed. The model is not changed.
+
     Returns:
         The files written, model first.
     """
     data = path.with_name(path.name + ".data")
     external = weight_bytes(model) > threshold
+    # onnx appends to a data file that is there.
+    data.unlink(missing_ok=True)
     onnx.save(
         model,
         path,
@@ -36,6 +43,9 @@ def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_B
         location=data.name,
         size_threshold=1024,
     )
+    if external:
+        # onnx takes the weights out of the model it saves.
+        onnx.load_external_data_for_model(model, str(path.parent))
     return [path, data] if external else [path]
 
 
@@ -58,6 +68,7 @@ def check(path: Path) -> None:
 
     Raises:
         ExportError: if the model is not valid ONNX or a shape could not be inferred.
+        OSError: if the disk is full.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -67,6 +78,9 @@ def check(path: Path) -> None:
                 str(path), str(inferred), check_type=True, strict_mode=True, data_prop=True
             )
             graph = onnx.load(inferred, load_external_data=False).graph
+        except DecodeError as error:
+            # The writer, which is C++, says nothing of a full disk.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(inferred)) from error
         finally:
             inferred.unlink(missing_ok=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

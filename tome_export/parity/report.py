@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -158,8 +159,8 @@ class ParityReport:
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, verdict first."""
-        return {
+        """JSON-ready, verdict first; what is not a finite number becomes None."""
+        values = {
             "passed": self.passed,
             "failures": self.failures,
             "first_diverging_layer": self.first_diverging_layer,
@@ -168,3 +169,13 @@ class ParityReport:
             "defects": self.defects,
             **asdict(self),
         }
+        return {key: _finite(value) for key, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, the margin of an unsound plan, and no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,6 +31,7 @@ class MergedVisionTransformer(MergedModel):
         name = model_name(model)
         self._forwards = tuple(block_forward(block, name) for block in model.blocks)
         _check_pooling(model, name)
+        _check_patches(model, name)
         height, width = model.patch_embed.img_size
         # Kept, because token counts stay those of this size if timm's set_input_size comes later.
         self._input_size = int(model.in_chans), int(height), int(width)
@@ -110,11 +111,30 @@ class MergedVisionTransformer(MergedModel):
         return 0.5 * (x.amax(dim=1) + mean) if model.global_pool == "avgmax" else mean
 
 
+def _check_patches(model: Any, name: str) -> None:
+    """Refuse padding, whose tokens timm's own patch count leaves out."""
+    embed = model.patch_embed
+    pads = getattr(embed, "dynamic_img_pad", False)
+    if pads and any(side % patch for side, patch in zip(embed.img_size, embed.patch_size)):
+        raise InputError(
+            f"model {name} pads images of {embed.img_size} to whole patches of "
+            f"{embed.patch_size}, so its tokens cannot be counted; make it with an image size "
+            "divisible by the patch size"
+        )
+
+
 def _check_pooling(model: Any, name: str) -> None:
+    from timm.layers import AttentionPoolLatent
+
     if model.global_pool not in POOLS:
         raise InputError(
             f"global pooling {model.global_pool!r} of model {name} is not supported; "
             f"supported: {', '.join(repr(pool) for pool in POOLS)}"
+        )
+    if model.attn_pool is not None and type(model.attn_pool) is not AttentionPoolLatent:
+        raise InputError(
+            f"attention pooling class {type(model.attn_pool).__name__} of model {name} is not "
+            "supported; supported: AttentionPoolLatent"
         )
     if getattr(model.attn_pool, "pos_embed", None) is not None:
         raise InputError(

@@ -13,7 +13,7 @@ from tome_export.engine import EngineOptions, select
 from tome_export.errors import MissingComponentError, ParityError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
-from tome_export.pipeline.images import parity_images
+from tome_export.pipeline.images import BUILD_COUNT, parity_images
 from tome_export.pipeline.manifest import manifest_of
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import MergeOp, Precision
@@ -136,7 +136,7 @@ def _export_and_check(
     model = patch(loaded.module, schedule, prop_attn=prop_attn).eval()
     images = None
     if request.check:
-        images = parity_images(loaded.recipe, model.input_size, request.images)
+        images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)
 
     progress.stage(f"Export to ONNX, {request.precision}")
     options = ExportOptions(

@@ -67,6 +67,17 @@ def details(name: str) -> dict[str, Any]:
     }
 
 
+def recommended_r(name: str) -> int:
+    """Tokens to merge per layer where the user names no r.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    from tome_export.models import resolve
+
+    return int(resolve(name).recommended_r)
+
+
 def _row(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
     return {
         "name": recipe.name,

@@ -13,7 +13,7 @@ from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.build import parity_summary
 from tome_export.pipeline.engine_parity import EngineRunnerFactory
-from tome_export.pipeline.images import parity_images
+from tome_export.pipeline.images import CHECK_COUNT, parity_images
 from tome_export.pipeline.manifest import state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import BatchRange
@@ -88,7 +88,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     manifest = artifact.manifest
     progress.stage(f"Load {manifest['model']['name']}")
     model, recipe = _reference_model(artifact, request.weights)
-    images = parity_images(recipe, model.input_size, request.images)
+    images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT)
     exported = load(artifact.model_path)
     batch = BatchRange.parse(manifest["batch"])
     reports: list[ParityReport] = []
@@ -132,8 +132,15 @@ def _reference_model(artifact: Artifact, weights: str | None) -> tuple[MergedMod
     manifest = artifact.manifest
     recorded = manifest["model"]["weights"]
     kind, source = recorded["kind"], recorded["source"]
+    if weights is None and kind == "file":
+        weights = source.partition(";")[0]
+        if not Path(weights).is_file():
+            raise InputError(
+                f"the artifact was built from the weights file {weights}, which is not in the "
+                "current folder; give its path with --weights"
+            )
     if weights is None:
-        weights = {"random": "random", "file": source}.get(kind, "pretrained")
+        weights = "random" if kind == "random" else "pretrained"
     loaded = resolve(manifest["model"]["name"]).load(weights=weights, seed=recorded["seed"] or 0)
     merge = manifest["merge"]
     schedule = Schedule(per_layer=tuple(merge["r"]))

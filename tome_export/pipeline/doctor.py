@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ROOM_BYTES = 4 << 30
 """Free memory and disk below which a build of vit_b16 may fail."""
 
+NEEDS_GPU = "use a machine with an NVIDIA GPU and its driver"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -59,8 +61,8 @@ def survey(progress: Progress | None = None) -> list[Finding]:
     ]
     progress.stage("Look at GPUs and TensorRT")
     report = gpu.detect()
-    needs = "" if report.gpus else "to run engines: a machine with an NVIDIA GPU and its driver"
-    findings.append(Finding("GPU", bool(report.gpus), report.reason, needs))
+    found = bool(report.gpus)
+    findings.append(Finding("GPU", found, report.reason, "" if found else NEEDS_GPU))
     findings += [finding for backend in BACKENDS for finding in _backend(backend)]
     progress.stage("Look at disk and memory")
     return [*findings, _disk(), _memory()]
@@ -70,9 +72,7 @@ def _python() -> str:
     return f"{platform.python_version()} on {sys.platform} {platform.machine()}"
 
 
-def _package(
-    name: str, install: str, more: Callable[[ModuleType], str] | None = None
-) -> Finding:
+def _package(name: str, install: str, more: Callable[[ModuleType], str] | None = None) -> Finding:
     """Import a package: a version number alone would not tell of a broken installation."""
     title = "Triton language" if name == "triton" else name
     try:
@@ -84,7 +84,7 @@ def _package(
     # A package with a part missing or of the wrong build fails with any class while imported.
     except Exception as error:
         return _broken(title, error, install)
-    version = str(getattr(module, "__version__", None) or _version(name))
+    version = str(getattr(module, "__version__", None) or _version(name)).removeprefix("v")
     return Finding(title, True, version + (f", {more(module)}" if more else ""))
 
 
@@ -113,10 +113,12 @@ def _onnxruntime(onnxruntime: Any) -> str:
 
 def _backend(backend: Backend) -> list[Finding]:
     findings = []
+    installed = backend.availability()
     for verb, state in (("build", backend.can_build()), ("run", backend.can_run())):
-        found, _, fix = state.reason.rpartition(": ")
-        if state.available:
-            found, fix = state.reason, ""
+        found, fix = state.reason, "" if state.available else NEEDS_GPU
+        if not installed.available:
+            # Its reason ends with the command that installs it.
+            found, _, fix = installed.reason.rpartition(": ")
         findings.append(Finding(f"{backend.name}: {verb} engines", state.available, found, fix))
     return findings
 

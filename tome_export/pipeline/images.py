@@ -12,20 +12,26 @@ if TYPE_CHECKING:
     from tome_export.models import Recipe
     from tome_export.parity.decisions import Array
 
-DEFAULT_COUNT = 4
-"""Sample images when the user gives none."""
+BUILD_COUNT = 4
+"""Sample images that a build checks on when the user gives none."""
+
+CHECK_COUNT = 24
+"""Sample images for ``check``: all photographs that come along, with their mirror images."""
 
 LIMIT = 64
 """Most images taken from a user's folder."""
 
 
-def parity_images(recipe: Recipe, input_size: tuple[int, int, int], folder: Path | None) -> Array:
+def parity_images(
+    recipe: Recipe, input_size: tuple[int, int, int], folder: Path | None, count: int
+) -> Array:
     """Preprocessed images: the user's, or the recipe's samples.
 
     Args:
         recipe: Whose preprocessing to use.
         input_size: Channels, height and width the model takes.
         folder: Folder of images, or None.
+        count: Sample images to take where no folder is given.
 
     Returns:
         ``[B, C, H, W]`` float32.
@@ -38,7 +44,7 @@ def parity_images(recipe: Recipe, input_size: tuple[int, int, int], folder: Path
 
     recipe = replace(recipe, preprocessing=replace(recipe.preprocessing, input_size=input_size))
     if folder is None:
-        samples: Array = sample_pixels(recipe, DEFAULT_COUNT)
+        samples: Array = sample_pixels(recipe, count)
         return samples
     paths = find_images(folder)
     if not paths:

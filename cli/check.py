@@ -1,0 +1,67 @@
+"""``tome-export check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tome_export.cli.options import FILE, images_option, output_options
+from tome_export.cli.output import Terminal
+from tome_export.cli.progress import working
+from tome_export.cli.text import accuracy_lines, model_lines, parity_lines
+
+
+@click.command("check", short_help="Check parity again, here, on your images if given.")
+@click.argument("artifact", type=FILE)
+@images_option
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    metavar="ort-cpu|tensorrt|tensorrt-rtx",
+    help="Check this; repeatable.  [default: ort-cpu and every engine that can run here]",
+)
+@click.option(
+    "--weights", metavar="PATH", help="Where the weights are now, if not where they were."
+)
+@output_options
+@click.pass_obj
+def command(
+    terminal: Terminal,
+    artifact: Path,
+    images: Path | None,
+    backends: tuple[str, ...],
+    weights: str | None,
+) -> None:
+    """Check that ARTIFACT computes what PyTorch computes with the same weights."""
+    with working(terminal) as progress:
+        from tome_export.pipeline import CheckRequest, check
+        from tome_export.pipeline.build import ParityFailedError
+
+        result = check(CheckRequest(artifact, images, backends, weights), progress)
+    manifest = result.artifact.manifest
+    reports = [report.to_dict() for report in result.reports]
+    values = {
+        "artifact": str(result.artifact.path),
+        "model": manifest["model"]["name"],
+        "random_weights": manifest["model"]["random_weights"],
+        "passed": result.passed,
+        "reports": reports,
+        "accuracy": result.accuracy,
+        "skipped": result.skipped,
+        "unrecorded": result.unrecorded,
+    }
+    lines = model_lines(manifest)
+    for report in reports:
+        lines += ["", *parity_lines(report)]
+    lines += ["", *accuracy_lines(result.accuracy)]
+    lines += [f"Skipped {name}: {reason}" for name, reason in result.skipped.items()]
+    lines += [f"The result was not recorded: {result.unrecorded}"] if result.unrecorded else []
+    lines.append(f"{'Passed' if result.passed else 'FAILED'}: {result.artifact.path}")
+    failed = next((report for report in result.reports if not report.passed), None)
+    if failed is None or not terminal.json:
+        terminal.result(values, lines)
+    if failed is not None:
+        terminal.findings = values
+        raise ParityFailedError(failed)

@@ -1,0 +1,75 @@
+"""``tome-export models``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tome_export.cli.options import output_options
+from tome_export.cli.output import Terminal, fields, macs, table
+from tome_export.cli.progress import working
+
+HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "timm name")
+
+
+@click.command("models", short_help="List the models, or describe one.")
+@click.argument("name", required=False)
+@output_options
+@click.pass_obj
+def command(terminal: Terminal, name: str | None) -> None:
+    """List the models that have a recipe, or describe NAME.
+
+    r is the recommended number of tokens to merge per layer, MACs ratio what it saves.
+    """
+    with working(terminal):
+        from tome_export.pipeline.catalog import catalog, details
+
+        found = details(name) if name else catalog()
+    if isinstance(found, dict):
+        terminal.result(found, _details(found))
+        return
+    rows = [
+        (
+            model["name"],
+            _input(model),
+            model["tokens"],
+            model["depth"],
+            macs(model["macs"]),
+            model["recommended_r"],
+            f"{model['macs_ratio']:.2f}",
+            model["output"],
+            model["timm_name"],
+        )
+        for model in found
+    ]
+    lines = table(HEADERS, rows, "llrrrrrll")
+    more = "Also timm:<name> and module:function. One in detail: tome-export models NAME"
+    descriptions = fields([(model["name"], model["description"]) for model in found])
+    terminal.result({"models": found}, [*lines, "", *descriptions, "", more])
+
+
+def _input(model: dict[str, Any]) -> str:
+    return "x".join(map(str, model["input_size"]))
+
+
+def _details(model: dict[str, Any]) -> list[str]:
+    used = model["preprocessing"]
+    tokens = ", ".join(str(layer["tokens_out"]) for layer in model["layers"])
+    pairs = [
+        ("Name", ", ".join([model["name"], *model["aliases"]])),
+        ("Model", model["description"]),
+        ("timm name", model["timm_name"] or "none"),
+        ("Input", f"{_input(model)}, mean {used['mean']}, std {used['std']}"),
+        ("Resize", f"{used['interpolation']}, crop {used['crop_pct']:g}"),
+        ("Output", model["output"]),
+        ("Tokens", f"{model['tokens']}, {model['prefix']} of them prefix tokens"),
+        ("Depth", str(model["depth"])),
+        ("r", f"{model['recommended_r']} ({model['recommended_r_source']})"),
+        ("Merged", f"tokens after each layer {tokens}"),
+        ("MACs", f"{macs(model['macs'])}, merged {macs(model['macs_merged'])}"),
+        ("MACs ratio", f"{model['macs_ratio']:.2f}"),
+        ("Weights", model["weights"]),
+        ("Licence", model["licence"] or "not stated"),
+    ]
+    return fields(pairs)

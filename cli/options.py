@@ -1,0 +1,160 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tome_export.merge.schedule import INFLECTION
+from tome_export.spec import MERGE_OPS, BatchRange
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_SHIFT = {"m": 20, "g": 30}
+
+
+class Batch(click.ParamType):
+    """``MIN:OPT:MAX`` or one number."""
+
+    name = "MIN:OPT:MAX"
+
+    def convert(self, value: Any, _param: Any, _context: Any) -> BatchRange:
+        """See ``BatchRange.parse``."""
+        return value if isinstance(value, BatchRange) else BatchRange.parse(value)
+
+
+class Memory(click.ParamType):
+    """A size with its unit, such as ``512MiB`` or ``4GiB``, to bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, context: Any) -> int:
+        """Bytes; units are binary."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+)\s*([mg])(?:ib?|b)?", value.strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(
+                f"{value!r} is not a size with a unit, such as 512MiB or 4GiB", param, context
+            )
+        return int(found[1]) << _SHIFT[found[2].lower()]
+
+
+FILE = click.Path(path_type=Path)
+
+
+def _apply(*decorators: Decorator) -> Decorator:
+    return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+def _set_verbose(context: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        context.obj.verbose = True
+
+
+# main() looks for these two itself, because errors may come before options are parsed.
+output_options = _apply(
+    click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object."),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Show what happens within each stage.",
+    ),
+    click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show tracebacks and library output."
+    ),
+)
+
+engine_options = _apply(
+    click.option(
+        "--workspace",
+        "workspace_bytes",
+        type=Memory(),
+        help="Most scratch memory of the engine, such as 512MiB or 4GiB.",
+    ),
+    click.option(
+        "--optimization-level",
+        type=int,
+        metavar="0-5",
+        help="0 builds fastest, 5 searches longest.  [default: 3]",
+    ),
+    click.option(
+        "--timing-cache",
+        type=FILE,
+        metavar="FILE",
+        help="Tactic timings, read if there and written after the build (TensorRT).",
+    ),
+    click.option(
+        "--version-compatible",
+        is_flag=True,
+        help="The engine also runs on later TensorRT of the same major version.",
+    ),
+    click.option(
+        "--hardware-compatible",
+        is_flag=True,
+        help="The engine runs on every GPU from the Ampere generation on.",
+    ),
+    click.option(
+        "--compute-capability",
+        "compute_capabilities",
+        multiple=True,
+        metavar="X.Y",
+        help="Build for this GPU, such as 8.9, or current; repeatable (TensorRT-RTX).",
+    ),
+)
+
+engine_choice = click.option(
+    "--engine",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT where it and a GPU are, else TensorRT-RTX, else none.",
+)
+
+images_option = click.option(
+    "--images",
+    type=FILE,
+    metavar="FOLDER",
+    help="Check parity on these images.  [default: those that come along]",
+)
+
+model_options = _apply(
+    click.option("--r", type=int, help="Tokens to merge per layer.  [default: the model's own]"),
+    click.option(
+        "--schedule",
+        metavar="|".join([*INFLECTION, "12,10,8"]),
+        help="How r is spread over the layers, or r of each.  [default: constant]",
+    ),
+    click.option("--fp16", is_flag=True, help="Half precision."),
+    click.option("--bf16", is_flag=True, help="bfloat16."),
+    click.option("--fp32", is_flag=True, help="Single precision, the default."),
+    click.option(
+        "--weights",
+        default="pretrained",
+        show_default=True,
+        metavar="pretrained|random|PATH",
+        help="PATH: a .safetensors file, or a .pth file of tensors.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of random weights."),
+    click.option(
+        "--prop-attn/--no-prop-attn",
+        default=None,
+        help="Proportional attention.  [default: the model's own]",
+    ),
+    click.option(
+        "--batch",
+        type=Batch(),
+        default="1:8:32",
+        show_default=True,
+        help="Batch sizes; one number fixes it.",
+    ),
+    click.option("--merge-op", type=click.Choice(MERGE_OPS), default="auto", show_default=True),
+)

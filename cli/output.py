@@ -1,0 +1,83 @@
+"""Results on standard output: text for people, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Terminal:
+    """How to talk to whoever runs the command.
+
+    Attributes:
+        json: One JSON object on standard output instead of text.
+        debug: Show tracebacks and the output of third parties.
+        verbose: Show what happens within each stage.
+        findings: What the JSON object of a failure holds besides the error.
+    """
+
+    json: bool = False
+    debug: bool = False
+    verbose: bool = False
+    findings: dict[str, Any] = field(default_factory=dict)
+
+    def result(self, values: dict[str, Any], lines: Sequence[str]) -> None:
+        """Print a command's result in the form that was asked for."""
+        text = json.dumps(values, indent=2, ensure_ascii=False) if self.json else "\n".join(lines)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    def error(self, kind: str, message: str, exit_code: int) -> None:
+        """One line on standard error; with JSON also the object that is promised."""
+        if self.json:
+            failure = {"type": kind, "message": message, "exit_code": exit_code}
+            self.result({"error": failure, **self.findings}, ())
+        sys.stderr.write(f"Error: {message}\n")
+        sys.stderr.flush()
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str = "") -> list[str]:
+    """Lines of a table.
+
+    Args:
+        headers: One per column.
+        rows: Cells, shown with ``str``.
+        sides: ``l`` or ``r`` per column; all to the right, as for numbers, where it is empty.
+    """
+    cells = [list(map(str, row)) for row in (headers, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, sides or "r" * len(widths), strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of ``name  value``, values aligned."""
+    width = max(len(name) for name, _ in pairs)
+    return [f"{name.ljust(width)}  {value}".rstrip() for name, value in pairs]
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units as file managers show them."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def macs(count: int) -> str:
+    """Multiply-accumulates for people."""
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def percent(share: float) -> str:
+    """A share of one with as many decimals as it needs, at most two."""
+    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"

@@ -1,0 +1,87 @@
+"""From parsed options to what the pipeline takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from tome_export.merge.schedule import INFLECTION, Schedule
+from tome_export.spec import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    from tome_export.engine import EngineOptions
+    from tome_export.pipeline import BuildRequest
+
+__all__ = ["build_request", "engine_options_of", "precision_of"]
+
+
+def precision_of(given: dict[str, Any]) -> Precision:
+    """The one precision that was asked for; fp32 if none was.
+
+    Raises:
+        click.UsageError: if several were.
+    """
+    asked = [name for name in PRECISIONS if given[name]]
+    if len(asked) > 1:
+        raise click.UsageError(f"--{' and --'.join(asked)} exclude each other; give one")
+    return asked[0] if asked else get_args(Precision)[0]
+
+
+def engine_options_of(given: dict[str, Any], **more: Any) -> EngineOptions:
+    """Engine settings from ``options.engine_options``."""
+    from tome_export.engine import EngineOptions
+
+    names = (
+        "workspace_bytes",
+        "optimization_level",
+        "timing_cache",
+        "version_compatible",
+        "hardware_compatible",
+        "compute_capabilities",
+    )
+    return EngineOptions(**{name: given[name] for name in names}, **more)
+
+
+def build_request(model: str, precision: Precision, given: dict[str, Any]) -> BuildRequest:
+    """What ``tome-export build`` was asked for.
+
+    Raises:
+        InputError: if the schedule is not one, or the model unknown.
+    """
+    from tome_export.pipeline import BuildRequest
+
+    schedule = _schedule(model, given["r"], given["schedule"])
+    return BuildRequest(
+        model=model,
+        output=given["output"] or _default_output(model, schedule, precision),
+        schedule=schedule,
+        precision=precision,
+        engine_options=engine_options_of(given, batch=given["batch"]),
+        check=not given["no_check"],
+        **{
+            name: given[name]
+            for name in ("weights", "seed", "prop_attn", "merge_op", "engine", "images", "force")
+        },
+    )
+
+
+def _schedule(model: str, r: int | None, text: str | None) -> Schedule:
+    from tome_export.pipeline.catalog import recommended_r
+
+    text = text or "constant"
+    if r is None and text in INFLECTION:
+        r = recommended_r(model)
+    return Schedule.parse(text, r)
+
+
+def _default_output(model: str, schedule: Schedule, precision: Precision) -> Path:
+    """``./<model>-r<r>-<precision>``, with r as the schedule has it."""
+    if schedule.per_layer is not None:
+        r = "-".join(map(str, schedule.per_layer))
+    else:
+        name = str(schedule).split()[-1]
+        r = f"{schedule.r}" if name == "constant" else f"{schedule.r}-{name}"
+    return Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '_', model.strip())}-r{r}-{precision}")

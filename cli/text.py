@@ -1,0 +1,159 @@
+"""Manifests and parity reports as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tome_export.cli.output import fields, macs, percent, size, table
+
+RANDOM = (
+    "RANDOM WEIGHTS: this model has learned nothing; sizes, speed and parity are real, its "
+    "predictions mean nothing"
+)
+
+
+def artifact_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
+    """All a person wants to know of a build."""
+    return [
+        *model_lines(manifest),
+        "",
+        *layer_lines(manifest),
+        "",
+        *summary_lines(manifest["parity"]),
+        *engine_lines(manifest),
+        "",
+        *file_lines(manifest, path),
+    ]
+
+
+def warning_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """What must not be overlooked."""
+    return [RANDOM] if manifest["model"]["random_weights"] else []
+
+
+def model_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """Model, weights and how it merges."""
+    model, merge = manifest["model"], manifest["merge"]
+    weights = model["weights"]
+    prop_attn = "on" if merge["prop_attn"] else "off"
+    return [
+        *warning_lines(manifest),
+        *fields(
+            [
+                ("Model", f"{model['name']}: {model['description']}"),
+                ("Weights", f"{weights['kind']}: {weights['source']}"),
+                ("Merging", f"{merge['schedule']}, proportional attention {prop_attn}"),
+                ("Precision", manifest["precision"]),
+                ("Batch", manifest["batch"]),
+            ]
+        ),
+    ]
+
+
+def layer_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """Tokens, r and MACs of each layer, and the ratio."""
+    rows = [
+        (
+            index,
+            layer["tokens_in"],
+            layer["r"],
+            layer["tokens_out"],
+            macs(layer["macs_unmerged"]),
+            macs(layer["macs"]),
+        )
+        for index, layer in enumerate(manifest["layers"])
+    ]
+    total = manifest["macs"]
+    headers = ("layer", "tokens in", "r", "tokens out", "MACs unmerged", "MACs merged")
+    return [
+        *table(headers, rows),
+        f"MACs per image: {macs(total['unmerged'])} unmerged, {macs(total['merged'])} merged, "
+        f"ratio {total['ratio']:.2f}",
+    ]
+
+
+def summary_lines(parity: Mapping[str, Any] | None) -> list[str]:
+    """A parity report in short."""
+    if parity is None:
+        return ["Parity: not checked"]
+    output, led = parity["output"], parity["led_output"]
+    verdict = "passed" if parity["passed"] else "FAILED"
+    defects = parity["defects"]
+    explained = max(0, parity["disagreements"] - defects)
+    return [
+        f"Parity {verdict}: {parity['candidate']}, {parity['precision']}, {parity['images']} "
+        "images against PyTorch fp32",
+        f"  merge decisions {parity['decisions']}, disagreements {parity['disagreements']} "
+        f"({explained} explained by rounding, {defects} defects)",
+        f"  cosine {output['cosine']:.7f}, top-1 agreement {percent(output['top1_agreement'])}, "
+        f"output error {output['max_abs']:.2e}",
+        f"  output error on the reference's plans {led['max_abs']:.2e} of "
+        f"{parity['led_allowed']:.2e} allowed",
+    ]
+
+
+def parity_lines(report: Mapping[str, Any]) -> list[str]:
+    """A whole parity report, layer by layer."""
+    rows = [
+        (
+            layer["layer"],
+            layer["decisions"],
+            layer["disagreements"],
+            layer["defects"] + layer["op_defects"],
+            f"{layer['largest_margin']:.1e}",
+            f"{layer['margin_bound']:.1e}",
+            f"{layer['score_error']:.1e}",
+            f"{layer['score_error_allowed']:.1e}",
+            layer["images_diverged"],
+        )
+        for layer in report["layers"]
+    ]
+    headers = (
+        "layer",
+        "decisions",
+        "differ",
+        "defects",
+        "margin",
+        "bound",
+        "score error",
+        "allowed",
+        "images diverging",
+    )
+    failures = [f"  failed: {reason}" for reason in report["failures"]]
+    lines = table(headers, rows) if rows else ["no layer merges"]
+    return [*summary_lines(report), *failures, "", *lines]
+
+
+def engine_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """The engines, or why there is none."""
+    engines = manifest["engines"]
+    if not engines:
+        return [f"Engine: none; {manifest['engine_note']}"]
+    lines = []
+    for name, engine in engines.items():
+        targets = ", ".join(engine["targets"])
+        lines.append(
+            f"Engine: {engine['file']}, {name} {engine['version']}, batch {engine['batch']}, "
+            f"for compute capability {targets}, built in {engine['build_seconds']:.1f} s"
+        )
+        lines += [f"  {note}" for note in engine["notes"]]
+    return lines
+
+
+def file_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
+    """Files with their sizes, and where they are."""
+    rows = [(name, size(record["bytes"])) for name, record in manifest["files"].items()]
+    return [*table(("file", "size"), rows, "lr"), f"Artifact: {path}"]
+
+
+def accuracy_lines(accuracy: Mapping[str, Any] | None) -> list[str]:
+    """Top-1 on labelled images."""
+    if accuracy is None:
+        return []
+    return [
+        f"Top-1 on {accuracy['images']} labelled test images: unmerged "
+        f"{percent(accuracy['unmerged'])} (PyTorch fp32), merged {percent(accuracy['merged'])} "
+        "(ONNX Runtime CPU)"
+    ]
