@@ -17,7 +17,14 @@ SMALL = {"img_size": 64, "patch_size": 8, "num_classes": 10}
 """64 patches of 8 x 8 pixels."""
 
 
-def small_vit(name: str = "test_vit", *, seed: int = 0, small: bool = True, **kwargs: Any) -> Any:
+def small_vit(
+    name: str = "test_vit",
+    *,
+    seed: int = 0,
+    small: bool = True,
+    edit: Callable[[Any], None] = lambda _: None,
+    **kwargs: Any,
+) -> Any:
     """A timm model in eval mode, every parameter of which is drawn anew and matters.
 
     Values come from NumPy by the parameter's name, so that they do not hang on the order in which
@@ -28,6 +35,7 @@ def small_vit(name: str = "test_vit", *, seed: int = 0, small: bool = True, **kw
     import torch
 
     model = timm.create_model(name, **{**(SMALL if small else {}), **kwargs})
+    edit(model)
     with torch.no_grad():
         for parameter_name, value in model.named_parameters():
             rng = np.random.default_rng([seed, zlib.crc32(parameter_name.encode())])

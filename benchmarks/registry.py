@@ -1,0 +1,188 @@
+"""Which of timm's ViTs can be patched, and does r = 0 leave every one of them as it is?
+
+Takes every entry of timm's registry whose class is VisionTransformer or VisionTransformerDistilled,
+at reduced depth and width with live random weights, and compares the patched model at r = 0 with
+timm's own output. Prints one row per entry that does not pass, then the table; writes JSON rows to
+benchmarks/results/registry.json.
+
+    python benchmarks/registry.py [NAME_PART]
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+from tome_export.errors import InputError
+from tome_export.models.weights import wake_constants
+from tome_export.patch import patch
+
+RESULTS = Path(__file__).parent / "results" / "registry.json"
+TOLERANCE = 1e-6
+CLASSES = (VisionTransformer, VisionTransformerDistilled)
+HEAD_WIDTH = 32
+NARROW = {"embed_dim": 2 * HEAD_WIDTH, "num_heads": 2, "depth": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One registry entry.
+
+    Attributes:
+        name: Of the entry.
+        structure: Block, attention, MLP, pooling and prefix, as far as they differ.
+        verdict: ``equal``, ``refused`` or ``WRONG``.
+        reason: Why it was refused, or how far it is off.
+        relative_error: Largest difference over timm's largest absolute output; None if refused.
+    """
+
+    name: str
+    structure: str
+    verdict: str
+    reason: str
+    relative_error: float | None
+
+
+def class_of(name: str) -> type | None:
+    """The class an entry makes; None if it cannot be made without its weights."""
+    try:
+        with torch.device("meta"):
+            return type(timm.create_model(name))
+    # Families have many ways not to be made on the meta device; none of them is a plain ViT.
+    except Exception:
+        return None
+
+
+def candidates(part: str = "") -> list[str]:
+    """Entries that may be plain ViTs: those of the modules that make them."""
+    makers = ("vision_transformer", "vision_transformer_hybrid", "deit")
+    entry = timm.models.model_entrypoint
+    names = [n for n in timm.list_models() if part in n]
+    return [n for n in names if entry(n).__module__.rpartition(".")[2] in makers]
+
+
+def small(name: str) -> Any:
+    """The entry at reduced depth and width with live weights."""
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, **NARROW)
+    except AssertionError:
+        # A convolutional stem without projection gives the width; the depth is still free.
+        model = timm.create_model(name, depth=NARROW["depth"])
+    wake_constants(model)
+    return model.eval()
+
+
+def structure(model: Any) -> str:
+    """What sets a model apart, in one line."""
+    block = model.blocks[0]
+    parts = [type(block).__name__]
+    for role in ("attn", "mlp"):
+        if hasattr(block, role):
+            parts.append(type(getattr(block, role)).__name__)
+    parts.append(f"pool={model.global_pool or 'none'}")
+    parts.append(f"prefix={model.num_prefix_tokens}" + ("c" if model.has_class_token else ""))
+    return " ".join(parts)
+
+
+def compare(name: str) -> Row:
+    """One entry, r = 0 against timm."""
+    model = small(name)
+    kind = structure(model)
+    try:
+        merged = patch(model, 0)
+        patch(model, 8).macs()
+    except InputError as error:
+        return Row(name, kind, "refused", str(error), None)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(1, *merged.input_size, generator=generator)
+    with torch.no_grad():
+        expected, output = model(images), merged(images)
+    error = float((output - expected).abs().max() / expected.abs().max())
+    if output.shape == expected.shape and error <= TOLERANCE:
+        return Row(name, kind, "equal", "", error)
+    return Row(name, kind, "WRONG", f"relative error {error:.1e}", error)
+
+
+def environment() -> dict[str, Any]:
+    """What the rows were measured with."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "commit": commit or None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "driver": None,
+    }
+
+
+def sweep(part: str = "") -> list[Row]:
+    """Every entry of the two classes."""
+    rows = []
+    # Registry names that are deprecated warn that they are.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in candidates(part):
+            if class_of(name) in CLASSES:
+                row = compare(name)
+                rows.append(row)
+                if row.verdict != "equal":
+                    print(f"{row.verdict:8} {row.name}: {row.reason}", flush=True)
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Verdicts by structure, then in sum."""
+    kinds = sorted({row.structure for row in rows})
+    count = collections.Counter((row.structure, row.verdict) for row in rows)
+    lines = [f"{'structure':62} {'equal':>6} {'refused':>8} {'WRONG':>6}"]
+    lines += [
+        f"{kind:62} {count[kind, 'equal']:6} {count[kind, 'refused']:8} {count[kind, 'WRONG']:6}"
+        for kind in kinds
+    ]
+    total = collections.Counter(row.verdict for row in rows)
+    errors = [row.relative_error for row in rows if row.relative_error is not None]
+    lines.append(
+        f"{f'all {len(rows)}, largest error {max(errors, default=0.0):.1e}':62} "
+        f"{total['equal']:6} {total['refused']:8} {total['WRONG']:6}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    start = time.perf_counter()
+    rows = sweep(*sys.argv[1:2])
+    print(table(rows))
+    print(f"{time.perf_counter() - start:.0f} s")
+    RESULTS.parent.mkdir(exist_ok=True)
+    values = {**environment(), "tolerance": TOLERANCE, "rows": [asdict(row) for row in rows]}
+    if len(sys.argv) == 1:
+        RESULTS.write_text(json.dumps(values, indent=1) + "\n")
+    return int(any(row.verdict == "WRONG" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

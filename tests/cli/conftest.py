@@ -1,0 +1,109 @@
+"""The command line in this process, in a process of its own, and an artifact to try things on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tome_export.cli.main import main
+
+ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
+
+SMALL = ("build", "vit_digits", "--engine", "none")
+"""A build that takes a few seconds; with ``--no-check`` less."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON value and nothing else."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line of error that ends standard error."""
+        lines = [line for line in self.err.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.endswith(lines[0] + "\n"), self.err
+        assert "Traceback" not in self.err
+        return lines[0].removeprefix("Error: ")
+
+
+@pytest.fixture
+def run(capfd, tmp_path, monkeypatch) -> Callable[..., Ran]:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Ran:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
+    """Start the command line as a process of its own, in an empty folder with its own temp."""
+    (tmp_path / "tmp").mkdir()
+    started = []
+
+    def call(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENTRY, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Shells start background jobs, and so perhaps this test, with Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """An artifact of vit_digits, fp16, r = 8, without an engine; not to be changed."""
+    output = tmp_path_factory.mktemp("built") / "digits"
+    assert main([*SMALL, "--r", "8", "--fp16", "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def built_random(tmp_path_factory) -> Path:
+    """The same with random weights, fp32; not to be changed."""
+    output = tmp_path_factory.mktemp("built") / "random"
+    options = ["--r", "8", "--weights", "random", "--seed", "3"]
+    assert main([*SMALL, *options, "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def artifact(built, tmp_path) -> Path:
+    """A copy of ``built`` that may be changed."""
+    return Path(shutil.copytree(built, tmp_path / "artifact"))

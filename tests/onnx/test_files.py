@@ -1,0 +1,140 @@
+"""Writing, checking and loading model files, with external data above a lowered threshold."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tome_export.errors import ExportError, InputError
+from tome_export.onnx import files
+
+
+def add_model(count=4000, seed=0):
+    weight = np.random.default_rng(seed).standard_normal(count, dtype=np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [count])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [count])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+def run(source):
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.zeros(4000, np.float32)})[0]
+
+
+def test_small_models_are_one_file(tmp_path):
+    path = tmp_path / "model.onnx"
+    assert files.save(add_model(), path) == [path]
+    assert list(tmp_path.iterdir()) == [path]
+    files.check(path)
+
+
+def test_large_models_have_external_data(tmp_path):
+    path, model = tmp_path / "model.onnx", add_model()
+    written = files.save(model, path, threshold=1000)
+    assert written == [path, tmp_path / "model.onnx.data"]
+    assert written[1].stat().st_size == 16000
+    assert path.stat().st_size < 1000
+    files.check(path)
+    expected = numpy_helper.to_array(add_model().graph.initializer[0])
+    np.testing.assert_array_equal(run(str(path)), expected)
+    assert not files.load(path, weights=False).graph.initializer[0].raw_data
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(files.load(path).graph.initializer[0]), expected
+    )
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path):
+    model = add_model()
+    files.save(model, tmp_path / "model.onnx", threshold=1000)
+    tensor, fresh = model.graph.initializer[0], add_model().graph.initializer[0]
+    assert tensor.raw_data == fresh.raw_data
+    assert not tensor.external_data
+    assert tensor.data_location == fresh.data_location
+    assert run(model.SerializeToString()) is not None
+
+
+def test_saving_again_replaces_the_data(tmp_path):
+    path = tmp_path / "model.onnx"
+    for seed in (0, 1):
+        files.save(add_model(seed=seed), path, threshold=1000)
+    assert (tmp_path / "model.onnx.data").stat().st_size == 16000
+    np.testing.assert_array_equal(
+        run(str(path)), numpy_helper.to_array(add_model(seed=1).graph.initializer[0])
+    )
+    files.save(add_model(), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_serialized_gives_a_file_above_the_limit_and_keeps_the_weights(monkeypatch):
+    model = add_model()
+    with files.serialized(model) as source:
+        assert isinstance(source, bytes)
+    monkeypatch.setattr(files, "EXTERNAL_DATA_BYTES", 1000)
+    with files.serialized(model) as source:
+        assert isinstance(source, str)
+        loaded = run(source)
+    expected = numpy_helper.to_array(model.graph.initializer[0])
+    np.testing.assert_array_equal(loaded, expected)
+
+
+@pytest.mark.parametrize("content", [b"no model at all" * 9, b"\x08"])
+def test_unreadable_files_are_refused(tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.onnx is not a readable ONNX model"):
+        files.load(path)
+    with pytest.raises(InputError, match="rebuild the artifact"):
+        files.load(tmp_path / "nothing.onnx")
+
+
+def test_missing_data_is_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    files.save(add_model(), path, threshold=1000)[1].unlink()
+    with pytest.raises(InputError, match="not a readable ONNX model"):
+        files.load(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda g: g.node[0].input.__setitem__(1, "ghost"), "not valid ONNX"),
+        (lambda g: g.node[0].__setattr__("op_type", "Ad"), "not valid ONNX"),
+        (lambda g: g.output[0].type.tensor_type.__setattr__("elem_type", 10), "not valid ONNX"),
+    ],
+)
+def test_check_refuses_what_is_not_onnx(tmp_path, edit, message):
+    model = add_model()
+    edit(model.graph)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=message):
+        files.check(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_check_requires_every_shape(tmp_path):
+    """A custom operator without a body: its output's shape is anyone's guess."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Mystery", ["x"], ["m"], domain="elsewhere"),
+            helper.make_node("Identity", ["m"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("elsewhere", 1)]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
+    )
+    with pytest.raises(ExportError, match="no shape for 1 tensors, first 'm'"):
+        files.check(path)

@@ -1,0 +1,165 @@
+"""The function bodies on ONNX Runtime against the torch operators."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tome_export.merge import spec
+from tome_export.merge.ops import match, merge
+from tome_export.merge.spec import clamp_r
+from tome_export.onnx.export import OPSET
+from tome_export.onnx.functions import match_function, merge_function
+
+PREFIXES = [(0, False), (1, True), (2, True), (1, False), (4, False), (5, True)]
+LOWERINGS = ("index_add", "matmul")
+HALF = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+
+
+def session(nodes, inputs, outputs, functions):
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(spec.DOMAIN, spec.VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def value(name, kind, *shape):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def run_match(metric, r, prefix, class_token, fixed=True):
+    batch, tokens, width = metric.shape
+    node = helper.make_node(
+        spec.MATCH,
+        ["metric"],
+        spec.MATCH_OUTPUTS,
+        domain=spec.DOMAIN,
+        r=r,
+        prefix=prefix,
+        class_token=int(class_token),
+    )
+    inputs = [value("metric", TensorProto.FLOAT, "batch", tokens if fixed else "n", width)]
+    outputs = [value(name, TensorProto.INT32, "batch", None) for name in spec.MATCH_OUTPUTS]
+    made = session([node], inputs, outputs, [match_function(OPSET)])
+    return made.run(None, {"metric": metric.numpy()})
+
+
+def exact_metric(batch, tokens, seed):
+    """+-1 entries, 16 wide: every score is exact, most are tied."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.choice([-1.0, 1.0], size=(batch, tokens, 16)).astype(np.float32))
+
+
+def spread_metric(batch, tokens, seed):
+    return torch.from_numpy(
+        np.random.default_rng(seed).standard_normal((batch, tokens, 24), dtype=np.float32)
+    )
+
+
+@pytest.mark.parametrize("make", [exact_metric, spread_metric])
+@pytest.mark.parametrize(("prefix", "class_token"), PREFIXES)
+def test_match_is_torchs(prefix, class_token, make):
+    for tokens, wanted, batch in itertools.product((8, 9, 16, 17, 50), (1, 4, 1000), (1, 3)):
+        r = clamp_r(tokens, wanted, prefix)
+        if r == 0:
+            continue
+        metric = make(batch, tokens, seed=tokens + wanted)
+        for ours, theirs in zip(
+            match(metric, r, prefix, class_token), run_match(metric, r, prefix, class_token)
+        ):
+            assert theirs.dtype == np.int32
+            np.testing.assert_array_equal(theirs, ours.numpy())
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), [(2, 0), (3, 0), (3, 1), (4, 2), (7, 5), (8, 5)])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_match_of_the_fewest_tokens_that_can_merge(tokens, prefix, class_token):
+    metric = spread_metric(2, tokens, seed=tokens)
+    for ours, theirs in zip(
+        match(metric, 1, prefix, class_token), run_match(metric, 1, prefix, class_token)
+    ):
+        np.testing.assert_array_equal(theirs, ours.numpy())
+
+
+def test_match_body_takes_any_number_of_tokens():
+    for tokens in (12, 13):
+        metric = spread_metric(2, tokens, seed=tokens)
+        ours, theirs = match(metric, 3, 1, True), run_match(metric, 3, 1, True, fixed=False)
+        for a, b in zip(ours, theirs):
+            np.testing.assert_array_equal(b, a.numpy())
+
+
+def test_zero_and_duplicate_tokens():
+    metric = torch.zeros(2, 12, 16)
+    metric[1] = exact_metric(1, 1, seed=0).expand(1, 12, 16)
+    for class_token in (False, True):
+        for a, b in zip(match(metric, 3, 1, class_token), run_match(metric, 3, 1, class_token)):
+            np.testing.assert_array_equal(b, a.numpy())
+
+
+@cache
+def merge_session(lowering, precision, width):
+    node = helper.make_node(
+        spec.MERGE, spec.MERGE_INPUTS, ["x_out", "size_out"], domain=spec.DOMAIN
+    )
+    kind = HALF[precision]
+    inputs = [value("x", kind, "b", "n", width), value("size", TensorProto.FLOAT, "b", "n")]
+    inputs += [value("keep", TensorProto.INT32, "b", "k")]
+    inputs += [value(name, TensorProto.INT32, "b", "r") for name in ("src", "dst")]
+    outputs = [value("x_out", kind, "b", "k", width), value("size_out", TensorProto.FLOAT, "b", "k")]
+    return session([node], inputs, outputs, [merge_function(lowering, OPSET)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_merge_is_torchs(lowering, precision):
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    for (prefix, class_token), tokens, batch in itertools.product(PREFIXES, (9, 16, 33), (1, 3)):
+        rng = np.random.default_rng(tokens + prefix)
+        metric = exact_metric(batch, tokens, seed=tokens)
+        metric[:, 1::2] = metric[:, 1:2] if prefix < 2 else metric[:, 1::2]
+        plan = match(metric, clamp_r(tokens, 6, prefix), prefix, class_token)
+        x = torch.from_numpy(rng.standard_normal((batch, tokens, 5))).to(dtype)
+        size = torch.from_numpy(rng.integers(1, 60, (batch, tokens))).float()
+        expected, sizes = merge(x, size, plan)
+        feed = dict(zip(spec.MERGE_INPUTS, (part.numpy() for part in (x, size, *plan))))
+        merged, merged_size = merge_session(lowering, precision, 5).run(None, feed)
+        np.testing.assert_array_equal(merged_size, sizes.numpy())
+        assert merged.dtype == x.numpy().dtype
+        tolerance = 2e-6 if precision == "fp32" else 1e-3
+        np.testing.assert_allclose(merged, expected.numpy(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_merge_sums_are_fp32_for_fp16_tokens(lowering):
+    """2048 + 1 is 2048 in fp16."""
+    tokens = 18
+    keep = np.array([[0, *range(1, tokens, 2)]], np.int32)
+    src = np.array([[*range(2, tokens, 2)]], np.int32)
+    x = np.ones((1, tokens, 1), np.float16)
+    size = np.ones((1, tokens), np.float32)
+    x[0, 1], size[0, 1] = 3.0, 4096.0
+    feed = {"x": x, "size": size, "keep": keep, "src": src, "dst": np.ones_like(src)}
+    merged, sizes = merge_session(lowering, "fp16", 1).run(None, feed)
+    assert sizes[0, 1] == 4104.0
+    assert merged[0, 1, 0] == np.float16((3 * 4096 + 8) / 4104)
+
+
+def test_bodies_hold_standard_operators_only():
+    for function in (match_function(OPSET), *(merge_function(lo, OPSET) for lo in LOWERINGS)):
+        assert {node.domain for node in function.node} <= {""}
+        assert function.domain == spec.DOMAIN
+    used = {node.op_type for node in merge_function("matmul", OPSET).node}
+    assert not any("Scatter" in name for name in used), "TensorRT's parser refuses scatter-add"

@@ -1,0 +1,105 @@
+"""The instrumented twin: it shows every decision, can be led, and is otherwise the shipped graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tome_export.errors import InputError
+from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.twin import LEAD, twin_from_model
+from tome_export.spec import BatchRange
+
+BATCH = BatchRange(1, 4, 8)
+
+
+def session_of(proto):
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+@pytest.fixture
+def made(export, make_vit):
+    return export(make_vit, "test_vit", [7, 0, 9], ExportOptions(batch=BATCH))
+
+
+def run_twin(twin, images, plans, lead):
+    feed = {"pixel_values": images, LEAD: np.array(lead)}
+    for layer in twin.layers:
+        feed |= dict(zip(layer.given, plans[layer.layer]))
+    session = session_of(twin.model)
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feed)))
+
+
+def torch_plans(model, images):
+    with torch.no_grad():
+        output, trace = model.forward_traced(torch.from_numpy(images))
+    return output.numpy(), {s.layer: [p.numpy() for p in s.plan] for s in trace}, trace
+
+
+def test_twin_is_valid_and_the_original_is_not_changed(made):
+    before = made.proto.SerializeToString()
+    twin = twin_from_model(made.proto)
+    assert made.proto.SerializeToString() == before
+    onnx.checker.check_model(twin.model, full_check=True)
+    assert [layer.layer for layer in twin.layers] == [0, 2]
+    assert twin.layers[1].chosen == ("blocks.2.keep", "blocks.2.src", "blocks.2.dst")
+    assert twin.layers[1].metric == "blocks.2.metric"
+
+
+def test_free_twin_decides_and_answers_as_the_shipped_graph(made, make_images):
+    images = make_images(made.model, 4)
+    twin = twin_from_model(made.proto)
+    _, plans, trace = torch_plans(made.model, images)
+    # What is given must not matter.
+    nonsense = {layer: [np.zeros_like(p) for p in parts] for layer, parts in plans.items()}
+    results = run_twin(twin, images, nonsense, lead=False)
+    shipped = session_of(made.proto).run(None, {"pixel_values": images})[0]
+    np.testing.assert_allclose(results["logits"], shipped, rtol=1e-5, atol=1e-6)
+    for step in trace:
+        for name, part in zip(("keep", "src", "dst"), step.plan):
+            np.testing.assert_array_equal(results[f"blocks.{step.layer}.{name}"], part.numpy())
+        metric = results[f"blocks.{step.layer}.metric"]
+        np.testing.assert_allclose(metric, step.metric.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_led_twin_applies_the_given_plans_and_shows_its_own(made, make_images):
+    images, others = make_images(made.model, 3, seed=1), make_images(made.model, 3, seed=2)
+    twin = twin_from_model(made.proto)
+    _, plans, _ = torch_plans(made.model, others)
+    results = run_twin(twin, images, plans, lead=True)
+    forced = {
+        layer: type_plan(parts) for layer, parts in plans.items()
+    }
+    with torch.no_grad():
+        expected, trace = made.model.forward_traced(torch.from_numpy(images), forced)
+    np.testing.assert_allclose(results["logits"], expected.numpy(), rtol=1e-4, atol=1e-5)
+    for step in trace:
+        np.testing.assert_array_equal(results[f"blocks.{step.layer}.src"], step.chosen.src.numpy())
+    assert not np.array_equal(results["blocks.0.src"], plans[0][1])
+
+
+def type_plan(parts):
+    from tome_export.merge.plan import MergePlan
+
+    return MergePlan(*(torch.from_numpy(part) for part in parts))
+
+
+def test_unmerged_model_has_no_layers(export, make_vit):
+    made = export(make_vit, "test_vit", 0, ExportOptions(batch=BATCH))
+    twin = twin_from_model(made.proto)
+    assert twin.layers == ()
+    assert [i.name for i in twin.model.graph.input] == ["pixel_values"]
+
+
+@pytest.mark.parametrize("name", ["", "match_0", "blocks.x.match"])
+def test_foreign_names_are_refused(made, name):
+    proto = onnx.ModelProto()
+    proto.CopyFrom(made.proto)
+    next(n for n in proto.graph.node if n.op_type == "TomeMatch").name = name
+    with pytest.raises(InputError, match="expected 'blocks.<layer>.match'"):
+        twin_from_model(proto)

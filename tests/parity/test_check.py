@@ -1,0 +1,408 @@
+"""The parity check passes what is right and catches, with the layer named, what is not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from tome_export.errors import ExportError, InputError
+from tome_export.onnx import files
+from tome_export.onnx.build import onnx_from_model
+from tome_export.onnx.export import ExportOptions
+from tome_export.parity.check import check_parity
+from tome_export.parity.runners import OrtCpuRunner
+from tome_export.patch import patch
+from tome_export.spec import BatchRange
+
+BATCH = BatchRange(1, 4, 4)
+SCHEDULE = [9, 9, 0, 9]
+MODELS = {
+    "test_vit": {},
+    "test_vit2": {},
+    "test_vit3": {},
+    "deit_tiny_distilled_patch16_224": {"embed_dim": 64, "num_heads": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """``exported(make_vit, name, precision)``: the patched model and its file's content."""
+    made = {}
+
+    def get(make_vit, name="test_vit", precision="fp32", **kwargs):
+        key = (name, precision, *kwargs.items())
+        if key not in made:
+            model = patch(make_vit(name, depth=4, **MODELS[name], **kwargs), SCHEDULE)
+            path = tmp_path_factory.mktemp("parity") / "model.onnx"
+            options = ExportOptions(precision=precision, batch=BATCH)
+            onnx_from_model(model, path, options, "logits")
+            made[key] = model, path.read_bytes()
+        model, content = made[key]
+        return model, onnx.load_from_string(content)
+
+    return get
+
+
+def check(model, proto, images, precision="fp32", **options):
+    return check_parity(model, proto, images, precision, BATCH, **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_right_exports_pass(exported, make_vit, make_images, name, precision):
+    model, proto = exported(make_vit, name, precision)
+    report = check(model, proto, make_images(model, 6), precision)
+    assert report.failures == []
+    assert report.passed
+    assert report.defects == 0
+    assert [layer.layer for layer in report.layers] == [0, 1, 3]
+    prefix = model.prefix
+    for layer, tokens in zip(report.layers, (model.layers[i] for i in (0, 1, 3))):
+        even = sum(t % 2 == 0 for t in range(prefix, tokens.tokens_in))
+        assert layer.decisions == 6 * even
+        assert layer.passed
+        assert 0 < layer.score_error <= layer.score_error_allowed
+    if precision == "fp32":
+        assert report.disagreements == 0
+        assert report.first_diverging_layer is None
+        assert report.output.relative < 1e-5
+        assert report.output.top1_agreement == 1.0
+    assert report.led_output.cosine > {"fp32": 1 - 1e-9, "fp16": 0.9999, "bf16": 0.99}[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_flips_of_rounding_are_explained_and_shown(exported, make_vit, make_images, precision):
+    model, proto = exported(make_vit, "test_vit", precision)
+    report = check(model, proto, make_images(model, 24), precision)
+    assert report.passed, report.failures
+    assert report.disagreements > 0
+    assert report.first_diverging_layer is not None
+    for layer in report.layers:
+        assert layer.largest_margin <= layer.margin_bound
+        assert len(layer.examples) == min(20, layer.disagreements)
+        margins = [example.margin for example in layer.examples]
+        assert margins == sorted(margins, reverse=True)
+        assert margins[:1] == [layer.largest_margin][: len(margins)]
+    # Shown, not hidden: free-running, a flip moves the output further than rounding does.
+    assert report.output.max_abs >= report.led_output.max_abs
+
+
+def test_report_is_json(exported, make_vit, make_images):
+    model, proto = exported(make_vit, "test_vit", "bf16")
+    report = check(model, proto, make_images(model, 8), "bf16")
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["passed"] is True
+    assert values["disagreements"] == report.disagreements == sum(
+        layer["disagreements"] for layer in values["layers"]
+    )
+    assert next(iter(values)) == "passed"
+    example = next(e for layer in values["layers"] for e in layer["examples"])
+    assert set(example) == {"image", "token", "kind", "margin"}
+
+
+# --- seeded defects -------------------------------------------------------------------------
+
+
+def rewrite(proto, name, old, new):
+    """Replace one line of a function's text."""
+    (function,) = (f for f in proto.functions if f.name == name)
+    text = onnx.printer.to_text(function)
+    assert text.count(old) == 1, (old, text)
+    changed = onnx.parser.parse_function(text.replace(old, new))
+    function.CopyFrom(changed)
+
+
+def forget_sizes(proto):
+    """The plain mean of tokens, whatever they stand for."""
+    rewrite(proto, "TomeMerge", "own = Mul (x_keep, size_keep_c)", "own = Identity (x_keep)")
+    rewrite(
+        proto,
+        "TomeMerge",
+        "moved = MatMul (weights, x_src)",
+        "hits = Cast <to: int = 1> (hit)\n   moved = MatMul (hits, x_src)",
+    )
+    rewrite(
+        proto,
+        "TomeMerge",
+        "size_out_c = Unsqueeze (size_out, last)",
+        "others = ReduceSum <keepdims: int = 1> (hits, last)\n"
+        "   unit = CastLike (one, others)\n   size_out_c = Add (others, unit)",
+    )
+
+
+def drop_tokens(proto):
+    """Merged tokens vanish instead of being averaged in."""
+    rewrite(proto, "TomeMerge", "mean = Div (total, size_out_c)", "mean = Identity (x_keep)")
+
+
+def take_the_maximum(proto):
+    rewrite(
+        proto,
+        "TomeMerge",
+        "mean = Div (total, size_out_c)",
+        "average = Div (total, size_out_c)\n   mean = Max (average, x_keep)",
+    )
+
+
+def sizes_stay_one(proto):
+    rewrite(
+        proto, "TomeMerge", "size_out = Add (size_keep, received)", "size_out = Identity (size_keep)"
+    )
+
+
+def swap_the_last_pair(proto):
+    """The pair of rank r merges instead of that of rank r - 1."""
+    rewrite(
+        proto,
+        "TomeMatch",
+        "is_merged = Less (rows, r_)",
+        "is_before = Less (rows, r_)\n   r_less = Sub (r_, one)\n"
+        "   is_last = Equal (rows, r_less)\n   is_next = Equal (rows, r_)\n"
+        "   without = Xor (is_before, is_last)\n   is_merged = Or (without, is_next)",
+    )
+
+
+def merge_the_worst(proto):
+    rewrite(
+        proto,
+        "TomeMatch",
+        "value = Where (row_protected, lowest, value_all)",
+        "worst = Neg (value_all)\n   value = Where (row_protected, lowest, worst)",
+    )
+
+
+def merge_the_class_token(proto):
+    rewrite(
+        proto,
+        "TomeMatch",
+        "row_protected = Less (rows, pa)",
+        "row_protected = Less (rows, zero)",
+    )
+
+
+def forget_to_normalise(proto):
+    rewrite(
+        proto, "TomeMatch", "unit = Div (metric, norm_floor)", "unit = Identity (metric)"
+    )
+
+
+def round_scores(proto, kind):
+    rewrite(
+        proto,
+        "TomeMatch",
+        "scores = MatMul (a, b_t)",
+        f"exact = MatMul (a, b_t)\n   short = Cast <to: int = {kind}> (exact)\n"
+        "   scores = Cast <to: int = 1> (short)",
+    )
+
+
+def round_scores_to_eight_bits(proto):
+    round_scores(proto, onnx.TensorProto.BFLOAT16)
+
+
+def second_best_destination(proto):
+    """Off by one column."""
+    rewrite(
+        proto,
+        "TomeMatch",
+        "dst64 = Add (dst_b, offset)",
+        "beside = Sub (dst_b, one)\n   inside = Max (beside, zero)\n   dst64 = Add (inside, offset)",
+    )
+
+
+def break_stays_order(proto):
+    """Tokens that stay in rank order although there is a class token."""
+    rewrite(
+        proto,
+        "TomeMatch",
+        "stay_key = Where (by_position, rank_f, place_f)",
+        "stay_key = Identity (place_f)",
+    )
+
+
+# Layers 0, 1 and 3 merge. A wrong match shows in its own layer, in every layer. A wrong merge of
+# layer 0 shows first in the scores of layer 1 (the sizes that layer 0 starts from are all one).
+DEFECTS = {
+    forget_sizes: 3,
+    drop_tokens: 1,
+    take_the_maximum: 1,
+    sizes_stay_one: 1,
+    swap_the_last_pair: 0,
+    merge_the_worst: 0,
+    merge_the_class_token: 0,
+    forget_to_normalise: 0,
+    round_scores_to_eight_bits: 0,
+    second_best_destination: 0,
+    break_stays_order: 0,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda f: f.__name__)
+def test_wrong_functions_are_caught(exported, make_vit, make_images, defect, precision):
+    model, proto = exported(make_vit, "test_vit", precision)
+    defect(proto)
+    report = check(model, proto, make_images(model, 24), precision)
+    assert not report.passed
+    assert report.failures[0].startswith(f"layer {DEFECTS[defect]}: "), report.failures
+    failing = [layer.layer for layer in report.layers if not layer.passed]
+    assert failing[0] == DEFECTS[defect]
+
+
+def test_scores_of_ten_bits_are_caught(exported, make_vit, make_images):
+    """What TF32 would do to the scores: few decisions turn, each a defect of its own layer."""
+    model, proto = exported(make_vit)
+    round_scores(proto, onnx.TensorProto.FLOAT16)
+    report = check(model, proto, make_images(model, 24))
+    assert not report.passed
+    assert report.failures[0].startswith("layer 0: "), report.failures
+    assert 0 < report.layers[0].op_defects < 0.02 * report.layers[0].decisions
+
+
+def merged_sizes_log(proto, layer):
+    """The node that takes the logarithm of the sizes that ``layer`` hands on."""
+    (merge,) = (n for n in proto.graph.node if n.name == f"blocks.{layer}.merge")
+    return next(n for n in proto.graph.node if n.op_type == "Log" and n.input[0] == merge.output[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("after", "shows"), [(0, "layer 3: "), (1, "layer 3: "), (3, None)])
+def test_lost_log_size_bias(exported, make_vit, make_images, after, shows, precision):
+    """The bias is lost for the attention behind layer ``after``."""
+    model, proto = exported(make_vit, "test_vit", precision)
+    if shows is None:
+        # Behind the last layer no attention is left.
+        with pytest.raises(StopIteration):
+            merged_sizes_log(proto, after)
+        return
+    node = merged_sizes_log(proto, after)
+    node.op_type = "Sub"
+    node.input.append(node.input[0])
+    report = check(model, proto, make_images(model, 4), precision)
+    assert not report.passed
+    assert report.failures[0].startswith(shows), report.failures
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("block", "shows"), [(0, 1), (1, 3), (2, 3), (3, None)])
+def test_wrong_weight(exported, make_vit, make_images, block, shows, precision):
+    """One MLP's matrix 20 % too large."""
+    model, proto = exported(make_vit, "test_vit", precision)
+    name = first_mlp_matrix(proto, block)
+    (tensor,) = (t for t in proto.graph.initializer if t.name == name)
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array((values * 1.2).astype(values.dtype), tensor.name))
+    report = check(model, proto, make_images(model, 4), precision)
+    assert not report.passed
+    wanted = "output error" if shows is None else f"layer {shows}: score error"
+    assert any(failure.startswith(wanted) for failure in report.failures), report.failures
+    layers = [layer.layer for layer in report.layers if not layer.passed]
+    assert layers[:1] == ([] if shows is None else [shows])
+
+
+def first_mlp_matrix(proto, block):
+    """By order, because the exporter renames what it transposes: per block qkv, fc1 and fc2."""
+    wide = {t.name for t in proto.graph.initializer if sorted(t.dims) == [64, 192]}
+    read = dict.fromkeys(name for node in proto.graph.node for name in node.input if name in wide)
+    assert len(read) == 3 * 4
+    return list(read)[3 * block + 1]
+
+
+def test_nan_is_caught(exported, make_vit, make_images):
+    model, proto = exported(make_vit)
+    tensor = next(t for t in proto.graph.initializer if list(t.dims) == [64])
+    values = numpy_helper.to_array(tensor).copy()
+    values[0] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    report = check(model, proto, make_images(model, 2))
+    assert not report.passed
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_unsound_plans_are_reported_as_json_too(exported, make_vit, make_images):
+    model, proto = exported(make_vit)
+    merge_the_class_token(proto)
+    report = check(model, proto, make_images(model, 24))
+    assert any(math.isinf(layer.largest_margin) for layer in report.layers)
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["passed"] is False
+
+
+def test_defect_of_the_shipped_graph_that_the_twin_lacks(exported, make_vit, make_images):
+    """A runtime may treat the two graphs differently: then the twin proves nothing."""
+    model, proto = exported(make_vit)
+
+    class Biased(OrtCpuRunner):
+        def infer(self, inputs):
+            results = super().infer(inputs)
+            if set(results) == {"logits"}:
+                results["logits"] = results["logits"] + 0.01
+            return results
+
+    report = check(model, proto, make_images(model, 3), runner_factory=Biased)
+    assert [f for f in report.failures if "instrumented twin" in f] == report.failures != []
+
+
+def test_wrong_reference_precision_is_not_forgiven(exported, make_vit, make_images):
+    """A bf16 graph held to fp32's error."""
+    model, proto = exported(make_vit, "test_vit", "bf16")
+    assert not check(model, proto, make_images(model, 4), "fp32").passed
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 9])
+def test_any_number_of_images(exported, make_vit, make_images, count):
+    model, proto = exported(make_vit)
+    report = check(model, proto, make_images(model, count))
+    assert report.passed
+    assert report.images == count
+
+
+def test_images_are_not_mixed_up(exported, make_vit, make_images):
+    """Nine images in batches of four, the last batch padded: each against its own reference."""
+    model, proto = exported(make_vit)
+    images = make_images(model, 9)
+    order = []
+
+    class Recorder(OrtCpuRunner):
+        def infer(self, inputs):
+            order.append(len(inputs["pixel_values"]))
+            return super().infer(inputs)
+
+    assert check(model, proto, images, runner_factory=Recorder).passed
+    assert set(order) == {4}
+
+
+def test_no_images_are_refused(exported, make_vit):
+    model, proto = exported(make_vit)
+    with pytest.raises(InputError, match="no image to check parity on"):
+        check(model, proto, np.zeros((0, 3, 64, 64), np.float32))
+
+
+def test_unmerged_model(make_vit, make_images, tmp_path):
+    model = patch(make_vit(depth=1), 0)
+    path = tmp_path / "model.onnx"
+    onnx_from_model(model, path, ExportOptions(precision="fp16", batch=BATCH), "logits")
+    report = check(model, onnx.load(path), make_images(model, 2), "fp16")
+    assert report.passed, report.failures
+    assert report.layers == ()
+
+
+def test_external_data_goes_through_the_whole_check(
+    exported, make_vit, make_images, monkeypatch
+):
+    """As above 2 GB: the shipped graph and its twin are each loaded from a file."""
+    model, proto = exported(make_vit)
+    monkeypatch.setattr(files, "EXTERNAL_DATA_BYTES", 10_000)
+    assert check(model, proto, make_images(model, 2)).passed
+
+
+def test_a_runtime_that_refuses_is_one_error(exported, make_vit, make_images):
+    model, proto = exported(make_vit)
+    proto.graph.node.append(helper.make_node("Nonsense", ["pixel_values"], ["nothing"]))
+    with pytest.raises(ExportError, match="onnxruntime .* cannot load the model"):
+        check(model, proto, make_images(model, 1))

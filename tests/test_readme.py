@@ -1,0 +1,56 @@
+"""The README's commands and code run as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def test_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 5
+    assert all(line.startswith("tome-export ") for line in COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all commands: a later one uses what an earlier one made."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.xdist_group("readme")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_runs(line: str, folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tome_export.cli", *shlex.split(line)[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code: str, folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "181, 165" in run.stdout
