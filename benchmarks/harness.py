@@ -19,7 +19,7 @@ PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "tensorrt-rtx", "tensorrt", 
 
 
 def environment() -> dict[str, Any]:
-    """Commit, hardware and library versions, for every row."""
+    """Commit, hardware and library versions, for every file of rows."""
     installed = {d.name: d.version for d in metadata.distributions() if d.name}
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
@@ -76,9 +76,11 @@ def percentiles(values: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows, each with its environment, to ``benchmarks/results/<name>.json``."""
+    """Write rows under their environment to ``benchmarks/results/<name>.json``, a row a line."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    here = environment()
-    path.write_text(json.dumps([{**row, **here} for row in rows], indent=1) + "\n")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text(
+        f'{{"environment": {json.dumps(environment(), indent=1)},\n "rows": [\n{lines}\n]}}\n'
+    )
     return path

@@ -11,20 +11,15 @@ benchmarks/results/registry.json.
 from __future__ import annotations
 
 import collections
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
+from harness import write_rows
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
@@ -32,7 +27,6 @@ from tome_export.errors import InputError
 from tome_export.models.weights import wake_constants
 from tome_export.patch import patch
 
-RESULTS = Path(__file__).parent / "results" / "registry.json"
 TOLERANCE = 1e-6
 CLASSES = (VisionTransformer, VisionTransformerDistilled)
 HEAD_WIDTH = 32
@@ -69,11 +63,11 @@ def class_of(name: str) -> type | None:
 
 
 def candidates(part: str = "") -> list[str]:
-    """Entries that may be plain ViTs: those of the modules that make them."""
-    makers = ("vision_transformer", "vision_transformer_hybrid", "deit")
+    """Entries that may be plain ViTs: those of the modules that know one of the classes."""
+    modules = [(name, vars(module)) for name, module in sys.modules.items()]
+    makers = {name for name, known in modules if known.get("VisionTransformer") is CLASSES[0]}
     entry = timm.models.model_entrypoint
-    names = [n for n in timm.list_models() if part in n]
-    return [n for n in names if entry(n).__module__.rpartition(".")[2] in makers]
+    return [n for n in timm.list_models() if part in n and entry(n).__module__ in makers]
 
 
 def small(name: str) -> Any:
@@ -91,13 +85,10 @@ def small(name: str) -> Any:
 def structure(model: Any) -> str:
     """What sets a model apart, in one line."""
     block = model.blocks[0]
-    parts = [type(block).__name__]
-    for role in ("attn", "mlp"):
-        if hasattr(block, role):
-            parts.append(type(getattr(block, role)).__name__)
-    parts.append(f"pool={model.global_pool or 'none'}")
-    parts.append(f"prefix={model.num_prefix_tokens}" + ("c" if model.has_class_token else ""))
-    return " ".join(parts)
+    inner = [getattr(block, role) for role in ("attn", "mlp") if hasattr(block, role)]
+    parts = [type(module).__name__ for module in (model.patch_embed, block, *inner)]
+    prefix = f"prefix={model.num_prefix_tokens}" + ("c" if model.has_class_token else "")
+    return " ".join([*parts, f"pool={model.global_pool or 'none'}", prefix])
 
 
 def compare(name: str) -> Row:
@@ -117,26 +108,6 @@ def compare(name: str) -> Row:
     if output.shape == expected.shape and error <= TOLERANCE:
         return Row(name, kind, "equal", "", error)
     return Row(name, kind, "WRONG", f"relative error {error:.1e}", error)
-
-
-def environment() -> dict[str, Any]:
-    """What the rows were measured with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    return {
-        "commit": commit or None,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "driver": None,
-    }
 
 
 def sweep(part: str = "") -> list[Row]:
@@ -177,10 +148,8 @@ def main() -> int:
     rows = sweep(*sys.argv[1:2])
     print(table(rows))
     print(f"{time.perf_counter() - start:.0f} s")
-    RESULTS.parent.mkdir(exist_ok=True)
-    values = {**environment(), "tolerance": TOLERANCE, "rows": [asdict(row) for row in rows]}
     if len(sys.argv) == 1:
-        RESULTS.write_text(json.dumps(values, indent=1) + "\n")
+        print(write_rows("registry", [{**asdict(row), "tolerance": TOLERANCE} for row in rows]))
     return int(any(row.verdict == "WRONG" for row in rows))
 
 

@@ -36,6 +36,16 @@ def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedMo
     return _pretrained(recipe)
 
 
+def architecture(recipe: Recipe) -> nn.Module:
+    """The recipe's model without memory for its weights, to be counted and looked at."""
+    import torch
+
+    if recipe.factory is not None:
+        return recipe.factory().eval()
+    with torch.device("meta"):
+        return _create(recipe).eval()
+
+
 def _random(recipe: Recipe, seed: int, depth: int | None) -> LoadedModel:
     import torch
 

@@ -106,7 +106,11 @@ def imports_of(path: Path, module: str) -> Iterator[Import]:
             # ``from a import b`` may import the module a.b.
             return [f"{base}.{alias.name}" for alias in node.names]
         call = node if isinstance(node, ast.Call) else None
-        if call and ast.unparse(call.func) in ("import_module", "importlib.import_module", "__import__"):
+        if call and ast.unparse(call.func) in (
+            "import_module",
+            "importlib.import_module",
+            "__import__",
+        ):
             return [a.value for a in call.args[:1] if isinstance(a, ast.Constant)]
         return []
 
@@ -199,7 +203,8 @@ def test_importing_does_not_pull_heavy_packages(target):
 
 @pytest.mark.parametrize("name", ["cli", "plugins"])
 def test_top_level_folders_are_not_global_names(name, tmp_path):
-    code = f"import importlib.util as u; print(u.find_spec({name!r}), u.find_spec('tome_export.{name}'))"
+    names = f"{name!r}, 'tome_export.{name}'"
+    code = f"import importlib.util as u; print(*(u.find_spec(n) for n in ({names})))"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout

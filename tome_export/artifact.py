@@ -113,10 +113,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write ``build.json`` with the size and sha256 of every other file in the folder."""
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write ``build.json`` with the size and sha256 of every other file in the folder.
+
+    Returns:
+        What was written.
+    """
     files = {f.name: _record(f) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
-    (folder / MANIFEST).write_text(_dumps({"format": FORMAT, **manifest, "files": files}))
+    whole = {"format": FORMAT, **manifest, "files": files}
+    (folder / MANIFEST).write_text(_dumps(whole))
+    # As a reader will find it: tuples are lists.
+    written: dict[str, Any] = json.loads(_dumps(whole))
+    return written
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

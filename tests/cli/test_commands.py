@@ -15,7 +15,7 @@ import pytest
 from tome_export.cli import text
 from tome_export.engine.select import BACKENDS
 from tome_export.models import RECIPES
-from tome_export.pipeline.images import DEFAULT_COUNT
+from tome_export.pipeline.images import BUILD_COUNT
 
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
 
@@ -24,7 +24,7 @@ def test_build_prints_what_the_manifest_holds(run, tmp_path):
     ran = run("build", "vit_digits", "--r", "8", "--fp16", "-o", "out", "--engine", "none")
     assert ran.code == 0
     assert ran.err == (
-        f"Load vit_digits\nExport to ONNX, fp16\nCheck parity on {DEFAULT_COUNT} images\n"
+        f"Load vit_digits\nExport to ONNX, fp16\nCheck parity on {BUILD_COUNT} images\n"
         "Write the artifact\n"
     )
     lines = ran.out.splitlines()

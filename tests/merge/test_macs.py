@@ -18,7 +18,10 @@ MODELS = {
     "map": ("test_vit3", {}),
     "distilled": ("deit_tiny_distilled_patch16_224", {"embed_dim": 64, "depth": 3, "num_heads": 2}),
     "swiglu": ("vit_small_patch14_reg4_dinov2", {"embed_dim": 64, "depth": 3, "num_heads": 2}),
-    "parallel things": ("vit_small_patch16_18x2_224", {"embed_dim": 64, "depth": 3, "num_heads": 2}),
+    "parallel things": (
+        "vit_small_patch16_18x2_224",
+        {"embed_dim": 64, "depth": 3, "num_heads": 2},
+    ),
     "parallel scaling": ("test_vit", {"block_fn": vit.ParallelScalingBlock}),
     "differential": ("test_vit", {"attn_layer": "diff"}),
 }

@@ -86,5 +86,5 @@ def test_export_keeps_each_step_one_node_for_any_batch():
 def test_op_is_the_index_add_lowering():
     plan = match(tokens(2, 12, 8), 4, 1, True)
     x, size = tokens(2, 12, 3, seed=1), torch.full((2, 12), 2.0)
-    for ours, lowering in zip(merge(x, size, plan), merge_index_add(x, size, plan)):
+    for ours, lowering in zip(merge(x, size, plan), merge_index_add(x, size, plan), strict=True):
         assert torch.equal(ours, lowering)

@@ -92,7 +92,9 @@ def test_norm_bound_is_per_vector():
 def test_match_ignores_length(scale):
     metric = normal((2, 20, 8), seed=1).float()
     lengths = torch.linspace(0.5, 2.0, 20)[:, None]
-    for a, b in zip(match(metric, 6, 1, True), match(metric * lengths * scale, 6, 1, True)):
+    for a, b in zip(
+        match(metric, 6, 1, True), match(metric * lengths * scale, 6, 1, True), strict=True
+    ):
         assert torch.equal(a, b)
 
 

@@ -40,7 +40,7 @@ def value(name, kind, *shape):
 
 
 def run_match(metric, r, prefix, class_token, fixed=True):
-    batch, tokens, width = metric.shape
+    _, tokens, width = metric.shape
     node = helper.make_node(
         spec.MATCH,
         ["metric"],
@@ -77,7 +77,9 @@ def test_match_is_torchs(prefix, class_token, make):
             continue
         metric = make(batch, tokens, seed=tokens + wanted)
         for ours, theirs in zip(
-            match(metric, r, prefix, class_token), run_match(metric, r, prefix, class_token)
+            match(metric, r, prefix, class_token),
+            run_match(metric, r, prefix, class_token),
+            strict=False,
         ):
             assert theirs.dtype == np.int32
             np.testing.assert_array_equal(theirs, ours.numpy())
@@ -88,7 +90,9 @@ def test_match_is_torchs(prefix, class_token, make):
 def test_match_of_the_fewest_tokens_that_can_merge(tokens, prefix, class_token):
     metric = spread_metric(2, tokens, seed=tokens)
     for ours, theirs in zip(
-        match(metric, 1, prefix, class_token), run_match(metric, 1, prefix, class_token)
+        match(metric, 1, prefix, class_token),
+        run_match(metric, 1, prefix, class_token),
+        strict=False,
     ):
         np.testing.assert_array_equal(theirs, ours.numpy())
 
@@ -97,7 +101,7 @@ def test_match_body_takes_any_number_of_tokens():
     for tokens in (12, 13):
         metric = spread_metric(2, tokens, seed=tokens)
         ours, theirs = match(metric, 3, 1, True), run_match(metric, 3, 1, True, fixed=False)
-        for a, b in zip(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(b, a.numpy())
 
 
@@ -105,7 +109,9 @@ def test_zero_and_duplicate_tokens():
     metric = torch.zeros(2, 12, 16)
     metric[1] = exact_metric(1, 1, seed=0).expand(1, 12, 16)
     for class_token in (False, True):
-        for a, b in zip(match(metric, 3, 1, class_token), run_match(metric, 3, 1, class_token)):
+        for a, b in zip(
+            match(metric, 3, 1, class_token), run_match(metric, 3, 1, class_token), strict=True
+        ):
             np.testing.assert_array_equal(b, a.numpy())
 
 
@@ -118,7 +124,10 @@ def merge_session(lowering, precision, width):
     inputs = [value("x", kind, "b", "n", width), value("size", TensorProto.FLOAT, "b", "n")]
     inputs += [value("keep", TensorProto.INT32, "b", "k")]
     inputs += [value(name, TensorProto.INT32, "b", "r") for name in ("src", "dst")]
-    outputs = [value("x_out", kind, "b", "k", width), value("size_out", TensorProto.FLOAT, "b", "k")]
+    outputs = [
+        value("x_out", kind, "b", "k", width),
+        value("size_out", TensorProto.FLOAT, "b", "k"),
+    ]
     return session([node], inputs, outputs, [merge_function(lowering, OPSET)])
 
 
@@ -134,7 +143,9 @@ def test_merge_is_torchs(lowering, precision):
         x = torch.from_numpy(rng.standard_normal((batch, tokens, 5))).to(dtype)
         size = torch.from_numpy(rng.integers(1, 60, (batch, tokens))).float()
         expected, sizes = merge(x, size, plan)
-        feed = dict(zip(spec.MERGE_INPUTS, (part.numpy() for part in (x, size, *plan))))
+        feed = dict(
+            zip(spec.MERGE_INPUTS, (part.numpy() for part in (x, size, *plan)), strict=True)
+        )
         merged, merged_size = merge_session(lowering, precision, 5).run(None, feed)
         np.testing.assert_array_equal(merged_size, sizes.numpy())
         assert merged.dtype == x.numpy().dtype

@@ -1,4 +1,4 @@
-"""The instrumented twin: it shows every decision, can be led, and is otherwise the shipped graph."""
+"""The instrumented twin: it shows every decision, can be led, else is the shipped graph."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def made(export, make_vit):
 def run_twin(twin, images, plans, lead):
     feed = {"pixel_values": images, LEAD: np.array(lead)}
     for layer in twin.layers:
-        feed |= dict(zip(layer.given, plans[layer.layer]))
+        feed |= dict(zip(layer.given, plans[layer.layer], strict=True))
     session = session_of(twin.model)
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feed)))
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
 
 
 def torch_plans(model, images):
@@ -61,7 +61,7 @@ def test_free_twin_decides_and_answers_as_the_shipped_graph(made, make_images):
     shipped = session_of(made.proto).run(None, {"pixel_values": images})[0]
     np.testing.assert_allclose(results["logits"], shipped, rtol=1e-5, atol=1e-6)
     for step in trace:
-        for name, part in zip(("keep", "src", "dst"), step.plan):
+        for name, part in zip(("keep", "src", "dst"), step.plan, strict=True):
             np.testing.assert_array_equal(results[f"blocks.{step.layer}.{name}"], part.numpy())
         metric = results[f"blocks.{step.layer}.metric"]
         np.testing.assert_allclose(metric, step.metric.numpy(), rtol=1e-4, atol=1e-5)
@@ -72,9 +72,7 @@ def test_led_twin_applies_the_given_plans_and_shows_its_own(made, make_images):
     twin = twin_from_model(made.proto)
     _, plans, _ = torch_plans(made.model, others)
     results = run_twin(twin, images, plans, lead=True)
-    forced = {
-        layer: type_plan(parts) for layer, parts in plans.items()
-    }
+    forced = {layer: type_plan(parts) for layer, parts in plans.items()}
     with torch.no_grad():
         expected, trace = made.model.forward_traced(torch.from_numpy(images), forced)
     np.testing.assert_allclose(results["logits"], expected.numpy(), rtol=1e-4, atol=1e-5)
@@ -101,5 +99,5 @@ def test_foreign_names_are_refused(made, name):
     proto = onnx.ModelProto()
     proto.CopyFrom(made.proto)
     next(n for n in proto.graph.node if n.op_type == "TomeMatch").name = name
-    with pytest.raises(InputError, match="expected 'blocks.<layer>.match'"):
+    with pytest.raises(InputError, match=r"expected 'blocks\.<layer>\.match'"):
         twin_from_model(proto)

@@ -62,7 +62,7 @@ def test_right_exports_pass(exported, make_vit, make_images, name, precision):
     assert report.defects == 0
     assert [layer.layer for layer in report.layers] == [0, 1, 3]
     prefix = model.prefix
-    for layer, tokens in zip(report.layers, (model.layers[i] for i in (0, 1, 3))):
+    for layer, tokens in zip(report.layers, (model.layers[i] for i in (0, 1, 3)), strict=True):
         even = sum(t % 2 == 0 for t in range(prefix, tokens.tokens_in))
         assert layer.decisions == 6 * even
         assert layer.passed
@@ -97,8 +97,10 @@ def test_report_is_json(exported, make_vit, make_images):
     report = check(model, proto, make_images(model, 8), "bf16")
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert values["passed"] is True
-    assert values["disagreements"] == report.disagreements == sum(
-        layer["disagreements"] for layer in values["layers"]
+    assert (
+        values["disagreements"]
+        == report.disagreements
+        == sum(layer["disagreements"] for layer in values["layers"])
     )
     assert next(iter(values)) == "passed"
     example = next(e for layer in values["layers"] for e in layer["examples"])
@@ -151,7 +153,10 @@ def take_the_maximum(proto):
 
 def sizes_stay_one(proto):
     rewrite(
-        proto, "TomeMerge", "size_out = Add (size_keep, received)", "size_out = Identity (size_keep)"
+        proto,
+        "TomeMerge",
+        "size_out = Add (size_keep, received)",
+        "size_out = Identity (size_keep)",
     )
 
 
@@ -186,9 +191,7 @@ def merge_the_class_token(proto):
 
 
 def forget_to_normalise(proto):
-    rewrite(
-        proto, "TomeMatch", "unit = Div (metric, norm_floor)", "unit = Identity (metric)"
-    )
+    rewrite(proto, "TomeMatch", "unit = Div (metric, norm_floor)", "unit = Identity (metric)")
 
 
 def round_scores(proto, kind):
@@ -211,7 +214,8 @@ def second_best_destination(proto):
         proto,
         "TomeMatch",
         "dst64 = Add (dst_b, offset)",
-        "beside = Sub (dst_b, one)\n   inside = Max (beside, zero)\n   dst64 = Add (inside, offset)",
+        "beside = Sub (dst_b, one)\n   inside = Max (beside, zero)\n"
+        "   dst64 = Add (inside, offset)",
     )
 
 
@@ -262,6 +266,23 @@ def test_scores_of_ten_bits_are_caught(exported, make_vit, make_images):
     assert not report.passed
     assert report.failures[0].startswith("layer 0: "), report.failures
     assert 0 < report.layers[0].op_defects < 0.02 * report.layers[0].decisions
+
+
+def test_decisions_on_wrong_tokens_are_counted_as_defects(exported, make_vit, make_images):
+    """The match is right, what it sees is not: margins show it, not the layer's own metric."""
+    model, proto = exported(make_vit)
+    drop_tokens(proto)
+    report = check(model, proto, make_images(model, 6))
+    first, second, third = report.layers
+    assert (first.defects, first.disagreements) == (0, 0)
+    for layer in (second, third):
+        assert 0 < layer.defects <= layer.disagreements
+        assert layer.op_defects == 0
+        assert layer.largest_margin > layer.margin_bound
+        message = f"layer {layer.layer}: {layer.defects} of {layer.decisions} merge decisions"
+        assert any(failure.startswith(message) for failure in report.failures)
+    assert report.first_diverging_layer == 1
+    assert report.defects == second.defects + third.defects
 
 
 def merged_sizes_log(proto, layer):
@@ -392,9 +413,7 @@ def test_unmerged_model(make_vit, make_images, tmp_path):
     assert report.layers == ()
 
 
-def test_external_data_goes_through_the_whole_check(
-    exported, make_vit, make_images, monkeypatch
-):
+def test_external_data_goes_through_the_whole_check(exported, make_vit, make_images, monkeypatch):
     """As above 2 GB: the shipped graph and its twin are each loaded from a file."""
     model, proto = exported(make_vit)
     monkeypatch.setattr(files, "EXTERNAL_DATA_BYTES", 10_000)
@@ -404,5 +423,5 @@ def test_external_data_goes_through_the_whole_check(
 def test_a_runtime_that_refuses_is_one_error(exported, make_vit, make_images):
     model, proto = exported(make_vit)
     proto.graph.node.append(helper.make_node("Nonsense", ["pixel_values"], ["nothing"]))
-    with pytest.raises(ExportError, match="onnxruntime .* cannot load the model"):
+    with pytest.raises(ExportError, match=r"onnxruntime .* cannot load the model"):
         check(model, proto, make_images(model, 1))

@@ -114,7 +114,8 @@ def test_scores_are_the_references(prefix, tokens):
     scores = cosine_scores(metric, prefix)
     expected = reference.cosine_scores(metric.astype(float).tolist(), prefix)
     assert {
-        (2 * a, 2 * b + 1) for a, b in zip(*(i.tolist() for i in np.nonzero(np.isfinite(scores))))
+        (2 * a, 2 * b + 1)
+        for a, b in zip(*(i.tolist() for i in np.nonzero(np.isfinite(scores))), strict=True)
     } == set(expected)
     for (a, b), score in expected.items():
         assert scores[a // 2, b // 2] == pytest.approx(score, abs=1e-14)

@@ -21,11 +21,7 @@ def images_for(merged, count=2, seed=0):
 
 def snapshot(model):
     """Everything that a patch could leave behind."""
-    hooks = [
-        name
-        for name in vars(model)
-        if name.endswith("hooks") and len(getattr(model, name))
-    ]
+    hooks = [name for name in vars(model) if name.endswith("hooks") and len(getattr(model, name))]
     modules = {
         name: (type(module), sorted(vars(module)), type(module).forward, "forward" in vars(module))
         for name, module in model.named_modules()
@@ -126,11 +122,15 @@ def test_state_dict_has_the_plain_keys_and_loads_both_ways(make_vit, wrap):
     result = merged_outer.load_state_dict(plain_outer.state_dict(), strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True)
+    )
 
     third = make_vit(seed=3)
     wrap(third).load_state_dict(merged_outer.state_dict(), strict=False)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), third.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), third.parameters(), strict=True)
+    )
 
 
 def test_wrong_checkpoints_are_still_noticed(make_vit):
@@ -185,7 +185,7 @@ def test_forced_plans_are_applied_and_the_own_choice_is_kept(make_vit):
         same, again = merged.forward_traced(first, own)
         other, led = merged.forward_traced(second, own)
     assert torch.equal(same, output)
-    assert all(torch.equal(a.chosen.keep, b.plan.keep) for a, b in zip(again, trace))
+    assert all(torch.equal(a.chosen.keep, b.plan.keep) for a, b in zip(again, trace, strict=True))
     for step in led:
         assert torch.equal(step.plan.src, own[step.layer].src)
     assert any(not torch.equal(step.chosen.src, step.plan.src) for step in led)
@@ -251,3 +251,13 @@ def test_other_dtypes(make_vit, dtype):
     assert {step.metric.dtype for step in trace} <= {torch.float32, torch.float64}
     error = (output.double() - expected).abs().max() / expected.abs().max()
     assert error < 50 * torch.finfo(dtype).eps
+
+
+def test_patch_dropout_in_training_leaves_fewer_tokens_to_merge():
+    """The schedule counts all patches; r is clamped to those that are left."""
+    import timm
+
+    model = timm.create_model("test_vit", patch_drop_rate=0.9).train()
+    merged = patch(model, 20)
+    assert merged.layers[0].r == 20
+    assert torch.isfinite(merged(torch.randn(2, *merged.input_size))).all()

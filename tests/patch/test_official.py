@@ -43,7 +43,9 @@ def test_operators(row):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("row", MODELS, ids=lambda r: f"{r['model']}-{r['schedule']}-{r['prop_attn']}")
+@pytest.mark.parametrize(
+    "row", MODELS, ids=lambda r: f"{r['model']}-{r['schedule']}-{r['prop_attn']}"
+)
 def test_models(row, dtype):
     name, kwargs = make.MODELS[row["model"]]
     model = make.small_vit(name, **kwargs).to(dtype)

@@ -65,7 +65,9 @@ def test_attention_pooling_sees_each_token_as_often_as_its_size(
     first = 0 if include_prefix else model.num_prefix_tokens
     rows = []
     for image in range(len(images)):
-        repeats = size[image, first:].long() if prop_attn else torch.ones_like(size[image, first:]).long()
+        repeats = (
+            size[image, first:].long() if prop_attn else torch.ones_like(size[image, first:]).long()
+        )
         repeated = tokens[image, first:].repeat_interleave(repeats, dim=0)
         with torch.no_grad():
             rows.append(model.attn_pool(repeated[None])[0])

@@ -102,9 +102,7 @@ def test_subclasses_and_strangers_are_refused():
 
 
 def test_a_model_without_a_name_is_named_by_its_class():
-    model = vit.VisionTransformer(
-        img_size=32, embed_dim=32, depth=1, num_heads=1, block_fn=MyBlock
-    )
+    model = vit.VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=1, block_fn=MyBlock)
     refused(model, "block class MyBlock of model VisionTransformer")
 
 

@@ -6,7 +6,9 @@ structure, on every run.
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from timm.models import vision_transformer as vit
 from timm.models.vitamin import GeGluMlp
 
 from tome_export.patch import patch
-
 
 
 def gate_attention(model):
@@ -110,7 +111,7 @@ def test_merging_changes_the_output_and_counts_its_tokens(make_vit, make_images,
         unmerged = model(images)
     assert len(trace) == len(merged.layers)
     prefix = model.num_prefix_tokens
-    for step, layer in zip(trace, merged.layers):
+    for step, layer in zip(trace, merged.layers, strict=True):
         assert step.metric.shape[1] == layer.tokens_in
         assert step.plan.keep.shape[1] == layer.tokens_out == layer.tokens_in - 5
         assert (step.plan.keep[:, :prefix] == torch.arange(prefix)).all()
@@ -156,3 +157,45 @@ def test_size_weighting_makes_duplicates_count(make_vit, structure):
     if model.global_pool == "":
         expected, output = expected[:, -1], output[:, -1]
     assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# Where the heads stand in what the key norm hands on.
+KEYS = [
+    ("test_vit", {"qk_norm": True}, lambda block: block.attn.k_norm, 1),
+    ("test_vit", {"qk_norm": True, "attn_layer": "diff"}, lambda block: block.attn.k_norm, 1),
+    (
+        "test_vit",
+        {"qk_norm": True, "block_fn": vit.ParallelScalingBlock},
+        lambda block: block.k_norm,
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "key_norm", "heads"), KEYS)
+def test_metric_is_the_mean_of_the_keys_that_attend(
+    make_vit, make_images, name, kwargs, key_norm, heads
+):
+    """Behind the key norm where there is one: those are the keys that attention compares."""
+    model = make_vit(name, **kwargs)
+    merged, seen = patch(model, 5), []
+    for block in model.blocks:
+        key_norm(block).register_forward_hook(lambda _m, _a, out: seen.append(out))
+    with torch.no_grad():
+        _, trace = merged.forward_traced(torch.from_numpy(make_images(merged)))
+    assert len(seen) == len(trace) == len(model.blocks)
+    for keys, step in zip(seen, trace, strict=True):
+        torch.testing.assert_close(step.metric, keys.mean(heads))
+
+
+@pytest.mark.slow
+def test_whole_registry(monkeypatch):
+    """Every plain ViT of timm: r = 0 is its own output, or it is refused by name."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    registry = importlib.import_module("registry")
+    rows = registry.sweep()
+    assert len(rows) >= 150
+    assert [row for row in rows if row.verdict == "WRONG"] == []
+    assert [
+        row for row in rows if row.verdict == "refused" and "not supported" not in row.reason
+    ] == []

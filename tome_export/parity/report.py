@@ -82,7 +82,8 @@ class ParityReport:
         layers: Every merging layer.
         output: The candidate as shipped, making its own decisions.
         led_output: The candidate led by the reference's plans: numerical error alone.
-        led_allowed: Largest ``led_output.max_abs`` allowed: k times the yardstick's.
+        led_allowed: Largest ``led_output.max_abs`` allowed: k times the yardstick's, plus eight
+            units in the last place of the largest output.
         twin_difference: Largest difference between the shipped graph's output and that of its
             instrumented twin when both decide for themselves, over the images where no plan
             differs: the twin speaks for the shipped graph as far as this is small.

@@ -15,6 +15,7 @@ from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.merge.spec import clamp_r
 
 _INNER = "model."
 
@@ -80,7 +81,8 @@ class Merger:
 
     def __call__(self, tokens: Tokens, metric: Tensor, layer: int) -> Tokens:
         """Merge the tokens of one layer by the metric ``[B, N, D]``."""
-        r = self.layers[layer].r
+        # Fewer tokens than scheduled come when patches are dropped in training.
+        r = clamp_r(metric.shape[1], self.layers[layer].r, self.prefix)
         if r == 0:
             return tokens
         size = tokens.size

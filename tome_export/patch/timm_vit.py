@@ -115,7 +115,9 @@ def _check_patches(model: Any, name: str) -> None:
     """Refuse padding, whose tokens timm's own patch count leaves out."""
     embed = model.patch_embed
     pads = getattr(embed, "dynamic_img_pad", False)
-    if pads and any(side % patch for side, patch in zip(embed.img_size, embed.patch_size)):
+    if pads and any(
+        side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)
+    ):
         raise InputError(
             f"model {name} pads images of {embed.img_size} to whole patches of "
             f"{embed.patch_size}, so its tokens cannot be counted; make it with an image size "

@@ -72,8 +72,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
     selection = select(request.engine)
     lowering, selection = _lowering(request, selection)
     with staged(request.output, force=request.force) as folder:
-        _build_into(folder, request, lowering, selection, progress)
-    return Artifact.open(request.output.absolute())
+        manifest = _build_into(folder, request, lowering, selection, progress)
+    return Artifact(request.output.absolute(), manifest)
 
 
 def _lowering(request: BuildRequest, selection: Selection) -> tuple[Lowering, Selection]:
@@ -103,7 +103,7 @@ def _build_into(
     lowering: Lowering,
     selection: Selection,
     progress: Progress,
-) -> None:
+) -> dict[str, Any]:
     manifest = _export_and_check(folder, request, lowering, selection, progress)
     if selection.backend is not None:
         # The builder needs gigabytes of its own; the torch model is garbage by now.
@@ -112,7 +112,7 @@ def _build_into(
         info = build_engine(selection.backend, folder, request.engine_options, progress)
         manifest["engines"] = {info.backend: info.to_dict()}
     progress.stage("Write the artifact")
-    write_manifest(folder, manifest)
+    return write_manifest(folder, manifest)
 
 
 def _export_and_check(

@@ -133,17 +133,10 @@ def sizes_from_model(recipe: Recipe) -> Sizes:
     Raises:
         InputError: if the model cannot be patched.
     """
-    import torch
-    from timm import create_model
-
+    from tome_export.models.weights import architecture
     from tome_export.patch import patch
 
-    if recipe.factory is not None:
-        module = recipe.factory()
-    else:
-        with torch.device("meta"):
-            module = create_model(recipe.timm_name, **dict(recipe.timm_kwargs))
-    model = patch(module.eval(), Schedule(recipe.recommended_r))
+    model = patch(architecture(recipe), Schedule(recipe.recommended_r))
     tokens = model.layers[0].tokens_in if model.layers else model.prefix
     return Sizes(
         tokens=tokens,
