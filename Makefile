@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/vit_digits
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test lint format bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else "Python %d.%d found; tome-export needs 3.10 to 3.13: set PYTHON=" % v[:2])'
@@ -20,10 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/tome-export check $(OUT)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
-
-test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

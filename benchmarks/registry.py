@@ -57,8 +57,9 @@ def class_of(name: str) -> type | None:
     try:
         with torch.device("meta"):
             return type(timm.create_model(name))
-    # Families have many ways not to be made on the meta device; none of them is a plain ViT.
-    except Exception:
+    # Families have many ways not to be made on the meta device.
+    except Exception as error:
+        print(f"not made {name}: {type(error).__name__}", flush=True)
         return None
 
 

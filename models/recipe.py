@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Family = Literal["timm_vit", "custom"]
 OutputName = Literal["logits", "features"]
-WeightsKind = Literal["pretrained", "random", "file", "bundled"]
+WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
 
 DATA = Path(__file__).parent / "data"
 
@@ -104,7 +104,8 @@ class WeightsInfo:
     """Where the weights of a loaded model come from; goes into the artifact's manifest.
 
     Attributes:
-        kind: ``random`` weights are never meant for use, and every report says so.
+        kind: ``random`` weights are never meant for use, and every report says so; those of a
+            ``function`` are whatever the user's function made.
         source: For people: hub repository, file name, or how they were drawn.
         sha256: Of the weights file, where there is one.
         seed: Of random weights.

@@ -30,7 +30,7 @@ def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedMo
         )
     if recipe.factory is not None:
         module = recipe.factory()
-        return _loaded(module, recipe, WeightsInfo("pretrained", f"returned by {recipe.name}"))
+        return _loaded(module, recipe, WeightsInfo("function", f"returned by {recipe.name}"))
     if recipe.bundled is not None:
         return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
     return _pretrained(recipe)

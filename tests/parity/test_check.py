@@ -8,6 +8,7 @@ import math
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 
 from tome_export.errors import ExportError, InputError
@@ -425,3 +426,19 @@ def test_a_runtime_that_refuses_is_one_error(exported, make_vit, make_images):
     proto.graph.node.append(helper.make_node("Nonsense", ["pixel_values"], ["nothing"]))
     with pytest.raises(ExportError, match=r"onnxruntime .* cannot load the model"):
         check(model, proto, make_images(model, 1))
+
+
+def test_output_that_overflows_fp16_fails_and_says_so(make_vit, make_images, tmp_path):
+    """An infinite yardstick allows nothing."""
+    vit = make_vit("test_vit", depth=2)
+    with torch.no_grad():
+        vit.head.bias.fill_(70_000.0)
+    model = patch(vit, 9)
+    path = tmp_path / "model.onnx"
+    onnx_from_model(model, path, ExportOptions(precision="fp16", batch=BATCH), "logits")
+    report = check(model, onnx.load(path), make_images(model, 2), "fp16")
+    assert not report.passed
+    assert report.failures[0].startswith(
+        "PyTorch itself gives infinite or undefined output in fp16"
+    )
+    json.loads(json.dumps(report.to_dict(), allow_nan=False))

@@ -109,3 +109,33 @@ def test_a_model_without_a_name_is_named_by_its_class():
 def test_schedule_longer_than_the_model_is_refused(make_vit):
     with pytest.raises(InputError, match="7 entries; the model has 6 layers"):
         patch(make_vit(), [1] * 7)
+
+
+def test_hooks_are_refused():
+    """A hook would not run: patching calls the parts of a block, not the block."""
+    model = timm.create_model("test_vit").eval()
+    handle = model.blocks[1].register_forward_hook(lambda _module, _inputs, output: output * 2)
+    with pytest.raises(InputError, match=r"module blocks\.1 of model test_vit has a forward hook"):
+        patch(model, 4)
+    handle.remove()
+    patch(model, 4)
+
+
+def test_forward_of_one_module_is_refused():
+    """As accelerate and quick experiments do it."""
+    model = timm.create_model("test_vit").eval()
+    attn = model.blocks[0].attn
+    attn.forward = lambda x, **_: x
+    with pytest.raises(InputError, match=r"module blocks\.0\.attn .* forward method of its own"):
+        patch(model, 4)
+
+
+def test_normalisation_over_tokens_is_refused():
+    class OverTokens(torch.nn.LayerNorm):
+        def forward(self, x):
+            return x - x.mean(dim=1, keepdim=True)
+
+    model = timm.create_model("test_vit").eval()
+    model.blocks[2].norm2 = OverTokens(model.embed_dim)
+    with pytest.raises(InputError, match=r"normalisation class OverTokens .* is not supported"):
+        patch(model, 4)

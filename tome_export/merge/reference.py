@@ -1,6 +1,6 @@
 """The slow, obvious oracle: explicit loops in float64, written apart from the fast path.
 
-Tests, benchmarks and the parity check import it; nothing in production does.
+Tests and benchmarks import it; nothing in production does.
 """
 
 from __future__ import annotations

@@ -25,11 +25,12 @@ def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
     Ensures: the same inputs and outputs; every tensor that was bfloat16 is float32 and holds a
     value that bfloat16 can hold.
     """
-    inferred = onnx.shape_inference.infer_shapes(model, check_type=True)
-    graph = inferred.graph
-    half = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == BF16}
+    half = _bfloat16_values(model)
+    wide_model = onnx.ModelProto()
+    wide_model.CopyFrom(model)
+    graph = wide_model.graph
     for value in graph.value_info:
-        if value.name in half:
+        if value.type.tensor_type.elem_type == BF16:
             value.type.tensor_type.elem_type = FP32
     for index, tensor in enumerate(graph.initializer):
         if tensor.data_type == BF16:
@@ -52,7 +53,24 @@ def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(helper.make_node("Cast", [narrow], [name], to=FP32))
     del graph.node[:]
     graph.node.extend(nodes)
-    return inferred
+    return wide_model
+
+
+def _bfloat16_values(model: onnx.ModelProto) -> set[str]:
+    """Names of all bfloat16 tensors between the nodes.
+
+    Inference runs without the weights' values, so that a model above protobuf's 2 GB passes.
+    """
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for tensor in light.graph.initializer:
+        if tensor.data_type == BF16:
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="weights")
+    inferred = onnx.shape_inference.infer_shapes(light, check_type=True)
+    values = inferred.graph.value_info
+    return {v.name for v in values if v.type.tensor_type.elem_type == BF16}
 
 
 def _widen_constant(node: onnx.NodeProto) -> None:

@@ -25,11 +25,14 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     result: onnx.ModelProto
     result, valid = onnxsim.simplify(model)
     if not valid:
-        raise ExportError("onnxsim's result differs from its input; export with simplify=False")
+        raise ExportError(
+            "onnxsim could not validate its own result; expected an equal graph, try another "
+            "version of onnxsim"
+        )
     if _signature(result) != before:
         raise ExportError(
             f"onnxsim changed the graph's interface from {before} to {_signature(result)}; "
-            "export with simplify=False"
+            "expected the same one, try another version of onnxsim"
         )
     return result
 

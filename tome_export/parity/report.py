@@ -125,7 +125,18 @@ class ParityReport:
     def failures(self) -> list[str]:
         """Why the check failed, the first failing layer first; empty if it passed."""
         reasons = []
+        if not math.isfinite(self.led_allowed):
+            reasons.append(
+                f"PyTorch itself gives infinite or undefined output in {self.precision}; use bf16 "
+                "or fp32 for this model"
+            )
+        elif not math.isfinite(self.output.max_abs + self.led_output.max_abs):
+            reasons.append("the output is infinite or undefined where PyTorch's is not")
         for layer in self.layers:
+            if not math.isfinite(layer.score_error_allowed):
+                reasons.append(
+                    f"layer {layer.layer}: PyTorch's own scores are undefined in {self.precision}"
+                )
             if layer.op_defects:
                 reasons.append(
                     f"layer {layer.layer}: {layer.op_defects} merge decisions do not follow from "
@@ -137,7 +148,7 @@ class ParityReport:
                     f"differ with a margin up to {layer.largest_margin:.2e}, outside the rounding "
                     f"bound {layer.margin_bound:.2e}"
                 )
-            if layer.score_error > layer.score_error_allowed:
+            if not layer.score_error <= layer.score_error_allowed:
                 reasons.append(
                     f"layer {layer.layer}: score error {layer.score_error:.2e} exceeds "
                     f"{layer.score_error_allowed:.2e} ({self.k:g} times PyTorch's own)"

@@ -95,6 +95,9 @@ def block_forward(block: nn.Module, model_name: str) -> BlockForward:
         _require(module, set(_attention_forwards()), "attention", model_name)
     for module in mlps:
         _require(module, _pointwise_mlps(), "MLP", model_name)
+    for name, module in block.named_modules():
+        if "norm" in name.rpartition(".")[2]:
+            _require(module, _pointwise_norms(), "normalisation", model_name)
     return forwards[type(block)]
 
 
@@ -109,6 +112,14 @@ def _pointwise_mlps() -> set[type]:
     from timm.models.vitamin import GeGluMlp
 
     return {Mlp, GluMlp, SwiGLU, GeGluMlp}
+
+
+def _pointwise_norms() -> set[type]:
+    """Normalisations that treat every token alone."""
+    from timm import layers
+
+    named = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")
+    return {nn.Identity, nn.LayerNorm, nn.RMSNorm, *(getattr(layers, name) for name in named)}
 
 
 def _require(module: nn.Module, known: set[type], role: str, model_name: str) -> None:

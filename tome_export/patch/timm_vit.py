@@ -29,6 +29,7 @@ class MergedVisionTransformer(MergedModel):
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         name = model_name(model)
+        _check_plain(model, name)
         self._forwards = tuple(block_forward(block, name) for block in model.blocks)
         _check_pooling(model, name)
         _check_patches(model, name)
@@ -109,6 +110,18 @@ class MergedVisionTransformer(MergedModel):
         weight = (size / size.sum(dim=1, keepdim=True)).to(torch.promote_types(x.dtype, size.dtype))
         mean = (x.to(weight.dtype) * weight[..., None]).sum(dim=1).to(x.dtype)
         return 0.5 * (x.amax(dim=1) + mean) if model.global_pool == "avgmax" else mean
+
+
+def _check_plain(model: nn.Module, name: str) -> None:
+    """Refuse what patching would bypass: hooks, and ``forward`` methods put on single modules."""
+    for where, module in model.named_modules():
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        if hooks or "forward" in vars(module):
+            what = "a forward hook" if hooks else "a forward method of its own"
+            raise InputError(
+                f"module {where or '(the model)'} of model {name} has {what}, which patching would "
+                "bypass; remove it (a model placed by accelerate or a device map: patch it before)"
+            )
 
 
 def _check_patches(model: Any, name: str) -> None:

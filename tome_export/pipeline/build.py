@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
 from tome_export.engine import EngineOptions, select
-from tome_export.errors import MissingComponentError, ParityError, UsageError
+from tome_export.errors import InputError, MissingComponentError, ParityError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
 from tome_export.pipeline.images import BUILD_COUNT, parity_images
@@ -21,7 +21,13 @@ from tome_export.spec import MergeOp, Precision
 if TYPE_CHECKING:
     from tome_export.engine import Selection
     from tome_export.onnx.functions import Lowering
+    from tome_export.parity.decisions import Array
     from tome_export.parity.report import ParityReport
+    from tome_export.patch import MergedModel
+
+
+LIBRARY_TOLERANCE = 1e-6
+"""Relative difference allowed between the patched model at r = 0 and the library's own."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ def _export_and_check(
     if request.check:
         images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)
 
+        check_library(model, images[:1])
+
     progress.stage(f"Export to ONNX, {request.precision}")
     options = ExportOptions(
         precision=request.precision,
@@ -157,6 +165,33 @@ def _export_and_check(
         manifest["parity"] = parity_summary(report)
         write_json(folder / PARITY, {"checks": [report.to_dict()]})
     return manifest
+
+
+def check_library(model: MergedModel, images: Array) -> None:
+    """Without merging, the patched model must be the library's own, or parity proves nothing.
+
+    Args:
+        model: The patched model.
+        images: ``[B, C, H, W]`` float32.
+
+    Raises:
+        InputError: if the outputs differ by more than 1e-6 of the largest.
+    """
+    import torch
+
+    from tome_export.patch import patch, unpatch
+
+    library = unpatch(model)
+    with torch.inference_mode():
+        pixel_values = torch.from_numpy(images)
+        expected, found = library(pixel_values), patch(library, 0)(pixel_values)
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= LIBRARY_TOLERANCE:
+        raise InputError(
+            f"the patched model without merging differs from the model's own output by {error:.1e} "
+            f"relative, expected at most {LIBRARY_TOLERANCE:.0e}: its forward is not what its "
+            "classes compute; it is not supported"
+        )
 
 
 def _parity(

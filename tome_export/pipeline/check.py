@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from tome_export.pipeline.engine_parity import EngineRunnerFactory
 from tome_export.pipeline.images import CHECK_COUNT, parity_images
 from tome_export.pipeline.manifest import state_sha256
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.spec import BatchRange
+from tome_export.spec import BatchRange, Preprocessing
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend
@@ -88,6 +88,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     manifest = artifact.manifest
     progress.stage(f"Load {manifest['model']['name']}")
     model, recipe = _reference_model(artifact, request.weights)
+    recipe = replace(recipe, preprocessing=Preprocessing.from_dict(manifest["preprocessing"]))
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT)
     exported = load(artifact.model_path)
     batch = BatchRange.parse(manifest["batch"])
