@@ -43,6 +43,8 @@ def command(terminal: Terminal, model: str, **given: Any) -> None:
     MODEL is a recipe ('tome-export models' lists them), timm:<name>, or module:function.
     """
     precision = precision_of(given)
+    if given["no_check"] and given["images"] is not None:
+        raise click.UsageError("--images are for the check that --no-check omits; give one")
     with working(terminal) as progress:
         from tome_export.pipeline import build
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tome_export.cli.options import FILE, images_option, output_options
-from tome_export.cli.output import Terminal
+from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.progress import working
 from tome_export.cli.text import accuracy_lines, model_lines, parity_lines
 
@@ -52,16 +53,23 @@ def command(
         "skipped": result.skipped,
         "unrecorded": result.unrecorded,
     }
-    lines = model_lines(manifest)
-    for report in reports:
-        lines += ["", *parity_lines(report)]
-    lines += ["", *accuracy_lines(result.accuracy)]
-    lines += [f"Skipped {name}: {reason}" for name, reason in result.skipped.items()]
-    lines += [f"The result was not recorded: {result.unrecorded}"] if result.unrecorded else []
-    lines.append(f"{'Passed' if result.passed else 'FAILED'}: {result.artifact.path}")
     failed = next((report for report in result.reports if not report.passed), None)
-    if failed is None or not terminal.json:
-        terminal.result(values, lines)
-    if failed is not None:
-        terminal.findings = values
-        raise ParityFailedError(failed)
+    if failed is None:
+        terminal.result(values, _lines(values, manifest))
+        return
+    if not terminal.json:
+        with beside_the_error():
+            terminal.result(values, _lines(values, manifest))
+    terminal.findings = values
+    raise ParityFailedError(failed)
+
+
+def _lines(values: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    lines = model_lines(manifest)
+    for report in values["reports"]:
+        lines += ["", *parity_lines(report)]
+    lines += ["", *accuracy_lines(values["accuracy"])]
+    lines += [f"Skipped {name}: {reason}" for name, reason in values["skipped"].items()]
+    if values["unrecorded"]:
+        lines.append(f"The result was not recorded: {values['unrecorded']}")
+    return [*lines, f"{'Passed' if values['passed'] else 'FAILED'}: {values['artifact']}"]

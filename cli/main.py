@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from tome_export import __version__
-from tome_export.cli.output import Terminal
+from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.signals import Interrupted, interruptible
 from tome_export.errors import InputError, TomeExportError
 
@@ -25,11 +25,13 @@ Exit codes:
   0  done
   1  unexpected failure: a bug
   2  usage: an unknown option, or a value of the wrong kind (--r abc)
-  3  bad input: model, weights, schedule (--r -1), images, artifact, output directory
+  3  bad input: model, weights, schedule (--r -1), batch range, images, artifact,
+     output directory
   4  a needed component (TensorRT, a GPU, a plugin) is missing
   5  parity failed: the result does not compute what PyTorch computes
   6  the export or the engine build failed
-  130, 143  ended by Ctrl-C or SIGTERM; nothing half-made is left behind"""
+  129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM; nothing half-made is left behind
+  141  the reader of standard output went away"""
 
 SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """What the machine refuses, as opposed to what a bug provokes."""
@@ -117,7 +119,8 @@ def _failed(error: BaseException, terminal: Terminal) -> int:
         if not terminal.json:
             from tome_export.cli.text import parity_lines
 
-            terminal.result({}, parity_lines(terminal.findings["report"]))
+            with beside_the_error():
+                terminal.result({}, parity_lines(terminal.findings["report"]))
     terminal.error(kind, message, exit_code)
     return exit_code
 

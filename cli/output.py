@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,17 @@ class Terminal:
             self.result({"error": failure, **self.findings}, ())
         sys.stderr.write(f"Error: {message}\n")
         sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def beside_the_error() -> Iterator[None]:
+    """Print what belongs to an error: should that fail, the error itself is still told."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        sys.stderr.write(f"The report cannot be shown: {type(error).__name__}: {error}\n")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str = "") -> list[str]:
@@ -78,6 +90,13 @@ def macs(count: int) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def percent(share: float) -> str:
+def number(value: float | None, spec: str) -> str:
+    """A number by its format; reports hold None for what is not finite."""
+    return "not finite" if value is None else format(value, spec)
+
+
+def percent(share: float | None) -> str:
     """A share of one with as many decimals as it needs, at most two."""
+    if share is None:
+        return number(share, "")
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -56,7 +57,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     schedule = _schedule(model, given["r"], given["schedule"])
     return BuildRequest(
         model=model,
-        output=given["output"] or _default_output(model, schedule, precision),
+        output=_output(given["output"]) or _default_output(model, schedule, precision),
         schedule=schedule,
         precision=precision,
         engine_options=engine_options_of(given, batch=given["batch"]),
@@ -71,10 +72,15 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
 def _schedule(model: str, r: int | None, text: str | None) -> Schedule:
     from tome_export.pipeline.catalog import recommended_r
 
-    text = text or "constant"
+    text = "constant" if text is None else text
     if r is None and text in INFLECTION:
         r = recommended_r(model)
     return Schedule.parse(text, r)
+
+
+def _output(given: Path | None) -> Path | None:
+    """Without ``..``, so that what is printed is what is written."""
+    return None if given is None else Path(os.path.normpath(given))
 
 
 def _default_output(model: str, schedule: Schedule, precision: Precision) -> Path:

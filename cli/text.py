@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tome_export.cli.output import fields, macs, percent, size, table
+from tome_export.cli.output import fields, macs, number, percent, size, table
 
 RANDOM = (
     "RANDOM WEIGHTS: this model has learned nothing; sizes, speed and parity are real, its "
@@ -87,10 +87,11 @@ def summary_lines(parity: Mapping[str, Any] | None) -> list[str]:
         "images against PyTorch fp32",
         f"  merge decisions {parity['decisions']}, disagreements {parity['disagreements']} "
         f"({explained} explained by rounding, {defects} defects)",
-        f"  cosine {output['cosine']:.7f}, top-1 agreement {percent(output['top1_agreement'])}, "
-        f"output error {output['max_abs']:.2e}",
-        f"  output error on the reference's plans {led['max_abs']:.2e} of "
-        f"{parity['led_allowed']:.2e} allowed",
+        f"  cosine {number(output['cosine'], '.7f')}, "
+        f"top-1 agreement {percent(output['top1_agreement'])}, "
+        f"output error {number(output['max_abs'], '.2e')}",
+        f"  output error on the reference's plans {number(led['max_abs'], '.2e')} of "
+        f"{number(parity['led_allowed'], '.2e')} allowed",
     ]
 
 
@@ -102,10 +103,10 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
             layer["decisions"],
             layer["disagreements"],
             layer["defects"] + layer["op_defects"],
-            f"{layer['largest_margin']:.1e}",
-            f"{layer['margin_bound']:.1e}",
-            f"{layer['score_error']:.1e}",
-            f"{layer['score_error_allowed']:.1e}",
+            number(layer["largest_margin"], ".1e"),
+            number(layer["margin_bound"], ".1e"),
+            number(layer["score_error"], ".1e"),
+            number(layer["score_error_allowed"], ".1e"),
             layer["images_diverged"],
         )
         for layer in report["layers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 
@@ -43,6 +44,18 @@ CASES = {
         3,
         "schedule is '8,b'; expected constant, decreasing, increasing, or whole numbers per layer "
         "such as 12,10,8",
+    ),
+    "schedule empty": (
+        (*BUILD, "--schedule", ""),
+        3,
+        "schedule is ''; expected constant, decreasing, increasing, or whole numbers per layer "
+        "such as 12,10,8",
+    ),
+    "images that are not looked at": (
+        (*BUILD, "--images", "mine", "--no-check"),
+        2,
+        "--images are for the check that --no-check omits; give one; see 'tome-export build "
+        "--help'",
     ),
     "schedule negative": (
         (*BUILD, "--schedule", "8,-2"),
@@ -270,6 +283,17 @@ def test_truncated_manifest(run, artifact):
     assert re.fullmatch(
         rf"{re.escape(str(manifest))} is not valid JSON \(.*\); rebuild the artifact", ran.error
     )
+
+
+@pytest.mark.parametrize("command", ["check", "engine"])
+def test_edited_manifest(command, run, artifact):
+    manifest = artifact / "build.json"
+    values = json.loads(manifest.read_text())
+    del values["merge"]["r"]
+    manifest.write_text(json.dumps(values))
+    ran = run(command, artifact)
+    assert ran.code == 3
+    assert ran.error == f"{manifest} has no merge.r; rebuild the artifact or copy it again"
 
 
 def test_engine_batch_outside_the_models(run, artifact):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -130,10 +131,7 @@ def test_check_of_a_wrong_model_names_the_first_failing_layer(run, artifact):
 def test_a_build_whose_parity_fails_prints_the_report_and_keeps_nothing(run, monkeypatch, tmp_path):
     from tome_export.parity import check
 
-    monkeypatch.setattr(check, "K", 0.0)
-    monkeypatch.setattr(
-        check.check_parity, "__kwdefaults__", {**check.check_parity.__kwdefaults__, "k": 0.0}
-    )
+    monkeypatch.setattr(check, "check_parity", functools.partial(check.check_parity, k=0.0))
     arguments = ("build", "vit_digits", "--fp16", "--r", "8", "--engine", "none", "-o", "out")
     ran = run(*arguments, "--json")
     assert ran.code == 5
@@ -144,6 +142,38 @@ def test_a_build_whose_parity_fails_prints_the_report_and_keeps_nothing(run, mon
     assert ran.code == 5
     assert ran.out.startswith("Parity FAILED: onnx on ONNX Runtime CPU, fp16, ")
     assert list(tmp_path.iterdir()) == []
+
+
+OVERFLOWING = """
+import torch
+from tome_export.models import RECIPES
+
+def make():
+    module = RECIPES["vit_digits"].load().module
+    with torch.no_grad():
+        module.head.bias[0] = 70000  # more than fp16 can hold
+    return module, RECIPES["vit_digits"].preprocessing
+"""
+
+
+def test_results_that_are_not_finite_are_a_parity_failure(run, monkeypatch, tmp_path):
+    (tmp_path / "overflowing.py").write_text(OVERFLOWING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ("build", "overflowing:make", "--fp16", "--r", "8", "--engine", "none", "-o", "out")
+    ran = run(*arguments)
+    assert ran.code == 5
+    assert ran.error.startswith("parity failed for onnx on ONNX Runtime CPU in fp16: ")
+    assert "output error on the reference's plans not finite of " in ran.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_shown_does_not_hide_the_failure(run, artifact, monkeypatch):
+    spoil(artifact)
+    monkeypatch.setattr(text, "table", None)
+    ran = run("check", artifact)
+    assert ran.code == 5
+    assert ran.error.startswith("parity failed for onnx on ONNX Runtime CPU in fp16: layer 2: ")
+    assert "The report cannot be shown: TypeError: " in ran.err
 
 
 def test_engine_adds_an_engine(run, artifact):

@@ -46,7 +46,7 @@ def test_existing_artifact_is_kept_without_force(run, artifact):
 
 
 def test_force_replaces_an_artifact_and_leaves_nothing_else(run, artifact, tmp_path):
-    (artifact / "stale").write_text("from before")
+    (artifact / "model.onnx").write_text("damaged")
     ran = run(*BUILD, "-o", artifact, "--force", "--no-check")
     assert ran.code == 0
     assert sorted(p.name for p in artifact.iterdir()) == ["build.json", "model.onnx"]
@@ -60,6 +60,28 @@ def test_force_through_a_link_replaces_what_it_points_to(run, artifact, tmp_path
     assert (tmp_path / "link").is_symlink()
     assert sorted(p.name for p in artifact.iterdir()) == ["build.json", "model.onnx"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "link"]
+
+
+def test_force_spares_what_someone_put_into_an_artifact(run, artifact):
+    (artifact / "thesis.txt").write_text("years of work")
+    before = contents(artifact)
+    ran = run(*BUILD, "-o", artifact, "--force", "--no-check")
+    assert ran.code == 3
+    assert ran.error == (
+        f"{artifact} holds what is not of the artifact (thesis.txt), which --force would delete; "
+        "move it away or give another directory"
+    )
+    assert contents(artifact) == before
+
+
+def test_outputs_without_a_name_or_that_lead_back(run, tmp_path):
+    ran = run(*BUILD, "-o", "/", "--force")
+    assert ran.code == 3
+    assert ran.error == "output is /, which has no name; give a directory to make"
+    ran = run(*BUILD, "-o", "nope/..")
+    assert ran.code == 3
+    assert ran.error == f"{tmp_path} exists; give another directory, or --force to replace it"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -173,6 +173,8 @@ def test_index_add_runs_on_onnxruntime_and_says_why_no_engine(tmp_path):
     assert made.manifest["merge"]["merge_op"] == "index_add"
     assert made.manifest["engines"] == {}
     assert made.manifest["parity"]["passed"] is True
+    with pytest.raises(InputError, match="index_add, which TensorRT's parser refuses; rebuild it"):
+        add_engine(EngineRequest(made.path))
     operators = {
         node.op_type for function in onnx.load(made.model_path).functions for node in function.node
     }

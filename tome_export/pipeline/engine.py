@@ -42,14 +42,19 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
     """Build an engine from an artifact's ONNX model and add it to the artifact.
 
     Raises:
-        InputError: if the artifact is damaged or cannot be written, or the batch range is outside
-            that of its model.
+        InputError: if the artifact is damaged or cannot be written, its merge is one that no engine
+            takes, or the batch range is outside that of its model.
         MissingComponentError: if no engine can be built here.
         ExportError: if the build fails; the artifact is then as it was.
     """
     progress = progress or Silent()
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
+    if artifact.manifest["merge"]["merge_op"] == "index_add":
+        raise InputError(
+            "the artifact was built with --merge-op index_add, which TensorRT's parser refuses; "
+            "rebuild it with --merge-op matmul"
+        )
     selection = select(request.engine)
     if selection.backend is None:
         raise MissingComponentError(selection.line)
@@ -67,8 +72,7 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder,
     ):
         info = build_engine(selection.backend, artifact.path, options, progress, Path(folder))
-        engines = {**artifact.manifest["engines"], info.backend: info.to_dict()}
-        changes = {"engines": engines, "engine_note": selection.line}
+        changes = {"engines": {info.backend: info.to_dict()}, "engine_note": selection.line}
         return artifact.with_files(changes, {info.file: Path(folder) / info.file})
 
 

@@ -1,0 +1,185 @@
+"""Writing an artifact directory whole or not at all, whoever else writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tome_export.errors import ExportError, InputError
+from tome_export.schema import MANIFEST, load_manifest
+
+LEFTOVERS = (f".{MANIFEST}.partial", ".parity.json.partial", ".engine-")
+"""How the names begin of what a killed command may leave in an artifact."""
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, force: bool) -> Iterator[Path]:
+    """A folder that becomes ``output`` when the block ends well and vanishes when it does not.
+
+    The folder is a sibling named ``.<name>.partial`` and locked, so that a second build into the
+    same output is refused and one left by a killed process is cleared by the next build.
+
+    Args:
+        output: The artifact directory to write.
+        force: Replace an existing artifact.
+
+    Raises:
+        InputError: if the output exists (without ``force``), is not an artifact (with it), is
+            being built by another process, or cannot be written (read-only, disk full).
+    """
+    output = _named(output)
+    with writing_to(output):
+        partial = output.with_name(f".{output.name}.partial")
+        _check_replaceable(output, force)
+        _make(output.parent)
+        lock = _claim(partial, output)
+        try:
+            # Another build may have ended between the first look and the claim.
+            _check_replaceable(output, force)
+            yield partial
+            _check_replaceable(output, force)
+            _publish(partial, output)
+        finally:
+            # Once published the name is free, and another build may have claimed it.
+            if _is_locked_by(lock, partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _named(output: Path) -> Path:
+    """The absolute path without ``..``, through links to a directory; it must have a name."""
+    plain = Path(os.path.normpath(output)).absolute()
+    plain = plain.resolve() if plain.is_dir() else plain
+    if not plain.name:
+        raise InputError(f"output is {output}, which has no name; give a directory to make")
+    return plain
+
+
+def _is_locked_by(descriptor: int, folder: Path) -> bool:
+    """Whether the folder of that name is the one that the descriptor has open."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError) as error:  # /proc, or a file of that name
+        raise InputError(f"cannot make the folder {folder}; give another directory") from error
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise InputError(f"{output} exists; give another directory, or --force to replace it")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise InputError(
+            f"{output} exists and is not an artifact (it has no {MANIFEST}); "
+            "--force replaces artifacts only, give another directory"
+        )
+    _check_ours(output)
+
+
+def _check_ours(output: Path) -> None:
+    """Other tools write a ``build.json`` too, and people keep notes beside an artifact."""
+    entries = sorted(output.iterdir())
+    if not entries:
+        return
+    try:
+        files = load_manifest(output).get("files")
+    except InputError:
+        files = None
+    if not isinstance(files, dict):
+        raise InputError(
+            f"{output} exists and its {MANIFEST} is not that of an artifact; --force replaces "
+            "artifacts only, give another directory"
+        )
+    foreign = [
+        entry.name
+        for entry in entries
+        if not entry.name.startswith(LEFTOVERS)
+        and not (entry.name in (*files, MANIFEST) and entry.is_file())
+    ]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise InputError(
+            f"{output} holds what is not of the artifact ({', '.join(foreign[:3])}{more}), which "
+            "--force would delete; move it away or give another directory"
+        )
+
+
+def _claim(partial: Path, output: Path) -> int:
+    """Make the staging folder and lock it; returns the descriptor that holds the lock."""
+    busy = InputError(f"another build is writing {output}; wait for it or give another directory")
+    # A folder without a lock was left by a killed build: it is cleared, and the claim repeated.
+    for _ in range(3):
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise busy from None
+        if _is_locked_by(descriptor, partial):
+            if not any(partial.iterdir()):
+                return descriptor
+            shutil.rmtree(partial)
+        os.close(descriptor)
+    raise busy
+
+
+def _publish(partial: Path, output: Path) -> None:
+    old = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if not output.exists():
+        partial.rename(output)
+        return
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except BaseException:
+        # An interrupt may come after the rename as well as before it.
+        if not output.exists():
+            old.rename(output)
+        raise
+    finally:
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """Say in one line why a directory cannot be written.
+
+    Raises:
+        InputError: in place of the ``OSError`` that says so.
+    """
+    reasons = {
+        errno.ENOSPC: "no space is left on the device; free some or give another directory",
+        errno.EDQUOT: "the disk quota is used up; free some space or give another directory",
+        errno.EROFS: "the filesystem is read-only; give another directory",
+        errno.EACCES: "permission is denied; give a directory you can write",
+        errno.EPERM: "permission is denied; give a directory you can write",
+        errno.ENOTDIR: "a part of the path is a file; give another directory",
+        errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    }
+    try:
+        yield
+    except (OSError, ExportError) as error:
+        # A stage that failed for want of space says so as its cause.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in reasons:
+            raise
+        raise InputError(f"cannot write {output}: {reasons[cause.errno]}") from error
