@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -54,3 +55,10 @@ def test_python_runs(code: str, folder: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "181, 165" in run.stdout
+
+
+def test_measured_figures_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(README.parent / "scripts")
+    script = importlib.import_module("measured")
+    start, end = script.MARKS
+    assert start + script.measured() + end in README.read_text()
