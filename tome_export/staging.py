@@ -34,6 +34,8 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     """
     output = _named(output)
     with writing_to(output):
+        # A link to a directory stays a link, and what it leads to is replaced.
+        output = output.resolve() if output.is_dir() else output
         partial = output.with_name(f".{output.name}.partial")
         _check_replaceable(output, force)
         _make(output.parent)
@@ -52,9 +54,8 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 def _named(output: Path) -> Path:
-    """The absolute path without ``..``, through links to a directory; it must have a name."""
+    """The absolute path without ``..``; it must have a name."""
     plain = Path(os.path.normpath(output)).absolute()
-    plain = plain.resolve() if plain.is_dir() else plain
     if not plain.name:
         raise InputError(f"output is {output}, which has no name; give a directory to make")
     return plain
