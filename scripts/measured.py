@@ -57,7 +57,7 @@ def parity_line(name: str) -> str:
         f"{sum(case['disagreements'] for case in exact)} decisions flipped by rounding, relative "
         f"error on equal plans at most {max(case['led_relative_error'] for case in exact):.1e}. "
         f"fp16: {sum(case['disagreements'] for case in half)} flipped, cosine at least "
-        f"{min(case['cosine'] for case in half):.5f}{built}."
+        f"{min(case['cosine'] for case in half):.7f}{built}."
     )
 
 

@@ -32,10 +32,10 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         InputError: if the output exists (without ``force``), is not an artifact (with it), is
             being built by another process, or cannot be written (read-only, disk full).
     """
-    output = _named(output)
-    with writing_to(output):
+    given = _named(output)
+    with writing_to(given):
         # A link to a directory stays a link, and what it leads to is replaced.
-        output = output.resolve() if output.is_dir() else output
+        output = _named(given.resolve() if given.is_dir() else given)
         partial = output.with_name(f".{output.name}.partial")
         _check_replaceable(output, force)
         _make(output.parent)
@@ -55,7 +55,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
 
 def _named(output: Path) -> Path:
     """The absolute path without ``..``; it must have a name."""
-    plain = Path(os.path.normpath(output)).absolute()
+    plain = Path(os.path.normpath(output.absolute()))
     if not plain.name:
         raise InputError(f"output is {output}, which has no name; give a directory to make")
     return plain

@@ -60,7 +60,7 @@ def test_function_of_the_users():
     assert recipe.preprocessing.mean == (0.5, 0.5, 0.5)
     assert recipe.recommended_r == int(0.8 * 17 / 2)
     loaded = recipe.load()
-    assert loaded.weights.kind == "pretrained"
+    assert loaded.weights.kind == "function"
     assert loaded.weights.source == "returned by mymodels_t:plain"
     assert loaded.module(torch.randn(2, 3, 32, 32)).shape == (2, 5)
     # Each load is a model of its own, with the same weights.
