@@ -17,11 +17,11 @@ def tokens(batch: int, count: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize("class_token", [False, True])
-def test_match_passes_opcheck(dtype, class_token):
-    torch.library.opcheck(
-        torch.ops.tome_export.match.default, (tokens(2, 13, 8).to(dtype), 4, 2, class_token)
-    )
+def test_match_passes_opcheck(dtype, class_token, heads):
+    keys = tokens(2, 13, 8) if heads is None else tokens(2 * heads, 13, 8).view(2, heads, 13, 8)
+    torch.library.opcheck(torch.ops.tome_export.match.default, (keys.to(dtype), 4, 2, class_token))
 
 
 # opcheck itself reads .grad of its own copies, which are not leaves.

@@ -60,6 +60,26 @@ def test_plan_names_every_token_once_and_protects_the_prefix(case, class_token):
 
 
 @QUICK
+@given(cases(), st.booleans(), st.data())
+def test_plan_is_well_formed_whatever_the_keys_hold(case, class_token, data):
+    metric, _, _, r, prefix = case
+    batch, tokens, _ = metric.shape
+    keys = metric[:, None].repeat(1, 2, 1, 1)
+    for bad in data.draw(st.lists(st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]))):
+        place = data.draw(st.integers(0, keys.numel() - 1))
+        keys.view(-1)[place] = bad
+    plan = match(keys, r, prefix, class_token)
+    for keep, src, dst in zip(
+        plan.keep.tolist(), plan.src.tolist(), plan.dst.tolist(), strict=True
+    ):
+        assert sorted(keep + src) == list(range(tokens))
+        assert keep[:prefix] == list(range(prefix))
+        assert all(token % 2 == 0 and token >= prefix for token in src)
+        assert all(keep[place] % 2 == 1 and keep[place] >= prefix for place in dst)
+    assert plan.keep.shape == (batch, tokens - r)
+
+
+@QUICK
 @given(cases())
 def test_total_size_and_total_content_are_preserved(case):
     metric, x, size, r, prefix = case

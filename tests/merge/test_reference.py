@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tome_export.merge import reference
-from tome_export.merge.lowering import merge_index_add, merge_matmul
+from tome_export.merge.lowering import mean_keys, merge_index_add, merge_matmul
 from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.spec import clamp_r
@@ -34,11 +34,14 @@ def normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(shape))
 
 
-def assert_plan_is_references(metric, r, prefix, class_token):
-    plan = match(metric, r, prefix, class_token)
+def assert_plan_is_references(keys, r, prefix, class_token):
+    """Of keys ``[B, H, N, D]`` or a metric ``[B, N, D]``."""
+    plan = match(keys, r, prefix, class_token)
     assert {part.dtype for part in plan} == {torch.int32}
-    for image in range(len(metric)):
-        rows = metric[image].double().tolist()
+    for image in range(len(keys)):
+        rows = keys[image].double().tolist()
+        if keys.ndim == 4:
+            rows = reference.mean_keys(rows)
         expected = reference.match(rows, r, prefix, class_token)
         assert plan.keep[image].tolist() == expected.keep
         assert plan.src[image].tolist() == expected.src
@@ -60,6 +63,85 @@ def test_match_of_random_tokens(prefix, class_token):
     for tokens, wanted in itertools.product(TOKENS, R):
         metric = normal((2, tokens, 12), seed=tokens + wanted)
         assert_plan_is_references(metric, clamp_r(tokens, wanted, prefix), prefix, class_token)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_match_of_keys_averages_them_over_heads(heads, dtype):
+    """Heads of +-1 that differ by a factor alone: mean, norm, scores and ties are exact."""
+    weights = torch.tensor([1.0, -2.0, 4.0, 8.0])[:heads, None, None]
+    for (prefix, class_token), tokens in itertools.product(PREFIXES, (9, 16, 50)):
+        keys = (signs((2, 1, tokens, 16), seed=tokens + heads) * weights).to(dtype)
+        keys[:, :, tokens // 2 :] = keys[:, :, : tokens - tokens // 2].clone()
+        rows = torch.tensor([reference.mean_keys(image.tolist()) for image in keys])
+        assert torch.equal(mean_keys(keys).float(), rows)
+        assert_plan_is_references(keys, clamp_r(tokens, 6, prefix), prefix, class_token)
+
+
+def test_match_of_random_keys():
+    for (prefix, class_token), tokens, heads in itertools.product(PREFIXES, TOKENS, (1, 3, 12)):
+        keys = normal((2, heads, tokens, 8), seed=tokens + heads)
+        assert_plan_is_references(keys, clamp_r(tokens, 4, prefix), prefix, class_token)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_metric_is_keys_of_one_head_and_layout_does_not_matter(dtype):
+    keys = normal((2, 3, 20, 8), seed=3).to(dtype)
+    strided = keys.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    one = keys[:, :1]
+    for ours, theirs in ((one, one[:, 0]), (keys, strided)):
+        for a, b in zip(match(ours, 4, 1, True), match(theirs, 4, 1, True), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_mean_over_heads_is_fp32_for_half_keys():
+    """In fp16 the sum of 65504 twice is infinite, and 2048 + 1 is 2048."""
+    keys = torch.tensor([[[[65504.0]], [[65504.0]]], [[[2048.0]], [[1.0]]]]).half()
+    assert mean_keys(keys).flatten().tolist() == [65504.0, 1024.5]
+    assert {mean_keys(keys.to(d)).dtype for d in (torch.float16, torch.bfloat16)} == {torch.float32}
+    assert mean_keys(keys.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (1, 1, 1, 12, 4)])
+def test_match_refuses_other_ranks(shape):
+    with pytest.raises(ValueError, match=r"expected \[B, H, N, D\], or \[B, N, D\] for a metric"):
+        match(torch.ones(shape), 1, 0, False)
+
+
+# The square of the last two overflows fp32; fp16 cannot hold them, so they are infinite there.
+BAD = [float("nan"), float("inf"), -float("inf"), 2.0**64, 1e30]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prefix", "class_token"), PREFIXES)
+def test_tokens_that_are_not_finite_score_zero(prefix, class_token, dtype, bad):
+    """Wherever they stand: in A, in B, in the prefix, all of A, all of B, everywhere."""
+    tokens = 17
+    spots = [[8], [9], [0], [8, 9, 12], range(0, tokens, 2), range(1, tokens, 2), range(tokens)]
+    for spot, r in itertools.product(spots, (1, 1000)):
+        keys = signs((2, 2, tokens, 16), seed=5)
+        keys[:, 1] = keys[:, 0]
+        keys[0, :, list(spot), 3] = bad
+        assert_plan_is_references(keys.to(dtype), clamp_r(tokens, r, prefix), prefix, class_token)
+
+
+def test_infinite_keys_of_either_sign_are_no_direction():
+    keys = torch.ones(1, 2, 6, 4)
+    keys[0, 0, 2], keys[0, 1, 2] = torch.inf, -torch.inf
+    assert_plan_is_references(keys, 2, 0, False)
+    assert match(keys, 2, 0, False).src.tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("length", "dst"), [(1.8e19, 2), (1.9e19, 1)])
+def test_longest_vector_with_a_direction(length, dst, dtype):
+    """2^64 is 1.84e19; token 0 has the direction of token 3, if that has one."""
+    metric = torch.tensor([[[1.0, 0], [0, 1], [0, -1], [length, 0]]], dtype=dtype)
+    assert_plan_is_references(metric, 1, 0, False)
+    plan = match(metric, 1, 0, False)
+    assert (plan.src.tolist(), plan.dst.tolist()) == ([[0]], [[dst]])
 
 
 @pytest.mark.parametrize("class_token", [False, True])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
 from tome_export.engine import EngineOptions, select
 from tome_export.errors import ExportError
-from tome_export.onnx.export import ExportOptions
+from tome_export.merge import spec
+from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.functions import match_function
+from tome_export.onnx.twin import twin_from_model
 from tome_export.spec import BatchRange
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -38,6 +42,49 @@ def test_parser_accepts_every_prefix_and_clamp(export, make_vit, name, schedule,
     options = ExportOptions(precision="fp16", batch=BATCH)
     made = export(make_vit, name, schedule, options, **kwargs)
     select("tensorrt-rtx").backend.parse(made.path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("batch", [BATCH, BatchRange(2, 2, 2)], ids=["dynamic", "static"])
+def test_plugin_nodes_are_inlined_where_no_plugin_is(export, make_vit, tmp_path, batch, precision):
+    options = ExportOptions(precision=precision, batch=batch, plugin=True)
+    made = export(make_vit, "test_vit", 5, options, depth=2)
+    backend = select("tensorrt-rtx").backend
+    info = backend.build(made.path, EngineOptions(batch=batch), tmp_path / "model.rtx.engine")
+    assert info.size_bytes > 50_000
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_builder_accepts_the_twin(export, make_vit, tmp_path, precision, plugin):
+    options = ExportOptions(precision=precision, batch=BATCH, plugin=plugin)
+    made = export(make_vit, "test_vit", 5, options, depth=2)
+    path = tmp_path / "twin.onnx"
+    onnx.save(twin_from_model(made.proto).model, path)
+    backend = select("tensorrt-rtx").backend
+    info = backend.build(path, EngineOptions(batch=BATCH), tmp_path / "twin.engine")
+    outputs = {t.name: (t.shape, t.dtype) for t in info.outputs}
+    assert outputs["blocks.1.metric"] == ((-1, 60, 32), "float32")
+
+
+def test_parser_accepts_a_ready_metric(tmp_path):
+    value = onnx.helper.make_tensor_value_info
+    attributes = dict(spec.PLUGIN_ATTRIBUTES) | {"r": 3, "prefix": 1, "class_token": 1}
+    node = onnx.helper.make_node(
+        spec.MATCH, ["metric"], spec.MATCH_OUTPUTS, domain=spec.DOMAIN, **attributes
+    )
+    inputs = [value("metric", onnx.TensorProto.FLOAT16, ["batch", 17, 8])]
+    lengths = zip(spec.MATCH_OUTPUTS, (14, 3, 3), strict=True)
+    outputs = [value(name, onnx.TensorProto.INT32, ["batch", n]) for name, n in lengths]
+    graph = onnx.helper.make_graph([node], "g", inputs, outputs)
+    opsets = [onnx.helper.make_opsetid(*pair) for pair in (("", OPSET), (spec.DOMAIN, 1))]
+    functions = [match_function(OPSET, plugin=True)]
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11),
+        path,
+    )
+    select("tensorrt-rtx").backend.parse(path)
 
 
 def test_scatter_add_is_refused_by_the_parser_as_documented(export, make_vit):

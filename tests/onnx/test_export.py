@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from tome_export.errors import ExportError
+from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.onnx import files
 from tome_export.onnx.build import METADATA_PREFIX, onnx_from_model
@@ -141,11 +141,14 @@ def test_merge_nodes_carry_their_names_and_static_lengths(export, make_vit):
         assert values == {"r": tokens.r, "prefix": 1, "class_token": 1}
         names = [f"blocks.{layer}.{part}" for part in ("keep", "src", "dst")]
         assert list(matched.output) == names
-        assert list(matched.input) == [f"blocks.{layer}.metric"]
+        assert list(matched.input) == [f"blocks.{layer}.keys"]
+        assert not merged.attribute
         assert list(merged.input)[2:] == names
         assert shapes[names[0]] == [tokens.tokens_out]
         assert shapes[names[1]] == shapes[names[2]] == [tokens.r]
-        assert shapes[matched.input[0]][0] == tokens.tokens_in
+        attention = made.model.model.blocks[layer].attn
+        keys = [attention.num_heads, tokens.tokens_in, attention.head_dim]
+        assert shapes[matched.input[0]] == keys
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,51 @@ def test_attention_form(export, make_vit, make_images, precision, attention, fus
         with torch.no_grad():
             expected = made.model(torch.from_numpy(images)).numpy()
         assert relative_error(run(made.proto, images), expected) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_keys_reach_the_match_in_the_models_precision(export, make_vit, precision):
+    """One body serves every layer; the mean over heads is inside."""
+    made = export(make_vit, "test_vit", [7, 0, 9], ExportOptions(precision=precision, batch=BATCH))
+    kinds = {v.name: v.type.tensor_type.elem_type for v in made.proto.graph.value_info}
+    expected = {
+        "fp32": TensorProto.FLOAT,
+        "fp16": TensorProto.FLOAT16,
+        "bf16": TensorProto.BFLOAT16,
+    }[precision]
+    assert {kinds[f"blocks.{layer}.keys"] for layer in (0, 2)} == {expected}
+    assert [f.name for f in made.proto.functions] == ["TomeMatch", "TomeMerge"]
+    assert not any(n.op_type == "ReduceMean" for n in made.proto.graph.node)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
+def test_plugin_nodes_run_as_plain_ones_do(export, make_vit, make_images, name, precision):
+    plain = export(make_vit, name, [7, 0, 9], ExportOptions(precision=precision, batch=BATCH))
+    options = ExportOptions(precision=precision, batch=BATCH, plugin=True)
+    made = export(make_vit, name, [7, 0, 9], options)
+    assert made.files.simplified
+    images = make_images(made.model, 3)
+    np.testing.assert_array_equal(run(made.proto, images), run(plain.proto, images))
+    marks = {"plugin_namespace": b"tome_export", "plugin_version": b"1", "aot": 1}
+    for node in made.proto.graph.node:
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == spec.MATCH:
+            r = made.model.layers[int(node.name.split(".")[1])].r
+            class_token = int(made.model.class_token)
+            own = {"r": r, "prefix": made.model.prefix, "class_token": class_token}
+            assert values == marks | own
+        elif node.op_type == spec.MERGE:
+            assert values == marks
+        else:
+            assert not marks.keys() & values.keys()
+    (matmul,) = (f for f in made.proto.functions if f.name == spec.MERGE)
+    assert "MatMul" in {node.op_type for node in matmul.node}
+
+
+def test_plugin_nodes_with_a_body_that_tensorrt_refuses_are_refused():
+    with pytest.raises(UsageError, match="lowering index_add; expected matmul"):
+        ExportOptions(lowering="index_add", plugin=True)
 
 
 def test_static_batch(export, make_vit, make_images):

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
 from tome_export.merge import spec
 from tome_export.merge.ops import match, merge
@@ -21,13 +22,18 @@ from tome_export.onnx.functions import match_function, merge_function
 PREFIXES = [(0, False), (1, True), (2, True), (1, False), (4, False), (5, True)]
 LOWERINGS = ("index_add", "matmul")
 HALF = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+KINDS = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 
 
-def session(nodes, inputs, outputs, functions):
+def model_of(nodes, inputs, outputs, functions):
     graph = helper.make_graph(nodes, "g", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(spec.DOMAIN, spec.VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
     onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def load(model):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(
@@ -39,21 +45,27 @@ def value(name, kind, *shape):
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def run_match(metric, r, prefix, class_token, fixed=True):
-    _, tokens, width = metric.shape
+def run_match(keys, r, prefix, class_token, fixed=True):
+    """Keys ``[B, H, N, D]`` or a metric ``[B, N, D]``, with a dynamic batch."""
+    model = match_model(keys, r, prefix, class_token, fixed)
+    return load(model).run(None, {"keys": keys.numpy()})
+
+
+def match_model(keys, r, prefix, class_token, fixed=True):
+    heads, (tokens, width) = keys.shape[1:-2], keys.shape[-2:]
     node = helper.make_node(
         spec.MATCH,
-        ["metric"],
+        spec.MATCH_INPUTS,
         spec.MATCH_OUTPUTS,
         domain=spec.DOMAIN,
         r=r,
         prefix=prefix,
         class_token=int(class_token),
     )
-    inputs = [value("metric", TensorProto.FLOAT, "batch", tokens if fixed else "n", width)]
+    kind = KINDS[keys.dtype]
+    inputs = [value("keys", kind, "batch", *heads, tokens if fixed else "n", width)]
     outputs = [value(name, TensorProto.INT32, "batch", None) for name in spec.MATCH_OUTPUTS]
-    made = session([node], inputs, outputs, [match_function(OPSET)])
-    return made.run(None, {"metric": metric.numpy()})
+    return model_of([node], inputs, outputs, [match_function(OPSET)])
 
 
 def exact_metric(batch, tokens, seed):
@@ -115,6 +127,51 @@ def test_zero_and_duplicate_tokens():
             np.testing.assert_array_equal(b, a.numpy())
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 12])
+@pytest.mark.parametrize(("prefix", "class_token"), PREFIXES)
+def test_match_of_keys_is_torchs(prefix, class_token, heads, dtype):
+    for tokens, batch, fixed in ((9, 1, True), (16, 3, False), (50, 2, True)):
+        rng = np.random.default_rng(tokens + heads)
+        keys = torch.from_numpy(rng.standard_normal((batch, heads, tokens, 16))).to(dtype)
+        r = clamp_r(tokens, 4, prefix)
+        theirs = run_match(keys, r, prefix, class_token, fixed)
+        for a, b in zip(match(keys, r, prefix, class_token), theirs, strict=True):
+            np.testing.assert_array_equal(b, a.numpy())
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**64, 1.8e19])
+def test_tokens_that_are_not_finite_score_zero(bad, dtype):
+    """As in torch, wherever they stand; 1.8e19 has a direction still in fp32."""
+    tokens = 17
+    for spot in ([8], [9], [0], range(0, tokens, 2), range(1, tokens, 2), range(tokens)):
+        keys = exact_metric(4, tokens, seed=5).view(2, 2, tokens, 16).clone()
+        keys[:, 1] = keys[:, 0]
+        keys[0, :, list(spot), 3] = bad
+        keys = keys.to(dtype)
+        for class_token in (False, True):
+            theirs = run_match(keys, 4, 1, class_token)
+            for a, b in zip(match(keys, 4, 1, class_token), theirs, strict=True):
+                np.testing.assert_array_equal(b, a.numpy())
+
+
+def test_mean_over_heads_is_fp32_for_half_keys():
+    """Two tokens of B point apart only where 1024.5 is not rounded to fp16.
+
+    By ONNX's own evaluator: ONNX Runtime's CPU takes means in fp32 whatever the graph says.
+    """
+    keys = torch.zeros(1, 2, 4, 2)
+    keys[0, :, 0] = torch.tensor([[2048.0, 2048.0], [0.0, 1.0]])
+    keys[0, :, 1] = torch.tensor([[2048.0, 2048.0], [1.0, 0.0]])
+    keys[0, :, 3] = torch.tensor([[2048.0, 2048.0], [0.0, 1.0]])
+    keys[0, :, 2] = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    keys = keys.half()
+    evaluator = ReferenceEvaluator(match_model(keys, 1, 0, False))
+    keep, src, dst = evaluator.run(None, {"keys": keys.numpy()})
+    assert (src.tolist(), keep.tolist(), dst.tolist()) == ([[0]], [[2, 1, 3]], [[2]])
+
+
 @cache
 def merge_session(lowering, precision, width):
     node = helper.make_node(
@@ -128,7 +185,7 @@ def merge_session(lowering, precision, width):
         value("x_out", kind, "b", "k", width),
         value("size_out", TensorProto.FLOAT, "b", "k"),
     ]
-    return session([node], inputs, outputs, [merge_function(lowering, OPSET)])
+    return load(model_of([node], inputs, outputs, [merge_function(lowering, OPSET)]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -172,5 +229,13 @@ def test_bodies_hold_standard_operators_only():
     for function in (match_function(OPSET), *(merge_function(lo, OPSET) for lo in LOWERINGS)):
         assert {node.domain for node in function.node} <= {""}
         assert function.domain == spec.DOMAIN
+    plain, marked = match_function(OPSET), match_function(OPSET, plugin=True)
+    assert list(plain.node) == list(marked.node)
+    assert list(plain.attribute) == list(marked.attribute) == ["r", "prefix", "class_token"]
+    declared = merge_function("matmul", OPSET, plugin=True).attribute_proto
+    for attributes in (marked.attribute_proto, declared):
+        values = {a.name: helper.get_attribute_value(a) for a in attributes}
+        assert values == {"plugin_namespace": b"tome_export", "plugin_version": b"1", "aot": 1}
+    assert not plain.attribute_proto
     used = {node.op_type for node in merge_function("matmul", OPSET).node}
     assert not any("Scatter" in name for name in used), "TensorRT's parser refuses scatter-add"

@@ -7,10 +7,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from tome_export.errors import InputError
-from tome_export.onnx.export import ExportOptions
-from tome_export.onnx.twin import LEAD, twin_from_model
+from tome_export.merge import spec
+from tome_export.onnx.emulate import emulate_bfloat16
+from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.functions import match_function
+from tome_export.onnx.twin import LEAD, Twin, twin_from_model
 from tome_export.spec import BatchRange
 
 BATCH = BatchRange(1, 4, 8)
@@ -28,7 +32,7 @@ def made(export, make_vit):
 
 
 def run_twin(twin, images, plans, lead):
-    feed = {"pixel_values": images, LEAD: np.array(lead)}
+    feed = {"pixel_values": images, LEAD: np.full((len(images), 1), lead)}
     for layer in twin.layers:
         feed |= dict(zip(layer.given, plans[layer.layer], strict=True))
     session = session_of(twin.model)
@@ -60,6 +64,7 @@ def test_free_twin_decides_and_answers_as_the_shipped_graph(made, make_images):
     results = run_twin(twin, images, nonsense, lead=False)
     shipped = session_of(made.proto).run(None, {"pixel_values": images})[0]
     np.testing.assert_allclose(results["logits"], shipped, rtol=1e-5, atol=1e-6)
+    assert {results[layer.metric].dtype for layer in twin.layers} == {np.dtype(np.float32)}
     for step in trace:
         for name, part in zip(("keep", "src", "dst"), step.plan, strict=True):
             np.testing.assert_array_equal(results[f"blocks.{step.layer}.{name}"], part.numpy())
@@ -92,6 +97,76 @@ def test_unmerged_model_has_no_layers(export, make_vit):
     twin = twin_from_model(made.proto)
     assert twin.layers == ()
     assert [i.name for i in twin.model.graph.input] == ["pixel_values"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_metric_of_a_half_precision_graph_is_the_fp32_mean_of_its_keys(
+    export, make_vit, make_images, precision
+):
+    options = ExportOptions(precision=precision, batch=BATCH)
+    made = export(make_vit, "test_vit", [7, 0, 9], options)
+    twin = twin_from_model(made.proto)
+    onnx.checker.check_model(twin.model, full_check=True)
+    keys = next(v for v in twin.model.graph.value_info if v.name == "blocks.0.keys")
+    shown = emulate_bfloat16(twin.model) if precision == "bf16" else twin.model
+    shown.graph.output.append(next(v for v in shown.graph.value_info if v.name == keys.name))
+    images = make_images(made.model, 2)
+    _, plans, _ = torch_plans(made.model, images)
+    results = run_twin(Twin(shown, twin.layers), images, plans, lead=False)
+    mean = results["blocks.0.keys"].astype(np.float64).mean(1)
+    metric = results["blocks.0.metric"]
+    assert metric.dtype == np.float32
+    np.testing.assert_allclose(metric, mean, rtol=1e-6, atol=1e-6)
+    # More digits than the precision has: the mean was not rounded to it.
+    half = torch.from_numpy(metric).to({"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    assert not np.array_equal(half.float().numpy(), metric)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.0.keys", TensorProto.FLOAT),
+        ("blocks.0.keys", TensorProto.FLOAT16),
+        ("blocks.0.metric", TensorProto.FLOAT),
+    ],
+)
+def test_a_ready_metric_is_shown_as_it_is(name, kind):
+    """A match of rank 3, the metric already named as the twin's output or not."""
+    value = helper.make_tensor_value_info
+    outputs = [f"blocks.0.{part}" for part in spec.MATCH_OUTPUTS]
+    attributes = {"r": 3, "prefix": 1, "class_token": 1}
+    nodes = [
+        helper.make_node("Cast", ["pixel_values"], [name], to=kind),
+        helper.make_node(
+            spec.MATCH, [name], outputs, name="blocks.0.match", domain=spec.DOMAIN, **attributes
+        ),
+        helper.make_node("Identity", [outputs[0]], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("pixel_values", TensorProto.FLOAT, ["batch", 13, 8])],
+        [value("logits", TensorProto.INT32, ["batch", 10])],
+        value_info=[
+            value(name, kind, ["batch", 13, 8]),
+            *(
+                value(output, TensorProto.INT32, ["batch", length])
+                for output, length in zip(outputs, (10, 3, 3), strict=True)
+            ),
+        ],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(spec.DOMAIN, spec.VERSION)]
+    proto = helper.make_model(
+        graph, opset_imports=opsets, functions=[match_function(OPSET)], ir_version=11
+    )
+    twin = twin_from_model(proto)
+    onnx.checker.check_model(twin.model, full_check=True)
+    metric = np.random.default_rng(0).standard_normal((2, 13, 8), dtype=np.float32)
+    given = {0: [np.zeros((2, n), np.int32) for n in (10, 3, 3)]}
+    results = run_twin(twin, metric, given, lead=False)
+    tolerance = 0 if kind == TensorProto.FLOAT else 1e-3
+    np.testing.assert_allclose(results["blocks.0.metric"], metric, rtol=tolerance)
+    assert results["blocks.0.metric"].dtype == np.float32
 
 
 @pytest.mark.parametrize("name", ["", "match_0", "blocks.x.match"])

@@ -192,7 +192,7 @@ def merge_the_class_token(proto):
 
 
 def forget_to_normalise(proto):
-    rewrite(proto, "TomeMatch", "unit = Div (metric, norm_floor)", "unit = Identity (metric)")
+    rewrite(proto, "TomeMatch", "scaled = Div (metric, norm_floor)", "scaled = Identity (metric)")
 
 
 def round_scores(proto, kind):
@@ -343,6 +343,33 @@ def test_nan_is_caught(exported, make_vit, make_images):
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     report = check(model, proto, make_images(model, 2))
     assert not report.passed
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_keys_that_are_not_finite_fail_although_the_plan_is_well_formed(
+    exported, make_vit, make_images, value
+):
+    """One token's keys, as the match of the last layer alone sees them: the output is finite."""
+    model, proto = exported(make_vit)
+    (node,) = (n for n in proto.graph.node if n.name == "blocks.3.match")
+    factor = np.ones((1, 1, model.layers[3].tokens_in, 1), np.float32)
+    factor[0, 0, 7] = value
+    proto.graph.initializer.append(numpy_helper.from_array(factor, "factor"))
+    position = list(proto.graph.node).index(node)
+    broken = helper.make_node("Mul", [node.input[0], "factor"], ["broken"])
+    keys = next(v for v in proto.graph.value_info if v.name == node.input[0])
+    value_info = onnx.ValueInfoProto()
+    value_info.CopyFrom(keys)
+    value_info.name = "broken"
+    proto.graph.value_info.append(value_info)
+    node.input[0] = "broken"
+    proto.graph.node.insert(position, broken)
+    report = check(model, proto, make_images(model, 3))
+    assert not report.passed
+    assert math.isfinite(report.output.max_abs)
+    assert [layer.layer for layer in report.layers if not layer.passed] == [3]
+    assert report.layers[-1].op_defects > 0
     json.dumps(report.to_dict(), allow_nan=False)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from tome_export.errors import InputError
+from tome_export.merge import ops
 from tome_export.merge.schedule import Schedule
-from tome_export.patch import MergedModel, patch, unpatch
+from tome_export.patch import MergedModel, base, patch, unpatch
 
 
 def images_for(merged, count=2, seed=0):
@@ -251,6 +253,33 @@ def test_other_dtypes(make_vit, dtype):
     assert {step.metric.dtype for step in trace} <= {torch.float32, torch.float64}
     error = (output.double() - expected).abs().max() / expected.abs().max()
     assert error < 50 * torch.finfo(dtype).eps
+
+
+def test_forward_takes_the_mean_of_the_keys_once_per_layer_and_keeps_none(make_vit, monkeypatch):
+    merged = patch(make_vit("test_vit"), 5)
+    calls = []
+    for module in (ops, base):
+        original = module.mean_keys
+        monkeypatch.setattr(module, "mean_keys", lambda k, f=original: calls.append(1) or f(k))
+    images = images_for(merged)
+    with torch.no_grad():
+        merged(images)
+        assert len(calls) == len(merged.layers)
+        seen = []
+
+        def observe(step):
+            assert [ref() for ref in seen] == [None] * len(seen), "earlier keys are still held"
+            seen.append(weakref.ref(step.keys))
+
+        output = merged.forward_observed(images, observe)
+        assert len(seen) == len(merged.layers) > 1
+        expected, trace = merged.forward_traced(images)
+    assert torch.equal(output, expected)
+    assert len(calls) == 3 * len(merged.layers)
+    heads, width = merged.model.blocks[0].attn.num_heads, merged.model.blocks[0].attn.head_dim
+    for step, layer in zip(trace, merged.layers, strict=True):
+        assert step.keys.shape == (len(images), heads, layer.tokens_in, width)
+        assert step.metric.shape == (len(images), layer.tokens_in, width)
 
 
 def test_patch_dropout_in_training_leaves_fewer_tokens_to_merge():

@@ -186,6 +186,21 @@ def test_metric_is_the_mean_of_the_keys_that_attend(
     assert len(seen) == len(trace) == len(model.blocks)
     for keys, step in zip(seen, trace, strict=True):
         torch.testing.assert_close(step.metric, keys.mean(heads))
+        torch.testing.assert_close(step.keys, keys if heads == 1 else keys.transpose(1, 2))
+
+
+def test_parallel_branches_give_all_their_heads(make_vit, make_images):
+    model = make_vit("test_vit", block_fn=vit.ParallelThingsBlock, qk_norm=True)
+    merged, seen = patch(model, 5), []
+    for block in model.blocks:
+        for branch in block.attns:
+            branch.attn.k_norm.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    with torch.no_grad():
+        _, trace = merged.forward_traced(torch.from_numpy(make_images(merged)))
+    assert len(seen) == 2 * len(trace)
+    for step, first, second in zip(trace, seen[::2], seen[1::2], strict=True):
+        assert torch.equal(step.keys, torch.cat([first, second], dim=1))
+        torch.testing.assert_close(step.metric, (first.mean(1) + second.mean(1)) / 2)
 
 
 @pytest.mark.slow

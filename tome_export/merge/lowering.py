@@ -13,6 +13,19 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def mean_keys(keys: Tensor) -> Tensor:
+    """The metric of ToMe (section 3.1): the keys averaged over heads.
+
+    Args:
+        keys: ``[B, H, N, D]``, any float dtype, or a ready metric ``[B, N, D]``.
+
+    Returns:
+        ``[B, N, D]`` float32 (float64 for float64 keys).
+    """
+    dtype = accumulate_dtype(keys)
+    return keys.to(dtype) if keys.ndim == 3 else keys.mean(1, dtype=dtype)
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """``x [B, N, C]`` at ``index [B, K]`` -> ``[B, K, C]``."""
     return x.gather(1, index.long()[..., None].expand(-1, -1, x.shape[-1]))

@@ -12,43 +12,46 @@ import torch
 from torch import Tensor
 
 from tome_export.merge import spec
-from tome_export.merge.lowering import accumulate_dtype, gather_tokens, merge_index_add
+from tome_export.merge.lowering import gather_tokens, mean_keys, merge_index_add
 from tome_export.merge.plan import MergePlan
 
 
-def scores_and_masks(metric: Tensor, prefix: int) -> Tensor:
+def scores_and_masks(keys: Tensor, prefix: int) -> Tensor:
     """Cosine scores of set A against set B with the prefix tokens masked out.
 
     Args:
-        metric: ``[B, N, D]``.
+        keys: ``[B, H, N, D]`` or ``[B, N, D]``, as for ``match``.
         prefix: Protected tokens at the front.
 
     Returns:
-        ``[B, ceil(N/2), floor(N/2)]`` float32 (float64 for a float64 metric); rows and columns
-        of prefix tokens are -inf.
+        ``[B, ceil(N/2), floor(N/2)]`` float32 (float64 for float64 keys); rows and columns of
+        prefix tokens are -inf, those of tokens without a direction 0 (see ``match``).
     """
-    metric = metric.to(accumulate_dtype(metric))
+    metric = mean_keys(keys)
     norm = (metric * metric).sum(-1, keepdim=True).sqrt()
-    metric = metric / norm.clamp_min(spec.NORM_EPS)
-    scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
+    unit = metric / norm.clamp_min(spec.NORM_EPS)
+    unit = torch.where(norm < spec.NORM_LIMIT, unit, 0.0)  # NaN is not below it either
+    scores = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)
     scores[:, : (prefix + 1) // 2] = -torch.inf
     scores[:, :, : prefix // 2] = -torch.inf
     return scores
 
 
-@torch.library.custom_op("tome_export::match", mutates_args=())
-def _match(metric: Tensor, r: int, prefix: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _ = metric.shape
+def eager_match(
+    keys: Tensor, r: int, prefix: int, class_token: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``match`` in PyTorch's own operations, without its checks; returns keep, src, dst."""
+    batch, tokens = keys.shape[0], keys.shape[-2]
     rows_a, rows_b = (tokens + 1) // 2, tokens // 2
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
-    scores = scores_and_masks(metric, prefix)
+    scores = scores_and_masks(keys, prefix)
     best = scores.argmax(-1)  # the first of equal maxima
     value = scores.gather(-1, best[..., None])[..., 0]
     rank = value.sort(dim=-1, descending=True, stable=True).indices
     merged, rest = rank[:, :r], rank[:, r : rows_a - prefix_a]
     if class_token:
         rest = rest.sort(dim=-1).values
-    device = metric.device
+    device = keys.device
     first = torch.arange(prefix, device=device).expand(batch, prefix)
     last = 2 * torch.arange(prefix_b, rows_b, device=device) + 1
     keep = torch.cat([first, 2 * rest, last.expand(batch, rows_b - prefix_b)], dim=1)
@@ -57,21 +60,27 @@ def _match(metric: Tensor, r: int, prefix: int, class_token: bool) -> tuple[Tens
     return keep.int(), (2 * merged).int(), dst.int()
 
 
+_match = torch.library.custom_op("tome_export::match", eager_match, mutates_args=())
+
+
 @_match.register_fake
-def _(metric: Tensor, r: int, prefix: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    batch, tokens, _ = metric.shape
+def _(keys: Tensor, r: int, prefix: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    batch, tokens = keys.shape[0], keys.shape[-2]
 
     def index(length: Any) -> Tensor:
-        return metric.new_empty((batch, length), dtype=torch.int32)
+        return keys.new_empty((batch, length), dtype=torch.int32)
 
     return index(tokens - r), index(r), index(r)
 
 
-@torch.library.custom_op("tome_export::merge", mutates_args=())
-def _merge(
+def eager_merge(
     x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """``merge`` in PyTorch's own operations."""
     return merge_index_add(x, size, MergePlan(keep, src, dst))
+
+
+_merge = torch.library.custom_op("tome_export::merge", eager_merge, mutates_args=())
 
 
 @_merge.register_fake
@@ -98,16 +107,21 @@ def _merge_backward(ctx: Any, grad: Tensor, _grad_size: Tensor) -> tuple[Tensor 
 _merge.register_autograd(_merge_backward, setup_context=_merge_setup)
 
 
-def match(metric: Tensor, r: int, prefix: int, class_token: bool) -> MergePlan:
+def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> MergePlan:
     """Bipartite soft matching (ToMe, section 3.1): which tokens merge into which.
 
-    Even positions form set A, odd ones set B. Every A token is matched with its most similar B
-    token by cosine; the r best pairs merge. Prefix tokens neither merge nor are merged into.
-    Output order: the prefix tokens, then what stays of A (by position with a class token, else
-    by rank), then B. Ties go to the lowest index. Scores are float32.
+    The metric is the mean of the keys over heads. Even positions form set A, odd ones set B. Every
+    A token is matched with its most similar B token by cosine; the r best pairs merge. Prefix
+    tokens neither merge nor are merged into. Output order: the prefix tokens, then what stays of A
+    (by position with a class token, else by rank), then B. Ties go to the lowest index. Mean and
+    scores are float32 (float64 for float64 keys).
+
+    A token whose metric's L2 norm is not finite in float32 (NaN or infinite keys, or an overflow;
+    for float64 keys: a norm of 2^64 or more) has the zero vector as its direction: it scores 0 with
+    every token. So the plan is well-formed whatever the keys hold.
 
     Args:
-        metric: ``[B, N, D]``, the keys averaged over heads, any float dtype.
+        keys: ``[B, H, N, D]``, any float dtype, or a ready metric ``[B, N, D]``.
         r: Tokens to merge, ``1 <= r <= (N - prefix) // 2``.
         prefix: Protected tokens P at the front (class, distillation, registers).
         class_token: Whether one of them is a class token.
@@ -116,12 +130,17 @@ def match(metric: Tensor, r: int, prefix: int, class_token: bool) -> MergePlan:
         The merge plan: ``keep [B, N - r]``, ``src [B, r]``, ``dst [B, r]``, int32.
 
     Raises:
-        ValueError: if r is out of range; schedules clamp it.
+        ValueError: if keys have another rank or r is out of range; schedules clamp it.
     """
-    limit = spec.clamp_r(metric.shape[1], metric.shape[1], prefix)
+    if keys.ndim not in (3, 4):
+        raise ValueError(
+            f"keys have shape {tuple(keys.shape)}; expected [B, H, N, D], or [B, N, D] for a metric"
+        )
+    tokens = keys.shape[-2]
+    limit = spec.clamp_r(tokens, tokens, prefix)
     if not 1 <= r <= limit:
-        raise ValueError(f"r is {r}; expected 1 to {limit} for {metric.shape[1]} tokens")
-    return MergePlan(*_match(metric.detach(), r, prefix, class_token))
+        raise ValueError(f"r is {r}; expected 1 to {limit} for {tokens} tokens")
+    return MergePlan(*_match(keys.detach(), r, prefix, class_token))
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,11 @@ class ReferencePlan:
 
 
 def cosine_scores(metric: Sequence[Sequence[float]], prefix: int) -> dict[tuple[int, int], float]:
-    """Cosine similarity of every allowed pair (even token, odd token), keyed by token index."""
+    """Cosine similarity of every allowed pair (even token, odd token), keyed by token index.
+
+    A token whose norm is not finite in fp32 counts as the zero vector.
+    """
+    metric = [_direction(row) for row in metric]
     # The contract's bound, per vector: a zero vector scores 0.
     norms = [max(math.sqrt(math.fsum(v * v for v in row)), 1e-12) for row in metric]
     scores = {}
@@ -32,13 +36,26 @@ def cosine_scores(metric: Sequence[Sequence[float]], prefix: int) -> dict[tuple[
     return scores
 
 
+def _direction(row: Sequence[float]) -> Sequence[float]:
+    # Squares of 2^64 and more overflow fp32.
+    return row if math.hypot(*row) < 2.0**64 else [0.0] * len(row)
+
+
+def mean_keys(keys: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """The metric of one image: ``keys``, H heads of N rows of D numbers, averaged over heads."""
+    return [
+        [sum(values) / len(keys) for values in zip(*rows, strict=True)]
+        for rows in zip(*keys, strict=True)
+    ]
+
+
 def match(
     metric: Sequence[Sequence[float]], r: int, prefix: int, class_token: bool
 ) -> ReferencePlan:
     """Bipartite soft matching of one image (ToMe, section 3.1).
 
     Args:
-        metric: N rows of D numbers.
+        metric: N rows of D numbers, which may be infinite or NaN.
         r: Tokens to merge, already clamped.
         prefix: Protected tokens at the front.
         class_token: Whether one of them is a class token.

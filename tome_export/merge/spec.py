@@ -2,9 +2,12 @@
 
 Imports nothing: the ONNX functions, the TensorRT plugins and the tests all read these names.
 
-``TomeMatch(metric [B, N, D]) -> keep [B, K], src [B, r], dst [B, r]`` (int32) with attributes
-``r``, ``prefix`` and ``class_token``; ``K = N - r``.
+``TomeMatch(keys [B, H, N, D]) -> keep [B, K], src [B, r], dst [B, r]`` (int32) with attributes
+``r``, ``prefix`` and ``class_token``; ``K = N - r``. The keys are of any float type and averaged
+over heads in fp32 inside the operator; a ready metric ``[B, N, D]`` is the same as H = 1.
 ``TomeMerge(x [B, N, C], size [B, N], keep, src, dst) -> x' [B, K, C], size' [B, K]``.
+
+Nodes meant for TensorRT plugins also carry ``PLUGIN_ATTRIBUTES``, by which its parser finds them.
 """
 
 from __future__ import annotations
@@ -16,11 +19,27 @@ VERSION = 1
 MATCH = "TomeMatch"
 MERGE = "TomeMerge"
 
+MATCH_INPUTS = ("keys",)
 MATCH_OUTPUTS = ("keep", "src", "dst")
 MERGE_INPUTS = ("x", "size", "keep", "src", "dst")
 
 NORM_EPS = 1e-12
 """Lower bound of a metric vector's L2 norm, so that a zero vector scores 0 and not NaN."""
+
+NORM_LIMIT = 2.0**64
+"""A metric vector whose L2 norm is not below this, or NaN, counts as the zero vector.
+
+Its square is the first number beyond fp32: a norm taken in fp32 is below it, or not finite.
+"""
+
+PLUGIN_NAMESPACE = DOMAIN
+PLUGIN_VERSION = "1"
+PLUGIN_ATTRIBUTES: tuple[tuple[str, str | int], ...] = (
+    ("plugin_namespace", PLUGIN_NAMESPACE),
+    ("plugin_version", PLUGIN_VERSION),
+    ("aot", 1),
+)
+"""Node attributes: which registered plugin TensorRT takes, in its ahead-of-time form."""
 
 
 def clamp_r(tokens: int, r: int, prefix: int) -> int:

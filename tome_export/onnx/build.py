@@ -63,8 +63,12 @@ def onnx_from_model(
 
     proto = serde.serialize_model(ir_from_model(model, options, output_name))
     if model.merges:
+        opset, plugin = options.opset, options.plugin
         proto.functions.extend(
-            [match_function(options.opset), merge_function(options.lowering, options.opset)]
+            [
+                match_function(opset, plugin=plugin),
+                merge_function(options.lowering, opset, plugin=plugin),
+            ]
         )
     can_simplify = files.weight_bytes(proto) <= external_data_bytes
     if can_simplify:

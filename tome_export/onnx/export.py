@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tome_export.errors import ExportError
+from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.onnx.functions import Lowering
 from tome_export.onnx.translation import translation_table
@@ -48,6 +48,11 @@ class ExportOptions:
         attention: ``fused`` is the Attention operator, ``decomposed`` MatMul-Softmax-MatMul;
             ``auto`` is decomposed for fp32, whose fused form TensorRT has no kernel for.
         opset: Of the standard operators; the fused form needs 23.
+        plugin: Write on every match and merge node which TensorRT plugin may take it. Runtimes
+            without plugins run the bodies all the same; needs the ``matmul`` lowering.
+
+    Raises:
+        UsageError: if ``plugin`` is asked for with another lowering.
     """
 
     precision: Precision = "fp32"
@@ -55,6 +60,14 @@ class ExportOptions:
     lowering: Lowering = "matmul"
     attention: AttentionForm = "auto"
     opset: int = OPSET
+    plugin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plugin and self.lowering != "matmul":
+            raise UsageError(
+                f"plugin nodes have the lowering {self.lowering}; expected matmul, which TensorRT "
+                "takes where the plugin is missing"
+            )
 
     @property
     def fused_attention(self) -> bool:
@@ -89,7 +102,7 @@ def ir_from_model(model: MergedModel, options: ExportOptions, output_name: str) 
     """Trace a merged model into an ONNX graph whose match and merge are one node each.
 
     Nodes of merging layer i are named ``blocks.i.match`` and ``blocks.i.merge``; the match's
-    input and outputs ``blocks.i.metric``, ``.keep``, ``.src`` and ``.dst``.
+    input and outputs ``blocks.i.keys``, ``.keep``, ``.src`` and ``.dst``.
 
     Args:
         model: In eval mode, fp32 weights.
@@ -136,12 +149,15 @@ def ir_from_model(model: MergedModel, options: ExportOptions, output_name: str) 
     if program is None:
         raise ExportError("torch returned no ONNX program; expected a traced model")
     merging = [index for index, layer in enumerate(model.layers) if layer.r]
-    _name_merge_nodes(program.model, merging)
+    _finish_merge_nodes(program.model, merging, options.plugin)
     return program.model
 
 
-def _name_merge_nodes(model: ir.Model, merging: list[int]) -> None:
-    """Stable names for what the parity check reads, and no traces of the exporting machine."""
+def _finish_merge_nodes(model: ir.Model, merging: list[int], plugin: bool) -> None:
+    """Stable names for what the parity check reads, and no traces of the exporting machine.
+
+    For plugins the nodes also get the attributes that TensorRT finds a plugin by.
+    """
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
     for op_type, suffix in ((spec.MATCH, "match"), (spec.MERGE, "merge")):
@@ -153,17 +169,27 @@ def _name_merge_nodes(model: ir.Model, merging: list[int]) -> None:
             )
         for layer, node in zip(merging, nodes, strict=True):
             node.name = f"blocks.{layer}.{suffix}"
+            if plugin:
+                node.attributes.update(_plugin_attributes())
             if op_type == spec.MATCH:
-                _value(node.inputs[0]).name = f"blocks.{layer}.metric"
+                for given, name in zip(node.inputs, spec.MATCH_INPUTS, strict=True):
+                    _value(given).name = f"blocks.{layer}.{name}"
                 for value, name in zip(node.outputs, spec.MATCH_OUTPUTS, strict=True):
                     value.name = f"blocks.{layer}.{name}"
     model.producer_name = "tome-export"
     model.graph.name = "tome_export"
 
 
+def _plugin_attributes() -> dict[str, ir.Attr]:
+    import onnx_ir as ir
+
+    attributes = ir.convenience.convert_attributes(dict(spec.PLUGIN_ATTRIBUTES))
+    return {attribute.name: attribute for attribute in attributes}
+
+
 def _value(value: Any) -> Any:
     if value is None:
-        raise ExportError("a match node in the exported graph has no input; expected the metric")
+        raise ExportError("a match node in the exported graph has no input; expected the keys")
     return value
 
 

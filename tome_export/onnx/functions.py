@@ -18,7 +18,7 @@ Lowering = Literal["index_add", "matmul"]
 
 _MATCH = """
 <opset_import: ["" : OPSET], domain: "DOMAIN">
-TomeMatch <r, prefix, class_token> (metric) => (keep, src, dst) {
+TomeMatch <r, prefix, class_token> (keys) => (keep, src, dst) {
     zero = Constant <value_int: int = 0> ()
     one = Constant <value_int: int = 1> ()
     two = Constant <value_int: int = 2> ()
@@ -32,7 +32,7 @@ TomeMatch <r, prefix, class_token> (metric) => (keep, src, dst) {
     p = Constant <value_int: int = @prefix> ()
     ct = Constant <value_int: int = @class_token> ()
     by_position = Cast <to: int = 9> (ct)
-    n_ = Shape <start: int = 1, end: int = 2> (metric)
+    n_ = Shape <start: int = -2, end: int = -1> (keys)
     n = Squeeze (n_)
     n_plus = Add (n, one)
     na = Div (n_plus, two)
@@ -43,10 +43,20 @@ TomeMatch <r, prefix, class_token> (metric) => (keep, src, dst) {
     rows = Range (zero, na, one)
     columns = Range (zero, nb, one)
 
+    batch_heads = Constant <value_ints: ints = [0, -1]> ()
+    tokens_width = Shape <start: int = -2> (keys)
+    by_head = Concat <axis: int = 0> (batch_heads, tokens_width)
+    keys_4d = Reshape (keys, by_head)
+    keys_f = Cast <to: int = 1> (keys_4d)
+    metric = ReduceMean <keepdims: int = 0> (keys_f, axis1)
     norm = ReduceL2 <keepdims: int = 1> (metric, last)
     eps = Constant <value_float: float = NORM_EPS> ()
     norm_floor = Max (norm, eps)
-    unit = Div (metric, norm_floor)
+    scaled = Div (metric, norm_floor)
+    limit = Constant <value_float: float = NORM_LIMIT> ()
+    nothing = Constant <value_float: float = 0.0> ()
+    finite = Less (norm, limit)
+    unit = Where (finite, scaled, nothing)
     a = Slice (unit, begin, end, axis1, stride)
     b = Slice (unit, odd, end, axis1, stride)
     b_t = Transpose <perm: ints = [0, 2, 1]> (b)
@@ -91,7 +101,7 @@ TomeMatch <r, prefix, class_token> (metric) => (keep, src, dst) {
     tokens_a = Mul (order, two)
     odd_columns = Mul (columns, two)
     tokens_b = Add (odd_columns, one)
-    batch = Shape <start: int = 0, end: int = 1> (metric)
+    batch = Shape <start: int = 0, end: int = 1> (keys)
     nb_ = Unsqueeze (nb, begin)
     shape_b = Concat <axis: int = 0> (batch, nb_)
     tokens_b_all = Expand (tokens_b, shape_b)
@@ -185,16 +195,35 @@ _MERGE_TAIL = """
 _BODIES: dict[Lowering, str] = {"index_add": _MERGE_INDEX_ADD, "matmul": _MERGE_MATMUL}
 
 
-def _parse(text: str, opset: int) -> onnx.FunctionProto:
+def _parse(text: str, opset: int, plugin: bool) -> onnx.FunctionProto:
     filled = text.replace("OPSET", str(opset)).replace("DOMAIN", spec.DOMAIN)
-    return onnx.parser.parse_function(filled.replace("NORM_EPS", repr(spec.NORM_EPS)))
+    for name in ("NORM_EPS", "NORM_LIMIT"):
+        filled = filled.replace(name, repr(getattr(spec, name)))
+    function = onnx.parser.parse_function(filled)
+    if plugin:
+        # With defaults, because only so can a function's attribute be declared with its type.
+        function.attribute_proto.extend(
+            onnx.helper.make_attribute(name, value) for name, value in spec.PLUGIN_ATTRIBUTES
+        )
+    return function
 
 
-def match_function(opset: int) -> onnx.FunctionProto:
-    """``TomeMatch`` in standard operators of the given opset."""
-    return _parse(_MATCH, opset)
+def match_function(opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
+    """``TomeMatch`` in standard operators.
+
+    Args:
+        opset: Of the standard operators.
+        plugin: Declare the attributes of nodes meant for TensorRT plugins.
+    """
+    return _parse(_MATCH, opset, plugin)
 
 
-def merge_function(lowering: Lowering, opset: int) -> onnx.FunctionProto:
-    """``TomeMerge`` in standard operators: by scatter-add or by a matrix product."""
-    return _parse(_MERGE_HEAD + _BODIES[lowering] + _MERGE_TAIL, opset)
+def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
+    """``TomeMerge`` in standard operators: by scatter-add or by a matrix product.
+
+    Args:
+        lowering: Which of the two.
+        opset: Of the standard operators.
+        plugin: Declare the attributes of nodes meant for TensorRT plugins.
+    """
+    return _parse(_MERGE_HEAD + _BODIES[lowering] + _MERGE_TAIL, opset, plugin)

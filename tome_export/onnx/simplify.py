@@ -14,7 +14,8 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants and drop dead nodes.
 
     Requires functions already attached and a model under protobuf's 2 GB.
-    Ensures the same inputs and outputs, and every match and merge node still in place.
+    Ensures the same inputs and outputs, and every match and merge node still in place with its
+    attributes.
 
     Raises:
         ExportError: if onnxsim cannot validate its own result.
@@ -29,12 +30,26 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
             "onnxsim could not validate its own result; expected an equal graph, try another "
             "version of onnxsim"
         )
+    if _merge_nodes(result) != _merge_nodes(model):
+        raise ExportError(
+            "onnxsim changed the attributes of the match and merge nodes; expected them as they "
+            "were, try another version of onnxsim"
+        )
     if _signature(result) != before:
         raise ExportError(
             f"onnxsim changed the graph's interface from {before} to {_signature(result)}; "
             "expected the same one, try another version of onnxsim"
         )
     return result
+
+
+def _merge_nodes(model: onnx.ModelProto) -> list[tuple[str, list[bytes]]]:
+    """Names and attributes of the match and merge nodes, in any order of either."""
+    return sorted(
+        (node.name, sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+        for node in model.graph.node
+        if node.domain == spec.DOMAIN
+    )
 
 
 def _signature(model: onnx.ModelProto) -> tuple[list[str], list[str], dict[str, int]]:

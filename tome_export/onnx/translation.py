@@ -20,16 +20,20 @@ def _operator(name: str) -> Any:
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
-    kinds = [("S", ["tensor(float)"], ""), ("I", ["tensor(int32)"], "")]
     if name == spec.MATCH:
-        inputs = [schema.FormalParameter("metric", "S")]
+        kinds = [("T", _FLOATS, ""), ("I", ["tensor(int32)"], "")]
+        inputs = [schema.FormalParameter(i, "T") for i in spec.MATCH_INPUTS]
         outputs = [schema.FormalParameter(o, "I") for o in spec.MATCH_OUTPUTS]
         attributes = [
             schema.Attribute(attribute, schema.AttrType.INT, "")
             for attribute in ("r", "prefix", "class_token")
         ]
     else:
-        kinds = [("T", _FLOATS, ""), *kinds]
+        kinds = [
+            ("T", _FLOATS, ""),
+            ("S", ["tensor(float)"], ""),
+            ("I", ["tensor(int32)"], ""),
+        ]
         types = dict(zip(spec.MERGE_INPUTS, "TSIII", strict=True))
         inputs = [schema.FormalParameter(i, kind) for i, kind in types.items()]
         outputs = [
@@ -49,8 +53,8 @@ def _operator(name: str) -> Any:
     return Op(Opset(spec.DOMAIN, spec.VERSION), name, operator)
 
 
-def _match(metric: Any, r: int, prefix: int, class_token: bool) -> Any:
-    return _operator(spec.MATCH)(metric, r=r, prefix=prefix, class_token=int(class_token))
+def _match(keys: Any, r: int, prefix: int, class_token: bool) -> Any:
+    return _operator(spec.MATCH)(keys, r=r, prefix=prefix, class_token=int(class_token))
 
 
 def _merge(x: Any, size: Any, keep: Any, src: Any, dst: Any) -> Any:

@@ -1,28 +1,35 @@
 """An instrumented twin of an exported graph: it shows every merge decision and can be led.
 
 The twin is the shipped graph plus, for each merging layer, outputs for the metric and the chosen
-plan, and a switch that replaces the chosen plan by one given as input. Led by the reference's
-plans, every layer sees the reference's tokens, so each decision can be judged on its own and the
-numerical error is not mixed with the effect of a flipped decision.
+plan, and a switch that replaces the chosen plan by one given as input. The match takes keys, so the
+metric is made beside it from the same keys. Led by the reference's plans, every layer sees the
+reference's tokens, so each decision can be judged on its own and the numerical error is not mixed
+with the effect of a flipped decision.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tome_export.errors import InputError
 from tome_export.merge import spec
 
 LEAD = "tome_export.lead"
-"""Bool scalar input: whether the plans given as inputs are applied."""
+"""Bool input ``[B, 1]``: whether the plans given as inputs are applied.
+
+One per image, not a scalar: the first dimension of every input of an engine is the batch.
+"""
+
+HEADS_AXIS = "tome_export.heads_axis"
 
 
 @dataclass(frozen=True)
 class TwinLayer:
-    """Tensor names of one merging layer in the twin."""
+    """Tensor names of one merging layer in the twin; the metric is ``[B, N, D]`` float32."""
 
     layer: int
     metric: str
@@ -68,14 +75,36 @@ def twin_from_model(model: onnx.ModelProto) -> Twin:
             nodes.append(switch)
             _rewire(graph, name, new, switch)
             graph.output.append(value)
-        graph.output.append(types[node.input[0]])
-        metric = node.input[0]
+        metric = f"blocks.{layer}.metric"
+        nodes += _metric_nodes(node.input[0], types[node.input[0]], metric)
+        graph.output.append(_metric_value(types[node.input[0]], metric))
         layers.append(TwinLayer(layer, metric, (*chosen,), (*given,)))  # type: ignore[arg-type]
     if layers:
-        graph.input.append(helper.make_tensor_value_info(LEAD, TensorProto.BOOL, []))
+        shape = [batch.dim_param or batch.dim_value, 1]
+        graph.input.append(helper.make_tensor_value_info(LEAD, TensorProto.BOOL, shape))
+        graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), HEADS_AXIS))
     del graph.node[:]
     graph.node.extend(nodes)
     return Twin(twin, tuple(layers))
+
+
+def _metric_nodes(keys: str, value: onnx.ValueInfoProto, metric: str) -> list[onnx.NodeProto]:
+    """The mean of the keys over heads; an input of rank 3 is the metric itself."""
+    if keys == metric:  # as graphs of operators without heads name it
+        return []
+    if len(value.type.tensor_type.shape.dim) == 3:
+        return [helper.make_node("Cast", [keys], [metric], name=metric, to=TensorProto.FLOAT)]
+    wide = f"{metric}.keys"
+    return [
+        helper.make_node("Cast", [keys], [wide], name=wide, to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", [wide, HEADS_AXIS], [metric], name=metric, keepdims=0),
+    ]
+
+
+def _metric_value(keys: onnx.ValueInfoProto, metric: str) -> onnx.ValueInfoProto:
+    dims = list(keys.type.tensor_type.shape.dim)
+    shape = [d.dim_param or d.dim_value for d in (dims[0], *dims[-2:])]
+    return helper.make_tensor_value_info(metric, TensorProto.FLOAT, shape)
 
 
 def is_twin(model: onnx.ModelProto) -> bool:

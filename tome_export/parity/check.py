@@ -123,7 +123,8 @@ def _run_twin(
         inputs |= dict(zip(layer.given, (record.keep, record.src, record.dst), strict=True))
     passes = []
     for lead in (False, True):
-        results = infer_in_batches(runner, inputs, len(images), size, {LEAD: np.array(lead)})
+        inputs[LEAD] = np.full((len(images), 1), lead)
+        results = infer_in_batches(runner, inputs, len(images), size)
         layers = {
             layer.layer: LayerRecord(results[layer.metric], *(results[n] for n in layer.chosen))
             for layer in twin.layers

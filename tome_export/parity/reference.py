@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from tome_export.merge.plan import MergePlan
-    from tome_export.patch import MergedModel
+    from tome_export.patch import LayerTrace, MergedModel
     from tome_export.spec import Precision
 
 CHUNK = 8
@@ -81,16 +81,18 @@ def _run(model: MergedModel, images: Array, dtype: torch.dtype, lead: Pass | Non
 
     outputs: list[Array] = []
     parts: dict[int, list[tuple[Array, ...]]] = {}
+
+    def record(step: LayerTrace) -> None:
+        arrays = (_numpy(step.metric), *(part.numpy() for part in step.chosen))
+        parts.setdefault(step.layer, []).append(arrays)
+
     for start in range(0, len(images), CHUNK):
         chunk = slice(start, start + CHUNK)
         forced = None if lead is None else _plans(lead, chunk)
         with torch.inference_mode():
             pixel_values = torch.from_numpy(images[chunk]).to(dtype)
-            output, trace = model.forward_traced(pixel_values, forced)
+            output = model.forward_observed(pixel_values, record, forced)
         outputs.append(_numpy(output))
-        for step in trace:
-            arrays = (_numpy(step.metric), *(part.numpy() for part in step.chosen))
-            parts.setdefault(step.layer, []).append(arrays)
     layers = {
         layer: LayerRecord(*(np.concatenate(columns) for columns in zip(*rows, strict=True)))
         for layer, rows in parts.items()

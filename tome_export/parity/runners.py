@@ -68,7 +68,7 @@ class OrtCpuRunner:
 
 
 def infer_in_batches(
-    runner: Runner, inputs: Arrays, count: int, size: int, constants: Arrays | None = None
+    runner: Runner, inputs: Arrays, count: int, size: int
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Run any number of images in batches of exactly ``size``, the last one padded.
 
@@ -77,12 +77,11 @@ def infer_in_batches(
         inputs: Arrays whose first dimension is ``count``.
         count: Number of images.
         size: Images per batch.
-        constants: Inputs without a batch dimension, the same for every batch.
     """
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     for start in range(0, count, size):
         index = np.minimum(np.arange(start, start + size), count - 1)
-        part = runner.infer({**{k: v[index] for k, v in inputs.items()}, **(constants or {})})
+        part = runner.infer({k: v[index] for k, v in inputs.items()})
         parts.append({k: v[: min(size, count - start)] for k, v in part.items()})
     names: Sequence[str] = list(parts[0])
     return {name: np.concatenate([part[name] for part in parts]) for name in names}

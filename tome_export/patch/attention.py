@@ -38,11 +38,6 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
     )
 
 
-def mean_key(k: Tensor) -> Tensor:
-    """The metric: keys ``[B, H, N, D]`` averaged over heads in fp32 -> ``[B, N, D]``."""
-    return k.to(torch.promote_types(k.dtype, torch.float32)).mean(1)
-
-
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``timm.layers.Attention``: gate, q/k norm and scale norm included.
 
@@ -52,7 +47,7 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         bias: ``[B, 1, N, N]`` or None.
 
     Returns:
-        Output ``[B, N, C]`` and metric ``[B, N, D]``.
+        Output ``[B, N, C]`` and keys ``[B, H, N, D]``, behind the key norm if there is one.
     """
     batch, tokens, _ = x.shape
     heads = (batch, tokens, attn.num_heads, attn.head_dim)
@@ -62,7 +57,7 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), mean_key(k)
+    return attn.proj_drop(attn.proj(out)), k
 
 
 def _differential(
@@ -79,14 +74,14 @@ def _differential(
     factor = module._compute_lambda().type_as(q)
     out = _attend(module, q1, k1, v, bias) - factor * _attend(module, q2, k2, v, bias)
     out = module.sub_norm(out) * (1 - module.lambda_init)
-    return out.transpose(1, 2).reshape(batch, tokens, width), mean_key(k)
+    return out.transpose(1, 2).reshape(batch, tokens, width), k
 
 
 def diff_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``timm.layers.DiffAttention``; the metric averages all ``2 H`` half-heads."""
+    """``timm.layers.DiffAttention``; the keys ``[B, 2 H, N, D]`` are those of all half-heads."""
     q, k, v = attn.qkv(x).chunk(3, dim=2)
-    out, metric = _differential(attn, q, k, v, bias)
-    return attn.proj_drop(attn.proj(attn.norm(out))), metric
+    out, keys = _differential(attn, q, k, v, bias)
+    return attn.proj_drop(attn.proj(attn.norm(out))), keys
 
 
 def parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -98,14 +93,14 @@ def parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor
     k = block.k_norm(k.view(heads)).transpose(1, 2)
     out = _attend(block, q, k, v.view(heads).transpose(1, 2), bias)
     out = out.transpose(1, 2).reshape(batch, tokens, width)
-    return x + _parallel_output(block, out, mlp), mean_key(k)
+    return x + _parallel_output(block, out, mlp), k
 
 
 def diff_parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``DiffParallelScalingBlock``: as above with differential attention."""
     mlp, q, k, v = block.in_proj(block.in_norm(x)).split(block.in_split, dim=-1)
-    out, metric = _differential(block, q, k, v, bias)
-    return x + _parallel_output(block, out, mlp), metric
+    out, keys = _differential(block, q, k, v, bias)
+    return x + _parallel_output(block, out, mlp), keys
 
 
 def _parallel_output(block: Any, attn_out: Tensor, mlp: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tome_export.errors import InputError
+from tome_export.merge.lowering import mean_keys
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import MergePlan
@@ -39,15 +40,20 @@ class LayerTrace(NamedTuple):
 
     Attributes:
         layer: Index of the block.
-        metric: ``[B, N, D]``, the keys averaged over heads.
+        keys: ``[B, H, N, D]`` in the model's dtype, those that attention compared.
         plan: The plan that was applied.
-        chosen: The plan that the metric leads to; other than ``plan`` only when plans are forced.
+        chosen: The plan that the keys lead to; other than ``plan`` only when plans are forced.
     """
 
     layer: int
-    metric: Tensor
+    keys: Tensor
     plan: MergePlan
     chosen: MergePlan
+
+    @property
+    def metric(self) -> Tensor:
+        """``[B, N, D]`` float32 (float64 for float64 keys): the keys averaged over heads."""
+        return mean_keys(self.keys)
 
 
 @dataclass
@@ -63,8 +69,15 @@ class Tokens:
     size: Tensor | None = None
 
 
+Observer = Callable[[LayerTrace], None]
+
+
 class Merger:
-    """Merges after each layer as scheduled; made anew for every forward pass."""
+    """Merges after each layer as scheduled; made anew for every forward pass.
+
+    ``observe`` is told of every merging layer; nothing is kept here, because the keys are views
+    that hold the whole query-key-value tensor of their layer.
+    """
 
     def __init__(
         self,
@@ -72,26 +85,28 @@ class Merger:
         prefix: int,
         class_token: bool,
         forced: Mapping[int, MergePlan] | None = None,
+        observe: Observer | None = None,
     ) -> None:
         self.layers = layers
         self.prefix = prefix
         self.class_token = class_token
         self.forced = forced or {}
-        self.trace: list[LayerTrace] = []
+        self.observe = observe
 
-    def __call__(self, tokens: Tokens, metric: Tensor, layer: int) -> Tokens:
-        """Merge the tokens of one layer by the metric ``[B, N, D]``."""
+    def __call__(self, tokens: Tokens, keys: Tensor, layer: int) -> Tokens:
+        """Merge the tokens of one layer by its attention keys ``[B, H, N, D]``."""
         # Fewer tokens than scheduled come when patches are dropped in training.
-        r = clamp_r(metric.shape[1], self.layers[layer].r, self.prefix)
+        r = clamp_r(keys.shape[2], self.layers[layer].r, self.prefix)
         if r == 0:
             return tokens
         size = tokens.size
         if size is None:
-            size = metric.new_ones(metric.shape[:2], dtype=torch.float32)
-        chosen = match(metric, r, self.prefix, self.class_token)
+            size = keys.new_ones((keys.shape[0], keys.shape[2]), dtype=torch.float32)
+        chosen = match(keys, r, self.prefix, self.class_token)
         plan = self.forced.get(layer, chosen)
         x, size = merge(tokens.x, size, plan)
-        self.trace.append(LayerTrace(layer, metric, plan, chosen))
+        if self.observe is not None:
+            self.observe(LayerTrace(layer, keys, plan, chosen))
         return Tokens(x, size)
 
 
@@ -156,9 +171,11 @@ class MergedModel(nn.Module, ABC):
         final = layers[-1].tokens_out if layers else self.prefix
         return total_macs(self.block_costs, layers, self.fixed_macs(final))
 
-    def merger(self, forced: Mapping[int, MergePlan] | None = None) -> Merger:
-        """A fresh merger; ``forced`` plans, by layer, are applied instead of matching."""
-        return Merger(self.layers, self.prefix, self.class_token, forced)
+    def merger(
+        self, forced: Mapping[int, MergePlan] | None = None, observe: Observer | None = None
+    ) -> Merger:
+        """A fresh merger; ``forced`` plans, by layer, are applied instead of the layers' own."""
+        return Merger(self.layers, self.prefix, self.class_token, forced, observe)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Classify or embed images.
@@ -177,14 +194,29 @@ class MergedModel(nn.Module, ABC):
     def forward_traced(
         self, pixel_values: Tensor, forced: Mapping[int, MergePlan] | None = None
     ) -> tuple[Tensor, list[LayerTrace]]:
-        """As ``forward``, with the metric and plan of every merging layer.
+        """As ``forward``, with the keys and plan of every merging layer.
 
         Args:
             pixel_values: ``[B, C, H, W]``.
             forced: Plans to apply instead of the layers' own, by layer index.
         """
-        merger = self.merger(forced)
-        return self.run(self._checked(pixel_values), merger), merger.trace
+        trace: list[LayerTrace] = []
+        return self.forward_observed(pixel_values, trace.append, forced), trace
+
+    def forward_observed(
+        self,
+        pixel_values: Tensor,
+        observe: Observer,
+        forced: Mapping[int, MergePlan] | None = None,
+    ) -> Tensor:
+        """As ``forward_traced``, but each layer is handed out in turn and none is kept.
+
+        Args:
+            pixel_values: ``[B, C, H, W]``.
+            observe: Called with every merging layer as it merges.
+            forced: Plans to apply instead of the layers' own, by layer index.
+        """
+        return self.run(self._checked(pixel_values), self.merger(forced, observe))
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
         if tuple(pixel_values.shape[1:]) != self.input_size:

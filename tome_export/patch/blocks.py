@@ -27,14 +27,14 @@ def _attention_forwards() -> dict[type, attn_forward.AttentionForward]:
 
 
 def _pre_norm(block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
-    out, metric = _run_attention(block.attn, block.norm1(t.x), bias)
-    t = merge(Tokens(t.x + block.drop_path1(block.ls1(out)), t.size), metric, layer)
+    out, keys = _run_attention(block.attn, block.norm1(t.x), bias)
+    t = merge(Tokens(t.x + block.drop_path1(block.ls1(out)), t.size), keys, layer)
     return Tokens(t.x + block.drop_path2(block.ls2(block.mlp(block.norm2(t.x)))), t.size)
 
 
 def _post_norm(block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
-    out, metric = _run_attention(block.attn, t.x, bias)
-    t = merge(Tokens(t.x + block.drop_path1(block.norm1(out)), t.size), metric, layer)
+    out, keys = _run_attention(block.attn, t.x, bias)
+    t = merge(Tokens(t.x + block.drop_path1(block.norm1(out)), t.size), keys, layer)
     return Tokens(t.x + block.drop_path2(block.norm2(block.mlp(t.x))), t.size)
 
 
@@ -43,8 +43,8 @@ def _parallel_things(
 ) -> Tokens:
     branches = [(a, *_run_attention(a.attn, a.norm(t.x), bias)) for a in block.attns]
     out = torch.stack([a.drop_path(a.ls(y)) for a, y, _ in branches]).sum(dim=0)
-    metric = torch.stack([metric for _, _, metric in branches]).mean(dim=0)
-    t = merge(Tokens(t.x + out, t.size), metric, layer)
+    keys = torch.cat([k for _, _, k in branches], dim=1)
+    t = merge(Tokens(t.x + out, t.size), keys, layer)
     return Tokens(t.x + torch.stack([ffn(t.x) for ffn in block.ffns]).sum(dim=0), t.size)
 
 
@@ -52,15 +52,15 @@ def _parallel_scaling(
     block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int
 ) -> Tokens:
     # Attention and MLP read the same tokens, so the merge can only come behind both.
-    out, metric = attn_forward.parallel_scaling(block, t.x, bias)
-    return merge(Tokens(out, t.size), metric, layer)
+    out, keys = attn_forward.parallel_scaling(block, t.x, bias)
+    return merge(Tokens(out, t.size), keys, layer)
 
 
 def _diff_parallel_scaling(
     block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int
 ) -> Tokens:
-    out, metric = attn_forward.diff_parallel_scaling(block, t.x, bias)
-    return merge(Tokens(out, t.size), metric, layer)
+    out, keys = attn_forward.diff_parallel_scaling(block, t.x, bias)
+    return merge(Tokens(out, t.size), keys, layer)
 
 
 def _run_attention(attn: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
