@@ -107,7 +107,8 @@ engine_options = _apply(
         "compute_capabilities",
         multiple=True,
         metavar="X.Y",
-        help="Build for this GPU, such as 8.9, or current; repeatable (TensorRT-RTX).",
+        help="Build for this GPU, such as 8.9, or current; repeatable (TensorRT-RTX engines, "
+        "plugin kernels).",
     ),
 )
 
@@ -156,5 +157,11 @@ model_options = _apply(
         show_default=True,
         help="Batch sizes; one number fixes it.",
     ),
-    click.option("--merge-op", type=click.Choice(MERGE_OPS), default="auto", show_default=True),
+    click.option(
+        "--merge-op",
+        type=click.Choice(MERGE_OPS),
+        default="auto",
+        show_default=True,
+        help="auto: plugin for a TensorRT engine, else matmul; index_add is for ONNX Runtime only.",
+    ),
 )

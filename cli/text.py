@@ -45,11 +45,21 @@ def model_lines(manifest: Mapping[str, Any]) -> list[str]:
                 ("Model", f"{model['name']}: {model['description']}"),
                 ("Weights", f"{weights['kind']}: {weights['source']}"),
                 ("Merging", f"{merge['schedule']}, proportional attention {prop_attn}"),
+                ("Merge op", merge_op(manifest)),
                 ("Precision", manifest["precision"]),
                 ("Batch", manifest["batch"]),
             ]
         ),
     ]
+
+
+def merge_op(manifest: Mapping[str, Any]) -> str:
+    """How the merge is written into the graph, and for which GPUs its kernels are compiled."""
+    plugins = manifest.get("plugins")
+    name = str(manifest["merge"]["merge_op"])
+    if not plugins:
+        return name
+    return f"{name}, kernels for compute capability {', '.join(plugins['compute_capabilities'])}"
 
 
 def layer_lines(manifest: Mapping[str, Any]) -> list[str]:
@@ -145,7 +155,11 @@ def engine_lines(manifest: Mapping[str, Any]) -> list[str]:
 
 def file_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
     """Files with their sizes, and where they are."""
-    rows = [(name, size(record["bytes"])) for name, record in manifest["files"].items()]
+    folders: dict[str, int] = {}
+    for name, record in manifest["files"].items():
+        folder, slash, _ = name.partition("/")
+        folders[folder + slash] = folders.get(folder + slash, 0) + record["bytes"]
+    rows = [(name, size(total)) for name, total in folders.items()]
     return [*table(("file", "size"), rows, "lr"), f"Artifact: {path}"]
 
 

@@ -42,7 +42,7 @@ ONLY = {
 MAY_IMPORT = {
     "merge": set(),
     "plugins": {"merge.spec"},
-    "patch": {"merge"},
+    "patch": {"merge", "plugins"},
     "models": {"patch", "merge"},
     "onnx": {"patch", "merge"},
     "engine": set(),

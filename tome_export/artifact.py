@@ -124,12 +124,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write ``build.json`` with the size and sha256 of every other file in the folder.
+    """Write ``build.json`` with the size and sha256 of every other file in the folder and below.
 
     Returns:
         What was written.
     """
-    files = {f.name: _record(f) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
+    found = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = {name: _record(file) for name, file in found.items() if name != MANIFEST}
     whole = {"format": FORMAT, **manifest, "files": files}
     (folder / MANIFEST).write_text(_dumps(whole))
     # As a reader will find it: tuples are lists.

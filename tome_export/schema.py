@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tome_export.errors import InputError
@@ -175,8 +175,10 @@ def _unsound(manifest: dict[str, Any]) -> Iterator[str]:
     files = manifest["files"]
     for name in files:
         # A name that leads elsewhere would let a manifest point at any file of the machine.
-        if name in ("", ".", "..", MANIFEST) or Path(name).name != name or "\0" in name:
-            yield f"lists the file {_short(name)}, expected a plain name"
+        plain = PurePosixPath(name)
+        parts = set(plain.parts)
+        if name != str(plain) or parts & {"..", "/", MANIFEST} or not parts or "\0" in name:
+            yield f"lists the file {_short(name)}, expected a plain name or one in a folder"
     if MODEL not in files:
         yield f"does not list {MODEL}"
     for name, engine in manifest["engines"].items():

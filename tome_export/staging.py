@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from tome_export.errors import ExportError, InputError
@@ -106,8 +106,7 @@ def _check_ours(output: Path) -> None:
     foreign = [
         entry.name
         for entry in entries
-        if not entry.name.startswith(LEFTOVERS)
-        and not (entry.name in (*files, MANIFEST) and entry.is_file())
+        if not entry.name.startswith(LEFTOVERS) and not _is_listed(entry, (*files, MANIFEST))
     ]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -115,6 +114,15 @@ def _check_ours(output: Path) -> None:
             f"{output} holds what is not of the artifact ({', '.join(foreign[:3])}{more}), which "
             "--force would delete; move it away or give another directory"
         )
+
+
+def _is_listed(entry: Path, names: Collection[str]) -> bool:
+    """Whether an entry of an artifact is one of its files, or a folder of them and nothing else."""
+    if entry.is_symlink() or not entry.is_dir():
+        return entry.is_file() and entry.name in names
+    inside = [path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir()]
+    known = {path.relative_to(entry.parent).as_posix() for path in inside} <= {*names}
+    return bool(inside) and known and all(path.is_file() for path in inside)
 
 
 def _claim(partial: Path, output: Path) -> int:

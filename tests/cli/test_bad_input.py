@@ -83,11 +83,11 @@ CASES = {
         3,
         "batch range is 'many'; expected MIN:OPT:MAX or one number, for example 1:8:32",
     ),
-    "plugin": (
-        (*BUILD, "--merge-op", "plugin"),
-        4,
-        "--merge-op plugin needs a backend with a plugin for the merge, and none is available "
-        "here; use --merge-op matmul, which every backend runs",
+    "plugin for an old GPU": (
+        (*BUILD, "--merge-op", "plugin", "--compute-capability", "6.1"),
+        2,
+        "compute capability is 6.1; the plugin's kernels can be compiled for 7.5, 8.0, 8.6, 8.7, "
+        "8.9, 9.0, 10.0, 10.3, 12.0, 12.1: choose among these, or use --merge-op matmul",
     ),
     "two precisions": (
         (*BUILD, "--fp16", "--bf16"),
@@ -153,7 +153,9 @@ def test_bad_input(case, run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("case", ["unknown model", "r not an int", "plugin", "weights missing"])
+@pytest.mark.parametrize(
+    "case", ["unknown model", "r not an int", "plugin for an old GPU", "weights missing"]
+)
 def test_bad_input_as_json(case, run):
     arguments, code, message = CASES[case]
     ran = run(*arguments, "--json")

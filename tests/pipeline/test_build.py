@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions
-from tome_export.errors import InputError, MissingComponentError, UsageError
+from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
 from tome_export.models.recipe import DATA
@@ -192,8 +192,9 @@ def test_static_batch(tmp_path):
 
 def test_refusals_come_before_any_work(tmp_path):
     heard = Heard()
-    with pytest.raises(MissingComponentError):
-        build(digits(tmp_path / "out", merge_op="plugin"), heard)
+    pascal = EngineOptions(compute_capabilities=("6.1",))
+    with pytest.raises(UsageError, match=r"compiled for 7\.5, 8\.0"):
+        build(digits(tmp_path / "out", merge_op="plugin", engine_options=pascal), heard)
     with pytest.raises(UsageError):
         build(digits(tmp_path / "out", engine="tensorflow"), heard)
     (tmp_path / "out").mkdir()

@@ -32,7 +32,8 @@ class EngineOptions:
         version_compatible: The engine also runs on later TensorRT versions of the same major.
         hardware_compatible: The engine runs on every GPU of the Ampere generation and later.
         compute_capabilities: GPUs a TensorRT-RTX engine is built for, such as ``("8.9", "12.0")``,
-            or ``("current",)``; empty for its portable default (Ampere and later).
+            or ``("current",)``; empty for its portable default (Ampere and later). At a build with
+            ``--merge-op plugin`` also the GPUs its kernels are compiled for.
 
     Raises:
         UsageError: if a value is out of its range.
@@ -99,6 +100,7 @@ class EngineInfo:
         outputs: Outputs by name.
         targets: Compute capabilities it was built for.
         network_layers: Layers of the parsed network, before the builder fuses them.
+        plugin_layers: Those of them that are plugins.
         layers: The engine's layers as its inspector gives them; None where it could not be read.
         notes: Whatever a user should know: options without effect here, fall-backs, warnings.
     """
@@ -113,6 +115,7 @@ class EngineInfo:
     outputs: tuple[TensorInfo, ...]
     targets: tuple[str, ...]
     network_layers: int
+    plugin_layers: int
     layers: tuple[Any, ...] | None
     notes: tuple[str, ...]
 

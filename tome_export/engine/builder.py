@@ -178,6 +178,7 @@ class PythonApiBackend(ABC):
             outputs=network.tensors(net, outputs=True),
             targets=self.targets(options),
             network_layers=int(net.num_layers),
+            plugin_layers=network.plugin_layers(trt, net),
             layers=layers,
             notes=tuple(notes + messages.warnings),
         )

@@ -26,7 +26,7 @@ def patch(
     """Give a model token merging (ToMe, arXiv 2210.09461).
 
     The model itself is left as it is; weights are shared. Patching a patched model replaces its
-    settings.
+    settings. On CUDA tensors match and merge run the plugins' kernels.
 
     Args:
         model: timm ``VisionTransformer`` or ``VisionTransformerDistilled``.
@@ -43,12 +43,24 @@ def patch(
 
     model = unpatch(model)
     settings = MergeSettings(Schedule.of(r), prop_attn)
+    _use_kernels()
     if type(model) in (VisionTransformer, VisionTransformerDistilled):
         return MergedVisionTransformer(model, settings)
     raise InputError(
         f"model class {type(model).__name__} is not supported; supported: timm's "
         "VisionTransformer and VisionTransformerDistilled"
     )
+
+
+def _use_kernels() -> None:
+    """Let the operators run the plugins' kernels on CUDA tensors, where there can be any."""
+    import torch
+
+    from tome_export.merge import ops
+    from tome_export.plugins import torch_ops
+
+    if torch.cuda.is_available():
+        torch_ops.install(ops.eager_match, ops.eager_merge)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
 from tome_export.engine import EngineOptions, select
-from tome_export.errors import InputError, MissingComponentError, ParityError, UsageError
+from tome_export.errors import InputError, ParityError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
 from tome_export.pipeline.images import BUILD_COUNT, parity_images
+from tome_export.pipeline.kernels import (
+    capabilities_of,
+    compile_kernels,
+    plugin_nodes,
+    refusal,
+    require_compiler,
+    takes_plugins,
+)
 from tome_export.pipeline.manifest import manifest_of
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import MergeOp, Precision
@@ -76,21 +84,38 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
     """
     progress = progress or Silent()
     selection = select(request.engine)
-    lowering, selection = _lowering(request, selection)
+    form, selection = _merge_form(request, selection)
     with staged(request.output, force=request.force) as folder:
-        manifest = _build_into(folder, request, lowering, selection, progress)
+        manifest = _build_into(folder, request, form, selection, progress)
     return Artifact(request.output.absolute(), manifest)
 
 
-def _lowering(request: BuildRequest, selection: Selection) -> tuple[Lowering, Selection]:
-    """The body of the merge function, and the engine that can take it."""
+@dataclass(frozen=True)
+class _MergeForm:
+    """How the merge is written into the graph.
+
+    Attributes:
+        lowering: Body of the merge function.
+        capabilities: GPUs to compile the plugin's kernels for; empty without the plugin.
+        required: Whether a model that the kernels cannot take is refused.
+    """
+
+    lowering: Lowering = "matmul"
+    capabilities: tuple[tuple[int, int], ...] = ()
+    required: bool = False
+
+
+def _merge_form(request: BuildRequest, selection: Selection) -> tuple[_MergeForm, Selection]:
+    """The form of the merge, and the engine that can take it."""
+    asked = request.engine_options.compute_capabilities
     if request.merge_op == "plugin":
-        raise MissingComponentError(
-            "--merge-op plugin needs a backend with a plugin for the merge, and none is available "
-            "here; use --merge-op matmul, which every backend runs"
-        )
+        require_compiler()
+        capabilities = capabilities_of(asked, selection.backend)
+        return _MergeForm(capabilities=capabilities, required=True), selection
+    if request.merge_op == "auto" and takes_plugins(selection.backend):
+        return _MergeForm(capabilities=capabilities_of(asked, selection.backend)), selection
     if request.merge_op != "index_add":
-        return "matmul", selection
+        return _MergeForm(), selection
     reason = "TensorRT's parser refuses scatter-add"
     if request.engine not in ("auto", "none"):
         raise UsageError(
@@ -100,22 +125,26 @@ def _lowering(request: BuildRequest, selection: Selection) -> tuple[Lowering, Se
     if selection.backend is not None:
         line = f"no engine is built: {reason} of --merge-op index_add; use matmul for an engine"
         selection = replace(selection, backend=None, line=line)
-    return "index_add", selection
+    return _MergeForm("index_add"), selection
 
 
 def _build_into(
     folder: Path,
     request: BuildRequest,
-    lowering: Lowering,
+    form: _MergeForm,
     selection: Selection,
     progress: Progress,
 ) -> dict[str, Any]:
-    manifest = _export_and_check(folder, request, lowering, selection, progress)
+    manifest = _export_and_check(folder, request, form, selection, progress)
     if selection.backend is not None:
         # The builder needs gigabytes of its own; the torch model is garbage by now.
         gc.collect()
         progress.stage(f"Build the {selection.backend.name} engine")
-        info = build_engine(selection.backend, folder, request.engine_options, progress)
+        options, plugins = request.engine_options, plugin_nodes(manifest)
+        if plugins and selection.backend.name == "tensorrt":
+            # They were for the kernels; a TensorRT engine is for the GPU of this machine.
+            options = replace(options, compute_capabilities=())
+        info = build_engine(selection.backend, folder, options, progress, plugins=plugins)
         manifest["engines"] = {info.backend: info.to_dict()}
     progress.stage("Write the artifact")
     return write_manifest(folder, manifest)
@@ -124,13 +153,14 @@ def _build_into(
 def _export_and_check(
     folder: Path,
     request: BuildRequest,
-    lowering: Lowering,
+    form: _MergeForm,
     selection: Selection,
     progress: Progress,
 ) -> dict[str, Any]:
     from tome_export.models import resolve
-    from tome_export.onnx.build import onnx_from_model
     from tome_export.onnx.export import ExportOptions
+    from tome_export.onnx.files import load
+    from tome_export.onnx.merging import merging_layers
     from tome_export.patch import patch
 
     progress.stage(f"Load {request.model}")
@@ -150,20 +180,43 @@ def _export_and_check(
     options = ExportOptions(
         precision=request.precision,
         batch=request.engine_options.batch,
-        lowering=lowering,
+        lowering=form.lowering,
         attention=attention_form(selection.backend),
+        plugin=bool(form.capabilities) and model.merges,
     )
-    manifest = manifest_of(loaded, model, options, selection.line)
-    described = {key: manifest[key] for key in ("model", "merge", "versions")}
-    output_name = loaded.recipe.output_name
-    exported = onnx_from_model(model, folder / MODEL, options, output_name, described)
-    manifest["onnx"] |= {"nodes": exported.nodes, "simplified": exported.simplified}
+    manifest = _exported(folder, loaded, model, options, selection.line)
+    if options.plugin:
+        layers = merging_layers(load(folder / MODEL, weights=False))
+        reason = refusal(layers)
+        if reason and form.required:
+            raise InputError(f"{reason}; use --merge-op matmul, which needs no kernel")
+        if reason:
+            progress.detail(f"no plugins: {reason}")
+            options = replace(options, plugin=False)
+            manifest = _exported(folder, loaded, model, options, selection.line)
+        else:
+            progress.stage("Compile the plugin's kernels")
+            manifest["plugins"] = compile_kernels(layers, form.capabilities, folder, progress)
 
     if images is not None:
         progress.stage(f"Check parity on {len(images)} images")
         report = _parity(folder, model, images, options, progress)
         manifest["parity"] = parity_summary(report)
         write_json(folder / PARITY, {"checks": [report.to_dict()]})
+    return manifest
+
+
+def _exported(
+    folder: Path, loaded: Any, model: MergedModel, options: Any, line: str
+) -> dict[str, Any]:
+    """Write the ONNX model; returns the manifest so far."""
+    from tome_export.onnx.build import onnx_from_model
+
+    manifest = manifest_of(loaded, model, options, line)
+    described = {key: manifest[key] for key in ("model", "merge", "versions")}
+    output_name = loaded.recipe.output_name
+    exported = onnx_from_model(model, folder / MODEL, options, output_name, described)
+    manifest["onnx"] |= {"nodes": exported.nodes, "simplified": exported.simplified}
     return manifest
 
 

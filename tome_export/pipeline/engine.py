@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import MODEL, Artifact, writing_to
 from tome_export.engine import EngineOptions, select
 from tome_export.errors import InputError, MissingComponentError
+from tome_export.pipeline.kernels import check_plugin_layers, plugin_nodes, register_plugins
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import BatchRange
 
@@ -71,7 +72,10 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         writing_to(artifact.path),
         tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder,
     ):
-        info = build_engine(selection.backend, artifact.path, options, progress, Path(folder))
+        plugins = plugin_nodes(artifact.manifest)
+        info = build_engine(
+            selection.backend, artifact.path, options, progress, Path(folder), plugins=plugins
+        )
         changes = {"engines": {info.backend: info.to_dict()}, "engine_note": selection.line}
         return artifact.with_files(changes, {info.file: Path(folder) / info.file})
 
@@ -82,10 +86,30 @@ def build_engine(
     options: EngineOptions,
     progress: Progress,
     folder: Path | None = None,
+    *,
+    plugins: int = 0,
 ) -> EngineInfo:
-    """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself)."""
+    """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself).
+
+    Args:
+        backend: That builds it.
+        artifact: Directory with the model, and the kernels if it has plugin nodes.
+        options: How to build.
+        progress: Told the notes.
+        folder: Where the engine goes.
+        plugins: Plugin nodes of the model.
+
+    Raises:
+        InputError: if no kernel of the artifact runs on this machine's GPU.
+        MissingComponentError: if the backend cannot build here.
+        ExportError: if it refuses the model.
+    """
+    if plugins:
+        register_plugins(backend, artifact, options)
     output = (folder or artifact) / backend.file_name
     info = backend.build(artifact / MODEL, options, output, progress.detail)
+    if plugins:
+        check_plugin_layers(info, plugins)
     for note in info.notes:
         progress.detail(note)
     return info

@@ -12,6 +12,7 @@ from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions
 from tome_export.engine.select import BACKENDS
 from tome_export.parity.runners import Runner
+from tome_export.pipeline.kernels import plugin_nodes, register_plugins
 from tome_export.pipeline.progress import Progress
 from tome_export.spec import BatchRange
 
@@ -30,6 +31,7 @@ class EngineRunnerFactory:
         record = artifact.manifest["engines"][backend]
         self._shipped = artifact.path / record["file"]
         self._options = EngineOptions(batch=BatchRange.parse(record["batch"]))
+        self._artifact = artifact
         self._backend = next(b for b in BACKENDS if b.name == backend)
         self._progress = progress
         self.name = f"{record['file']} on {backend}"
@@ -48,6 +50,8 @@ class EngineRunnerFactory:
             path, engine = Path(folder) / "twin.onnx", Path(folder) / self._backend.file_name
             save(model, path)
             self._progress.detail("building an engine of the instrumented twin")
+            if plugin_nodes(self._artifact.manifest):
+                register_plugins(self._backend, self._artifact.path, self._options)
             self._backend.build(path, self._options, engine, self._progress.detail)
             with self._backend.runner(engine) as runner:
                 yield runner

@@ -43,7 +43,7 @@ def manifest_of(
             "prop_attn": model.settings.prop_attn,
             "prefix": model.prefix,
             "class_token": model.class_token,
-            "merge_op": options.lowering,
+            "merge_op": "plugin" if options.plugin else options.lowering,
         },
         "tokens": [layer.tokens_out for layer in model.layers],
         "tokens_in": model.layers[0].tokens_in if model.layers else 0,

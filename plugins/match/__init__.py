@@ -1,0 +1,1 @@
+"""TomeMatch: which tokens merge into which."""

@@ -1,0 +1,138 @@
+"""How TomeMatch is measured: shapes, bytes that must move, and what the kernel is held against.
+
+``benchmarks/gpu.py`` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from tome_export.plugins.match import contract
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Plan = tuple[Tensor, Tensor, Tensor]
+    Match = Callable[[Tensor, int, int, bool], Plan]
+
+Layout = Literal["contiguous", "qkv"]
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PRECISIONS = ("tf32x3", "ieee")
+"""Forms of the product that the kernel can be compiled with; the first is the contract's."""
+
+
+@dataclass(frozen=True)
+class MatchCase:
+    """One measurement.
+
+    Attributes:
+        batch: B.
+        heads: H.
+        tokens: N.
+        width: D.
+        r: Tokens to merge.
+        prefix: Protected tokens.
+        class_token: Whether the output order is by position.
+        dtype: Of the keys.
+        layout: ``contiguous`` as ``[B, H, N, D]``, what TensorRT hands over, or ``qkv``: a view of
+            the output ``[B, N, 3 H D]`` of the projection, what PyTorch hands over.
+    """
+
+    batch: int
+    heads: int
+    tokens: int
+    width: int
+    r: int
+    prefix: int = 1
+    class_token: bool = True
+    dtype: str = "float16"
+    layout: Layout = "contiguous"
+
+
+def bytes_moved(case: MatchCase) -> int:
+    """Bytes that must move: the keys once, the plan once."""
+    keys = case.batch * case.heads * case.tokens * case.width * ITEM_BYTES[case.dtype]
+    return keys + plan_bytes(case.batch, case.tokens, case.r)
+
+
+def plan_bytes(batch: int, tokens: int, r: int) -> int:
+    """Bytes of ``keep [B, N - r]``, ``src [B, r]`` and ``dst [B, r]``, int32."""
+    return 4 * batch * (tokens + r)
+
+
+def make_keys(case: MatchCase, generator: torch.Generator) -> Tensor:
+    """Normal keys ``[B, H, N, D]`` in the case's layout, on the generator's device."""
+    import torch
+
+    b, h, n, d = case.batch, case.heads, case.tokens, case.width
+    kind: Any = {
+        "dtype": getattr(torch, case.dtype),
+        "device": generator.device,
+        "generator": generator,
+    }
+    if case.layout == "contiguous":
+        return torch.randn((b, h, n, d), **kind)
+    qkv = torch.randn((b, n, 3 * h * d), **kind)
+    return qkv.chunk(3, dim=-1)[1].reshape(b, n, h, d).transpose(1, 2)
+
+
+def start(keys: Tensor, r: int, prefix: int, class_token: bool, precision: str) -> Plan:
+    """Run the kernel with another form of the product than the contract's.
+
+    Args:
+        keys: ``[B, H, N, D]`` or ``[B, N, D]`` on CUDA, the last dimension contiguous.
+        r: Tokens to merge.
+        prefix: Protected tokens.
+        class_token: Whether the output order is by position.
+        precision: One of ``PRECISIONS``.
+    """
+    import torch
+
+    from tome_export.plugins.match.kernel import match_kernel
+
+    if keys.ndim == 3:
+        keys = keys.unsqueeze(1)
+    batch, heads, tokens, width = keys.shape
+    strides = keys.stride()[:3]
+    variant = contract.variant(tokens, width, str(keys.dtype).removeprefix("torch."), strides)
+    variant = replace(variant, constants={**variant.constants, "DOT": precision})
+    launch = contract.launch(batch, heads, tokens, width, r, prefix, class_token, strides)
+    keep, src, dst = (
+        torch.empty((batch, length), dtype=torch.int32, device=keys.device)
+        for length in (tokens - r, r, r)
+    )
+    match_kernel[launch.grid](
+        keys,
+        *launch.scalars,
+        keep,
+        src,
+        dst,
+        **variant.constants,
+        num_warps=variant.num_warps,
+        num_stages=1,
+    )
+    return keep, src, dst
+
+
+def candidates(case: MatchCase, eager: Match) -> dict[str, Callable[[Tensor], Plan]]:
+    """What is timed on the same keys, by name.
+
+    Args:
+        case: Gives r, prefix and order.
+        eager: ``tome_export::match`` by PyTorch's own operations.
+    """
+    import torch
+
+    rest = (case.r, case.prefix, case.class_token)
+    runs: dict[str, Callable[[Tensor], Plan]] = {
+        f"kernel {precision}": lambda keys, precision=precision: start(keys, *rest, precision)  # type: ignore[misc]
+        for precision in PRECISIONS
+    }
+    runs["mean by torch, then kernel"] = lambda keys: start(
+        keys.mean(1, dtype=torch.float32), *rest, PRECISIONS[0]
+    )
+    runs["eager"] = lambda keys: eager(keys, *rest)
+    return runs

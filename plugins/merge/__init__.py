@@ -1,0 +1,1 @@
+"""TomeMerge: size-weighted means of merged tokens."""

@@ -1,0 +1,161 @@
+"""The kernels behind ``tome_export::match`` and ``tome_export::merge`` on CUDA tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tome_export.merge import spec
+from tome_export.plugins.match import contract as match_contract
+from tome_export.plugins.merge import contract as merge_contract
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Plan = tuple[Tensor, Tensor, Tensor]
+    Match = Callable[[Tensor, int, int, bool], Plan]
+    Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
+    """Run the TomeMatch kernel.
+
+    Args:
+        keys: ``[B, H, N, D]`` or ``[B, N, D]``, float32, float16 or bfloat16, on CUDA (on the CPU
+            where the Triton interpreter is on).
+        r: Tokens to merge, ``0 <= r <= (N - prefix) // 2``.
+        prefix: Protected tokens.
+        class_token: Whether the output order is by position.
+
+    Returns:
+        ``keep [B, N - r]``, ``src [B, r]``, ``dst [B, r]``, int32.
+
+    Raises:
+        ValueError: if the kernel cannot take the keys, or r or prefix is out of range.
+    """
+    import torch
+
+    from tome_export.plugins.match.kernel import match_kernel
+
+    if keys.ndim == 3:
+        keys = keys.unsqueeze(1)
+    if keys.stride(-1) != 1:
+        keys = keys.contiguous()
+    batch, heads, tokens, width = keys.shape
+    dtype = _name(keys)
+    limit = spec.clamp_r(tokens, tokens, prefix)
+    reason = match_contract.refusal(tokens, width, dtype)
+    if reason:
+        raise ValueError(reason)
+    if not 0 <= prefix <= tokens:
+        raise ValueError(f"prefix is {prefix}; expected 0 to {tokens} for {tokens} tokens")
+    if not 0 <= r <= limit:
+        raise ValueError(f"r is {r}; expected 0 to {limit} for {tokens} tokens")
+    strides = keys.stride()[:3]
+    variant = match_contract.variant(tokens, width, dtype, strides)
+    launch = match_contract.launch(batch, heads, tokens, width, r, prefix, class_token, strides)
+    shapes = ((batch, tokens - r), (batch, r), (batch, r))
+    outputs = [torch.empty(shape, dtype=torch.int32, device=keys.device) for shape in shapes]
+    if batch:
+        _start(match_kernel, variant, launch, (keys,), outputs)
+    keep, src, dst = outputs
+    return keep, src, dst
+
+
+def merge(x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the TomeMerge kernel.
+
+    Args:
+        x: ``[B, N, C]`` float32, float16 or bfloat16, on CUDA (on the CPU where the Triton
+            interpreter is on).
+        size: ``[B, N]`` float32.
+        keep: ``[B, K]`` int32.
+        src: ``[B, r]`` int32, ``K + r = N``.
+        dst: ``[B, r]`` int32.
+
+    Returns:
+        ``x' [B, K, C]`` in the dtype of x, ``size' [B, K]`` float32.
+
+    Raises:
+        ValueError: if the kernel cannot take x.
+    """
+    from tome_export.plugins.merge.kernel import merge_kernel
+
+    batch, tokens, width = x.shape
+    dtype = _name(x)
+    reason = merge_contract.refusal(width, dtype)
+    if reason:
+        raise ValueError(reason)
+    inputs = [tensor.contiguous() for tensor in (x, size, keep, src, dst)]
+    kept, r = keep.shape[1], src.shape[1]
+    outputs = [x.new_empty((batch, kept, width)), size.new_empty((batch, kept))]
+    if batch and kept:
+        launch = merge_contract.launch(batch, tokens, r)
+        _start(merge_kernel, merge_contract.variant(width, dtype), launch, inputs, outputs)
+    return outputs[0], outputs[1]
+
+
+def _start(kernel: Any, variant: Any, launch: Any, inputs: Any, outputs: Any) -> None:
+    kernel[launch.grid](
+        *inputs,
+        *launch.scalars,
+        *outputs,
+        **variant.constants,
+        num_warps=variant.num_warps,
+        num_stages=1,
+    )
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+_state = {"installed": False, "enabled": True}
+
+
+def install(eager_match: Match, eager_merge: Merge) -> bool:
+    """Make the custom operators run the kernels on CUDA tensors, once per process.
+
+    What the kernels cannot take (float64, very wide tokens) still runs the eager functions.
+
+    Args:
+        eager_match: What ``tome_export::match`` does without the kernels.
+        eager_merge: What ``tome_export::merge`` does without the kernels.
+
+    Returns:
+        Whether they are installed; not without the Triton language.
+    """
+    import torch
+
+    if _state["installed"] or importlib.util.find_spec("triton") is None:
+        return _state["installed"]
+
+    def match_cuda(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
+        refused = match_contract.refusal(keys.shape[-2], keys.shape[-1], _name(keys))
+        chosen = eager_match if refused or not _state["enabled"] else match
+        return chosen(keys, r, prefix, class_token)
+
+    def merge_cuda(
+        x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        refused = merge_contract.refusal(x.shape[-1], _name(x)) or size.dtype != torch.float32
+        chosen = eager_merge if refused or not _state["enabled"] else merge
+        return chosen(x, size, keep, src, dst)
+
+    torch.library.register_kernel("tome_export::match", "cuda", match_cuda)
+    torch.library.register_kernel("tome_export::merge", "cuda", merge_cuda)
+    _state["installed"] = True
+    return True
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run the eager operations on CUDA inside this context, to compare with the kernels."""
+    before = _state["enabled"]
+    _state["enabled"] = False
+    try:
+        yield
+    finally:
+        _state["enabled"] = before

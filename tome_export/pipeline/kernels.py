@@ -1,0 +1,161 @@
+"""The plugin's kernels on their way into an artifact, and from there into TensorRT."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.engine import gpu
+from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
+from tome_export.plugins import store
+from tome_export.plugins.match import contract as match_contract
+from tome_export.plugins.merge import contract as merge_contract
+
+if TYPE_CHECKING:
+    from tome_export.engine import Backend, EngineInfo, EngineOptions
+    from tome_export.onnx.merging import MergingLayer
+    from tome_export.pipeline.progress import Progress
+    from tome_export.plugins.variants import Variant
+
+
+def require_compiler() -> None:
+    """Raise ``MissingComponentError`` unless the Triton language is installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise MissingComponentError(
+            "--merge-op plugin compiles kernels with the Triton language, which is not installed: "
+            "pip install triton, or use --merge-op matmul"
+        )
+
+
+def takes_plugins(backend: Backend | None) -> bool:
+    """Whether the plugin is of use to what builds the engine, and can be compiled here."""
+    from tome_export.plugins.aot import PTX_VERSIONS
+
+    if backend is None or backend.name != "tensorrt":
+        return False
+    gpus = gpu.detect().gpus
+    compiled = bool(gpus) and gpus[0].compute_capability >= min(PTX_VERSIONS)
+    return compiled and importlib.util.find_spec("triton") is not None
+
+
+def capabilities_of(asked: Sequence[str], backend: Backend | None) -> tuple[tuple[int, int], ...]:
+    """Compute capabilities to compile for.
+
+    Args:
+        asked: As given, such as ``8.9`` or ``current``; empty for the default, which is Ampere to
+            Blackwell, and this machine's GPU if a TensorRT engine is built here.
+        backend: That builds the engine, or None.
+
+    Raises:
+        UsageError: if kernels cannot be compiled for one, or ``current`` is asked without a GPU.
+    """
+    from tome_export.plugins.aot import PTX_VERSIONS
+
+    here = gpu.detect().gpus[:1]
+    found = []
+    for text in asked or store.DEFAULT_CAPABILITIES:
+        if text == "current" and not here:
+            raise UsageError(
+                f"kernels for the current GPU were asked for, but {gpu.detect().reason}; name its "
+                "compute capability instead, such as 8.9"
+            )
+        found.append(
+            here[0].compute_capability if text == "current" else store.parse_capability(text)
+        )
+    if not asked and here and backend is not None and backend.name == "tensorrt":
+        found += [here[0].compute_capability] * (here[0].compute_capability in PTX_VERSIONS)
+    for major, minor in found:
+        if (major, minor) not in PTX_VERSIONS:
+            known = ", ".join(f"{major}.{minor}" for major, minor in PTX_VERSIONS)
+            raise UsageError(
+                f"compute capability is {major}.{minor}; the plugin's kernels can be compiled for "
+                f"{known}: choose among these, or use --merge-op matmul"
+            )
+    return tuple(sorted(set(found)))
+
+
+def refusal(layers: Sequence[MergingLayer]) -> str | None:
+    """Why the kernels cannot take a model's merging layers, or None."""
+    reasons: list[str | None] = []
+    for layer in layers:
+        reasons += [
+            match_contract.refusal(layer.tokens, layer.head_width, layer.keys_dtype),
+            merge_contract.refusal(layer.width, layer.dtype),
+        ]
+    return next(filter(None, reasons), None)
+
+
+def compile_kernels(
+    layers: Sequence[MergingLayer],
+    capabilities: Sequence[tuple[int, int]],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compile what the layers need into ``folder/plugins``.
+
+    Returns:
+        What the manifest says of it.
+
+    Raises:
+        MissingComponentError: if the Triton language is not installed.
+        ExportError: if it cannot compile a kernel.
+    """
+    from tome_export.plugins.aot import compile_ptx, compiler
+
+    variants: dict[str, Variant] = {}
+    for layer in layers:
+        match = match_contract.variant(layer.tokens, layer.head_width, layer.keys_dtype)
+        merge = merge_contract.variant(layer.width, layer.dtype)
+        variants |= {match.name: match, merge.name: merge}
+    kernels = []
+    for variant in variants.values():
+        progress.detail(variant.name)
+        binaries = tuple(compile_ptx(variant, capability) for capability in capabilities)
+        kernels.append(store.Kernel(variant, binaries))
+    store.KernelStore(kernels).write(folder / store.FOLDER, compiler())
+    return {
+        "kernels": list(variants),
+        "compute_capabilities": [f"{major}.{minor}" for major, minor in capabilities],
+        "compiler": compiler(),
+    }
+
+
+def plugin_nodes(manifest: Mapping[str, Any]) -> int:
+    """Nodes of an artifact's model that carry plugin attributes."""
+    merge = manifest["merge"]
+    return 2 * sum(r > 0 for r in merge["r"]) if merge["merge_op"] == "plugin" else 0
+
+
+def register_plugins(backend: Backend, artifact: Path, options: EngineOptions) -> None:
+    """Tell TensorRT of an artifact's kernels; other backends run the function bodies.
+
+    Raises:
+        MissingComponentError: if this TensorRT takes no such plugins.
+        InputError: if the kernels are damaged, or none runs on this machine's GPU.
+    """
+    if backend.name != "tensorrt":
+        return
+    from tome_export.plugins import tensorrt as plugins
+
+    kernels = store.KernelStore.read(artifact / store.FOLDER)
+    gpus = gpu.detect().gpus
+    if not gpus:
+        raise InputError("no GPU is visible; a TensorRT engine with plugins is built on its GPU")
+    # An engine for all GPUs from Ampere on needs kernels for all of them.
+    capability = (8, 0) if options.hardware_compatible else gpus[0].compute_capability
+    plugins.register(kernels, capability)
+
+
+def check_plugin_layers(info: EngineInfo, expected: int) -> None:
+    """Make sure that TensorRT took every plugin and not the function body in its place.
+
+    Raises:
+        ExportError: if it did not.
+    """
+    if info.backend == "tensorrt" and info.plugin_layers != expected:
+        raise ExportError(
+            f"TensorRT {info.version} took {info.plugin_layers} plugin layers; expected {expected}:"
+            " its parser did not choose the plugins, rebuild the artifact with --merge-op matmul"
+        )
