@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "tensorrt-rtx", "tensorrt", "numpy")
+PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "triton", "tensorrt-rtx", "tensorrt", "numpy")
 
 
 def environment() -> dict[str, Any]:

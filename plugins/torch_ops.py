@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
+def match(
+    keys: Tensor, r: int, prefix: int, class_token: bool, dot: str = match_contract.DOT
+) -> Plan:
     """Run the TomeMatch kernel.
 
     Args:
@@ -28,6 +30,7 @@ def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
         r: Tokens to merge, ``0 <= r <= (N - prefix) // 2``.
         prefix: Protected tokens.
         class_token: Whether the output order is by position.
+        dot: Precision of the product; another than the contract's is for measurements.
 
     Returns:
         ``keep [B, N - r]``, ``src [B, r]``, ``dst [B, r]``, int32.
@@ -54,7 +57,7 @@ def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
     if not 0 <= r <= limit:
         raise ValueError(f"r is {r}; expected 0 to {limit} for {tokens} tokens")
     strides = keys.stride()[:3]
-    variant = match_contract.variant(tokens, width, dtype, strides)
+    variant = match_contract.variant(tokens, width, dtype, strides, dot)
     launch = match_contract.launch(batch, heads, tokens, width, r, prefix, class_token, strides)
     shapes = ((batch, tokens - r), (batch, r), (batch, r))
     outputs = [torch.empty(shape, dtype=torch.int32, device=keys.device) for shape in shapes]
@@ -98,14 +101,18 @@ def merge(x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> tu
 
 
 def _start(kernel: Any, variant: Any, launch: Any, inputs: Any, outputs: Any) -> None:
-    kernel[launch.grid](
-        *inputs,
-        *launch.scalars,
-        *outputs,
-        **variant.constants,
-        num_warps=variant.num_warps,
-        num_stages=1,
-    )
+    import torch
+
+    # A launch goes to the current GPU, which need not be that of the tensors.
+    with torch.cuda.device_of(inputs[0]):
+        kernel[launch.grid](
+            *inputs,
+            *launch.scalars,
+            *outputs,
+            **variant.constants,
+            num_warps=variant.num_warps,
+            num_stages=1,
+        )
 
 
 def _name(tensor: Tensor) -> str:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from tome_export.plugins.match import contract
+from tome_export.plugins import torch_ops
+from tome_export.plugins.match.contract import DOT
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["contiguous", "qkv"]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-PRECISIONS = ("tf32x3", "ieee")
+PRECISIONS = (DOT, "ieee")
 """Forms of the product that the kernel can be compiled with; the first is the contract's."""
 
 
@@ -79,44 +80,6 @@ def make_keys(case: MatchCase, generator: torch.Generator) -> Tensor:
     return qkv.chunk(3, dim=-1)[1].reshape(b, n, h, d).transpose(1, 2)
 
 
-def start(keys: Tensor, r: int, prefix: int, class_token: bool, precision: str) -> Plan:
-    """Run the kernel with another form of the product than the contract's.
-
-    Args:
-        keys: ``[B, H, N, D]`` or ``[B, N, D]`` on CUDA, the last dimension contiguous.
-        r: Tokens to merge.
-        prefix: Protected tokens.
-        class_token: Whether the output order is by position.
-        precision: One of ``PRECISIONS``.
-    """
-    import torch
-
-    from tome_export.plugins.match.kernel import match_kernel
-
-    if keys.ndim == 3:
-        keys = keys.unsqueeze(1)
-    batch, heads, tokens, width = keys.shape
-    strides = keys.stride()[:3]
-    variant = contract.variant(tokens, width, str(keys.dtype).removeprefix("torch."), strides)
-    variant = replace(variant, constants={**variant.constants, "DOT": precision})
-    launch = contract.launch(batch, heads, tokens, width, r, prefix, class_token, strides)
-    keep, src, dst = (
-        torch.empty((batch, length), dtype=torch.int32, device=keys.device)
-        for length in (tokens - r, r, r)
-    )
-    match_kernel[launch.grid](
-        keys,
-        *launch.scalars,
-        keep,
-        src,
-        dst,
-        **variant.constants,
-        num_warps=variant.num_warps,
-        num_stages=1,
-    )
-    return keep, src, dst
-
-
 def candidates(case: MatchCase, eager: Match) -> dict[str, Callable[[Tensor], Plan]]:
     """What is timed on the same keys, by name.
 
@@ -128,11 +91,13 @@ def candidates(case: MatchCase, eager: Match) -> dict[str, Callable[[Tensor], Pl
 
     rest = (case.r, case.prefix, case.class_token)
     runs: dict[str, Callable[[Tensor], Plan]] = {
-        f"kernel {precision}": lambda keys, precision=precision: start(keys, *rest, precision)  # type: ignore[misc]
+        f"kernel {precision}": lambda keys, precision=precision: torch_ops.match(  # type: ignore[misc]
+            keys, *rest, precision
+        )
         for precision in PRECISIONS
     }
-    runs["mean by torch, then kernel"] = lambda keys: start(
-        keys.mean(1, dtype=torch.float32), *rest, PRECISIONS[0]
+    runs["mean by torch, then kernel"] = lambda keys: torch_ops.match(
+        keys.mean(1, dtype=torch.float32), *rest
     )
     runs["eager"] = lambda keys: eager(keys, *rest)
     return runs

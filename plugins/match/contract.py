@@ -30,6 +30,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 MAX_TOKENS = 4096
 MAX_WIDTH = 1024
 NUM_WARPS = 8
+DOT = "tf32x3"
+"""Precision of the product, ``input_precision`` of the Triton language's ``dot``."""
+
 BLOCK_A, BLOCK_B, BLOCK_D = 128, 64, 32
 # Comparisons that a program makes at a time while ranking.
 _RANK_COMPARISONS = 4096
@@ -52,7 +55,13 @@ def refusal(tokens: int, width: int, dtype: str) -> str | None:
     return None
 
 
-def variant(tokens: int, width: int, dtype: str, strides: tuple[int, ...] | None = None) -> Variant:
+def variant(
+    tokens: int,
+    width: int,
+    dtype: str,
+    strides: tuple[int, ...] | None = None,
+    dot: str = DOT,
+) -> Variant:
     """The kernel for keys of N tokens and D numbers per head.
 
     Args:
@@ -60,6 +69,7 @@ def variant(tokens: int, width: int, dtype: str, strides: tuple[int, ...] | None
         width: D.
         dtype: Of the keys.
         strides: Of image, head and token in elements; None if the keys are contiguous.
+        dot: Precision of the product.
     """
     tiles = next_power_of_2(-(-((tokens + 1) // 2) // BLOCK_A))
     return Variant(
@@ -75,7 +85,7 @@ def variant(tokens: int, width: int, dtype: str, strides: tuple[int, ...] | None
             "TILES": tiles,
             "RANK_CHUNK": max(2, _RANK_COMPARISONS // (tiles * BLOCK_A)),
             "UNROLL": 4,
-            "DOT": "tf32x3",
+            "DOT": dot,
         },
         NUM_WARPS,
     )

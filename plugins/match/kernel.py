@@ -95,7 +95,8 @@ def match_kernel(
                 2 * b_row + 1,
                 heads,
                 tokens,
-                head_stride * STRIDE_UNIT,
+                # With images inside heads, a head can lie further on than 32 bits count.
+                head_stride.to(tl.int64) * STRIDE_UNIT,
                 token_stride * STRIDE_UNIT,
                 WIDTH,
                 BLOCK_A,
