@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/vit_digits
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-gpu clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else "Python %d.%d found; tome-export needs 3.10 to 3.13: set PYTHON=" % v[:2])'
@@ -35,6 +35,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/registry.py
+
+# On a machine with an NVIDIA GPU.
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
