@@ -16,7 +16,7 @@ from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.signals import Interrupted, interruptible
 from tome_export.errors import InputError, TomeExportError
 
-COMMANDS = ("build", "engine", "check", "models", "doctor")
+COMMANDS = ("build", "engine", "check", "serve", "query", "models", "doctor")
 
 NAME = "tome-export"
 
@@ -27,7 +27,7 @@ Exit codes:
   2  usage: an unknown option, or a value of the wrong kind (--r abc)
   3  bad input: model, weights, schedule (--r -1), batch range, images, artifact,
      output directory
-  4  a needed component (TensorRT, a GPU, a plugin) is missing
+  4  a needed component (TensorRT, a GPU, a plugin, a server) is missing
   5  parity failed: the result does not compute what PyTorch computes
   6  the export or the engine build failed
   129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM; nothing half-made is left behind

@@ -48,7 +48,8 @@ class Memory(click.ParamType):
 FILE = click.Path(path_type=Path)
 
 
-def _apply(*decorators: Decorator) -> Decorator:
+def grouped(*decorators: Decorator) -> Decorator:
+    """Options as one decorator."""
     return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
 
@@ -58,7 +59,7 @@ def _set_verbose(context: click.Context, _param: click.Parameter, value: bool) -
 
 
 # main() looks for these two itself, because errors may come before options are parsed.
-output_options = _apply(
+output_options = grouped(
     click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object."),
     click.option(
         "-v",
@@ -73,7 +74,7 @@ output_options = _apply(
     ),
 )
 
-engine_options = _apply(
+engine_options = grouped(
     click.option(
         "--workspace",
         "workspace_bytes",
@@ -127,7 +128,7 @@ images_option = click.option(
     help="Check parity on these images.  [default: those that come along]",
 )
 
-model_options = _apply(
+model_options = grouped(
     click.option("--r", type=int, help="Tokens to merge per layer.  [default: the model's own]"),
     click.option(
         "--schedule",

@@ -13,6 +13,11 @@ RANDOM = (
     "predictions mean nothing"
 )
 
+STAND_IN = (
+    "Stand-in: this server has no ONNX Runtime backend; our python stand-in runs the ONNX models "
+    "on the CPU, so their speed is not that of the backend"
+)
+
 
 def artifact_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
     """All a person wants to know of a build."""

@@ -1,0 +1,255 @@
+"""``tome-export serve``: what it prints, every bad input in one line, and a server until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tome_export.artifact import Artifact
+from tome_export.errors import MissingComponentError
+from tome_export.serve.installation import find
+
+pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+
+
+def add_engine(artifact: Path, name: str, batch: str = "1:8:32") -> None:
+    """The record of an engine; its file is none."""
+    file = "model.engine" if name == "tensorrt" else "model.rtx.engine"
+    draft = artifact.with_name(file)
+    draft.write_bytes(b"engine")
+    tensors = {
+        "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": [-1, 1, 32, 32]}],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": [-1, 10]}],
+    }
+    record = {"file": file, "version": "10.13", "batch": batch, "targets": ["8.9"]}
+    engine = {**record, **tensors, "build_seconds": 1.0, "notes": []}
+    Artifact.open(artifact).with_files({"engines": {name: engine}}, {file: draft})
+
+
+def test_result(run, built, tmp_path):
+    ran = run("serve", built, "--repository", "models", "--preprocess", "--kserve", "k.yaml")
+    assert (ran.code, ran.err.splitlines()[-1]) == (0, f"Write {tmp_path / 'models'}")
+    assert ran.out.splitlines() == [
+        "model                      versions",
+        "vit_digits_r8              1         written",
+        "vit_digits_r8_preprocess   1         written",
+        "vit_digits_r8_postprocess  1         written",
+        "vit_digits_r8_pipeline     1         written",
+        "KServe manifest: k.yaml",
+        f"Repository: {tmp_path / 'models'}; ask for vit_digits_r8_pipeline",
+        "Serve it: this command with --run, or tritonserver "
+        f"--model-repository={tmp_path / 'models'}",
+    ]
+    manifest = (tmp_path / "k.yaml").stat()
+    again = run(
+        *("serve", built, "--repository", "models", "--preprocess", "--kserve", "k.yaml", "--json")
+    )
+    assert {model["status"] for model in again.json["models"]} == {"unchanged"}
+    assert again.json["entry"] == "vit_digits_r8_pipeline"
+    assert (tmp_path / "k.yaml").stat().st_mtime_ns == manifest.st_mtime_ns
+
+
+def test_random_weights_are_said(run, built_random):
+    ran = run("serve", built_random, "--repository", "models")
+    assert ran.out.startswith("RANDOM WEIGHTS")
+
+
+def test_rtx_engines(run, artifact, tmp_path):
+    add_engine(artifact, "tensorrt-rtx")
+    ran = run("serve", artifact, "--repository", "models", "--format", "engine")
+    assert ran.code == 3
+    assert ran.error == (
+        f"the only engine in {artifact} is of TensorRT-RTX: Triton Inference Server has no backend "
+        f"for TensorRT-RTX engines; build one with 'tome-export engine {artifact} --engine "
+        "tensorrt' on the GPU that will serve it, or serve the ONNX model with --format onnx"
+    )
+    assert not (tmp_path / "models").exists()
+    ran = run("serve", artifact, "--repository", "models")
+    assert ran.code == 0
+    assert "no backend for TensorRT-RTX engines: the ONNX model is served" in ran.out
+
+
+BAD = {
+    "name": (
+        ("--name", "a/b"),
+        2,
+        "model name is 'a/b'; expected letters, digits, _, - and ., such as vit_b16_r8",
+    ),
+    "version": (("--version", "0"), 2, "version is 0; expected 1 or more"),
+    "instances": (("--instances", "0"), 2, "instances is 0; expected 1 or more"),
+    "queue delay": (("--max-queue-delay", "-1"), 2, "queue delay is -1; expected 0 or more"),
+    "queue size": (("--max-queue-size", "0"), 2, "queue size is 0; expected 1 or more"),
+    "queue timeout": (("--queue-timeout", "0"), 2, "queue timeout is 0; expected 1 or more"),
+    "graphs no numbers": (
+        ("--cuda-graph-batches", "1,x"),
+        2,
+        "Invalid value for '--cuda-graph-batches': '1,x' is not a list of batch sizes such as "
+        "1,8,32; see 'tome-export serve --help'",
+    ),
+    "no engine": (
+        ("--format", "engine"),
+        3,
+        "{artifact} has no engine; build one with 'tome-export engine {artifact} --engine "
+        "tensorrt' on the GPU that will serve it, or serve the ONNX model with --format onnx",
+    ),
+    "storage URI": (
+        ("--kserve", "k.yaml", "--storage-uri", "models"),
+        2,
+        "storage URI is 'models'; expected one such as s3://bucket/models or pvc://claim/models",
+    ),
+    "storage URI alone": (
+        ("--storage-uri", "s3://x"),
+        2,
+        "--storage-uri is for the manifest of --kserve FILE; give both; see 'tome-export serve "
+        "--help'",
+    ),
+    "log alone": (
+        ("--log",),
+        2,
+        "--log shows the log of a server; give --run too; see 'tome-export serve --help'",
+    ),
+    "manifest is a folder": (
+        ("--kserve", "."),
+        3,
+        ". is a folder; give a file for the KServe manifest",
+    ),
+    "manifest in no folder": (
+        ("--kserve", "no/k.yaml"),
+        3,
+        "no does not exist; make it, or give another file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, run, built, tmp_path):
+    arguments, code, message = BAD[case]
+    ran = run("serve", built, "--repository", "models", *arguments)
+    assert ran.code == code
+    assert ran.out == ""
+    assert ran.error == message.format(artifact=built)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_artifact(run, tmp_path):
+    assert run("serve", "--repository", "models").code == 2
+    ran = run("serve", "nowhere", "--repository", "models")
+    assert ran.code == 3
+    assert ran.error.startswith(f"{tmp_path / 'nowhere'} is not an artifact: it has no build.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_artifact(run, artifact, tmp_path):
+    (artifact / "model.onnx").write_bytes((artifact / "model.onnx").read_bytes()[:-1])
+    ran = run("serve", artifact, "--repository", "models")
+    assert ran.code == 3
+    assert "the file is truncated or was changed" in ran.error
+    assert not (tmp_path / "models").exists()
+
+
+def test_repository_that_is_none(run, artifact, tmp_path):
+    (tmp_path / "file").touch()
+    ran = run("serve", artifact, "--repository", "file")
+    assert ran.code == 3
+    assert ran.error == f"repository {tmp_path / 'file'} is a file; give a directory"
+    ran = run("serve", artifact, "--repository", "/")
+    assert ran.code == 3
+    assert ran.error == "repository is /, which has no name; give a directory of its own"
+    ran = run("serve", artifact, "--repository", artifact)
+    assert ran.code == 3
+    assert ran.error == f"repository {artifact} is an artifact; give a directory of its own"
+    ran = run("serve", artifact, "--repository", artifact / "models")
+    assert ran.code == 3
+    assert ran.error == (
+        f"repository {artifact / 'models'} is inside the artifact {artifact}; give a directory of "
+        "its own"
+    )
+    assert not (artifact / "models").exists()
+    ran = run("serve", artifact, "--repository", "file/models")
+    assert ran.code == 3
+    assert ran.error == (
+        f"cannot write {tmp_path / 'file' / 'models'}: a part of the path is a file; give another "
+        "directory"
+    )
+
+
+def test_graph_above_the_largest_batch(run, artifact, tmp_path):
+    add_engine(artifact, "tensorrt", "1:2:4")
+    ran = run("serve", artifact, "--repository", "models", "--cuda-graph-batches", "1,8")
+    assert ran.code == 3
+    assert ran.error == (
+        "config.pbtxt of model vit_digits_r8 has a CUDA graph for batch 8; expected 1 to "
+        "max_batch_size, 4"
+    )
+    assert not (tmp_path / "models").exists()
+
+
+def test_artifacts_of_different_models(run, built, built_random, tmp_path):
+    ran = run("serve", built, built_random, "--repository", "models")
+    assert ran.code == 3
+    assert ran.error == (
+        f"{built} and {built_random} have different weights; several artifacts served together "
+        "must be of one model, with different r"
+    )
+    ran = run("serve", built, built, "--repository", "models")
+    assert ran.code == 3
+    assert "merge the same tokens per layer" in ran.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting a filesystem needs root")
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine does not let a filesystem be mounted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_read_only_repository(run, built, read_only):
+    for repository in (read_only, read_only / "models"):
+        ran = run("serve", built, "--repository", repository)
+        assert ran.code == 3
+        assert ran.error == (
+            f"cannot write {repository}: the filesystem is read-only; give another directory"
+        )
+
+
+def test_run_until_ctrl_c(start, built, tmp_path):
+    try:
+        find()
+    except MissingComponentError as error:
+        pytest.skip(str(error))
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    process = start("serve", built, "--repository", "models", "--run", "--log", "--json", *ports)
+    text = ""
+    for line in process.stdout:
+        text += line
+        if line == "}\n":
+            break
+    server = json.loads(text)["server"]
+    assert all(server[name].startswith("127.0.0.1:") for name in ("http", "grpc", "metrics"))
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(server["grpc"]) as client:
+        assert client.is_model_ready("vit_digits_r8")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Stopping tritonserver" in err
+    assert "successfully loaded 'vit_digits_r8'" in err  # --log
+    assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+    # ONNX Runtime leaves a file of its own.
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} <= {".ses"}

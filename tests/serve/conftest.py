@@ -1,0 +1,305 @@
+"""Tiny model repositories, written by hand, and servers that run them."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tome_export.errors import MissingComponentError
+from tome_export.serve.installation import Installation, find
+from tome_export.serve.server import SHARED_MEMORY, RunningServer, start
+
+IDENTITY = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        inputs = [pb_utils.get_input_tensor_by_name(r, "x").as_numpy() for r in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]) for x in inputs]
+"""
+
+LABELS = """
+import io
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from PIL import Image
+
+class TritonPythonModel:
+    # Grey levels of the first pixel as scores of three classes.
+    def execute(self, requests):
+        return [self.answer(r) for r in requests]
+
+    def answer(self, request):
+        data = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
+        images = [Image.open(io.BytesIO(x)).convert("RGB") for x in data.reshape(-1)]
+        if any(image.size == (13, 13) for image in images):
+            error = pb_utils.TritonError("13 x 13 is\\nno good size")
+            return pb_utils.InferenceResponse(error=error)
+        pixels = np.array([image.getpixel((0, 0)) for image in images], np.float32) / 255
+        order = np.argsort(-pixels, axis=1, kind="stable").astype(np.int32)
+        names = np.array(["röd", "green", "blue"], np.object_)[order]
+        scores = np.take_along_axis(pixels, order, axis=1)
+        tensors = {"label": np.vectorize(str.encode, otypes=[object])(names),
+                   "score": scores, "index": order}
+        return pb_utils.InferenceResponse([pb_utils.Tensor(n, t) for n, t in tensors.items()])
+"""
+
+FEATURES = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        images = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy() for r in requests]
+        lengths = [np.vectorize(len)(i).astype(np.float32) for i in images]
+        outputs = [np.concatenate([n, n + 1], axis=1) for n in lengths]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("features", o)]) for o in outputs]
+"""
+
+IMAGE_INPUT = ("image", "STRING", [1])
+LABEL_OUTPUTS = (("label", "STRING", [3]), ("score", "FP32", [3]), ("index", "INT32", [3]))
+
+Tensor = tuple[str, str, list[int]]
+
+
+def write_model(
+    repository: Path, name: str, inputs: list[Tensor], outputs: list[Tensor], *, backend: str
+) -> Path:
+    """A model folder with its config; returns the empty version folder."""
+
+    def tensors(kind: str, given: list[Tensor]) -> str:
+        return "\n".join(
+            f'{kind} {{ name: "{n}" data_type: TYPE_{t} dims: {dims} }}' for n, t, dims in given
+        )
+
+    version = repository / name / "1"
+    version.mkdir(parents=True)
+    (repository / name / "config.pbtxt").write_text(
+        f'name: "{name}"\nbackend: "{backend}"\nmax_batch_size: 8\n{tensors("input", inputs)}\n'
+        f"{tensors('output', outputs)}\ninstance_group {{ kind: KIND_CPU count: 1 }}\n"
+        "dynamic_batching { max_queue_delay_microseconds: 1000 }\n"
+    )
+    return version
+
+
+def write_python(
+    repository: Path, name: str, code: str, inputs: list[Tensor], outputs: list[Tensor]
+) -> None:
+    version = write_model(repository, name, inputs, outputs, backend="python")
+    (version / "model.py").write_text(textwrap.dedent(code))
+
+
+def write_identity(repository: Path, name: str = "identity", code: str = IDENTITY) -> None:
+    write_python(repository, name, code, [("x", "FP32", [4])], [("y", "FP32", [4])])
+
+
+def write_onnx(repository: Path, name: str = "small", dims: list[int] | None = None) -> Path:
+    """``logits = pixel_values [B, 3, 8, 8] @ weights`` for the ONNX Runtime backend."""
+    import onnx
+
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((192, 5), dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["pixel_values"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+        ],
+        "small",
+        [helper.make_tensor_value_info("pixel_values", float32, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", float32, ["batch", 5])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    pixels = [("pixel_values", "FP32", dims or [3, 8, 8])]
+    logits = [("logits", "FP32", [5])]
+    version = write_model(repository, name, pixels, logits, backend="onnxruntime")
+    onnx.save(model, version / "model.onnx")
+    return version / "model.onnx"
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group that run; ended ones wait for whoever collects them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, ValueError):
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            found.append(int(entry.name))
+    return found
+
+
+def own_memory() -> set[str]:
+    """Shared memory of the servers that this process has started."""
+    return {path.name for path in SHARED_MEMORY.glob(f"tome_export_{os.getpid()}_*")}
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> SimpleNamespace:
+    """The functions above, for tests."""
+    return SimpleNamespace(
+        write_model=write_model,
+        write_python=write_python,
+        write_identity=write_identity,
+        write_onnx=write_onnx,
+        members=members,
+        own_memory=own_memory,
+    )
+
+
+def find_or_skip() -> Installation:
+    try:
+        return find()
+    except MissingComponentError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def installation() -> Installation:
+    """The server of this machine; the test is skipped where there is none."""
+    return find_or_skip()
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[Callable[[RunningServer], None]]:
+    """Whatever the test did: no process and no shared memory of these servers is left."""
+    before = own_memory()
+    groups: list[int] = []
+    yield lambda server: groups.append(server.pid)
+    assert groups, "no server was watched"
+    assert {group: members(group) for group in groups if members(group)} == {}
+    assert own_memory() - before == set()
+
+
+@pytest.fixture(scope="session")
+def plain_server(tmp_path_factory) -> Iterator[tuple[RunningServer, Path]]:
+    """A server of one ONNX model and an identity, and the ONNX file."""
+    find_or_skip()
+    repository = tmp_path_factory.mktemp("plain")
+    model = write_onnx(repository)
+    write_identity(repository)
+    with start(repository) as server:
+        yield server, model
+        server.stop(0)
+
+
+@pytest.fixture(scope="session")
+def image_server(tmp_path_factory) -> Iterator[RunningServer]:
+    """A server of two pipelines: ``colour_pipeline`` gives labels, ``tower_pipeline`` features."""
+    find_or_skip()
+    repository = tmp_path_factory.mktemp("images")
+    write_python(repository, "colour_pipeline", LABELS, [IMAGE_INPUT], list(LABEL_OUTPUTS))
+    features = [("features", "FP32", [2])]
+    write_python(repository, "tower_pipeline", FEATURES, [IMAGE_INPUT], features)
+    write_identity(repository, "tower")
+    with start(repository) as server:
+        yield server
+        server.stop(0)
+
+
+# Artifacts: real ones, of a model of one layer, so that they take milliseconds.
+
+
+def write_artifact(folder: Path, **changes: object) -> Path:
+    """An artifact of ``logits = pixel_values [B, 3, 8, 8] @ weights``.
+
+    Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
+    ``model``, ``seed`` (of the weights), and ``engines`` (name -> batch), whose files are no real
+    engines.
+    """
+    import onnx
+
+    from tome_export.artifact import write_manifest
+
+    batch = str(changes.get("batch", "1:4:8"))
+    rows = batch.split(":")
+    size = int(rows[-1]) if len({*rows}) == 1 else "batch"
+    seed = int(changes.get("seed", 0))  # type: ignore[call-overload]
+    weights = np.random.default_rng(seed).standard_normal((192, 5), dtype=np.float32)
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["pixel_values"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+        ],
+        "small",
+        [helper.make_tensor_value_info("pixel_values", float32, [size, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", float32, [size, 5])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    folder.mkdir(parents=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "model.onnx")
+    described = [
+        {"name": "pixel_values", "dtype": "float32", "shape": [-1, 3, 8, 8]},
+        {"name": "logits", "dtype": "float32", "shape": [-1, 5]},
+    ]
+    engines = {}
+    for name, profile in dict(changes.get("engines", {})).items():  # type: ignore[call-overload]
+        file = "model.engine" if name == "tensorrt" else "model.rtx.engine"
+        (folder / file).write_bytes(f"engine {seed}".encode())
+        engines[name] = {
+            "file": file,
+            "version": "10.13",
+            "batch": profile,
+            "targets": ["8.9"],
+            "build_seconds": 1.0,
+            "notes": [],
+            "inputs": described[:1],
+            "outputs": described[1:],
+        }
+    schedule = changes.get("schedule", "r=8 constant")
+    preprocessing = {
+        "input_size": [3, 8, 8],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
+    write_manifest(
+        folder,
+        {
+            "model": {
+                "name": changes.get("model", "small"),
+                "description": "one layer",
+                "random_weights": True,
+                "weights": {"kind": "random", "source": "", "seed": seed, "state_sha256": "0"},
+            },
+            "merge": {
+                "schedule": schedule,
+                "r": changes.get("r", [8]),
+                "prop_attn": True,
+                "merge_op": changes.get("merge_op", "matmul"),
+            },
+            "tokens": [4],
+            "precision": changes.get("precision", "fp32"),
+            "batch": batch,
+            "input": {**described[0], "shape": [size, 3, 8, 8]},
+            "output": {**described[1], "shape": [size, 5]},
+            "preprocessing": preprocessing,
+            "labels": changes.get("labels"),
+            "engines": engines,
+            "engine_note": "none",
+        },
+    )
+    return folder
+
+
+@pytest.fixture
+def make_artifact(tmp_path) -> Callable[..., Path]:
+    """See ``write_artifact``; each call makes another one."""
+    made: list[Path] = []
+
+    def make(**changes: object) -> Path:
+        made.append(tmp_path / "artifacts" / str(len(made)))
+        return write_artifact(made[-1], **changes)
+
+    return make

@@ -1,0 +1,215 @@
+"""Configs: what is served, and how."""
+
+from __future__ import annotations
+
+import pytest
+
+from tome_export.artifact import Artifact
+from tome_export.errors import InputError, UsageError
+from tome_export.serve.config import (
+    config_from_text,
+    config_text,
+    cpu_config,
+    folder_from_source,
+    model_config,
+)
+from tome_export.serve.source import check_name, default_name, source_from_artifact
+from tome_export.serve.spec import ServeOptions
+
+pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+
+TENSORRT = {"tensorrt": "1:4:8"}
+
+
+@pytest.fixture
+def source(make_artifact):
+    """``source(choice, **artifact)``"""
+
+    def make(choice="auto", **changes):
+        return source_from_artifact(Artifact.open(make_artifact(**changes)), choice)
+
+    return make
+
+
+def graphs(config):
+    return [
+        (g.batch_size, list(g.input["pixel_values"].dim))
+        for g in config.optimization.cuda.graph_spec
+    ]
+
+
+def accelerators(config):
+    listed = config.optimization.execution_accelerators.gpu_execution_accelerator
+    return {a.name: dict(a.parameters) for a in listed}
+
+
+def test_what_every_config_has(source):
+    options = ServeOptions(instances=3, max_queue_delay_us=70, max_queue_size=9, timeout_ms=11)
+    config = model_config(source(), "m", options)
+    assert (config.name, config.platform, config.max_batch_size) == ("m", "onnxruntime_onnx", 8)
+    (given,), (got,) = config.input, config.output
+    assert (given.name, list(given.dims)) == ("pixel_values", [3, 8, 8])
+    assert (got.name, list(got.dims)) == ("logits", [5])
+    assert config.version_policy.latest.num_versions == 2
+    batching, queue = config.dynamic_batching, config.dynamic_batching.default_queue_policy
+    assert batching.max_queue_delay_microseconds == 70
+    assert list(batching.preferred_batch_size) == []
+    assert (queue.max_queue_size, queue.default_timeout_microseconds) == (9, 11_000)
+    assert queue.timeout_action == queue.REJECT
+    assert [(w.batch_size, list(w.inputs["pixel_values"].dims)) for w in config.model_warmup] == [
+        (1, [3, 8, 8]),
+        (8, [3, 8, 8]),
+    ]
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (3, group.KIND_GPU)
+
+
+PROFILE = {
+    "trt_profile_min_shapes": "pixel_values:1x3x8x8",
+    "trt_profile_opt_shapes": "pixel_values:4x3x8x8",
+    "trt_profile_max_shapes": "pixel_values:8x3x8x8",
+    "trt_engine_cache_enable": "1",
+    "trt_engine_cache_path": "/tmp/tome_export_m",  # noqa: S108
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [
+        ("fp32", {}),
+        ("fp16", {"precision_mode": "FP16", "trt_layer_norm_fp32_fallback": "1"}),
+        ("bf16", {"precision_mode": "BF16", "trt_layer_norm_fp32_fallback": "1"}),
+    ],
+)
+def test_onnx_with_tensorrt_accelerator(source, precision, mode):
+    config = model_config(source(precision=precision), "m", ServeOptions())
+    assert accelerators(config) == {"tensorrt": PROFILE | mode}
+    assert graphs(config) == []
+
+
+def test_the_profile_starts_at_one_row_whatever_the_artifact_was_tuned_for(source):
+    found = accelerators(model_config(source(batch="2:4:8"), "m", ServeOptions()))
+    assert found["tensorrt"]["trt_profile_min_shapes"] == "pixel_values:1x3x8x8"
+
+
+def test_a_merge_that_tensorrt_refuses_gets_no_accelerator(source):
+    assert accelerators(model_config(source(merge_op="index_add"), "m", ServeOptions())) == {}
+
+
+def test_cpu_config_differs_in_device_and_accelerator_only(source):
+    served = source()
+    gpu = model_config(served, "m", ServeOptions(instances=2))
+    cpu = cpu_config(served, "m", ServeOptions(instances=2))
+    (group,) = cpu.instance_group
+    assert (group.kind, group.count) == (group.KIND_CPU, 2)
+    assert accelerators(cpu) == {}
+    for config in (gpu, cpu):
+        config.ClearField("instance_group")
+        config.ClearField("optimization")
+    assert gpu == cpu
+
+
+def test_plan(source):
+    served = source(engines={"tensorrt": "1:2:4"})
+    config = model_config(served, "m", ServeOptions())
+    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 4)
+    assert config.optimization.cuda.graphs
+    assert graphs(config) == [(1, [3, 8, 8]), (2, [3, 8, 8]), (4, [3, 8, 8])]
+    assert accelerators(config) == {}
+    chosen = model_config(served, "m", ServeOptions(cuda_graph_batches=(4, 3)))
+    assert graphs(chosen) == [(3, [3, 8, 8]), (4, [3, 8, 8])]
+    folder = folder_from_source(served, "m", ServeOptions(version=3))
+    assert {*folder.files} == {"3/model.plan"}
+    assert folder.files["3/model.plan"].name == "model.engine"
+
+
+def test_fixed_batch_is_not_batched_by_the_server(source):
+    served = source(batch="4", engines={"tensorrt": "4"})
+    config = model_config(served, "m", ServeOptions())
+    assert config.max_batch_size == 0
+    assert [list(t.dims) for t in (*config.input, *config.output)] == [[4, 3, 8, 8], [4, 5]]
+    assert graphs(config) == [(0, [4, 3, 8, 8])]
+    assert [w.batch_size for w in config.model_warmup] == [1]
+    onnx = accelerators(model_config(source(batch="4"), "m", ServeOptions()))["tensorrt"]
+    assert {onnx[f"trt_profile_{w}_shapes"] for w in ("min", "opt", "max")} == {
+        "pixel_values:4x3x8x8"
+    }
+    with pytest.raises(UsageError, match="fixed batch 4; leave them out"):
+        folder_from_source(served, "m", ServeOptions(cuda_graph_batches=(4,)))
+
+
+def test_text_is_read_back_the_same(source):
+    for choice in ("engine", "onnx"):
+        config = model_config(source(choice, engines=TENSORRT), "m", ServeOptions())
+        assert config_from_text(config_text(config), "it") == config
+
+
+def test_labels_are_one_line_each(source):
+    folder = folder_from_source(
+        source(labels=["a", "två\nrader", "c", "d", "e"]), "m", ServeOptions()
+    )
+    assert folder.files["labels.txt"].decode() == "a\ntvå rader\nc\nd\ne\n"
+    assert folder.config.output[0].label_filename == "labels.txt"
+    assert {*folder.files} == {"1/model.onnx", "labels.txt", "configs/cpu.pbtxt"}
+
+
+def test_which_file_is_served(source):
+    assert source().platform == "onnxruntime_onnx"
+    assert source(engines=TENSORRT).platform == "tensorrt_plan"
+    assert source("onnx", engines=TENSORRT).platform == "onnxruntime_onnx"
+    assert source(engines=TENSORRT | {"tensorrt-rtx": "1:4:8"}).note == ""
+    rtx = source(engines={"tensorrt-rtx": "1:4:8"})
+    assert rtx.platform == "onnxruntime_onnx"
+    assert rtx.note == (
+        "Triton Inference Server has no backend for TensorRT-RTX engines: the ONNX model is served"
+    )
+
+
+def test_engines_that_cannot_be_served(source):
+    with pytest.raises(InputError, match=r"only engine in .* is of TensorRT-RTX: Triton Inference"):
+        source("engine", engines={"tensorrt-rtx": "1:4:8"})
+    with pytest.raises(InputError, match="has no engine; build one with 'tome-export engine"):
+        source("engine")
+    with pytest.raises(InputError, match=r"takes batches of 2 or more, .* --batch 1:4:8"):
+        source(engines={"tensorrt": "2:4:8"})
+    with pytest.raises(UsageError, match="format is 'rtx'; expected one of auto, engine, onnx"):
+        source("rtx")
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule", "name"),
+    [
+        ("vit_b16", "r=16 constant", "vit_b16_r16"),
+        ("vit_b16", "r=8 decreasing", "vit_b16_r8-decreasing"),
+        ("vit_b16", "12,10,8", "vit_b16_r12-10-8"),
+        ("timm:vit/x y", "r=0 inflect=0.5", "timm_vit_x_y_r0-inflect_0.5"),
+        ("..", "r=0 constant", "model_r0"),
+    ],
+)
+def test_default_name(model, schedule, name):
+    manifest = {"model": {"name": model}, "merge": {"schedule": schedule}}
+    assert default_name(manifest) == name
+    check_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä", "a\n", "a" * 129])
+def test_names_that_are_none(name):
+    with pytest.raises(UsageError, match="model name"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"version": 0}, "version is 0; expected 1 or more"),
+        ({"instances": 0}, "instances is 0; expected 1 or more"),
+        ({"max_queue_delay_us": -1}, "queue delay is -1; expected 0 or more"),
+        ({"max_queue_size": 0}, "queue size is 0; expected 1 or more"),
+        ({"timeout_ms": 0}, "queue timeout is 0; expected 1 or more"),
+        ({"cuda_graph_batches": (1, 0)}, "CUDA graph batch is 0; expected 1 or more"),
+    ],
+)
+def test_options_out_of_range(given, message):
+    with pytest.raises(UsageError) as error:
+        ServeOptions(**given)
+    assert str(error.value) == message

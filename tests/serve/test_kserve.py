@@ -1,0 +1,119 @@
+"""The KServe manifest, against the part of the published schema that it uses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from tome_export.errors import UsageError
+from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text, service_name
+
+# From the CustomResourceDefinition inferenceservices.serving.kserve.io, version v1beta1, of KServe
+# 0.15 to 0.17: type, or {field: type}; a list is one of its words. Fields that are not here are
+# not known to the schema as we use it, and so an error.
+QUANTITY = re.compile(r"^\d+(\.\d+)?([KMGTPE]i|[numkMGTPE])?$")
+SCHEMA = {
+    "apiVersion": ["serving.kserve.io/v1beta1"],
+    "kind": ["InferenceService"],
+    # As the admission webhook has it.
+    "metadata": {"name": re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$"), "annotations": str},
+    "spec": {
+        "predictor": {
+            "minReplicas": int,
+            "maxReplicas": int,
+            "scaleMetric": ["cpu", "memory", "concurrency", "rps"],
+            "scaleTarget": int,
+            "model": {
+                "modelFormat": {"name": ["triton"], "version": str},
+                "protocolVersion": ["v1", "v2", "grpc-v1", "grpc-v2"],
+                "storageUri": str,
+                "args": [str],
+                "resources": {"requests": QUANTITY, "limits": QUANTITY},
+            },
+        }
+    },
+}
+FREE = ("annotations", "requests", "limits")
+"""Objects whose fields have any name."""
+
+
+def wrong(value, schema, where=""):
+    name = where.rpartition(".")[2]
+    if name in FREE:
+        for inner in value.values():
+            yield from wrong(inner, schema, f"{where}[]")
+    elif isinstance(schema, dict):
+        for key in value:
+            if key not in schema:
+                yield f"{where}.{key} is unknown"
+            else:
+                yield from wrong(value[key], schema[key], f"{where}.{key}")
+    elif schema == [str]:
+        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            yield f"{where} is {value!r}"
+    elif isinstance(schema, list):
+        if value not in schema:
+            yield f"{where} is {value!r}"
+    elif isinstance(schema, re.Pattern):
+        if not (isinstance(value, str) and schema.match(value)):
+            yield f"{where} is {value!r}"
+    elif not isinstance(value, schema) or isinstance(value, bool):
+        yield f"{where} is {value!r}"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("model", ["vit_b16_r8", "8-BIT.model_", "timm_vit_x_y_r0-inflect_0.5"])
+def test_manifest_follows_the_schema(model, gpu):
+    manifest = kserve_manifest(model, KServeOptions("s3://bucket/models"), gpu=gpu)
+    assert [*wrong(manifest, SCHEMA)] == []
+    predictor = manifest["spec"]["predictor"]
+    assert predictor["model"]["storageUri"] == "s3://bucket/models"
+    assert ("nvidia.com/gpu" in predictor["model"]["resources"]["limits"]) is gpu
+    assert ("--model-config-name=cpu" in predictor["model"]["args"]) is not gpu
+
+
+def test_the_check_finds_what_is_wrong():
+    manifest = kserve_manifest("m", KServeOptions())
+    manifest["spec"]["predictor"]["modle"] = {}
+    manifest["spec"]["predictor"]["minReplicas"] = "1"
+    manifest["metadata"]["name"] = "M_1"
+    assert [*wrong(manifest, SCHEMA)] == [
+        ".metadata.name is 'M_1'",
+        ".spec.predictor.minReplicas is '1'",
+        ".spec.predictor.modle is unknown",
+    ]
+
+
+def test_text_is_yaml_of_the_manifest():
+    manifest = kserve_manifest("vit_b16_r8", KServeOptions())
+    text = kserve_text(manifest)
+    assert yaml.safe_load(text) == manifest
+    assert "nv_inference_pending_request_count" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"a": "yes", "b": "1", "c": "x: y # z", "d": [], "e": {}, "f": ["- a", "ü\n"], "1x:": None}],
+)
+def test_values_that_yaml_could_misread(value):
+    assert yaml.safe_load(kserve_text(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("vit_digits_r8", "vit-digits-r8"), ("8b", "model-8b"), ("__", "model"), ("A.B", "a-b")],
+)
+def test_service_name(model, name):
+    assert service_name(model) == name
+
+
+def test_storage_uri():
+    assert kserve_manifest("m", KServeOptions())["spec"]["predictor"]["model"]["storageUri"] == (
+        "pvc://m"
+    )
+    for uri in ("models", "ftp://x", "s3://", "s3://a b"):
+        with pytest.raises(UsageError, match="storage URI is"):
+            KServeOptions(uri)

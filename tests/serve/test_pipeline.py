@@ -1,0 +1,508 @@
+"""Encoded images in, labels out, and the router: on the real server, against ONNX Runtime.
+
+The server at hand may have no ONNX Runtime backend; our stand-in then runs the model itself.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from tome_export.artifact import Artifact
+from tome_export.engine import EngineOptions
+from tome_export.errors import InputError
+from tome_export.merge.schedule import Schedule
+from tome_export.models.preprocess import load_images
+from tome_export.models.samples import _digits, sample_paths
+from tome_export.pipeline import BuildRequest, build
+from tome_export.serve.config import folder_from_source
+from tome_export.serve.pipeline_models import (
+    Route,
+    pipeline_folders,
+    route_of,
+    router_folder,
+    routes_from_json,
+)
+from tome_export.serve.repository import write
+from tome_export.serve.server import start
+from tome_export.serve.source import source_from_artifact
+from tome_export.serve.spec import ServeOptions
+from tome_export.serve.validate import validate
+from tome_export.spec import BatchRange, Preprocessing
+
+NAME = "vit_digits_r8"
+PIPELINE, PREPROCESS = f"{NAME}_pipeline", f"{NAME}_preprocess"
+ROUTER, IMAGE_ROUTER = "vit_digits_router", "vit_digits_images"
+TOWER = "tower_r2"
+TOWER_BATCH = 2
+
+TOWER_MODULE = """
+import timm
+import torch
+
+def made():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=0).eval()
+"""
+
+
+class Served(NamedTuple):
+    http: str
+    grpc: str
+    artifacts: dict[str, Artifact]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    requests = {
+        f"vit_digits_r{r}": BuildRequest("vit_digits", folder / f"r{r}", schedule=Schedule(r=r))
+        for r in (0, 8)
+    }
+    options = EngineOptions(batch=BatchRange(*[TOWER_BATCH] * 3))
+    tower = BuildRequest("serve_tower:made", folder / TOWER, Schedule(r=2), engine_options=options)
+    (folder / "serve_tower.py").write_text(TOWER_MODULE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        return {
+            name: build(replace(request, engine="none", check=False))
+            for name, request in {**requests, TOWER: tower}.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def served(request, artifacts, tmp_path_factory) -> Served:
+    request.getfixturevalue("installation")
+    repository = tmp_path_factory.mktemp("repository")
+    options = ServeOptions()
+    folders, routes, image_routes = [], [], []
+    for name, artifact in artifacts.items():
+        model = folder_from_source(source_from_artifact(artifact), name, options)
+        around = pipeline_folders(artifact, name, options)
+        folders += [model, *around]
+        if name != TOWER:
+            ms = {"vit_digits_r0": 3.0, NAME: 1.5}[name]
+            routes.append(route_of(artifact, name, model.config, ms))
+            image_routes.append(route_of(artifact, around[-1].name, around[-1].config, ms))
+    folders.append(router_folder(ROUTER, routes, options))
+    folders.append(router_folder(IMAGE_ROUTER, image_routes, options))
+    for folder in folders:
+        validate(folder, models=[other.name for other in folders])
+    write(repository, folders)
+    with start(repository, config_name="cpu") as server:
+        yield Served(server.http, server.grpc, artifacts)
+        server.stop(0)
+
+
+@pytest.fixture
+def grpc(served):
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(served.grpc) as client:
+        yield client
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(request, served):
+    """A client's module and a client, of each protocol."""
+    import tritonclient.grpc
+    import tritonclient.http
+
+    module = {"grpc": tritonclient.grpc, "http": tritonclient.http}[request.param]
+    with module.InferenceServerClient(getattr(served, request.param)) as made:
+        yield module, made
+
+
+def image_input(module, images, shape=None):
+    array = np.array(images, dtype=object).reshape(shape or (len(images), 1))
+    tensor = module.InferInput("image", list(array.shape), "BYTES")
+    tensor.set_data_from_numpy(array)
+    return [tensor]
+
+
+def pixel_input(module, pixels):
+    tensor = module.InferInput("pixel_values", list(pixels.shape), "FP32")
+    tensor.set_data_from_numpy(pixels)
+    return [tensor]
+
+
+def ort(artifact, pixels):
+    session = onnxruntime.InferenceSession(
+        str(artifact.model_path), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"pixel_values": pixels})[0]
+
+
+def photos():
+    return [path.read_bytes() for path in sample_paths()]
+
+
+def digits(count=32):
+    """PNG files of digits that the model was not trained on, and what they show."""
+    images, labels = _digits()
+    files = []
+    for image in images[:count]:
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        files.append(stream.getvalue())
+    return files, labels[:count]
+
+
+def pixels_of(artifact, files, folder):
+    paths = [folder / f"{index}.png" for index in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    return load_images(paths, Preprocessing.from_dict(artifact.manifest["preprocessing"]))
+
+
+def counts(grpc, model):
+    """Inferences (images) and executions (batches) of a model so far."""
+    stats = grpc.get_inference_statistics(model).model_stats[0]
+    return np.array([stats.inference_count, stats.execution_count])
+
+
+BAD_REQUEST = ("StatusCode.INVALID_ARGUMENT", "400")
+INTERNAL = ("StatusCode.INTERNAL", "500")
+
+
+def refused(client, inputs, model=PREPROCESS, codes=BAD_REQUEST, **more):
+    from tritonclient.utils import InferenceServerException
+
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer(model, inputs, **more)
+    assert caught.value.status() in codes
+    assert "\n" not in caught.value.message()
+    return caught.value.message()
+
+
+def test_preprocessing_is_pytorchs_exactly(served, client):
+    module, made = client
+    p = Preprocessing.from_dict(served.artifacts[NAME].manifest["preprocessing"])
+    transform = create_transform(
+        p.input_size,
+        interpolation=p.interpolation,
+        mean=p.mean,
+        std=p.std,
+        crop_pct=p.crop_pct,
+        crop_mode="center",
+    )
+    answer = made.infer(PREPROCESS, image_input(module, photos())).as_numpy("pixel_values")
+    assert answer.dtype == np.float32
+    ours = torch.from_numpy(answer.copy())
+    expected = torch.stack([transform(Image.open(p).convert("L")) for p in sample_paths()])
+    assert torch.equal(ours, expected)
+    np.testing.assert_array_equal(answer, load_images(sample_paths(), p))
+
+
+def test_pipeline_gives_the_labels_of_ort(served, client, tmp_path):
+    module, made = client
+    files, labels = digits()
+    artifact = served.artifacts[NAME]
+    logits = ort(artifact, pixels_of(artifact, files, tmp_path))
+    scores = torch.softmax(torch.from_numpy(logits).double(), 1).numpy()
+    answer = made.infer(PIPELINE, image_input(module, files))
+    index, score = answer.as_numpy("index"), answer.as_numpy("score")
+    assert (index.shape, index.dtype, score.dtype) == ((32, 5), np.int32, np.float32)
+    np.testing.assert_array_equal(index, np.argsort(-logits, axis=1, kind="stable")[:, :5])
+    np.testing.assert_allclose(score, np.take_along_axis(scores, index, 1), atol=1e-5)
+    names = np.array(artifact.manifest["labels"])[index]
+    np.testing.assert_array_equal(answer.as_numpy("label").astype(str), names)
+    assert (index[:, 0] == labels).mean() > 0.9
+
+
+def test_tower_of_fixed_batch_gives_features(served, client):
+    module, made = client
+    artifact = served.artifacts[TOWER]
+    p = Preprocessing.from_dict(artifact.manifest["preprocessing"])
+    pixels = load_images(sample_paths()[:TOWER_BATCH], p)
+    inputs = image_input(module, photos()[:TOWER_BATCH], shape=(TOWER_BATCH,))
+    answer = made.infer(f"{TOWER}_pipeline", inputs).as_numpy("features")
+    np.testing.assert_allclose(answer, ort(artifact, pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_a_request_go_through_in_one_inference(grpc):
+    import tritonclient.grpc
+
+    models = (PREPROCESS, NAME, f"{NAME}_postprocess")
+    before = {model: counts(grpc, model) for model in models}
+    grpc.infer(PIPELINE, image_input(tritonclient.grpc, photos()))
+    for model in models:
+        assert (counts(grpc, model) - before[model]).tolist() == [len(photos()), 1], model
+
+
+def test_requests_are_batched_and_a_bad_one_fails_alone(grpc):
+    """One execution of the model answers several requests, one of which cannot be."""
+    import tritonclient.grpc
+
+    # The first one takes the server a while, so that the others are waiting together after it.
+    slow = io.BytesIO()
+    Image.new("L", (6000, 6000)).save(slow, "PNG")
+    files = [slow.getvalue(), *digits(23)[0]]
+    alone = [grpc.infer(PIPELINE, image_input(tritonclient.grpc, [f])) for f in files]
+    files[7] = files[7][:60]
+    before = counts(grpc, PREPROCESS)
+    waiting = [_async(grpc, file) for file in files]
+    answers = [future() for future in waiting]
+    inferences, executions = counts(grpc, PREPROCESS) - before
+    assert inferences == 24
+    assert executions <= 12
+    failed = [index for index, answer in enumerate(answers) if isinstance(answer, str)]
+    assert failed == [7]
+    assert "cannot be decoded" in answers[7]
+    for index, (answer, expected) in enumerate(zip(answers, alone, strict=True)):
+        if index != 7:
+            for name in ("label", "index"):
+                np.testing.assert_array_equal(answer.as_numpy(name), expected.as_numpy(name))
+
+
+def _async(grpc, file):
+    """Send a request; returns a function that waits for its result or error message."""
+    import queue
+
+    import tritonclient.grpc
+
+    done = queue.Queue()
+    grpc.async_infer(
+        PIPELINE,
+        image_input(tritonclient.grpc, [file]),
+        lambda result, error: done.put(error.message() if error else result),
+    )
+    return lambda: done.get(timeout=30)
+
+
+def bad_images():
+    huge = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(huge, "PNG")
+    return {
+        "truncated": (photos()[0][:9000], "image cannot be decoded (image file is truncated"),
+        "text": (b"hello", "image is not a JPEG or PNG file (it begins with b'hello')"),
+        "empty": (b"", "image is empty; expected the bytes of a JPEG or PNG file"),
+        "huge": (huge.getvalue(), "image is 10000 x 10000 pixels (100.0 megapixels); at most 64.0"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "huge"])
+def test_bad_image_is_an_error_of_its_request(client, kind):
+    module, made = client
+    data, message = bad_images()[kind]
+    good = photos()[1]
+    for model in (PREPROCESS, PIPELINE):
+        assert message in refused(made, image_input(module, [data]), model)
+        several = refused(made, image_input(module, [good, data, good]), model)
+        assert message.replace("image", "image 2 of 3", 1) in several
+        assert made.infer(model, image_input(module, [good])).get_response() is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"), [(0, (0, 1)), (2, (1, 2)), (33, (33, 1))], ids=["none", "wide", "many"]
+)
+def test_wrong_batch_is_an_error_of_its_request(client, count, shape):
+    module, made = client
+    good = photos()[1]
+    message = refused(made, image_input(module, [good] * count, shape), PIPELINE)
+    assert "image" in message or "batch" in message
+    answer = made.infer(PIPELINE, image_input(module, [good]))
+    assert answer.as_numpy("label").shape == (1, 5)
+
+
+ROUTED = [
+    ({}, "vit_digits_r0"),
+    ({"r": 8}, NAME),
+    ({"r": 7}, "vit_digits_r0"),
+    ({"r": "20"}, NAME),
+    ({"max_ms": 3}, "vit_digits_r0"),
+    ({"max_ms": "2.5"}, NAME),
+    ({"max_ms": 1}, NAME),
+]
+
+
+@pytest.mark.parametrize(("parameters", "model"), ROUTED, ids=str)
+def test_router_asks_the_model_of_the_budget(served, client, grpc, tmp_path, parameters, model):
+    module, made = client
+    pixels = pixels_of(served.artifacts[model], digits(4)[0], tmp_path)
+    before = counts(grpc, model)
+    answer = made.infer(ROUTER, pixel_input(module, pixels), parameters=parameters)
+    assert (counts(grpc, model) - before).tolist() == [4, 1]
+    expected = {name: ort(served.artifacts[name], pixels) for name in (NAME, "vit_digits_r0")}
+    np.testing.assert_allclose(answer.as_numpy("logits"), expected[model], atol=1e-4)
+    # The two models do not agree by chance.
+    assert np.abs(expected[NAME] - expected["vit_digits_r0"]).max() > 1e-2
+
+
+def test_router_of_pipelines_takes_images(client, grpc):
+    module, made = client
+    for r, model in ((0, "vit_digits_r0"), (8, NAME)):
+        before = counts(grpc, model)
+        inputs = image_input(module, digits(3)[0])
+        answer = made.infer(IMAGE_ROUTER, inputs, parameters={"r": r})
+        direct = made.infer(f"{model}_pipeline", inputs)
+        assert (counts(grpc, model) - before).tolist() == [6, 2]
+        for output in ("label", "score", "index"):
+            np.testing.assert_array_equal(answer.as_numpy(output), direct.as_numpy(output))
+    # The server does not hand on the code of an error inside.
+    message = refused(made, image_input(module, [b"hello"]), IMAGE_ROUTER, INTERNAL)
+    assert "image is not a JPEG or PNG file" in message
+
+
+def test_only_the_outputs_asked_for_are_given(client):
+    module, made = client
+    wanted = [module.InferRequestedOutput("index")]
+    for model in (PIPELINE, IMAGE_ROUTER):
+        answer = made.infer(model, image_input(module, digits(2)[0]), outputs=wanted)
+        assert answer.as_numpy("index").shape == (2, 5)
+        assert answer.as_numpy("score") is None
+
+
+def test_bad_budget_is_an_error_of_its_request(served, client, tmp_path):
+    module, made = client
+    inputs = pixel_input(module, pixels_of(served.artifacts[NAME], digits(1)[0], tmp_path))
+    for parameters, message in (
+        ({"r": "fast"}, "r is 'fast'; expected a number, 0 or more"),
+        ({"r": True}, "r is True; expected a number, 0 or more"),
+        ({"max_ms": -1}, "max_ms is -1; expected a number, 0 or more"),
+        ({"r": 1, "max_ms": 1}, "both r and max_ms are given; give one of them"),
+    ):
+        assert message in refused(made, inputs, ROUTER, parameters=parameters)
+    assert made.infer(ROUTER, inputs).as_numpy("logits").shape == (1, 10)
+
+
+def test_router_keeps_requests_of_different_budgets_apart(served, grpc, tmp_path):
+    """Requests that the router gets together are answered each by its own model."""
+    import queue
+
+    import tritonclient.grpc
+
+    pixels = pixels_of(served.artifacts[NAME], digits(16)[0], tmp_path)
+    done: list[queue.Queue] = [queue.Queue() for _ in range(16)]
+    budgets = [0 if index % 3 else 8 for index in range(16)]
+    before = {name: counts(grpc, name)[0] for name in (NAME, "vit_digits_r0")}
+    for index, budget in enumerate(budgets):
+        grpc.async_infer(
+            ROUTER,
+            pixel_input(tritonclient.grpc, pixels[index : index + 1]),
+            lambda result, error, index=index: done[index].put(error or result),
+            parameters={"r": budget},
+        )
+    logits = np.concatenate([d.get(timeout=30).as_numpy("logits") for d in done])
+    expected = {r: ort(served.artifacts[f"vit_digits_r{r}"], pixels) for r in (0, 8)}
+    rows = np.stack([expected[r][index] for index, r in enumerate(budgets)])
+    np.testing.assert_allclose(logits, rows, atol=1e-4)
+    after = {name: counts(grpc, name)[0] - before[name] for name in before}
+    assert after == {NAME: Counter(budgets)[8], "vit_digits_r0": Counter(budgets)[0]}
+
+
+def served_config(artifact, name=NAME):
+    return folder_from_source(source_from_artifact(artifact), name, ServeOptions()).config
+
+
+def test_options_reach_every_config(artifacts):
+    options = ServeOptions(version=3, instances=2, max_queue_size=7, timeout_ms=40)
+    *steps, pipeline = pipeline_folders(artifacts[NAME], NAME, options)
+    route = route_of(artifacts[NAME], NAME, served_config(artifacts[NAME]))
+    for folder in (*steps, router_folder(ROUTER, [route], options)):
+        assert all(name.startswith("3/") for name in folder.files)
+        assert folder.config.instance_group[0].count == 2
+        queue = folder.config.dynamic_batching.default_queue_policy
+        assert (queue.max_queue_size, queue.default_timeout_microseconds) == (7, 40_000)
+    assert [*pipeline.files] == ["3/README"]
+    assert pipeline.config.max_batch_size == 32
+
+
+def test_batch_of_the_served_file_counts(artifacts):
+    folders = pipeline_folders(artifacts[NAME], NAME, ServeOptions(), BatchRange(1, 2, 4))
+    assert [folder.config.max_batch_size for folder in folders] == [4, 4, 4]
+
+
+def changed(artifact, **entries):
+    manifest = json.loads(json.dumps(artifact.manifest))
+    for name, values in entries.items():
+        manifest[name] = {**manifest[name], **values} if isinstance(values, dict) else values
+    return Artifact(artifact.path, manifest)
+
+
+def test_models_without_label_names_have_their_indices(artifacts):
+    folders = pipeline_folders(changed(artifacts[NAME], labels=None), NAME, ServeOptions())
+    settings = json.loads(folders[1].files["1/postprocessing.json"])
+    assert settings == {"k": 5, "labels": [str(index) for index in range(10)]}
+
+
+def test_fewer_classes_than_labels_shown(artifacts):
+    two = changed(artifacts[NAME], labels=["no", "yes"], output={"shape": ["batch", 2]})
+    _, post, pipeline = pipeline_folders(two, NAME, ServeOptions())
+    assert json.loads(post.files["1/postprocessing.json"])["k"] == 2
+    assert [list(tensor.dims) for tensor in pipeline.config.output] == [[2]] * 3
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"preprocessing": {"input_size": [4, 32, 32]}}, "takes 4 channels; images can be given"),
+        ({"preprocessing": {"interpolation": "lanczos"}}, "has interpolation 'lanczos'; expected"),
+        ({"labels": ["one"]}, r"has logits \[10\] and 1 labels; expected one logit per label"),
+        ({"output": {"shape": ["batch", 7, 10]}}, r"has logits \[7, 10\] and 10 labels"),
+        ({"output": {"shape": None}}, "has output shape None; expected the batch, then whole"),
+    ],
+)
+def test_artifact_that_takes_no_images_is_refused(artifacts, entries, message):
+    with pytest.raises(InputError, match=message):
+        pipeline_folders(changed(artifacts[NAME], **entries), NAME, ServeOptions())
+
+
+def test_r_of_a_route(artifacts):
+    config = served_config(artifacts[NAME])
+    for schedule, layers, r in (
+        ("r=8 constant", [8] * 6, 8),
+        ("r=16 decreasing", [32, 10, 0, 0, 0, 0], 16),
+        ("9,6,3", [9, 6, 3, 0, 0, 0], 3),
+    ):
+        merge = {"schedule": schedule, "r": layers}
+        assert route_of(changed(artifacts[NAME], merge=merge), NAME, config).r == r
+
+
+def test_routes_are_read_back(artifacts):
+    config = served_config(artifacts[NAME])
+    routes = [Route("b", 8, 1.5, config), Route("a", 0, None, config)]
+    text = router_folder(ROUTER, routes).files["1/routes.json"].decode()
+    assert routes_from_json(text, lambda _: config) == [routes[1], routes[0]]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"routes": [{"model": "a"}]}', '{"routes": [{"model":1,"r":1,"ms":1}]}']
+)
+def test_other_routes_are_refused(text):
+    with pytest.raises(InputError, match="is not a list of models with r and ms"):
+        routes_from_json(text, lambda _: None)
+
+
+def test_routes_that_cannot_be_told_apart_are_refused(artifacts):
+    one = Route("a", 8, None, served_config(artifacts[NAME]))
+    other = Route("t", 2, None, served_config(artifacts[TOWER], TOWER))
+    for routes, message in (
+        ([], "given no models; expected 1 or more"),
+        ([one, replace(one, model="b")], "models a and b both merge r = 8; a router needs one"),
+        ([one, replace(one, r=4)], "model a is given twice to a router"),
+        ([one, other], "models t and a have different inputs or outputs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            router_folder(ROUTER, routes)
+
+
+def test_sources_are_those_of_the_package(artifacts):
+    """What is tested without a server is what the server runs."""
+    from tome_export.serve import python_models
+
+    folder = Path(python_models.__file__).parent
+    folders = pipeline_folders(artifacts[NAME], NAME, ServeOptions())
+    for made, name in zip(folders, ("preprocess.py", "postprocess.py"), strict=False):
+        assert made.files["1/model.py"] == folder / name

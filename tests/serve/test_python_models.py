@@ -1,0 +1,279 @@
+"""The parts of the server's python models that need no server."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from tome_export.models import RECIPES
+from tome_export.models.preprocess import load_images
+from tome_export.models.samples import sample_paths
+from tome_export.serve.python_models import postprocess, preprocess, router
+from tome_export.serve.python_models.preprocess import BadImageError, pixels_from_bytes
+from tome_export.spec import Preprocessing
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPE_CASES = [
+    RECIPES["vit_digits"].preprocessing,
+    RECIPES["vit_b16"].preprocessing,
+    Preprocessing((3, 96, 160), MEAN, STD, 0.9, "bicubic"),
+    Preprocessing((3, 90, 90), MEAN, STD, 1.1, "bilinear"),
+    Preprocessing((1, 160, 96), (0.5,), (0.25,), 1.0, "nearest"),
+]
+
+
+def settings_of(preprocessing, max_pixels=64_000_000):
+    # As they arrive: through JSON.
+    return json.loads(json.dumps({**preprocessing.to_dict(), "max_pixels": max_pixels}))
+
+
+TINY = settings_of(Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, 1.0, "bilinear"))
+
+
+def encoded(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def noise(shape, dtype=np.uint8):
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(0).integers(0, top, shape, dtype, endpoint=True)
+
+
+def kinds():
+    """Encoded images of every kind that JPEG and PNG files come in."""
+    rgb = Image.fromarray(noise((61, 47, 3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = rgb.quantize(16)
+    deep = Image.fromarray(noise((61, 47), np.uint16))
+    return {
+        "rgb.png": encoded(rgb),
+        "rgb.jpg": encoded(rgb, "JPEG"),
+        "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
+        "turned.jpg": encoded(rgb, "JPEG", exif=exif),
+        "turned.png": encoded(rgb, exif=exif),
+        "rgba.png": encoded(Image.fromarray(noise((61, 47, 4)))),
+        "grey.png": encoded(rgb.convert("L")),
+        "grey.jpg": encoded(rgb.convert("L"), "JPEG"),
+        "grey_alpha.png": encoded(rgb.convert("L").convert("LA")),
+        "one_bit.png": encoded(rgb.convert("1")),
+        "palette.png": encoded(palette),
+        "palette_clear.png": encoded(palette, transparency=3),
+        "rgb_clear.png": encoded(rgb, transparency=(1, 2, 3)),
+        "deep.png": encoded(deep),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "lone.png": encoded(Image.new("RGB", (1, 1), (1, 2, 3))),
+    }
+
+
+@pytest.mark.parametrize("p", RECIPE_CASES, ids=lambda p: f"{p.input_size}-{p.interpolation}")
+def test_equals_the_recipes_loader_exactly(tmp_path, p):
+    files = {path.name: path.read_bytes() for path in sample_paths()} | kinds()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        ours = pixels_from_bytes(data, settings_of(p))
+        assert ours.dtype == np.float32
+        assert ours.flags.c_contiguous
+        np.testing.assert_array_equal(ours, load_images([tmp_path / name], p)[0], err_msg=name)
+
+
+def test_equals_pytorchs_transform_exactly():
+    p = RECIPES["vit_b16"].preprocessing
+    transform = create_transform(
+        p.input_size,
+        interpolation=p.interpolation,
+        mean=p.mean,
+        std=p.std,
+        crop_pct=p.crop_pct,
+        crop_mode="center",
+    )
+    for path in sample_paths():
+        expected = transform(Image.open(path).convert("RGB"))
+        ours = pixels_from_bytes(path.read_bytes(), settings_of(p))
+        assert torch.equal(torch.from_numpy(ours), expected), path.name
+
+
+def png_of_size(width, height):
+    """A PNG whose header says so and that holds no pixels."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bad_images():
+    photo = sample_paths()[0].read_bytes()
+    tiff = encoded(Image.new("RGB", (8, 8)), "TIFF")
+    return {
+        "cut.jpg": (
+            photo[: len(photo) // 2],
+            r"cannot be decoded \(image file is truncated",
+        ),
+        "cut_header.jpg": (photo[:40], "is not a JPEG or PNG|cannot be decoded"),
+        "cut.png": (encoded(Image.fromarray(noise((64, 64, 3))))[:5000], "cannot be decoded"),
+        "text": (b"not an image", r"is not a JPEG or PNG file \(it begins with b'not an i'\)"),
+        "tiff": (tiff, "is not a JPEG or PNG file"),
+        "empty": (b"", "is empty; expected the bytes of a JPEG or PNG file"),
+        # No pixel is read: there are none to read in this file.
+        "huge": (png_of_size(10_000, 10_000), r"is 10000 x 10000 pixels \(100.0 megapixels\)"),
+        "long": (encoded(Image.new("1", (1, 60_000))), "would be resized to 8 x 480000"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", bad_images())
+def test_bad_images_are_named_in_one_line(name):
+    data, message = bad_images()[name]
+    with pytest.raises(BadImageError, match=message) as caught:
+        pixels_from_bytes(data, TINY | {"max_pixels": 100_000 if name == "long" else 64_000_000})
+    assert "\n" not in str(caught.value)
+
+
+def test_size_limit_is_on_the_pixels():
+    data = encoded(Image.new("RGB", (20, 10)))
+    assert pixels_from_bytes(data, TINY | {"max_pixels": 200}).shape == (3, 8, 8)
+    with pytest.raises(BadImageError, match=r"at most 0\.0 megapixels are accepted"):
+        pixels_from_bytes(data, TINY | {"max_pixels": 199})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_decoded_or_refused():
+    """Whatever a decoder raises becomes an error of that image."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for data in kinds().values():
+        for _ in range(20):
+            damaged = bytearray(data)
+            for position in rng.integers(0, len(data), 4):
+                damaged[position] = rng.integers(256)
+            try:
+                pixels = pixels_from_bytes(bytes(damaged), TINY | {"max_pixels": 100_000})
+            except BadImageError as error:
+                lines.append(str(error))
+            else:
+                assert pixels.shape == (3, 8, 8)
+    assert len(lines) > 20
+    assert not any("\n" in line for line in lines)
+
+
+def test_problem_names_the_image():
+    bad = BadImageError("is bad")
+    assert preprocess._problem([None, None]) == ""
+    assert preprocess._problem([bad]) == "image is bad"
+    assert preprocess._problem([None, bad, BadImageError("too")]) == "image 2 of 3 is bad"
+    assert preprocess._problem([]) == "the request holds no image; expected 1 or more"
+
+
+def test_top_k_orders_by_logit_then_index():
+    logits = np.array([[1, 3, 3, 0, 2], [0, 0, 0, 0, 0]], np.float32)
+    index, score = postprocess.top_k(logits, 3)
+    np.testing.assert_array_equal(index, [[1, 2, 4], [0, 1, 2]])
+    assert (index.dtype, score.dtype) == (np.int32, np.float32)
+    expected = torch.softmax(torch.from_numpy(logits), 1).numpy()
+    np.testing.assert_allclose(score, np.take_along_axis(expected, index, 1), rtol=1e-6)
+
+
+def test_top_k_of_many_equal_logits_is_by_index():
+    logits = np.random.default_rng(0).integers(0, 3, (4, 1000)).astype(np.float32)
+    index, _ = postprocess.top_k(logits, 1000)
+    for row, found in zip(logits, index, strict=True):
+        assert found.tolist() == sorted(range(1000), key=lambda i, row=row: (-row[i], i))
+
+
+def test_top_k_of_large_logits_is_finite():
+    _, score = postprocess.top_k(np.array([[3e38, -3e38, 0]], np.float32), 2)
+    np.testing.assert_array_equal(score, [[1, 0]])
+
+
+ROUTES = [
+    {"model": "m8", "r": 8, "ms": 2.0},
+    {"model": "m0", "r": 0, "ms": 4.0},
+    {"model": "m16", "r": 16, "ms": 1.0},
+    {"model": "m4", "r": 4, "ms": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "model"),
+    [
+        ({}, "m0"),
+        ({"unrelated": 1}, "m0"),
+        ({"r": 8}, "m8"),
+        ({"r": 15}, "m8"),
+        ({"r": "16"}, "m16"),
+        ({"r": 100}, "m16"),
+        ({"r": 0}, "m0"),
+        ({"r": 7.5}, "m4"),
+        ({"max_ms": 4}, "m0"),
+        ({"max_ms": 3.9}, "m8"),
+        ({"max_ms": "1.5"}, "m16"),
+        ({"max_ms": 0.1}, "m16"),
+    ],
+)
+def test_route(parameters, model):
+    assert router.chosen(ROUTES, parameters)["model"] == model
+
+
+def test_least_merging_where_all_merge_more():
+    assert router.chosen([r for r in ROUTES if r["r"] >= 8], {"r": 4})["model"] == "m8"
+
+
+def test_fastest_is_the_measured_one_not_the_most_merging():
+    routes = [{"model": "a", "r": 2, "ms": 1.0}, {"model": "b", "r": 8, "ms": 1.5}]
+    assert router.chosen(routes, {"max_ms": 0.5})["model"] == "a"
+
+
+@pytest.mark.parametrize("name", ["r", "max_ms"])
+@pytest.mark.parametrize("value", [-1, True, "fast", "nan", "inf", None, "", [], 10**400])
+def test_no_number_is_refused(name, value):
+    with pytest.raises(router.BadBudgetError, match=rf"^{name} is .*; expected a number, 0 or mo"):
+        router.chosen(ROUTES, {name: value})
+
+
+def test_budgets_that_cannot_be_met_in_any_way_are_refused():
+    with pytest.raises(router.BadBudgetError, match="both r and max_ms are given"):
+        router.chosen(ROUTES, {"r": 1, "max_ms": 1})
+    unmeasured = [route | {"ms": None} for route in ROUTES]
+    with pytest.raises(router.BadBudgetError, match="no model here was measured; give r instead"):
+        router.chosen(unmeasured, {"max_ms": 1})
+
+
+@pytest.mark.parametrize("module", [preprocess, postprocess, router], ids=lambda m: m.__name__)
+def test_runs_where_only_numpy_and_pillow_are(module, tmp_path):
+    """On a server this package, torch and everything that comes with them are not installed."""
+    source = Path(module.__file__)
+    (tmp_path / "model.py").write_bytes(source.read_bytes())
+    code = (
+        "import sys, model; tops = {name.partition('.')[0] for name in sys.modules};"
+        "print(sorted(tops & {'torch', 'timm', 'tome_export', 'tritonclient', 'onnx'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_missing_pillow_is_said(tmp_path):
+    (tmp_path / "model.py").write_bytes(Path(preprocess.__file__).read_bytes())
+    code = "import sys; sys.modules['PIL'] = None; import model"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "has no Pillow, which decodes images; pip install pillow there" in done.stderr

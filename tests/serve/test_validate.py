@@ -1,0 +1,224 @@
+"""Every rule of validation, broken one at a time; and real files behind the configs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tome_export.artifact import Artifact
+from tome_export.engine import TensorInfo
+from tome_export.errors import InputError
+from tome_export.pipeline.serve import tensors_of_onnx
+from tome_export.serve.config import config_from_text, folder_from_source
+from tome_export.serve.source import source_from_artifact
+from tome_export.serve.spec import ModelFolder, ServeOptions
+from tome_export.serve.validate import validate
+
+pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+
+
+@pytest.fixture
+def folder(make_artifact):
+    """A TensorRT plan of ``pixel_values [B, 3, 8, 8]``, B at most 8, with labels."""
+    artifact = Artifact.open(make_artifact(engines={"tensorrt": "1:4:8"}, labels=list("abcde")))
+    return folder_from_source(source_from_artifact(artifact), "m", ServeOptions())
+
+
+def graph(config, batch, dims=(3, 8, 8)):
+    config.optimization.cuda.graph_spec.add(batch_size=batch).input["pixel_values"].dim.extend(dims)
+
+
+def warm(config):
+    return config.model_warmup[0].inputs["pixel_values"]
+
+
+BROKEN = {
+    "duplicate input": (
+        lambda c: c.input.append(c.input[0]),
+        "has the input pixel_values 2 times; expected each once",
+    ),
+    "duplicate output": (
+        lambda c: c.output.append(c.output[0]),
+        "has the output logits 2 times; expected each once",
+    ),
+    "no input": (lambda c: c.ClearField("input"), "has no input; expected one or more"),
+    "no data type": (
+        lambda c: c.input[0].ClearField("data_type"),
+        "has no data type for input pixel_values",
+    ),
+    "dims of zero": (
+        lambda c: c.input[0].dims.__setitem__(0, 0),
+        "has dims [0, 8, 8] for input pixel_values; expected sizes, or -1",
+    ),
+    "other name": (
+        lambda c: setattr(c, "name", "n"),
+        "has the name 'n'; expected that of its folder",
+    ),
+    "negative batch": (
+        lambda c: setattr(c, "max_batch_size", -1),
+        "has max_batch_size -1; expected 0 or more",
+    ),
+    "graph above max": (
+        lambda c: graph(c, 9),
+        "has a CUDA graph for batch 9; expected 1 to max_batch_size, 8",
+    ),
+    "graph twice": (lambda c: graph(c, 8), "has 2 CUDA graphs for batch 8; expected one"),
+    "graph of other dims": (
+        lambda c: graph(c, 2, (3, 8, 9)),
+        "has a CUDA graph with pixel_values [3, 8, 9]; expected [3, 8, 8]",
+    ),
+    "preferred above max": (
+        lambda c: c.dynamic_batching.preferred_batch_size.append(16),
+        "has preferred_batch_size 16; expected 1 to max_batch_size, 8",
+    ),
+    "warmup above max": (
+        lambda c: setattr(c.model_warmup[1], "batch_size", 9),
+        "has a warmup of batch 9; expected 1 to 8",
+    ),
+    "warmup of another input": (
+        lambda c: c.model_warmup[0].inputs["x"].CopyFrom(warm(c)),
+        "has a warmup with the inputs ['pixel_values', 'x']; expected ['pixel_values']",
+    ),
+    "warmup dims": (
+        lambda c: warm(c).dims.__setitem__(0, 4),
+        "has a warmup with pixel_values [4, 8, 8]; expected [3, 8, 8]",
+    ),
+    "warmup type": (
+        lambda c: setattr(warm(c), "data_type", 10),
+        "has a warmup whose pixel_values is of another data type than the input",
+    ),
+    "warmup without data": (
+        lambda c: warm(c).ClearField("zero_data"),
+        "has a warmup without data for pixel_values",
+    ),
+    "no instance": (
+        lambda c: setattr(c.instance_group[0], "count", 0),
+        "has an instance group of 0; expected 1 or more",
+    ),
+    "engine on the CPU": (
+        lambda c: setattr(c.instance_group[0], "kind", c.instance_group[0].KIND_CPU),
+        "puts a TensorRT engine on the CPU; expected KIND_GPU",
+    ),
+    "labels missing": (
+        lambda c: setattr(c.output[0], "label_filename", "names.txt"),
+        "names the labels names.txt, which are not there",
+    ),
+    "file of another platform": (
+        lambda c: setattr(c, "platform", "onnxruntime_onnx"),
+        "is for onnxruntime_onnx, and version 1 has no model.onnx",
+    ),
+}
+
+
+def test_what_we_write_is_sound(folder):
+    validate(folder)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken(case, folder):
+    change, message = BROKEN[case]
+    change(folder.config)
+    with pytest.raises(InputError) as error:
+        validate(folder)
+    assert str(error.value) == f"config.pbtxt of model m {message}"
+
+
+def test_version_folders(folder):
+    path = folder.files["1/model.plan"]
+    for name in ("0", "01", "v1"):
+        with pytest.raises(InputError, match=f"comes with the version folder '{name}'; expected"):
+            validate(replace(folder, files={**folder.files, f"{name}/model.plan": path}))
+    with pytest.raises(InputError, match="comes without a version folder"):
+        validate(replace(folder, files={"labels.txt": b""}))
+
+
+IN = TensorInfo("pixel_values", (-1, 3, 8, 8), "float32")
+OUT = TensorInfo("logits", (-1, 5), "float32")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [
+        (
+            replace(IN, name="x"),
+            OUT,
+            "has the inputs ['pixel_values']; the file that is served has ['x']",
+        ),
+        (
+            replace(IN, shape=(-1, 3, 8, 9)),
+            OUT,
+            "has input pixel_values [3, 8, 8]; the file that is served has [3, 8, 9]",
+        ),
+        (
+            replace(IN, dtype="float16"),
+            OUT,
+            "has input pixel_values of TYPE_FP32; the file that is served has float16",
+        ),
+        (
+            replace(IN, shape=(8, 3, 8, 8)),
+            OUT,
+            "batches up to 8; the file that is served has a fixed input pixel_values [8, 3, 8, 8]",
+        ),
+        (
+            IN,
+            replace(OUT, shape=(-1, 6)),
+            "has output logits [5]; the file that is served has [6]",
+        ),
+    ],
+)
+def test_config_unlike_the_file(folder, inputs, outputs, message):
+    validate(folder, [IN], [OUT])
+    with pytest.raises(InputError) as error:
+        validate(folder, [inputs], [outputs])
+    assert str(error.value) == f"config.pbtxt of model m {message}"
+
+
+@pytest.mark.parametrize("batch", ["1:4:8", "4"])
+def test_against_a_real_onnx_file(make_artifact, batch):
+    artifact = Artifact.open(make_artifact(batch=batch))
+    inputs, outputs = tensors_of_onnx(artifact.model_path)
+    rows = -1 if batch == "1:4:8" else 4
+    assert inputs == (TensorInfo("pixel_values", (rows, 3, 8, 8), "float32"),)
+    assert outputs == (TensorInfo("logits", (rows, 5), "float32"),)
+    folder = folder_from_source(source_from_artifact(artifact), "m", ServeOptions())
+    validate(folder, inputs, outputs)
+
+
+def test_the_cpu_config_is_checked_too(make_artifact):
+    artifact = Artifact.open(make_artifact())
+    folder = folder_from_source(source_from_artifact(artifact), "m", ServeOptions())
+    broken = folder.files["configs/cpu.pbtxt"].replace(b'name: "pixel_values"', b'name: "x"', 1)
+    with pytest.raises(InputError, match=r"^configs/cpu.pbtxt of model m has a warmup with the"):
+        validate(replace(folder, files={**folder.files, "configs/cpu.pbtxt": broken}))
+
+
+@pytest.mark.parametrize(
+    "text", ['name: "m" max_batch: 3', 'name: "m', "max_batch_size: many", "platform: 3"]
+)
+def test_text_that_the_schema_refuses(text):
+    with pytest.raises(InputError, match=r"^x is not a model config \(1:.*\); correct or remove"):
+        config_from_text(text, "x")
+
+
+def test_ensembles():
+    config = config_from_text(
+        """name: "e" platform: "ensemble" max_batch_size: 4
+        input { name: "a" data_type: TYPE_FP32 dims: 1 }
+        output { name: "c" data_type: TYPE_FP32 dims: 1 }
+        ensemble_scheduling { step { model_name: "m" model_version: -1
+          input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }
+        step { model_name: "n" model_version: -1
+          input_map { key: "x" value: "b" } output_map { key: "y" value: "c" } } }""",
+        "e",
+    )
+    folder = ModelFolder("e", config, {"1/README": b""})
+    validate(folder, models={"m", "n"})
+    with pytest.raises(InputError, match="a step n, which is not a model of the repository"):
+        validate(folder, models={"m"})
+    config.ensemble_scheduling.step[1].input_map["x"] = "z"
+    with pytest.raises(InputError, match="a step n that takes z, which nothing before it gives"):
+        validate(folder, models={"m", "n"})
+    del config.ensemble_scheduling.step[1]
+    with pytest.raises(InputError, match="has the output c, which no step gives"):
+        validate(folder, models={"m", "n"})

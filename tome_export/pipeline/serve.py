@@ -1,0 +1,314 @@
+"""``tome-export serve``: a model repository from artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tome_export.artifact import Artifact, writing_to
+from tome_export.engine import TensorInfo
+from tome_export.errors import InputError
+from tome_export.pipeline.progress import Progress, Silent
+from tome_export.serve.config import check_packages, folder_from_source
+from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
+from tome_export.serve.repository import (
+    Written,
+    check_repository,
+    choose_version,
+    models_in,
+    write,
+)
+from tome_export.serve.source import (
+    TENSORRT,
+    Source,
+    check_name,
+    default_name,
+    plain_name,
+    source_from_artifact,
+)
+from tome_export.serve.spec import ModelFolder, ServeOptions
+from tome_export.serve.validate import validate
+
+__all__ = [
+    "KServeOptions",
+    "ServeOptions",
+    "ServeRequest",
+    "ServeResult",
+    "serve",
+    "tensors_of_onnx",
+]
+
+BENCH = "bench.json"
+
+# TensorProto.DataType of ONNX.
+ONNX_TYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What to serve.
+
+    Attributes:
+        artifacts: Artifact directories; several are one model with different r, behind a router.
+        repository: Directory of the model repository.
+        options: How it is served.
+        format: ``auto`` (the TensorRT engine where there is one), ``engine`` or ``onnx``.
+        force: Replace a version that has other files.
+        kserve: File for a KServe manifest; None for none.
+        kserve_options: What goes into it.
+    """
+
+    artifacts: tuple[Path, ...]
+    repository: Path
+    options: ServeOptions = field(default_factory=ServeOptions)
+    format: str = "auto"
+    force: bool = False
+    kserve: Path | None = None
+    kserve_options: KServeOptions = field(default_factory=KServeOptions)
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """What is in the repository now.
+
+    Attributes:
+        repository: Its directory.
+        models: What was written, each after the models it needs.
+        entry: The model a client asks: the router, the pipeline, or the model itself.
+        kserve: The manifest, if one was asked for.
+        random_weights: Whether the model has learned nothing.
+        notes: What a user should know.
+    """
+
+    repository: Path
+    models: tuple[Written, ...]
+    entry: str
+    kserve: Path | None
+    random_weights: bool
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return {
+            "repository": str(self.repository),
+            "entry": self.entry,
+            "models": [{**vars(model), "versions": list(model.versions)} for model in self.models],
+            "kserve": str(self.kserve) if self.kserve else None,
+            "random_weights": self.random_weights,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class _Served:
+    artifact: Artifact
+    source: Source
+    name: str
+    folder: ModelFolder
+    version: int
+
+
+def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResult:
+    """Write artifacts into a model repository, all checked before the first file is written.
+
+    Raises:
+        UsageError: if an option is out of its range.
+        InputError: if an artifact is damaged, artifacts are not of one model, or the repository
+            cannot take them.
+        MissingComponentError: if the packages of the ``serve`` extra are missing.
+    """
+    progress = progress or Silent()
+    check_packages()
+    repository = check_repository(request.repository)
+    _check_kserve(request.kserve)
+    if request.options.name is not None:
+        check_name(request.options.name)
+    many = len(request.artifacts) > 1
+    progress.stage("Verify the artifacts" if many else "Verify the artifact")
+    artifacts = [Artifact.open(path.absolute()) for path in request.artifacts]
+    _check_alike(artifacts)
+    progress.stage("Make and check the model configs")
+    served = [_served(artifact, request, repository) for artifact in artifacts]
+    folders = [folder for one in served for folder in _folders(one, request.options)]
+    entry = folders[-1].name
+    if many:
+        router = _router(served, request.options)
+        folders.append(router)
+        entry = router.name
+    _validate(served, folders, repository)
+    progress.stage(f"Write {repository}")
+    written = write(repository, folders, force=request.force)
+    if request.kserve is not None:
+        _write_text(request.kserve, kserve_text(kserve_manifest(entry, request.kserve_options)))
+    notes = {one.source.note: None for one in served if one.source.note}
+    return ServeResult(
+        repository,
+        tuple(written),
+        entry,
+        request.kserve,
+        any(artifact.manifest["model"]["random_weights"] for artifact in artifacts),
+        tuple(notes),
+    )
+
+
+def tensors_of_onnx(path: Path) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    """Inputs and outputs of an ONNX model, as it has them itself; a named size is ``-1``.
+
+    Raises:
+        InputError: if the file is not an ONNX model.
+    """
+    from tome_export.onnx.files import load
+
+    graph = load(path, weights=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+
+    def described(value: Any) -> TensorInfo:
+        tensor = value.type.tensor_type
+        shape = tuple(
+            dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim
+        )
+        dtype = ONNX_TYPES.get(tensor.elem_type, f"ONNX type {tensor.elem_type}")
+        return TensorInfo(value.name, shape, dtype)
+
+    inputs = tuple(described(value) for value in graph.input if value.name not in weights)
+    return inputs, tuple(described(value) for value in graph.output)
+
+
+def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Served:
+    options = request.options
+    source = source_from_artifact(artifact, request.format)
+    name = options.name or default_name(artifact.manifest)
+    if options.name is not None and len(request.artifacts) > 1:
+        name = f"{name}_{default_name(artifact.manifest).rpartition('_')[2]}"
+    check_name(name)
+    if options.preprocess and source.batch.is_static:
+        raise InputError(
+            f"the model takes batches of exactly {source.batch.max}, and images come one by one; "
+            "rebuild the artifact with a batch range such as 1:8:32, or serve it without "
+            "--preprocess"
+        )
+    version = choose_version(repository, folder_from_source(source, name, options), options.version)
+    folder = folder_from_source(source, name, replace(options, version=version))
+    return _Served(artifact, source, name, folder, version)
+
+
+def _folders(one: _Served, options: ServeOptions) -> list[ModelFolder]:
+    """The model, and the models around it."""
+    if not options.preprocess:
+        return [one.folder]
+    from tome_export.serve.pipeline_models import pipeline_folders
+
+    around = pipeline_folders(one.artifact, one.name, replace(options, version=one.version))
+    for folder in around:
+        # An engine may take smaller batches than the model it was built from.
+        folder.config.max_batch_size = min(
+            folder.config.max_batch_size, one.folder.config.max_batch_size
+        )
+    return [one.folder, *around]
+
+
+def _router(served: Sequence[_Served], options: ServeOptions) -> ModelFolder:
+    from tome_export.serve.pipeline_models import route_of, router_folder
+
+    routes = [
+        route_of(one.artifact, one.name, one.folder.config, _measured_ms(one.artifact))
+        for one in served
+    ]
+    base = options.name or plain_name(served[0].artifact.manifest["model"]["name"])
+    # The routes are all that a router is: there is nothing to go back to, so no second version.
+    return router_folder(f"{base}_router", routes, replace(options, version=None))
+
+
+def _measured_ms(artifact: Artifact) -> float | None:
+    """``latency_ms`` of ``bench.json``, of one image, where the artifact has been measured."""
+    if BENCH not in artifact.manifest["files"]:
+        return None
+    try:
+        value = json.loads((artifact.path / BENCH).read_text())["latency_ms"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _check_alike(artifacts: Sequence[Artifact]) -> None:
+    """Behind one router a request may get any of the models."""
+    first, *rest = artifacts
+    expected = _shared(first)
+    for other in rest:
+        found = _shared(other)
+        differing = next((what for what in expected if found[what] != expected[what]), None)
+        if differing is not None:
+            raise InputError(
+                f"{first.path} and {other.path} have different {differing}; several artifacts "
+                "served together must be of one model, with different r"
+            )
+        if first.manifest["merge"]["r"] == other.manifest["merge"]["r"]:
+            raise InputError(
+                f"{first.path} and {other.path} merge the same tokens per layer; several "
+                "artifacts served together must have different r"
+            )
+
+
+def _shared(artifact: Artifact) -> dict[str, object]:
+    manifest = artifact.manifest
+    return {
+        "models": manifest["model"]["name"],
+        "weights": manifest["model"]["weights"]["state_sha256"],
+        "preprocessing": manifest["preprocessing"],
+        "labels": manifest.get("labels"),
+    }
+
+
+def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder], repository: Path) -> None:
+    names = [folder.name for folder in folders]
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise InputError(f"two models would be called {name}; give another --name")
+    actual = {one.name: _actual_tensors(one) for one in served}
+    known = {*names, *models_in(repository)}
+    for folder in folders:
+        inputs, outputs = actual.get(folder.name, (None, None))
+        validate(folder, inputs, outputs, known)
+
+
+def _actual_tensors(
+    one: _Served,
+) -> tuple[Sequence[TensorInfo] | None, Sequence[TensorInfo] | None]:
+    """What the file takes and gives; an engine can only be asked on its GPU, at its build."""
+    if one.source.platform == "onnxruntime_onnx":
+        return tensors_of_onnx(one.source.files["model.onnx"])
+    engine = one.artifact.manifest["engines"][TENSORRT]
+    try:
+        inputs, outputs = (
+            tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in engine[key])
+            for key in ("inputs", "outputs")
+        )
+    except (KeyError, TypeError):
+        return None, None
+    return inputs, outputs
+
+
+def _check_kserve(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file for the KServe manifest")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path.parent} does not exist; make it, or give another file")
+
+
+def _write_text(path: Path, text: str) -> None:
+    if path.is_file() and path.read_text() == text:
+        return
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing_to(path):
+        try:
+            sibling.write_text(text)
+            sibling.replace(path)
+        finally:
+            sibling.unlink(missing_ok=True)

@@ -1,0 +1,297 @@
+"""The models around a model: image decoding, labels, the ensemble of all, and the router."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from tome_export.errors import InputError
+from tome_export.serve.config import KEPT_VERSIONS
+from tome_export.serve.spec import ModelFolder, ServeOptions
+from tome_export.spec import INPUT_NAME, BatchRange, Interpolation
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    from tome_export.artifact import Artifact
+
+TOP_K = 5
+"""Labels per image, where there are as many classes."""
+
+MAX_PIXELS = 64_000_000
+"""Larger images are refused from their header: decoding takes 3 bytes for each of these pixels, 15
+where there is transparency, and up to four images are decoded at once."""
+
+_MODELS = Path(__file__).parent / "python_models"
+
+
+@dataclass(frozen=True)
+class Route:
+    """A model that a router may choose.
+
+    Attributes:
+        model: Its name on the server.
+        r: Tokens merged per layer, as asked for; the mean if layers differ.
+        ms: Measured latency of one image; None if it was not measured.
+        config: The model's own config.
+    """
+
+    model: str
+    r: float
+    ms: float | None
+    config: ModelConfig
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The batch, as the server has it.
+
+    Attributes:
+        max_batch: Largest batch; 0 for a model of fixed batch, which has none to the server.
+        fixed: What precedes each tensor's dims: that fixed batch, or nothing.
+    """
+
+    max_batch: int
+    fixed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: BatchRange) -> _Rows:
+        return cls(0, (batch.max,)) if batch.is_static else cls(batch.max, ())
+
+
+def pipeline_folders(
+    artifact: Artifact, name: str, options: ServeOptions, batch: BatchRange | None = None
+) -> list[ModelFolder]:
+    """The models that make one of encoded images of a served model of pixels.
+
+    Args:
+        artifact: What is served.
+        name: Name of its model on the server.
+        options: Version, instances and queue limits; None as version stands for 1.
+        batch: Batch sizes of the file that is served; None for the artifact's own.
+
+    Returns:
+        ``<name>_preprocess``, ``<name>_postprocess`` (classifiers only) and the ensemble
+        ``<name>_pipeline``.
+
+    Raises:
+        InputError: if images cannot be given to the model.
+    """
+    rows = _Rows.of(batch or BatchRange.parse(artifact.manifest["batch"]))
+    folders = [_preprocess(artifact, name, options, rows)]
+    if artifact.manifest["output"]["name"] == "logits":
+        folders.append(_postprocess(artifact, name, options, rows))
+    return [*folders, _pipeline(artifact, folders, name, options, rows)]
+
+
+def _preprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Rows) -> ModelFolder:
+    settings = artifact.manifest["preprocessing"]
+    channels = settings["input_size"][0]
+    if channels not in (1, 3):
+        raise InputError(
+            f"the model takes {channels} channels; images can be given to models of 1 or 3, "
+            "serve it without preprocessing"
+        )
+    if settings["interpolation"] not in get_args(Interpolation):
+        raise InputError(
+            f"{artifact.path} has interpolation {settings['interpolation']!r}; expected one of "
+            f"{', '.join(get_args(Interpolation))}, rebuild the artifact"
+        )
+    config = _python_config(f"{name}_preprocess", rows.max_batch, options)
+    _add(config.input, "image", "TYPE_STRING", rows.fixed or [1])
+    _add(config.output, INPUT_NAME, "TYPE_FP32", [*rows.fixed, *settings["input_size"]])
+    return _folder(
+        config, "preprocess", "preprocessing.json", {**settings, "max_pixels": MAX_PIXELS}, options
+    )
+
+
+def _postprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Rows) -> ModelFolder:
+    shape = _output_shape(artifact)
+    classes = shape[-1]
+    labels = artifact.manifest.get("labels") or [str(index) for index in range(classes)]
+    if len(shape) != 1 or len(labels) != classes:
+        raise InputError(
+            f"{artifact.path} has logits {list(shape)} and {len(labels)} labels; expected one "
+            "logit per label, serve it without preprocessing or rebuild the artifact"
+        )
+    k = min(TOP_K, classes)
+    config = _python_config(f"{name}_postprocess", rows.max_batch, options)
+    _add(config.input, "logits", "TYPE_FP32", [*rows.fixed, classes])
+    for tensor, kind in (("label", "STRING"), ("score", "FP32"), ("index", "INT32")):
+        _add(config.output, tensor, f"TYPE_{kind}", [*rows.fixed, k])
+    settings = {"k": k, "labels": labels}
+    return _folder(config, "postprocess", "postprocessing.json", settings, options)
+
+
+def _pipeline(
+    artifact: Artifact,
+    folders: Sequence[ModelFolder],
+    name: str,
+    options: ServeOptions,
+    rows: _Rows,
+) -> ModelFolder:
+    """The ensemble. It has no queue of its own: those of its steps limit it."""
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    output = artifact.manifest["output"]["name"]
+    first, *last = [folder.config for folder in folders]
+    config = ModelConfig(name=f"{name}_pipeline", platform="ensemble")
+    config.max_batch_size = rows.max_batch
+    config.version_policy.latest.num_versions = KEPT_VERSIONS
+    config.input.add().CopyFrom(first.input[0])
+    steps = [(first.name, ["image"], [INPUT_NAME]), (name, [INPUT_NAME], [output])]
+    if last:
+        config.output.extend(last[0].output)
+        steps.append((last[0].name, [output], [tensor.name for tensor in last[0].output]))
+    else:
+        _add(config.output, output, "TYPE_FP32", [*rows.fixed, *_output_shape(artifact)])
+    for model, inputs, outputs in steps:
+        config.ensemble_scheduling.step.add(
+            model_name=model,
+            model_version=-1,  # the latest there is, whichever version of the ensemble is asked
+            input_map={tensor: tensor for tensor in inputs},
+            output_map={tensor: tensor for tensor in outputs},
+        )
+    # The server wants a version folder, and a copy of a repository may leave out empty ones.
+    return ModelFolder(config.name, config, {f"{options.version or 1}/README": _ENSEMBLE_NOTE})
+
+
+_ENSEMBLE_NOTE = b"An ensemble has no files: config.pbtxt is all of it.\n"
+
+
+def router_folder(
+    name: str, routes: Sequence[Route], options: ServeOptions | None = None
+) -> ModelFolder:
+    """A model that hands each request to one of several, by its parameter ``r`` or ``max_ms``.
+
+    The routes may be models of pixels, or the pipelines of such models.
+
+    Args:
+        name: Of the router on the server.
+        routes: At least one, in any order.
+        options: Version, instances and queue limits of the router.
+
+    Raises:
+        InputError: if two routes have the same model or r, or inputs or outputs differ.
+    """
+    options = options or ServeOptions()
+    ordered = sorted(routes, key=lambda route: route.r)
+    _check_routes(ordered)
+    like = ordered[0].config
+    config = _python_config(name, min(route.config.max_batch_size for route in ordered), options)
+    for mine, theirs in ((config.input, like.input), (config.output, like.output)):
+        for tensor in theirs:
+            mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    listed = [{"model": route.model, "r": route.r, "ms": route.ms} for route in ordered]
+    return _folder(config, "router", "routes.json", {"routes": listed}, options)
+
+
+def route_of(artifact: Artifact, model: str, config: ModelConfig, ms: float | None = None) -> Route:
+    """The route to an artifact that is served under a name."""
+    merge = artifact.manifest["merge"]
+    asked = re.match(r"r=(\d+)", merge["schedule"])
+    layers = merge["r"]
+    mean = sum(layers) / len(layers) if layers else 0
+    return Route(model, int(asked[1]) if asked else mean, ms, config)
+
+
+def routes_from_json(text: str, config_of: Callable[[str], ModelConfig]) -> list[Route]:
+    """Read a router's ``routes.json``.
+
+    Args:
+        text: Content of the file.
+        config_of: Gives the config of a model by its name.
+
+    Raises:
+        InputError: if the text is not what ``router_folder`` writes.
+    """
+    try:
+        listed = json.loads(text)["routes"]
+        plain = [(route["model"], route["r"], route["ms"]) for route in listed]
+    except (ValueError, KeyError, TypeError):
+        plain = [(None, None, None)]
+    number = int | float
+    if not all(
+        isinstance(model, str) and isinstance(r, number) and (ms is None or isinstance(ms, number))
+        for model, r, ms in plain
+    ):
+        raise InputError(
+            "routes.json of the router is not a list of models with r and ms; remove the router's "
+            "folder and serve its models again"
+        )
+    return [Route(model, r, ms, config_of(model)) for model, r, ms in plain]
+
+
+def _check_routes(routes: Sequence[Route]) -> None:
+    if not routes:
+        raise InputError("a router is given no models; expected 1 or more")
+    first = routes[0]
+    for before, route in itertools.pairwise(routes):
+        if before.model != route.model and before.r == route.r:
+            raise InputError(
+                f"models {before.model} and {route.model} both merge r = {route.r:g}; a router "
+                "needs one model for each r"
+            )
+        if _interface(route.config) != _interface(first.config):
+            raise InputError(
+                f"models {first.model} and {route.model} have different inputs or outputs; "
+                "a router needs artifacts of one model"
+            )
+    names = [route.model for route in routes]
+    for model in names:
+        if names.count(model) > 1:
+            raise InputError(f"model {model} is given twice to a router; give it once")
+
+
+def _interface(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+    tensors = (*config.input, *config.output)
+    return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
+
+
+def _output_shape(artifact: Artifact) -> list[int]:
+    """Shape of the output for one image."""
+    shape = artifact.manifest["output"].get("shape")
+    if isinstance(shape, list) and len(shape) > 1 and all(type(n) is int for n in shape[1:]):
+        return shape[1:]
+    raise InputError(
+        f"{artifact.path} has output shape {shape}; expected the batch, then whole numbers, "
+        "rebuild the artifact"
+    )
+
+
+def _python_config(name: str, max_batch: int, options: ServeOptions) -> ModelConfig:
+    """A model of the python backend on the CPU, batched without waiting, with a bounded queue."""
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+    config = ModelConfig(name=name, backend="python", max_batch_size=max_batch)
+    config.version_policy.latest.num_versions = KEPT_VERSIONS
+    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=options.instances)
+    queue = config.dynamic_batching.default_queue_policy
+    queue.default_timeout_microseconds = options.timeout_ms * 1000
+    queue.max_queue_size = options.max_queue_size
+    queue.allow_timeout_override = True
+    return config
+
+
+def _add(tensors: Any, name: str, data_type: str, dims: Sequence[int]) -> None:
+    from tritonclient.grpc.model_config_pb2 import DataType
+
+    tensors.add(name=name, data_type=DataType.Value(data_type), dims=dims)
+
+
+def _folder(
+    config: ModelConfig, source: str, file: str, settings: dict[str, Any], options: ServeOptions
+) -> ModelFolder:
+    """A model of ``python_models`` with its settings beside it."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    version = options.version or 1
+    files: dict[str, Path | bytes] = {
+        f"{version}/model.py": _MODELS / f"{source}.py",
+        f"{version}/{file}": text.encode(),
+    }
+    return ModelFolder(config.name, config, files)

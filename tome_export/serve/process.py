@@ -1,0 +1,121 @@
+"""A child process that leads a group of its own, ended with all that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.02
+
+
+class GroupProcess:
+    """One program at a time, its output appended to a file.
+
+    Args:
+        log_path: Where standard output and standard error go.
+        tidy: Called once the program and its group are gone.
+    """
+
+    def __init__(self, log_path: Path, tidy: Callable[[], None]) -> None:
+        self._log_path, self._tidy = log_path, tidy
+        self._process: subprocess.Popen[bytes] | None = None
+        self._launching = threading.Lock()
+        self._cancelled = False
+        self._failure: OSError | None = None
+        self._log_from = 0
+        log_path.touch()
+
+    def launch(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the program, after the one before has been stopped.
+
+        Raises:
+            OSError: if the system cannot start it.
+        """
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                with self._launching, self._log_path.open("ab") as stream:
+                    if self._cancelled:
+                        return
+                    self._process = subprocess.Popen(
+                        list(arguments),
+                        stdin=subprocess.DEVNULL,
+                        stdout=stream,
+                        stderr=subprocess.STDOUT,
+                        env=dict(environment),
+                        start_new_session=True,  # Ctrl-C in the terminal is for us: we stop it
+                    )
+            except OSError as error:
+                self._failure = error
+            finally:
+                done.set()
+
+        self._process, self._failure, self._cancelled = None, None, False
+        self._log_from = self._log_path.stat().st_size
+        # Signals are handled in the main thread. Started from another one, the process is known
+        # to ``stop`` even if an interrupt comes just now.
+        threading.Thread(target=work, name="server-launch", daemon=True).start()
+        # No join: once interrupted, it takes the thread for ended.
+        while not done.wait(POLL_SECONDS):
+            pass
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also its group's."""
+        assert self._process is not None, "not launched"  # noqa: S101
+        return self._process.pid
+
+    def log(self) -> str:
+        """What the program has printed since it was launched."""
+        with self._log_path.open("rb") as stream:
+            stream.seek(self._log_from)
+            return stream.read().decode("utf-8", errors="replace")
+
+    def is_alive(self) -> bool:
+        """Whether the program runs."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return False
+        # Not collected: as long as it is a zombie, no other process group can take its number.
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def exit_code(self) -> int:
+        """Of the program that has ended; the signal's number, negative, if one ended it."""
+        assert self._process is not None, "not launched"  # noqa: S101
+        if self._process.returncode is not None:
+            return self._process.returncode
+        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None  # noqa: S101 (without WNOHANG it waits)
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def stop(self, seconds: float) -> None:
+        """End the program and its group; does nothing if that is done.
+
+        Args:
+            seconds: For the program to end by itself after SIGTERM; 0 kills at once.
+        """
+        self._cancelled = True
+        with self._launching:  # a launch that was interrupted has come to its end, or will not be
+            process = self._process
+        if process is None or process.returncode is not None:
+            return
+        try:
+            if seconds > 0 and self.is_alive():
+                process.send_signal(signal.SIGTERM)
+                deadline = time.monotonic() + seconds
+                while self.is_alive() and time.monotonic() < deadline:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._tidy()

@@ -1,0 +1,292 @@
+"""Model repositories: what is written appears whole, and what was there stays as it was.
+
+A server may be reading the repository at any moment, and takes every folder at its top for a
+model, hidden ones too: one without a config keeps it from starting. So new models are made outside
+and renamed in; a file of a model that is there is replaced by a rename, a whole version by an
+exchange of two folders.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+from tome_export.artifact import MANIFEST, writing_to
+from tome_export.errors import InputError
+from tome_export.serve.config import HEADER, config_from_text, config_text
+from tome_export.serve.spec import ModelFolder
+from tome_export.serve.staging import exchange, locked, staging
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+CONFIG = "config.pbtxt"
+
+Status = Literal["written", "unchanged"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a model.
+
+    Attributes:
+        name: Of the model.
+        versions: Its versions now.
+        status: Whether anything of it changed.
+    """
+
+    name: str
+    versions: tuple[int, ...]
+    status: Status
+
+
+@dataclass
+class _Change:
+    """What has to be done for one model; nothing, if there are neither versions nor files."""
+
+    folder: ModelFolder
+    is_new: bool
+    replaces_all: bool = False  # the only version, by one that the old config does not fit
+    versions: dict[str, bool] = field(default_factory=dict)  # version folder -> replaces one
+    files: list[str] = field(default_factory=list)
+    stale: list[Path] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.is_new or self.versions or self.files or self.stale)
+
+
+def check_repository(repository: Path) -> Path:
+    """The absolute path of a place where a repository is or may be.
+
+    Raises:
+        InputError: if it is a file, or an artifact or inside one.
+    """
+    path = Path(os.path.normpath(repository.absolute()))
+    if not path.name:
+        raise InputError(f"repository is {path}, which has no name; give a directory of its own")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"repository {path} is a file; give a directory")
+    real = path.resolve()
+    inside = next((p for p in (real, *real.parents) if (p / MANIFEST).is_file()), None)
+    if inside is not None:
+        where = "is an artifact" if inside == real else f"is inside the artifact {inside}"
+        raise InputError(f"repository {path} {where}; give a directory of its own")
+    return path
+
+
+def versions_of(model: Path) -> tuple[int, ...]:
+    """The versions in a model's folder, as the server counts them."""
+    if not model.is_dir():
+        return ()
+    names = [entry.name for entry in model.iterdir() if entry.is_dir()]
+    return tuple(sorted(int(n) for n in names if n.isdecimal() and not n.startswith("0")))
+
+
+def models_in(repository: Path) -> tuple[str, ...]:
+    """Names of the models in a repository."""
+    if not repository.is_dir():
+        return ()
+    return tuple(sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}")))
+
+
+def choose_version(repository: Path, folder: ModelFolder, asked: int | None) -> int:
+    """The version to write: the one asked for, or that with the same files, or the first.
+
+    Args:
+        repository: Where it goes.
+        folder: The model, with the files of any one version.
+        asked: Version that the user wants.
+
+    Raises:
+        InputError: if none is asked for and the model has versions, none of them this one.
+    """
+    model = repository / folder.name
+    there = versions_of(model)
+    if asked is not None or not there:
+        return asked or 1
+    (version,) = {PurePosixPath(n).parts[0] for n in folder.files if _is_versioned(n)}
+    same = [v for v in there if _is_same_version(model / str(v), folder, version)]
+    if same:
+        return same[-1]
+    raise InputError(
+        f"{model} has version {there[-1]} of other files; give --version {there[-1] + 1} to add "
+        f"one, --version {there[-1]} --force to replace it, or another --name"
+    )
+
+
+def write(
+    repository: Path, folders: Sequence[ModelFolder], *, force: bool = False
+) -> list[Written]:
+    """Add models, or versions of models, to a repository.
+
+    Models, versions and files that are there with the same content are not touched. All checks
+    come before the first change.
+
+    Args:
+        repository: The directory; made if it is missing.
+        folders: What to write; validated.
+        force: Replace a version that has other files. Without it only the models around a model
+            (decoding, labels, ensemble, router) are replaced, which hold nothing of their own.
+
+    Returns:
+        What became of each, in their order.
+
+    Raises:
+        InputError: if a model is there that we did not write, whose inputs or outputs differ, or
+            that version has other files; if the repository is being written by another command
+            or cannot be written.
+    """
+    repository = check_repository(repository)
+    with writing_to(repository), locked(repository):
+        changes = [_change(repository / folder.name, folder, force) for folder in folders]
+        if any(changes):
+            with staging(repository, models_in(repository)) as made:
+                for change in changes:
+                    _stage(made / change.folder.name, change)
+                for change in changes:
+                    _publish(made / change.folder.name, repository, change)
+    return [
+        Written(
+            change.folder.name,
+            versions_of(repository / change.folder.name),
+            "written" if change else "unchanged",
+        )
+        for change in changes
+    ]
+
+
+def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
+    """Compare a model with what is there."""
+    if not model.exists():
+        return _Change(folder, is_new=True)
+    _check_ours(model, folder)
+    change = _Change(folder, is_new=False)
+    versions = {PurePosixPath(name).parts[0] for name in folder.files if _is_versioned(name)}
+    for version in sorted(versions):
+        target = model / version
+        if _is_same_version(target, folder, version):
+            continue
+        if target.exists() and not force and not _is_derived(folder.config):
+            raise InputError(
+                f"{target} has other files; give --version {versions_of(model)[-1] + 1} to add a "
+                "version, or --force to replace this one"
+            )
+        change.versions[version] = target.exists()
+    change.replaces_all = not _is_like(model, folder, versions)
+    wanted = {name: content for name, content in _files(folder).items() if not _is_versioned(name)}
+    change.files = [name for name, content in wanted.items() if not _holds(model / name, content)]
+    ours = [model / "labels.txt", *filter(_is_ours, model.glob("configs/*.pbtxt"))]
+    change.stale = [
+        path for path in ours if path.is_file() and path.relative_to(model).as_posix() not in wanted
+    ]
+    return change
+
+
+def _check_ours(model: Path, folder: ModelFolder) -> None:
+    if not _is_ours(model / CONFIG):
+        raise InputError(
+            f"{model} is there and its {CONFIG} is not one that 'tome-export serve' wrote; give "
+            f"another --name than {folder.name}"
+        )
+
+
+def _is_ours(config: Path) -> bool:
+    return config.is_file() and config.read_bytes().startswith(HEADER.encode())
+
+
+def _is_like(model: Path, folder: ModelFolder, replaced: set[str]) -> bool:
+    """Whether the new config fits what is there: all versions of a model share one.
+
+    Raises:
+        InputError: if it does not, and other versions stay.
+    """
+    there = config_from_text((model / CONFIG).read_text(), str(model / CONFIG))
+    if _interface(there) == _interface(folder.config):
+        return True
+    others = [v for v in versions_of(model) if str(v) not in replaced]
+    if others:
+        raise InputError(
+            f"{model} has version {others[-1]} with another platform, batch, inputs or outputs, "
+            "and versions share one config; give another --name"
+        )
+    return False
+
+
+def _interface(config: ModelConfig) -> object:
+    tensors = (*config.input, *config.output)
+    described = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
+    return config.platform, config.max_batch_size, described
+
+
+def _is_derived(config: ModelConfig) -> bool:
+    """Whether it is one of the models around a model."""
+    return bool(config.platform == "ensemble" or config.backend == "python")
+
+
+def _is_versioned(name: str) -> bool:
+    return PurePosixPath(name).parts[0].isdecimal()
+
+
+def _files(folder: ModelFolder) -> dict[str, Path | bytes]:
+    return {**folder.files, CONFIG: config_text(folder.config).encode()}
+
+
+def _is_same_version(target: Path, folder: ModelFolder, version: str) -> bool:
+    """Whether a version folder holds the same files as the model has under a version."""
+    wanted = {
+        PurePosixPath(name).relative_to(version).as_posix(): content
+        for name, content in folder.files.items()
+        if PurePosixPath(name).parts[0] == version
+    }
+    # Servers and interpreters leave caches beside the files, such as __pycache__.
+    found = {p.name for p in target.iterdir() if p.is_file()} if target.is_dir() else set()
+    return found == {*wanted} and all(_holds(target / n, c) for n, c in wanted.items())
+
+
+def _holds(path: Path, content: Path | bytes) -> bool:
+    if not path.is_file():
+        return False
+    if isinstance(content, bytes):
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    return filecmp.cmp(path, content, shallow=False)
+
+
+def _stage(folder: Path, change: _Change) -> None:
+    """Make what is new of a model in the staging folder."""
+    for name, content in _files(change.folder).items():
+        first = PurePosixPath(name).parts[0]
+        whole = change.is_new or change.replaces_all
+        if not (whole or first in change.versions or name in change.files):
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
+
+
+def _publish(staged: Path, repository: Path, change: _Change) -> None:
+    model = repository / change.folder.name
+    if change.is_new:
+        staged.rename(model)
+        return
+    if change.replaces_all:
+        exchange(staged, model)
+        return
+    # What a version needs (labels) is there before it, as far as both may be seen at once.
+    for name in change.files:
+        (model / name).parent.mkdir(exist_ok=True)
+        (staged / name).replace(model / name)
+    for version, replaces in change.versions.items():
+        if replaces:
+            exchange(staged / version, model / version)
+        else:
+            (staged / version).rename(model / version)
+    for path in change.stale:
+        path.unlink()

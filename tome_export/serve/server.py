@@ -1,0 +1,268 @@
+"""A server on a repository: started, ready, and gone with everything that it made."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tome_export.errors import ExportError, InputError, TomeExportError, UsageError
+from tome_export.serve import log as server_log
+from tome_export.serve.installation import find
+from tome_export.serve.ports import free_ports, is_open
+from tome_export.serve.process import POLL_SECONDS, GroupProcess
+
+Control = Literal["none", "explicit", "poll"]
+
+READY_SECONDS = 60.0
+"""Most time to load everything; the TensorRT accelerator builds engines then and needs more."""
+
+STOP_SECONDS = 10
+"""What requests in flight are given to end."""
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (POSIX shared memory on Linux, no temporary file)
+
+_ATTEMPTS = 5
+_REACHED_AT = {"0.0.0.0": "127.0.0.1"}  # noqa: S104 (a server that listens on every address)
+
+
+@dataclass(frozen=True)
+class _Command:
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    repository: Path
+    host: str
+    ports: tuple[int, int, int]
+
+
+class RunningServer:
+    """A server and its child processes; made by ``start``.
+
+    Attributes:
+        http: ``host:port`` of HTTP.
+        grpc: ``host:port`` of gRPC.
+        metrics: ``host:port`` of the metrics in Prometheus' text format.
+        log_path: What the server prints.
+        stand_in: Whether our stand-in runs the models of the ONNX Runtime backend.
+    """
+
+    def __init__(self, command: _Command, log_path: Path, *, stand_in: bool) -> None:
+        self.log_path, self.stand_in = log_path, stand_in
+        self.http, self.grpc, self.metrics = "", "", ""
+        self._command = command
+        # Of this server alone, so that what a killed one leaves can be told from another's.
+        self._memory = f"tome_export_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._process = GroupProcess(log_path, self._remove_memory)
+
+    @property
+    def pid(self) -> int:
+        """The server's process id, which is also that of the group of its child processes."""
+        return self._process.pid
+
+    def launch(self) -> None:
+        """Start the process, on free ports where none are asked for."""
+        command = self._command
+        ports = free_ports(command.host, command.ports)
+        host = _REACHED_AT.get(command.host, command.host)
+        self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in ports)
+        prefix = f"shm-region-prefix-name={self._memory}"
+        backends = ("python", *(["onnxruntime"] if self.stand_in else []))
+        arguments = [
+            *command.arguments,
+            *(f"--backend-config={backend},{prefix}" for backend in backends),
+        ]
+        for name, port in zip(("http", "grpc", "metrics"), ports, strict=True):
+            arguments += [f"--{name}-address={command.host}", f"--{name}-port={port}"]
+        try:
+            self._process.launch(arguments, command.environment)
+        except OSError as error:
+            raise ExportError(f"cannot start tritonserver: {error}; install it again") from error
+
+    def is_alive(self) -> bool:
+        """Whether the server runs."""
+        return self._process.is_alive()
+
+    def wait_ready(self, seconds: float = READY_SECONDS) -> None:
+        """Return once every model is loaded and all ports answer.
+
+        Args:
+            seconds: Most time to wait.
+
+        Raises:
+            InputError: if a model cannot be loaded, with the server's reason.
+            UsageError: if a port that was asked for is taken.
+            ExportError: if the server ends for another reason, or is not ready in time.
+        """
+        deadline = time.monotonic() + seconds
+        attempts = 1
+        while not self._answers():
+            # A port that was free may have been taken before the server came to it.
+            if attempts < _ATTEMPTS and self._lost_a_free_port():
+                attempts += 1
+                self.stop(0)
+                self.launch()
+            elif not self.is_alive():
+                raise self._reason("while loading")
+            if time.monotonic() > deadline:
+                words = server_log.last_words(self._process.log())
+                raise ExportError(
+                    f"tritonserver is not ready after {seconds:g} s: {words}; allow more time"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def wait(self) -> None:
+        """Block while the server runs; Ctrl-C ends that.
+
+        Raises:
+            ExportError: when the server ends by itself.
+        """
+        while self.is_alive():
+            time.sleep(5 * POLL_SECONDS)
+        raise self._reason("while serving")
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """End the server, its child processes and its shared memory; may be called again.
+
+        Args:
+            seconds: For requests in flight to end; 0 kills at once.
+        """
+        self._process.stop(seconds)
+
+    def _remove_memory(self) -> None:
+        for region in SHARED_MEMORY.glob(f"{self._memory}*"):
+            region.unlink(missing_ok=True)
+
+    def _answers(self) -> bool:
+        host, _, port = self.http.rpartition(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=1)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            if connection.getresponse().status != http.client.OK:
+                return False
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+        # The metrics port opens last. What answers must be ours, not who took our port.
+        return is_open(self.grpc) and is_open(self.metrics) and self.is_alive()
+
+    def _lost_a_free_port(self) -> bool:
+        taken = server_log.port_in_use(self._process.log())
+        return taken and 0 in self._command.ports
+
+    def _reason(self, when: str) -> TomeExportError:
+        """Why the server has ended, as an error to raise; tidies up after it."""
+        log, code = self._process.log(), self._process.exit_code()
+        self.stop(0)
+        if code < 0:
+            name = signal.Signals(-code).name
+            return ExportError(
+                f"tritonserver was ended by {name} {when}; if nobody did that, see whether the "
+                "system was out of memory, and start it again"
+            )
+        failed = server_log.failed_models(log)
+        if failed:
+            reasons = "; ".join(f"{model}: {why}" for model, why in failed.items())
+            return InputError(
+                f"tritonserver cannot load {self._command.repository}: {reasons}; "
+                "write the model again, or take it out"
+            )
+        words = server_log.last_words(log)
+        if server_log.port_in_use(log):
+            return UsageError(f"{words}; choose another port, or 0 for a free one")
+        return ExportError(f"tritonserver ended with exit code {code} {when}: {words}")
+
+
+@contextlib.contextmanager
+def start(
+    repository: Path,
+    *,
+    host: str = "127.0.0.1",
+    http_port: int = 0,
+    grpc_port: int = 0,
+    metrics_port: int = 0,
+    config_name: str | None = None,
+    control: Control = "none",
+    load: Sequence[str] = (),
+    stand_in: bool | None = None,
+    arguments: Sequence[str] = (),
+    on_log: Callable[[str], None] | None = None,
+    ready_seconds: float | None = READY_SECONDS,
+) -> Iterator[RunningServer]:
+    """Run a server on a repository for as long as the block lasts.
+
+    Args:
+        repository: The model repository.
+        host: Address to listen on; only this machine reaches the default.
+        http_port: Port, or 0 for a free one.
+        grpc_port: Likewise.
+        metrics_port: Likewise.
+        config_name: Take ``configs/<config_name>.pbtxt`` of the models that have it.
+        control: ``none`` serves what is there; ``explicit`` loads ``load`` and then on request;
+            ``poll`` looks for changes every second.
+        load: Models to load at the start under ``explicit``; ``*`` for all.
+        stand_in: Let our stand-in run the models of the ONNX Runtime backend; None where the
+            server comes without that backend.
+        arguments: More arguments of tritonserver.
+        on_log: Called with each line of the server's log, from another thread.
+        ready_seconds: Wait that long until it is ready; None does not wait.
+
+    Yields:
+        The server, ready.
+
+    Raises:
+        MissingComponentError: if no server is installed.
+        InputError: if the repository has no model, or one that the server cannot load.
+        UsageError: if a port is taken, or the host is not an address of this machine.
+        ExportError: if the server does not start otherwise.
+    """
+    installation = find()
+    _check(repository, control)
+    stands_in = not installation.has_onnxruntime if stand_in is None else stand_in
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tome-export-server-"))
+        for part in ("backends", "python"):
+            Path(folder, part).mkdir()
+        backends = installation.prepare_backends(Path(folder, "backends"), stand_in=stands_in)
+        command = (
+            str(installation.binary),
+            f"--model-repository={repository.absolute()}",
+            *([f"--backend-directory={backends}"] if backends is not None else []),
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={STOP_SECONDS}",
+            f"--model-control-mode={control}",
+            *(["--repository-poll-secs=1"] if control == "poll" else []),
+            *(f"--load-model={name}" for name in load),
+            *([f"--model-config-name={config_name}"] if config_name else []),
+            *arguments,
+        )
+        ports = (http_port, grpc_port, metrics_port)
+        environment = installation.environment(Path(folder, "python"))
+        plan = _Command(command, environment, repository, host, ports)
+        server = RunningServer(plan, Path(folder, "log"), stand_in=stands_in)
+        if on_log is not None:
+            follower = server_log.Follower(server.log_path, on_log)
+            stack.callback(follower.stop)
+        stack.callback(server.stop)
+        server.launch()
+        if ready_seconds is not None:
+            server.wait_ready(ready_seconds)
+        yield server
+
+
+def _check(repository: Path, control: Control) -> None:
+    if not repository.is_dir():
+        raise InputError(f"{repository} is not a folder; expected a model repository")
+    if control == "none" and not any(repository.glob("*/config.pbtxt")):
+        raise InputError(
+            f"{repository} has no model (no folder with a config.pbtxt); write one with "
+            f"'tome-export serve ARTIFACT --repository {repository}'"
+        )

@@ -1,0 +1,163 @@
+"""Which file of an artifact is served, and what goes into and comes out of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tome_export.artifact import MODEL, Artifact
+from tome_export.engine import TensorInfo
+from tome_export.errors import InputError, UsageError
+from tome_export.spec import BatchRange
+
+Format = Literal["auto", "engine", "onnx"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+Platform = Literal["tensorrt_plan", "onnxruntime_onnx"]
+
+TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
+
+NO_RTX = "Triton Inference Server has no backend for TensorRT-RTX engines"
+
+MAX_NAME = 128
+"""Longest name of a model: names of the models around it, and of files, are longer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is served.
+
+    Attributes:
+        platform: What the server loads it as.
+        files: Name in the version folder -> file of the artifact.
+        batch: Batch sizes it takes.
+        inputs: By name, dtype and shape; ``-1`` is the batch.
+        outputs: Likewise.
+        precision: Of the artifact.
+        scatters: Whether its merge is one that TensorRT's parser refuses.
+        labels: Class names, if it has some.
+        note: What a user should know of the choice; empty if nothing.
+    """
+
+    platform: Platform
+    files: Mapping[str, Path]
+    batch: BatchRange
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    precision: str
+    scatters: bool
+    labels: tuple[str, ...]
+    note: str = ""
+
+
+def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
+    """Choose the file to serve.
+
+    ``auto`` takes the TensorRT engine where there is one, else the ONNX model.
+
+    Raises:
+        UsageError: if the choice is unknown.
+        InputError: if an engine is asked for and there is none that the server takes, or the
+            engine's batch sizes are ones that the server cannot keep to.
+    """
+    if choice not in FORMATS:
+        raise UsageError(f"format is {choice!r}; expected one of {', '.join(FORMATS)}")
+    manifest = artifact.manifest
+    engine = manifest["engines"].get(TENSORRT)
+    if choice == "engine" and engine is None:
+        raise InputError(_no_engine(artifact))
+    use_engine = engine is not None and choice != "onnx"
+    batch = BatchRange.parse((engine if use_engine else manifest)["batch"])
+    if use_engine:
+        files = {"model.plan": artifact.path / engine["file"]}
+        if batch.min > 1 and not batch.is_static:
+            raise InputError(
+                f"the engine in {artifact.path} takes batches of {batch.min} or more, and a server "
+                "sends single requests too; build it with --batch "
+                f"1:{batch.opt}:{batch.max}, or serve the ONNX model with --format onnx"
+            )
+    else:
+        names = [name for name in manifest["files"] if name in (MODEL, f"{MODEL}.data")]
+        files = {name: artifact.path / name for name in names}
+    note = ""
+    if not use_engine and choice == "auto" and RTX in manifest["engines"]:
+        note = f"{NO_RTX}: the ONNX model is served"
+    return Source(
+        platform="tensorrt_plan" if use_engine else "onnxruntime_onnx",
+        files=files,
+        batch=batch,
+        inputs=(_tensor(artifact, "input", batch),),
+        outputs=(_tensor(artifact, "output", batch),),
+        precision=manifest["precision"],
+        scatters=manifest["merge"]["merge_op"] == "index_add",
+        labels=_labels(artifact),
+        note=note,
+    )
+
+
+def default_name(manifest: Mapping[str, Any]) -> str:
+    """``<model>_r<r>``, with r as the schedule has it, such as ``vit_digits_r8``."""
+    merged = re.fullmatch(r"r=(\d+) (.+)", manifest["merge"]["schedule"])
+    if merged is None:
+        r = manifest["merge"]["schedule"].replace(",", "-")
+    else:
+        r = merged[1] if merged[2] == "constant" else f"{merged[1]}-{merged[2]}"
+    return f"{plain_name(manifest['model']['name'])}_r{plain_name(r)}"
+
+
+def plain_name(text: str) -> str:
+    """A name that the server takes, made of any text."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".") or "model"
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no name of a model.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise UsageError(
+            f"model name is {name!r}; expected letters, digits, _, - and ., such as vit_b16_r8"
+        )
+    if len(name) > MAX_NAME:
+        raise UsageError(
+            f"model name has {len(name)} characters; expected {MAX_NAME} or fewer, give a shorter "
+            "one with --name"
+        )
+
+
+def _no_engine(artifact: Artifact) -> str:
+    if RTX in artifact.manifest["engines"]:
+        return (
+            f"the only engine in {artifact.path} is of TensorRT-RTX: {NO_RTX}; build one with "
+            f"'tome-export engine {artifact.path} --engine tensorrt' on the GPU that will serve "
+            "it, or serve the ONNX model with --format onnx"
+        )
+    return (
+        f"{artifact.path} has no engine; build one with 'tome-export engine {artifact.path} "
+        "--engine tensorrt' on the GPU that will serve it, or serve the ONNX model with --format "
+        "onnx"
+    )
+
+
+def _tensor(artifact: Artifact, key: str, batch: BatchRange) -> TensorInfo:
+    """From the manifest, which later commands may read without opening the model."""
+    values = artifact.manifest.get(key)
+    try:
+        name, dtype = str(values["name"]), str(values["dtype"])  # type: ignore[index]
+        dims = tuple(int(size) for size in values["shape"][1:])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{artifact.path} has no usable {key} in its build.json; rebuild the artifact"
+        ) from None
+    return TensorInfo(name, (batch.max if batch.is_static else -1, *dims), dtype)
+
+
+def _labels(artifact: Artifact) -> tuple[str, ...]:
+    """One line each: a name with a line end in it would shift all those after it."""
+    labels = artifact.manifest.get("labels") or ()
+    return tuple(" ".join(str(label).split()) for label in labels)

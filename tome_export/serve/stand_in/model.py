@@ -1,0 +1,136 @@
+"""A stand-in for the server's ONNX Runtime backend, on the CPU.
+
+A server that comes without that backend loads this file as ``onnxruntime/model.py`` of its
+backend directory, runs it in its python backend, and so takes configs written for the real one
+as they are. Accelerators that a config names are for the real backend and are left out here.
+Results served through it are to be labelled so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+ORT_TYPES = {
+    "TYPE_BOOL": "tensor(bool)",
+    "TYPE_UINT8": "tensor(uint8)",
+    "TYPE_INT8": "tensor(int8)",
+    "TYPE_INT32": "tensor(int32)",
+    "TYPE_INT64": "tensor(int64)",
+    "TYPE_FP16": "tensor(float16)",
+    "TYPE_FP32": "tensor(float)",
+    "TYPE_FP64": "tensor(double)",
+}
+
+THREADS = {
+    "intra_op_thread_count": "intra_op_num_threads",
+    "inter_op_thread_count": "inter_op_num_threads",
+}
+"""Parameter of the real backend -> ONNX Runtime's session option."""
+
+
+class TritonPythonModel:
+    """One instance of an ONNX model; the server makes one process for each."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the model and hold it against its config.
+
+        Raises:
+            TritonModelException: if config and model name other tensors, types or dimensions.
+        """
+        import onnxruntime
+
+        config = json.loads(args["model_config"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        for name, option in THREADS.items():
+            if name in config.get("parameters", {}):
+                setattr(options, option, int(config["parameters"][name]["string_value"]))
+        file = config.get("default_model_filename") or "model.onnx"
+        path = Path(args["model_repository"]) / args["model_version"] / file
+        if not path.is_file():
+            raise pb_utils.TritonModelException(f"{file} is not in version {args['model_version']}")
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self._batches = config["max_batch_size"] > 0
+        self._check(config["input"], self._session.get_inputs(), "input", whole=True)
+        self._check(config["output"], self._session.get_outputs(), "output", whole=False)
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._outputs = [tensor["name"] for tensor in config["output"]]
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a batch of requests with one run, or one for each shape among them."""
+        responses: list[Any] = [None] * len(requests)
+        groups: dict[object, list[int]] = {}
+        feeds = []
+        for position, request in enumerate(requests):
+            tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs]
+            feeds.append([tensor.as_numpy() for tensor in tensors])
+            shapes = tuple(array.shape[1:] for array in feeds[-1])
+            groups.setdefault(shapes if self._batches else position, []).append(position)
+        for members in groups.values():
+            try:
+                answers = self._run([feeds[position] for position in members])
+            except Exception as error:  # ONNX Runtime's own classes share no narrower base
+                failure = pb_utils.TritonError(" ".join(str(error).split()))
+                for position in members:
+                    responses[position] = pb_utils.InferenceResponse(error=failure)
+                continue
+            for position, arrays in zip(members, answers, strict=True):
+                responses[position] = self._response(requests[position], arrays)
+        return responses
+
+    def _run(self, feeds: list[list[Any]]) -> list[list[Any]]:
+        """Outputs of each request, in the order of the config."""
+        joined = feeds[0]
+        if len(feeds) > 1:
+            joined = [np.concatenate(parts) for parts in zip(*feeds, strict=True)]
+        named = dict(zip(self._inputs, joined, strict=True))
+        outputs = self._session.run(self._outputs, named)
+        if len(feeds) == 1:
+            return [list(outputs)]
+        ends = np.cumsum([feed[0].shape[0] for feed in feeds])[:-1]
+        return [list(parts) for parts in zip(*(np.split(o, ends) for o in outputs), strict=True)]
+
+    def _response(self, request: Any, arrays: list[Any]) -> Any:
+        asked = set(request.requested_output_names())
+        named = zip(self._outputs, arrays, strict=True)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, array) for name, array in named if name in asked]
+        )
+
+    def _check(self, given: list[Any], found: Sequence[Any], what: str, *, whole: bool) -> None:
+        """What the real backend refuses: names, types and dimensions that are not the model's."""
+        tensors = {tensor.name: tensor for tensor in found}
+        names = {tensor["name"] for tensor in given}
+        if not names <= set(tensors) or (whole and names != set(tensors)):
+            raise pb_utils.TritonModelException(
+                f"the config's {what}s are {', '.join(sorted(names))}; "
+                f"the model has {', '.join(sorted(tensors))}"
+            )
+        for tensor in given:
+            model = tensors[tensor["name"]]
+            expected = [int(size) for size in tensor["dims"]]
+            if self._batches:
+                expected = [-1, *expected]
+            if ORT_TYPES.get(tensor["data_type"]) != model.type or not _fits(expected, model.shape):
+                raise pb_utils.TritonModelException(
+                    f"the config's {what} {tensor['name']} is {tensor['data_type']} {expected}; "
+                    f"the model's is {model.type} {list(model.shape)}"
+                )
+
+
+def _fits(expected: list[int], shape: Sequence[int | str | None]) -> bool:
+    """Whether fixed dimensions agree; a batch that the config leaves open must be open."""
+    if len(expected) != len(shape):
+        return False
+    return all(
+        not isinstance(size, int) or size == wanted
+        for wanted, size in zip(expected, shape, strict=True)
+    )
