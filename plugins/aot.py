@@ -13,6 +13,9 @@ from tome_export.plugins.variants import MAX_SHARED_BYTES, Variant
 if TYPE_CHECKING:
     from types import ModuleType
 
+MINIMUM = (3, 6)
+"""Earlier versions of the Triton language lack some of the GPUs, or end the process at them."""
+
 MAX_PTX_BYTES = 150_000
 """A kernel's PTX is stored in the engine once per layer."""
 
@@ -87,16 +90,24 @@ def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
             # Line information names files of this machine, and is larger than the code.
             triton.knobs.compilation.disable_line_info = True
             compiled = triton.compile(source, target=target, options=options)
+    except OSError as error:
+        raise ExportError(
+            f"the Triton language cannot write its cache ({error}): set TRITON_CACHE_DIR to a "
+            "folder that can be written"
+        ) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
             f"the Triton language {triton.__version__} cannot compile {variant.op} for compute "
-            f"capability {major}.{minor}: {reason}"
+            f"capability {major}.{minor}: {reason}; use --merge-op matmul"
         ) from error
     metadata = compiled.metadata
     problem = _problem(metadata, compiled.asm["ptx"])
     if problem:
-        raise ExportError(f"{variant.name} for compute capability {major}.{minor} {problem}")
+        raise ExportError(
+            f"{variant.name} for compute capability {major}.{minor} {problem}; leave this GPU out, "
+            "or use --merge-op matmul"
+        )
     arguments = len(signature) - len(variant.constants)
     ptx = without_scratch_parameters(compiled.asm["ptx"], metadata.name, arguments)
     return Binary(
@@ -118,30 +129,42 @@ def compiler() -> str:
     return f"triton {_triton().__version__}"
 
 
+def require_compiler() -> None:
+    """See that kernels can be compiled here, before any work is done for it.
+
+    Raises:
+        MissingComponentError: if the Triton language is missing, too old, or set to interpret.
+    """
+    _triton()
+
+
 def _triton() -> ModuleType:
+    wanted = ".".join(map(str, MINIMUM))
     try:
         import triton
     except ImportError as error:
         raise MissingComponentError(
             "the Triton language compiles the plugin's kernels and is not installed: "
-            "pip install triton, or use --merge-op matmul"
+            f"pip install 'triton>={wanted}', or use --merge-op matmul"
         ) from error
-    return triton
-
-
-def _kernel(op: str) -> Any:
-    """The jitted function, also where the interpreter has replaced the jit."""
-    from triton.runtime.jit import JITFunction
-
-    if op == spec.MATCH:
-        from tome_export.plugins.match.kernel import match_kernel as kernel
-    else:
-        from tome_export.plugins.merge.kernel import merge_kernel as kernel
-    if not isinstance(kernel, JITFunction):
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM:
+        raise MissingComponentError(
+            f"the Triton language {triton.__version__} is installed; the plugin's kernels need "
+            f"{wanted} or later: pip install 'triton>={wanted}', or use --merge-op matmul"
+        )
+    if triton.knobs.runtime.interpret:
         raise MissingComponentError(
             "kernels cannot be compiled while TRITON_INTERPRET is set: unset it"
         )
-    return kernel
+    module: ModuleType = triton
+    return module
+
+
+def _kernel(op: str) -> Any:
+    from tome_export.plugins.match.kernel import match_kernel
+    from tome_export.plugins.merge.kernel import merge_kernel
+
+    return {spec.MATCH: match_kernel, spec.MERGE: merge_kernel}[op]
 
 
 def _contract(op: str) -> ModuleType:

@@ -71,7 +71,7 @@ class Kernel:
             major, minor = capability
             raise InputError(
                 f"the artifact's {self.variant.op} kernel was compiled for compute capabilities "
-                f"{have}; this GPU has {major}.{minor}: rebuild the artifact with "
+                f"{have}; the engine is for {major}.{minor}: rebuild the artifact with "
                 f"--compute-capability {major}.{minor}, or with --merge-op matmul"
             )
         return max(fitting, key=lambda binary: parse_capability(binary.compute_capability))

@@ -75,12 +75,12 @@ def _declare(trt: ModuleType) -> None:
     """Register descriptors and implementations; TensorRT knows them for the life of the process."""
     import numpy as np
     import tensorrt.plugin as trtp
-    from numpy.typing import NDArray
 
     Tensor = trtp.TensorDesc
     Result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    # Not int: before 11.4, TensorRT's own conversion to int fails under NumPy 2.4.
-    Attribute = NDArray[np.int32]
+    # Not int, whose conversion fails under NumPy 2.4 before TensorRT 11.4, and not NDArray, which
+    # NumPy 2.5 makes an alias that TensorRT's checks before 11.4 do not take for a type.
+    Attribute = np.ndarray[Any, np.dtype[np.int32]]
 
     @trtp.register(_MATCH_ID)
     def describe_match(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     Plan = tuple[Tensor, Tensor, Tensor]
@@ -44,7 +47,8 @@ def match(
 
     if keys.ndim == 3:
         keys = keys.unsqueeze(1)
-    if keys.stride(-1) != 1:
+    # The kernel counts the elements up to a token in 32 bits.
+    if keys.stride(-1) != 1 or keys.stride(2) * keys.shape[2] >= 1 << 31:
         keys = keys.contiguous()
     batch, heads, tokens, width = keys.shape
     dtype = _name(keys)
@@ -119,13 +123,18 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+MINIMUM_CAPABILITY = (7, 5)
+"""Least compute capability that the kernels compile for."""
+
 _state = {"installed": False, "enabled": True}
 
 
 def install(eager_match: Match, eager_merge: Merge) -> bool:
     """Make the custom operators run the kernels on CUDA tensors, once per process.
 
-    What the kernels cannot take (float64, very wide tokens) still runs the eager functions.
+    What the kernels cannot take (float64, very wide tokens) still runs the eager functions, and so
+    does a GPU on which a trial launch fails, as where the Triton language finds no C compiler; a
+    warning then gives the reason.
 
     Args:
         eager_match: What ``tome_export::match`` does without the kernels.
@@ -141,14 +150,14 @@ def install(eager_match: Match, eager_merge: Merge) -> bool:
 
     def match_cuda(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
         refused = match_contract.refusal(keys.shape[-2], keys.shape[-1], _name(keys))
-        chosen = eager_match if refused or not _state["enabled"] else match
+        chosen = match if not refused and _use(keys.device) else eager_match
         return chosen(keys, r, prefix, class_token)
 
     def merge_cuda(
         x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor
     ) -> tuple[Tensor, Tensor]:
         refused = merge_contract.refusal(x.shape[-1], _name(x)) or size.dtype != torch.float32
-        chosen = eager_merge if refused or not _state["enabled"] else merge
+        chosen = merge if not refused and _use(x.device) else eager_merge
         return chosen(x, size, keep, src, dst)
 
     torch.library.register_kernel("tome_export::match", "cuda", match_cuda)
@@ -157,9 +166,39 @@ def install(eager_match: Match, eager_merge: Merge) -> bool:
     return True
 
 
+def _use(device: torch.device) -> bool:
+    return _state["enabled"] and _works_on(device)
+
+
+@functools.cache
+def _works_on(device: torch.device) -> bool:
+    """Whether the kernels start on a GPU; if not, a warning says why."""
+    import torch
+
+    try:
+        if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+            return False
+        plan = match(torch.zeros(1, 1, 4, 16, device=device), 1, 0, False)
+        merge(torch.zeros(1, 4, 16, device=device), torch.ones(1, 4, device=device), *plan)
+    # The compiler, the C compiler it calls and the driver fail with any class.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"match and merge run PyTorch's own operations on {device}, which is slower: their "
+            f"kernels do not start ({reason})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Run the eager operations on CUDA inside this context, to compare with the kernels."""
+    """Run the eager operations on CUDA inside this context, to compare with the kernels.
+
+    The switch is the whole process's, not the thread's.
+    """
     before = _state["enabled"]
     _state["enabled"] = False
     try:

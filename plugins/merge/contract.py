@@ -49,11 +49,11 @@ def launch(batch: Any, tokens: int, r: int) -> Launch:
     """One program per output token.
 
     Args:
-        batch: B, at most 65,535: a number or a symbolic expression.
+        batch: B, a number or a symbolic expression.
         tokens: N.
         r: Tokens folded away.
     """
-    return Launch((tokens - r, batch, 1), (tokens, r))
+    return Launch((batch * (tokens - r), 1, 1), (tokens, r))
 
 
 def signature(dtype: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ def merge_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Output token ``program_id(0)`` of image ``program_id(1)``.
+    """Output token ``program_id(0) % K`` of image ``program_id(0) // K``, K = N - r.
 
     Tokens are added in a fixed order (the kept one, then the folded ones by rank), without
     atomics, so equal inputs give equal bits. Indices outside their range are read as zeros.
@@ -43,9 +43,10 @@ def merge_kernel(
         BLOCK_C: Power of two, at least C.
         BLOCK_R: Folded tokens looked at at a time, a power of two.
     """
-    place = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
     kept = tokens - r
+    # One dimension: the others of a grid end at 65,535.
+    place = tl.program_id(0) % kept
+    image = (tl.program_id(0) // kept).to(tl.int64)
     x += image * tokens * WIDTH
     size += image * tokens
     src += image * r

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import triton
 
 from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions, Selection, gpu
@@ -213,26 +214,57 @@ def test_auto_falls_back_to_plain_operators_beyond_the_limits(tmp_path, monkeypa
     assert {a.name for node in nodes for a in node.attribute} == {"r", "prefix", "class_token"}
 
 
-def test_auto_takes_the_plugin_for_tensorrt_only(on, monkeypatch):
+def test_auto_takes_the_plugin_for_tensorrt_only(on):
     on(H200)
     assert kernels.takes_plugins(TENSORRT)
     assert not kernels.takes_plugins(RTX)
     assert not kernels.takes_plugins(None)
     on(gpu.GpuReport((gpu.Gpu(0, "Tesla V100", (7, 0), 16 << 30),), "Tesla V100"))
     assert not kernels.takes_plugins(TENSORRT)
+
+
+COMPILERS = {
+    "none": (
+        lambda patch: patch.setitem(sys.modules, "triton", None),
+        "the Triton language compiles the plugin's kernels and is not installed: pip install "
+        "'triton>=3.6', or use --merge-op matmul",
+    ),
+    "old": (
+        lambda patch: patch.setattr(triton, "__version__", "3.5.1"),
+        "the Triton language 3.5.1 is installed; the plugin's kernels need 3.6 or later: pip "
+        "install 'triton>=3.6', or use --merge-op matmul",
+    ),
+    "interpreting": (
+        lambda patch: patch.setenv("TRITON_INTERPRET", "1"),
+        "kernels cannot be compiled while TRITON_INTERPRET is set: unset it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPILERS)
+def test_without_the_compiler_nothing_is_begun(tmp_path, monkeypatch, on, case):
+    lose, message = COMPILERS[case]
+    lose(monkeypatch)
+    with pytest.raises(MissingComponentError) as refused:
+        build(digits(tmp_path / "x"))
+    assert str(refused.value) == message
+    assert list(tmp_path.iterdir()) == []
     on(H200)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
     assert not kernels.takes_plugins(TENSORRT)
 
 
-def test_without_the_compiler_nothing_is_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MissingComponentError) as refused:
-        build(digits(tmp_path / "x"))
-    assert str(refused.value) == (
-        "--merge-op plugin compiles kernels with the Triton language, which is not installed: "
-        "pip install triton, or use --merge-op matmul"
-    )
+@pytest.mark.parametrize("merge_op", ["plugin", "auto"])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, merge_op):
+    """With ``auto`` the artifact does without kernels that cannot be compiled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/no-such-folder")
+    monkeypatch.setattr(BUILD, "takes_plugins", lambda _: True)
+    request = digits(tmp_path / "x", merge_op=merge_op, check=False)
+    if merge_op == "auto":
+        assert build(request).manifest["merge"]["merge_op"] == "matmul"
+        assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["build.json", "model.onnx"]
+        return
+    with pytest.raises(ExportError, match=r"cannot write its cache .*: set TRITON_CACHE_DIR to"):
+        build(request)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,10 +276,21 @@ def test_a_model_that_does_not_merge_needs_no_plugin(tmp_path):
 
 def test_registration_wants_a_gpu_and_a_kernel_for_it(built, on):
     on(gpu.GpuReport((), "none"))
+    names = kernels.plugins_of(built.manifest).kernels
+    assert names == tuple(built.manifest["plugins"]["kernels"])
     with pytest.raises(InputError, match="no GPU is visible; a TensorRT engine with plugins"):
-        kernels.register_plugins(TENSORRT, built.path, EngineOptions())
+        kernels.register_plugins(TENSORRT, built.path, names, EngineOptions())
     # Other backends run the function bodies, whatever the GPU.
-    kernels.register_plugins(RTX, built.path, EngineOptions())
+    kernels.register_plugins(RTX, built.path, names, EngineOptions())
+
+
+def test_kernels_that_the_manifest_lists_must_be_there(built, on):
+    on(H200)
+    with pytest.raises(InputError, match=r"plugins lacks TomeMatch_x, which build.json lists: reb"):
+        kernels.register_plugins(TENSORRT, built.path, ("TomeMatch_x",), EngineOptions())
+    with pytest.raises(InputError, match=r"build\.json lists no kernels of its plugins: rebuild"):
+        kernels.plugins_of({"merge": built.manifest["merge"]})
+    assert kernels.plugins_of({"merge": {"merge_op": "matmul"}}) is None
 
 
 def test_a_parser_that_passes_the_plugins_over_is_noticed():
@@ -281,6 +324,6 @@ def test_compute_capabilities_are_not_passed_on_to_tensorrt(tmp_path, monkeypatc
     request = digits(tmp_path / "x", engine="tensorrt", engine_options=options, check=False)
     with pytest.raises(ExportError, match="far enough"):
         build(request)
-    assert seen["plugins"] == 12
+    assert seen["plugins"].nodes == 12
     assert seen["options"].compute_capabilities == ()
     assert list(tmp_path.iterdir()) == []

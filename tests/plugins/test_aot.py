@@ -282,7 +282,7 @@ def test_without_the_triton_language(monkeypatch):
         aot.compile_ptx(VARIANTS["merge_768"], (9, 0))
     assert str(error.value) == (
         "the Triton language compiles the plugin's kernels and is not installed: "
-        "pip install triton, or use --merge-op matmul"
+        "pip install 'triton>=3.6', or use --merge-op matmul"
     )
 
 

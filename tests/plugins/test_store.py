@@ -98,8 +98,8 @@ def test_order_of_the_binaries_does_not_matter():
 def test_a_gpu_older_than_all_is_refused():
     expected = (
         "the artifact's TomeMatch kernel was compiled for compute capabilities 8.0, 8.6, 8.9, 9.0, "
-        "10.0, 12.0; this GPU has 7.5: rebuild the artifact with --compute-capability 7.5, or with "
-        "--merge-op matmul"
+        "10.0, 12.0; the engine is for 7.5: rebuild the artifact with --compute-capability 7.5, "
+        "or with --merge-op matmul"
     )
     for refused in (store().kernel(VARIANTS[0]).binary_for, store().check):
         with pytest.raises(InputError) as error:
@@ -109,7 +109,7 @@ def test_a_gpu_older_than_all_is_refused():
 
 @pytest.mark.parametrize("gpu", [(8, 9), (9, 1), (10, 0), (12, 0)])
 def test_code_for_one_gpu_only_is_not_given_to_another(gpu):
-    with pytest.raises(InputError, match=r"compute capabilities 9\.0; this GPU has"):
+    with pytest.raises(InputError, match=r"compute capabilities 9\.0; the engine is"):
         store(capabilities=["9.0"]).check(gpu)
 
 

@@ -54,7 +54,7 @@ class EngineOptions:
         if level is not None and not 0 <= level <= 5:
             raise UsageError(f"optimisation level is {level}; expected 0 to 5")
         for capability in self.compute_capabilities:
-            if capability != "current" and not re.fullmatch(r"\d+\.\d", capability):
+            if capability != "current" and not re.fullmatch(r"[0-9]+\.[0-9]", capability):
                 raise UsageError(
                     f"compute capability is {capability!r}; expected one such as 8.9, or current"
                 )

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
 from tome_export.engine import EngineOptions, select
-from tome_export.errors import InputError, ParityError, UsageError
+from tome_export.errors import (
+    ExportError,
+    InputError,
+    MissingComponentError,
+    ParityError,
+    UsageError,
+)
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
 from tome_export.pipeline.images import BUILD_COUNT, parity_images
 from tome_export.pipeline.kernels import (
     capabilities_of,
     compile_kernels,
-    plugin_nodes,
-    refusal,
-    require_compiler,
+    plugins_of,
     takes_plugins,
 )
 from tome_export.pipeline.manifest import manifest_of
@@ -97,7 +101,7 @@ class _MergeForm:
     Attributes:
         lowering: Body of the merge function.
         capabilities: GPUs to compile the plugin's kernels for; empty without the plugin.
-        required: Whether a model that the kernels cannot take is refused.
+        required: Whether to fail where there can be no kernels, and not do without.
     """
 
     lowering: Lowering = "matmul"
@@ -109,6 +113,8 @@ def _merge_form(request: BuildRequest, selection: Selection) -> tuple[_MergeForm
     """The form of the merge, and the engine that can take it."""
     asked = request.engine_options.compute_capabilities
     if request.merge_op == "plugin":
+        from tome_export.plugins.aot import require_compiler
+
         require_compiler()
         capabilities = capabilities_of(asked, selection.backend)
         return _MergeForm(capabilities=capabilities, required=True), selection
@@ -140,7 +146,7 @@ def _build_into(
         # The builder needs gigabytes of its own; the torch model is garbage by now.
         gc.collect()
         progress.stage(f"Build the {selection.backend.name} engine")
-        options, plugins = request.engine_options, plugin_nodes(manifest)
+        options, plugins = request.engine_options, plugins_of(manifest)
         if plugins and selection.backend.name == "tensorrt":
             # They were for the kernels; a TensorRT engine is for the GPU of this machine.
             options = replace(options, compute_capabilities=())
@@ -186,17 +192,15 @@ def _export_and_check(
     )
     manifest = _exported(folder, loaded, model, options, selection.line)
     if options.plugin:
-        layers = merging_layers(load(folder / MODEL, weights=False))
-        reason = refusal(layers)
-        if reason and form.required:
-            raise InputError(f"{reason}; use --merge-op matmul, which needs no kernel")
-        if reason:
-            progress.detail(f"no plugins: {reason}")
+        try:
+            layers = merging_layers(load(folder / MODEL, weights=False))
+            manifest["plugins"] = compile_kernels(layers, form.capabilities, folder, progress)
+        except (InputError, MissingComponentError, ExportError) as error:
+            if form.required:
+                raise
+            progress.detail(f"no plugins: {error}")
             options = replace(options, plugin=False)
             manifest = _exported(folder, loaded, model, options, selection.line)
-        else:
-            progress.stage("Compile the plugin's kernels")
-            manifest["plugins"] = compile_kernels(layers, form.capabilities, folder, progress)
 
     if images is not None:
         progress.stage(f"Check parity on {len(images)} images")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import MODEL, Artifact, writing_to
 from tome_export.engine import EngineOptions, select
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.pipeline.kernels import check_plugin_layers, plugin_nodes, register_plugins
+from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend, EngineInfo
     from tome_export.onnx.export import AttentionForm
+    from tome_export.pipeline.kernels import Plugins
 
 ATTENTION_SINCE = (10, 14)
 """First TensorRT whose parser knows ONNX's Attention operator."""
@@ -72,9 +73,13 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         writing_to(artifact.path),
         tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder,
     ):
-        plugins = plugin_nodes(artifact.manifest)
         info = build_engine(
-            selection.backend, artifact.path, options, progress, Path(folder), plugins=plugins
+            selection.backend,
+            artifact.path,
+            options,
+            progress,
+            Path(folder),
+            plugins=plugins_of(artifact.manifest),
         )
         changes = {"engines": {info.backend: info.to_dict()}, "engine_note": selection.line}
         return artifact.with_files(changes, {info.file: Path(folder) / info.file})
@@ -87,7 +92,7 @@ def build_engine(
     progress: Progress,
     folder: Path | None = None,
     *,
-    plugins: int = 0,
+    plugins: Plugins | None = None,
 ) -> EngineInfo:
     """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself).
 
@@ -97,7 +102,7 @@ def build_engine(
         options: How to build.
         progress: Told the notes.
         folder: Where the engine goes.
-        plugins: Plugin nodes of the model.
+        plugins: Those of the model; None if it has none.
 
     Raises:
         InputError: if no kernel of the artifact runs on this machine's GPU.
@@ -105,11 +110,11 @@ def build_engine(
         ExportError: if it refuses the model.
     """
     if plugins:
-        register_plugins(backend, artifact, options)
+        register_plugins(backend, artifact, plugins.kernels, options)
     output = (folder or artifact) / backend.file_name
     info = backend.build(artifact / MODEL, options, output, progress.detail)
     if plugins:
-        check_plugin_layers(info, plugins)
+        check_plugin_layers(info, plugins.nodes)
     for note in info.notes:
         progress.detail(note)
     return info

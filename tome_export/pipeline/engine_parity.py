@@ -12,7 +12,7 @@ from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions
 from tome_export.engine.select import BACKENDS
 from tome_export.parity.runners import Runner
-from tome_export.pipeline.kernels import plugin_nodes, register_plugins
+from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
 from tome_export.pipeline.progress import Progress
 from tome_export.spec import BatchRange
 
@@ -50,8 +50,11 @@ class EngineRunnerFactory:
             path, engine = Path(folder) / "twin.onnx", Path(folder) / self._backend.file_name
             save(model, path)
             self._progress.detail("building an engine of the instrumented twin")
-            if plugin_nodes(self._artifact.manifest):
-                register_plugins(self._backend, self._artifact.path, self._options)
-            self._backend.build(path, self._options, engine, self._progress.detail)
+            plugins = plugins_of(self._artifact.manifest)
+            if plugins:
+                register_plugins(self._backend, self._artifact.path, plugins.kernels, self._options)
+            info = self._backend.build(path, self._options, engine, self._progress.detail)
+            if plugins:
+                check_plugin_layers(info, plugins.nodes)
             with self._backend.runner(engine) as runner:
                 yield runner

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tome_export.artifact import MANIFEST
 from tome_export.engine import gpu
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.plugins import store
@@ -20,24 +21,20 @@ if TYPE_CHECKING:
     from tome_export.plugins.variants import Variant
 
 
-def require_compiler() -> None:
-    """Raise ``MissingComponentError`` unless the Triton language is installed."""
-    if importlib.util.find_spec("triton") is None:
-        raise MissingComponentError(
-            "--merge-op plugin compiles kernels with the Triton language, which is not installed: "
-            "pip install triton, or use --merge-op matmul"
-        )
-
-
 def takes_plugins(backend: Backend | None) -> bool:
     """Whether the plugin is of use to what builds the engine, and can be compiled here."""
-    from tome_export.plugins.aot import PTX_VERSIONS
+    from tome_export.plugins.aot import PTX_VERSIONS, require_compiler
 
     if backend is None or backend.name != "tensorrt":
         return False
     gpus = gpu.detect().gpus
-    compiled = bool(gpus) and gpus[0].compute_capability >= min(PTX_VERSIONS)
-    return compiled and importlib.util.find_spec("triton") is not None
+    if not gpus or gpus[0].compute_capability < min(PTX_VERSIONS):
+        return False
+    try:
+        require_compiler()
+    except MissingComponentError:
+        return False
+    return True
 
 
 def capabilities_of(asked: Sequence[str], backend: Backend | None) -> tuple[tuple[int, int], ...]:
@@ -99,10 +96,16 @@ def compile_kernels(
         What the manifest says of it.
 
     Raises:
+        InputError: if the kernels cannot take the layers.
         MissingComponentError: if the Triton language is not installed.
         ExportError: if it cannot compile a kernel.
     """
     from tome_export.plugins.aot import compile_ptx, compiler
+
+    reason = refusal(layers)
+    if reason:
+        raise InputError(f"{reason}; use --merge-op matmul, which needs no kernel")
+    progress.stage("Compile the plugin's kernels")
 
     variants: dict[str, Variant] = {}
     for layer in layers:
@@ -122,14 +125,47 @@ def compile_kernels(
     }
 
 
-def plugin_nodes(manifest: Mapping[str, Any]) -> int:
-    """Nodes of an artifact's model that carry plugin attributes."""
+@dataclass(frozen=True)
+class Plugins:
+    """What an artifact's model needs of TensorRT's plugins.
+
+    Attributes:
+        nodes: Nodes that carry plugin attributes.
+        kernels: Names of the kernels they start.
+    """
+
+    nodes: int
+    kernels: tuple[str, ...]
+
+
+def plugins_of(manifest: Mapping[str, Any]) -> Plugins | None:
+    """The plugins of an artifact, or None if its model has none.
+
+    Raises:
+        InputError: if the manifest does not list the kernels.
+    """
     merge = manifest["merge"]
-    return 2 * sum(r > 0 for r in merge["r"]) if merge["merge_op"] == "plugin" else 0
+    if merge["merge_op"] != "plugin":
+        return None
+    try:
+        names = tuple(str(name) for name in manifest["plugins"]["kernels"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            "build.json lists no kernels of its plugins: rebuild the artifact"
+        ) from error
+    return Plugins(2 * sum(r > 0 for r in merge["r"]), names)
 
 
-def register_plugins(backend: Backend, artifact: Path, options: EngineOptions) -> None:
+def register_plugins(
+    backend: Backend, artifact: Path, expected: Collection[str], options: EngineOptions
+) -> None:
     """Tell TensorRT of an artifact's kernels; other backends run the function bodies.
+
+    Args:
+        backend: That builds the engine.
+        artifact: Its directory.
+        expected: Names of the kernels that its manifest lists.
+        options: How the engine is built, on the first GPU that is visible.
 
     Raises:
         MissingComponentError: if this TensorRT takes no such plugins.
@@ -140,6 +176,12 @@ def register_plugins(backend: Backend, artifact: Path, options: EngineOptions) -
     from tome_export.plugins import tensorrt as plugins
 
     kernels = store.KernelStore.read(artifact / store.FOLDER)
+    missing = set(expected) - set(kernels.kernels)
+    if missing:
+        raise InputError(
+            f"{artifact / store.FOLDER} lacks {', '.join(sorted(missing))}, which {MANIFEST} lists:"
+            " rebuild the artifact"
+        )
     gpus = gpu.detect().gpus
     if not gpus:
         raise InputError("no GPU is visible; a TensorRT engine with plugins is built on its GPU")
