@@ -13,8 +13,11 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev,rtx]'
-	@# A real tritonserver. The package holds NumPy below 2 for its own Python layer, which is not used.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps nvidia-pytriton==0.7.0 || echo "No tritonserver for this machine: the tests that need one are skipped"
+	@# A real tritonserver. Its package holds NumPy below 2 for a Python layer that is not used here, and
+	@# its python backend reads arrays as NumPy 1 lays them out: it gets a NumPy of its own.
+	{ $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps nvidia-pytriton==0.7.0 && \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/share/tome-export/tritonserver 'numpy<2'; } || \
+	  echo "No tritonserver for this machine: the tests that need one are skipped"
 	touch $@
 
 demo: $(VENV)/installed

@@ -1,8 +1,9 @@
-"""Make the sample photographs under models/data from scikit-image's public-domain and CC0 images.
+"""Make the sample images under models/data: photographs from scikit-image's public-domain and CC0
+images, and one of the test images of ``vit_digits``.
 
     python scripts/make_samples.py
 
-Each is scaled to a shorter side of 384 pixels (the largest input of a recipe) where it is larger,
+Each photograph is scaled to a shorter side of 384 pixels (the largest input of a recipe) where it is larger,
 and saved as a JPEG of at most 50 KB.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from skimage import data
 
@@ -37,6 +39,9 @@ def main() -> None:
         content = encode(image.resize(size, Image.Resampling.LANCZOS))
         (DATA / f"{name}.jpg").write_bytes(content)
         print(f"{name}.jpg {size[0]}x{size[1]} {len(content)} bytes")
+    digits = np.load(DATA / "digits_test.npz")
+    Image.fromarray(digits["images"][0]).save(DATA / "digit.png")
+    print(f"digit.png is a {digits['labels'][0]}")
 
 
 if __name__ == "__main__":
