@@ -31,10 +31,11 @@ def test_build_prints_what_the_manifest_holds(run, tmp_path):
     lines = ran.out.splitlines()
     assert lines[0].startswith("Model      vit_digits: ")
     assert lines[1] == "Weights    bundled: vit_digits.safetensors"
-    assert lines[6] == "layer  tokens in  r  tokens out  MACs unmerged  MACs merged"
-    assert lines[7] == "    0         65  8          57         3.74 M       3.47 M"
-    assert lines[12] == "    5         25  8          17         3.74 M       1.05 M"
-    assert lines[13] == "MACs per image: 22.48 M unmerged, 13.46 M merged, ratio 1.67"
+    assert lines[3] == "Merge op   matmul"
+    assert lines[7] == "layer  tokens in  r  tokens out  MACs unmerged  MACs merged"
+    assert lines[8] == "    0         65  8          57         3.74 M       3.47 M"
+    assert lines[13] == "    5         25  8          17         3.74 M       1.05 M"
+    assert lines[14] == "MACs per image: 22.48 M unmerged, 13.46 M merged, ratio 1.67"
     assert "Engine: none; no engine, as asked" in lines
     assert "Parity passed: onnx on ONNX Runtime CPU, fp16, " in ran.out
     assert lines[-1] == f"Artifact: {tmp_path / 'out'}"
@@ -269,3 +270,12 @@ def test_progress_on_a_terminal(artifact):
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0
     assert b"\x1b" not in out
     assert out.endswith(f"Passed: {artifact}\n".encode())
+
+
+def test_a_plugin_build_names_the_gpus_and_sums_up_its_folder(run):
+    options = ("--engine", "none", "--no-check", "--fp16", "--compute-capability", "9.0")
+    ran = run("build", "vit_digits", "-o", "out", "--merge-op", "plugin", *options)
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert lines[3] == "Merge op   plugin, kernels for compute capability 9.0"
+    assert [line.split()[0] for line in lines if line.startswith("plugins/")] == ["plugins/"]
