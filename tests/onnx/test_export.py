@@ -311,6 +311,19 @@ def test_export_is_reproducible(make_vit, tmp_path):
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
+def test_other_weights_or_merging_give_other_tensor_names(make_vit, tmp_path):
+    """ONNX Runtime's cache of TensorRT engines knows a model by its tensors' names alone."""
+
+    def names(seed: int, r: int) -> frozenset[str]:
+        path = tmp_path / "model.onnx"
+        onnx_from_model(patch(make_vit(seed=seed), r), path, ExportOptions(), "logits")
+        nodes = onnx.load(path).graph.node
+        return frozenset(name for node in nodes for name in node.output)
+
+    assert names(0, 4) == names(0, 4)
+    assert len({names(0, 4), names(1, 4), names(0, 3)}) == 3
+
+
 def test_what_torch_cannot_trace_is_one_line(make_vit, tmp_path):
     model = make_vit(depth=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def onnx_from_model(
     can_simplify = files.weight_bytes(proto) <= external_data_bytes
     if can_simplify:
         proto = simplified(proto)
+    name_by_content(proto)
     props = {METADATA_PREFIX + key: json.dumps(value) for key, value in (metadata or {}).items()}
     onnx.helper.set_model_props(proto, props)
     proto.doc_string = f"Vision transformer with token merging, operators v{spec.VERSION}"
@@ -80,3 +82,28 @@ def onnx_from_model(
     written = files.save(proto, path, threshold=external_data_bytes)
     files.check(path)
     return OnnxFiles(tuple(written), options.opset, nodes, can_simplify)
+
+
+def name_by_content(model: onnx.ModelProto) -> None:
+    """Put a digest of graph and weights into the name of the first node's output.
+
+    ONNX Runtime's cache of TensorRT engines tells models apart by the names of their tensors and
+    not by their weights: two builds of one model would take each other's engines.
+    """
+    graph = model.graph
+    digest = hashlib.sha256()
+    for part in (*graph.initializer, *graph.node):
+        digest.update(part.SerializeToString(deterministic=True))
+    for function in model.functions:
+        digest.update(function.SerializeToString(deterministic=True))
+    outputs = {value.name for value in graph.output}
+    old = next((n.output[0] for n in graph.node if n.output[0] not in outputs), None)
+    if old is None:
+        return
+    new = f"{old}.{digest.hexdigest()[:16]}"
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+    for value in graph.value_info:
+        if value.name == old:
+            value.name = new
