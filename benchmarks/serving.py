@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -145,34 +144,14 @@ def measure(
     return rows_of(served, by_itself)
 
 
-def write_repository(repository: Path, artifacts: Mapping[str, Path], *, policy: bool) -> None:
-    """Both models; without a queue policy if so asked."""
-    for kind, path in artifacts.items():
-        serve(ServeRequest((path,), repository, ServeOptions(name=kind)))
-        if not policy:
-            config = repository / kind / "configs" / f"{CPU}.pbtxt"
-            config.write_text(without_queue_policy(config.read_text()))
-
-
-def without_queue_policy(text: str) -> str:
-    """A config whose queue has neither a limit nor a timeout."""
-    return re.sub(r"^  default_queue_policy \{.*?^  \}\n", "", text, flags=re.M | re.S)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--perf-analyzer", type=Path, metavar="TOOLS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=9.0, help="of one measurement")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument(
-        "--without-queue-policy",
-        action="store_true",
-        help="take limit and timeout of the queue out of the configs",
-    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    policy = not arguments.without_queue_policy
     images = sample_pixels(resolve(arguments.model), max(BATCH_OF.values()))
     with ExitStack() as stack:
         folder, tools = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in "12")
@@ -194,7 +173,8 @@ def main() -> int:
                 check=False,
             )
             build(request)
-        write_repository(folder / "repository", artifacts, policy=policy)
+        for kind, path in artifacts.items():
+            serve(ServeRequest((path,), folder / "repository", ServeOptions(name=kind)))
         load = os.getloadavg()[0]
         alone = Alone(artifacts, images)
         server = stack.enter_context(start(folder / "repository", config_name=CPU))
@@ -206,7 +186,6 @@ def main() -> int:
             "r": R,
             "rounds": arguments.rounds,
             "seconds": arguments.seconds,
-            "queue_policy": policy,
             "tritonclient": version("tritonclient"),
             "load_average_before": load,
         }

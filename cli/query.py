@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.command("query", short_help="Ask a running server about images.")
 @click.argument("url")
 @click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--model", metavar="NAME", help="Model to ask.  [default: the only one]")
+@click.option("--model", metavar="NAME", help="Model to ask.  [default: the router or only one]")
+@click.option("--r", type=int, metavar="N", help="Of a router: merge at most N tokens per layer.")
+@click.option("--max-ms", type=float, metavar="MS", help="Of a router: be as fast as MS per image.")
 @click.option(
     "--protocol",
     type=click.Choice(["grpc", "http"]),
@@ -36,7 +38,8 @@ def command(terminal: Terminal, url: str, images: tuple[Path, ...], **given: Any
     """Send each IMAGE (a file or a folder) to the server at URL and print its labels.
 
     URL is host:port (gRPC's default port is 8001, HTTP's 8000), also with grpc:// or http://. The
-    server must have the model with its preprocessing (tome-export serve --preprocess).
+    server must have the model with its preprocessing (tome-export serve --preprocess). Several
+    artifacts served together have a router, which --r or --max-ms tells how much to merge.
     """
     with working(terminal) as progress:
         from tome_export.pipeline.query import QueryRequest, query

@@ -19,6 +19,7 @@ from tome_export.cli.text import RANDOM, STAND_IN
 
 if TYPE_CHECKING:
     from tome_export.pipeline.serve import ServeResult
+    from tome_export.pipeline.server import RunRequest
 
 
 @click.command("serve", short_help="Write a model repository for Triton Inference Server.")
@@ -31,36 +32,37 @@ def command(terminal: Terminal, artifacts: tuple[Path, ...], **given: Any) -> No
     """Write ARTIFACT into a model repository for Triton Inference Server.
 
     Several artifacts of one model, with different r, come with a router, which chooses by the
-    parameter r or max_ms of each request.
+    parameter r or max_ms of each request. A server started with --run is ended by Ctrl-C or
+    SIGTERM, and the exit code is then 0.
     """
     with working(terminal) as progress:
-        from tome_export.cli.serve_options import serve_request
+        from tome_export.cli.serve_options import run_request, serve_request
         from tome_export.pipeline.serve import serve
 
+        server = run_request(given)  # before anything is written
         done = serve(serve_request(artifacts, given), progress)
     if given["run"]:
-        _run(terminal, done, given)
-        return
-    plainly = f"tritonserver --model-repository={done.repository}"
-    more = f"Serve it: this command with --run, or {plainly}"
-    terminal.result(done.to_dict(), [*_lines(done), more])
+        _run(terminal, done, server, log=given["log"])
+    else:
+        how = f"this command with --run, or tritonserver --model-repository={done.repository}"
+        terminal.result(done.to_dict(), [*_lines(done), f"Serve it: {how}"])
 
 
-def _run(terminal: Terminal, done: ServeResult, given: dict[str, Any]) -> None:
+def _run(terminal: Terminal, done: ServeResult, request: RunRequest, *, log: bool) -> None:
     """Serve until Ctrl-C, which is how this ends well."""
-    from tome_export.cli.serve_options import run_request
+    from tome_export.cli.serve_options import logged_to
     from tome_export.pipeline.server import running
 
     with contextlib.ExitStack() as stack:
-        # Of its own, because standard error is led away while a library call runs.
-        log = stack.enter_context(os.fdopen(os.dup(2), "w")) if given["log"] else None
+        if log:  # to a stream of its own: standard error is led away while a library call runs
+            request = logged_to(request, stack.enter_context(os.fdopen(os.dup(2), "w")))
         with working(terminal) as progress:
-            server = stack.enter_context(running(run_request(given, log), progress))
+            server = stack.enter_context(running(request, progress))
         addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
         lines = [*_lines(done), "", "Ready; Ctrl-C ends it", *fields([*addresses.items()])]
         lines += [STAND_IN] if server.stand_in else []
-        values = {"server": {**addresses, "stand_in": server.stand_in}}
-        terminal.result(done.to_dict() | values, lines)
+        described = {"server": {**addresses, "stand_in": server.stand_in}}
+        terminal.result(done.to_dict() | described, lines)
         try:
             server.wait()
         except Interrupted:

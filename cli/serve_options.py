@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -51,7 +52,10 @@ repository_options = grouped(
         help="Also a pipeline from JPEG or PNG bytes to labels or features.",
     ),
     click.option(
-        "--instances", default=1, show_default=True, help="Copies of the model per device."
+        "--instances",
+        default=1,
+        show_default=True,
+        help="Copies of the model per device; at least 2 where its queue is limited.",
     ),
     click.option(
         "--max-queue-delay",
@@ -62,16 +66,17 @@ repository_options = grouped(
     ),
     click.option(
         "--max-queue-size",
-        default=256,
-        show_default=True,
-        help="Requests that may wait; more are rejected.",
+        type=int,
+        help="Requests that may wait; more are rejected. Takes 2 instances or more, as "
+        "tritonserver lets a few wait for 500 ms where one has a limited queue.  [default: no "
+        "limit]",
     ),
     click.option(
         "--queue-timeout",
-        default=5000,
-        show_default=True,
+        type=int,
         metavar="MILLISECONDS",
-        help="Longest wait in the queue; then the request is rejected.",
+        help="Longest wait in the queue; then the request is rejected. Takes 2 instances or more, "
+        "too.  [default: no limit]",
     ),
     click.option(
         "--cuda-graph-batches",
@@ -88,11 +93,18 @@ repository_options = grouped(
 )
 
 run_options = grouped(
-    click.option("--run", is_flag=True, help="Start tritonserver on the repository."),
+    click.option("--run", is_flag=True, help="Start tritonserver on the repository, until Ctrl-C."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--http-port", default=8000, show_default=True, help="0: any free one."),
     click.option("--grpc-port", default=8001, show_default=True, help="0: any free one."),
     click.option("--metrics-port", default=8002, show_default=True, help="0: any free one."),
+    click.option(
+        "--ready-timeout",
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Longest wait for the server; its first start on a GPU may build engines.",
+    ),
     click.option("--log", is_flag=True, help="Show the server's log."),
 )
 
@@ -130,14 +142,13 @@ def serve_request(artifacts: tuple[Path, ...], given: dict[str, Any]) -> ServeRe
     )
 
 
-def run_request(given: dict[str, Any], log: TextIO | None) -> RunRequest:
-    """The server that ``--run`` starts; its log goes to a stream, or nowhere."""
-    from tome_export.pipeline.server import RunRequest
+def run_request(given: dict[str, Any]) -> RunRequest:
+    """The server that ``--run`` starts.
 
-    def show(line: str) -> None:
-        if log is not None:
-            log.write(f"{line}\n")
-            log.flush()
+    Raises:
+        UsageError: if a value is out of its range.
+    """
+    from tome_export.pipeline.server import RunRequest
 
     return RunRequest(
         given["repository"].absolute(),
@@ -145,5 +156,15 @@ def run_request(given: dict[str, Any], log: TextIO | None) -> RunRequest:
         given["http_port"],
         given["grpc_port"],
         given["metrics_port"],
-        show if log is not None else None,
+        given["ready_timeout"],
     )
+
+
+def logged_to(request: RunRequest, log: TextIO) -> RunRequest:
+    """The same, with the server's log on a stream."""
+
+    def show(line: str) -> None:
+        log.write(f"{line}\n")
+        log.flush()
+
+    return replace(request, on_log=show)

@@ -1,10 +1,10 @@
-"""Make the sample images under models/data: photographs from scikit-image's public-domain and CC0
-images, and one of the test images of ``vit_digits``.
+"""Make the sample images under models/data: photographs and a digit.
 
     python scripts/make_samples.py
 
-Each photograph is scaled to a shorter side of 384 pixels (the largest input of a recipe) where it is larger,
-and saved as a JPEG of at most 50 KB.
+The photographs are scikit-image's, in the public domain or CC0. Each is scaled to a shorter side of
+384 pixels (the largest input of a recipe) where it is larger, and saved as a JPEG of at most 50 KB.
+The digit is the first test image of ``vit_digits``.
 """
 
 from __future__ import annotations

@@ -103,17 +103,3 @@ def test_ratios_are_medians_of_the_rounds(bench, tool):
         assert row["share_of_speedup_alone"] == pytest.approx(0.9)
         assert row["served_over_alone"] == pytest.approx({"merged": 0.9, "unmerged": 1.0})
         assert row["latency_ms"]["merged"] == {"p50": 1.0, "p95": 2.0, "p99": 3.0}
-
-
-def test_queue_policy_is_taken_out_of_a_config(bench):
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    config = ModelConfig(name="m", max_batch_size=4)
-    config.dynamic_batching.max_queue_delay_microseconds = 7
-    without = text_format.MessageToString(config)
-    queue = config.dynamic_batching.default_queue_policy
-    queue.max_queue_size, queue.default_timeout_microseconds = 3, 4
-    text = text_format.MessageToString(config)
-    assert text != without
-    assert bench("serving").without_queue_policy(text) == without

@@ -81,11 +81,44 @@ BAD = {
         2,
         "model name is 'a/b'; expected letters, digits, _, - and ., such as vit_b16_r8",
     ),
-    "version": (("--version", "0"), 2, "version is 0; expected 1 or more"),
-    "instances": (("--instances", "0"), 2, "instances is 0; expected 1 or more"),
-    "queue delay": (("--max-queue-delay", "-1"), 2, "queue delay is -1; expected 0 or more"),
-    "queue size": (("--max-queue-size", "0"), 2, "queue size is 0; expected 1 or more"),
-    "queue timeout": (("--queue-timeout", "0"), 2, "queue timeout is 0; expected 1 or more"),
+    **{
+        f"{option} {value}": ((option, value), 2, f"{what} is {value}; expected {least} to {most}")
+        for option, what, least, most in (
+            ("--version", "version", 1, 2**63 - 1),
+            ("--instances", "instances", 1, 2**31 - 1),
+            ("--max-queue-delay", "queue delay", 0, 2**31 - 1),
+            ("--max-queue-size", "queue size", 1, 2**31 - 1),
+            ("--queue-timeout", "queue timeout", 1, 2**31 - 1),
+            ("--cuda-graph-batches", "CUDA graph batch", 1, 2**31 - 1),
+        )
+        for value in (str(least - 1), str(most + 1), "9" * 100)
+    },
+    "graphs of an ONNX model": (
+        ("--cuda-graph-batches", "1,8"),
+        2,
+        "CUDA graph batches are given and the ONNX model is served; leave them out, or serve a "
+        "TensorRT engine with --format engine",
+    ),
+    "port too large": (
+        ("--run", "--grpc-port", "65536"),
+        2,
+        "port is 65536; expected 0 to 65535, 0 for a free one",
+    ),
+    "negative port": (
+        ("--run", "--metrics-port", "-1"),
+        2,
+        "port is -1; expected 0 to 65535, 0 for a free one",
+    ),
+    "port twice": (
+        ("--run", "--http-port", "8001"),
+        2,
+        "port 8001 is given twice; give different ones, or 0 for free ones",
+    ),
+    "ready timeout": (
+        ("--run", "--ready-timeout", "0"),
+        2,
+        "ready timeout is 0; expected seconds above 0",
+    ),
     "graphs no numbers": (
         ("--cuda-graph-batches", "1,x"),
         2,
@@ -118,6 +151,22 @@ BAD = {
         ("--kserve", "."),
         3,
         ". is a folder; give a file for the KServe manifest",
+    ),
+    "manifest of too long a name": (
+        ("--kserve", "k" * 250),
+        3,
+        f"cannot write {'k' * 250}: File name too long; give another file for the KServe manifest",
+    ),
+    "manifest is a device": (
+        ("--kserve", os.devnull),
+        3,
+        "/dev/null is a device, pipe or socket; give a file for the KServe manifest",
+    ),
+    "manifest where no file can be": (
+        ("--kserve", "/proc/k.yaml"),
+        3,
+        "cannot write /proc/k.yaml: No such file or directory; give another file for the KServe "
+        "manifest",
     ),
     "manifest in no folder": (
         ("--kserve", "no/k.yaml"),
@@ -225,11 +274,48 @@ def test_read_only_repository(run, built, read_only):
         )
 
 
-def test_run_until_ctrl_c(start, built, tmp_path):
+def test_manifest_on_a_read_only_filesystem(run, built, read_only, tmp_path):
+    ran = run("serve", built, "--repository", "models", "--kserve", read_only / "k.yaml")
+    assert ran.code == 3
+    assert ran.error == (
+        f"cannot write {read_only / 'k.yaml'}: Read-only file system; give another file for the "
+        "KServe manifest"
+    )
+    assert not (tmp_path / "models").exists()
+
+
+def test_manifest_over_a_file_of_another_kind(run, built, tmp_path):
+    (tmp_path / "k.yaml").write_bytes(b"\xff")
+    assert run("serve", built, "--repository", "models", "--kserve", "k.yaml").code == 0
+    assert (tmp_path / "k.yaml").read_text().startswith("# The whole repository")
+
+
+def test_ready_timeout_is_said(run, built):
+    find_or_skip()
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    arguments = ("--repository", "models", "--run", "--ready-timeout", "0.001", *ports)
+    ran = run("serve", built, *arguments)
+    assert ran.code == 6
+    assert "not ready after 0.001 s" in ran.error
+    assert "allow more time (--ready-timeout): the first start on a GPU" in ran.error
+
+
+def test_help_says_how_a_server_ends(run):
+    text = " ".join(run("serve", "--help").out.split())
+    assert "ended by Ctrl-C or SIGTERM, and the exit code is then 0" in text
+    assert "Takes 2 instances or more" in text
+
+
+def find_or_skip():
     try:
         find()
     except MissingComponentError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_run_until_it_is_ended(start, built, tmp_path, ended_by):
+    find_or_skip()
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
     process = start("serve", built, "--repository", "models", "--run", "--log", "--json", *ports)
     text = ""
@@ -245,7 +331,7 @@ def test_run_until_ctrl_c(start, built, tmp_path):
         assert client.is_model_ready("vit_digits_r8")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert children
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ended_by)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert "Stopping tritonserver" in err

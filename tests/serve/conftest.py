@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
 from collections.abc import Callable, Iterator
@@ -137,6 +138,16 @@ def members(group: int) -> list[int]:
     return found
 
 
+def naming(text: str) -> list[int]:
+    """Processes other than this one whose command line has ``text`` in it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
 def own_memory() -> set[str]:
     """Shared memory of the servers that this process has started."""
     return {path.name for path in SHARED_MEMORY.glob(f"tome_export_{os.getpid()}_*")}
@@ -150,7 +161,9 @@ def by_hand() -> SimpleNamespace:
         write_python=write_python,
         write_identity=write_identity,
         write_onnx=write_onnx,
+        write_artifact=write_artifact,
         members=members,
+        naming=naming,
         own_memory=own_memory,
     )
 
@@ -170,12 +183,21 @@ def installation() -> Installation:
 
 @pytest.fixture
 def nothing_left() -> Iterator[Callable[[RunningServer], None]]:
-    """Whatever the test did: no process and no shared memory of these servers is left."""
+    """Whatever the test did: no process, folder or shared memory of these servers is left."""
     before = own_memory()
     groups: list[int] = []
-    yield lambda server: groups.append(server.pid)
+    folders: list[Path] = []
+
+    def watch(server: RunningServer) -> None:
+        groups.append(server.pid)
+        folders.append(server.log_path.parent)
+        assert naming(str(folders[-1])), "no watchdog"
+
+    yield watch
     assert groups, "no server was watched"
     assert {group: members(group) for group in groups if members(group)} == {}
+    # The server's own and the watchdog's command lines name its folder.
+    assert [folder for folder in folders if folder.exists() or naming(str(folder))] == []
     assert own_memory() - before == set()
 
 
@@ -212,8 +234,8 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     """An artifact of ``logits = pixel_values [B, 3, 8, 8] @ weights``.
 
     Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
-    ``model``, ``seed`` (of the weights), and ``engines`` (name -> batch), whose files are no real
-    engines.
+    ``model``, ``seed`` (of the weights), ``ms`` (measured latency), and ``engines`` (name ->
+    batch), whose files are no real engines.
     """
     import onnx
 
@@ -242,6 +264,8 @@ def write_artifact(folder: Path, **changes: object) -> Path:
         {"name": "pixel_values", "dtype": "float32", "shape": [-1, 3, 8, 8]},
         {"name": "logits", "dtype": "float32", "shape": [-1, 5]},
     ]
+    if "ms" in changes:
+        (folder / "bench.json").write_text(f'{{"latency_ms": {changes["ms"]}}}')
     engines = {}
     for name, profile in dict(changes.get("engines", {})).items():  # type: ignore[call-overload]
         file = "model.engine" if name == "tensorrt" else "model.rtx.engine"

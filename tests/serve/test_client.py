@@ -16,6 +16,7 @@ from PIL import Image
 
 from tome_export.cli.main import main
 from tome_export.errors import InputError, MissingComponentError, UsageError
+from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve.client import connect, parse_url
 from tome_export.serve.server import SHARED_MEMORY, start
 
@@ -31,6 +32,22 @@ def image(tmp_path):
     """A picture whose first pixel is the answer: blue before red before green."""
     Image.new("RGB", (4, 4), (102, 51, 204)).save(tmp_path / "a.png")
     return tmp_path / "a.png"
+
+
+@pytest.fixture(scope="module")
+def router_server(request, by_hand, tmp_path_factory):
+    """A server of two pipelines of different weights, and the routers in front of them."""
+    request.getfixturevalue("installation")
+    folder = tmp_path_factory.mktemp("router")
+    artifacts = [
+        by_hand.write_artifact(folder / str(r), schedule=f"r={r} constant", r=[r], seed=r, ms=ms)
+        for r, ms in ((0, 3), (8, 1))
+    ]
+    options = ServeOptions(preprocess=True)
+    serve(ServeRequest(tuple(artifacts), folder / "models", options))
+    with start(folder / "models", config_name="cpu") as server:
+        yield server
+        server.stop(0)
 
 
 @pytest.fixture
@@ -94,6 +111,86 @@ def test_query_of_a_tower(image_server, run, image):
     assert out.splitlines()[-1] == f"  features [2]: {size:.4f}, {size + 1:.4f}"
     code, out, _ = run("query", image_server.grpc, image, "--model", "tower", "--json")
     assert json.loads(out)["images"] == [{"image": str(image), "features": [size, size + 1]}]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "model", "r"),
+    [
+        ([], "small_router_pipeline", 0),
+        (["--r", "8"], "small_router_pipeline", 8),
+        (["--r", "7"], "small_router_pipeline", 0),
+        (["--max-ms", "1.5"], "small_router_pipeline", 8),
+        (["--max-ms", "4"], "small_router_pipeline", 0),
+        (["--r", "8", "--model", "small"], "small_router_pipeline", 8),
+        (["--r", "8", "--model", "small_router"], "small_router_pipeline", 8),
+        (["--model", "small_r8"], "small_r8_pipeline", 8),
+    ],
+    ids=str,
+)
+def test_query_of_a_router(router_server, run, image, protocol, options, model, r):
+    address = getattr(router_server, protocol)
+    options = [*options, "--protocol", protocol, "--json"]
+    code, out, err = run("query", address, image, *options)
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["model"] == model
+    direct = {}
+    for other in (0, 8):
+        options = ["--protocol", protocol, "--model", f"small_r{other}_pipeline", "--json"]
+        _, out, _ = run("query", address, image, *options)
+        direct[other] = json.loads(out)["images"]
+    assert answer["images"] == direct[r]
+    assert direct[0] != direct[8]
+
+
+@BOTH
+def test_a_budget_is_for_routers(router_server, image_server, run, image, protocol):
+    for server, model in ((router_server, "small_r8"), (image_server, "colour")):
+        address = getattr(server, protocol)
+        options = ["--protocol", protocol, "--model", model]
+        for budget in (["--r", "8"], ["--max-ms", "2"]):
+            code, out, err = run("query", address, image, *options, *budget)
+            assert (code, out) == (3, "")
+            expected = f"Error: model {model}_pipeline at {address} is no router, which is what"
+            assert err.splitlines()[-1].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--r", "-1"], "r is -1; expected a number, 0 or more"),
+        (["--max-ms", "nan"], "max-ms is nan; expected a number, 0 or more"),
+        (["--r", "1", "--max-ms", "1"], "both r and max-ms are given; give one of them"),
+    ],
+)
+def test_no_budget(run, image, options, error):
+    code, out, err = run("query", "localhost:1", image, *options)
+    assert (code, out, err.splitlines()[-1]) == (2, "", f"Error: {error}")
+
+
+IDLE = """
+class TritonPythonModel:
+    def execute(self, requests):
+        raise NotImplementedError
+"""
+
+
+@BOTH
+def test_a_pipeline_is_known_by_what_it_does(installation, by_hand, tmp_path, protocol):
+    """A name may end in any way."""
+    assert installation.binary.is_file()
+    image, pixels = ("image", "STRING", [1]), ("pixel_values", "FP32", [4])
+    label = [("label", "STRING", [3])]
+    by_hand.write_python(tmp_path, "my_pipeline", IDLE, [pixels], [pixels])
+    by_hand.write_python(tmp_path, "decode", IDLE, [image], [pixels])
+    by_hand.write_python(tmp_path, "cat", IDLE, [image], label)
+    with start(tmp_path) as server:
+        with connect(getattr(server, protocol), protocol) as client:
+            assert client.pipeline() == "cat"
+            with pytest.raises(InputError, match=r"my_pipeline at .* takes no encoded .* of cat$"):
+                client.pipeline("my_pipeline")
+        server.stop(0)
 
 
 @BOTH

@@ -44,24 +44,41 @@ def accelerators(config):
 
 
 def test_what_every_config_has(source):
-    options = ServeOptions(instances=3, max_queue_delay_us=70, max_queue_size=9, timeout_ms=11)
+    options = ServeOptions(instances=3, max_queue_delay_us=70)
     config = model_config(source(), "m", options)
     assert (config.name, config.platform, config.max_batch_size) == ("m", "onnxruntime_onnx", 8)
     (given,), (got,) = config.input, config.output
     assert (given.name, list(given.dims)) == ("pixel_values", [3, 8, 8])
     assert (got.name, list(got.dims)) == ("logits", [5])
     assert config.version_policy.latest.num_versions == 2
-    batching, queue = config.dynamic_batching, config.dynamic_batching.default_queue_policy
+    batching = config.dynamic_batching
     assert batching.max_queue_delay_microseconds == 70
     assert list(batching.preferred_batch_size) == []
-    assert (queue.max_queue_size, queue.default_timeout_microseconds) == (9, 11_000)
-    assert queue.timeout_action == queue.REJECT
+    assert not batching.HasField("default_queue_policy")
     assert [(w.batch_size, list(w.inputs["pixel_values"].dims)) for w in config.model_warmup] == [
         (1, [3, 8, 8]),
         (8, [3, 8, 8]),
     ]
     (group,) = config.instance_group
     assert (group.count, group.kind) == (3, group.KIND_GPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "count"),
+    [
+        ({"max_queue_size": 9, "timeout_ms": 11, "instances": 3}, (9, 11_000), 3),
+        ({"max_queue_size": 9}, (9, 0), 2),
+        ({"timeout_ms": 11, "instances": 1}, (0, 11_000), 2),
+    ],
+)
+def test_a_limited_queue_has_two_instances(source, given, limits, count):
+    for make in (model_config, cpu_config):
+        config = make(source(), "m", ServeOptions(**given))
+        queue = config.dynamic_batching.default_queue_policy
+        assert (queue.max_queue_size, queue.default_timeout_microseconds) == limits
+        assert queue.timeout_action == queue.REJECT
+        assert queue.allow_timeout_override
+        assert [group.count for group in config.instance_group] == [count]
 
 
 PROFILE = {
@@ -77,8 +94,8 @@ PROFILE = {
     ("precision", "mode"),
     [
         ("fp32", {}),
-        ("fp16", {"precision_mode": "FP16", "trt_layer_norm_fp32_fallback": "1"}),
-        ("bf16", {"precision_mode": "BF16", "trt_layer_norm_fp32_fallback": "1"}),
+        ("fp16", {"precision_mode": "FP16"}),
+        ("bf16", {}),
     ],
 )
 def test_onnx_with_tensorrt_accelerator(source, precision, mode):
@@ -121,6 +138,11 @@ def test_plan(source):
     folder = folder_from_source(served, "m", ServeOptions(version=3))
     assert {*folder.files} == {"3/model.plan"}
     assert folder.files["3/model.plan"].name == "model.engine"
+
+
+def test_cuda_graphs_are_of_engines(source):
+    with pytest.raises(UsageError, match="the ONNX model is served; leave them out, or serve a"):
+        folder_from_source(source(), "m", ServeOptions(cuda_graph_batches=(1,)))
 
 
 def test_fixed_batch_is_not_batched_by_the_server(source):
@@ -198,15 +220,31 @@ def test_names_that_are_none(name):
         check_name(name)
 
 
+def test_the_largest_values_fit_the_schema(source):
+    most = 2**31 - 1
+    options = ServeOptions(None, 2**63 - 1, False, most, most, most, most)
+    config = folder_from_source(source(), "m", options).config
+    assert config_from_text(config_text(config), "it") == config
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"version": 0}, "version is 0; expected 1 or more"),
-        ({"instances": 0}, "instances is 0; expected 1 or more"),
-        ({"max_queue_delay_us": -1}, "queue delay is -1; expected 0 or more"),
-        ({"max_queue_size": 0}, "queue size is 0; expected 1 or more"),
-        ({"timeout_ms": 0}, "queue timeout is 0; expected 1 or more"),
-        ({"cuda_graph_batches": (1, 0)}, "CUDA graph batch is 0; expected 1 or more"),
+        ({"version": 0}, "version is 0; expected 1 to 9223372036854775807"),
+        ({"version": 2**63}, f"version is {2**63}; expected 1 to 9223372036854775807"),
+        ({"instances": 0}, "instances is 0; expected 1 to 2147483647"),
+        ({"instances": 2**31}, "instances is 2147483648; expected 1 to 2147483647"),
+        ({"max_queue_delay_us": -1}, "queue delay is -1; expected 0 to 2147483647"),
+        ({"max_queue_delay_us": 2**31}, "queue delay is 2147483648; expected 0 to 2147483647"),
+        ({"max_queue_size": 0}, "queue size is 0; expected 1 to 2147483647"),
+        ({"max_queue_size": 2**31}, "queue size is 2147483648; expected 1 to 2147483647"),
+        ({"timeout_ms": 0}, "queue timeout is 0; expected 1 to 2147483647"),
+        ({"timeout_ms": 2**31}, "queue timeout is 2147483648; expected 1 to 2147483647"),
+        ({"cuda_graph_batches": (1, 0)}, "CUDA graph batch is 0; expected 1 to 2147483647"),
+        (
+            {"cuda_graph_batches": (2**31,)},
+            f"CUDA graph batch is {2**31}; expected 1 to {2**31 - 1}",
+        ),
     ],
 )
 def test_options_out_of_range(given, message):

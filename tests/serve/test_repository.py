@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tome_export.errors import InputError
+from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.pipeline.server import RunRequest, running
 from tome_export.serve import repository as repository_module
@@ -85,6 +85,12 @@ def test_twice_changes_nothing(make_artifact, put, repository, options):
     assert state(repository) == before
 
 
+def test_versions_are_numbers_that_the_server_can_read(tmp_path):
+    for name in ("3", "10", str(2**63 - 1), str(2**63), "01", "0", "\u0663", "configs"):
+        (tmp_path / name).mkdir()
+    assert versions_of(tmp_path) == (3, 10, 2**63 - 1)
+
+
 def test_versions_of_a_pipeline(make_artifact, put, repository):
     put(make_artifact(), preprocess=True)
     assert set(put(make_artifact(seed=1), preprocess=True, version=2).values()) == {"written"}
@@ -99,6 +105,34 @@ def test_several_artifacts_get_a_router(make_artifact, put, repository):
     artifacts = [make_artifact(r=[r], schedule=f"r={r} constant") for r in (0, 8)]
     assert [*put(*artifacts, name="vit")] == ["vit_r0", "vit_r8", "vit_router"]
     assert b"vit_r8" in (repository / "vit_router" / "1" / "routes.json").read_bytes()
+
+
+def test_several_artifacts_with_preprocessing_get_a_router_of_pipelines(make_artifact, put):
+    artifacts = [make_artifact(r=[r], schedule=f"r={r} constant") for r in (0, 8)]
+    parts = ("", "_preprocess", "_postprocess", "_pipeline")
+    assert [*put(*artifacts, preprocess=True)] == [
+        *(f"small_r{r}{part}" for r in (0, 8) for part in parts),
+        "small_router",
+        "small_router_pipeline",
+    ]
+
+
+def test_batch_of_the_engine_is_that_of_its_pipeline(make_artifact, put, repository):
+    put(make_artifact(engines={"tensorrt": "1:2:4"}), preprocess=True)
+    configs = [path / "config.pbtxt" for path in repository.iterdir()]
+    assert len(configs) == 4
+    assert all("max_batch_size: 4\n" in config.read_text() for config in configs)
+
+
+@pytest.mark.parametrize("end", ["_preprocess", "_postprocess", "_pipeline", "_router"])
+def test_names_of_the_models_around_a_model_are_refused(make_artifact, put, repository, end):
+    with pytest.raises(UsageError) as error:
+        put(make_artifact(), name=f"mine{end}")
+    assert str(error.value) == (
+        f"model name is 'mine{end}'; names that end in {end} are given to models made around a "
+        "model, choose one such as mine"
+    )
+    assert not repository.exists()
 
 
 def test_other_models_and_versions_stay_as_they_are(make_artifact, put, repository):

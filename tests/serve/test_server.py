@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.serve import installation as installations
 from tome_export.serve import server as servers
+from tome_export.serve import watchdog as watchdogs
 from tome_export.serve.client import connect
 from tome_export.serve.log import LIMIT, failed_models, last_words
 from tome_export.serve.server import start
@@ -27,6 +29,23 @@ import time
 class TritonPythonModel:
     def initialize(self, args):
         time.sleep(60)
+"""
+
+# Loads once a file is there.
+HELD_LOAD = """
+import pathlib, time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        pathlib.Path({begun!r}).touch()
+        while not pathlib.Path({go!r}).exists():
+            time.sleep(0.05)
+
+    def execute(self, requests):
+        inputs = [pb_utils.get_input_tensor_by_name(r, "x").as_numpy() for r in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", 2 * x)]) for x in inputs]
 """
 
 PIXELS = np.random.default_rng(1).standard_normal((5, 3, 8, 8), dtype=np.float32)
@@ -167,18 +186,69 @@ def test_an_error_in_the_block_ends_the_server(repository, nothing_left):
     assert not started[0].is_alive()
 
 
-def test_killed_while_loading(repository, by_hand, nothing_left):
-    by_hand.write_identity(repository, "slow", SLOW_LOAD)
+def test_asked_to_stop_by_another(repository, nothing_left):
+    with start(repository) as server:
+        nothing_left(server)
+        os.kill(server.pid, signal.SIGTERM)
+        with pytest.raises(ExportError) as raised:
+            server.wait()
+    assert str(raised.value) == (
+        "tritonserver was asked to stop by SIGTERM while serving, not by us; start it again"
+    )
+
+
+def until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_killed_while_loading_the_repository_stays_usable(
+    repository, by_hand, tmp_path, nothing_left
+):
+    import onnxruntime
+
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    code = HELD_LOAD.format(begun=str(begun), go=str(go))
+    by_hand.write_identity(repository, "held", code)
+    onnx_model = by_hand.write_onnx(repository)
+    before = contents(repository)
     with start(repository, ready_seconds=None) as server:
         nothing_left(server)
-        deadline = time.monotonic() + 5
-        while len(by_hand.members(server.pid)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        assert until(begun.exists, 20)
         os.kill(server.pid, signal.SIGKILL)
         with pytest.raises(ExportError, match="ended by SIGKILL while loading"):
             server.wait_ready(5)
-    shutil.rmtree(repository / "slow")
+    assert contents(repository) == before
+    go.touch()
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    session = onnxruntime.InferenceSession(onnx_model, providers=["CPUExecutionProvider"])
     with start(repository) as again:
+        nothing_left(again)
+        with connect(again.grpc) as client:
+            np.testing.assert_array_equal(client.infer("held", {"x": x})["y"], 2 * x)
+            np.testing.assert_array_equal(client.infer("identity", {"x": x})["y"], x)
+            logits = client.infer("small", {"pixel_values": PIXELS})["logits"]
+        again.stop(0)
+    (expected,) = session.run(["logits"], {"pixel_values": PIXELS})
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
+def test_killed_right_after_its_start(repository, nothing_left, delay):
+    with start(repository, ready_seconds=None) as server:
+        nothing_left(server)
+        time.sleep(delay)
+        os.kill(server.pid, signal.SIGKILL)
+    with start(repository) as again:
+        x = np.ones((1, 4), np.float32)
+        with connect(again.grpc) as client:
+            np.testing.assert_array_equal(client.infer("identity", {"x": x})["y"], x)
         again.stop(0)
 
 
@@ -191,26 +261,26 @@ def test_not_ready_in_time(repository, by_hand, nothing_left):
         server.stop(0)
 
 
-CTRL_C = """
+SERVE = """
 import sys
 from pathlib import Path
 from tome_export.serve.server import start
 with start(Path(sys.argv[1])) as server:
-    print(server.pid, flush=True)
+    print(server.pid, server.log_path.parent, flush=True)
     server.wait()
 """
 
 
 def test_ctrl_c_ends_the_server(repository, by_hand):
     process = subprocess.Popen(
-        [sys.executable, "-c", CTRL_C, str(repository)],
+        [sys.executable, "-c", SERVE, str(repository)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        group = int(process.stdout.readline())
+        group = int(process.stdout.readline().split()[0])
         assert len(by_hand.members(group)) > 1
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
@@ -220,6 +290,57 @@ def test_ctrl_c_ends_the_server(repository, by_hand):
     assert "KeyboardInterrupt" in err
     assert by_hand.members(group) == []
     assert list(servers.SHARED_MEMORY.glob(f"tome_export_{process.pid}_*")) == []
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["serving", "loading"])
+def test_a_server_whose_parent_is_killed_ends_and_leaves_nothing(
+    repository, by_hand, tmp_path, ready
+):
+    begun, code = tmp_path / "begun", SERVE
+    if not ready:
+        held = HELD_LOAD.format(begun=str(begun), go=str(tmp_path / "never"))
+        by_hand.write_identity(repository, "held", held)
+        code = SERVE.replace("(sys.argv[1])", "(sys.argv[1]), ready_seconds=None")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(repository)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        group, folder = process.stdout.readline().split()
+        assert ready or until(begun.exists, 20)
+        memory = f"tome_export_{process.pid}_*"
+        assert len(by_hand.members(int(group))) > 1
+        assert list(servers.SHARED_MEMORY.glob(memory))
+    finally:
+        process.kill()  # SIGKILL: nothing of ours can run any more
+        process.communicate()
+    ended = until(lambda: not by_hand.naming(folder), servers.STOP_SECONDS + 10)
+    if not ended:
+        os.killpg(int(group), signal.SIGKILL)
+    assert ended
+    assert by_hand.members(int(group)) == []
+    assert list(servers.SHARED_MEMORY.glob(memory)) == []
+    assert not Path(folder).exists()
+
+
+def test_a_server_goes_on_without_its_watchdog(repository, by_hand):
+    with start(repository) as server:
+        (watchdog,) = set(by_hand.naming(str(server.log_path.parent))) - set(
+            by_hand.members(server.pid)
+        )
+        os.kill(watchdog, signal.SIGKILL)
+        x = np.ones((1, 4), np.float32)
+        with connect(server.grpc) as client:
+            np.testing.assert_array_equal(client.infer("identity", {"x": x})["y"], x)
+        server.stop(0)
+        assert by_hand.members(server.pid) == []
+
+
+def test_no_shell_to_watch_with(repository, monkeypatch, tmp_path):
+    monkeypatch.setattr(watchdogs, "SHELL", str(tmp_path / "sh"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ExportError, match=r"cannot start .*sh, .*No such file.*; install a shell"):
+        start(repository).__enter__()
+    assert list(tmp_path.glob("tome-export-server-*")) == []
 
 
 RAISES = """

@@ -126,7 +126,8 @@ def test_broken(case, folder):
 
 def test_version_folders(folder):
     path = folder.files["1/model.plan"]
-    for name in ("0", "01", "v1"):
+    validate(replace(folder, files={**folder.files, f"{2**63 - 1}/model.plan": path}))
+    for name in ("0", "01", "v1", "\u0663", str(2**63), "9" * 5000):
         with pytest.raises(InputError, match=f"comes with the version folder '{name}'; expected"):
             validate(replace(folder, files={**folder.files, f"{name}/model.plan": path}))
     with pytest.raises(InputError, match="comes without a version folder"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.serve.client import IMAGE, Client, Protocol, connect
+from tome_export.serve.client import IMAGE, Protocol, connect
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,10 +25,12 @@ class QueryRequest:
     Attributes:
         url: See ``tome_export.serve.client.connect``.
         images: Image files, and folders of them.
-        model: Model, or its pipeline; None for the only pipeline of the server.
+        model: Model, router or pipeline; None for the router of pipelines, or the only pipeline.
         protocol: ``grpc``, ``http``, or None for the scheme's, else gRPC.
         top: Labels per image; None for all that the server gives.
         shared_memory: Hand the images over in shared memory: server on this machine only.
+        r: For a router: the most tokens to merge per layer.
+        max_ms: For a router: the longest that one image may take the model, in ms.
     """
 
     url: str
@@ -36,6 +39,8 @@ class QueryRequest:
     protocol: Protocol | None = None
     top: int | None = None
     shared_memory: bool = False
+    r: int | None = None
+    max_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,22 +95,37 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
     Every file is looked at first, so that a bad one costs no half of the answers.
 
     Raises:
-        UsageError: if ``top`` is not positive or the URL is not one.
-        InputError: if an image is unreadable, or the server has no such model or refuses.
+        UsageError: if ``top``, ``r`` or ``max_ms`` is out of its range, both of the latter are
+            given, or the URL is not one.
+        InputError: if an image is unreadable, the server has no such model or refuses, or ``r`` or
+            ``max_ms`` is given for a model that is no router.
         MissingComponentError: if no server answers.
     """
     progress = progress or Silent()
     if request.top is not None and request.top < 1:
         raise UsageError(f"top is {request.top}; expected 1 or more")
+    parameters = _budget(request.r, request.max_ms)
     images = _read(request.images)
     progress.stage(f"Ask {request.url} about {len(images)} image{'s' * (len(images) != 1)}")
     with connect(request.url, request.protocol) as client:
         model = client.pipeline(request.model)
         progress.detail(f"model {model} over {client.protocol}")
+        if parameters and not client.routes(model):
+            raise InputError(
+                f"model {model} at {client.address} is no router, which is what --r and --max-ms "
+                "are for; leave them out, or serve several artifacts of one model together, with "
+                "--preprocess"
+            )
         rank = len(client.tensors(model)[0][IMAGE]["shape"])
         answers = []
         for count, (path, data) in enumerate(images, 1):
-            outputs = _ask(client, model, path, data, rank, shared_memory=request.shared_memory)
+            image = _image(data, rank)
+            try:
+                outputs = client.infer(
+                    model, image, shared_memory=request.shared_memory, parameters=parameters
+                )
+            except InputError as error:
+                raise InputError(f"image {path}: {error}") from error
             answers.append(_answer(path, outputs, request.top))
             progress.detail(f"images: {count}/{len(images)}")
         return QueryResult(client.address, client.protocol, model, answers)
@@ -120,17 +140,25 @@ def _read(given: Sequence[Path]) -> list[tuple[Path, bytes]]:
     return [(path, path.read_bytes()) for path in paths]
 
 
-def _ask(
-    client: Client, model: str, path: Path, data: bytes, rank: int, *, shared_memory: bool
-) -> dict[str, NDArray[Any]]:
+def _budget(r: int | None, max_ms: float | None) -> Mapping[str, str | int]:
+    """The parameters of a request to a router."""
+    if r is not None and max_ms is not None:
+        raise UsageError("both r and max-ms are given; give one of them")
+    for name, value in (("r", r), ("max-ms", max_ms)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{name} is {value:g}; expected a number, 0 or more")
+    if r is not None:
+        return {"r": r}
+    # As text: requests have no parameters with fractions.
+    return {} if max_ms is None else {"max_ms": str(max_ms)}
+
+
+def _image(data: bytes, rank: int) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     image = np.empty([1] * rank, dtype=np.object_)
     image[...] = data
-    try:
-        return client.infer(model, {IMAGE: image}, shared_memory=shared_memory)
-    except InputError as error:
-        raise InputError(f"image {path}: {error}") from error
+    return {IMAGE: image}
 
 
 def _answer(path: Path, outputs: dict[str, NDArray[Any]], top: int | None) -> ImageAnswer:

@@ -22,9 +22,11 @@ from tome_export.serve.repository import (
     models_in,
     write,
 )
+from tome_export.serve.routers import has_router, router_folders
 from tome_export.serve.source import (
     TENSORRT,
     Source,
+    check_free_name,
     check_name,
     default_name,
     plain_name,
@@ -78,7 +80,8 @@ class ServeResult:
     Attributes:
         repository: Its directory.
         models: What was written, each after the models it needs.
-        entry: The model a client asks: the router, the pipeline, or the model itself.
+        entry: The model a client asks: the router (of pipelines where there are some), the
+            pipeline, or the model itself.
         kserve: The manifest, if one was asked for.
         random_weights: Whether the model has learned nothing.
         notes: What a user should know.
@@ -107,6 +110,7 @@ class ServeResult:
 class _Served:
     artifact: Artifact
     source: Source
+    base: str | None
     name: str
     folder: ModelFolder
     version: int
@@ -126,19 +130,20 @@ def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResul
     repository = check_repository(request.repository)
     _check_kserve(request.kserve)
     if request.options.name is not None:
-        check_name(request.options.name)
+        check_free_name(request.options.name)
     many = len(request.artifacts) > 1
     progress.stage("Verify the artifacts" if many else "Verify the artifact")
     artifacts = [Artifact.open(path.absolute()) for path in request.artifacts]
     _check_alike(artifacts)
     progress.stage("Make and check the model configs")
     served = [_served(artifact, request, repository) for artifact in artifacts]
-    folders = [folder for one in served for folder in _folders(one, request.options)]
+    groups = [_folders(one, request.options) for one in served]
+    folders = [folder for group in groups for folder in group]
     entry = folders[-1].name
-    if many:
-        router = _router(served, request.options)
-        folders.append(router)
-        entry = router.name
+    routers = _routers(served, groups, request.options, repository)
+    folders += routers
+    if len(routers) > request.options.preprocess:
+        entry = routers[-1].name
     _validate(served, folders, repository)
     progress.stage(f"Write {repository}")
     written = write(repository, folders, force=request.force)
@@ -181,9 +186,7 @@ def tensors_of_onnx(path: Path) -> tuple[tuple[TensorInfo, ...], tuple[TensorInf
 def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Served:
     options = request.options
     source = source_from_artifact(artifact, request.format)
-    name = options.name or default_name(artifact.manifest)
-    if options.name is not None and len(request.artifacts) > 1:
-        name = f"{name}_{default_name(artifact.manifest).rpartition('_')[2]}"
+    base, name = _base_and_name(artifact, request, repository)
     check_name(name)
     if options.preprocess and source.batch.is_static:
         raise InputError(
@@ -193,7 +196,27 @@ def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Ser
         )
     version = choose_version(repository, folder_from_source(source, name, options), options.version)
     folder = folder_from_source(source, name, replace(options, version=version))
-    return _Served(artifact, source, name, folder, version)
+    return _Served(artifact, source, base, name, folder, version)
+
+
+def _base_and_name(
+    artifact: Artifact, request: ServeRequest, repository: Path
+) -> tuple[str | None, str]:
+    """What the names behind one router have in common, and the name of this model.
+
+    A single model of any other name has None: it is behind no router.
+    """
+    default = default_name(artifact.manifest)
+    end = f"_{default.rpartition('_')[2]}"
+    name = request.options.name
+    if name is None:
+        return plain_name(artifact.manifest["model"]["name"]), default
+    is_base = len(request.artifacts) > 1 or (
+        has_router(repository, name) and name not in models_in(repository)
+    )
+    if is_base:
+        return name, f"{name}{end}"
+    return name.removesuffix(end) if name.endswith(end) else None, name
 
 
 def _folders(one: _Served, options: ServeOptions) -> list[ModelFolder]:
@@ -202,25 +225,30 @@ def _folders(one: _Served, options: ServeOptions) -> list[ModelFolder]:
         return [one.folder]
     from tome_export.serve.pipeline_models import pipeline_folders
 
-    around = pipeline_folders(one.artifact, one.name, replace(options, version=one.version))
-    for folder in around:
-        # An engine may take smaller batches than the model it was built from.
-        folder.config.max_batch_size = min(
-            folder.config.max_batch_size, one.folder.config.max_batch_size
-        )
-    return [one.folder, *around]
+    options = replace(options, version=one.version)
+    return [one.folder, *pipeline_folders(one.artifact, one.name, options, batch=one.source.batch)]
 
 
-def _router(served: Sequence[_Served], options: ServeOptions) -> ModelFolder:
-    from tome_export.serve.pipeline_models import route_of, router_folder
+def _routers(
+    served: Sequence[_Served],
+    groups: Sequence[Sequence[ModelFolder]],
+    options: ServeOptions,
+    repository: Path,
+) -> list[ModelFolder]:
+    """What chooses among the models, and among their pipelines."""
+    base = served[0].base
+    if base is None:
+        return []
+    from tome_export.serve.pipeline_models import Route, route_of
 
-    routes = [
-        route_of(one.artifact, one.name, one.folder.config, _measured_ms(one.artifact))
-        for one in served
-    ]
-    base = options.name or plain_name(served[0].artifact.manifest["model"]["name"])
-    # The routes are all that a router is: there is nothing to go back to, so no second version.
-    return router_folder(f"{base}_router", routes, replace(options, version=None))
+    def route(one: _Served, folder: ModelFolder) -> Route:
+        return route_of(one.artifact, folder.name, folder.config, _measured_ms(one.artifact))
+
+    models = [route(one, one.folder) for one in served]
+    pairs = zip(served, groups, strict=True)
+    pipelines = [route(one, group[-1]) for one, group in pairs if options.preprocess]
+    options = replace(options, version=None)
+    return router_folders(repository, base, models, pipelines, options)
 
 
 def _measured_ms(artifact: Artifact) -> float | None:
@@ -294,18 +322,32 @@ def _actual_tensors(
 
 
 def _check_kserve(path: Path | None) -> None:
+    """Whether the manifest can be written, which comes last: found out by making its draft."""
     if path is None:
         return
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file for the KServe manifest")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path.parent} does not exist; make it, or give another file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device, pipe or socket; give a file for the KServe manifest")
+    try:
+        _draft(path).touch()
+        _draft(path).unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; give another file for the KServe manifest"
+        ) from error
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _write_text(path: Path, text: str) -> None:
-    if path.is_file() and path.read_text() == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sibling = _draft(path)
     with writing_to(path):
         try:
             sibling.write_text(text)

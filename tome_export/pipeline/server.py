@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tome_export.engine.gpu import detect
-from tome_export.errors import MissingComponentError
+from tome_export.errors import MissingComponentError, UsageError
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.serve.config import CPU
+from tome_export.serve.ports import check_ports
 from tome_export.serve.repository import models_in
-from tome_export.serve.server import RunningServer, start
+from tome_export.serve.server import READY_SECONDS, RunningServer, start
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,12 @@ class RunRequest:
         http_port: Port; 0 for a free one.
         grpc_port: Likewise.
         metrics_port: Likewise.
+        ready_seconds: Most time until it is ready. The first start of an ONNX model on a GPU
+            builds TensorRT engines, which takes minutes.
         on_log: Called with each line of the server's log, from another thread; None drops them.
+
+    Raises:
+        UsageError: if a port is none or given twice, or the time is none.
     """
 
     repository: Path
@@ -33,7 +40,13 @@ class RunRequest:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    ready_seconds: float = READY_SECONDS
     on_log: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_ports((self.http_port, self.grpc_port, self.metrics_port))
+        if not 0 < self.ready_seconds < math.inf:
+            raise UsageError(f"ready timeout is {self.ready_seconds:g}; expected seconds above 0")
 
 
 @contextlib.contextmanager
@@ -44,7 +57,7 @@ def running(request: RunRequest, progress: Progress | None = None) -> Iterator[R
         MissingComponentError: if no server is at hand, or a model needs a GPU and there is none.
         InputError: if the server cannot load a model.
         UsageError: if a port is taken.
-        ExportError: if it does not start otherwise.
+        ExportError: if it does not start otherwise, or is not ready in time.
     """
     gpus = detect().gpus
     if not gpus:
@@ -58,6 +71,7 @@ def running(request: RunRequest, progress: Progress | None = None) -> Iterator[R
         metrics_port=request.metrics_port,
         config_name=None if gpus else CPU,
         on_log=request.on_log,
+        ready_seconds=request.ready_seconds,
     ) as server:
         yield server
 

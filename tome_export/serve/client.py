@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tome_export.errors import InputError, MissingComponentError, TomeExportError, UsageError
+from tome_export.serve.pipeline_models import ROUTES
+from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,11 +20,14 @@ Protocol = Literal["grpc", "http"]
 PORTS = {"grpc": 8001, "http": 8000}
 """The server's own defaults."""
 
-PIPELINE = "_pipeline"
-"""How the names of models end that take encoded images."""
-
 IMAGE = "image"
-"""The input of such a model: BYTES, an encoded JPEG or PNG file."""
+"""The input of a model that takes encoded images: BYTES, a JPEG or PNG file."""
+
+PIPELINE = "_pipeline"
+"""What ``tome-export serve`` adds to the name of a model, or of a router, for such a model."""
+
+ROUTER = "_router"
+"""What it adds to what the names of several models have in common, for a router of them."""
 
 TIMEOUT_SECONDS = 60.0
 
@@ -97,6 +102,9 @@ class Client:
                 f"no model {model} is ready at {self.address}; it serves "
                 f"{', '.join(known) or 'none'}"
             )
+        return self._tensors(model)
+
+    def _tensors(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         with self._explained():
             extra = {**self._limit, "as_json": True} if self.protocol == "grpc" else {}
             metadata = self._client.get_model_metadata(model, **extra)
@@ -112,28 +120,43 @@ class Client:
         )
         return inputs, outputs
 
+    def routes(self, model: str) -> tuple[str, ...]:
+        """The models behind a router; none if the model is no router."""
+        with self._explained():
+            if self.protocol == "grpc":
+                config = self._client.get_model_config(model, **self._limit, as_json=True)["config"]
+            else:
+                config = self._client.get_model_config(model)
+        routes = config.get("parameters", {}).get(ROUTES, {}).get("string_value", "")
+        return tuple(filter(None, routes.split(",")))
+
     def pipeline(self, name: str | None = None) -> str:
         """The model that takes encoded images.
 
         Args:
-            name: It, or the model it belongs to; None for the only one there is.
+            name: It, or the model or router it belongs to, or what the names of the models behind
+                a router have in common; None for the only one there is, where a router stands for
+                the models behind it.
 
         Raises:
             InputError: if there is none, or several and no name.
         """
         known = self.models()
-        pipelines = [model for model in known if model.endswith(PIPELINE)]
         if name is not None:
-            for candidate in (f"{name}{PIPELINE}", name):
-                if candidate in known and IMAGE in self.tensors(candidate)[0]:
+            for candidate in (name, f"{name}{PIPELINE}", f"{name}{ROUTER}{PIPELINE}"):
+                if candidate in known and IMAGE in self._tensors(candidate)[0]:
                     return candidate
-            if name in known:
-                raise InputError(
-                    f"model {name} at {self.address} takes no encoded images; write it with "
-                    "'tome-export serve ... --preprocess' or give one of "
-                    f"{', '.join(pipelines) or 'another server'}"
-                )
-            self.tensors(name)  # says what there is
+            if name not in known:
+                self.tensors(name)  # says what there is
+        pipelines = [model for model in known if self._is_pipeline(model)]
+        if name is not None:
+            raise InputError(
+                f"model {name} at {self.address} takes no encoded images; write it with "
+                "'tome-export serve ... --preprocess' or give one of "
+                f"{', '.join(pipelines) or 'another server'}"
+            )
+        behind = {route for model in pipelines for route in self.routes(model)}
+        pipelines = [model for model in pipelines if model not in behind]
         if len(pipelines) == 1:
             return pipelines[0]
         if pipelines:
@@ -145,6 +168,12 @@ class Client:
             f"{self.address} serves {', '.join(known) or 'no model'}, none of which takes encoded "
             "images; write the repository with 'tome-export serve ... --preprocess'"
         )
+
+    def _is_pipeline(self, model: str) -> bool:
+        """Whether it takes encoded images, and gives more than their pixels."""
+        inputs, outputs = self._tensors(model)
+        takes_images = inputs.keys() == {IMAGE} and inputs[IMAGE]["datatype"] == "BYTES"
+        return takes_images and outputs.keys() != {INPUT_NAME}
 
     def infer(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -60,6 +61,12 @@ def last_words(log: str) -> str:
 def port_in_use(log: str) -> bool:
     """Whether the server ended because another process has one of its ports."""
     return re.search(r"already in use", log) is not None
+
+
+def asked_to_stop(log: str) -> str | None:
+    """Name of the signal that the server took for a request to end; None if it got none."""
+    found = re.search(r"Signal \((\d+)\) received\.", log)
+    return signal.Signals(int(found[1])).name if found is not None else None
 
 
 def shortened(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -26,6 +26,13 @@ TOP_K = 5
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header: decoding takes 3 bytes for each of these pixels, 15
 where there is transparency, and up to four images are decoded at once."""
+
+ROUTER_INSTANCES = 4
+"""An instance of a router answers the requests that it has taken together, and takes no other until
+the slowest of them is answered."""
+
+ROUTES = "routes"
+"""Parameter of a router's config: names of the models behind it, with commas, for clients."""
 
 _MODELS = Path(__file__).parent / "python_models"
 
@@ -72,7 +79,7 @@ def pipeline_folders(
     Args:
         artifact: What is served.
         name: Name of its model on the server.
-        options: Version, instances and queue limits; None as version stands for 1.
+        options: Version and instances; None as version stands for 1.
         batch: Batch sizes of the file that is served; None for the artifact's own.
 
     Returns:
@@ -135,7 +142,7 @@ def _pipeline(
     options: ServeOptions,
     rows: _Rows,
 ) -> ModelFolder:
-    """The ensemble. It has no queue of its own: those of its steps limit it."""
+    """The ensemble. It has no queue of its own: that of the model limits it."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     output = artifact.manifest["output"]["name"]
@@ -174,7 +181,7 @@ def router_folder(
     Args:
         name: Of the router on the server.
         routes: At least one, in any order.
-        options: Version, instances and queue limits of the router.
+        options: Version and instances of the router.
 
     Raises:
         InputError: if two routes have the same model or r, or inputs or outputs differ.
@@ -184,6 +191,8 @@ def router_folder(
     _check_routes(ordered)
     like = ordered[0].config
     config = _python_config(name, min(route.config.max_batch_size for route in ordered), options)
+    config.instance_group[0].count = max(ROUTER_INSTANCES, options.instances)
+    config.parameters[ROUTES].string_value = ",".join(route.model for route in ordered)
     for mine, theirs in ((config.input, like.input), (config.output, like.output)):
         for tensor in theirs:
             mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
@@ -200,12 +209,19 @@ def route_of(artifact: Artifact, model: str, config: ModelConfig, ms: float | No
     return Route(model, int(asked[1]) if asked else mean, ms, config)
 
 
-def routes_from_json(text: str, config_of: Callable[[str], ModelConfig]) -> list[Route]:
+def routes_from_json(
+    text: str,
+    config_of: Callable[[str], ModelConfig],
+    models: Collection[str],
+    where: str = "routes.json",
+) -> list[Route]:
     """Read a router's ``routes.json``.
 
     Args:
         text: Content of the file.
         config_of: Gives the config of a model by its name.
+        models: Those there are; routes to others are left out.
+        where: What a message calls the file.
 
     Raises:
         InputError: if the text is not what ``router_folder`` writes.
@@ -221,10 +237,10 @@ def routes_from_json(text: str, config_of: Callable[[str], ModelConfig]) -> list
         for model, r, ms in plain
     ):
         raise InputError(
-            "routes.json of the router is not a list of models with r and ms; remove the router's "
-            "folder and serve its models again"
+            f"{where} is not a router's list of models with r and ms; remove the router's folder "
+            "and serve its models again"
         )
-    return [Route(model, r, ms, config_of(model)) for model, r, ms in plain]
+    return [Route(model, r, ms, config_of(model)) for model, r, ms in plain if model in models]
 
 
 def _check_routes(routes: Sequence[Route]) -> None:
@@ -235,12 +251,12 @@ def _check_routes(routes: Sequence[Route]) -> None:
         if before.model != route.model and before.r == route.r:
             raise InputError(
                 f"models {before.model} and {route.model} both merge r = {route.r:g}; a router "
-                "needs one model for each r"
+                "needs one model for each r, give another --name"
             )
         if _interface(route.config) != _interface(first.config):
             raise InputError(
                 f"models {first.model} and {route.model} have different inputs or outputs; "
-                "a router needs artifacts of one model"
+                "a router needs artifacts of one model, give another --name"
             )
     names = [route.model for route in routes]
     for model in names:
@@ -265,16 +281,17 @@ def _output_shape(artifact: Artifact) -> list[int]:
 
 
 def _python_config(name: str, max_batch: int, options: ServeOptions) -> ModelConfig:
-    """A model of the python backend on the CPU, batched without waiting, with a bounded queue."""
+    """A model of the python backend on the CPU, batched without waiting.
+
+    Its queue has no limits, whatever the options say: the model of pixels is what is slow, and a
+    limit would want more processes (see ``LEAST_WITH_LIMITS``).
+    """
     from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
     config = ModelConfig(name=name, backend="python", max_batch_size=max_batch)
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=options.instances)
-    queue = config.dynamic_batching.default_queue_policy
-    queue.default_timeout_microseconds = options.timeout_ms * 1000
-    queue.max_queue_size = options.max_queue_size
-    queue.allow_timeout_override = True
+    config.dynamic_batching.SetInParent()
     return config
 
 

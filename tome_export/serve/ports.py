@@ -9,14 +9,29 @@ from collections.abc import Sequence
 from tome_export.errors import UsageError
 
 
+def check_ports(ports: Sequence[int]) -> None:
+    """Whether a server could listen on all of these; 0 stands for any free one.
+
+    Raises:
+        UsageError: if one is none, or two are the same.
+    """
+    for port in ports:
+        if not 0 <= port <= 65535:
+            raise UsageError(f"port is {port}; expected 0 to 65535, 0 for a free one")
+        if port and ports.count(port) > 1:
+            raise UsageError(f"port {port} is given twice; give different ones, or 0 for free ones")
+
+
 def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
     """The ports asked for, with free ones in place of 0.
 
     A free port may be taken before it is used: whoever uses it must be ready to try again.
 
     Raises:
-        UsageError: if the host is not an address of this machine, or a port is taken.
+        UsageError: if the host is not an address of this machine, or a port is taken, given
+            twice or none.
     """
+    check_ports(wanted)
     with contextlib.ExitStack() as stack:
         ports = []
         for port in wanted:

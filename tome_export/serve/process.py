@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tome_export.serve.watchdog import Watchdog
+
 POLL_SECONDS = 0.02
 
 
@@ -20,10 +22,11 @@ class GroupProcess:
     Args:
         log_path: Where standard output and standard error go.
         tidy: Called once the program and its group are gone.
+        watchdog: Told which group runs, to end it if this process is killed.
     """
 
-    def __init__(self, log_path: Path, tidy: Callable[[], None]) -> None:
-        self._log_path, self._tidy = log_path, tidy
+    def __init__(self, log_path: Path, tidy: Callable[[], None], watchdog: Watchdog) -> None:
+        self._log_path, self._tidy, self._watchdog = log_path, tidy, watchdog
         self._process: subprocess.Popen[bytes] | None = None
         self._launching = threading.Lock()
         self._cancelled = False
@@ -52,6 +55,7 @@ class GroupProcess:
                         env=dict(environment),
                         start_new_session=True,  # Ctrl-C in the terminal is for us: we stop it
                     )
+                    self._watchdog.guard(self._process.pid)
             except OSError as error:
                 self._failure = error
             finally:
@@ -117,5 +121,6 @@ class GroupProcess:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            self._watchdog.release()
             process.wait()
             self._tidy()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from tome_export.artifact import MANIFEST, writing_to
 from tome_export.errors import InputError
 from tome_export.serve.config import HEADER, config_from_text, config_text
-from tome_export.serve.spec import ModelFolder
+from tome_export.serve.spec import ModelFolder, is_version
 from tome_export.serve.staging import exchange, locked, staging
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def versions_of(model: Path) -> tuple[int, ...]:
     if not model.is_dir():
         return ()
     names = [entry.name for entry in model.iterdir() if entry.is_dir()]
-    return tuple(sorted(int(n) for n in names if n.isdecimal() and not n.startswith("0")))
+    return tuple(sorted(int(name) for name in names if is_version(name)))
 
 
 def models_in(repository: Path) -> tuple[str, ...]:
@@ -188,11 +188,16 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
 
 
 def _check_ours(model: Path, folder: ModelFolder) -> None:
-    if not _is_ours(model / CONFIG):
+    if not is_ours(model):
         raise InputError(
             f"{model} is there and its {CONFIG} is not one that 'tome-export serve' wrote; give "
             f"another --name than {folder.name}"
         )
+
+
+def is_ours(model: Path) -> bool:
+    """Whether a model's folder is one that we wrote."""
+    return _is_ours(model / CONFIG)
 
 
 def _is_ours(config: Path) -> bool:

@@ -19,6 +19,7 @@ from tome_export.serve import log as server_log
 from tome_export.serve.installation import find
 from tome_export.serve.ports import free_ports, is_open
 from tome_export.serve.process import POLL_SECONDS, GroupProcess
+from tome_export.serve.watchdog import Watchdog
 
 Control = Literal["none", "explicit", "poll"]
 
@@ -54,13 +55,13 @@ class RunningServer:
         stand_in: Whether our stand-in runs the models of the ONNX Runtime backend.
     """
 
-    def __init__(self, command: _Command, log_path: Path, *, stand_in: bool) -> None:
+    def __init__(
+        self, command: _Command, log_path: Path, memory: str, watchdog: Watchdog, *, stand_in: bool
+    ) -> None:
         self.log_path, self.stand_in = log_path, stand_in
         self.http, self.grpc, self.metrics = "", "", ""
-        self._command = command
-        # Of this server alone, so that what a killed one leaves can be told from another's.
-        self._memory = f"tome_export_{os.getpid()}_{secrets.token_hex(4)}_"
-        self._process = GroupProcess(log_path, self._remove_memory)
+        self._command, self._memory = command, memory
+        self._process = GroupProcess(log_path, self._remove_memory, watchdog)
 
     @property
     def pid(self) -> int:
@@ -114,7 +115,8 @@ class RunningServer:
             if time.monotonic() > deadline:
                 words = server_log.last_words(self._process.log())
                 raise ExportError(
-                    f"tritonserver is not ready after {seconds:g} s: {words}; allow more time"
+                    f"tritonserver is not ready after {seconds:g} s: {words}; allow more time "
+                    "(--ready-timeout): the first start on a GPU may build engines"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -167,6 +169,11 @@ class RunningServer:
             return ExportError(
                 f"tritonserver was ended by {name} {when}; if nobody did that, see whether the "
                 "system was out of memory, and start it again"
+            )
+        asked = server_log.asked_to_stop(log)
+        if asked is not None:  # what the log says after it, or has said before, is not the reason
+            return ExportError(
+                f"tritonserver was asked to stop by {asked} {when}, not by us; start it again"
             )
         failed = server_log.failed_models(log)
         if failed:
@@ -229,6 +236,10 @@ def start(
     stands_in = not installation.has_onnxruntime if stand_in is None else stand_in
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tome-export-server-"))
+        # Of this server alone, so that what a killed one leaves can be told from another's.
+        memory = f"tome_export_{os.getpid()}_{secrets.token_hex(4)}_"
+        watchdog = Watchdog(Path(folder), SHARED_MEMORY / memory, STOP_SECONDS)
+        stack.callback(watchdog.end)
         for part in ("backends", "python"):
             Path(folder, part).mkdir()
         backends = installation.prepare_backends(Path(folder, "backends"), stand_in=stands_in)
@@ -247,7 +258,8 @@ def start(
         ports = (http_port, grpc_port, metrics_port)
         environment = installation.environment(Path(folder, "python"))
         plan = _Command(command, environment, repository, host, ports)
-        server = RunningServer(plan, Path(folder, "log"), stand_in=stands_in)
+        log_path = Path(folder, "log")
+        server = RunningServer(plan, log_path, memory, watchdog, stand_in=stands_in)
         if on_log is not None:
             follower = server_log.Follower(server.log_path, on_log)
             stack.callback(follower.stop)

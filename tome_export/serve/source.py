@@ -26,6 +26,10 @@ MAX_NAME = 128
 """Longest name of a model: names of the models around it, and of files, are longer."""
 
 
+RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router")
+"""How the names of the models around a model end."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What is served.
@@ -127,6 +131,21 @@ def check_name(name: str) -> None:
         raise UsageError(
             f"model name has {len(name)} characters; expected {MAX_NAME} or fewer, give a shorter "
             "one with --name"
+        )
+
+
+def check_free_name(name: str) -> None:
+    """Refuse what is no name that a user may choose: we add some ends of names ourselves.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    check_name(name)
+    end = next((end for end in RESERVED if name.endswith(end)), None)
+    if end is not None:
+        raise UsageError(
+            f"model name is {name!r}; names that end in {end} are given to models made around a "
+            f"model, choose one such as {name.removesuffix(end) or 'vit_b16'}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,17 @@ from tome_export.errors import UsageError
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+MOST = 2**31 - 1
+"""Largest number of the options: most are of 32 bits in the server's schema."""
+
+MOST_VERSION = 2**63 - 1
+"""Largest version: the server reads the name of a version folder as a signed 64-bit number."""
+
+
+def is_version(folder: str) -> bool:
+    """Whether the server takes a folder of that name for a version."""
+    return re.fullmatch(r"[1-9][0-9]{0,18}", folder) is not None and int(folder) <= MOST_VERSION
 
 
 @dataclass(frozen=True)
@@ -22,10 +34,12 @@ class ServeOptions:
         version: Version folder, at least 1; None for 1, or the version that already has the same
             files.
         preprocess: Also write the models that take encoded images and give labels or features.
-        instances: Copies of the model per device.
+        instances: Copies of the model per device; a limited queue takes two or more.
         max_queue_delay_us: How long the server may hold a request back to fill a batch.
-        max_queue_size: Requests that may wait; further ones are rejected at once.
-        timeout_ms: How long a request may wait in the queue before it is rejected.
+        max_queue_size: Requests that may wait; further ones are rejected at once. None sets no
+            limit.
+        timeout_ms: How long a request may wait in the queue before it is rejected; None for any
+            time.
         cuda_graph_batches: Batch sizes recorded as CUDA graphs (TensorRT plans); None for the
             least, tuned and largest batch of the engine.
 
@@ -38,24 +52,27 @@ class ServeOptions:
     preprocess: bool = False
     instances: int = 1
     max_queue_delay_us: int = 2000
-    max_queue_size: int = 256
-    timeout_ms: int = 5000
+    max_queue_size: int | None = None
+    timeout_ms: int | None = None
     cuda_graph_batches: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        least = {
-            "version": (self.version, 1),
-            "instances": (self.instances, 1),
-            "queue delay": (self.max_queue_delay_us, 0),
-            "queue size": (self.max_queue_size, 1),
-            "queue timeout": (self.timeout_ms, 1),
-        }
-        for what, (value, expected) in least.items():
-            if value is not None and value < expected:
-                raise UsageError(f"{what} is {value}; expected {expected} or more")
-        for batch in self.cuda_graph_batches or ():
-            if batch < 1:
-                raise UsageError(f"CUDA graph batch is {batch}; expected 1 or more")
+        ranges = [
+            ("version", self.version, 1, MOST_VERSION),
+            ("instances", self.instances, 1, MOST),
+            ("queue delay", self.max_queue_delay_us, 0, MOST),
+            ("queue size", self.max_queue_size, 1, MOST),
+            ("queue timeout", self.timeout_ms, 1, MOST),
+            *(("CUDA graph batch", batch, 1, MOST) for batch in self.cuda_graph_batches or ()),
+        ]
+        for what, value, least, most in ranges:
+            if value is not None and not least <= value <= most:
+                raise UsageError(f"{what} is {value}; expected {least} to {most}")
+
+    @property
+    def limits_queue(self) -> bool:
+        """Whether requests may be rejected instead of waiting."""
+        return self.max_queue_size is not None or self.timeout_ms is not None
 
 
 @dataclass(frozen=True)

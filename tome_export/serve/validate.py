@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.serve.config import DATA_TYPES, config_from_text, config_text
-from tome_export.serve.spec import ModelFolder
+from tome_export.serve.spec import MOST_VERSION, ModelFolder, is_version
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -155,8 +155,10 @@ def _files(config: ModelConfig, folder: ModelFolder) -> Iterator[str]:
         if rest and first != "configs":
             versions.setdefault(first, set()).add(rest[0])
     for version, names in versions.items():
-        if not version.isdecimal() or version.startswith("0"):
-            yield f"comes with the version folder {version!r}; expected a number, 1 or more"
+        if not is_version(version):
+            yield (
+                f"comes with the version folder {version!r}; expected a number, 1 to {MOST_VERSION}"
+            )
         expected = FILES.get(config.platform)
         if expected and expected not in names:
             yield f"is for {config.platform}, and version {version} has no {expected}"

@@ -5,7 +5,7 @@ Inputs and outputs are those of the models. A request parameter says which one:
 - ``r``: merge at most that many tokens per layer. Taken is the model with the largest r that does
   not exceed it; if all do, the one that merges least.
 - ``max_ms``: be as fast as that. Taken is the model that merges least among those whose measured
-  latency fits; if none does, the fastest.
+  latency fits; if none does, the fastest of them. If no model was measured, as with neither.
 - Neither: the model that merges least, which is the largest budget.
 
 ``routes.json`` beside this file lists the models. A parameter that is no such number fails the
@@ -69,8 +69,7 @@ def chosen(routes: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str
         parameters: Of the request; only ``r`` and ``max_ms`` matter.
 
     Raises:
-        BadBudgetError: if one is not a number in its range, both are given, or ``max_ms`` is
-            given and no route was measured.
+        BadBudgetError: if one is not a number in its range, or both are given.
     """
     ordered = sorted(routes, key=lambda route: route["r"])
     if "r" in parameters and "max_ms" in parameters:
@@ -82,10 +81,9 @@ def chosen(routes: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str
     if "max_ms" in parameters:
         limit = _number("max_ms", parameters["max_ms"])
         measured = [route for route in ordered if route["ms"] is not None]
-        if not measured:
-            raise BadBudgetError("max_ms is given but no model here was measured; give r instead")
         fitting = [route for route in measured if route["ms"] <= limit]
-        return fitting[0] if fitting else min(measured, key=lambda route: route["ms"])
+        if measured:
+            return fitting[0] if fitting else min(measured, key=lambda route: route["ms"])
     return ordered[0]
 
 

@@ -1,0 +1,394 @@
+"""The router: on the real server, with models whose answers tell them apart.
+
+The models have one layer, with other weights for each r.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import queue
+import shutil
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+from tome_export.artifact import Artifact
+from tome_export.errors import InputError
+from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
+from tome_export.serve.client import connect
+from tome_export.serve.config import config_from_text, folder_from_source
+from tome_export.serve.pipeline_models import (
+    ROUTER_INSTANCES,
+    ROUTES,
+    Route,
+    route_of,
+    router_folder,
+    routes_from_json,
+)
+from tome_export.serve.repository import write
+from tome_export.serve.server import start
+from tome_export.serve.source import source_from_artifact
+
+pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+
+MS = {0: 3.0, 8: 1.5}
+ROUTER, IMAGE_ROUTER = "small_router", "small_router_pipeline"
+BAD_REQUEST = {"grpc": "StatusCode.INVALID_ARGUMENT", "http": "400"}
+
+
+@pytest.fixture(scope="module")
+def artifacts(by_hand, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artifacts")
+    return {
+        r: by_hand.write_artifact(
+            folder / str(r), schedule=f"r={r} constant", r=[r], seed=r, ms=ms, labels=list("abcde")
+        )
+        for r, ms in MS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def server(request, artifacts, tmp_path_factory):
+    request.getfixturevalue("installation")
+    repository = tmp_path_factory.mktemp("repository")
+    serve(ServeRequest(tuple(artifacts.values()), repository, ServeOptions(preprocess=True)))
+    with start(repository, config_name="cpu") as running:
+        yield running
+        running.stop(0)
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(request, server):
+    with connect(getattr(server, request.param), request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def grpc(server):
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(server.grpc) as made:
+        yield made
+
+
+def made_pixels(count):
+    return np.random.default_rng(1).standard_normal((count, 3, 8, 8), dtype=np.float32)
+
+
+def logits_of(artifacts, r, pixels):
+    session = onnxruntime.InferenceSession(
+        str(artifacts[r] / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"pixel_values": pixels})[0]
+
+
+def images(count):
+    files = np.empty((count, 1), dtype=np.object_)
+    for index in range(count):
+        stream = io.BytesIO()
+        Image.effect_noise((16, 16), 90 + index).convert("RGB").save(stream, "PNG")
+        files[index] = stream.getvalue()
+    return {"image": files}
+
+
+def counts(grpc, model):
+    """Inferences (images) and executions (batches) of a model so far.
+
+    The server counts a request a moment after it has answered it.
+    """
+    seen = None
+    while True:
+        stats = grpc.get_inference_statistics(model).model_stats[0]
+        before, seen = seen, (stats.inference_count, stats.execution_count)
+        if seen == before:
+            return np.array(seen)
+        time.sleep(0.2)
+
+
+ROUTED = [
+    ({}, 0),
+    ({"r": 8}, 8),
+    ({"r": 7}, 0),
+    ({"r": "20"}, 8),
+    ({"max_ms": 3}, 0),
+    ({"max_ms": "2.5"}, 8),
+    ({"max_ms": 1}, 8),
+]
+
+
+@pytest.mark.parametrize(("parameters", "r"), ROUTED, ids=str)
+def test_the_model_of_the_budget_is_asked(client, grpc, artifacts, parameters, r):
+    pixels = made_pixels(4)
+    before = counts(grpc, f"small_r{r}")
+    answer = client.infer(ROUTER, {"pixel_values": pixels}, parameters=parameters)
+    assert (counts(grpc, f"small_r{r}") - before).tolist() == [4, 1]
+    expected = {r: logits_of(artifacts, r, pixels) for r in MS}
+    np.testing.assert_allclose(answer["logits"], expected[r], atol=1e-4)
+    # The two models do not agree by chance.
+    assert np.abs(expected[0] - expected[8]).max() > 1e-2
+
+
+def test_images_are_routed_to_the_pipelines(client, grpc):
+    for r in MS:
+        before = counts(grpc, f"small_r{r}")
+        given = images(3)
+        answer = client.infer(IMAGE_ROUTER, given, parameters={"r": r})
+        direct = client.infer(f"small_r{r}_pipeline", given)
+        assert (counts(grpc, f"small_r{r}") - before).tolist() == [6, 2]
+        for output in ("label", "score", "index"):
+            np.testing.assert_array_equal(answer[output], direct[output])
+    with pytest.raises(InputError, match="image is not a JPEG or PNG file"):
+        client.infer(IMAGE_ROUTER, {"image": np.array([[b"hello"]], dtype=np.object_)})
+
+
+def test_only_the_outputs_asked_for_are_given(grpc):
+    from tritonclient.grpc import InferInput, InferRequestedOutput
+
+    given = images(2)["image"]
+    tensor = InferInput("image", list(given.shape), "BYTES")
+    tensor.set_data_from_numpy(given)
+    answer = grpc.infer(IMAGE_ROUTER, [tensor], outputs=[InferRequestedOutput("index")])
+    assert answer.as_numpy("index").shape == (2, 5)
+    assert answer.as_numpy("score") is None
+
+
+def test_bad_budget_is_an_error_of_its_request(client):
+    inputs = {"pixel_values": made_pixels(1)}
+    for parameters, message in (
+        ({"r": "fast"}, "r is 'fast'; expected a number, 0 or more"),
+        ({"r": True}, "r is True; expected a number, 0 or more"),
+        ({"max_ms": -1}, "max_ms is -1; expected a number, 0 or more"),
+        ({"r": 1, "max_ms": 1}, "both r and max_ms are given; give one of them"),
+    ):
+        with pytest.raises(InputError) as caught:
+            client.infer(ROUTER, inputs, parameters=parameters)
+        assert message in str(caught.value)
+        assert caught.value.__cause__.status() == BAD_REQUEST[client.protocol]
+    assert client.infer(ROUTER, inputs)["logits"].shape == (1, 5)
+
+
+def pixel_input(pixels):
+    from tritonclient.grpc import InferInput
+
+    tensor = InferInput("pixel_values", list(pixels.shape), "FP32")
+    tensor.set_data_from_numpy(pixels)
+    return [tensor]
+
+
+def test_requests_of_different_budgets_are_kept_apart(artifacts, grpc):
+    """Requests that the router gets together are answered each by its own model."""
+    pixels = made_pixels(16)
+    done: list[queue.Queue] = [queue.Queue() for _ in range(16)]
+    budgets = [0 if index % 3 else 8 for index in range(16)]
+    before = {r: counts(grpc, f"small_r{r}")[0] for r in MS}
+    for index, budget in enumerate(budgets):
+        grpc.async_infer(
+            ROUTER,
+            pixel_input(pixels[index : index + 1]),
+            lambda result, error, index=index: done[index].put(error or result),
+            parameters={"r": budget},
+        )
+    logits = np.concatenate([d.get(timeout=30).as_numpy("logits") for d in done])
+    expected = {r: logits_of(artifacts, r, pixels) for r in MS}
+    rows = np.stack([expected[r][index] for index, r in enumerate(budgets)])
+    np.testing.assert_allclose(logits, rows, atol=1e-4)
+    after = {r: counts(grpc, f"small_r{r}")[0] - before[r] for r in MS}
+    assert after == Counter(budgets)
+
+
+WAITS = """
+import time
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        time.sleep({seconds})
+        inputs = [pb_utils.get_input_tensor_by_name(r, "x").as_numpy() for r in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]) for x in inputs]
+"""
+
+
+@pytest.mark.usefixtures("installation")
+def test_a_fast_model_does_not_wait_for_a_slow_one(by_hand, tmp_path):
+    slow_seconds, routes = 3, []
+    for r, (name, seconds) in enumerate({"slow": slow_seconds, "fast": 0}.items()):
+        by_hand.write_identity(tmp_path, name, WAITS.replace("{seconds}", str(seconds)))
+        text = (tmp_path / name / "config.pbtxt").read_text()
+        routes.append(Route(name, r, None, config_from_text(text, name)))
+    write(tmp_path, [router_folder("router", routes)])
+    x = np.ones((1, 4), np.float32)
+    with start(tmp_path) as running:
+
+        def ask(r):
+            with connect(running.grpc) as own:
+                own.infer("router", {"x": x}, parameters={"r": r})
+            ended.append(r)
+
+        ended: list[int] = []
+        slow = threading.Thread(target=ask, args=(0,))
+        slow.start()
+        time.sleep(0.5)
+        for _ in range(3):
+            ask(1)
+        assert ended == [1, 1, 1]
+        slow.join()
+        assert ended[-1] == 0
+        running.stop(0)
+
+
+def artifact_of(make_artifact, **changes):
+    return Artifact.open(make_artifact(**changes))
+
+
+def config_of(artifact):
+    return folder_from_source(source_from_artifact(artifact), "small", ServeOptions()).config
+
+
+@pytest.mark.parametrize("instances", [1, 9])
+def test_config_of_a_router(make_artifact, instances):
+    artifact = artifact_of(make_artifact)
+    options = ServeOptions(version=3, instances=instances)
+    folder = router_folder(ROUTER, [route_of(artifact, "small", config_of(artifact))], options)
+    assert {*folder.files} == {"3/model.py", "3/routes.json"}
+    assert folder.config.instance_group[0].count == max(ROUTER_INSTANCES, instances)
+    assert folder.config.parameters[ROUTES].string_value == "small"
+    assert folder.config.max_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "layers", "r"),
+    [
+        ("r=8 constant", [8] * 6, 8),
+        ("r=16 decreasing", [32, 10, 0, 0, 0, 0], 16),
+        ("9,6,3", [9, 6, 3, 0, 0, 0], 3),
+    ],
+)
+def test_r_of_a_route(make_artifact, schedule, layers, r):
+    artifact = artifact_of(make_artifact, schedule=schedule, r=layers)
+    assert route_of(artifact, "small", config_of(artifact)).r == r
+
+
+def test_routes_are_read_back(make_artifact):
+    config = config_of(artifact_of(make_artifact))
+    routes = [Route("b", 8, 1.5, config), Route("a", 0, None, config)]
+    text = router_folder(ROUTER, routes).files["1/routes.json"].decode()
+    assert routes_from_json(text, lambda _: config, "ab") == [routes[1], routes[0]]
+    assert routes_from_json(text, lambda _: config, "b") == [routes[0]]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"routes": [{"model": "a"}]}', '{"routes": [{"model":1,"r":1,"ms":1}]}']
+)
+def test_other_routes_are_refused(text):
+    with pytest.raises(InputError, match=r"x\.json is not a router's list of models with r and ms"):
+        routes_from_json(text, lambda _: None, "a", "x.json")
+
+
+def test_routes_that_cannot_be_told_apart_are_refused(make_artifact):
+    one = Route("a", 8, None, config_of(artifact_of(make_artifact)))
+    other = Route("t", 2, None, config_of(artifact_of(make_artifact, batch="4")))
+    for routes, message in (
+        ([], "given no models; expected 1 or more"),
+        ([one, replace(one, model="b")], "models a and b both merge r = 8; a router needs one"),
+        ([one, replace(one, r=4)], "model a is given twice to a router"),
+        ([one, other], "models t and a have different inputs or outputs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            router_folder(ROUTER, routes)
+
+
+# Routers in a repository, to which models are added later.
+
+
+@pytest.fixture
+def put(make_artifact, tmp_path):
+    """``put(r, ..., option=value)``: serve artifacts of these r; the names of what was written."""
+    made = {}
+
+    def call(*given, **options):
+        for r in given:
+            if r not in made:
+                made[r] = make_artifact(
+                    r=[r], schedule=f"r={r} constant", seed=r, ms=10 - r, labels=list("abcde")
+                )
+        artifacts = tuple(made[r] for r in given)
+        result = serve(ServeRequest(artifacts, tmp_path / "models", ServeOptions(**options)))
+        return [model.name for model in result.models if model.status == "written"], result.entry
+
+    return call
+
+
+@pytest.fixture
+def routed(tmp_path):
+    """``routed(router)``: its routes, model -> measured ms."""
+
+    def call(name):
+        text = (tmp_path / "models" / name / "1" / "routes.json").read_text()
+        return {route["model"]: route["ms"] for route in json.loads(text)["routes"]}
+
+    return call
+
+
+def test_one_more_r_joins_the_router(put, routed):
+    put(8, 4)
+    assert put(0) == (["small_r0", ROUTER], ROUTER)
+    assert routed(ROUTER) == {"small_r0": 10, "small_r4": 6, "small_r8": 2}
+    assert put(0) == ([], ROUTER)
+    assert put(0, 4) == ([], ROUTER)
+    assert put(0, 2) == (["small_r2", ROUTER], ROUTER)
+    assert [*routed(ROUTER)] == ["small_r0", "small_r2", "small_r4", "small_r8"]
+
+
+def test_a_single_model_has_no_router(put):
+    assert put(8) == (["small_r8"], "small_r8")
+    assert put(4, preprocess=True)[1] == "small_r4_pipeline"
+    assert put(0, name="mine") == (["mine"], "mine")
+
+
+def test_a_route_whose_model_is_gone_is_dropped(put, routed, tmp_path):
+    put(8, 4, preprocess=True)
+    for folder in (tmp_path / "models").glob("small_r8*"):
+        shutil.rmtree(folder)
+    put(0, preprocess=True)
+    assert [*routed(ROUTER)] == ["small_r0", "small_r4"]
+    assert [*routed(IMAGE_ROUTER)] == ["small_r0_pipeline", "small_r4_pipeline"]
+
+
+def test_the_router_of_pipelines_has_those_there_are(put, routed):
+    put(8, 4)
+    assert put(0, preprocess=True)[1] == "small_r0_pipeline"  # the only one
+    assert put(8, preprocess=True)[1] == IMAGE_ROUTER
+    assert routed(IMAGE_ROUTER) == {"small_r0_pipeline": 10, "small_r8_pipeline": 2}
+    assert put(4, preprocess=True)[1] == IMAGE_ROUTER
+    assert [*routed(IMAGE_ROUTER)] == [f"small_r{r}_pipeline" for r in (0, 4, 8)]
+    assert put(0, 4, 8, preprocess=True) == ([], IMAGE_ROUTER)
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_r0"])
+def test_a_name_is_that_of_the_router(put, routed, name):
+    put(8, 4, name="vit")
+    assert put(0, name=name) == (["vit_r0", "vit_router"], "vit_router")
+    assert [*routed("vit_router")] == ["vit_r0", "vit_r4", "vit_r8"]
+    assert put(0, name=name) == ([], "vit_router")
+
+
+def test_a_model_of_its_own_name_stays_out_of_the_router(put, routed):
+    put(8, name="vit")
+    put(8, 4, name="vit")
+    assert put(8, name="vit") == ([], "vit")
+    assert [*routed("vit_router")] == ["vit_r4", "vit_r8"]
+
+
+def test_unreadable_routes_are_an_error(put, tmp_path):
+    put(8, 4)
+    (tmp_path / "models" / ROUTER / "1" / "routes.json").write_text("[]")
+    with pytest.raises(InputError, match=r"small_router/1/routes.json is not a router's list of"):
+        put(0)
+    assert not (tmp_path / "models" / "small_r0").exists()
