@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(BIN)/tome-export check $(OUT)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

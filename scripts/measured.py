@@ -37,6 +37,7 @@ def measured() -> str:
         for row in cpu
     ]
     lines += ["", *(parity_line(name) for name in ("recipes", "recipes_full")), registry_line()]
+    lines += [*serving_lines(), soak_line()]
     return "\n".join(lines) + "\n"
 
 
@@ -70,6 +71,32 @@ def registry_line() -> str:
         f"- {len(entries)} of timm's models (`benchmarks/results/registry.json`): patched with "
         f"r = 0, {equal} give timm's own output to 1e-6, {refused} are refused, "
         f"{len(entries) - equal - refused} are wrong."
+    )
+
+
+def serving_lines() -> list[str]:
+    """The speed-up of merging as a client of the server sees it."""
+    served = rows("serving")[1]
+    first = served[0]
+    kept = ", ".join(
+        f"{row['speedup']:.2f} at concurrency {row['concurrency']} "
+        f"({row['share_of_speedup_alone']:.2f} of what ONNX Runtime alone shows)"
+        for row in served
+    )
+    return [
+        f"- {first['model']}, r = {first['r']}, fp32, served on CPUs by the stand-in for the "
+        "ONNX Runtime backend (`benchmarks/results/serving.json`): merged over unmerged throughput "
+        f"{kept}."
+    ]
+
+
+def soak_line() -> str:
+    """What became of many requests while versions changed."""
+    (row,) = rows("serving_soak")[1]
+    return (
+        f"- {row['requests']} requests at concurrency {row['concurrency']} during "
+        f"{row['reloads']} deployments of new versions (`benchmarks/results/serving_soak.json`): "
+        f"{row['wrong']} wrong, {row['lost']} lost."
     )
 
 

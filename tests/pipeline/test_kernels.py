@@ -30,7 +30,6 @@ from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 from tome_export.plugins.store import KernelStore
 
-pytestmark = pytest.mark.xdist_group("kernels")
 # The function of that name is in the way of the module.
 BUILD = sys.modules["tome_export.pipeline.build"]
 TENSORRT, RTX = BACKENDS

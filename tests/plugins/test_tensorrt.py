@@ -15,8 +15,6 @@ import pytest
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 
-# The artifacts are made once, not by every worker.
-pytestmark = pytest.mark.xdist_group("tensorrt_probe")
 HERE = Path(__file__).parent
 UNAVAILABLE = "ShimUnavailable: "
 CASES = ("digits", "fp32", "bf16", "distilled")

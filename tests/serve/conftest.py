@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,10 @@ def nothing_left() -> Iterator[Callable[[RunningServer], None]]:
 
     yield watch
     assert groups, "no server was watched"
+    # What was killed is gone when the system has collected it.
+    deadline = time.monotonic() + 10
+    while any(members(group) for group in groups) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert {group: members(group) for group in groups if members(group)} == {}
     # The server's own and the watchdog's command lines name its folder.
     assert [folder for folder in folders if folder.exists() or naming(str(folder))] == []

@@ -25,8 +25,11 @@ grpc = pytest.importorskip("tritonclient.grpc", reason="the serve extra is not i
 
 PIXELS = np.zeros((1, 3, 8, 8), np.float32)
 
-STALL_S = 0.25
+STALL_S = 0.45
 """A stalled batcher wakes up after 500 ms; a request of these models takes a few."""
+
+HICCUPS = 2
+"""Slow answers that a busy machine may give; a stalling queue gives ten and more."""
 
 
 @pytest.fixture
@@ -95,12 +98,12 @@ def test_no_request_stalls(served, options, requests):
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(ask, [requests // 6] * 3))
     stalled = [round(value, 3) for value in seconds if value > STALL_S]
-    assert stalled == []
+    assert len(stalled) <= HICCUPS, stalled
 
 
 def test_full_queue_rejects_at_once(served):
     # The first requests wait in the queue for the delay to pass, and fill it.
-    options = ServeOptions(max_queue_size=2, max_queue_delay_us=1_000_000)
+    options = ServeOptions(max_queue_size=2, max_queue_delay_us=3_000_000)
     inputs = request("pixel_values", PIXELS)
     answers: queue.Queue[tuple[float, object, str]] = queue.Queue()
     with served(options) as (_, client):
@@ -117,7 +120,7 @@ def test_full_queue_rejects_at_once(served):
         for seconds, error in rejected:
             assert error.status() == "StatusCode.UNAVAILABLE"
             assert "Exceeds maximum queue size" in error.message()
-            assert seconds < 1, "a rejected request waited as long as a served one"
+            assert seconds < 2.5, "a rejected request waited as long as a served one"
         assert client.infer("small_r8", inputs).as_numpy("logits").shape == (1, 5)
 
 
