@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tome_export.merge import spec
+from tome_export.plugins.aot import PTX_VERSIONS
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 
@@ -123,9 +124,6 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-MINIMUM_CAPABILITY = (7, 5)
-"""Least compute capability that the kernels compile for."""
-
 _state = {"installed": False, "enabled": True}
 
 
@@ -176,7 +174,7 @@ def _works_on(device: torch.device) -> bool:
     import torch
 
     try:
-        if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        if torch.cuda.get_device_capability(device) < min(PTX_VERSIONS):
             return False
         plan = match(torch.zeros(1, 1, 4, 16, device=device), 1, 0, False)
         merge(torch.zeros(1, 4, 16, device=device), torch.ones(1, 4, device=device), *plan)

@@ -90,7 +90,7 @@ class Artifact:
         """
         records = {name: _record(source) for name, source in files.items()}
         draft = self.path / f".{MANIFEST}.partial"
-        with writing_to(self.path), _locked(self.path):
+        with writing_to(self.path), locked(self.path):
             fresh = read_manifest(self.path)
             if fresh["files"][MODEL] != self.manifest["files"][MODEL]:
                 raise InputError(f"{self.path} was rebuilt meanwhile; repeat this command")
@@ -109,8 +109,12 @@ class Artifact:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other writers of an artifact out; the lock ends with the process."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other writers of a folder out; the lock ends with the process.
+
+    Raises:
+        InputError: if another command holds the lock.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

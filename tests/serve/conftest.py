@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +231,23 @@ def image_server(tmp_path_factory) -> Iterator[RunningServer]:
     with start(repository) as server:
         yield server
         server.stop(0)
+
+
+@pytest.fixture
+def counts() -> Callable[[Any, str], Any]:
+    """``counts(grpc, model)``: inferences (images) and executions (batches) of a model so far."""
+
+    def count(grpc: Any, model: str) -> Any:
+        # The server counts a request a moment after it has answered it.
+        seen = None
+        while True:
+            stats = grpc.get_inference_statistics(model).model_stats[0]
+            before, seen = seen, (stats.inference_count, stats.execution_count)
+            if seen == before:
+                return np.array(seen)
+            time.sleep(0.2)
+
+    return count
 
 
 # Artifacts: real ones, of a model of one layer, so that they take milliseconds.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -143,20 +142,6 @@ def pixels_of(artifact, files, folder):
     return load_images(paths, Preprocessing.from_dict(artifact.manifest["preprocessing"]))
 
 
-def counts(grpc, model):
-    """Inferences (images) and executions (batches) of a model so far.
-
-    The server counts a request a moment after it has answered it.
-    """
-    seen = None
-    while True:
-        stats = grpc.get_inference_statistics(model).model_stats[0]
-        before, seen = seen, (stats.inference_count, stats.execution_count)
-        if seen == before:
-            return np.array(seen)
-        time.sleep(0.2)
-
-
 BAD_REQUEST = ("StatusCode.INVALID_ARGUMENT", "400")
 
 
@@ -215,7 +200,7 @@ def test_tower_of_fixed_batch_gives_features(served, client):
     np.testing.assert_allclose(answer, ort(artifact, pixels), rtol=1e-4, atol=1e-5)
 
 
-def test_images_of_a_request_go_through_in_one_inference(grpc):
+def test_images_of_a_request_go_through_in_one_inference(grpc, counts):
     import tritonclient.grpc
 
     models = (PREPROCESS, NAME, f"{NAME}_postprocess")
@@ -225,7 +210,7 @@ def test_images_of_a_request_go_through_in_one_inference(grpc):
         assert (counts(grpc, model) - before[model]).tolist() == [len(photos()), 1], model
 
 
-def test_requests_are_batched_and_a_bad_one_fails_alone(grpc):
+def test_requests_are_batched_and_a_bad_one_fails_alone(grpc, counts):
     """One execution of the model answers several requests, one of which cannot be."""
     import tritonclient.grpc
 

@@ -98,20 +98,6 @@ def images(count):
     return {"image": files}
 
 
-def counts(grpc, model):
-    """Inferences (images) and executions (batches) of a model so far.
-
-    The server counts a request a moment after it has answered it.
-    """
-    seen = None
-    while True:
-        stats = grpc.get_inference_statistics(model).model_stats[0]
-        before, seen = seen, (stats.inference_count, stats.execution_count)
-        if seen == before:
-            return np.array(seen)
-        time.sleep(0.2)
-
-
 ROUTED = [
     ({}, 0),
     ({"r": 8}, 8),
@@ -124,7 +110,7 @@ ROUTED = [
 
 
 @pytest.mark.parametrize(("parameters", "r"), ROUTED, ids=str)
-def test_the_model_of_the_budget_is_asked(client, grpc, artifacts, parameters, r):
+def test_the_model_of_the_budget_is_asked(client, grpc, artifacts, parameters, r, counts):
     pixels = made_pixels(4)
     before = counts(grpc, f"small_r{r}")
     answer = client.infer(ROUTER, {"pixel_values": pixels}, parameters=parameters)
@@ -135,7 +121,7 @@ def test_the_model_of_the_budget_is_asked(client, grpc, artifacts, parameters, r
     assert np.abs(expected[0] - expected[8]).max() > 1e-2
 
 
-def test_images_are_routed_to_the_pipelines(client, grpc):
+def test_images_are_routed_to_the_pipelines(client, grpc, counts):
     for r in MS:
         before = counts(grpc, f"small_r{r}")
         given = images(3)
@@ -182,7 +168,7 @@ def pixel_input(pixels):
     return [tensor]
 
 
-def test_requests_of_different_budgets_are_kept_apart(artifacts, grpc):
+def test_requests_of_different_budgets_are_kept_apart(artifacts, grpc, counts):
     """Requests that the router gets together are answered each by its own model."""
     pixels = made_pixels(16)
     done: list[queue.Queue] = [queue.Queue() for _ in range(16)]

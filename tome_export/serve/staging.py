@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tome_export import artifact
 from tome_export.errors import InputError
 
 STAGING = ".tome-export-staging"
@@ -28,16 +28,10 @@ def locked(repository: Path) -> Iterator[None]:
         repository.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # /proc
         raise InputError(f"cannot make the folder {repository}; give another directory") from error
-    descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(
-            f"another command is writing {repository}; wait for it and repeat this one"
-        ) from None
+        with artifact.locked(repository):
+            yield
     finally:
-        os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):  # it has models now
                 repository.rmdir()
