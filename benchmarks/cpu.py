@@ -24,8 +24,8 @@ from tome_export.models import resolve
 from tome_export.models.samples import sample_pixels
 from tome_export.onnx.build import onnx_from_model
 from tome_export.onnx.export import ExportOptions
-from tome_export.parity.runners import OrtCpuRunner
 from tome_export.patch import patch
+from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange
 
 MODEL, R = "vit_b16", 16
@@ -46,7 +46,7 @@ def main() -> None:
         for name, model in (("merged", merged), ("unmerged", unmerged)):
             path = Path(folder) / f"{name}.onnx"
             onnx_from_model(model, path, options, recipe.output_name)
-            runners[name] = OrtCpuRunner(onnx.load(path))
+            runners[name] = OrtRunner(onnx.load(path))
     rows = []
     for batch in (8, 1):
         images = sample_pixels(recipe, batch)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(
-    runners: dict[str, OrtCpuRunner],
+    runners: dict[str, OrtRunner],
     modules: dict[str, torch.nn.Module],
     images: np.ndarray[Any, Any],
     macs_ratio: float,

@@ -77,11 +77,10 @@ def fresh_engine(artifact: Path) -> dict[str, Any]:
         return ran
     import onnx
 
-    from tome_export.parity.runners import OrtCpuRunner
+    from tome_export.runtime import ort
 
-    (expected,) = (
-        OrtCpuRunner(onnx.load(artifact / "model.onnx")).infer({INPUT_NAME: images}).values()
-    )
+    runner = ort.OrtRunner(onnx.load(artifact / "model.onnx"))
+    (expected,) = runner.infer({INPUT_NAME: images}).values()
     found = np.load(output)
     same = bool((found.argmax(1) == expected.argmax(1)).all())
     difference = float(np.abs(found - expected.astype(np.float32)).max())

@@ -16,8 +16,8 @@ from tome_export.onnx import files
 from tome_export.onnx.build import onnx_from_model
 from tome_export.onnx.export import ExportOptions
 from tome_export.parity.check import check_parity
-from tome_export.parity.runners import OrtCpuRunner
 from tome_export.patch import patch
+from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import BatchRange
 
 BATCH = BatchRange(1, 4, 4)
@@ -386,7 +386,7 @@ def test_defect_of_the_shipped_graph_that_the_twin_lacks(exported, make_vit, mak
     """A runtime may treat the two graphs differently: then the twin proves nothing."""
     model, proto = exported(make_vit)
 
-    class Biased(OrtCpuRunner):
+    class Biased(OrtRunner):
         def infer(self, inputs):
             results = super().infer(inputs)
             if set(results) == {"logits"}:
@@ -417,7 +417,7 @@ def test_images_are_not_mixed_up(exported, make_vit, make_images):
     images = make_images(model, 9)
     order = []
 
-    class Recorder(OrtCpuRunner):
+    class Recorder(OrtRunner):
         def infer(self, inputs):
             order.append(len(inputs["pixel_values"]))
             return super().infer(inputs)

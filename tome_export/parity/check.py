@@ -12,7 +12,8 @@ from tome_export.errors import InputError
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
 from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
-from tome_export.parity.runners import OrtCpuRunner, Runner, infer_in_batches
+from tome_export.runtime.ort import OrtRunner
+from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def check_parity(
     precision: Precision,
     batch: BatchRange,
     *,
-    runner_factory: RunnerFactory = OrtCpuRunner,
+    runner_factory: RunnerFactory = OrtRunner,
     candidate: str = "onnx on ONNX Runtime CPU",
     k: float = K,
     progress: Callable[[str], None] = lambda _: None,

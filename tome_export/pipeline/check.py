@@ -10,12 +10,11 @@ import numpy as np
 
 from tome_export.artifact import PARITY, Artifact, write_json, writing_to
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.build import parity_summary
 from tome_export.pipeline.engine_parity import EngineRunnerFactory
 from tome_export.pipeline.images import CHECK_COUNT, parity_images
-from tome_export.pipeline.manifest import state_sha256
 from tome_export.pipeline.progress import Progress, Silent
+from tome_export.pipeline.reference import reference_model
 from tome_export.spec import BatchRange, Preprocessing
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     artifact = Artifact.open(request.artifact.absolute())
     manifest = artifact.manifest
     progress.stage(f"Load {manifest['model']['name']}")
-    model, recipe = _reference_model(artifact, request.weights)
+    model, recipe = reference_model(artifact, request.weights)
     recipe = replace(recipe, preprocessing=Preprocessing.from_dict(manifest["preprocessing"]))
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT)
     exported = load(artifact.model_path)
@@ -126,34 +125,6 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     return CheckResult(artifact, tuple(reports), accuracy, skipped, unrecorded)
 
 
-def _reference_model(artifact: Artifact, weights: str | None) -> tuple[MergedModel, Any]:
-    from tome_export.models import resolve
-    from tome_export.patch import patch
-
-    manifest = artifact.manifest
-    recorded = manifest["model"]["weights"]
-    kind, source = recorded["kind"], recorded["source"]
-    if weights is None and kind == "file":
-        weights = source.partition(";")[0]
-        if not Path(weights).is_file():
-            raise InputError(
-                f"the artifact was built from the weights file {weights}, which is not in the "
-                "current folder; give its path with --weights"
-            )
-    if weights is None:
-        weights = "random" if kind == "random" else "pretrained"
-    loaded = resolve(manifest["model"]["name"]).load(weights=weights, seed=recorded["seed"] or 0)
-    merge = manifest["merge"]
-    schedule = Schedule(per_layer=tuple(merge["r"]))
-    model = patch(loaded.module, schedule, prop_attn=merge["prop_attn"]).eval()
-    if state_sha256(model) != recorded["state_sha256"]:
-        raise InputError(
-            f"the weights found now ({loaded.weights.source}) are not those of the build "
-            f"({kind}: {source}); give the same ones with --weights"
-        )
-    return model, loaded.recipe
-
-
 def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
     from tome_export.engine.select import BACKENDS
 
@@ -184,14 +155,15 @@ def _accuracy(
     """Top-1 of the unmerged model in PyTorch, fp32, and of the exported one."""
     import torch
 
-    from tome_export.parity.runners import OrtCpuRunner, infer_in_batches
     from tome_export.patch import unpatch
+    from tome_export.runtime.ort import OrtRunner
+    from tome_export.runtime.runner import infer_in_batches
     from tome_export.spec import INPUT_NAME
 
     with torch.inference_mode():
         plain = unpatch(model)(torch.from_numpy(pixels)).numpy()
     output = exported.graph.output[0].name
-    runner = OrtCpuRunner(exported)
+    runner = OrtRunner(exported)
     merged = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch.max)[output]
     return {
         "images": len(labels),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions
 from tome_export.engine.select import BACKENDS
-from tome_export.parity.runners import Runner
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
 from tome_export.pipeline.progress import Progress
+from tome_export.runtime.runner import Runner
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Which patches became one token, and pictures of it."""

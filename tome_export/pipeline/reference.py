@@ -1,0 +1,109 @@
+"""The PyTorch model that an artifact was built from, and the same model at other schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.artifact import MODEL, Artifact
+from tome_export.errors import InputError
+from tome_export.merge.schedule import Schedule
+from tome_export.pipeline.kernels import capabilities_of, compile_kernels
+from tome_export.pipeline.manifest import state_sha256
+from tome_export.pipeline.progress import Progress
+from tome_export.spec import BatchRange
+
+if TYPE_CHECKING:
+    from tome_export.patch import MergedModel
+
+
+def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[MergedModel, Any]:
+    """The model of an artifact with the same weights and schedule, in fp32, and its recipe.
+
+    Args:
+        artifact: The artifact.
+        weights: Where the weights are now, if not where they were at the build.
+
+    Raises:
+        InputError: if the weights cannot be found, or are others than at the build.
+    """
+    from tome_export.models import resolve
+    from tome_export.patch import patch
+
+    manifest = artifact.manifest
+    recorded = manifest["model"]["weights"]
+    kind, source = recorded["kind"], recorded["source"]
+    if weights is None and kind == "file":
+        weights = source.partition(";")[0]
+        if not Path(weights).is_file():
+            raise InputError(
+                f"the artifact was built from the weights file {weights}, which is not in the "
+                "current folder; give its path with --weights"
+            )
+    if weights is None:
+        weights = "random" if kind == "random" else "pretrained"
+    loaded = resolve(manifest["model"]["name"]).load(weights=weights, seed=recorded["seed"] or 0)
+    merge = manifest["merge"]
+    schedule = Schedule(per_layer=tuple(merge["r"]))
+    model = patch(loaded.module, schedule, prop_attn=merge["prop_attn"]).eval()
+    if state_sha256(model) != recorded["state_sha256"]:
+        raise InputError(
+            f"the weights found now ({loaded.weights.source}) are not those of the build "
+            f"({kind}: {source}); give the same ones with --weights"
+        )
+    return model, loaded.recipe
+
+
+def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:
+    """The same model, weights shared, at another schedule.
+
+    Raises:
+        InputError: if the schedule does not fit the model.
+    """
+    from tome_export.patch import patch, unpatch
+
+    return patch(unpatch(model), schedule, prop_attn=model.settings.prop_attn).eval()
+
+
+def export_variant(
+    artifact: Artifact, model: MergedModel, folder: Path, progress: Progress
+) -> dict[str, Any] | None:
+    """Export a model as the artifact's was: same precision, batch, operators, merge op.
+
+    Args:
+        artifact: Whose build to repeat.
+        model: From ``reference_model`` or ``rescheduled``.
+        folder: Where ``model.onnx`` goes, and the plugin's kernels if the artifact has them.
+        progress: Told about the kernels.
+
+    Returns:
+        What the manifest would say of the kernels; None without any.
+
+    Raises:
+        ExportError: if the export fails.
+        MissingComponentError: if kernels are needed that cannot be compiled here.
+    """
+    from tome_export.onnx.build import onnx_from_model
+    from tome_export.onnx.export import ExportOptions
+    from tome_export.onnx.files import load
+    from tome_export.onnx.merging import merging_layers
+
+    manifest = artifact.manifest
+    plugin = manifest["merge"]["merge_op"] == "plugin" and model.merges
+    onnx = manifest.get("onnx", {})
+    options = ExportOptions(
+        precision=manifest["precision"],
+        batch=BatchRange.parse(manifest["batch"]),
+        lowering="index_add" if manifest["merge"]["merge_op"] == "index_add" else "matmul",
+        attention="decomposed" if onnx.get("attention") == "decomposed" else "auto",
+        plugin=plugin,
+    )
+    onnx_from_model(model, folder / MODEL, options, manifest["output"]["name"])
+    if not plugin:
+        return None
+    from tome_export.plugins.aot import require_compiler
+
+    require_compiler()
+    capabilities = capabilities_of(manifest["plugins"]["compute_capabilities"], None)
+    layers = merging_layers(load(folder / MODEL, weights=False))
+    return compile_kernels(layers, capabilities, folder, progress)

@@ -1,0 +1,1 @@
+"""What runs a model: named numpy arrays in, named numpy arrays out, whatever is behind it."""

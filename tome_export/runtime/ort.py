@@ -1,0 +1,100 @@
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tome_export.errors import ExportError, MissingComponentError
+from tome_export.runtime.runner import Arrays
+
+if TYPE_CHECKING:
+    import onnx
+
+Provider = Literal["cpu", "cuda"]
+
+_PROVIDERS: dict[Provider, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+
+
+def missing(provider: Provider) -> str | None:
+    """Why ONNX Runtime cannot run on this provider here, and what to do; None if it can."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return "onnxruntime is not installed; install tome-export[cpu] or tome-export[gpu]"
+    found = onnxruntime.get_available_providers()
+    if _PROVIDERS[provider][0] in found:
+        return None
+    return (
+        f"onnxruntime {onnxruntime.__version__} has no {_PROVIDERS[provider][0]} (it has "
+        f"{', '.join(found)}); install onnxruntime-gpu on a machine with an NVIDIA GPU"
+    )
+
+
+class OrtRunner:
+    """A loaded ONNX model; bfloat16 models run emulated on the CPU (see ``onnx.emulate``).
+
+    Args:
+        model: The model.
+        provider: Where it runs.
+        profile: Prefix of a file for the runtime's own profile, written by ``end_profiling``.
+
+    Raises:
+        MissingComponentError: if onnxruntime, or its provider, is not here.
+        ExportError: if onnxruntime refuses the model.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, provider: Provider = "cpu", *, profile: Path | None = None
+    ) -> None:
+        reason = missing(provider)
+        if reason is not None:
+            raise MissingComponentError(reason)
+        import onnxruntime
+
+        from tome_export.onnx.emulate import emulate_bfloat16, uses_bfloat16
+        from tome_export.onnx.files import serialized
+
+        if provider == "cpu" and uses_bfloat16(model):
+            model = emulate_bfloat16(model)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        try:
+            with serialized(model) as source:
+                self._session = onnxruntime.InferenceSession(
+                    source, options, providers=_PROVIDERS[provider]
+                )
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} cannot load the model: {error}"
+            ) from error
+        # It falls back to the CPU by itself where a provider fails to load.
+        if self._session.get_providers()[0] != _PROVIDERS[provider][0]:
+            raise MissingComponentError(
+                f"onnxruntime {onnxruntime.__version__} could not start {_PROVIDERS[provider][0]}; "
+                "check that the NVIDIA driver, CUDA and cuDNN fit it ('tome-export doctor')"
+            )
+        self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+
+    def __enter__(self) -> OrtRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._session
+
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run one batch."""
+        results = self._session.run(None, dict(inputs))
+        return dict(zip(self.output_names, results, strict=True))
+
+    def end_profiling(self) -> Path:
+        """Write the profile; returns its file."""
+        return Path(self._session.end_profiling())

@@ -1,0 +1,50 @@
+"""PyTorch, on the GPU where there is one, else on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tome_export.runtime.runner import Arrays
+from tome_export.spec import INPUT_NAME
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class TorchRunner:
+    """A torch module in eval mode behind float32 arrays; it runs in the dtype of its weights.
+
+    Args:
+        module: Takes ``pixel_values`` and gives one tensor; not changed, copied if it has to move.
+        output_name: Name of that tensor.
+    """
+
+    def __init__(self, module: nn.Module, output_name: str) -> None:
+        import copy
+
+        import torch
+
+        parameter = next(module.parameters())
+        self._dtype = parameter.dtype
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if parameter.device.type != self.device:
+            module = copy.deepcopy(module).to(self.device)
+        self._module = module.eval()
+        self._output_name = output_name
+
+    def __enter__(self) -> TorchRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._module
+
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run one batch; the result is on the host when this returns."""
+        import torch
+
+        with torch.inference_mode():
+            pixel_values = torch.from_numpy(inputs[INPUT_NAME]).to(self.device, self._dtype)
+            output = self._module(pixel_values)
+        return {self._output_name: output.float().cpu().numpy()}

@@ -1,0 +1,1 @@
+"""Which layers should merge how many tokens."""
