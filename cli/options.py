@@ -152,6 +152,12 @@ model_options = grouped(
         help="Proportional attention.  [default: the model's own]",
     ),
     click.option(
+        "--dense", is_flag=True, help="Give the features of every patch: merged, then unmerged."
+    ),
+    click.option(
+        "--source-map", is_flag=True, help="Give also which final token each patch went into."
+    ),
+    click.option(
         "--batch",
         type=Batch(),
         default="1:8:32",

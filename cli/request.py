@@ -64,7 +64,17 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
         check=not given["no_check"],
         **{
             name: given[name]
-            for name in ("weights", "seed", "prop_attn", "merge_op", "engine", "images", "force")
+            for name in (
+                "weights",
+                "seed",
+                "prop_attn",
+                "dense",
+                "source_map",
+                "merge_op",
+                "engine",
+                "images",
+                "force",
+            )
         },
     )
 

@@ -5,18 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tome_export.spec import Preprocessing
 
-Family = Literal["timm_vit", "custom"]
 OutputName = Literal["logits", "features"]
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
 
 DATA = Path(__file__).parent / "data"
+
+
+class Loader(Protocol):
+    """Makes the models of one library that is not timm; a frozen dataclass per library."""
+
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+        """Make the model; see ``Recipe.load``."""
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights, to be counted and looked at."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes from which tokens and MACs of a plain ViT follow, for lists that import no torch.
+
+    Attributes:
+        width: Of a token.
+        depth: Number of blocks.
+        mlp: Width of the MLP's hidden layer.
+        patch: Side of a patch in pixels.
+        prefix: Class, distillation and register tokens.
+        head_macs: MACs per image behind the blocks: projection or classifier.
+        token_macs: MACs per final token behind the blocks, such as a projector's.
+    """
+
+    width: int
+    depth: int
+    mlp: int
+    patch: int
+    prefix: int = 1
+    head_macs: int = 0
+    token_macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +57,8 @@ class Recipe:
 
     Attributes:
         name: What ``resolve`` finds it by.
-        family: ``timm_vit``, or ``custom`` for ``module:function``.
+        family: For people: what kind of model it is, such as ``timm_vit``; ``custom`` for
+            ``module:function``.
         timm_name: timm's architecture with the tag of its weights; empty for ``custom``.
         timm_kwargs: Arguments of ``timm.create_model`` that differ from its defaults.
         preprocessing: How an image becomes ``pixel_values``.
@@ -41,12 +74,14 @@ class Recipe:
         aliases: Other names of the recipe.
         bundled: File name under ``models/data`` of weights that come with the package.
         factory: Makes the model of a ``custom`` recipe.
+        loader: Makes the model where that is not timm's doing.
+        geometry: Sizes of the model, where they do not follow from a name of timm's.
     """
 
     name: str
     preprocessing: Preprocessing
     recommended_r: int
-    family: Family = "timm_vit"
+    family: str = "timm_vit"
     timm_name: str = ""
     timm_kwargs: tuple[tuple[str, Any], ...] = ()
     r_source: str = ""
@@ -60,6 +95,8 @@ class Recipe:
     aliases: tuple[str, ...] = ()
     bundled: str | None = None
     factory: Callable[[], nn.Module] | None = None
+    loader: Loader | None = None
+    geometry: Geometry | None = None
 
     def load(
         self, weights: str = "pretrained", seed: int = 0, depth: int | None = None

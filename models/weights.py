@@ -19,6 +19,8 @@ def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedMo
     """Make a recipe's model; see ``Recipe.load``."""
     if depth is not None and depth < 1:
         raise InputError(f"depth is {depth}; expected 1 or more blocks")
+    if recipe.loader is not None:
+        return recipe.loader.load(recipe, weights, seed, depth)
     if weights == "random":
         return _random(recipe, seed, depth)
     if weights != "pretrained":
@@ -30,7 +32,7 @@ def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedMo
         )
     if recipe.factory is not None:
         module = recipe.factory()
-        return _loaded(module, recipe, WeightsInfo("function", f"returned by {recipe.name}"))
+        return loaded(module, recipe, WeightsInfo("function", f"returned by {recipe.name}"))
     if recipe.bundled is not None:
         return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
     return _pretrained(recipe)
@@ -40,6 +42,8 @@ def architecture(recipe: Recipe) -> nn.Module:
     """The recipe's model without memory for its weights, to be counted and looked at."""
     import torch
 
+    if recipe.loader is not None:
+        return recipe.loader.architecture().eval()
     if recipe.factory is not None:
         return recipe.factory().eval()
     with torch.device("meta"):
@@ -58,7 +62,7 @@ def _random(recipe: Recipe, seed: int, depth: int | None) -> LoadedModel:
         torch.manual_seed(seed)
         module = _create(recipe, depth=depth)
         wake_constants(module)
-    return _loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+    return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
 
 
 def wake_constants(module: nn.Module) -> None:
@@ -99,7 +103,7 @@ def _from_file(recipe: Recipe, path: Path, kind: Any, depth: int | None) -> Load
     state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
     module.load_state_dict(state, strict=True)
     source = f"{path.name}; {remark}" if remark else path.name
-    return _loaded(module, changed, WeightsInfo(kind, source, sha256=sha256(path)))
+    return loaded(module, changed, WeightsInfo(kind, source, sha256=sha256(path)))
 
 
 def _head_classes(state: dict[str, Tensor], path: Path) -> int | None:
@@ -136,7 +140,7 @@ def _pretrained(recipe: Recipe) -> LoadedModel:
         ) from None
     path = recorded_file(recipe)
     digest = sha256(path) if path is not None else None
-    return _loaded(module, recipe, WeightsInfo("pretrained", recipe.weights_source, digest))
+    return loaded(module, recipe, WeightsInfo("pretrained", recipe.weights_source, digest))
 
 
 def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
@@ -147,5 +151,6 @@ def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
     return module
 
 
-def _loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedModel:
+def loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedModel:
+    """The model as every later stage expects it: eval mode, float32, without gradients."""
     return LoadedModel(module.eval().float().requires_grad_(False), recipe, weights)

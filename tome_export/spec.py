@@ -16,6 +16,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
 
 INPUT_NAME = "pixel_values"
+LOGITS, FEATURES, SOURCE_MAP = "logits", "features", "source_map"
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,10 @@ def token_map(plan: MergePlan) -> Tensor:
         ``[B, N]`` int64 with ``N = K + R``.
     """
     batch, kept = plan.keep.shape
-    total = kept + plan.src.shape[1]
     positions = torch.arange(kept, device=plan.keep.device).expand(batch, kept)
-    out = plan.keep.new_empty((batch, total), dtype=torch.int64)
-    out.scatter_(1, plan.keep.long(), positions)
-    return out.scatter_(1, plan.src.long(), plan.dst.long())
+    index = torch.cat([plan.keep, plan.src], dim=1).long()
+    # Every index occurs once, so the scatter has no order.
+    return torch.zeros_like(index).scatter(1, index, torch.cat([positions, plan.dst.long()], dim=1))
 
 
 def source_map(plans: Sequence[MergePlan | None], batch: int, tokens: int) -> Tensor:

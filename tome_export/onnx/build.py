@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def onnx_from_model(
     model: MergedModel,
     path: Path,
     options: ExportOptions,
-    output_name: str,
+    output_names: str | Sequence[str],
     metadata: Mapping[str, object] | None = None,
     *,
     external_data_bytes: int = files.EXTERNAL_DATA_BYTES,
@@ -52,7 +52,7 @@ def onnx_from_model(
         model: In eval mode, fp32 weights.
         path: Of the ``.onnx`` file; external data goes beside it.
         options: Precision, batch range, operator forms.
-        output_name: ``logits`` or ``features``.
+        output_names: ``logits`` or ``features``, then ``source_map`` if the model gives that.
         metadata: Written to the model's metadata_props as JSON, keys prefixed ``tome_export.``.
         external_data_bytes: Weights above this go to a file of their own.
 
@@ -62,7 +62,8 @@ def onnx_from_model(
     """
     from onnx_ir import serde
 
-    proto = serde.serialize_model(ir_from_model(model, options, output_name))
+    names = [output_names] if isinstance(output_names, str) else output_names
+    proto = serde.serialize_model(ir_from_model(model, options, names))
     if model.merges:
         opset, plugin = options.opset, options.plugin
         proto.functions.extend(

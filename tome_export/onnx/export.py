@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,10 +85,10 @@ class PrecisionBoundary(nn.Module):
         self.model = model
         self.dtype = dtype
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """``pixel_values [B, C, H, W]`` float32 -> the model's output in float32."""
-        output: Tensor = self.model(pixel_values.to(self.dtype))
-        return output.float()
+    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """``pixel_values [B, C, H, W]`` float32 -> output in float32, and its source map if any."""
+        output = self.model(pixel_values.to(self.dtype))
+        return (output[0].float(), output[1]) if isinstance(output, tuple) else output.float()
 
 
 def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
@@ -98,7 +98,9 @@ def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
     return copy.deepcopy(model).to(TORCH_DTYPES[precision])
 
 
-def ir_from_model(model: MergedModel, options: ExportOptions, output_name: str) -> ir.Model:
+def ir_from_model(
+    model: MergedModel, options: ExportOptions, output_names: Sequence[str]
+) -> ir.Model:
     """Trace a merged model into an ONNX graph whose match and merge are one node each.
 
     Nodes of merging layer i are named ``blocks.i.match`` and ``blocks.i.merge``; the match's
@@ -107,7 +109,7 @@ def ir_from_model(model: MergedModel, options: ExportOptions, output_name: str) 
     Args:
         model: In eval mode, fp32 weights.
         options: Precision, batch range, operator forms.
-        output_name: ``logits`` or ``features``.
+        output_names: ``logits`` or ``features``, then ``source_map`` if the model gives that.
 
     Raises:
         ExportError: if torch cannot trace or translate the model.
@@ -132,7 +134,7 @@ def ir_from_model(model: MergedModel, options: ExportOptions, output_name: str) 
                 dynamo=True,
                 opset_version=options.opset,
                 input_names=[INPUT_NAME],
-                output_names=[output_name],
+                output_names=list(output_names),
                 dynamic_shapes=shapes,
                 custom_translation_table=translation_table(options.fused_attention),
                 verbose=False,

@@ -14,7 +14,7 @@ from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_y
 from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME
+from tome_export.spec import INPUT_NAME, SOURCE_MAP
 
 if TYPE_CHECKING:
     import onnx
@@ -79,14 +79,15 @@ def check_parity(
     yardstick = run_yardstick(model, images, precision, reference)
     progress(candidate)
     with runner_factory(exported) as runner:
-        shipped = infer_in_batches(runner, pixels, len(images), size)[output_name]
+        shown = infer_in_batches(runner, pixels, len(images), size)
+    shipped = shown[output_name]
     twin = twin_from_model(exported)
     if not twin.layers:
-        free = led = Pass(shipped, {})
+        free = led = Pass(shipped, {}, shown.get(SOURCE_MAP))
     else:
         progress(f"{candidate}, instrumented")
         with runner_factory(twin.model) as runner:
-            free, led = _run_twin(twin, runner, images, size, output_name, reference)
+            free, led = _run_twin(twin, runner, images, size, exported, reference)
 
     diverged = _first_divergence(reference, free)
     layers = tuple(
@@ -109,11 +110,17 @@ def check_parity(
         led_allowed=allowed,
         twin_difference=float(np.abs(shipped - free.output)[steady].max(initial=0.0)),
         twin_allowed=allowed,
+        source_map_defects=_source_map_defects(model, free),
     )
 
 
 def _run_twin(
-    twin: Twin, runner: Runner, images: Array, size: int, output_name: str, reference: Pass
+    twin: Twin,
+    runner: Runner,
+    images: Array,
+    size: int,
+    exported: onnx.ModelProto,
+    reference: Pass,
 ) -> tuple[Pass, Pass]:
     """The twin deciding for itself, and led by the reference's plans."""
     from tome_export.onnx.twin import LEAD
@@ -130,8 +137,26 @@ def _run_twin(
             layer.layer: LayerRecord(results[layer.metric], *(results[n] for n in layer.chosen))
             for layer in twin.layers
         }
-        passes.append(Pass(results[output_name], layers))
+        passes.append(Pass(results[exported.graph.output[0].name], layers, results.get(SOURCE_MAP)))
     return passes[0], passes[1]
+
+
+def _source_map_defects(model: MergedModel, free: Pass) -> int | None:
+    """Images whose source map does not follow from the plans of the same pass."""
+    if free.source_map is None:
+        return None
+    import torch
+
+    from tome_export.merge.plan import MergePlan, source_map
+
+    records = (free.layers.get(index) for index in range(len(model.layers)))
+    plans = [
+        record and MergePlan(*(torch.from_numpy(a) for a in (record.keep, record.src, record.dst)))
+        for record in records
+    ]
+    expected = source_map(plans, len(free.output), model.layers[0].tokens_in)[:, model.prefix :]
+    wrong = (expected - model.prefix).numpy() != free.source_map
+    return int(wrong.any(axis=1).sum())
 
 
 def _first_divergence(reference: Pass, free: Pass) -> Array:

@@ -38,10 +38,17 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass over all images: ``output [B, ...]`` and the merging layers by index."""
+    """A forward pass over all images.
+
+    Attributes:
+        output: ``[B, ...]``, the model's main output.
+        layers: The merging layers by index.
+        source_map: ``[B, patches]`` int32 of a graph that gives it; else None.
+    """
 
     output: Array
     layers: dict[int, LayerRecord]
+    source_map: Array | None = None
 
 
 def run_reference(model: MergedModel, images: Array) -> Pass:

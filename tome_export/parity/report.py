@@ -88,6 +88,8 @@ class ParityReport:
             instrumented twin when both decide for themselves, over the images where no plan
             differs: the twin speaks for the shipped graph as far as this is small.
         twin_allowed: What it may be.
+        source_map_defects: Images whose source map is not the composition of the plans that the
+            graph itself chose; None for a model without that output.
     """
 
     candidate: str
@@ -100,6 +102,7 @@ class ParityReport:
     led_allowed: float
     twin_difference: float
     twin_allowed: float
+    source_map_defects: int | None = None
 
     @property
     def disagreements(self) -> int:
@@ -162,6 +165,11 @@ class ParityReport:
             reasons.append(
                 f"the shipped graph's output differs from its instrumented twin's by "
                 f"{self.twin_difference:.2e}, allowed {self.twin_allowed:.2e}"
+            )
+        if self.source_map_defects:
+            reasons.append(
+                f"the source map of {self.source_map_defects} of {self.images} images is not the "
+                "composition of their merge plans"
             )
         return reasons
 

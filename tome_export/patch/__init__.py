@@ -5,6 +5,7 @@ One file per model family; ``patch`` finds the family of a model by its exact cl
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
@@ -17,11 +18,18 @@ if TYPE_CHECKING:
 __all__ = ["LayerTrace", "MergeSettings", "MergedModel", "patch", "unpatch"]
 
 
+FAMILIES = ("timm_vit",)
+"""Modules of this package, one per family, each with ``merged(model, settings)``: the patched
+model, or None for a class of another family."""
+
+
 def patch(
     model: nn.Module,
     r: int | tuple[int, float] | list[int] | Schedule,
     *,
     prop_attn: bool = True,
+    dense: bool = False,
+    source_map: bool = False,
 ) -> MergedModel:
     """Give a model token merging (ToMe, arXiv 2210.09461).
 
@@ -29,26 +37,27 @@ def patch(
     settings. On CUDA tensors match and merge run the plugins' kernels.
 
     Args:
-        model: timm ``VisionTransformer`` or ``VisionTransformerDistilled``.
+        model: A model of one of the families.
         r: Tokens to merge per layer: a number, (r, inflection), a list, or a ``Schedule``.
         prop_attn: Proportional attention (ToMe, eq. 1); off for off-the-shelf MAE.
+        dense: Give the features of every patch in place of the model's own output.
+        source_map: Give also which final token each patch went into.
 
     Raises:
         InputError: if the model is not understood or the schedule does not fit it.
     """
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import VisionTransformer
-
-    from tome_export.patch.timm_vit import MergedVisionTransformer
-
     model = unpatch(model)
-    settings = MergeSettings(Schedule.of(r), prop_attn)
+    settings = MergeSettings(Schedule.of(r), prop_attn, dense, source_map)
     _use_kernels()
-    if type(model) in (VisionTransformer, VisionTransformerDistilled):
-        return MergedVisionTransformer(model, settings)
+    supported: list[str] = []
+    for name in FAMILIES:
+        family = importlib.import_module(f"{__name__}.{name}")
+        found = family.merged(model, settings)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+        supported.append(family.SUPPORTED)
     raise InputError(
-        f"model class {type(model).__name__} is not supported; supported: timm's "
-        "VisionTransformer and VisionTransformerDistilled"
+        f"model class {type(model).__name__} is not supported; supported: {'; '.join(supported)}"
     )
 
 

@@ -14,7 +14,7 @@ from tome_export.errors import InputError
 from tome_export.merge.lowering import mean_keys
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.ops import match, merge
-from tome_export.merge.plan import MergePlan
+from tome_export.merge.plan import MergePlan, token_map, unmerge
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.merge.spec import clamp_r
 
@@ -29,10 +29,15 @@ class MergeSettings:
         schedule: Tokens to merge per layer.
         prop_attn: Add log(size) to the attention logits from the first merge on (ToMe, eq. 1).
             On for supervised models, off for off-the-shelf MAE.
+        dense: Give the features of every patch, those of one group alike, in place of the model's
+            own output (ToMe, section 3.2: unmerging).
+        source_map: Give also which final token each patch went into.
     """
 
     schedule: Schedule
     prop_attn: bool = True
+    dense: bool = False
+    source_map: bool = False
 
 
 class LayerTrace(NamedTuple):
@@ -75,8 +80,12 @@ Observer = Callable[[LayerTrace], None]
 class Merger:
     """Merges after each layer as scheduled; made anew for every forward pass.
 
-    ``observe`` is told of every merging layer; nothing is kept here, because the keys are views
+    ``observe`` is told of every merging layer; its keys are not kept here, because they are views
     that hold the whole query-key-value tensor of their layer.
+
+    Attributes:
+        positions: ``[B, N]`` int64, where each of the first layer's tokens is by now; None before
+            the first merge, or where nobody asked to track it.
     """
 
     def __init__(
@@ -86,7 +95,10 @@ class Merger:
         class_token: bool,
         forced: Mapping[int, MergePlan] | None = None,
         observe: Observer | None = None,
+        track: bool = False,
     ) -> None:
+        self.track = track
+        self.positions: Tensor | None = None
         self.layers = layers
         self.prefix = prefix
         self.class_token = class_token
@@ -107,6 +119,10 @@ class Merger:
         x, size = merge(tokens.x, size, plan)
         if self.observe is not None:
             self.observe(LayerTrace(layer, keys, plan, chosen))
+        if self.track:
+            moved = token_map(plan)
+            before = self.positions
+            self.positions = moved if before is None else moved.gather(1, before)
         return Tokens(x, size)
 
 
@@ -153,9 +169,36 @@ class MergedModel(nn.Module, ABC):
     def fixed_macs(self, tokens: int) -> int:
         """MACs per image outside the blocks: patch embedding, pooling of ``tokens``, head."""
 
+    @property
     @abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+
+    @abstractmethod
+    def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
+        """All blocks and what treats tokens alone after them, merging with ``merger``."""
+
+    @abstractmethod
+    def head(self, tokens: Tokens) -> Tensor:
+        """The library model's own output from the final tokens."""
+
+    @abstractmethod
+    def library(self, pixel_values: Tensor) -> Tensor:
+        """What the library model itself gives for images, in this model's form of output."""
+
+    def token_features(self, tokens: Tokens) -> Tensor:
+        """``[B, K, C]``, prefix tokens included: what dense outputs hold for each token."""
+        return tokens.x
+
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
-        """The forward pass, handing the tokens of each layer to ``merger``."""
+        """The forward pass to the main output, handing each layer's tokens to ``merger``."""
+        tokens = self.encode(pixel_values, merger)
+        if not self.settings.dense:
+            return self.head(tokens)
+        x = self.token_features(tokens)
+        if merger.positions is not None:
+            return unmerge(x, merger.positions[:, self.prefix :])
+        return x[:, self.prefix :]
 
     @property
     def merges(self) -> bool:
@@ -175,21 +218,33 @@ class MergedModel(nn.Module, ABC):
         self, forced: Mapping[int, MergePlan] | None = None, observe: Observer | None = None
     ) -> Merger:
         """A fresh merger; ``forced`` plans, by layer, are applied instead of the layers' own."""
-        return Merger(self.layers, self.prefix, self.class_token, forced, observe)
+        track = self.settings.dense or self.settings.source_map
+        return Merger(self.layers, self.prefix, self.class_token, forced, observe, track)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify or embed images.
 
         Args:
             pixel_values: ``[B, C, H, W]``.
 
         Returns:
-            What the library model returns: ``[B, classes]`` or ``[B, features]``.
+            What the library model returns: ``[B, classes]`` or ``[B, features]``; dense models
+            give ``[B, patches, features]``. With a source map also that, ``[B, patches]`` int32:
+            the final token of each patch, counted behind the prefix tokens.
 
         Raises:
             InputError: if the image size is not the one the token counts were made for.
         """
-        return self.run(self._checked(pixel_values), self.merger())
+        merger = self.merger()
+        output = self.run(self._checked(pixel_values), merger)
+        return (output, self._source_map(output, merger)) if self.settings.source_map else output
+
+    def _source_map(self, output: Tensor, merger: Merger) -> Tensor:
+        rows, columns = self.grid
+        if merger.positions is None:
+            patches = torch.arange(rows * columns, dtype=torch.int32, device=output.device)
+            return patches.expand(output.shape[0], -1)
+        return (merger.positions[:, self.prefix :] - self.prefix).to(torch.int32)
 
     def forward_traced(
         self, pixel_values: Tensor, forced: Mapping[int, MergePlan] | None = None

@@ -13,8 +13,25 @@ from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
 from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
 from tome_export.patch.blocks import block_cost, block_forward
+from tome_export.patch.checks import check_plain, model_name
+
+SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled"
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
+
+
+def merged(model: nn.Module, settings: MergeSettings) -> MergedModel | None:
+    """The patched model, or None if the model is not of this family.
+
+    Raises:
+        InputError: if a part of the model is not understood.
+    """
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
+    if type(model) in (VisionTransformer, VisionTransformerDistilled):
+        return MergedVisionTransformer(model, settings)
+    return None
 
 
 class MergedVisionTransformer(MergedModel):
@@ -29,7 +46,7 @@ class MergedVisionTransformer(MergedModel):
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         name = model_name(model)
-        _check_plain(model, name)
+        check_plain(model, name)
         self._forwards = tuple(block_forward(block, name) for block in model.blocks)
         _check_pooling(model, name)
         _check_patches(model, name)
@@ -74,18 +91,35 @@ class MergedVisionTransformer(MergedModel):
             model.forward_head(torch.zeros((1, tokens, model.embed_dim), **kind))
         return int(counter.get_total_flops()) // 2
 
-    def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
-        """The forward pass of timm, with ``merger`` called once in every block."""
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = self.model.patch_embed.grid_size  # type: ignore[union-attr, misc]
+        return int(rows), int(columns)
+
+    def library(self, pixel_values: Tensor) -> Tensor:
+        """What timm's model itself gives."""
+        model: Any = self.model
+        if self.settings.dense:
+            return model.forward_features(pixel_values)[:, self.prefix :]  # type: ignore[no-any-return]
+        return model(pixel_values)  # type: ignore[no-any-return]
+
+    def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
+        """Timm's ``forward_features``, with ``merger`` called once in every block."""
         model: Any = self.model
         x = model._pos_embed(model.patch_embed(pixel_values))
         tokens = Tokens(model.norm_pre(model.patch_drop(x)))
         for layer, (block, forward) in enumerate(zip(model.blocks, self._forwards, strict=True)):
             tokens = forward(block, tokens, self._bias(tokens), merger, layer)
-        x = model.norm(tokens.x)
+        return Tokens(model.norm(tokens.x), tokens.size)
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """Timm's ``forward_head``, pooling weighted by size."""
+        model: Any = self.model
         # Without pooling timm hands on every token, prefix included.
         if tokens.size is None or model.global_pool in ("", "token"):
-            return model.forward_head(x)  # type: ignore[no-any-return]
-        return self._head(x, tokens.size)
+            return model.forward_head(tokens.x)  # type: ignore[no-any-return]
+        return self._head(tokens.x, tokens.size)
 
     def _bias(self, tokens: Tokens) -> Tensor | None:
         size = tokens.size if self.settings.prop_attn else None
@@ -110,18 +144,6 @@ class MergedVisionTransformer(MergedModel):
         weight = (size / size.sum(dim=1, keepdim=True)).to(torch.promote_types(x.dtype, size.dtype))
         mean = (x.to(weight.dtype) * weight[..., None]).sum(dim=1).to(x.dtype)
         return 0.5 * (x.amax(dim=1) + mean) if model.global_pool == "avgmax" else mean
-
-
-def _check_plain(model: nn.Module, name: str) -> None:
-    """Refuse what patching would bypass: hooks, and ``forward`` methods put on single modules."""
-    for where, module in model.named_modules():
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        if hooks or "forward" in vars(module):
-            what = "a forward hook" if hooks else "a forward method of its own"
-            raise InputError(
-                f"module {where or '(the model)'} of model {name} has {what}, which patching would "
-                "bypass; remove it (a model placed by accelerate or a device map: patch it before)"
-            )
 
 
 def _check_patches(model: Any, name: str) -> None:
@@ -156,9 +178,3 @@ def _check_pooling(model: Any, name: str) -> None:
             f"attention pooling of model {name} has a position embedding, which merged tokens "
             "cannot keep; not supported"
         )
-
-
-def model_name(model: nn.Module) -> str:
-    """Timm's name of the model if it has one, else its class."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)

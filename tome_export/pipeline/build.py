@@ -28,6 +28,7 @@ from tome_export.pipeline.kernels import (
 )
 from tome_export.pipeline.manifest import manifest_of
 from tome_export.pipeline.progress import Progress, Silent
+from tome_export.pipeline.reference import rescheduled
 from tome_export.spec import MergeOp, Precision
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class BuildRequest:
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         seed: Of random weights.
         prop_attn: Proportional attention; None for the recipe's own setting.
+        dense: Give the features of every patch in place of the model's own output.
+        source_map: Give also which final token each patch went into.
         merge_op: How the merge is written into the graph.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
         engine_options: Batch range and engine settings.
@@ -69,6 +72,8 @@ class BuildRequest:
     weights: str = "pretrained"
     seed: int = 0
     prop_attn: bool | None = None
+    dense: bool = False
+    source_map: bool = False
     merge_op: MergeOp = "auto"
     engine: str = "auto"
     engine_options: EngineOptions = field(default_factory=EngineOptions)
@@ -175,7 +180,13 @@ def _export_and_check(
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     prop_attn = recipe.prop_attn if request.prop_attn is None else request.prop_attn
-    model = patch(loaded.module, schedule, prop_attn=prop_attn).eval()
+    model = patch(
+        loaded.module,
+        schedule,
+        prop_attn=prop_attn,
+        dense=request.dense,
+        source_map=request.source_map,
+    ).eval()
     images = None
     if request.check:
         images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)
@@ -218,8 +229,8 @@ def _exported(
 
     manifest = manifest_of(loaded, model, options, line)
     described = {key: manifest[key] for key in ("model", "merge", "versions")}
-    output_name = loaded.recipe.output_name
-    exported = onnx_from_model(model, folder / MODEL, options, output_name, described)
+    names = [output["name"] for output in manifest["outputs"]]
+    exported = onnx_from_model(model, folder / MODEL, options, names, described)
     manifest["onnx"] |= {"nodes": exported.nodes, "simplified": exported.simplified}
     return manifest
 
@@ -236,12 +247,10 @@ def check_library(model: MergedModel, images: Array) -> None:
     """
     import torch
 
-    from tome_export.patch import patch, unpatch
-
-    library = unpatch(model)
     with torch.inference_mode():
         pixel_values = torch.from_numpy(images)
-        expected, found = library(pixel_values), patch(library, 0)(pixel_values)
+        expected = model.library(pixel_values)
+        found = rescheduled(model, Schedule(0)).forward_observed(pixel_values, lambda _: None)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not error <= LIBRARY_TOLERANCE:
         raise InputError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.models.recipe import Geometry
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
@@ -91,6 +92,7 @@ def _row(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
         "macs_merged": sizes.macs_merged,
         "macs_ratio": sizes.macs / sizes.macs_merged,
         "output": recipe.output_name,
+        "family": recipe.family,
         "description": recipe.description,
     }
 
@@ -101,6 +103,8 @@ def sizes_from_name(recipe: Recipe) -> Sizes:
     Args:
         recipe: One of ``RECIPES``; its ``timm_kwargs`` count before the name.
     """
+    if recipe.geometry is not None:
+        return _sizes(recipe, recipe.geometry)
     given = dict(recipe.timm_kwargs)
     arch = recipe.timm_name.partition(".")[0]
     size = re.search("|".join(WIDTH_DEPTH), arch)
@@ -113,18 +117,27 @@ def sizes_from_name(recipe: Recipe) -> Sizes:
     registers = re.search(r"_reg(\d+)", arch)
     heads = 2 if "_distilled_" in arch else 1
     prefix = heads + (int(registers[1]) if registers else 0)
-    channels, height, image_width = recipe.preprocessing.input_size
-    grid = (height // pixels) * (image_width // pixels)
     classes = given.get("num_classes", 1000) if recipe.output_name == "logits" else 0
-    fixed = grid * width * channels * pixels**2 + heads * width * classes
-    # Projections of q, k, v and output; scores and values; an MLP of four times the width.
-    cost = BlockCost(before=4 * width**2, attention=2 * width, after=8 * width**2)
-    tokens = grid + prefix
-    layers = Schedule(recipe.recommended_r).tokens(depth, tokens, prefix)
-    plain = [LayerTokens(tokens, 0, tokens)] * depth
-    costs = [cost] * depth
-    macs, merged = total_macs(costs, plain, fixed), total_macs(costs, layers, fixed)
-    return Sizes(tokens, prefix, depth, macs, merged, layers)
+    head = heads * width * classes
+    return _sizes(recipe, Geometry(width, depth, 4 * width, pixels, prefix, head))
+
+
+def _sizes(recipe: Recipe, geometry: Geometry) -> Sizes:
+    channels, height, image_width = recipe.preprocessing.input_size
+    width, depth, patch = geometry.width, geometry.depth, geometry.patch
+    grid = (height // patch) * (image_width // patch)
+    fixed = grid * width * channels * patch**2 + geometry.head_macs
+    # Projections of q, k, v and output; scores and values; an MLP of two matrices.
+    cost = BlockCost(before=4 * width**2, attention=2 * width, after=2 * width * geometry.mlp)
+    tokens = grid + geometry.prefix
+    layers = Schedule(recipe.recommended_r).tokens(depth, tokens, geometry.prefix)
+    plain = (LayerTokens(tokens, 0, tokens),) * depth
+
+    def total(counted: tuple[LayerTokens, ...]) -> int:
+        last = counted[-1].tokens_out * geometry.token_macs
+        return total_macs([cost] * depth, counted, fixed + last)
+
+    return Sizes(tokens, geometry.prefix, depth, total(plain), total(layers), layers)
 
 
 def sizes_from_model(recipe: Recipe) -> Sizes:

@@ -155,13 +155,12 @@ def _accuracy(
     """Top-1 of the unmerged model in PyTorch, fp32, and of the exported one."""
     import torch
 
-    from tome_export.patch import unpatch
     from tome_export.runtime.ort import OrtRunner
     from tome_export.runtime.runner import infer_in_batches
     from tome_export.spec import INPUT_NAME
 
     with torch.inference_mode():
-        plain = unpatch(model)(torch.from_numpy(pixels)).numpy()
+        plain = model.library(torch.from_numpy(pixels)).numpy()
     output = exported.graph.output[0].name
     runner = OrtRunner(exported)
     merged = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch.max)[output]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tome_export
 from tome_export.merge.schedule import LayerTokens
-from tome_export.spec import INPUT_NAME
+from tome_export.spec import FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
@@ -27,7 +27,10 @@ def manifest_of(
     merged, unmerged = model.macs(), model.macs(merged=False)
     batch = options.batch.max if options.batch.is_static else "batch"
     preprocessing = recipe.preprocessing.to_dict() | {"input_size": list(model.input_size)}
-    labels = recipe.label_names(output_width(model)) if recipe.output_name == "logits" else None
+    outputs = _outputs(recipe.output_name, model, batch)
+    labels = None
+    if outputs[0]["name"] == LOGITS:
+        labels = recipe.label_names(outputs[0]["shape"][-1])
     return {
         "model": {
             "name": recipe.name,
@@ -56,11 +59,10 @@ def manifest_of(
             "dtype": "float32",
             "shape": [batch, *model.input_size],
         },
-        "output": {
-            "name": recipe.output_name,
-            "dtype": "float32",
-            "shape": [batch, *output_shape(model)],
-        },
+        "output": outputs[0],
+        "outputs": outputs,
+        "form": {"dense": model.settings.dense, "source_map": model.settings.source_map},
+        "grid": list(model.grid),
         "preprocessing": preprocessing,
         "labels": list(labels) if labels else None,
         "onnx": {
@@ -86,18 +88,33 @@ def _layers(model: MergedModel) -> list[dict[str, int]]:
     ]
 
 
-def output_shape(model: MergedModel) -> tuple[int, ...]:
-    """Shape of the model's output for one image, found by running it on a meta tensor."""
+def _outputs(name: str, model: MergedModel, batch: int | str) -> list[dict[str, Any]]:
+    """Name, dtype and shape of every output, found by running the model without data."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        return tuple(model(torch.zeros(1, *model.input_size)).shape[1:])
+        found = model(torch.zeros(1, *model.input_size))
+    given = found if isinstance(found, tuple) else (found,)
+    return [
+        {
+            "name": output,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": [batch, *tensor.shape[1:]],
+        }
+        for output, tensor in zip(output_names(name, model), given, strict=True)
+    ]
 
 
-def output_width(model: MergedModel) -> int:
-    """Number of classes or features."""
-    return output_shape(model)[-1]
+def output_names(name: str, model: MergedModel) -> list[str]:
+    """Names of a model's outputs.
+
+    Args:
+        name: Of the main output of the recipe; dense outputs are features whatever it is.
+        model: The patched model.
+    """
+    main = FEATURES if model.settings.dense else name
+    return [main, SOURCE_MAP] if model.settings.source_map else [main]
 
 
 def state_sha256(model: MergedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from tome_export.artifact import MODEL, Artifact
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
-from tome_export.pipeline.manifest import state_sha256
+from tome_export.pipeline.manifest import output_names, state_sha256
 from tome_export.pipeline.progress import Progress
 from tome_export.spec import BatchRange
 
@@ -45,7 +46,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     loaded = resolve(manifest["model"]["name"]).load(weights=weights, seed=recorded["seed"] or 0)
     merge = manifest["merge"]
     schedule = Schedule(per_layer=tuple(merge["r"]))
-    model = patch(loaded.module, schedule, prop_attn=merge["prop_attn"]).eval()
+    form = manifest.get("form", {})  # artifacts of before have one form
+    model = patch(loaded.module, schedule, prop_attn=merge["prop_attn"], **form).eval()
     if state_sha256(model) != recorded["state_sha256"]:
         raise InputError(
             f"the weights found now ({loaded.weights.source}) are not those of the build "
@@ -62,7 +64,14 @@ def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:
     """
     from tome_export.patch import patch, unpatch
 
-    return patch(unpatch(model), schedule, prop_attn=model.settings.prop_attn).eval()
+    settings = replace(model.settings, schedule=schedule)
+    return patch(
+        unpatch(model),
+        settings.schedule,
+        prop_attn=settings.prop_attn,
+        dense=settings.dense,
+        source_map=settings.source_map,
+    ).eval()
 
 
 def export_variant(
@@ -98,7 +107,8 @@ def export_variant(
         attention="decomposed" if onnx.get("attention") == "decomposed" else "auto",
         plugin=plugin,
     )
-    onnx_from_model(model, folder / MODEL, options, manifest["output"]["name"])
+    names = output_names(manifest["output"]["name"], model)
+    onnx_from_model(model, folder / MODEL, options, names)
     if not plugin:
         return None
     from tome_export.plugins.aot import require_compiler

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from tome_export.errors import InputError
-from tome_export.serve.config import KEPT_VERSIONS
+from tome_export.serve.config import DATA_TYPES, KEPT_VERSIONS
+from tome_export.serve.source import outputs_of
 from tome_export.serve.spec import ModelFolder, ServeOptions
 from tome_export.spec import INPUT_NAME, BatchRange, Interpolation
 
@@ -145,18 +146,22 @@ def _pipeline(
     """The ensemble. It has no queue of its own: that of the model limits it."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-    output = artifact.manifest["output"]["name"]
+    outputs = outputs_of(artifact.manifest)
+    names = [output["name"] for output in outputs]
     first, *last = [folder.config for folder in folders]
     config = ModelConfig(name=f"{name}_pipeline", platform="ensemble")
     config.max_batch_size = rows.max_batch
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     config.input.add().CopyFrom(first.input[0])
-    steps = [(first.name, ["image"], [INPUT_NAME]), (name, [INPUT_NAME], [output])]
+    steps = [(first.name, ["image"], [INPUT_NAME]), (name, [INPUT_NAME], names)]
     if last:
         config.output.extend(last[0].output)
-        steps.append((last[0].name, [output], [tensor.name for tensor in last[0].output]))
+        steps.append((last[0].name, names[:1], [tensor.name for tensor in last[0].output]))
     else:
-        _add(config.output, output, "TYPE_FP32", [*rows.fixed, *_output_shape(artifact)])
+        _add(config.output, names[0], "TYPE_FP32", [*rows.fixed, *_output_shape(artifact)])
+    for more in outputs[1:]:
+        kind = DATA_TYPES[more["dtype"]]
+        _add(config.output, more["name"], kind, [*rows.fixed, *more["shape"][1:]])
     for model, inputs, outputs in steps:
         config.ensemble_scheduling.step.add(
             model_name=model,

@@ -93,8 +93,10 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         platform="tensorrt_plan" if use_engine else "onnxruntime_onnx",
         files=files,
         batch=batch,
-        inputs=(_tensor(artifact, "input", batch),),
-        outputs=(_tensor(artifact, "output", batch),),
+        inputs=(_tensor(artifact, "input", artifact.manifest.get("input"), batch),),
+        outputs=tuple(
+            _tensor(artifact, "output", values, batch) for values in outputs_of(manifest)
+        ),
         precision=manifest["precision"],
         scatters=manifest["merge"]["merge_op"] == "index_add",
         labels=_labels(artifact),
@@ -163,12 +165,17 @@ def _no_engine(artifact: Artifact) -> str:
     )
 
 
-def _tensor(artifact: Artifact, key: str, batch: BatchRange) -> TensorInfo:
+def outputs_of(manifest: Mapping[str, Any]) -> list[Any]:
+    """The outputs in the model's order, the main one first; artifacts of before list only that."""
+    outputs = manifest.get("outputs", [manifest.get("output")])
+    return outputs if isinstance(outputs, list) else [None]
+
+
+def _tensor(artifact: Artifact, key: str, values: Any, batch: BatchRange) -> TensorInfo:
     """From the manifest, which later commands may read without opening the model."""
-    values = artifact.manifest.get(key)
     try:
-        name, dtype = str(values["name"]), str(values["dtype"])  # type: ignore[index]
-        dims = tuple(int(size) for size in values["shape"][1:])  # type: ignore[index]
+        name, dtype = str(values["name"]), str(values["dtype"])
+        dims = tuple(int(size) for size in values["shape"][1:])
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{artifact.path} has no usable {key} in its build.json; rebuild the artifact"
