@@ -149,11 +149,10 @@ def _source_map_defects(model: MergedModel, free: Pass) -> int | None:
 
     from tome_export.merge.plan import MergePlan, source_map
 
-    records = (free.layers.get(index) for index in range(len(model.layers)))
-    plans = [
-        record and MergePlan(*(torch.from_numpy(a) for a in (record.keep, record.src, record.dst)))
-        for record in records
-    ]
+    plans: list[MergePlan | None] = [None] * len(model.layers)
+    for layer, found in free.layers.items():
+        parts = (torch.from_numpy(part) for part in (found.keep, found.src, found.dst))
+        plans[layer] = MergePlan(*parts)
     expected = source_map(plans, len(free.output), model.layers[0].tokens_in)[:, model.prefix :]
     wrong = (expected - model.prefix).numpy() != free.source_map
     return int(wrong.any(axis=1).sum())

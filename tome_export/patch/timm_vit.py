@@ -88,7 +88,8 @@ class MergedVisionTransformer(MergedModel):
             parameter = next(model.parameters())
             kind = {"dtype": parameter.dtype, "device": parameter.device}
             model.patch_embed(torch.zeros((1, *self.input_size), **kind))
-            model.forward_head(torch.zeros((1, tokens, model.embed_dim), **kind))
+            if not self.settings.dense:
+                model.forward_head(torch.zeros((1, tokens, model.embed_dim), **kind))
         return int(counter.get_total_flops()) // 2
 
     @property
