@@ -17,6 +17,7 @@ from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import MergePlan, token_map, unmerge
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.merge.spec import clamp_r
+from tome_export.spec import PatchGrid
 
 _INNER = "model."
 
@@ -162,17 +163,17 @@ class MergedModel(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def patch_grid(self) -> PatchGrid | None:
+        """Where the patches lie in the image; None where a token is no rectangle of it."""
+
+    @property
+    @abstractmethod
     def block_costs(self) -> tuple[BlockCost, ...]:
         """Cost per token of each block."""
 
     @abstractmethod
     def fixed_macs(self, tokens: int) -> int:
         """MACs per image outside the blocks: patch embedding, pooling of ``tokens``, head."""
-
-    @property
-    @abstractmethod
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
 
     @abstractmethod
     def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
@@ -240,9 +241,9 @@ class MergedModel(nn.Module, ABC):
         return (output, self._source_map(output, merger)) if self.settings.source_map else output
 
     def _source_map(self, output: Tensor, merger: Merger) -> Tensor:
-        rows, columns = self.grid
         if merger.positions is None:
-            patches = torch.arange(rows * columns, dtype=torch.int32, device=output.device)
+            count = self.layers[0].tokens_in - self.prefix if self.layers else 0
+            patches = torch.arange(count, dtype=torch.int32, device=output.device)
             return patches.expand(output.shape[0], -1)
         return (merger.positions[:, self.prefix :] - self.prefix).to(torch.int32)
 
