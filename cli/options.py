@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tome_export.merge.schedule import INFLECTION
-from tome_export.spec import MERGE_OPS, BatchRange
+from tome_export.spec import MERGE_OPS, SELECT_FEATURES, TOWERS, BatchRange
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -128,6 +128,31 @@ images_option = click.option(
     help="Check parity on these images.  [default: those that come along]",
 )
 
+tower_options = (
+    click.option(
+        "--tower",
+        "kind",
+        type=click.Choice(TOWERS),
+        help="Cut the vision tower of a language model from a CLIP or LLaVA checkpoint.",
+    ),
+    click.option(
+        "--select-layer",
+        type=int,
+        metavar="N",
+        help="Tower: the hidden state it gives; layers behind are cut.  [default: the model's own]",
+    ),
+    click.option(
+        "--select-feature",
+        type=click.Choice(SELECT_FEATURES),
+        help="Tower: without or with the class token.  [default: the model's own]",
+    ),
+    click.option(
+        "--projector/--no-projector",
+        default=None,
+        help="Tower: the checkpoint's projector in the same graph.  [default: no projector]",
+    ),
+)
+
 model_options = grouped(
     click.option("--r", type=int, help="Tokens to merge per layer.  [default: the model's own]"),
     click.option(
@@ -157,6 +182,7 @@ model_options = grouped(
     click.option(
         "--source-map", is_flag=True, help="Give also which final token each patch went into."
     ),
+    *tower_options,
     click.option(
         "--batch",
         type=Batch(),

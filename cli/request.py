@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from tome_export.merge.schedule import INFLECTION, Schedule
-from tome_export.spec import PRECISIONS, Precision
+from tome_export.spec import PRECISIONS, Precision, TowerOptions
 
 if TYPE_CHECKING:
     from tome_export.engine import EngineOptions
@@ -54,12 +54,14 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     """
     from tome_export.pipeline import BuildRequest
 
-    schedule = _schedule(model, given["r"], given["schedule"])
+    tower = TowerOptions.of(given)
+    schedule = _schedule(model, given["r"], given["schedule"], tower)
     return BuildRequest(
         model=model,
         output=_output(given["output"]) or _default_output(model, schedule, precision),
         schedule=schedule,
         precision=precision,
+        tower=tower,
         engine_options=engine_options_of(given, batch=given["batch"]),
         check=not given["no_check"],
         **{
@@ -79,12 +81,12 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     )
 
 
-def _schedule(model: str, r: int | None, text: str | None) -> Schedule:
+def _schedule(model: str, r: int | None, text: str | None, tower: TowerOptions) -> Schedule:
     from tome_export.pipeline.catalog import recommended_r
 
     text = "constant" if text is None else text
     if r is None and text in INFLECTION:
-        r = recommended_r(model)
+        r = recommended_r(model, tower)
     return Schedule.parse(text, r)
 
 

@@ -49,7 +49,7 @@ def read_state(path: Path) -> State:
             f"weights file {path} ends in {path.suffix or 'nothing'!r}; expected one of "
             f"{', '.join(SUFFIXES)}"
         )
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     state = _state_dict(content, path)
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
@@ -73,7 +73,16 @@ def _read_safetensors(path: Path) -> object:
         ) from None
 
 
-def _read_torch(path: Path) -> object:
+def read_torch(path: Path, mmap: bool = False) -> object:
+    """Read a file of ``torch.save``, in which there may be nothing but tensors and containers.
+
+    Args:
+        path: The file.
+        mmap: Leave tensors in the file until they are used.
+
+    Raises:
+        InputError: if the file is damaged, holds Python objects, or cannot be mapped.
+    """
     import pickle
     import warnings
 
@@ -83,7 +92,7 @@ def _read_torch(path: Path) -> object:
         with warnings.catch_warnings():
             # It warns of pickle protocols other than its own, then reads or refuses the file.
             warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if "nsupported global" in str(error) or "nsupported class" in str(error):
             raise InputError(
@@ -96,6 +105,11 @@ def _read_torch(path: Path) -> object:
         ) from None
     # Cut-short archives surface as any of these from torch's reader.
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if "mmap can only be used" in str(error):
+            raise InputError(
+                f"weights file {path} is in PyTorch's format of before 1.6, which can only be read "
+                "whole; save it again with torch.save, or as .safetensors"
+            ) from None
         raise InputError(
             f"weights file {path} cannot be read ({_first_line(error)}); "
             "it is damaged or cut short, get it again"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, TomeExportError
-from tome_export.models.recipe import Recipe
-from tome_export.models.registry import recommended_r
+from tome_export.models.recipe import RULE, Recipe, recommended_r
 from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def recipe_from_function(name: str) -> Recipe:
         family="custom",
         preprocessing=preprocessing,
         recommended_r=recommended_r(tokens, len(blocks)),
-        r_source="rule: floor(0.8 * tokens / depth)",
+        r_source=RULE,
         output_name="logits" if getattr(model, "num_classes", 0) else "features",
         description=f"{type(module).__name__} from {name}",
         weights_source=f"returned by {name}",

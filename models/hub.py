@@ -45,9 +45,9 @@ def pretrained_overlay(recipe: Recipe) -> dict[str, str] | None:
             "file with --weights PATH, or try the toolchain with --weights random"
         )
     if cfg.hf_hub_id:
-        _ask(recipe, "the hub", lambda: _ask_hub(cfg))
+        ask(recipe, "the hub", lambda: _ask_hub(cfg))
     elif cfg.url:
-        _ask(recipe, str(cfg.url), lambda: _ask_url(str(cfg.url)))
+        ask(recipe, str(cfg.url), lambda: ask_url(str(cfg.url)))
     return None
 
 
@@ -89,13 +89,40 @@ def _ask_hub(cfg: Any) -> None:
         return
 
 
-def _ask_url(url: str) -> None:
-    request = urllib.request.Request(url, method="HEAD")  # noqa: S310 (https, from timm's table)
+def ask_url(url: str) -> None:
+    """Ask for the head of a file; raises what urllib raises if it is not there."""
+    request = urllib.request.Request(url, method="HEAD")  # noqa: S310 (https, from a library)
     with urllib.request.urlopen(request, timeout=ANSWER_S):  # noqa: S310
         return
 
 
-def _ask(recipe: Recipe, where: str, question: Callable[[], None]) -> None:
+def ask(recipe: Recipe, where: str, question: Callable[[], None]) -> None:
+    """Put one question to the network, in a thread that is left behind if it does not return.
+
+    Args:
+        recipe: Whose weights are wanted.
+        where: Who is asked, for the message.
+        question: Returns if the weights are there, and raises if they cannot be had.
+
+    Raises:
+        InputError: if it raises, or does not return within ``ANSWER_S`` and 2 seconds.
+    """
+    reason = answer(question)
+    if not reason:
+        return
+    raise InputError(
+        f"pretrained weights of {recipe.name} cannot be had from {where} ({reason}); give a "
+        ".safetensors or .pth file downloaded elsewhere with --weights PATH, or try the toolchain "
+        "with --weights random"
+    )
+
+
+def answer(question: Callable[[], None]) -> str:
+    """Why a question to the network failed, in one line; empty if it did not.
+
+    Args:
+        question: Raises if it fails; run in a thread that is left behind if it does not return.
+    """
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -108,14 +135,8 @@ def _ask(recipe: Recipe, where: str, question: Callable[[], None]) -> None:
     thread.start()
     thread.join(ANSWER_S + 2)
     if thread.is_alive():
-        reason = f"no answer in {ANSWER_S:.0f} s"
-    elif failure:
-        text = str(failure[0]).strip()
-        reason = text.splitlines()[0] if text else type(failure[0]).__name__
-    else:
-        return
-    raise InputError(
-        f"pretrained weights of {recipe.name} cannot be had from {where} ({reason}); give a "
-        ".safetensors or .pth file downloaded elsewhere with --weights PATH, or try the toolchain "
-        "with --weights random"
-    )
+        return f"no answer in {ANSWER_S:.0f} s"
+    if not failure:
+        return ""
+    text = str(failure[0]).strip()
+    return text.splitlines()[0] if text else type(failure[0]).__name__

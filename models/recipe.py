@@ -10,12 +10,32 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import nn
 
-    from tome_export.spec import Preprocessing
+    from tome_export.spec import Preprocessing, TowerOptions
 
 OutputName = Literal["logits", "features"]
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
 
 DATA = Path(__file__).parent / "data"
+
+TOKENS_FACTOR = 0.8
+"""See ``recommended_r``."""
+
+RULE = f"rule: floor({TOKENS_FACTOR} * tokens / depth)"
+"""What recipes with that r name as its source."""
+
+
+def recommended_r(tokens: int, depth: int) -> int:
+    """The r for models without a published one: ``floor(0.8 * tokens / depth)``.
+
+    It spends four fifths of the tokens over the depth. It is 13 for ViT-S/16 and ViT-B/16, as the
+    ToMe authors publish for off-the-shelf weights, and at or below every other r they publish
+    (ViT-L/16 7, ViT-L/16@384 23, SWAG B@384 45, L@512 40, H@518 40).
+
+    Args:
+        tokens: Tokens that enter the first block, prefix tokens included.
+        depth: Number of blocks.
+    """
+    return int(TOKENS_FACTOR * tokens / depth) if depth else 0
 
 
 class Loader(Protocol):
@@ -76,6 +96,8 @@ class Recipe:
         factory: Makes the model of a ``custom`` recipe.
         loader: Makes the model where that is not timm's doing.
         geometry: Sizes of the model, where they do not follow from a name of timm's.
+        tower: What a language model takes of it, nothing left open; None for any other model.
+        needs_grid: Why only dense outputs fit the model's user; empty if all do.
     """
 
     name: str
@@ -97,6 +119,8 @@ class Recipe:
     factory: Callable[[], nn.Module] | None = None
     loader: Loader | None = None
     geometry: Geometry | None = None
+    tower: TowerOptions | None = None
+    needs_grid: str = ""
 
     def load(
         self, weights: str = "pretrained", seed: int = 0, depth: int | None = None
@@ -146,12 +170,15 @@ class WeightsInfo:
         source: For people: hub repository, file name, or how they were drawn.
         sha256: Of the weights file, where there is one.
         seed: Of random weights.
+        stored_dtype: Type of the values in the weights file, narrower than float32 where it is
+            half precision.
     """
 
     kind: WeightsKind
     source: str
     sha256: str | None = None
     seed: int | None = None
+    stored_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -6,32 +6,19 @@ import difflib
 from types import MappingProxyType
 
 from tome_export.errors import InputError
-from tome_export.models.recipe import OutputName, Recipe
-from tome_export.spec import Preprocessing
+from tome_export.models.hf_recipes import HF
+from tome_export.models.llava_recipes import llava15_tower, with_tower
+from tome_export.models.mae_recipes import MAE
+from tome_export.models.open_clip_recipes import OPEN_CLIP
+from tome_export.models.recipe import RULE, OutputName, Recipe, recommended_r
+from tome_export.models.timm_towers import TIMM_TOWERS
+from tome_export.models.torchvision_recipes import TORCHVISION
+from tome_export.spec import Preprocessing, TowerOptions
 
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-TOKENS_FACTOR = 0.8
-"""See ``recommended_r``."""
-
-
-def recommended_r(tokens: int, depth: int) -> int:
-    """The r for models without a published one: ``floor(0.8 * tokens / depth)``.
-
-    It spends four fifths of the tokens over the depth. It is 13 for ViT-S/16 and ViT-B/16, as the
-    ToMe authors publish for off-the-shelf weights, and at or below every other r they publish
-    (ViT-L/16 7, ViT-L/16@384 23, SWAG B@384 45, L@512 40, H@518 40).
-
-    Args:
-        tokens: Tokens that enter the first block, prefix tokens included.
-        depth: Number of blocks.
-    """
-    return int(TOKENS_FACTOR * tokens / depth) if depth else 0
-
-
 _README = "ToMe README, {}"
-_RULE = "rule: floor(0.8 * tokens / depth)"
 
 
 def _timm(
@@ -93,7 +80,7 @@ def _dinov2(name: str, arch: str, description: str, tokens: int) -> Recipe:
         f"{arch}.lvd142m",
         f"{description}, self-supervised on LVD-142M; features, at 224 pixels (256 patches)",
         recommended_r(tokens, 12),
-        _RULE,
+        RULE,
         crop_pct=1.0,
         kwargs=(("img_size", 224),),
         output="features",
@@ -115,7 +102,7 @@ _DIGITS = Recipe(
     ),
     preprocessing=Preprocessing((1, 32, 32), (0.5,), (0.5,), 1.0, "bicubic"),
     recommended_r=8,
-    r_source="measured on its test images; also the " + _RULE,
+    r_source="measured on its test images; also the " + RULE,
     description="ViT of 6 blocks on scikit-learn's digits; its weights and test images come along",
     weights_source="trained by scripts/train_vit_digits.py on scikit-learn's digits",
     licence="apache-2.0",
@@ -145,7 +132,7 @@ _RECIPES = (
         _README.format("SWAG ViT-B/16 @ 384"),
         size=384,
     ),
-    _augreg("vit_b32", "vit_base_patch32_224", "ViT-B/32", recommended_r(50, 12), _RULE),
+    _augreg("vit_b32", "vit_base_patch32_224", "ViT-B/32", recommended_r(50, 12), RULE),
     _deit(
         "deit_ti16",
         "deit_tiny_patch16_224",
@@ -158,21 +145,27 @@ _RECIPES = (
         "DeiT-S/16, ImageNet-1k",
         _README.format("DeiT-S/16 trained"),
     ),
-    _deit("deit_b16", "deit_base_patch16_224", "DeiT-B/16, ImageNet-1k", _RULE),
+    _deit("deit_b16", "deit_base_patch16_224", "DeiT-B/16, ImageNet-1k", RULE),
     *(
         _deit(
             f"deit_{short}16_distilled",
             f"deit_{long}_distilled_patch16_224",
             f"DeiT-{title}/16 with distillation token, ImageNet-1k",
-            _RULE,
+            RULE,
         )
         for short, long, title in (("ti", "tiny", "Ti"), ("s", "small", "S"), ("b", "base", "B"))
     ),
-    _deit("deit3_b16", "deit3_base_patch16_224", "DeiT III-B/16, ImageNet-1k", _RULE),
+    _deit("deit3_b16", "deit3_base_patch16_224", "DeiT III-B/16, ImageNet-1k", RULE),
     _dinov2("dinov2_s14", "vit_small_patch14_dinov2", "DINOv2 ViT-S/14", 257),
     _dinov2("dinov2_b14", "vit_base_patch14_dinov2", "DINOv2 ViT-B/14", 257),
     _dinov2("dinov2_s14_reg", "vit_small_patch14_reg4_dinov2", "DINOv2 ViT-S/14, 4 registers", 261),
     _dinov2("dinov2_b14_reg", "vit_base_patch14_reg4_dinov2", "DINOv2 ViT-B/14, 4 registers", 261),
+    *MAE,
+    *TIMM_TOWERS,
+    *OPEN_CLIP,
+    *TORCHVISION,
+    *HF,
+    llava15_tower(),
     _DIGITS,
 )
 
@@ -180,16 +173,22 @@ RECIPES = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
 """Every recipe by its name, in the order to show them."""
 
 
-def resolve(name: str) -> Recipe:
+def resolve(name: str, tower: TowerOptions | None = None) -> Recipe:
     """Find a model.
 
     Args:
         name: A recipe (``vit_b16``), ``timm:<name>``, or ``module:function``.
+        tower: What a language model takes of it; for vision towers only.
 
     Raises:
         InputError: if there is no such model, naming close ones.
+        UsageError: if tower options are given for a model that is no tower.
     """
-    name = name.strip()
+    recipe = _find(name.strip(), tower or TowerOptions())
+    return with_tower(recipe, tower) if tower else recipe
+
+
+def _find(name: str, tower: TowerOptions) -> Recipe:
     known = {alias: recipe for recipe in _RECIPES for alias in (recipe.name, *recipe.aliases)}
     if name in known:
         return known[name]
@@ -198,11 +197,18 @@ def resolve(name: str) -> Recipe:
         from tome_export.models.timm_names import recipe_from_timm
 
         return recipe_from_timm(rest)
+    if kind == "open_clip" and colon:
+        from tome_export.models.open_clip_models import recipe_from_open_clip
+
+        return recipe_from_open_clip(rest)
+    if kind == "torchvision" and colon:
+        from tome_export.models.torchvision_models import recipe_from_torchvision
+
+        return recipe_from_torchvision(rest)
     if kind == "hf" and colon:
-        raise InputError(
-            f"model {name!r}: Hugging Face Transformers models are not supported yet; "
-            "use timm:<name> (timm carries most ViTs) or module:function"
-        )
+        from tome_export.models.hf_recipes import recipe_from_hf
+
+        return recipe_from_hf(name, rest, tower)
     if colon:
         from tome_export.models.custom import recipe_from_function
 

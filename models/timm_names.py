@@ -6,8 +6,7 @@ import difflib
 from typing import Any, cast, get_args
 
 from tome_export.errors import InputError
-from tome_export.models.recipe import Recipe
-from tome_export.models.registry import recommended_r
+from tome_export.models.recipe import RULE, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
 
 _LABEL_SETS = {1000: "imagenet-1k", 21843: "imagenet-21k-goog", 11821: "imagenet-12k"}
@@ -59,14 +58,20 @@ def recipe_from_timm(name: str) -> Recipe:
         timm_name=name,
         preprocessing=preprocessing_from_cfg(values),
         recommended_r=recommended_r(tokens, depth),
-        r_source="rule: floor(0.8 * tokens / depth)",
+        r_source=RULE,
         prop_attn="mae" not in (cfg.tag or "").split("_") if cfg is not None else True,
-        output_name="logits" if classes else "features",
+        output_name="logits" if classes and not _is_clip(arch, cfg) else "features",
         description=_description(arch, values),
         weights_source=str(values.get("hf_hub_id") or values.get("url") or "none"),
         licence=str(values.get("license") or "not stated by timm"),
         label_set=_LABEL_SETS.get(classes),
     )
+
+
+def _is_clip(arch: str, cfg: Any) -> bool:
+    """Whether timm's head is CLIP's projection and not a classifier trained behind it."""
+    tag = str(cfg.tag or "") if cfg is not None else ""
+    return "_clip_" in arch and not {"ft", "classification"} & set(tag.split("_"))
 
 
 def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:

@@ -82,7 +82,7 @@ def wake_constants(module: nn.Module) -> None:
     with torch.no_grad():
         for name, value in module.named_parameters():
             if value.numel() > 1 and value.max() - value.min() < 1e-3:
-                if name.endswith("gamma"):
+                if name.rpartition(".")[2].startswith("gamma"):
                     value.fill_(0.5)
                 value.add_(torch.randn(value.shape) * 0.02)
 
@@ -98,8 +98,9 @@ def _from_file(recipe: Recipe, path: Path, kind: Any, depth: int | None) -> Load
         module, changed = recipe.factory(), recipe
     else:
         classes = _head_classes(state, path)
-        module = _create(recipe, depth=depth, num_classes=classes)
-        changed = replace(recipe, output_name="logits") if classes else recipe
+        module = _create(recipe, depth=depth, num_classes=classes, global_pool=_pooling(state))
+        logits = classes and classes != _embedding(recipe)
+        changed = replace(recipe, output_name="logits") if logits else recipe
     state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
     module.load_state_dict(state, strict=True)
     source = f"{path.name}; {remark}" if remark else path.name
@@ -123,6 +124,19 @@ def _head_classes(state: dict[str, Tensor], path: Path) -> int | None:
             "expected the same"
         )
     return next(iter(heads.values()), None)
+
+
+def _pooling(state: dict[str, Tensor]) -> str | None:
+    """The mean for a norm behind the pooling and none before it: fine-tuned MAE; else None."""
+    return "avg" if "fc_norm.weight" in state and "norm.weight" not in state else None
+
+
+def _embedding(recipe: Recipe) -> int | None:
+    """Width of the image features that timm keeps as the head of CLIP's towers; else None."""
+    from timm import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(recipe.timm_name) if recipe.output_name == "features" else None
+    return int(cfg.num_classes) if cfg is not None else None
 
 
 def _pretrained(recipe: Recipe) -> LoadedModel:

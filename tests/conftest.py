@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable
@@ -32,10 +33,16 @@ def small_vit(
     model's attention is uniform, and a lost log-size bias would hardly move the output.
     """
     import timm
-    import torch
 
     model = timm.create_model(name, **{**(SMALL if small else {}), **kwargs})
     edit(model)
+    return make_live(model, seed)
+
+
+def make_live(model: Any, seed: int = 0) -> Any:
+    """The model in eval mode, every parameter of it drawn anew as in ``small_vit``."""
+    import torch
+
     with torch.no_grad():
         for parameter_name, value in model.named_parameters():
             rng = np.random.default_rng([seed, zlib.crc32(parameter_name.encode())])
@@ -66,5 +73,102 @@ def make_images() -> ImageMaker:
     def make(model: Any, count: int = 3, seed: int = 0) -> Any:
         rng = np.random.default_rng(seed)
         return rng.standard_normal((count, *model.input_size), dtype=np.float32)
+
+    return make
+
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "patch_size": 4,
+    "image_size": 32,
+    "projection_dim": 16,
+}
+"""A CLIP vision transformer of 64 patches."""
+
+LANGUAGE_WIDTH = 48
+
+
+@pytest.fixture(scope="session")
+def make_llava() -> Callable[..., Any]:
+    """``make(folder, layout="llava"|"transformers")``: a tiny checkpoint with live weights.
+
+    ``drop`` leaves tensors out whose name it is true of; other arguments go into ``config.json``.
+    What stands for the language model is one tensor that would be seen if it were read.
+    Gives the uncut ``LlavaTower`` with the projector.
+    """
+    pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    def make(
+        folder: Any,
+        layout: str = "llava",
+        *,
+        drop: Callable[[str], bool] = lambda _: False,
+        **config: Any,
+    ) -> Any:
+        from tome_export.models.llava import LlavaTower, Projector
+
+        projector = Projector(2, TOWER["hidden_size"], LANGUAGE_WIDTH)
+        tower = make_live(LlavaTower(TOWER, TOWER["num_hidden_layers"], "patch", projector))
+        state = {}
+        for key, value in tower.state_dict().items():
+            if layout == "llava":
+                prefix = "model.vision_tower.vision_tower."
+                name = f"model.{key}" if key.startswith("mm_") else f"{prefix}{key}"
+            else:
+                name = f"vision_tower.{key}"
+                for number in (1, 2):
+                    inner = f"mm_projector.{2 * number - 2}."
+                    outer = f"multi_modal_projector.linear_{number}."
+                    name = key.replace(inner, outer) if key.startswith(inner) else name
+            state[name] = value
+        state["model.layers.0.self_attn.q_proj.weight"] = value.new_zeros(1000, 1000)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {key: value for key, value in state.items() if not drop(key)}
+        save_file(kept, folder / "model.safetensors")
+        values = _llava_config(folder) if layout == "llava" else _transformers_config()
+        (folder / "config.json").write_text(json.dumps({**values, **config}))
+        return tower
+
+    return make
+
+
+def _llava_config(folder: Any) -> dict[str, Any]:
+    clip = folder / "clip"
+    clip.mkdir(parents=True, exist_ok=True)
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **TOWER}))
+    return {
+        "model_type": "llava_llama",
+        "mm_vision_tower": "clip",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": TOWER["hidden_size"],
+        "hidden_size": LANGUAGE_WIDTH,
+    }
+
+
+def _transformers_config() -> dict[str, Any]:
+    return {
+        "model_type": "llava",
+        "vision_config": {"model_type": "clip_vision_model", **TOWER},
+        "text_config": {"model_type": "llama", "hidden_size": LANGUAGE_WIDTH},
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+@pytest.fixture
+def make_tower() -> Callable[..., Any]:
+    """``make(select_feature=, projector=)``: a live ``LlavaTower`` of three layers of ``TOWER``."""
+    pytest.importorskip("transformers")
+    from tome_export.models.llava import LlavaTower, Projector
+
+    def make(select_feature: Any = "patch", projector: bool = False, layers: int = 3) -> Any:
+        shape = Projector(2, TOWER["hidden_size"], LANGUAGE_WIDTH) if projector else None
+        return make_live(LlavaTower(TOWER, layers, select_feature, shape)).requires_grad_(False)
 
     return make

@@ -36,6 +36,7 @@ ONLY = {
     "click": {"cli"},
     "rich": {"cli"},
     "transformers": {"patch", "models"},
+    "open_clip": {"patch", "models"},
     "onnxruntime": {"runtime", "serve"},
     "ray": {"evaluation"},
     "pyarrow": {"evaluation"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from tome_export.errors import InputError
@@ -11,9 +11,13 @@ from tome_export.errors import InputError
 Precision = Literal["fp32", "fp16", "bf16"]
 MergeOp = Literal["auto", "index_add", "matmul", "plugin"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+SelectFeature = Literal["patch", "cls_patch"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
+
+TOWERS = ("llava",)
+SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)
 
 INPUT_NAME = "pixel_values"
 LOGITS, FEATURES, SOURCE_MAP = "logits", "features", "source_map"
@@ -123,3 +127,36 @@ class PatchGrid:
     def patches(self) -> int:
         """Patches of one image."""
         return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class TowerOptions:
+    """What a language model takes of a vision tower; None leaves it to the model's configuration.
+
+    Attributes:
+        kind: ``llava``; None for a model that is no tower, or is one by itself.
+        select_layer: Index into the hidden states: 0 is what enters the first layer, k what the
+            k-th layer gives, -1 what the last one gives. Layers behind it are cut off.
+        select_feature: ``patch`` leaves the class token out, ``cls_patch`` keeps it in front.
+        projector: Whether the checkpoint's projector to the language model's width is part of it.
+    """
+
+    kind: str | None = None
+    select_layer: int | None = None
+    select_feature: SelectFeature | None = None
+    projector: bool | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | None) -> TowerOptions:
+        """Those of a manifest, whose entry has more to it; none for None."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values} if values else {})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is set."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def over(self, defaults: TowerOptions) -> TowerOptions:
+        """These options, and those of ``defaults`` where these leave it open."""
+        return TowerOptions(**{**defaults.given, **self.given})

@@ -342,3 +342,18 @@ def test_what_torch_cannot_trace_is_one_line(make_vit, tmp_path):
 
 def test_check_accepts_what_was_written(export, make_vit):
     files.check(export(make_vit, "test_vit", 5, ExportOptions(batch=BATCH)).path)
+
+
+def test_large_models_are_simplified_alike(export, make_vit, monkeypatch):
+    """Large weights stay out of onnxsim's hands; the graph that is left is the same."""
+    from tome_export.onnx import simplify
+
+    whole = export(make_vit, "test_vit", [7, 0, 9], ExportOptions())
+    monkeypatch.setattr(files, "LARGE_BYTES", 0)
+    monkeypatch.setattr(simplify, "HEAVY_BYTES", 1 << 10)
+    light = export(make_vit, "test_vit", [7, 0, 9], ExportOptions())
+    for part in ("input", "output", "node"):
+        names = [[value.name for value in getattr(m.proto.graph, part)][1:] for m in (whole, light)]
+        assert names[0] == names[1], part
+    weights = [{t.name: t.raw_data for t in m.proto.graph.initializer} for m in (whole, light)]
+    assert weights[0] == weights[1]

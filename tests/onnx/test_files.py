@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -137,3 +138,19 @@ def test_check_requires_every_shape(tmp_path):
     )
     with pytest.raises(ExportError, match="no shape for 1 tensors, first 'm'"):
         files.check(path)
+
+
+def test_a_model_is_written_piece_by_piece_as_protobuf_would(tmp_path):
+    model = add_model()
+    model.doc_string = "é"
+    model.metadata_props.add(key="a", value="b")
+    model.functions.add(name="f", domain="d").attribute.append("x")
+    for size in (0, 127, 128, 20_000):
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(size, np.int8), f"w{size}"))
+    files.save(model, tmp_path / "model.onnx")
+    assert onnx.load(tmp_path / "model.onnx") == model
+    light = files.without_weights(model)
+    assert len(model.graph.initializer) == 5
+    assert not light.graph.initializer
+    light.graph.initializer.extend(model.graph.initializer)
+    assert light == model

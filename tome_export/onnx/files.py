@@ -18,6 +18,13 @@ EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this go to ``model.onnx.data``; protobuf's limit is 2 GiB for the whole file."""
 
 
+LARGE_BYTES = 1 << 28
+"""Weights above this are not copied within memory where a file or a detour can do."""
+
+_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
+_INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
+
+
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all initializers held inside the model."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
@@ -35,18 +42,66 @@ def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_B
     external = weight_bytes(model) > threshold
     # onnx appends to a data file that is there.
     data.unlink(missing_ok=True)
+    if not external:
+        _write(model, path)
+        return [path]
     onnx.save(
         model,
         path,
-        save_as_external_data=external,
+        save_as_external_data=True,
         all_tensors_to_one_file=True,
         location=data.name,
         size_threshold=1024,
     )
-    if external:
-        # onnx takes the weights out of the model it saves.
-        onnx.load_external_data_for_model(model, str(path.parent))
-    return [path, data] if external else [path]
+    # onnx takes the weights out of the model it saves.
+    onnx.load_external_data_for_model(model, str(path.parent))
+    return [path, data]
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model that lacks the initializers; they are never copied."""
+    found = onnx.ModelProto()
+    for message, copy in ((model, found), (model.graph, found.graph)):
+        for field, value in message.ListFields():
+            if field.name in ("graph", "initializer"):
+                continue
+            if hasattr(value, "extend"):
+                getattr(copy, field.name).extend(value)
+            elif field.message_type is not None:
+                getattr(copy, field.name).CopyFrom(value)
+            else:
+                setattr(copy, field.name, value)
+    return found
+
+
+def _write(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model as one message, one weight after the other.
+
+    Protobuf would build the whole message in memory, in a buffer that it doubles as it goes.
+    """
+    rest = without_weights(model)
+    graph = rest.graph.SerializeToString()
+    rest.ClearField("graph")
+    sizes = [tensor.ByteSize() for tensor in model.graph.initializer]
+    length = len(graph) + sum(len(_head(_INITIALIZER, size)) + size for size in sizes)
+    with path.open("wb") as stream:
+        stream.write(rest.SerializeToString() + _head(_GRAPH, length) + graph)
+        for tensor, size in zip(model.graph.initializer, sizes, strict=True):
+            stream.write(_head(_INITIALIZER, size) + tensor.SerializeToString())
+
+
+def _head(field: int, length: int) -> bytes:
+    """What comes before a message within a message: field, kind of value 2, length."""
+    return _varint(field << 3 | 2) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; all bytes but the last have their top bit set."""
+    parts = []
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
 
 
 def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
@@ -99,8 +154,8 @@ def check(path: Path) -> None:
 
 @contextlib.contextmanager
 def serialized(model: onnx.ModelProto) -> Iterator[bytes | str]:
-    """The model in a form that ONNX Runtime loads: bytes, or a temporary file above 2 GB."""
-    if weight_bytes(model) <= EXTERNAL_DATA_BYTES:
+    """The model in a form that ONNX Runtime loads: bytes, or a temporary file if it is large."""
+    if weight_bytes(model) <= min(LARGE_BYTES, EXTERNAL_DATA_BYTES):
         yield model.SerializeToString()
         return
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:

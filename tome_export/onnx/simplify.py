@@ -8,6 +8,10 @@ import onnx
 
 from tome_export.errors import ExportError
 from tome_export.merge import spec
+from tome_export.onnx import files
+
+HEAVY_BYTES = 1 << 16
+"""Weights above this stay out of onnxsim's hands in a large model."""
 
 
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -23,8 +27,7 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim
 
     before = _signature(model)
-    result: onnx.ModelProto
-    result, valid = onnxsim.simplify(model)
+    result, valid = _simplified_light(model) if _is_large(model) else onnxsim.simplify(model)
     if not valid:
         raise ExportError(
             "onnxsim could not validate its own result; expected an equal graph, try another "
@@ -41,6 +44,34 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
             "expected the same one, try another version of onnxsim"
         )
     return result
+
+
+def _is_large(model: onnx.ModelProto) -> bool:
+    return files.weight_bytes(model) > files.LARGE_BYTES
+
+
+def _simplified_light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
+    """As onnxsim does it, with the large weights out of its hands: it copies them several times.
+
+    They are inputs for the time being, so that what is computed of them alone stays in the graph.
+    """
+    import onnxsim
+
+    light = files.without_weights(model)
+    heavy = {t.name: t for t in model.graph.initializer if len(t.raw_data) > HEAVY_BYTES}
+    light.graph.initializer.extend(t for t in model.graph.initializer if t.name not in heavy)
+    light.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+        for name, tensor in heavy.items()
+    )
+    result: onnx.ModelProto
+    result, valid = onnxsim.simplify(light)
+    inputs = [value for value in result.graph.input if value.name not in heavy]
+    used = {name for node in result.graph.node for name in node.input}
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(t for name, t in heavy.items() if name in used)
+    return result, valid
 
 
 def _merge_nodes(model: onnx.ModelProto) -> list[tuple[str, list[bytes]]]:

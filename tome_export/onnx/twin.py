@@ -45,14 +45,20 @@ class Twin:
     layers: tuple[TwinLayer, ...]
 
 
-def twin_from_model(model: onnx.ModelProto) -> Twin:
-    """Instrument a model exported by this package; the argument is not changed.
+def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
+    """Instrument a model exported by this package.
+
+    Args:
+        model: Not changed, unless it is consumed.
+        consume: Make the twin of the model itself, which saves a copy of its weights.
 
     Raises:
         InputError: if a match node does not carry the name the exporter gives it.
     """
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
+    twin = model
+    if not consume:
+        twin = onnx.ModelProto()
+        twin.CopyFrom(model)
     graph = twin.graph
     batch = graph.input[0].type.tensor_type.shape.dim[0]
     types = {value.name: value for value in (*graph.value_info, *graph.output)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,7 @@ RunnerFactory = Callable[["onnx.ModelProto"], AbstractContextManager[Runner]]
 @np.errstate(invalid="ignore", over="ignore")
 def check_parity(
     model: MergedModel,
-    exported: onnx.ModelProto,
+    exported: onnx.ModelProto | Path,
     images: Array,
     precision: Precision,
     batch: BatchRange,
@@ -52,7 +53,8 @@ def check_parity(
 
     Args:
         model: The patched model, fp32, eval mode: the reference.
-        exported: The graph as shipped.
+        exported: The graph as shipped, or its file: that is read when its turn comes, and held
+            once, which large models need.
         images: ``[B, C, H, W]`` float32, preprocessed.
         precision: Of the exported graph.
         batch: Batch sizes it accepts.
@@ -65,12 +67,12 @@ def check_parity(
         InputError: if there is no image.
         ExportError: if the runtime refuses the graph.
     """
+    from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
 
     if len(images) == 0:
         raise InputError("no image to check parity on; give at least one")
     size = min(batch.max, max(batch.min, len(images)))
-    output_name = exported.graph.output[0].name
     pixels = {INPUT_NAME: images}
 
     progress("PyTorch fp32 reference")
@@ -78,16 +80,18 @@ def check_parity(
     progress(f"PyTorch's own error in {precision}")
     yardstick = run_yardstick(model, images, precision, reference)
     progress(candidate)
-    with runner_factory(exported) as runner:
+    graph = load(exported) if isinstance(exported, Path) else exported
+    output_name = graph.graph.output[0].name
+    with runner_factory(graph) as runner:
         shown = infer_in_batches(runner, pixels, len(images), size)
     shipped = shown[output_name]
-    twin = twin_from_model(exported)
+    twin = twin_from_model(graph, consume=graph is not exported)
     if not twin.layers:
         free = led = Pass(shipped, {}, shown.get(SOURCE_MAP))
     else:
         progress(f"{candidate}, instrumented")
         with runner_factory(twin.model) as runner:
-            free, led = _run_twin(twin, runner, images, size, exported, reference)
+            free, led = _run_twin(twin, runner, images, size, output_name, reference)
 
     diverged = _first_divergence(reference, free)
     layers = tuple(
@@ -119,7 +123,7 @@ def _run_twin(
     runner: Runner,
     images: Array,
     size: int,
-    exported: onnx.ModelProto,
+    output_name: str,
     reference: Pass,
 ) -> tuple[Pass, Pass]:
     """The twin deciding for itself, and led by the reference's plans."""
@@ -137,7 +141,7 @@ def _run_twin(
             layer.layer: LayerRecord(results[layer.metric], *(results[n] for n in layer.chosen))
             for layer in twin.layers
         }
-        passes.append(Pass(results[exported.graph.output[0].name], layers, results.get(SOURCE_MAP)))
+        passes.append(Pass(results[output_name], layers, results.get(SOURCE_MAP)))
     return passes[0], passes[1]
 
 

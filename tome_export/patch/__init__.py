@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["LayerTrace", "MergeSettings", "MergedModel", "patch", "unpatch"]
 
 
-FAMILIES = ("timm_vit",)
+FAMILIES = (
+    "timm_vit",
+    "timm_eva",
+    "torchvision_vit",
+    "open_clip_vit",
+    "hf_clip",
+    "hf_vit",
+    "llava",
+)
 """Modules of this package, one per family, each with ``merged(model, settings)``: the patched
 model, or None for a class of another family."""
 

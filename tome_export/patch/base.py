@@ -87,6 +87,7 @@ class Merger:
     Attributes:
         positions: ``[B, N]`` int64, where each of the first layer's tokens is by now; None before
             the first merge, or where nobody asked to track it.
+        plan: What the last call applied; None if it did not merge.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Merger:
     ) -> None:
         self.track = track
         self.positions: Tensor | None = None
+        self.plan: MergePlan | None = None
         self.layers = layers
         self.prefix = prefix
         self.class_token = class_token
@@ -110,13 +112,14 @@ class Merger:
         """Merge the tokens of one layer by its attention keys ``[B, H, N, D]``."""
         # Fewer tokens than scheduled come when patches are dropped in training.
         r = clamp_r(keys.shape[2], self.layers[layer].r, self.prefix)
+        self.plan = None
         if r == 0:
             return tokens
         size = tokens.size
         if size is None:
             size = keys.new_ones((keys.shape[0], keys.shape[2]), dtype=torch.float32)
         chosen = match(keys, r, self.prefix, self.class_token)
-        plan = self.forced.get(layer, chosen)
+        plan = self.plan = self.forced.get(layer, chosen)
         x, size = merge(tokens.x, size, plan)
         if self.observe is not None:
             self.observe(LayerTrace(layer, keys, plan, chosen))

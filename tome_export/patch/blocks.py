@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import attention as attn_forward
 from tome_export.patch.base import Merger, Tokens
+from tome_export.patch.checks import require
 
 BlockForward = Callable[[Any, Tokens, "Tensor | None", Merger, int], Tokens]
 
@@ -86,18 +86,18 @@ def block_forward(block: nn.Module, model_name: str) -> BlockForward:
         InputError: naming the class, if the block, its attention or its MLP is not understood.
     """
     forwards = _block_forwards()
-    _require(block, set(forwards), "block", model_name)
+    require(block, set(forwards), "block", model_name)
     attentions: list[Any] = [block.attn] if hasattr(block, "attn") else []
     attentions += [branch.attn for branch in _branches(block, "attns")]
     mlps: list[Any] = [block.mlp] if hasattr(block, "mlp") else []
     mlps += [branch.mlp for branch in _branches(block, "ffns")]
     for module in attentions:
-        _require(module, set(_attention_forwards()), "attention", model_name)
+        require(module, set(_attention_forwards()), "attention", model_name)
     for module in mlps:
-        _require(module, _pointwise_mlps(), "MLP", model_name)
+        require(module, pointwise_mlps(), "MLP", model_name)
     for name, module in block.named_modules():
         if "norm" in name.rpartition(".")[2]:
-            _require(module, _pointwise_norms(), "normalisation", model_name)
+            require(module, pointwise_norms(), "normalisation", model_name)
     return forwards[type(block)]
 
 
@@ -106,7 +106,7 @@ def _branches(block: nn.Module, name: str) -> list[Any]:
     return list(getattr(block, name, ()))
 
 
-def _pointwise_mlps() -> set[type]:
+def pointwise_mlps() -> set[type]:
     """MLPs that treat every token alone, which merging relies on."""
     from timm.layers import GluMlp, Mlp, SwiGLU
     from timm.models.vitamin import GeGluMlp
@@ -114,21 +114,12 @@ def _pointwise_mlps() -> set[type]:
     return {Mlp, GluMlp, SwiGLU, GeGluMlp}
 
 
-def _pointwise_norms() -> set[type]:
+def pointwise_norms() -> set[type]:
     """Normalisations that treat every token alone."""
     from timm import layers
 
     named = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")
     return {nn.Identity, nn.LayerNorm, nn.RMSNorm, *(getattr(layers, name) for name in named)}
-
-
-def _require(module: nn.Module, known: set[type], role: str, model_name: str) -> None:
-    if type(module) not in known:
-        names = ", ".join(sorted(cls.__name__ for cls in known))
-        raise InputError(
-            f"{role} class {type(module).__name__} of model {model_name} is not supported; "
-            f"supported: {names}"
-        )
 
 
 def block_cost(block: Any) -> BlockCost:

@@ -12,8 +12,8 @@ from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
 from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
-from tome_export.patch.blocks import block_cost, block_forward
-from tome_export.patch.checks import check_plain, model_name
+from tome_export.patch.blocks import BlockForward, block_cost, block_forward
+from tome_export.patch.checks import Zeros, check_plain, counted_macs, model_name
 from tome_export.spec import PatchGrid
 
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled"
@@ -48,7 +48,7 @@ class MergedVisionTransformer(MergedModel):
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         name = model_name(model)
         check_plain(model, name)
-        self._forwards = tuple(block_forward(block, name) for block in model.blocks)
+        self._forwards = tuple(self.block_forward(block, name) for block in model.blocks)
         _check_pooling(model, name)
         _check_patches(model, name)
         height, width = model.patch_embed.img_size
@@ -58,6 +58,11 @@ class MergedVisionTransformer(MergedModel):
         prefix = int(model.num_prefix_tokens)
         tokens = int(model.patch_embed.num_patches) + prefix
         super().__init__(model, settings, len(model.blocks), tokens, prefix)
+
+    @staticmethod
+    def block_forward(block: nn.Module, name: str) -> BlockForward:
+        """The merging forward of a block, for a model of this name."""
+        return block_forward(block, name)
 
     @property
     def class_token(self) -> bool:
@@ -83,21 +88,13 @@ class MergedVisionTransformer(MergedModel):
     def fixed_macs(self, tokens: int) -> int:
         """MACs per image of patch embedding, pooling and head, as torch counts them."""
         model: Any = self.model
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
 
-        counter = FlopCounterMode(display=False)
-        # The counter follows parameters by their gradient functions, and knows no fused attention
-        # of the CPU.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            parameter = next(model.parameters())
-            kind = {"dtype": parameter.dtype, "device": parameter.device}
-            model.patch_embed(torch.zeros((1, *self.input_size), **kind))
+        def outside(zeros: Zeros) -> None:
+            model.patch_embed(zeros(1, *self.input_size))
             if not self.settings.dense:
-                model.forward_head(torch.zeros((1, tokens, model.embed_dim), **kind))
-        return int(counter.get_total_flops()) // 2
+                model.forward_head(zeros(1, tokens, model.embed_dim))
+
+        return counted_macs(model, outside)
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What timm's model itself gives."""

@@ -29,7 +29,7 @@ from tome_export.pipeline.kernels import (
 from tome_export.pipeline.manifest import manifest_of
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import rescheduled
-from tome_export.spec import MergeOp, Precision
+from tome_export.spec import MergeOp, Precision, TowerOptions
 
 if TYPE_CHECKING:
     from tome_export.engine import Selection
@@ -57,6 +57,7 @@ class BuildRequest:
         prop_attn: Proportional attention; None for the recipe's own setting.
         dense: Give the features of every patch in place of the model's own output.
         source_map: Give also which final token each patch went into.
+        tower: Options of a vision tower; none for any other model.
         merge_op: How the merge is written into the graph.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
         engine_options: Batch range and engine settings.
@@ -74,6 +75,7 @@ class BuildRequest:
     prop_attn: bool | None = None
     dense: bool = False
     source_map: bool = False
+    tower: TowerOptions = field(default_factory=TowerOptions)
     merge_op: MergeOp = "auto"
     engine: str = "auto"
     engine_options: EngineOptions = field(default_factory=EngineOptions)
@@ -175,10 +177,16 @@ def _export_and_check(
     from tome_export.patch import patch
 
     progress.stage(f"Load {request.model}")
-    recipe = resolve(request.model)
+    recipe = resolve(request.model, request.tower)
+    if recipe.needs_grid and not request.dense:
+        raise InputError(
+            f"{recipe.needs_grid}: its language model arranges the features of all patches on a "
+            "grid, which merged tokens are not; use --dense (merged inside, then unmerged)"
+        )
     schedule = request.schedule or Schedule(recipe.recommended_r)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
+    _check_precision(request, loaded.weights.stored_dtype)
     prop_attn = recipe.prop_attn if request.prop_attn is None else request.prop_attn
     model = patch(
         loaded.module,
@@ -219,6 +227,20 @@ def _export_and_check(
         manifest["parity"] = parity_summary(report)
         write_json(folder / PARITY, {"checks": [report.to_dict()]})
     return manifest
+
+
+def _check_precision(request: BuildRequest, stored: str) -> None:
+    """Refuse to widen half-precision weights, which doubles the artifact and adds nothing.
+
+    Raises:
+        InputError: if the weights are stored in half precision and fp32 is asked for.
+    """
+    short = {"float16": "fp16", "bfloat16": "bf16"}.get(stored)
+    if short is not None and request.precision == "fp32":
+        raise InputError(
+            f"weights of {request.model} are stored as {stored}; {request.precision} would only "
+            f"store the same values wider; use --{short}, or a checkpoint in float32"
+        )
 
 
 def _exported(
@@ -263,12 +285,11 @@ def check_library(model: MergedModel, images: Array) -> None:
 def _parity(
     folder: Path, model: Any, images: Any, options: Any, progress: Progress
 ) -> ParityReport:
-    from tome_export.onnx.files import load
     from tome_export.parity.check import check_parity
 
     report = check_parity(
         model,
-        load(folder / MODEL),
+        folder / MODEL,
         images,
         options.precision,
         options.batch,

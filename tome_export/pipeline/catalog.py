@@ -12,6 +12,7 @@ from tome_export.models.recipe import Geometry
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
+    from tome_export.spec import TowerOptions
 
 WIDTH_DEPTH = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 """Width and depth by the name of the size (ViT, arXiv 2010.11929, table 1; DeiT, table 1)."""
@@ -68,15 +69,19 @@ def details(name: str) -> dict[str, Any]:
     }
 
 
-def recommended_r(name: str) -> int:
+def recommended_r(name: str, tower: TowerOptions | None = None) -> int:
     """Tokens to merge per layer where the user names no r.
+
+    Args:
+        name: Of the model.
+        tower: Options of a vision tower, which may have fewer layers for them.
 
     Raises:
         InputError: if there is no such model.
     """
     from tome_export.models import resolve
 
-    return int(resolve(name).recommended_r)
+    return int(resolve(name, tower).recommended_r)
 
 
 def _row(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def manifest_of(
         "output": outputs[0],
         "outputs": outputs,
         "form": {"dense": model.settings.dense, "source_map": model.settings.source_map},
+        "tower": _tower(loaded, model, outputs[0]["shape"]),
         "preprocessing": preprocessing,
         "labels": list(labels) if labels else None,
         "onnx": {
@@ -74,6 +75,18 @@ def manifest_of(
         "parity": None,
         "versions": versions(),
     }
+
+
+def _tower(
+    loaded: LoadedModel, model: MergedModel, shape: list[int | str]
+) -> dict[str, Any] | None:
+    """What the side of the language model is to be configured with; None for no tower."""
+    tower = loaded.recipe.tower
+    if tower is None:
+        return None
+    grid = model.patch_grid
+    cells = [grid.rows, grid.cols] if grid else None
+    return {**tower.given, "tokens": shape[1], "width": shape[2], "grid": cells}
 
 
 def _layers(model: MergedModel) -> list[dict[str, int]]:

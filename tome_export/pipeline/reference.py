@@ -12,7 +12,7 @@ from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
 from tome_export.pipeline.manifest import output_names, state_sha256
 from tome_export.pipeline.progress import Progress
-from tome_export.spec import BatchRange
+from tome_export.spec import BatchRange, TowerOptions
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -43,7 +43,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             )
     if weights is None:
         weights = "random" if kind == "random" else "pretrained"
-    loaded = resolve(manifest["model"]["name"]).load(weights=weights, seed=recorded["seed"] or 0)
+    recipe = resolve(manifest["model"]["name"], TowerOptions.of(manifest.get("tower")))
+    loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
     merge = manifest["merge"]
     schedule = Schedule(per_layer=tuple(merge["r"]))
     form = manifest.get("form", {})  # artifacts of before have one form

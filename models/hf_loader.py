@@ -1,0 +1,230 @@
+"""Making a Transformers vision model: only its own tensors are read from a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.errors import InputError, MissingComponentError
+from tome_export.models.hf_config import RESAMPLES, HfConfig
+from tome_export.models.recipe import LoadedModel, Recipe, WeightsInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    State = dict[str, Tensor]
+
+_WRAPPERS = re.compile(
+    r"^(?:module\.)?(?:(?:vision_model|vit|deit|dinov2|dinov2_with_registers)\.)+"
+)
+# Names of transformers 4 -> those of 5, in the order to apply them.
+_NEWER = (
+    (re.compile(r"^encoder\.layer\."), "layers."),
+    (re.compile(r"\.attention\.attention\.(query|key|value)\."), r".attention.\1_proj."),
+    (re.compile(r"\.attention\.(q|k|v)(?:uery|ey|alue)_proj\."), r".attention.\1_proj."),
+    (re.compile(r"\.attention\.output\.dense\."), ".attention.o_proj."),
+    (re.compile(r"\.intermediate\.dense\."), ".mlp.fc1."),
+    (re.compile(r"^(layers\.\d+)\.output\.dense\."), r"\1.mlp.fc2."),
+    (re.compile(r"\.mlp\.weights_out\."), ".mlp.down_proj."),
+)
+_VISION = re.compile(
+    r"(?:embeddings|encoder|layers|pre_layrnorm|post_layernorm|layernorm|head|classifier"
+    r"|cls_classifier|distillation_classifier|visual_projection)\."
+)
+_UNUSED = ("embeddings.position_ids", "embeddings.mask_token")
+
+
+def canonical(key: str) -> str:
+    """One name for a tensor in all layouts: that of transformers 5, without wrappers."""
+    key = _WRAPPERS.sub("", key)
+    for pattern, replacement in _NEWER:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+@dataclass(frozen=True)
+class HfLoader:
+    """Makes a model of Transformers; see ``Loader``.
+
+    Attributes:
+        config: The model.
+        source: Folder or hub name of the checkpoint.
+        image_size: That of the images, where positions are to be resampled for it.
+    """
+
+    config: HfConfig
+    source: str
+    image_size: int | None = field(default=None)
+
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+        """Make the model; see ``Recipe.load``."""
+        import torch
+
+        from tome_export.models.weights import loaded, wake_constants
+
+        if weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                module = self._make(depth)
+                wake_constants(module)
+            info = WeightsInfo("random", f"random, seed {seed}", seed=seed)
+            return loaded(self._resampled(module)[0], recipe, info)
+        if depth is not None:
+            raise InputError(
+                f"depth {depth} was asked of {recipe.name} with its own weights, which are for "
+                "all layers; use random weights or leave the depth"
+            )
+        module, info = self._filled(weights)
+        module, remark = self._resampled(module)
+        source = f"{info.source}; {remark}" if remark else info.source
+        info = WeightsInfo(info.kind, source, info.sha256, stored_dtype=info.stored_dtype)
+        return loaded(module, recipe, info)
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self._make(image_size=self.image_size)
+
+    def _make(
+        self, depth: int | None = None, pooler: bool = True, image_size: int | None = None
+    ) -> Any:
+        from tome_export.patch.hf import check_attention
+
+        transformers = library()
+        check_attention(self.config.attention or "sdpa", self.source)
+        arguments = dict(self.config.arguments)
+        if depth is not None:
+            arguments["num_hidden_layers"] = depth
+        if image_size is not None:
+            arguments["image_size"] = image_size
+        cls = getattr(transformers, self.config.cls)
+        extra = {} if pooler else {"add_pooling_layer": False}
+        # The library checks configurations, and its layers their sizes, with many classes of error.
+        try:
+            config = cls.config_class(**arguments)
+            config._attn_implementation = self.config.attention or "sdpa"
+            return cls(config, **extra)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"config.json of {self.source} does not make a {self.config.cls} ({reason}); "
+                "expected the configuration of a whole checkpoint"
+            ) from None
+
+    def _filled(self, weights: str) -> tuple[Any, WeightsInfo]:
+        """The model with the tensors of its checkpoint, or of another file."""
+        from tome_export.models.checkpoint import read_state, sha256
+        from tome_export.models.hf_files import snapshot
+        from tome_export.models.shards import pick
+
+        unexpected: list[str] = []
+
+        def rename(key: str) -> str | None:
+            name = canonical(key)
+            if name.endswith(_UNUSED) or not (_VISION.match(name) or name.startswith("pooler.")):
+                return None
+            return name
+
+        if weights == "pretrained":
+            folder = snapshot(self.source)
+            state, names = pick(folder, rename)
+            source = ", ".join(f"{folder.name}/{name}" for name in names)
+            digest = sha256(folder / names[0]) if len(names) == 1 else None
+            kind: Any = "pretrained"
+        else:
+            path = Path(weights)
+            state = {new: v for key, v in read_state(path).items() if (new := rename(key))}
+            source, digest, kind = path.name, sha256(path), "file"
+        bare_vit = self.config.cls in ("ViTModel", "DeiTModel")
+        module = self._make(pooler=not bare_vit or "pooler.dense.weight" in state)
+        stored = _fill(module, state, unexpected, self.source)
+        return module, WeightsInfo(kind, source or self.source, digest, stored_dtype=stored)
+
+    def _resampled(self, module: Any) -> tuple[Any, str]:
+        """The model for another image size, its positions as the library resamples them."""
+        import torch
+
+        size = self.image_size
+        before = module.config.image_size
+        if size is None or before == size or self.config.model_type not in RESAMPLES:
+            return module, ""
+        depth = module.config.num_hidden_layers
+        resampled = self._make(depth, image_size=size)
+        base, other = (getattr(m, m.base_model_prefix, m) for m in (module, resampled))
+        tokens = other.embeddings.position_embeddings.shape[1]
+        with torch.no_grad():
+            like = torch.empty(1, tokens, module.config.hidden_size)
+            position = base.embeddings.interpolate_pos_encoding(like, size, size)
+        state = module.state_dict()
+        key = next(key for key in state if key.endswith("position_embeddings"))
+        resampled.load_state_dict({**state, key: position})
+        return resampled, f"position embedding resampled {before} -> {size} pixels"
+
+
+def library() -> Any:
+    """Transformers.
+
+    Raises:
+        MissingComponentError: if it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingComponentError(
+            "hf: models need Transformers, which is not installed; install it with "
+            "pip install 'tome-export[hf]'"
+        ) from None
+    return transformers
+
+
+def _fill(module: Any, state: State, unexpected: list[str], source: str) -> str:
+    """Load tensors by their canonical names; returns the type that they are stored in."""
+    wanted = {canonical(key): key for key in module.state_dict()}
+    _swiglu(state, wanted)
+    shapes = {canonical(key): value.shape for key, value in module.state_dict().items()}
+    unused = tuple(name for name in wanted if name.endswith(_UNUSED))
+    missing = [name for name in wanted if name not in state and name not in unused]
+    unexpected += [n for n in state if n not in wanted and not n.startswith("pooler.")]
+    # A classifier's checkpoint serves the bare model as well, and a CLIP model's that without a
+    # projection.
+    unexpected = [n for n in unexpected if "classifier" not in n and "projection" not in n]
+    if missing or unexpected:
+        found = [("missing", missing), ("unexpected", unexpected)]
+        text = " and ".join(f"{len(n)} {what} ({n[0]}, …)" for what, n in found if n)
+        raise InputError(
+            f"weights of {source} do not fit its config.json: {text}; expected the whole "
+            "checkpoint of this architecture"
+        )
+    wrong = [n for n in wanted if n in state and state[n].shape != shapes[n]]
+    if wrong:
+        raise InputError(
+            f"weights of {source} do not fit its config.json: {wrong[0]} has shape "
+            f"{list(state[wrong[0]].shape)}; expected {list(shapes[wrong[0]])}"
+        )
+    broken = [n for n in wanted if n in state and not state[n].isfinite().all()]
+    if broken:
+        raise InputError(
+            f"weights of {source} have NaN or infinite values in {broken[0]}; expected finite "
+            "weights"
+        )
+    types = {str(state[n].dtype).removeprefix("torch.") for n in wanted if n in state}
+    module.load_state_dict({wanted[n]: state[n] for n in wanted if n in state}, strict=not unused)
+    return next((name for name in ("float32", "bfloat16", "float16") if name in types), "float32")
+
+
+def _swiglu(state: State, wanted: dict[str, str]) -> None:
+    """Gate and up projection are one matrix in transformers 4 and checkpoints, two in 5."""
+    import torch
+
+    for name in [name for name in state if ".mlp.weights_in." in name]:
+        gate, up = (name.replace("weights_in", part) for part in ("gate_proj", "up_proj"))
+        if gate in wanted:
+            state[gate], state[up] = state.pop(name).chunk(2)
+    for name in [name for name in wanted if ".mlp.weights_in." in name and name not in state]:
+        gate, up = (name.replace("weights_in", part) for part in ("gate_proj", "up_proj"))
+        if gate in state and up in state:
+            state[name] = torch.cat([state.pop(gate), state.pop(up)])

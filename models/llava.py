@@ -1,0 +1,106 @@
+"""The vision tower of LLaVA as one plain module: the layers that its language model sees.
+
+Written with the library's own layers and forward, it is the yardstick of the merged tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tome_export.spec import SelectFeature
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Shape of a LLaVA projector, from the tower's width to the language model's.
+
+    Attributes:
+        layers: Linear layers, with GELU between them; 0 for the identity.
+        inputs: Width of the tower's tokens.
+        outputs: Width of the language model's.
+        bias: Whether the linear layers have one.
+    """
+
+    layers: int
+    inputs: int
+    outputs: int
+    bias: bool = True
+
+    @property
+    def token_macs(self) -> int:
+        """MACs per token."""
+        return self.outputs * (self.inputs + (self.layers - 1) * self.outputs) * bool(self.layers)
+
+    def module(self) -> nn.Module:
+        """The projector, its keys those of LLaVA's own: ``0.weight``, ``2.weight``, ..."""
+        if self.layers == 0:
+            return nn.Identity()
+        linear: list[nn.Module] = [nn.Linear(self.inputs, self.outputs, self.bias)]
+        if self.layers == 1:
+            return linear[0]
+        for _ in range(self.layers - 1):
+            linear += [nn.GELU(), nn.Linear(self.outputs, self.outputs, self.bias)]
+        return nn.Sequential(*linear)
+
+
+class LlavaTower(nn.Module):
+    """Transformers' ``CLIPVisionModel`` up to the selected layer, feature selection, projector.
+
+    Attributes:
+        vision_model: The library's vision transformer with the first layers only and without its
+            last norm, which the selected hidden state does not go through. The name is the same
+            for every version of the library, so that state dicts are.
+        select_feature: ``patch`` or ``cls_patch``.
+        mm_projector: The projector; the identity without one.
+    """
+
+    def __init__(
+        self,
+        vision: Mapping[str, Any],
+        layers: int,
+        select_feature: SelectFeature,
+        projector: Projector | None = None,
+    ) -> None:
+        """Make the tower with fresh weights.
+
+        Args:
+            vision: Arguments of ``CLIPVisionConfig``, those of the whole model.
+            layers: Layers up to the selected one.
+            select_feature: ``patch`` or ``cls_patch``.
+            projector: Shape of the projector; None leaves it out.
+        """
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        super().__init__()
+        config = CLIPVisionConfig(**{**vision, "num_hidden_layers": layers})
+        # Its type is not known where the library has no annotations, as in 4.5x.
+        whole: Any = CLIPVisionModel(config)
+        # In 4.5x the model wraps the transformer; from 5 on it is the transformer.
+        self.vision_model: nn.Module = getattr(whole, "vision_model", whole)
+        self.vision_model.post_layernorm = nn.Identity()
+        self.select_feature = select_feature
+        self.mm_projector = projector.module() if projector else nn.Identity()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, tokens, width]``, the class token first if it is kept."""
+        output = self.vision_model(pixel_values=pixel_values)
+        return self.project(self.select(output.last_hidden_state))
+
+    def select(self, x: Tensor) -> Tensor:
+        """The tokens that the language model gets, of ``[B, N, C]`` with the class token first."""
+        return x[:, 1:] if self.select_feature == "patch" else x
+
+    def project(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to the language model's width, if there is a projector."""
+        return cast(Tensor, self.mm_projector(x))
+
+    def place_constants(self) -> None:
+        """Make anew what is not in a state dict, for a model made without memory for weights."""
+        embeddings: Any = self.vision_model.embeddings
+        positions = torch.arange(embeddings.num_positions).expand((1, -1))
+        embeddings.register_buffer("position_ids", positions, persistent=False)

@@ -1,0 +1,260 @@
+"""Open_clip's image towers: recipes for ``open_clip:<arch>[/<weights>]``, and making the models.
+
+The output is that of ``encode_image(image, normalize=False)``: features not of unit length.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from tome_export.errors import InputError, MissingComponentError
+from tome_export.models.checkpoint import fit, read_state, sha256
+from tome_export.models.hub import ANSWER_S, ask, ask_url
+from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
+from tome_export.models.weights import loaded, wake_constants
+from tome_export.spec import Interpolation, Preprocessing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_TOWER = "visual."
+_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class OpenClipLoader:
+    """Makes open_clip's image towers, without the text towers.
+
+    Attributes:
+        arch: Open_clip's name, such as ``ViT-B-32``.
+        weights: Of its weights, such as ``laion2b_s34b_b79k``; empty if the name had none.
+    """
+
+    arch: str
+    weights: str = ""
+
+    def architecture(self) -> nn.Module:
+        """The tower without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self._create()
+
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+        """Make the tower; see ``Recipe.load``."""
+        import torch
+
+        if weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                module = self._create(depth)
+                wake_constants(module)
+            return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+        if weights != "pretrained":
+            return self._from_file(recipe, Path(weights), depth)
+        if depth is not None:
+            raise InputError(
+                f"depth {depth} was asked with pretrained weights, which are for all blocks; "
+                "use random weights or leave the depth"
+            )
+        made = self._from_file(recipe, self._download(recipe), None)
+        info = WeightsInfo("pretrained", recipe.weights_source, made.weights.sha256)
+        return LoadedModel(made.module, recipe, info)
+
+    def _create(self, depth: int | None = None) -> nn.Module:
+        require_open_clip()
+        import open_clip
+
+        # Its public functions make the text tower too, whose configuration may be on a hub.
+        from open_clip.model import _build_vision_tower
+
+        config: Any = open_clip.get_model_config(self.arch)
+        vision = dict(config["vision_cfg"])
+        if depth is not None and "timm_model_name" not in vision:
+            vision["layers"] = depth
+        quick = bool(config.get("quick_gelu", False))
+        tower: Any = _build_vision_tower(config["embed_dim"], vision, quick)
+        if depth is not None and "timm_model_name" in vision:
+            tower.trunk.blocks = tower.trunk.blocks[:depth]
+        return cast("nn.Module", tower)
+
+    def _from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+        module = self._create(depth)
+        state, _ = fit(module, _tower(_read(path)), path, "")
+        module.load_state_dict(state, strict=True)
+        return loaded(module, recipe, WeightsInfo("file", path.name, sha256=sha256(path)))
+
+    def _download(self, recipe: Recipe) -> Path:
+        import open_clip
+
+        require_open_clip()
+        tags = open_clip.list_pretrained_tags_by_model(self.arch)
+        if not self.weights:
+            raise InputError(
+                f"{recipe.name} names no weights; name those of open_clip:{self.arch}/<weights> "
+                f"({', '.join(tags) or 'it has none'}), give a file with --weights PATH, or try "
+                "the toolchain with --weights random"
+            )
+        cfg: Any = open_clip.get_pretrained_cfg(self.arch, self.weights)
+        cached = _cached(cfg)
+        if cached is not None:
+            return cached
+        if cfg.get("hf_hub"):
+            ask(recipe, "the hub", lambda: _ask_hub(str(cfg["hf_hub"])))
+        else:
+            ask(recipe, str(cfg["url"]), lambda: ask_url(str(cfg["url"])))
+        try:
+            return Path(str(open_clip.download_pretrained(cfg)))
+        # What the network or the hub does to a download half-way comes as many classes.
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"pretrained weights of {recipe.name} could not be loaded "
+                f"({str(error).partition(chr(10))[0]}); give a downloaded file with --weights "
+                "PATH, or try the toolchain with --weights random"
+            ) from None
+
+
+def _repository(hub: str) -> tuple[str, tuple[str, ...]]:
+    """Open_clip writes ``organisation/model/`` or ``organisation/model/file``."""
+    repository, _, name = hub.rpartition("/")
+    return repository, (name,) if name else _FILES
+
+
+def _cached(cfg: Any) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if not cfg.get("hf_hub"):
+        return None
+    repository, names = _repository(str(cfg["hf_hub"]))
+    found = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _ask_hub(hub: str) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, names = _repository(hub)
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=ANSWER_S)
+    except EntryNotFoundError:
+        return
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_file() and path.suffix == ".pt" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            raise InputError(
+                f"weights file {path} is a TorchScript archive, which holds code and is not "
+                "loaded; save the tensors of its state_dict() as .safetensors"
+            )
+    return read_state(path)
+
+
+def _tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower's tensors of a whole model; a tower's own state is returned as it is."""
+    own = {key: value for key, value in state.items() if key.startswith(_TOWER)}
+    return {key.removeprefix(_TOWER): value for key, value in own.items()} or state
+
+
+def require_open_clip() -> None:
+    """Fail with the name of the extra where open_clip is not installed.
+
+    Raises:
+        MissingComponentError: if it is not.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("open_clip") is None:
+        raise MissingComponentError(
+            "open_clip is not installed; install the extra: pip install 'tome-export[open_clip]'"
+        )
+
+
+def recipe_from_open_clip(name: str) -> Recipe:
+    """A recipe for ``open_clip:<arch>[/<weights>]``, its facts from open_clip's tables.
+
+    Raises:
+        InputError: if open_clip has no such model or weights, or it is no ViT.
+        MissingComponentError: if open_clip is not installed.
+    """
+    require_open_clip()
+    import open_clip
+
+    arch, _, tag = name.partition("/")
+    if arch not in open_clip.list_models():
+        close = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
+        hint = f"did you mean open_clip:{close[0]}?" if close else "see open_clip.list_models()"
+        raise InputError(f"open_clip has no model {arch!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if tag and tag not in tags:
+        raise InputError(
+            f"open_clip has no weights {tag!r} of {arch}; it has {', '.join(tags) or 'none'}"
+        )
+    cfg: dict[str, Any] = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
+    quick = bool((open_clip.get_model_config(arch) or {}).get("quick_gelu", False))
+    if tag and bool(cfg.get("quick_gelu", False)) != quick:
+        other = f"{arch}-quickgelu" if not quick else arch.removesuffix("-quickgelu")
+        raise InputError(
+            f"weights {tag!r} of open_clip's {arch} were trained with another activation; use "
+            f"open_clip:{other}/{tag}"
+        )
+    loader = OpenClipLoader(arch, tag)
+    tower: Any = loader.architecture()
+    tokens, depth = _shape(tower, arch)
+    mode = cfg.get("resize_mode", "shortest")
+    squash = "" if mode == "shortest" else f"; open_clip resizes by {mode!r}, here images are "
+    return Recipe(
+        name=f"open_clip:{name}",
+        family="open_clip_vit",
+        preprocessing=preprocessing_of(tower.image_size, cfg),
+        recommended_r=recommended_r(tokens, depth),
+        r_source=RULE,
+        output_name="features",
+        description=f"open_clip's {arch}, image features not of unit length"
+        + (squash and f"{squash}centre-cropped"),
+        weights_source=str(cfg.get("hf_hub") or cfg.get("url") or "none named"),
+        licence="not stated by open_clip",
+        loader=loader,
+    )
+
+
+def _shape(tower: Any, arch: str) -> tuple[int, int]:
+    """Tokens and blocks of a tower."""
+    trunk: Any = getattr(tower, "trunk", None)
+    patches = getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
+    if patches is not None and hasattr(trunk, "blocks"):
+        return int(patches) + int(getattr(trunk, "num_prefix_tokens", 0)), len(trunk.blocks)
+    if hasattr(tower, "transformer"):
+        return int(tower.positional_embedding.shape[0]), len(tower.transformer.resblocks)
+    raise InputError(
+        f"open_clip's {arch} has an image tower of class {type(trunk or tower).__name__}, which "
+        "has no sequence of tokens to merge; expected a ViT"
+    )
+
+
+def preprocessing_of(image_size: Any, cfg: dict[str, Any]) -> Preprocessing:
+    """Preprocessing from open_clip's table; its own defaults where that is silent."""
+    from open_clip.transform import PreprocessCfg
+
+    default = PreprocessCfg()
+    height, width = image_size if isinstance(image_size, tuple | list) else (image_size,) * 2
+    interpolation = cfg.get("interpolation", default.interpolation)
+    if interpolation not in get_args(Interpolation):
+        raise InputError(
+            f"open_clip resizes images for this model with {interpolation!r}; "
+            f"supported: {', '.join(get_args(Interpolation))}"
+        )
+    return Preprocessing(
+        input_size=(3, int(height), int(width)),
+        mean=tuple(cfg.get("mean", default.mean)),
+        std=tuple(cfg.get("std", default.std)),
+        crop_pct=1.0,
+        interpolation=cast(Interpolation, interpolation),
+    )

@@ -1,0 +1,182 @@
+"""Torchvision's ViTs: recipes for ``torchvision:<name>[.<weights>]``, and making the models."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tome_export.errors import InputError
+from tome_export.models.checkpoint import fit, read_state, sha256
+from tome_export.models.hub import ask, ask_url
+from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
+from tome_export.models.weights import loaded, wake_constants
+from tome_export.spec import Interpolation, Preprocessing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_LEGACY = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}
+"""Names of before torchvision 0.14, which its published files still have."""
+
+
+@dataclass(frozen=True)
+class TorchvisionLoader:
+    """Makes torchvision's ViTs.
+
+    Attributes:
+        arch: Torchvision's name, such as ``vit_b_16``.
+        weights: Of its weights, such as ``IMAGENET1K_V1``.
+    """
+
+    arch: str
+    weights: str
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self._create()
+
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+        """Make the model; see ``Recipe.load``."""
+        import torch
+
+        if weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                module = self._create(depth)
+                wake_constants(module)
+            return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+        if weights != "pretrained":
+            return self._from_file(recipe, Path(weights), depth)
+        if depth is not None:
+            raise InputError(
+                f"depth {depth} was asked with pretrained weights, which are for all blocks; "
+                "use random weights or leave the depth"
+            )
+        path = self._download(recipe)
+        made = self._from_file(recipe, path, None)
+        info = WeightsInfo("pretrained", recipe.weights_source, made.weights.sha256)
+        return LoadedModel(made.module, recipe, info)
+
+    def _create(self, depth: int | None = None, classes: int = 1000) -> nn.Module:
+        import torch
+        from torchvision.models import get_model, get_weight
+        from torchvision.models.vision_transformer import VisionTransformer
+
+        entry: Any = get_weight(weights_enum(self.arch, self.weights))
+        with torch.device("meta"):
+            like: Any = get_model(self.arch, image_size=int(entry.meta["min_size"][0]))
+        return VisionTransformer(
+            image_size=like.image_size,
+            patch_size=like.patch_size,
+            num_layers=depth or len(like.encoder.layers),
+            num_heads=like.encoder.layers[0].num_heads,
+            hidden_dim=like.hidden_dim,
+            mlp_dim=like.mlp_dim,
+            num_classes=classes,
+        )
+
+    def _from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+        state = _current(read_state(path))
+        head = state.get("heads.head.weight")
+        classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 1000
+        module = self._create(depth, classes)
+        state, _ = fit(module, state, path, "")
+        module.load_state_dict(state, strict=True)
+        return loaded(module, recipe, WeightsInfo("file", path.name, sha256=sha256(path)))
+
+    def _download(self, recipe: Recipe) -> Path:
+        import torch
+        from torchvision.models import get_weight
+
+        entry: Any = get_weight(weights_enum(self.arch, self.weights))
+        path = Path(torch.hub.get_dir()) / "checkpoints" / str(entry.url).rpartition("/")[2]
+        if not path.is_file():
+            ask(recipe, str(entry.url), lambda: ask_url(str(entry.url)))
+            try:
+                entry.get_state_dict(progress=False, check_hash=True)
+            # What happens to a download half-way, or a file of another hash.
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"pretrained weights of {recipe.name} could not be loaded "
+                    f"({str(error).partition(chr(10))[0]}); give a downloaded .pth file with "
+                    "--weights PATH, or try the toolchain with --weights random"
+                ) from None
+        return path
+
+
+def _current(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def renamed(key: str) -> str:
+        for old, new in _LEGACY.items():
+            key = key.replace(old, new)
+        return key
+
+    return {renamed(key): value for key, value in state.items()}
+
+
+def weights_enum(arch: str, weights: str) -> str:
+    """Torchvision's full name of weights, such as ``ViT_B_16_Weights.IMAGENET1K_V1``.
+
+    Raises:
+        InputError: if there are none of that name.
+    """
+    from torchvision.models import get_model_weights
+
+    known: Any = get_model_weights(arch)
+    if weights not in known.__members__:
+        raise InputError(
+            f"torchvision has no weights {weights!r} of {arch}; it has "
+            f"{', '.join(entry.name for entry in known)}"
+        )
+    return f"{known.__name__}.{known[weights].name}"
+
+
+def recipe_from_torchvision(name: str) -> Recipe:
+    """A recipe for ``torchvision:<name>``, its facts from torchvision's table of weights.
+
+    The name may carry the name of weights (``vit_b_16.IMAGENET1K_SWAG_E2E_V1``); without, those
+    that torchvision calls its default.
+
+    Raises:
+        InputError: if torchvision has no such ViT or weights.
+    """
+    from torchvision.models import get_weight, list_models
+
+    arch, _, tag = name.partition(".")
+    known = [model for model in list_models() if model.startswith("vit_")]
+    if arch not in known:
+        close = difflib.get_close_matches(arch, known, n=3)
+        hint = f"did you mean torchvision:{close[0]}?" if close else f"it has {', '.join(known)}"
+        raise InputError(f"torchvision has no ViT {arch!r}; {hint}")
+    entry: Any = get_weight(weights_enum(arch, tag or "DEFAULT"))
+    loader = TorchvisionLoader(arch, str(entry.name))
+    model: Any = loader.architecture()
+    tokens, depth = int(model.seq_length), len(model.encoder.layers)
+    return Recipe(
+        name=f"torchvision:{arch}.{entry.name}",
+        family="torchvision_vit",
+        preprocessing=preprocessing_of(entry.transforms()),
+        recommended_r=recommended_r(tokens, depth),
+        r_source=RULE,
+        description=f"torchvision's {arch}",
+        weights_source=str(entry.url),
+        licence=str(entry.meta.get("license") or "not stated by torchvision"),
+        labels=tuple(entry.meta["categories"]),
+        loader=loader,
+    )
+
+
+def preprocessing_of(transforms: Any) -> Preprocessing:
+    """Preprocessing from torchvision's ``ImageClassification`` transforms."""
+    side, resized = int(transforms.crop_size[0]), int(transforms.resize_size[0])
+    return Preprocessing(
+        input_size=(3, side, side),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        crop_pct=side / resized,
+        interpolation=cast(Interpolation, transforms.interpolation.value),
+    )

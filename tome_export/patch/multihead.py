@@ -1,0 +1,85 @@
+"""``torch.nn.MultiheadAttention``, run so that its keys come out and the token sizes go in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tome_export.errors import InputError
+from tome_export.merge.macs import BlockCost
+from tome_export.patch.checks import require
+
+
+def check_multihead(attn: nn.Module, model_name: str, role: str = "attention") -> None:
+    """Refuse what ``multihead`` does not compute.
+
+    Raises:
+        InputError: for another class, a subclass included, or for options that add tokens.
+    """
+    require(attn, {nn.MultiheadAttention}, role, model_name)
+    given: Any = attn
+    if given.bias_k is not None or given.add_zero_attn:
+        option = "add_zero_attn" if given.add_zero_attn else "add_bias_kv"
+        raise InputError(
+            f"{role} of model {model_name} is a MultiheadAttention with {option}, whose extra key "
+            "is no token that could be matched; it is not supported"
+        )
+
+
+def multihead(
+    attn: Any, queries: Tensor, context: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the class's own ``forward`` computes, with a packed or separate input projection.
+
+    ``batch_first`` only says how the class's own ``forward`` takes its inputs.
+
+    Args:
+        attn: The module, which ``check_multihead`` has passed.
+        queries: ``[B, Q, C]``, already normalised.
+        context: ``[B, N, C']``; ``queries`` itself for self-attention.
+        bias: ``[B, 1, Q, N]`` or None.
+
+    Returns:
+        Output ``[B, Q, C]`` and keys ``[B, H, N, D]``.
+    """
+    if attn.in_proj_weight is not None and context is queries:
+        packed = functional.linear(queries, attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = packed.chunk(3, dim=-1)
+    else:
+        if attn.in_proj_weight is not None:
+            weights = attn.in_proj_weight.chunk(3)
+        else:
+            weights = attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight
+        biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+        inputs = queries, context, context
+        q, k, v = map(functional.linear, inputs, weights, biases)
+    heads = attn.num_heads, attn.head_dim
+    q, k, v = (x.reshape(*x.shape[:2], *heads).transpose(1, 2) for x in (q, k, v))
+    dropout = attn.dropout if attn.training else 0.0
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    return attn.out_proj(out.transpose(1, 2).flatten(-2)), k
+
+
+@contextmanager
+def same_arithmetic() -> Iterator[None]:
+    """Let the class's own ``forward`` go through scaled dot-product attention, as ``multihead``.
+
+    Its fast path for inference is another kernel, whose rounding grows over many layers.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def multihead_block_cost(width: int, mlp: nn.Module) -> BlockCost:
+    """MACs per token of a block of self-attention over ``width`` and an MLP."""
+    linears = [m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear)]
+    return BlockCost(before=4 * width**2, attention=2 * width, after=sum(linears))
