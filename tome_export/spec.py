@@ -98,3 +98,27 @@ class Preprocessing:
             crop_pct=float(values["crop_pct"]),
             interpolation=cast(Interpolation, values["interpolation"]),
         )
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How an image is cut into patches, row by row from its upper left corner.
+
+    Pixels right of and below the last whole patch belong to none.
+
+    Attributes:
+        rows: Patches from top to bottom.
+        cols: Patches from left to right.
+        height: Of one patch, in pixels.
+        width: Of one patch, in pixels.
+    """
+
+    rows: int
+    cols: int
+    height: int
+    width: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return self.rows * self.cols

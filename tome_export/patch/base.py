@@ -17,6 +17,7 @@ from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.merge.spec import clamp_r
+from tome_export.spec import PatchGrid
 
 _INNER = "model."
 
@@ -143,6 +144,11 @@ class MergedModel(nn.Module, ABC):
     @abstractmethod
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
+
+    @property
+    @abstractmethod
+    def patch_grid(self) -> PatchGrid | None:
+        """Where the patches lie in the image; None where a token is no rectangle of it."""
 
     @property
     @abstractmethod

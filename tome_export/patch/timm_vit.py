@@ -13,6 +13,7 @@ from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
 from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
 from tome_export.patch.blocks import block_cost, block_forward
+from tome_export.spec import PatchGrid
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
 
@@ -36,6 +37,7 @@ class MergedVisionTransformer(MergedModel):
         height, width = model.patch_embed.img_size
         # Kept, because token counts stay those of this size if timm's set_input_size comes later.
         self._input_size = int(model.in_chans), int(height), int(width)
+        self._patch_grid = _patch_grid(model.patch_embed)
         prefix = int(model.num_prefix_tokens)
         tokens = int(model.patch_embed.num_patches) + prefix
         super().__init__(model, settings, len(model.blocks), tokens, prefix)
@@ -49,6 +51,11 @@ class MergedVisionTransformer(MergedModel):
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
         return self._input_size
+
+    @property
+    def patch_grid(self) -> PatchGrid | None:
+        """Where the patches lie in the image; for a hybrid the pixels per cell of its features."""
+        return self._patch_grid
 
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:
@@ -136,6 +143,21 @@ def _check_patches(model: Any, name: str) -> None:
             f"{embed.patch_size}, so its tokens cannot be counted; make it with an image size "
             "divisible by the patch size"
         )
+
+
+def _patch_grid(embed: Any) -> PatchGrid | None:
+    from timm.layers import HybridEmbed, PatchEmbed
+
+    if type(embed) not in (PatchEmbed, HybridEmbed):
+        return None
+    rows, cols = (int(n) for n in embed.grid_size)
+    height, width = (int(n) for n in embed.img_size)
+    if type(embed) is PatchEmbed:
+        return PatchGrid(rows, cols, *(int(n) for n in embed.patch_size))
+    # A cell of a backbone's features sees more than its part of the image, but stands for that.
+    if height % rows == 0 and width % cols == 0:
+        return PatchGrid(rows, cols, height // rows, width // cols)
+    return None
 
 
 def _check_pooling(model: Any, name: str) -> None:

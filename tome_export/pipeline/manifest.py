@@ -47,6 +47,7 @@ def manifest_of(
         },
         "tokens": [layer.tokens_out for layer in model.layers],
         "tokens_in": model.layers[0].tokens_in if model.layers else 0,
+        "patches": asdict(model.patch_grid) if model.patch_grid else None,
         "layers": _layers(model),
         "macs": {"merged": merged, "unmerged": unmerged, "ratio": unmerged / merged},
         "precision": options.precision,
