@@ -29,6 +29,8 @@ from tome_export.pipeline.kernels import (
 from tome_export.pipeline.manifest import manifest_of
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import MergeOp, Precision
+from tome_export.tune.schedule_file import NAME as SCHEDULE
+from tome_export.tune.schedule_file import read_schedule
 
 if TYPE_CHECKING:
     from tome_export.engine import Selection
@@ -50,6 +52,7 @@ class BuildRequest:
         model: Recipe name, ``timm:<name>`` or ``module:function``.
         output: The artifact directory.
         schedule: Tokens to merge per layer; None for the recipe's recommended r.
+        schedule_file: What ``tune`` wrote; it then gives the schedule, and goes into the artifact.
         precision: Of weights and activations.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         seed: Of random weights.
@@ -65,6 +68,7 @@ class BuildRequest:
     model: str
     output: Path
     schedule: Schedule | None = None
+    schedule_file: Path | None = None
     precision: Precision = "fp32"
     weights: str = "pretrained"
     seed: int = 0
@@ -172,9 +176,17 @@ def _export_and_check(
     progress.stage(f"Load {request.model}")
     recipe = resolve(request.model)
     schedule = request.schedule or Schedule(recipe.recommended_r)
+    given = None if request.schedule_file is None else read_schedule(request.schedule_file)
+    if given is not None:
+        given.check_model(recipe.name)
+        schedule = Schedule(per_layer=given.schedule)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     prop_attn = recipe.prop_attn if request.prop_attn is None else request.prop_attn
+    if given is not None:
+        given.check_depth(len(patch(loaded.module, 0).layers))
+        # What was read, and not the file as it may be by now.
+        (folder / SCHEDULE).write_bytes(given.content)
     model = patch(loaded.module, schedule, prop_attn=prop_attn).eval()
     images = None
     if request.check:
