@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
-import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tome_export.bench import environment as environments
+from tome_export.bench.environment import PACKAGES, cpu_name
+from tome_export.bench.timing import paired, percentiles
+
+__all__ = ["PACKAGES", "RESULTS", "cpu_name", "environment", "paired", "percentiles", "write_rows"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "triton", "tensorrt-rtx", "tensorrt", "numpy")
 
 
 def environment() -> dict[str, Any]:
     """Commit, hardware and library versions, for every file of rows."""
-    installed = {d.name: d.version for d in metadata.distributions() if d.name}
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -30,49 +27,8 @@ def environment() -> dict[str, Any]:
         text=True,
         check=True,
     )
-    return {
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "gpu": None,
-        "driver": None,
-        "versions": {name: installed[name] for name in PACKAGES if name in installed},
-    }
-
-
-def cpu_name() -> str:
-    """The processor's model name as the kernel gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def paired(
-    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Time several things in turn, so that a drift of the machine's speed meets them all.
-
-    Returns:
-        Seconds by name, ``[repeats]``; entry i of each was measured in the same round.
-    """
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def percentiles(values: np.ndarray[Any, Any]) -> dict[str, float]:
-    """p20, p50 and p80."""
-    return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
+    made = commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return {"commit": made, **environments.environment()}
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:

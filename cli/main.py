@@ -16,7 +16,20 @@ from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.signals import Interrupted, interruptible
 from tome_export.errors import InputError, TomeExportError
 
-COMMANDS = ("build", "engine", "check", "serve", "query", "models", "doctor")
+COMMANDS = (
+    "build",
+    "engine",
+    "check",
+    "bench",
+    "eval",
+    "tune",
+    "inspect",
+    "report",
+    "serve",
+    "query",
+    "models",
+    "doctor",
+)
 
 NAME = "tome-export"
 

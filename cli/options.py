@@ -157,8 +157,9 @@ model_options = grouped(
     click.option("--r", type=int, help="Tokens to merge per layer.  [default: the model's own]"),
     click.option(
         "--schedule",
-        metavar="|".join([*INFLECTION, "12,10,8"]),
-        help="How r is spread over the layers, or r of each.  [default: constant]",
+        metavar="|".join([*INFLECTION, "12,10,8", "FILE"]),
+        help="How r is spread over the layers, or r of each, or a file that 'tome-export tune' "
+        "wrote.  [default: constant]",
     ),
     click.option("--fp16", is_flag=True, help="Half precision."),
     click.option("--bf16", is_flag=True, help="bfloat16."),

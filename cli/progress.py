@@ -19,6 +19,40 @@ if TYPE_CHECKING:
 _STEPS = re.compile(r"(?P<text>.*): (?P<done>\d+)/(?P<total>\d+)")
 
 
+ETA_INTERVAL_S = 30.0
+"""Seconds between lines that say how far a long stage is, where there is no live display."""
+
+
+class Eta:
+    """How long the steps of a stage will still take, from those seen so far."""
+
+    def __init__(self) -> None:
+        self._title = ""
+        self._first = (0, 0.0)
+
+    def left_s(self, title: str, done: int, total: int) -> float | None:
+        """Seconds left; None until two steps have been seen.
+
+        Args:
+            title: What is counted; another title begins anew.
+            done: Steps done; the first that is seen may have been done earlier.
+            total: Steps in all.
+        """
+        now = time.monotonic()
+        if title != self._title or done < self._first[0]:
+            self._title, self._first = title, (done, now)
+        before, since = self._first
+        return (now - since) / (done - before) * (total - done) if done > before else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, as exact as a guess deserves."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 @contextlib.contextmanager
 def working(terminal: Terminal) -> Iterator[Progress]:
     """Run a library call inside: its progress is shown, the noise of others is not."""
@@ -33,11 +67,13 @@ def _is_live(stream: TextIO) -> bool:
 
 
 class Plain:
-    """One line per stage; with ``verbose`` also what happens in it."""
+    """One line per stage and every while in a long one; with ``verbose`` all that happens."""
 
     def __init__(self, stream: TextIO, verbose: bool) -> None:
         self._stream = stream
         self._verbose = verbose
+        self._eta = Eta()
+        self._told = time.monotonic()
 
     def __enter__(self) -> Plain:
         return self
@@ -48,14 +84,23 @@ class Plain:
     def stage(self, title: str) -> None:
         """See ``Progress``."""
         raise_if_interrupted()
+        self._eta, self._told = Eta(), time.monotonic()
         self._stream.write(f"{title}\n")
         self._stream.flush()
 
     def detail(self, text: str) -> None:
         """See ``Progress``."""
-        if self._verbose:
-            self._stream.write(f"  {text}\n")
+        steps = _STEPS.fullmatch(text)
+        left = None
+        if steps is not None:
+            left = self._eta.left_s(steps["text"], int(steps["done"]), int(steps["total"]))
+        due = left is not None and time.monotonic() - self._told >= ETA_INTERVAL_S
+        if self._verbose or due:
+            more = f", about {duration(left)} left" if due and left is not None else ""
+            self._stream.write(f"  {text}{more}\n")
             self._stream.flush()
+        if due:
+            self._told = time.monotonic()
 
 
 class Live:
@@ -87,6 +132,7 @@ class Live:
         self._task: Any = None
         self._title = ""
         self._since = 0.0
+        self._eta = Eta()
 
     def __enter__(self) -> Live:
         self._display.start()
@@ -100,7 +146,7 @@ class Live:
         """See ``Progress``."""
         raise_if_interrupted()
         self._end("✓")
-        self._title, self._since = title, time.monotonic()
+        self._title, self._since, self._eta = title, time.monotonic(), Eta()
         self._task = self._display.add_task(title, total=None, detail="")
 
     def detail(self, text: str) -> None:
@@ -114,7 +160,9 @@ class Live:
             self._display.update(self._task, detail=text)
             return
         done, total = int(steps["done"]), int(steps["total"])
-        self._display.update(self._task, detail=steps["text"], completed=done, total=total)
+        left = self._eta.left_s(steps["text"], done, total)
+        shown = steps["text"] if left is None else f"{steps['text']}, {duration(left)} left"
+        self._display.update(self._task, detail=shown, completed=done, total=total)
 
     def _end(self, mark: str) -> None:
         if self._task is None:

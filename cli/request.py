@@ -55,9 +55,11 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     from tome_export.pipeline import BuildRequest
 
     tower = TowerOptions.of(given)
-    schedule = _schedule(model, given["r"], given["schedule"], tower)
+    file = _schedule_file(given["schedule"])
+    schedule = _schedule(model, given["r"], given["schedule"], file, tower)
     return BuildRequest(
         model=model,
+        schedule_file=file,
         output=_output(given["output"]) or _default_output(model, schedule, precision),
         schedule=schedule,
         precision=precision,
@@ -81,9 +83,26 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     )
 
 
-def _schedule(model: str, r: int | None, text: str | None, tower: TowerOptions) -> Schedule:
+def _schedule_file(text: str | None) -> Path | None:
+    """The file that ``--schedule`` names; None where it is a schedule itself."""
+    if text is None or text in INFLECTION:
+        return None
+    return Path(text) if text.endswith(".json") or Path(text).is_file() else None
+
+
+def _schedule(
+    model: str, r: int | None, text: str | None, file: Path | None, tower: TowerOptions
+) -> Schedule:
     from tome_export.pipeline.catalog import recommended_r
 
+    if file is not None:
+        from tome_export.pipeline.tune import schedule_from_file
+
+        if r is not None:
+            raise click.UsageError(
+                f"schedule file {file} gives r for every layer; drop --r {r} or the file"
+            )
+        return schedule_from_file(file)
     text = "constant" if text is None else text
     if r is None and text in INFLECTION:
         r = recommended_r(model, tower)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,14 +67,35 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         InputError: as ``load_images``.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     path = Path(path)
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"image {path} {kind}; expected an image file")
+    return _decoded(path, path)
+
+
+def pixels_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Decode and preprocess one encoded image.
+
+    Args:
+        data: The content of an image file.
+        name: What an error calls it.
+        preprocessing: How the model wants it.
+
+    Returns:
+        ``[C, H, W]`` float32.
+
+    Raises:
+        InputError: as ``load_images``.
+    """
+    return pixels_from_image(_decoded(io.BytesIO(data), name), preprocessing)
+
+
+def _decoded(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
@@ -90,7 +112,7 @@ def read_image(path: str | Path) -> Image.Image:
     return _eight_bit(upright, path)
 
 
-def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
+def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):

@@ -29,8 +29,10 @@ def test_readme_has_commands() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all commands."""
-    return tmp_path_factory.mktemp("readme")
+    """One folder for all commands, with the images of a checkout."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "models").symlink_to(README.parent / "models")
+    return folder
 
 
 def test_commands_run(folder: Path) -> None:

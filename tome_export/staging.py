@@ -7,26 +7,30 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from tome_export.errors import ExportError, InputError
 from tome_export.schema import MANIFEST, load_manifest
 
-LEFTOVERS = (f".{MANIFEST}.partial", ".parity.json.partial", ".engine-")
+LEFTOVERS = (f".{MANIFEST}.partial", ".parity.json.partial", ".eval.json.partial", ".engine-")
 """How the names begin of what a killed command may leave in an artifact."""
 
 
 @contextlib.contextmanager
-def staged(output: Path, *, force: bool) -> Iterator[Path]:
+def staged(
+    output: Path, *, force: bool, replaceable: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """A folder that becomes ``output`` when the block ends well and vanishes when it does not.
 
     The folder is a sibling named ``.<name>.partial`` and locked, so that a second build into the
     same output is refused and one left by a killed process is cleared by the next build.
 
     Args:
-        output: The artifact directory to write.
-        force: Replace an existing artifact.
+        output: The directory to write.
+        force: Replace an existing one.
+        replaceable: Raises ``InputError`` if what is there must not be replaced even so; by
+            default whatever is no artifact.
 
     Raises:
         InputError: if the output exists (without ``force``), is not an artifact (with it), is
@@ -37,14 +41,15 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         # A link to a directory stays a link, and what it leads to is replaced.
         output = _named(given.resolve() if given.is_dir() else given)
         partial = output.with_name(f".{output.name}.partial")
-        _check_replaceable(output, force)
+        check = replaceable or _check_artifact
+        _check_replaceable(output, force, check)
         _make(output.parent)
         lock = _claim(partial, output)
         try:
             # Another build may have ended between the first look and the claim.
-            _check_replaceable(output, force)
+            _check_replaceable(output, force, check)
             yield partial
-            _check_replaceable(output, force)
+            _check_replaceable(output, force, check)
             _publish(partial, output)
         finally:
             # Once published the name is free, and another build may have claimed it.
@@ -76,11 +81,15 @@ def _make(folder: Path) -> None:
         raise InputError(f"cannot make the folder {folder}; give another directory") from error
 
 
-def _check_replaceable(output: Path, force: bool) -> None:
+def _check_replaceable(output: Path, force: bool, check: Callable[[Path], None]) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not force:
         raise InputError(f"{output} exists; give another directory, or --force to replace it")
+    check(output)
+
+
+def _check_artifact(output: Path) -> None:
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
         raise InputError(
             f"{output} exists and is not an artifact (it has no {MANIFEST}); "

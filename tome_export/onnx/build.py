@@ -14,6 +14,7 @@ from tome_export.merge import spec
 from tome_export.onnx import files
 from tome_export.onnx.export import ExportOptions, ir_from_model
 from tome_export.onnx.functions import match_function, merge_function
+from tome_export.onnx.names import name_by_place
 from tome_export.onnx.simplify import simplified
 from tome_export.patch import MergedModel
 
@@ -75,6 +76,7 @@ def onnx_from_model(
     can_simplify = files.weight_bytes(proto) <= external_data_bytes
     if can_simplify:
         proto = simplified(proto)
+    name_by_place(proto.graph)
     name_by_content(proto)
     props = {METADATA_PREFIX + key: json.dumps(value) for key, value in (metadata or {}).items()}
     onnx.helper.set_model_props(proto, props)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.onnx.functions import Lowering
+from tome_export.onnx.names import name_by_module
 from tome_export.onnx.translation import translation_table
 from tome_export.patch import MergedModel
 from tome_export.spec import INPUT_NAME, BatchRange, Precision
@@ -156,10 +157,11 @@ def ir_from_model(
 
 
 def _finish_merge_nodes(model: ir.Model, merging: list[int], plugin: bool) -> None:
-    """Stable names for what the parity check reads, and no traces of the exporting machine.
+    """Names of nodes by module, stable ones for what the parity check reads, no other traces.
 
     For plugins the nodes also get the attributes that TensorRT finds a plugin by.
     """
+    name_by_module(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
     for op_type, suffix in ((spec.MATCH, "match"), (spec.MERGE, "merge")):

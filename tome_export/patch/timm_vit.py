@@ -162,12 +162,14 @@ def _check_patches(model: Any, name: str) -> None:
 def _patch_grid(embed: Any) -> PatchGrid | None:
     from timm.layers import HybridEmbed, PatchEmbed
 
+    if type(embed) not in (PatchEmbed, HybridEmbed):
+        return None
     rows, cols = (int(n) for n in embed.grid_size)
     height, width = (int(n) for n in embed.img_size)
     if type(embed) is PatchEmbed:
         return PatchGrid(rows, cols, *(int(n) for n in embed.patch_size))
     # A cell of a backbone's features sees more than its part of the image, but stands for that.
-    if type(embed) is HybridEmbed and height % rows == 0 and width % cols == 0:
+    if height % rows == 0 and width % cols == 0:
         return PatchGrid(rows, cols, height // rows, width // cols)
     return None
 

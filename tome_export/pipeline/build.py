@@ -30,6 +30,8 @@ from tome_export.pipeline.manifest import manifest_of
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import rescheduled
 from tome_export.spec import MergeOp, Precision, TowerOptions
+from tome_export.tune.schedule_file import NAME as SCHEDULE
+from tome_export.tune.schedule_file import read_schedule
 
 if TYPE_CHECKING:
     from tome_export.engine import Selection
@@ -51,6 +53,7 @@ class BuildRequest:
         model: Recipe name, ``timm:<name>`` or ``module:function``.
         output: The artifact directory.
         schedule: Tokens to merge per layer; None for the recipe's recommended r.
+        schedule_file: What ``tune`` wrote; it then gives the schedule, and goes into the artifact.
         precision: Of weights and activations.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         seed: Of random weights.
@@ -69,6 +72,7 @@ class BuildRequest:
     model: str
     output: Path
     schedule: Schedule | None = None
+    schedule_file: Path | None = None
     precision: Precision = "fp32"
     weights: str = "pretrained"
     seed: int = 0
@@ -184,10 +188,18 @@ def _export_and_check(
             "grid, which merged tokens are not; use --dense (merged inside, then unmerged)"
         )
     schedule = request.schedule or Schedule(recipe.recommended_r)
+    given = None if request.schedule_file is None else read_schedule(request.schedule_file)
+    if given is not None:
+        given.check_model(recipe.name)
+        schedule = Schedule(per_layer=given.schedule)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     _check_precision(request, loaded.weights.stored_dtype)
     prop_attn = recipe.prop_attn if request.prop_attn is None else request.prop_attn
+    if given is not None:
+        given.check_depth(len(patch(loaded.module, 0).layers))
+        # What was read, and not the file as it may be by now.
+        (folder / SCHEDULE).write_bytes(given.content)
     model = patch(
         loaded.module,
         schedule,

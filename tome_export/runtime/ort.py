@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,11 +38,26 @@ def missing(provider: Provider) -> str | None:
     )
 
 
+@contextlib.contextmanager
+def _source(model: onnx.ModelProto | Path, provider: Provider) -> Iterator[bytes | str]:
+    """What a session is made from; a file needs none of the packages that edit graphs."""
+    if isinstance(model, Path):
+        yield str(model)
+        return
+    from tome_export.onnx.emulate import emulate_bfloat16, uses_bfloat16
+    from tome_export.onnx.files import serialized
+
+    if provider == "cpu" and uses_bfloat16(model):
+        model = emulate_bfloat16(model)
+    with serialized(model) as source:
+        yield source
+
+
 class OrtRunner:
     """A loaded ONNX model; bfloat16 models run emulated on the CPU (see ``onnx.emulate``).
 
     Args:
-        model: The model.
+        model: The model, or its file, which takes less memory; bfloat16 cannot be emulated then.
         provider: Where it runs.
         profile: Prefix of a file for the runtime's own profile, written by ``end_profiling``.
 
@@ -50,25 +67,24 @@ class OrtRunner:
     """
 
     def __init__(
-        self, model: onnx.ModelProto, provider: Provider = "cpu", *, profile: Path | None = None
+        self,
+        model: onnx.ModelProto | Path,
+        provider: Provider = "cpu",
+        *,
+        profile: Path | None = None,
     ) -> None:
         reason = missing(provider)
         if reason is not None:
             raise MissingComponentError(reason)
         import onnxruntime
 
-        from tome_export.onnx.emulate import emulate_bfloat16, uses_bfloat16
-        from tome_export.onnx.files import serialized
-
-        if provider == "cpu" and uses_bfloat16(model):
-            model = emulate_bfloat16(model)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
         try:
-            with serialized(model) as source:
+            with _source(model, provider) as source:
                 self._session = onnxruntime.InferenceSession(
                     source, options, providers=_PROVIDERS[provider]
                 )

@@ -17,7 +17,7 @@ class TorchRunner:
     """A torch module in eval mode behind float32 arrays; it runs in the dtype of its weights.
 
     Args:
-        module: Takes ``pixel_values`` and gives one tensor; not changed, copied if it has to move.
+        module: Takes ``pixel_values`` and gives one tensor, or that first; not changed, copied if it has to move.
         output_name: Name of that tensor.
     """
 
@@ -47,4 +47,6 @@ class TorchRunner:
         with torch.inference_mode():
             pixel_values = torch.from_numpy(inputs[INPUT_NAME]).to(self.device, self._dtype)
             output = self._module(pixel_values)
-        return {self._output_name: output.float().cpu().numpy()}
+        # A source map, where there is one, comes second and is not the model's own output.
+        main = output[0] if isinstance(output, tuple) else output
+        return {self._output_name: main.float().cpu().numpy()}

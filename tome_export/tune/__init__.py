@@ -1,1 +1,1 @@
-"""Which layers should merge how many tokens."""
+"""Which per-layer schedule to build: search, cost tables and the schedule file."""

@@ -1,0 +1,130 @@
+"""A tuned schedule and its Pareto front as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tome_export.cli.output import fields, macs, percent, table
+from tome_export.cli.text import RANDOM
+
+ROWS = 6
+"""Most rows of each method, besides the chosen one."""
+
+
+def schedule_lines(values: Mapping[str, Any], path: Path) -> list[str]:
+    """All a person wants to know of a search."""
+    found, unmerged, data = values["found"], values["unmerged"], values["data"]
+    images = f"{data['search']} to search"
+    images += f", {data['validation']} to validate" if data["validation"] else ", none to validate"
+    return [
+        *([RANDOM] if values["weights"]["kind"] == "random" else []),
+        *fields(
+            [
+                ("Model", values["model"]),
+                ("Target", values["objective"]["text"]),
+                ("Images", f"{values['images']} of {data['source']}: {images}"),
+                ("Schedule", ",".join(map(str, found["schedule"]))),
+                *_facts(found, unmerged, values["objective"]["metric"], values["confidence"]),
+                *_latency(found, unmerged, values["cost_table"]),
+                ("Best constant r", _constant(values["best_constant"], unmerged)),
+            ]
+        ),
+        "",
+        *front_lines(values),
+        "",
+        f"{values['search']['schedules']} schedules were searched in {values['seconds']:.0f} s"
+        + (", ended by the time limit" if values["search"]["ended_by_time_limit"] else "")
+        + f"; the choice looked at {values['search']['validation_looks']} on the validation images",
+        *(f"Note: {note}" for note in data["notes"]),
+        f"Schedule: {path}; build it with --schedule {path}",
+    ]
+
+
+def _facts(
+    found: Mapping[str, Any], unmerged: Mapping[str, Any], metric: str, confidence: float
+) -> list[tuple[str, str]]:
+    change = found["against_unmerged"]
+    validation = found["validation_accuracy"]
+    halves = f"search {percent(found['search_accuracy'])}"
+    if validation is not None:
+        halves += f", validation {percent(validation)}"
+    name = "Top-1" if metric == "top1" else "Agreement"
+    return [
+        ("MACs", f"{macs(found['macs'])}, {_share(found, unmerged)} of the unmerged model's"),
+        (
+            name,
+            f"{percent(found['accuracy'])} ({halves}), unmerged {percent(unmerged['accuracy'])}",
+        ),
+        (
+            "Change",
+            f"{100 * change['share']:+.2f} points, {100 * confidence:g} % interval "
+            f"{100 * change['low']:+.2f} to {100 * change['high']:+.2f}",
+        ),
+    ]
+
+
+def _latency(
+    found: Mapping[str, Any], unmerged: Mapping[str, Any], costs: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    if found["latency_ms"] is None:
+        return []
+    return [
+        (
+            "Latency",
+            f"{found['latency_ms']:.3g} ms measured, {found['predicted_latency_ms']:.3g} ms "
+            f"predicted; unmerged {unmerged['latency_ms']:.3g} ms (batch {costs['batch']}, "
+            f"{costs['precision']}, ONNX Runtime CPU)",
+        ),
+        ("Cost table", f"{costs['measurements']} schedules, residual {percent(costs['residual'])}"),
+    ]
+
+
+def _constant(constant: Mapping[str, Any] | None, unmerged: Mapping[str, Any]) -> str:
+    if constant is None:
+        return "none meets the target"
+    r = ",".join(map(str, constant["schedule"]))
+    return (
+        f"{r}: {macs(constant['macs'])} MACs, {_share(constant, unmerged)}, "
+        f"{percent(constant['accuracy'])}"
+    )
+
+
+def front_lines(values: Mapping[str, Any]) -> list[str]:
+    """The Pareto front as a table, cheapest first; the chosen schedule is marked."""
+    unmerged = values["unmerged"]
+    latency = any(row["latency_ms"] is not None for row in values["front"])
+    rows = [
+        (
+            "*" if row["chosen"] else "",
+            row["method"],
+            macs(row["macs"]),
+            _share(row, unmerged),
+            *([f"{row['latency_ms']:.3g}"] if latency else []),
+            percent(row["accuracy"]),
+            f"{percent(row['low'])} to {percent(row['high'])}",
+            ",".join(map(str, row["schedule"])),
+        )
+        for row in thinned(values["front"])
+    ]
+    timed = ["ms"] if latency else []
+    interval = f"{100 * values['confidence']:g} % interval"
+    metric = "top-1" if values["objective"]["metric"] == "top1" else "agreement"
+    headers = ["", "method", "MACs", "of unmerged", *timed, metric, interval, "r per layer"]
+    return table(headers, rows, "ll" + "rr" + "r" * len(timed) + "rrl")
+
+
+def thinned(front: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most ``ROWS`` of each method, evenly; the chosen one always."""
+    kept = []
+    for method in dict.fromkeys(row["method"] for row in front):
+        rows = [row for row in front if row["method"] == method]
+        step = max(1.0, (len(rows) - 1) / (ROWS - 1))
+        index = {round(step * i) for i in range(ROWS)}
+        kept += [row for i, row in enumerate(rows) if i in index or row["chosen"]]
+    return sorted(kept, key=lambda row: int(row["macs"]))
+
+
+def _share(row: Mapping[str, Any], unmerged: Mapping[str, Any]) -> str:
+    return f"{100 * row['macs'] / unmerged['macs']:.1f} %"

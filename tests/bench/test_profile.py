@@ -1,0 +1,187 @@
+"""Every node's time lands in a layer and group, for every structure of model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tome_export.bench.profile import profile_from_events, profile_onnx
+from tome_export.onnx.build import onnx_from_model
+from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.files import load
+from tome_export.onnx.groups import GROUPS, place_of_scope, places
+from tome_export.onnx.labels import labelled
+from tome_export.patch import patch
+from tome_export.runtime.ort import OrtRunner
+from tome_export.spec import INPUT_NAME, BatchRange
+
+NARROW = {"embed_dim": 64, "num_heads": 2}
+
+
+def block(name):
+    import timm.models.vision_transformer as vit
+
+    return {"block_fn": getattr(vit, name)}
+
+
+CASES = {
+    "class token, fp32": ("test_vit", {}, [5, 0, 4], "fp32"),
+    "class token, fp16": ("test_vit", {}, [5, 0, 4], "fp16"),
+    "r = 0": ("test_vit", {}, 0, "fp32"),
+    "average pooling": ("test_vit", {"class_token": False, "global_pool": "avg"}, 5, "fp32"),
+    "attention pooling": ("test_vit3", {}, 5, "fp16"),
+    "distilled": ("deit_tiny_distilled_patch16_224", NARROW, 5, "fp32"),
+    "post-norm": ("test_vit", "ResPostBlock", 5, "fp32"),
+    "parallel branches": ("test_vit", "ParallelThingsBlock", 5, "fp32"),
+    "parallel": ("test_vit", "ParallelScalingBlock", 5, "fp16"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """``made(make_vit, case)``: the patched model and its file; the same case exports once."""
+    kept = {}
+
+    def get(make_vit, case):
+        if case not in kept:
+            name, more, schedule, precision = CASES[case]
+            more = block(more) if isinstance(more, str) else more
+            model = patch(make_vit(name, **{"depth": 3, **more}), schedule)
+            path = tmp_path_factory.mktemp("profile") / "model.onnx"
+            options = ExportOptions(precision=precision, batch=BatchRange(1, 2, 4))
+            onnx_from_model(model, path, options, "logits")
+            kept[case] = model, path
+        return kept[case]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_time_is_attributed(made, make_vit, make_images, case):
+    model, path = made(make_vit, case)
+    profile = profile_onnx(path, make_images(model, 2), runs=2)
+    assert (profile.batch, profile.runs) == (2, 2)
+    assert profile.attributed_share == 1.0
+    assert sum(profile.groups_ms.values()) == pytest.approx(profile.total_ms)
+    assert 0 < profile.total_ms < profile.run_ms
+    assert set(profile.groups_ms) <= set(GROUPS)
+    assert len(profile.layers_ms) == 3
+    joint = case == "parallel"
+    for layer, found in zip(model.layers, profile.layers_ms, strict=True):
+        assert ("match" in found) == ("merge" in found) == (layer.r > 0)
+        assert {"attention", "attention+mlp" if joint else "mlp", "norm"} <= set(found)
+        assert "head" not in found
+        assert "embedding" not in found
+    assert {"embedding", "head"} <= set(profile.groups_ms)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nodes_are_named_by_their_module(made, make_vit, case):
+    """Names alone tell the place, each is there once, and no initial name of torch is left."""
+    _, path = made(make_vit, case)
+    graph = onnx.load(path).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if name.startswith("node_")]
+    for node, place in zip(graph.node, places(graph), strict=True):
+        scope = node.name if node.domain else node.name.rpartition("/")[0]
+        assert place_of_scope(scope) == place, node.name
+    if case == "class token, fp32":
+        assert {"blocks.1.attn.qkv/Gemm", "blocks.0.match", "patch_embed.proj/Conv"} <= set(names)
+        softmax = [node.name for node in graph.node if node.op_type == "Softmax"]
+        assert softmax == [f"blocks.{layer}.attn/Softmax" for layer in range(3)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_without_names_are_read_by_position(made, make_vit, case):
+    """Artifacts of before: no scope in any name; all but a few reshapes land where names say."""
+    _, path = made(make_vit, case)
+    graph = onnx.load(path).graph
+    told = places(graph)
+    for index, node in enumerate(graph.node):
+        if not node.domain:
+            node.name = f"node_{node.op_type}_{index}"
+    found = places(graph)
+    heavy = ("MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization", "Attention", "Gelu")
+    wrong = [
+        (node.op_type, mine, names)
+        for node, mine, names in zip(graph.node, found, told, strict=True)
+        if mine != names and (node.domain or node.op_type in heavy)
+    ]
+    if case not in ("parallel", "attention pooling"):
+        assert wrong == []
+    assert Counter(place.group for place in found)["other"] == 0
+
+
+def operators(model, images, folder):
+    with OrtRunner(model, profile=folder / "p") as runner:
+        output = runner.infer({INPUT_NAME: images})
+        events = json.loads(runner.end_profiling().read_text())
+    nodes = [e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")]
+    return output["logits"], Counter(nodes)
+
+
+@pytest.mark.parametrize("case", ["class token, fp32", "class token, fp16", "average pooling"])
+def test_the_labelled_copy_is_the_same_model(made, make_vit, make_images, tmp_path, case):
+    """The runtime makes the same nodes of it, and the same output to the last bit.
+
+    In half precision it writes out some operators, whose scalars it shares between layers or not.
+    """
+    model, path = made(make_vit, case)
+    original = load(path)
+    before = original.SerializeToString()
+    copy = labelled(original)
+    assert original.SerializeToString() == before
+    images = make_images(model, 2)
+    expected, nodes = operators(original, images, tmp_path)
+    output, copied = operators(copy, images, tmp_path)
+    scalars = {"Cast", "Sqrt"} if case.endswith("fp16") else set()
+    assert {k: v for k, v in copied.items() if k not in scalars} == {
+        k: v for k, v in nodes.items() if k not in scalars
+    }
+    assert abs(copied.total() - nodes.total()) <= 2 * len(model.layers)
+    np.testing.assert_array_equal(output, expected)
+    if case.endswith("fp32"):
+        with torch.no_grad():
+            torch_output = model(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(output, torch_output, atol=1e-4)
+
+
+def event(name, ts, dur, operator="MatMul", index="0"):
+    return {
+        "cat": "Node",
+        "name": f"{name}_kernel_time",
+        "ts": ts,
+        "dur": dur,
+        "args": {"op_name": operator, "node_index": index},
+    }
+
+
+def run_event(ts, dur):
+    return {"cat": "Session", "name": "model_run", "ts": ts, "dur": dur, "args": {}}
+
+
+def test_reading_events():
+    """The first run and the slower half are left out; what has no label goes with its neighbour."""
+    mlp, head = "tome_export/1/mlp/7", "tome_export/-/head/9"
+    events = [run_event(0, 900), event(mlp, 10, 800)]
+    for start, factor in ((1000, 1), (2000, 5), (3000, 3), (4000, 9)):
+        events += [
+            run_event(start, 100 * factor),
+            event(f"{mlp}/MatmulTransposeFusion/", start + 1, 40 * factor),
+            event("ReorderOutput", start + 2, 10 * factor, "ReorderOutput", "1"),
+            event(f"InsertedCast_{head}", start + 3, 20 * factor, "Cast", "2"),
+        ]
+    profile = profile_from_events(events, batch=8)
+    assert profile.runs == 4
+    assert profile.run_ms == pytest.approx(0.2)
+    assert profile.groups_ms == pytest.approx({"mlp": 0.1, "head": 0.04})
+    assert profile.layers_ms == [{}, {"mlp": pytest.approx(0.1)}]
+    assert [node.operator for node in profile.nodes] == ["MatMul", "ReorderOutput", "Cast"]
+    unknown = profile_from_events([*events, event("x", 1000, 50, "X", "3")], batch=8)
+    assert unknown.attributed_share == pytest.approx(0.14 / 0.165)

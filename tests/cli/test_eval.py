@@ -1,0 +1,295 @@
+"""``eval``: what it prints, from any source; killed, spoilt, spread out, and always the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tome_export.models.recipe import DATA
+
+ALONE = ("--against", "none", "--workers", "0")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The test images of vit_digits as class folders of PNG files; not to be changed."""
+    root = tmp_path_factory.mktemp("digits") / "digits"
+    with np.load(DATA / "digits_test.npz") as archive:
+        for n, (image, label) in enumerate(zip(archive["images"], archive["labels"], strict=True)):
+            (root / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / str(label) / f"{n:03}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tome-export" / "eval"
+
+
+def numbers(ran):
+    """All of a result that must repeat to the last digit."""
+    assert ran.code == 0, ran.err
+    return {name: v for name, v in ran.json.items() if name not in ("environment", "artifact")}
+
+
+def test_the_samples_under_several_schedules(run, artifact, cache):
+    ran = run("eval", artifact, "--data", "samples", "--r", "0,4,8", "--limit", "200", "--json")
+    assert ran.code == 0, ran.err
+    values = ran.json
+    rows = {c["name"]: c for c in values["candidates"]}
+    assert list(rows) == ["merged", "unmerged", "torch", "r=0", "r=4", "r=8"]
+    assert rows["r=4"]["r"] == [4] * 6
+    assert rows["unmerged"]["macs"] > rows["r=4"]["macs"] > rows["merged"]["macs"]
+    assert rows["torch"]["backend"] == "torch"
+    for row in rows.values():
+        assert row["top1"]["images"] == 200
+        assert row["top1"]["low"] <= row["top1"]["share"] <= row["top1"]["high"]
+        assert row["top1"]["share"] > 0.95
+        assert row["top5"]["correct"] >= row["top1"]["correct"]
+        assert row["agreement_with_unmerged"]["share"] > 0.95
+        difference = rows["unmerged"]["top1"]["share"] - row["top1"]["share"]
+        assert row["difference_to_unmerged"]["share"] == pytest.approx(-difference)
+        assert row["not_finite"] == 0
+    same = [{k: v for k, v in rows[n].items() if k != "name"} for n in ("unmerged", "r=0")]
+    assert same[0] == same[1]
+    assert values["data"] == {
+        "source": "samples", "kind": "samples", "images": 200, "labelled": True,
+        "unreadable": [], "unreadable_count": 0, "notes": [],
+    }  # fmt: skip
+    assert values["batch"] == 8
+    assert values["environment"]["versions"]
+    # The artifact holds the same, and is still sound; no journal is left.
+    recorded = json.loads((artifact / "eval.json").read_text())
+    assert recorded == {k: values[k] for k in recorded}
+    assert "eval.json" in json.loads((artifact / "build.json").read_text())["files"]
+    assert list(cache.iterdir()) == []
+
+
+def test_text_of_a_folder_with_spoilt_images(run, artifact, digits, tmp_path):
+    spoilt = shutil.copytree(digits, tmp_path / "spoilt")
+    paths = sorted(spoilt.rglob("*.png"))[::90]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:60])
+    ran = run("eval", artifact, "--data", "spoilt", *ALONE, "--batch", "32")
+    assert ran.code == 0
+    assert ran.err == (
+        "Verify the artifact\nList the images\nLoad vit_digits\nClassify 450 images, 1 model\n"
+    )
+    lines = ran.out.splitlines()
+    assert "445 images of spoilt (folder), batch 32" in lines
+    assert any(line.startswith("merged  ort-cpu  8  13.46 M") for line in lines)
+    at = lines.index("Unreadable and left out: 5")
+    for path, line in zip(paths, lines[at + 1 : at + 6], strict=True):
+        assert line.startswith(f"  {path.relative_to(spoilt)}: cannot be decoded (")
+    assert lines[-1] == f"Recorded: {artifact}/eval.json"
+
+
+def test_many_unreadable_images_are_listed_in_short_and_all_of_them_end_it(run, artifact, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "0").mkdir(parents=True)
+    for n in range(25):
+        (folder / "0" / f"{n:02}.png").write_bytes(b"x")
+    ran = run("eval", artifact, "--data", "data", *ALONE)
+    assert ran.code == 3
+    assert ran.error == (
+        "none of the 25 images could be read; the first is 0/00.png: is not an image that can be "
+        "read; expected JPEG, PNG or another format of PIL"
+    )
+    shutil.copy(DATA / "digit.png", folder / "0" / "good.png")
+    ran = run("eval", artifact, "--data", "data", *ALONE)
+    lines = ran.out.splitlines()
+    assert "Unreadable and left out: 25" in lines
+    assert "  0/19.png: is not an image" in ran.out
+    assert "  0/20.png: " not in ran.out
+    assert "  and 5 more; --json lists all" in lines
+
+
+def test_worker_processes_change_nothing(run, artifact, digits):
+    command = ("eval", artifact, "--data", digits, "--against", "none", "--limit", "60", "--json")
+    assert numbers(run(*command, "--workers", "0")) == numbers(run(*command, "--workers", "2"))
+
+
+def test_limit_takes_of_every_class(run, artifact, digits):
+    values = run("eval", artifact, "--data", digits, *ALONE, "--limit", "20", "--json").json
+    assert values["data"]["images"] == 20
+    shown = run("eval", artifact, "--data", digits, *ALONE, "--limit", "1000", "--json").json
+    assert shown["data"]["images"] == 450
+
+
+def test_without_labels_only_agreement_is_told(run, artifact, digits, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for path in sorted(digits.rglob("*.png"))[::50]:
+        shutil.copy(path, tmp_path / "flat")
+    ran = run("eval", artifact, "--data", "flat", "--against", "unmerged", "--workers", "0")
+    assert "The images have no labels: only agreement is told" in ran.out.splitlines()
+    assert "top-1" not in ran.out.split("[low, high]")[0]
+    values = json.loads((artifact / "eval.json").read_text())
+    assert [c["top1"] for c in values["candidates"]] == [None, None]
+    assert values["candidates"][0]["agreement_with_unmerged"]["share"] == 1
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["killed", "killed in mid-write"])
+def test_killed_and_started_again(start, run, artifact, digits, cache, torn):
+    command = ("eval", artifact, "--data", digits, *ALONE, "--batch", "2", "--json")
+    whole = numbers(run(*command))
+    process = start(*command, "-v")
+    for line in process.stderr:
+        if line.startswith("  images: ") and int(line.split()[1].split("/")[0]) >= 100:
+            break
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.read()
+    (file,) = cache.glob("*/records")
+    if torn:
+        file.write_bytes(file.read_bytes()[:-7])
+    done = 2 * len([line for line in file.read_bytes().splitlines(True) if line[-1:] == b"\n"])
+    assert 98 <= done < 450
+    again = run(*command)
+    assert f"Resuming: {done} of 450 images are done\n" in again.err
+    assert numbers(again) == whole
+    assert list(cache.iterdir()) == []
+
+
+def test_restart_begins_anew(start, run, artifact, digits):
+    command = ("eval", artifact, "--data", digits, *ALONE, "--batch", "2")
+    process = start(*command, "-v")
+    for line in process.stderr:
+        if line.startswith("  images: 20/"):
+            break
+    ran = run(*command)
+    assert ran.code == 3
+    assert ran.error == "the same evaluation is running already; wait for it to end, or stop it"
+    process.kill()
+    process.communicate()
+    assert "Resuming" not in run(*command, "--restart").err
+
+
+def test_a_cache_that_cannot_be_written(run, artifact, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    ran = run("eval", artifact, "--data", "samples", *ALONE, "--limit", "8")
+    assert ran.code == 0
+    assert "Not resumable: the cache folder cannot be written (Not a directory)\n" in ran.err
+
+
+def test_a_result_that_cannot_be_recorded(run, artifact, monkeypatch):
+    from tome_export.artifact import Artifact
+    from tome_export.errors import InputError
+
+    def refuse(*_):
+        raise InputError("cannot write it: the filesystem is read-only; give another directory")
+
+    monkeypatch.setattr(Artifact, "with_files", refuse)  # root may write where modes say no
+    ran = run("eval", artifact, "--data", "samples", *ALONE, "--limit", "8")
+    assert ran.code == 0
+    assert ran.out.endswith(
+        "\nThe result was not recorded: cannot write it: the filesystem is read-only; give another "
+        "directory\n"
+    )
+    assert [p.name for p in artifact.iterdir() if "eval" in p.name] == []
+
+
+def test_random_weights_are_told(run, built_random, tmp_path):
+    copy = shutil.copytree(built_random, tmp_path / "copy")
+    ran = run("eval", copy, "--data", "samples", *ALONE, "--limit", "50")
+    assert ran.out.startswith("RANDOM WEIGHTS: ")
+
+
+SAMPLES = ("--data", "samples")
+
+BAD = {
+    "no data": ((), 2, "Missing option '--data'; see 'tome-export eval --help'"),
+    "unknown backend": (
+        (*SAMPLES, "--backend", "openvino"), 2,
+        "backend is 'openvino'; expected one of ort-cpu, ort-cuda, tensorrt, tensorrt-rtx, torch",
+    ),
+    "unknown against": (
+        (*SAMPLES, "--against", "timm"), 2,
+        "--against is 'timm'; expected unmerged, torch or none",
+    ),
+    "r no numbers": (
+        (*SAMPLES, "--r", "2,x"), 2,
+        "Invalid value for '--r': '2,x' is not a list of whole numbers, such as 0,2,4,8; see "
+        "'tome-export eval --help'",
+    ),
+    "r negative": (
+        (*SAMPLES, "--r", "-2"), 3, "r is -2; expected 0 or more tokens to merge per layer"
+    ),
+    "batch": (
+        (*SAMPLES, "--batch", "64"), 3,
+        "batch is 64; the artifact takes 1 to 32, choose one of those or rebuild it with another "
+        "--batch",
+    ),
+    "limit": (
+        (*SAMPLES, "--limit", "0"), 2,
+        "Invalid value for '--limit': 0 is not in the range x>=1; see 'tome-export eval --help'",
+    ),
+    "labels for the samples": (
+        (*SAMPLES, "--labels", "x"), 2,
+        "--labels are for a folder of images; the samples have their own",
+    ),
+    "nothing there": (
+        ("--data", "nowhere"), 3,
+        "nowhere does not exist; expected a folder of images, .tar or .parquet shards such as "
+        "'shard-{000..010}.tar', or 'samples'",
+    ),
+    "empty folder": (
+        ("--data", "empty"), 3,
+        "no images under empty; expected class sub-folders with, or flat, files ending in .bmp, "
+        ".gif, .jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp, or .tar or .parquet shards",
+    ),
+    "ray address": (
+        (*SAMPLES, "--against", "none", "--ray", "somewhere"), 3,
+        "the Ray address is 'somewhere'; expected local, auto, HOST:PORT or ray://HOST:PORT",
+    ),
+    "ray nowhere": (
+        (*SAMPLES, "--against", "none", "--ray", "127.0.0.1:9"), 3,
+        "no Ray cluster can be reached at 127.0.0.1:9 ([Errno 111] Connection refused); start one "
+        "with 'ray start --head' and give its address, or use --ray local",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, when it is imported
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(run, artifact, tmp_path, name):
+    arguments, code, message = BAD[name]
+    (tmp_path / "empty").mkdir()
+    ran = run("eval", artifact, *arguments)
+    assert (ran.code, ran.error, ran.out) == (code, message, "")
+
+
+def test_without_ray(run, artifact, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ran = run("eval", artifact, *SAMPLES, "--ray", "local")
+    assert ran.code == 4
+    assert ran.error == "ray is not installed, which --ray runs on; install tome-export[ray]"
+
+
+@pytest.mark.slow
+def test_ray_gives_what_one_machine_gives(start, run, artifact, digits, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    spoilt = shutil.copytree(digits, tmp_path / "spoilt")
+    sorted(spoilt.rglob("*.png"))[7].write_bytes(b"x")
+    command = ("eval", artifact, "--data", spoilt, "--limit", "100", "--batch", "4", "--json")
+    here = numbers(run(*command, "--workers", "0"))
+    process = start(*command, "--ray", "local")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found = json.loads(out)
+    assert {name: found[name] for name in here} == here
+    assert "Classify 100 images, 3 models" in err.splitlines()
+    assert "ray" not in err.lower().replace(str(tmp_path), "")
+
+
+def test_help_imports_nothing_heavy(start):
+    out, _ = start("eval", "--help").communicate(timeout=60)
+    assert "--data FOLDER|FILES|samples" in out

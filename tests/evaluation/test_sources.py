@@ -1,0 +1,334 @@
+"""Every layout of images and labels, and what is wrong with some."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from tome_export.errors import InputError, MissingComponentError, UsageError
+from tome_export.evaluation.find import expand, find_data
+from tome_export.evaluation.source import ArraySource, Classes, Names
+
+spec = importlib.util.spec_from_file_location(
+    "evaluation_layouts", __file__.replace("test_sources", "conftest")
+)
+layouts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(layouts)
+SUFFIXES, png = layouts.SUFFIXES, layouts.png
+
+
+def listed(data, classes, labels=None):
+    return find_data((str(data),), SUFFIXES, classes, labels)
+
+
+def contents(source):
+    return [source.item(i).load() for i in range(len(source))]
+
+
+def fails(data, classes, labels=None, kind=InputError):
+    with pytest.raises(kind) as caught:
+        listed(data, classes, labels)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_names_are_kept_whatever_they_are():
+    given = ["a/b.png", "", "ä ö.png", "\udcff.png", "x" * 300]
+    names = Names(given)
+    assert [names[i] for i in range(len(names))] == given
+
+
+def test_class_folders_are_numbered_as_by_torchvision(tmp_path, ten):
+    names = ["10/a.png", "2/b.png", "2/deeper/c.png", "zebra/d.PNG", "Ant/e.jpg"]
+    layouts.write_tree(tmp_path, [*names, "2/notes.txt"])
+    source = listed(tmp_path, ten)
+    # ImageFolder: sorted as text, an empty folder would count too, images at any depth.
+    expected = {"10/a.png": 0, "2/b.png": 1, "2/deeper/c.png": 1, "Ant/e.jpg": 2, "zebra/d.PNG": 3}
+    found = {source.item(i).name: int(source.labels[i]) for i in range(len(source))}
+    assert found == expected
+    assert source.kind == "folder"
+    assert source.notes == ("4 class folders for 10 outputs, matched in sorted order",)
+    assert contents(source)[0] == png(0)
+
+
+def test_class_folders_by_the_models_names(tmp_path, named):
+    layouts.write_tree(tmp_path, ["owl/a.png", "cat/b.png"])
+    source = listed(tmp_path, named)
+    assert source.labels.tolist() == [0, 3]  # in sorted order they would be 0 and 1
+    assert source.notes == ("2 class folders for 5 outputs, matched by name",)
+
+
+def test_too_many_class_folders(tmp_path):
+    layouts.write_tree(tmp_path, [f"{c}/x.png" for c in "abc"])
+    assert fails(tmp_path, Classes(2)) == (
+        "the data has 3 class folders; the model has 2 outputs, give data of the same classes"
+    )
+
+
+def test_flat_folder_without_labels(tmp_path, ten):
+    layouts.write_tree(tmp_path, ["b.png", "a.png"])
+    source = listed(tmp_path, ten)
+    assert source.labels is None
+    assert [source.item(i).name for i in range(2)] == ["a.png", "b.png"]
+
+
+def test_images_beside_and_inside_sub_folders(tmp_path, ten):
+    layouts.write_tree(tmp_path, ["a.png", "x/b.png"])
+    assert fails(tmp_path, ten) == (
+        f"{tmp_path} has images both beside and inside sub-folders; keep one layout, or give "
+        "every image's class with --labels"
+    )
+    assert listed(tmp_path, None).labels is None
+
+
+def test_a_link_that_leads_up_ends_and_one_to_nowhere_is_listed(tmp_path, ten):
+    layouts.write_tree(tmp_path, ["x/a.png"])
+    (tmp_path / "x" / "up").symlink_to(tmp_path)
+    (tmp_path / "x" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = listed(tmp_path, ten)
+    assert [source.item(i).name for i in range(len(source))] == ["x/a.png", "x/gone.png"]
+
+
+@pytest.mark.parametrize("make", [(), ("class/notes.txt",)], ids=["empty", "no images"])
+def test_folder_without_images(tmp_path, ten, make):
+    layouts.write_tree(tmp_path, list(make))
+    assert fails(tmp_path, ten) == (
+        f"no images under {tmp_path}; expected class sub-folders with, or flat, files ending in "
+        ".jpg, .png, or .tar or .parquet shards"
+    )
+
+
+def test_the_digest_follows_the_files(tmp_path, ten):
+    layouts.write_tree(tmp_path, ["x/a.png", "x/b.png"])
+    first = listed(tmp_path, ten).digest
+    assert listed(tmp_path, ten).digest == first
+    (tmp_path / "x" / "a.png").write_bytes(png(7, size=9))
+    assert listed(tmp_path, ten).digest != first
+
+
+# Labels from a file.
+
+
+def labels_file(tmp_path, text):
+    (tmp_path / "labels.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "labels.txt"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.png,3\nsub/b, c.png,owl\n", "sub/b, c.png\towl\r\n\n# note\n./a.png\t3", "path,label\n"],
+    ids=["commas", "tabs", "header"],
+)
+def test_labels_file(tmp_path, named, text):
+    if text == "path,label\n":
+        text += "a.png,3\nsub/b, c.png,owl\n"
+    layouts.write_tree(tmp_path / "images", ["a.png", "sub/b, c.png"])
+    source = listed(tmp_path / "images", named, labels_file(tmp_path, text))
+    assert source.labels.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,bird\nb.png,1", "{file}, line 1 has label 'bird'; expected an index from 0 to 4, "
+         "or one of its names (cat, dog, owl, …)"),
+        ("a.png,crane\nb.png,1", "{file}, line 1 has label 'crane'; expected an index from 0 to "
+         "4, or one of its names (cat, dog, owl, …)"),
+        ("a.png,1\nb.png,5", "{file}, line 2 has label 5; the model has 5 outputs, expected 0 to "
+         "4"),
+        ("a.png,1\nb.png,-1", "{file}, line 2 has label -1; the model has 5 outputs, expected 0 "
+         "to 4"),
+        ("a.png,1", "{file} has no label for b.png; add a line for it"),
+        ("a.png,1\nb.png,1\nc.png,1", "{file} labels 1 images that are not in {images}, the first "
+         "is c.png in line 3; add them or remove their lines"),
+        ("a.png,1\na.png,2", "{file}, line 2 repeats a.png; give each image once"),
+        ("a.png 1", "{file}, line 1 is 'a.png 1'; expected 'relative/path,label' with a comma or "
+         "a tab"),
+    ],
+)  # fmt: skip
+def test_bad_labels_file(tmp_path, named, text, message):
+    images = layouts.write_tree(tmp_path / "images", ["a.png", "b.png"])
+    file = labels_file(tmp_path, text)
+    assert fails(images, named, file) == message.format(file=file, images=images)
+
+
+def test_labels_file_that_is_not_there_or_not_text(tmp_path, ten):
+    images = layouts.write_tree(tmp_path / "images", ["a.png"])
+    assert fails(images, ten, tmp_path / "no.txt") == (
+        f"labels {tmp_path / 'no.txt'} cannot be read (No such file or directory); expected lines "
+        "of 'relative/path,label'"
+    )
+    (tmp_path / "raw.txt").write_bytes(b"\xff\xfe\x00")
+    assert "(it is not UTF-8 text)" in fails(images, ten, tmp_path / "raw.txt")
+
+
+def test_a_model_without_names_says_so(tmp_path, ten):
+    images = layouts.write_tree(tmp_path / "images", ["a.png"])
+    assert fails(images, ten, labels_file(tmp_path, "a.png,cat")).endswith(
+        "has label 'cat'; expected an index from 0 to 9, or no name, as this model brings none"
+    )
+
+
+# Tar shards.
+
+
+@pytest.mark.parametrize("form", ["cls", "json"])
+def test_tar_shards(tmp_path, ten, form):
+    for number in range(2):
+        layouts.write_tar(tmp_path / f"s-{number:03}.tar", layouts.members(4, form))
+    for data in (tmp_path, tmp_path / "s-{000..001}.tar", tmp_path / "s-*.tar"):
+        source = listed(data, ten)
+        assert source.kind == "tar"
+        assert source.labels.tolist() == [0, 1, 2, 0] * 2
+        assert contents(source) == [png(n) for n in range(4)] * 2
+        assert source.item(5).name == "s-001.tar:a/001.left.png"
+
+
+def test_tar_labels_by_name_before_the_image_and_unlabelled(tmp_path, named):
+    layouts.write_tar(tmp_path / "a.tar", [("1.cls", b"owl\n"), ("1.png", png(1))])
+    assert listed(tmp_path / "a.tar", named).labels.tolist() == [3]
+    layouts.write_tar(tmp_path / "b.tar", [("1.png", png(1)), ("2.png", png(2))])
+    assert listed(tmp_path / "b.tar", named).labels is None
+    layouts.write_tar(tmp_path / "c.tar", [("1.png", png(1)), ("2.png", png(2)), ("2.cls", b"0")])
+    assert fails(tmp_path / "c.tar", named) == (
+        f'{tmp_path / "c.tar"} has labels (.cls, or .json with "label") for 1 of 2 images; label '
+        "all or none"
+    )
+    layouts.write_tar(tmp_path / "d.tar", [("1.png", png(1)), ("1.cls", b"9")])
+    assert fails(tmp_path / "d.tar", named) == (
+        "d.tar:1.png has label 9; the model has 5 outputs, expected 0 to 4"
+    )
+
+
+def test_tar_that_is_cut_short_goes_as_far_as_it_is(tmp_path, ten):
+    whole = layouts.write_tar(tmp_path / "s.tar", layouts.members(8)).read_bytes()
+    counts = set()
+    for size in range(2600, len(whole) - 9000, 700):
+        (tmp_path / "s.tar").write_bytes(whole[:size])
+        source = listed(tmp_path / "s.tar", ten)
+        counts.add(len(source))
+        assert source.labels is None or len(source.labels) == len(source)
+        assert source.notes == (
+            f"{tmp_path / 's.tar'} is cut short after {len(source)} images; copy it again",
+        )
+    assert max(counts) >= 4
+
+
+def test_a_member_that_lost_its_end(tmp_path, ten):
+    layouts.write_tar(tmp_path / "s.tar", layouts.members(2))
+    item = listed(tmp_path / "s.tar", ten).item(1)
+    (tmp_path / "s.tar").write_bytes((tmp_path / "s.tar").read_bytes()[: item.offset + 10])
+    with pytest.raises(InputError, match=r"is cut short: 10 of \d+ bytes are in the shard; copy"):
+        item.load()
+
+
+def test_compressed_tar_is_refused(tmp_path, ten):
+    layouts.write_tar(tmp_path / "s.tar", layouts.members(2), "w:gz")
+    assert fails(tmp_path / "s.tar", ten) == (
+        f"{tmp_path / 's.tar'} is not an uncompressed tar file; webdataset's shards are not "
+        "compressed, unpack it or write it anew"
+    )
+
+
+def test_tar_without_images(tmp_path, ten):
+    layouts.write_tar(tmp_path / "s.tar", [("1.txt", b"x")])
+    assert fails(tmp_path / "s.tar", ten) == (
+        f"no images in {tmp_path / 's.tar'}; expected members such as 000001.jpg with 000001.cls"
+    )
+
+
+# Parquet.
+
+
+@pytest.mark.parametrize("struct", [False, True], ids=["bytes", "struct"])
+def test_parquet(tmp_path, ten, struct):
+    images = [{"bytes": png(n), "path": None} if struct else png(n) for n in range(10)]
+    labels = [n % 10 for n in range(10)]
+    layouts.write_parquet(tmp_path / "a.parquet", images, labels)
+    layouts.write_parquet(tmp_path / "b.parquet", images[:3], labels[:3])
+    source = listed(tmp_path, ten)
+    assert source.kind == "parquet"
+    assert source.labels.tolist() == labels + labels[:3]
+    assert contents(source) == [png(n) for n in [*range(10), *range(3)]]
+    assert source.item(9).name == "a.parquet:row 9"
+    assert source.item(11).name == "b.parquet:row 1"
+
+
+def test_parquet_labels(tmp_path, named):
+    images = [png(0), png(1)]
+    path = tmp_path / "a.parquet"
+    layouts.write_parquet(path, images, ["dog", "owl"])
+    assert listed(path, named).labels.tolist() == [1, 3]
+    layouts.write_parquet(path, images, [-1, -1])  # as Hugging Face marks a test set
+    assert listed(path, named).labels is None
+    layouts.write_parquet(path, images, None)
+    assert listed(path, named).labels is None
+    layouts.write_parquet(path, images, [0, 7])
+    assert fails(path, named) == (
+        "a.parquet:row 1 has label 7; the model has 5 outputs, expected 0 to 4"
+    )
+    layouts.write_parquet(path, images, [0, None])
+    assert "a.parquet:row 1 has label 'None'" in fails(path, named)
+
+
+def test_parquet_that_is_none(tmp_path, ten):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    assert fails(path, ten) == f"{path} is not a whole Parquet file; copy it again"
+    layouts.write_parquet(path, [None], [1])
+    with pytest.raises(InputError, match="row 0 holds no bytes"):
+        listed(path, ten).item(0).load()
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"img": [b"x"]}), path)
+    assert fails(path, ten) == f"{path} has the columns img; expected 'image' and 'label'"
+    layouts.write_parquet(path, [], [])
+    assert "have no rows" in fails(path, ten)
+
+
+def test_parquet_without_pyarrow(tmp_path, ten, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert fails(tmp_path, ten, kind=MissingComponentError) == (
+        "pyarrow is not installed, which reads Parquet files; install tome-export[parquet]"
+    )
+
+
+# What --data may say.
+
+
+def test_patterns(tmp_path):
+    for name in ("s-008.tar", "s-009.tar", "s-010.tar", "t{1}.tar"):
+        (tmp_path / name).touch()
+    names = [p.name for p in expand(str(tmp_path / "s-{008..010}.tar"))]
+    assert names == ["s-008.tar", "s-009.tar", "s-010.tar"]
+    assert len(expand(str(tmp_path / "s-{008,010}.tar"))) == 2
+    assert len(expand(str(tmp_path / "s-00*.tar"))) == 2
+    assert [p.name for p in expand(str(tmp_path / "t{1}.tar"))] == ["t{1}.tar"]
+    with pytest.raises(InputError, match=re.escape("s-011.tar does not exist; expected a folder")):
+        expand(str(tmp_path / "s-{009..011}.tar"))
+
+
+def test_data_of_two_kinds_and_labels_for_shards(tmp_path, ten):
+    layouts.write_tar(tmp_path / "a.tar", layouts.members(2))
+    (tmp_path / "b.parquet").touch()
+    assert fails(tmp_path, ten).startswith(f"data is {tmp_path}; expected one folder of images")
+    (tmp_path / "b.parquet").unlink()
+    assert fails(tmp_path, ten, tmp_path / "x", UsageError) == (
+        "--labels are for a folder of images; shards hold their own labels"
+    )
+    (tmp_path / "x.png").write_bytes(png(0))
+    assert fails(tmp_path / "x.png", ten).startswith("data is ")
+
+
+def test_arrays():
+    pixels = np.zeros((3, 1, 2, 2), np.float32)
+    source = ArraySource(pixels, np.array([0, 1, 2], np.int32))
+    assert len(source) == 3
+    assert source.item(1).name == "sample 1"
+    assert source.digest != ArraySource(pixels + 1, source.labels).digest

@@ -1,0 +1,279 @@
+"""Artifacts with reports of every command, and a browser to look at their pages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tome_export.artifact import Artifact, write_json
+from tome_export.merge.schedule import Schedule
+from tome_export.pipeline import BuildRequest, build
+from tome_export.pipeline.report import ReportRequest, report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+ENVIRONMENT = {
+    "cpu": "Some CPU <b>bold</b>",
+    "cores": 2,
+    "gpu": None,
+    "driver": None,
+    "python": "3.11.9",
+    "versions": {"onnxruntime": "1.31.1", "torch": "2.15.0"},
+    "date": "2026-11-21T12:00:00+00:00",
+}
+
+
+def timed(p50: float, batch: int) -> dict[str, Any]:
+    """One side of a row of ``bench.json``."""
+    return {
+        "latency_ms": {"p20": 0.96 * p50, "p50": p50, "p80": 1.07 * p50},
+        "throughput": 1000 * batch / p50,
+        "peak_memory_bytes": 48_000_000 + 900_000 * batch,
+    }
+
+
+def bench_report() -> dict[str, Any]:
+    """``bench.json`` as the contract has it, of two backends."""
+    rows = []
+    for backend, factor in (("ort-cpu", 1.0), ("torch", 1.9)):
+        for batch, merged, against in ((1, 0.61, 0.83), (8, 3.1, 4.9), (32, 11.7, 19.4)):
+            speedup = against / merged
+            rows.append(
+                {
+                    "backend": backend,
+                    "batch": batch,
+                    "merged": timed(merged * factor, batch),
+                    "against": timed(against * factor, batch),
+                    "speedup": {"p20": 0.97 * speedup, "p50": speedup, "p80": 1.03 * speedup},
+                    "share_of_macs_limit": speedup / 1.67,
+                }
+            )
+    groups = {"attention": 0.9, "mlp": 1.2, "norm": 0.2, "embedding": 0.1, "head": 0.03}
+    merging = {"match": 0.21, "merge": 0.12, "layout": 0.05, "other": 0.02}
+    profile = {
+        "backend": "ort-cpu",
+        "batch": 8,
+        "total_ms": 2.9,
+        "attributed_share": 0.985,
+        "merged": {"groups_ms": groups | merging, "layers": [{"layer": 0, "attention": 0.2}]},
+        "against": {
+            "groups_ms": {name: 1.7 * value for name, value in groups.items()} | {"other": 0.02},
+            "layers": [{"layer": 0, "attention": 0.4}],
+        },
+    }
+    return {
+        "latency_ms": 0.61,
+        "environment": ENVIRONMENT,
+        "against": "unmerged",
+        "macs_ratio": 1.67,
+        "rounds": 50,
+        "warmup": 5,
+        "rows": rows,
+        "profile": [profile],
+    }
+
+
+def share(correct: int, images: int = 450) -> dict[str, Any]:
+    """A share with an interval of about the right width."""
+    value = correct / images
+    return {
+        "correct": correct,
+        "share": value,
+        "low": max(0.0, value - 0.011),
+        "high": min(1.0, value + 0.006),
+    }
+
+
+def eval_report() -> dict[str, Any]:
+    """``eval.json`` as the contract has it."""
+    names = (
+        ("merged", "ort-cpu", 13_462_912, 446),
+        ("unmerged", "ort-cpu", 22_480_256, 450),
+        ("torch", "torch", 13_462_912, 446),
+        ("r=2", "ort-cpu", 20_100_000, 450),
+        ("r=4", "ort-cpu", 17_800_000, 449),
+    )
+    candidates = [
+        {
+            "name": name,
+            "r": None,
+            "backend": backend,
+            "macs": macs,
+            "top1": share(correct),
+            "top5": share(450),
+            "agreement_with_unmerged": None if name == "unmerged" else share(correct),
+        }
+        for name, backend, macs, correct in names
+    ]
+    return {
+        "data": {
+            "source": "/somebody/data & <script>alert(1)",
+            "kind": "folder",
+            "images": 450,
+            "unreadable": [{"name": "<img src=x onerror=alert(1)>.jpg", "reason": "cut short"}],
+            "unreadable_count": 1,
+        },
+        "batch": 8,
+        "candidates": candidates,
+        "confidence": 0.95,
+        "environment": ENVIRONMENT,
+    }
+
+
+def schedule_report(depth: int = 6) -> dict[str, Any]:
+    """``schedule.json`` as the contract has it."""
+    front = []
+    for index, method in enumerate(("constant", "decreasing", "increasing", "free")):
+        front += [
+            {
+                "schedule": [r] * depth,
+                "method": method,
+                "macs": 22_480_256 - 1_180_000 * r - 150_000 * index,
+                "latency_ms": 0.83 - 0.03 * r - 0.004 * index,
+                "accuracy": 1 - 0.0004 * r * r - 0.001 * index * (index < 3),
+                "chosen": method == "free" and r == 8,
+            }
+            for r in (2, 4, 6, 8, 10)
+        ]
+    chosen = next(point for point in front if point["chosen"])
+    return {
+        "format": 1,
+        "model": "vit_digits",
+        "schedule": chosen["schedule"],
+        "objective": {"kind": "min-accuracy", "value": 0.97, "metric": "top1"},
+        "found": {**chosen, "validation_accuracy": 0.98},
+        "unmerged": {"macs": 22_480_256, "latency_ms": 0.83, "accuracy": 1.0},
+        "front": front,
+        "cost_table": {},
+        "images": 450,
+        "seconds": 71.3,
+        "environment": ENVIRONMENT,
+    }
+
+
+REPORTS = {
+    "bench.json": bench_report,
+    "eval.json": eval_report,
+    "schedule.json": schedule_report,
+}
+
+
+def parity_with_disagreements(path: Path) -> dict[str, Any]:
+    """A real ``parity.json`` of which two decisions differ, one beyond rounding."""
+    report: dict[str, Any] = json.loads(path.read_text())
+    check = report["checks"][0]
+    layer = check["layers"][2]
+    within, beyond = 0.4 * layer["margin_bound"], 3 * layer["margin_bound"]
+    layer |= {
+        "disagreements": 3,
+        "defects": 1,
+        "largest_margin": beyond,
+        "images_diverged": 1,
+        "examples": [
+            {"image": 1, "token": 4, "kind": "selection", "margin": beyond},
+            {"image": 1, "token": 12, "kind": "destination", "margin": within},
+        ],
+    }
+    failure = "layer 2: 1 of 96 merge decisions differ"
+    check |= {"passed": False, "failures": [failure], "disagreements": 3, "defects": 1}
+    return report
+
+
+def add(artifact: Path, **reports: dict[str, Any]) -> Path:
+    """Add reports, named without their suffix, as the commands do."""
+    drafts = {}
+    for name, values in reports.items():
+        draft = artifact / f".{name}.partial"
+        write_json(draft, values)
+        drafts[f"{name}.json"] = draft
+    Artifact.open(artifact).with_files({}, drafts)
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """An artifact of vit_digits, fp16, r = 8, with a parity check; not to be changed."""
+    output = tmp_path_factory.mktemp("built") / "digits"
+    options: dict[str, Any] = {"schedule": Schedule(8), "precision": "fp16", "engine": "none"}
+    return build(BuildRequest("vit_digits", output, **options)).path
+
+
+@pytest.fixture
+def artifact(built, tmp_path) -> Path:
+    """A copy of ``built`` that may be changed."""
+    return Path(shutil.copytree(built, tmp_path / "artifact"))
+
+
+@pytest.fixture(scope="session")
+def full(built, tmp_path_factory) -> Path:
+    """The same with the reports of every command; not to be changed."""
+    copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("full") / "digits"))
+    made = {name.removesuffix(".json"): make() for name, make in REPORTS.items()}
+    return add(copy, parity=parity_with_disagreements(copy / "parity.json"), **made)
+
+
+@pytest.fixture(scope="session")
+def page(full, tmp_path_factory) -> Path:
+    """The page with every section."""
+    output = tmp_path_factory.mktemp("page") / "full.html"
+    report(ReportRequest(full, output=output))
+    return output
+
+
+@dataclass
+class Seen:
+    """A page in a browser, and what it complained of or asked for."""
+
+    page: Any
+    problems: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+def browser_path() -> str | None:
+    """A Chromium that is installed on its own."""
+    given = os.environ.get("TOME_EXPORT_CHROMIUM")
+    return given or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless browser."""
+    path = browser_path()
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def look(browser) -> Iterator[Any]:
+    """``look(path, width=, **context)``: open a page and listen to what it does."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(path: Path, width: int = 1280, height: int = 900, **options: Any) -> Seen:
+            viewport = {"width": width, "height": height}
+            context = browser.new_context(viewport=viewport, **options)
+            stack.callback(context.close)
+            seen = Seen(context.new_page())
+            seen.page.on(
+                "console",
+                lambda m: seen.problems.append(m.text) if m.type in ("error", "warning") else None,
+            )
+            seen.page.on("pageerror", lambda error: seen.problems.append(str(error)))
+            seen.page.on("request", lambda request: seen.requests.append(request.url))
+            seen.page.goto(path.as_uri())
+            seen.page.wait_for_load_state("load")
+            return seen
+
+        yield opened

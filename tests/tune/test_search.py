@@ -1,0 +1,108 @@
+"""The search on an objective whose every schedule can be looked at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tome_export.tune.choose import Jury, best_within, cheapest
+from tome_export.tune.front import Score, pareto
+from tome_export.tune.search import Search
+from tome_export.tune.space import table_of
+
+WEIGHTS = (0.9, 0.02, 0.3, 0.05)
+IMAGES = 1000
+
+
+def damage(r):
+    """Layers differ in what a merged token does, and late damage depends on the earlier ones."""
+    own = sum(w * (n / 8) ** 2 for w, n in zip(WEIGHTS, r, strict=True))
+    return own + 0.05 * (r[0] / 8) * (r[2] / 4)
+
+
+def score(r, bound=float("inf")):
+    found = damage(r)
+    if found > bound:
+        return Score(IMAGES // 2, int(IMAGES * np.exp(-found)) // 2, found, complete=False)
+    return Score(IMAGES, int(IMAGES * np.exp(-found)), found)
+
+
+def searched(space, count, **options):
+    search = Search(space, space.macs, score, **options)
+    search.measure((0, 0, 0, 0), "constant")
+    search.baselines()
+    search.free(count)
+    return search
+
+
+@pytest.mark.parametrize("share", [0.5, 0.65, 0.8])
+def test_reaches_the_least_damage_within_a_budget(small_space, every_schedule, share):
+    costs = small_space.macs(table_of(every_schedule))
+    budget = share * costs.max()
+    allowed = [r for r, cost in zip(every_schedule, costs, strict=True) if cost <= budget]
+    optimum = min(damage(r) for r in allowed)
+    search = searched(small_space, 120, budget=budget)
+    # A small part of the space is looked at.
+    assert len(search.points) < len(every_schedule) / 3
+    found = best_within(Jury(None), search.points.values(), budget, lambda: False)
+    assert found.damage == pytest.approx(optimum)
+    constant = [p for p in search.points.values() if p.method == "constant" and p.cost <= budget]
+    assert found.damage < min(p.score.damage for p in constant)
+
+
+@pytest.mark.parametrize("needed", [990, 950, 900, 700])
+def test_reaches_the_least_cost_at_an_accuracy(small_space, every_schedule, needed):
+    costs = small_space.macs(table_of(every_schedule))
+    optimum = min(
+        cost
+        for r, cost in zip(every_schedule, costs, strict=True)
+        if score(r).correct >= needed and any(r)
+    )
+    search = searched(small_space, 120, needed=needed)
+    points = [point for point in search.points.values() if any(point.r)]
+    found = cheapest(Jury(None), points, needed, 0, lambda: False)
+    assert found.point.cost <= 1.005 * optimum
+    constant = [p.cost for p in points if p.method == "constant" and p.score.correct >= needed]
+    assert found.point.cost <= min(constant, default=float("inf"))
+
+
+def test_is_the_same_for_a_seed_and_not_for_another(small_space):
+    runs = [list(searched(small_space, 40, needed=950, seed=s).points) for s in (3, 3, 4)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_ends_at_the_deadline(small_space):
+    search = Search(small_space, small_space.macs, score, needed=900, deadline=0.0)
+    search.measure((0, 0, 0, 0), "constant")
+    search.baselines()
+    search.free(10)
+    assert list(search.points) == [(0, 0, 0, 0)]
+    assert search.out_of_time
+
+
+def test_bad_candidates_are_left_early_and_never_chosen(small_space):
+    search = searched(small_space, 150, needed=950)
+    left = [point for point in search.points.values() if not point.score.complete]
+    assert left
+    assert not set(left) & set(pareto(list(search.points.values())))
+    found = cheapest(Jury(None), search.points.values(), 950, 0, lambda: False)
+    assert found.point.score.complete
+
+
+def test_the_target_holds_on_all_images_not_on_those_of_the_search(small_space):
+    """Validation refuses what only looked good, and is asked as seldom as can be."""
+    search = searched(small_space, 120, needed=950)
+    looked = []
+
+    def validate(r):
+        looked.append(r)
+        return Score(IMAGES, score(r).correct - (30 if r[1] > 4 else 0), damage(r))
+
+    points = [point for point in search.points.values() if any(point.r)]
+    found = cheapest(Jury(validate), points, 1900, IMAGES, lambda: False)
+    assert found.correct >= 1900
+    assert found.images == 2 * IMAGES
+    assert len(looked) == len(set(looked)) < len(points) / 2
+    plain = cheapest(Jury(None), points, 950, 0, lambda: False)
+    assert found.point.cost > plain.point.cost

@@ -1,0 +1,49 @@
+"""Token counts and MACs of many schedules at once, against the model's own arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tome_export.merge.macs import BlockCost, total_macs
+from tome_export.merge.schedule import Schedule
+from tome_export.tune.space import Space, table_of
+
+COSTS = (BlockCost(10, 2, 30), BlockCost(11, 3, 0), BlockCost(7, 1, 5))
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), [(17, 1), (16, 0), (20, 5), (2, 1)])
+def test_is_what_the_model_counts(tokens, prefix):
+    space = Space(COSTS, tokens, prefix, lambda final: 100 + 13 * final)
+    rng = np.random.default_rng(0)
+    wanted = rng.integers(0, tokens + 2, (200, 3))
+    clamped = space.clamped(wanted)
+    macs, entering = space.macs(clamped), space.tokens_in(clamped)
+    for row, r, count, tokens_in in zip(wanted, clamped, macs, entering, strict=True):
+        layers = Schedule(per_layer=tuple(map(int, row))).tokens(3, tokens, prefix)
+        assert [layer.r for layer in layers] == list(r)
+        assert [layer.tokens_in for layer in layers] == list(tokens_in)
+        assert total_macs(COSTS, layers, 100 + 13 * layers[-1].tokens_out) == count
+
+
+def test_baselines_are_the_named_schedules(small_space):
+    assert small_space.baselines("constant")[:2] == [(1, 1, 1, 1), (2, 2, 2, 2)]
+    assert small_space.baselines("decreasing")[1] == (4, 2, 1, 0)
+    for method in ("constant", "decreasing", "increasing"):
+        found = small_space.baselines(method)
+        assert len(set(found)) == len(found)
+        assert all(any(r) for r in found)
+
+
+def test_nothing_costs_less_than_most_merged(small_space, every_schedule):
+    least = small_space.macs(table_of([small_space.most_merged()]))[0]
+    assert least == small_space.macs(table_of(every_schedule)).min()
+
+
+def test_moves_reach_every_schedule(small_space, every_schedule):
+    seen, border = set(), [(0, 0, 0, 0)]
+    while border:
+        found = {tuple(map(int, row)) for r in border for row in small_space.neighbours(r)}
+        border = list(found - seen)
+        seen |= found
+    assert seen == set(every_schedule)

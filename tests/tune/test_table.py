@@ -1,0 +1,79 @@
+"""The cost table gives back what it was made from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tome_export.merge.macs import BlockCost
+from tome_export.tune.space import Space, table_of
+from tome_export.tune.table import Measurement, fit, nnls
+
+KNOWN = {"attention": (0.5, 0.02, 3e-4), "mlp": (0.2, 0.07), "match": (0.1, 0.0, 1e-4)}
+
+
+@pytest.fixture
+def space() -> Space:
+    return Space((BlockCost(1, 1, 1),) * 6, 197, 1, lambda _: 0)
+
+
+def layer_ms(group, entering, leaving):
+    tokens = leaving if group == "mlp" else entering
+    return sum(c * tokens**power for power, c in enumerate(KNOWN[group]))
+
+
+def measured(space, r, *, factor=1.25, noise=None):
+    layers, total, tokens = [], 2.0, space.tokens
+    for merged in r:
+        groups = {
+            group: layer_ms(group, tokens, tokens - merged) * (1 + (noise() if noise else 0))
+            for group in KNOWN
+            if merged or group != "match"
+        }
+        total += sum(groups.values())
+        layers.append(groups)
+        tokens -= merged
+    return Measurement(r, tuple(layers), 2.0, factor * total)
+
+
+SCHEDULES = [(0,) * 6, (5,) * 6, (16,) * 6, (30, 20, 10, 5, 2, 1)]
+
+
+def test_recovers_known_coefficients(space):
+    table = fit(space, [measured(space, r) for r in SCHEDULES])
+    for (_, group), values in table.coefficients.items():
+        assert values == pytest.approx(KNOWN[group], rel=1e-6, abs=1e-9), group
+    assert table.factor == pytest.approx(1.25)
+    assert table.residual < 1e-9
+    assert table.outside_ms == 2.0
+    other = (40, 0, 30, 0, 9, 0)
+    assert table.latency_ms(table_of([other]))[0] == pytest.approx(measured(space, other).run_ms)
+
+
+def test_noise_is_told_and_stays_small(space):
+    rng = np.random.default_rng(1)
+    table = fit(space, [measured(space, r, noise=lambda: rng.normal(0, 0.05)) for r in SCHEDULES])
+    assert 0.0 < table.residual < 0.05
+    other = (40, 0, 30, 0, 9, 0)
+    found = table.latency_ms(table_of([other]))[0]
+    assert found == pytest.approx(measured(space, other).run_ms, rel=0.05)
+
+
+def test_to_dict_is_plain(space):
+    values = fit(space, [measured(space, r) for r in SCHEDULES]).to_dict()
+    assert values["layers"][0]["layers"] == list(range(6))
+    groups = {g["group"]: g for g in values["layers"][0]["groups"]}
+    assert set(groups) == set(KNOWN)
+    assert groups["mlp"]["of"] == "tokens_out"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nnls_is_that_of_scipy(seed):
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(12, 5)) * 10.0 ** rng.integers(-3, 4, 5), rng.normal(size=12)
+    expected, norm = optimize.nnls(a, b)
+    found = nnls(a, b)
+    assert (found >= 0).all()
+    assert np.linalg.norm(a @ found - b) == pytest.approx(norm, rel=1e-9)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)

@@ -1,0 +1,77 @@
+"""The machine and the libraries that a measurement was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "tome-export",
+    "torch",
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "triton",
+    "numpy",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and date, ready for JSON.
+
+    Returns:
+        ``cpu`` (its model), ``cores`` that this process may use, ``gpu`` and ``driver`` (None
+        without one), ``machine`` (architecture), ``python``, ``versions`` by package, ``date``
+        (ISO 8601, UTC).
+    """
+    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    return {
+        "cpu": cpu_name(),
+        "cores": _cores(),
+        **_gpu(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name as the kernel gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def nvidia_smi(*query: str) -> list[list[str]] | None:
+    """Rows of a query to NVIDIA's driver as CSV cells; None where there is no working driver.
+
+    Args:
+        query: Its arguments, such as ``--query-gpu=name``.
+    """
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines()]
+
+
+def _gpu() -> dict[str, str | None]:
+    """The first GPU that this process sees, and the driver."""
+    rows = nvidia_smi("--query-gpu=name,driver_version")
+    name, driver = rows[0] if rows else (None, None)
+    return {"gpu": name, "driver": driver}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

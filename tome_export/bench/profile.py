@@ -1,0 +1,158 @@
+"""Where the time goes: the runtime's own profile, per layer and grouped by part of the model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tome_export.onnx.files import load
+from tome_export.onnx.groups import GROUPS, OTHER, Place
+from tome_export.onnx.labels import labelled, place_of_label
+from tome_export.runtime.ort import OrtRunner
+from tome_export.spec import INPUT_NAME
+
+NODE, RUN = "_kernel_time", "model_run"
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """What one node of the optimised graph takes.
+
+    Attributes:
+        operator: Its operator, such as ``FusedMatMul``.
+        place: Layer and group.
+        ms: Mean over the faster half of the runs.
+    """
+
+    operator: str
+    place: Place
+    ms: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Time per node of one batch, by ONNX Runtime's profiler.
+
+    Attributes:
+        batch: Images per run.
+        runs: Runs measured, after one more to warm up.
+        run_ms: A whole run while it is profiled, mean over its faster half: the nodes and the
+            time between them, in which the profiler writes.
+        nodes: All nodes that ran, in their order.
+    """
+
+    batch: int
+    runs: int
+    run_ms: float
+    nodes: tuple[NodeTime, ...]
+
+    @property
+    def total_ms(self) -> float:
+        """Sum over all nodes."""
+        return sum(node.ms for node in self.nodes)
+
+    @property
+    def groups_ms(self) -> dict[str, float]:
+        """Milliseconds by group; groups that the model does not have are left out."""
+        return _by_group(self.nodes)
+
+    @property
+    def layers_ms(self) -> list[dict[str, float]]:
+        """Milliseconds by group of every transformer block, in order; no other nodes."""
+        blocks: dict[int, list[NodeTime]] = defaultdict(list)
+        for node in self.nodes:
+            if node.place.layer is not None:
+                blocks[node.place.layer].append(node)
+        return [_by_group(blocks[layer]) for layer in range(max(blocks, default=-1) + 1)]
+
+    @property
+    def attributed_share(self) -> float:
+        """Share of the nodes' time that is in a group other than ``other``."""
+        return 1.0 - self.groups_ms.get(OTHER, 0.0) / self.total_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``bench.json`` holds of one model."""
+        layers = [{"layer": index, **groups} for index, groups in enumerate(self.layers_ms)]
+        return {
+            "total_ms": self.total_ms,
+            "run_ms": self.run_ms,
+            "runs": self.runs,
+            "attributed_share": self.attributed_share,
+            "nodes": len(self.nodes),
+            "groups_ms": self.groups_ms,
+            "layers": layers,
+        }
+
+
+def profile_onnx(model_path: Path, images: np.ndarray[Any, Any], runs: int = 10) -> Profile:
+    """Profile a model on ONNX Runtime's CPU and attribute every node's time to a layer and group.
+
+    What runs is a copy of the model in which names tell the group (``onnx.labels``); the runtime
+    makes the same nodes of it as of the model itself, but for a few on single numbers. Not for a
+    GPU: there the runtime's profiler sees kernels being launched, not running.
+
+    Args:
+        model_path: ``model.onnx`` of an artifact or of ``pipeline.reference.export_variant``.
+        images: ``pixel_values [B, C, H, W]`` float32; B is within the model's batch range.
+        runs: Runs to measure, at least 1; one more comes first to warm up.
+
+    Raises:
+        InputError: if the file is not an ONNX model.
+        MissingComponentError: if onnxruntime, is not here.
+        ExportError: if onnxruntime refuses the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+        model = labelled(load(model_path))
+        with OrtRunner(model, profile=Path(folder) / "profile") as runner:
+            del model
+            for _ in range(runs + 1):
+                runner.infer({INPUT_NAME: images})
+            events = json.loads(runner.end_profiling().read_text())
+    return profile_from_events(events, len(images))
+
+
+def profile_from_events(events: Sequence[Mapping[str, Any]], batch: int) -> Profile:
+    """Read the events of ONNX Runtime's profile, of a labelled model; the first run is left out.
+
+    Args:
+        events: As in the file.
+        batch: Images per run.
+    """
+    spans = sorted((e["ts"], e["dur"]) for e in events if e["name"] == RUN)[1:]
+    # The same runs for every node, so that the parts add up; what other programs slowed is out.
+    faster = sorted(spans, key=lambda span: span[1])[: (len(spans) + 1) // 2]
+    nodes = [e for e in events if e["cat"] == "Node" and e["name"].endswith(NODE)]
+    nodes.sort(key=lambda event: int(event["ts"]))
+    places: dict[tuple[str, str], Place] = {}
+    operators: dict[tuple[str, str], str] = {}
+    times: dict[tuple[str, str], float] = defaultdict(float)
+    for start, duration in faster:
+        last = Place(None, OTHER)
+        for event in nodes:
+            if not start <= event["ts"] <= start + duration:
+                continue
+            # What the runtime itself puts in, such as a reordering, serves the node before it.
+            last = place_of_label(event["name"]) or last
+            key = (event["name"], event["args"].get("node_index", ""))
+            places.setdefault(key, last)
+            operators.setdefault(key, event["args"]["op_name"])
+            times[key] += event["dur"] / 1e3 / len(faster)
+    found = tuple(NodeTime(operators[key], places[key], ms) for key, ms in times.items())
+    run_ms = sum(duration for _, duration in faster) / 1e3 / len(faster)
+    return Profile(batch, len(spans), run_ms, found)
+
+
+def _by_group(nodes: Sequence[NodeTime]) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for group in GROUPS:
+        chosen = [node.ms for node in nodes if node.place.group == group]
+        if chosen:
+            times[group] = sum(chosen)
+    return times

@@ -1,0 +1,49 @@
+"""Several things timed in turn, so that a drift of the machine's speed meets them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Seconds = np.ndarray[Any, Any]
+
+
+def paired(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[int], None] = lambda _: None,
+) -> dict[str, Seconds]:
+    """Time several things once per round; every other round goes through them backwards.
+
+    Args:
+        runs: What to call, by name.
+        rounds: How many calls of each are timed, at least 1.
+        warmup: How many calls of each come first, untimed.
+        clock: Gives seconds.
+        on_round: Told how many rounds are done.
+
+    Returns:
+        Seconds by name, ``[rounds]``; entry i of each was measured in the same round.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    order = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds):
+        for name in order if index % 2 == 0 else reversed(order):
+            start = clock()
+            runs[name]()
+            seconds[name].append(clock() - start)
+        on_round(index + 1)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def percentiles(values: Seconds) -> dict[str, float]:
+    """p20, p50 and p80."""
+    return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}

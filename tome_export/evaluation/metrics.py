@@ -1,0 +1,125 @@
+"""Shares with their confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+
+METHODS = {
+    "share": "Wilson 1927, score interval",
+    "difference": "Newcombe 1998, paired score interval (method 10)",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of images with its interval.
+
+    Attributes:
+        correct: Images that count.
+        images: All images.
+        share: ``correct / images``.
+        low: Lower limit.
+        high: Upper limit.
+    """
+
+    correct: int
+    images: int
+    share: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two shares of the same images, with its interval.
+
+    Attributes:
+        share: First minus second.
+        low: Lower limit.
+        high: Upper limit.
+        gained: Images that only the first has right.
+        lost: Images that only the second has right.
+    """
+
+    share: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return dict(vars(self))
+
+
+def share_of(right: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Share:
+    """The share of images that are right, ``right [B]``."""
+    correct, images = int(np.count_nonzero(right)), len(right)
+    low, high = wilson(correct, images, confidence)
+    return Share(correct, images, correct / images, low, high)
+
+
+def wilson(correct: int, images: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Score interval of a share: Wilson, JASA 22 (1927) 209-212.
+
+    It stays within 0 and 1 and holds its coverage also near them, where the textbook's normal
+    interval has no width.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = correct / images
+    centre = p + z * z / (2 * images)
+    half = z * math.sqrt(p * (1 - p) / images + z * z / (4 * images * images))
+    scale = 1 + z * z / images
+    # The limits are exact at the ends; rounding must not leave them.
+    low = 0.0 if correct == 0 else (centre - half) / scale
+    high = 1.0 if correct == images else (centre + half) / scale
+    return low, high
+
+
+def paired_difference(
+    first: NDArray[np.bool_], second: NDArray[np.bool_], confidence: float = CONFIDENCE
+) -> Difference:
+    """Difference of two shares over the same images, ``[B]`` each.
+
+    Both shares' Wilson limits joined by their correlation, with a continuity correction of it:
+    method 10 of Newcombe, Statistics in Medicine 17 (1998) 2635-2650.
+    """
+    both = int(np.count_nonzero(first & second))
+    gained = int(np.count_nonzero(first & ~second))
+    lost = int(np.count_nonzero(~first & second))
+    return difference_of_counts(both, gained, lost, len(first) - both - gained - lost, confidence)
+
+
+def difference_of_counts(
+    both: int, gained: int, lost: int, neither: int, confidence: float = CONFIDENCE
+) -> Difference:
+    """``paired_difference`` from the cells of the two by two table."""
+    images = both + gained + lost + neither
+    p, q = (both + gained) / images, (both + lost) / images
+    p_low, p_high = wilson(both + gained, images, confidence)
+    q_low, q_high = wilson(both + lost, images, confidence)
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    excess: float = both * neither - gained * lost
+    if excess > 0:
+        excess = max(excess - images / 2, 0.0)
+    phi = excess / math.sqrt(margins) if margins else 0.0
+
+    def joined(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+    share = (gained - lost) / images
+    low = share - joined(p - p_low, q_high - q)
+    high = share + joined(p_high - p, q - q_low)
+    return Difference(share, low, high, gained, lost)

@@ -1,0 +1,126 @@
+"""Which patches are one token after each layer: merge plans composed, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tome_export.spec import PatchGrid
+
+
+class Plans(NamedTuple):
+    """One merging layer's plans for B images, as ``merge.plan.MergePlan`` has them.
+
+    Attributes:
+        keep: ``[B, K]`` int, input index of each output token.
+        src: ``[B, R]`` int, input indices of the tokens folded away.
+        dst: ``[B, R]`` int, for each src the OUTPUT position it is folded into.
+    """
+
+    keep: NDArray[np.integer]
+    src: NDArray[np.integer]
+    dst: NDArray[np.integer]
+
+
+def token_map(plans: Plans) -> NDArray[np.int64]:
+    """Output position of every input token of one layer.
+
+    Returns:
+        ``[B, N]`` int64 with ``N = K + R``.
+    """
+    batch, kept = plans.keep.shape
+    result = np.empty((batch, kept + plans.src.shape[1]), np.int64)
+    np.put_along_axis(result, plans.keep.astype(np.int64), np.arange(kept)[None], axis=1)
+    np.put_along_axis(result, plans.src.astype(np.int64), plans.dst.astype(np.int64), axis=1)
+    return result
+
+
+def groups_by_layer(
+    plans: Mapping[int, Plans], depth: int, tokens: int, batch: int
+) -> NDArray[np.int64]:
+    """Where each token of the first layer is after every layer, by composing the plans.
+
+    Args:
+        plans: Of the layers that merge, by index; every other layer is the identity.
+        depth: Number of layers.
+        tokens: Tokens N that enter the first layer, prefix tokens included.
+        batch: Images B.
+
+    Returns:
+        ``[B, depth, N]`` int64: the position, among the tokens that leave the layer, of the token
+        that holds each initial one. Equal numbers are one token.
+    """
+    composed = np.broadcast_to(np.arange(tokens), (batch, tokens))
+    result = np.empty((batch, depth, tokens), np.int64)
+    for layer in range(depth):
+        if layer in plans:
+            composed = np.take_along_axis(token_map(plans[layer]), composed, axis=1)
+        result[:, layer] = composed
+    return result
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """The patches of one image after one layer.
+
+    Attributes:
+        layer: Index of the layer, from 0.
+        tokens: Tokens that leave it, prefix tokens included.
+        ids: ``[rows, cols]`` int64, the token that holds each patch. Equal numbers are one token.
+        patches_in_prefix: Patches merged into a class, distillation or register token, which have
+            no place in the image; 0 where these are protected.
+    """
+
+    layer: int
+    tokens: int
+    ids: NDArray[np.int64]
+    patches_in_prefix: int
+
+    @property
+    def merged(self) -> dict[int, int]:
+        """Token -> patches in it, for tokens of more than one patch."""
+        ids, counts = np.unique(self.ids, return_counts=True)
+        return {int(i): int(n) for i, n in zip(ids, counts, strict=True) if n > 1}
+
+    @property
+    def largest(self) -> int:
+        """Patches of the largest token."""
+        return int(np.unique(self.ids, return_counts=True)[1].max())
+
+
+@dataclass(frozen=True)
+class MergeMap:
+    """One image as the model sees it, and its tokens after every layer.
+
+    Attributes:
+        image: ``[H, W, 3]`` uint8 RGB: resized and cut as for the model, not normalised.
+        grid: How it is cut into patches.
+        layers: One entry per layer, whether it merges or not.
+    """
+
+    image: NDArray[np.uint8]
+    grid: PatchGrid
+    layers: tuple[LayerGroups, ...]
+
+
+def layers_from_positions(
+    positions: NDArray[np.int64], tokens: tuple[int, ...], prefix: int, grid: PatchGrid
+) -> tuple[LayerGroups, ...]:
+    """One image's part of what ``groups_by_layer`` gives, put on the image.
+
+    Args:
+        positions: ``[depth, prefix + rows * cols]`` int64.
+        tokens: Tokens that leave each layer.
+        prefix: Tokens at the front that are no patches.
+        grid: How the image is cut into patches.
+    """
+    layers = []
+    for layer, (row, count) in enumerate(zip(positions, tokens, strict=True)):
+        ids = row[prefix:].reshape(grid.rows, grid.cols)
+        lost = int(np.isin(ids, row[:prefix]).sum())
+        layers.append(LayerGroups(layer, count, ids, lost))
+    return tuple(layers)

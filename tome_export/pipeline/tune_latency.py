@@ -1,0 +1,123 @@
+"""The measured cost table of a model on ONNX Runtime, and real runs of single schedules."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tome_export.artifact import MODEL
+from tome_export.merge.schedule import Schedule
+from tome_export.pipeline.progress import Progress
+from tome_export.spec import INPUT_NAME, BatchRange, Precision
+from tome_export.tune.space import Rs, Space
+from tome_export.tune.table import CostTable, Measurement, fit
+
+if TYPE_CHECKING:
+    from tome_export.patch import MergedModel
+
+SCHEDULES = 6
+"""Schedules that the table is measured on: unmerged, fully merged, and constant r in between."""
+
+RUNS = 15
+"""Runs per measurement, after two to warm up."""
+
+
+class Stopwatch:
+    """Exports schedules and times them on ONNX Runtime's CPU.
+
+    Args:
+        model: The patched model.
+        pixels: At least one image ``[B, C, H, W]`` float32; repeated to fill a batch.
+        batch: Images per run.
+        precision: Of the exported model.
+        output_name: Of the model's output.
+    """
+
+    def __init__(
+        self,
+        model: MergedModel,
+        pixels: np.ndarray[Any, np.dtype[np.float32]],
+        batch: int,
+        precision: Precision,
+        output_name: str,
+    ) -> None:
+        self._model = model
+        self._images = np.resize(pixels, (batch, *pixels.shape[1:]))
+        self._batch = BatchRange(batch, batch, batch)
+        self._precision = precision
+        self._output_name = output_name
+
+    def table(self, space: Space, progress: Progress) -> CostTable:
+        """Measure and fit the cost table.
+
+        Raises:
+            MissingComponentError: if onnxruntime is not here.
+            ExportError: if a model cannot be exported or run.
+        """
+        from tome_export.bench.profile import profile_onnx
+
+        measured = []
+        schedules = _spread(space)
+        for done, r in enumerate(schedules):
+            with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+                path = self._export(r, Path(folder))
+                profile = profile_onnx(path, self._images, RUNS)
+                run_ms = self._times([path])[0]
+            layers = tuple(profile.layers_ms)
+            inside = sum(sum(groups.values()) for groups in layers)
+            measured.append(Measurement(r, layers, profile.total_ms - inside, run_ms))
+            progress.detail(f"schedules profiled: {done + 1}/{len(schedules)}")
+        return fit(space, measured)
+
+    def latency_ms(self, schedules: Sequence[Rs]) -> list[float]:
+        """Median time of a run of each schedule, all taken in turn.
+
+        Raises:
+            MissingComponentError: if onnxruntime is not here.
+            ExportError: if a model cannot be exported or run.
+        """
+        with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+            paths = []
+            for index, r in enumerate(schedules):
+                (Path(folder) / str(index)).mkdir()
+                paths.append(self._export(r, Path(folder) / str(index)))
+            return self._times(paths)
+
+    def _export(self, r: Rs, folder: Path) -> Path:
+        from tome_export.onnx.build import onnx_from_model
+        from tome_export.onnx.export import ExportOptions
+        from tome_export.patch import patch, unpatch
+
+        prop_attn = self._model.settings.prop_attn
+        model = patch(unpatch(self._model), Schedule(per_layer=r), prop_attn=prop_attn).eval()
+        options = ExportOptions(precision=self._precision, batch=self._batch)
+        onnx_from_model(model, folder / MODEL, options, self._output_name)
+        return folder / MODEL
+
+    def _times(self, paths: Sequence[Path]) -> list[float]:
+        from tome_export.onnx.files import load
+        from tome_export.runtime.ort import OrtRunner
+
+        runners = [OrtRunner(load(path)) for path in paths]
+        inputs = {INPUT_NAME: self._images}
+        times: list[list[float]] = [[] for _ in runners]
+        for run in range(RUNS + 2):
+            for runner, kept in zip(runners, times, strict=True):
+                start = time.perf_counter()
+                runner.infer(inputs)
+                if run >= 2:
+                    kept.append((time.perf_counter() - start) * 1e3)
+        return [float(np.median(kept)) for kept in times]
+
+
+def _spread(space: Space) -> list[Rs]:
+    """Unmerged, fully merged, and constant schedules evenly between."""
+    constant = space.baselines("constant")
+    index = np.unique(np.linspace(0, len(constant) - 1, SCHEDULES).round().astype(int))[1:-1]
+    picked = [(0,) * space.depth, *(constant[i] for i in index), space.most_merged()]
+    return list(dict.fromkeys(picked))

@@ -1,0 +1,73 @@
+"""Numbers as the page shows them; what is not finite is null in the reports, and a dash here."""
+
+from __future__ import annotations
+
+NONE = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+MINUS = "\N{MINUS SIGN}"
+
+
+def macs(count: float) -> str:
+    """Multiply-accumulates with their unit."""
+    scale, unit = macs_unit(count)
+    return f"{count / scale:,.2f} {unit}"
+
+
+def macs_unit(largest: float) -> tuple[float, str]:
+    """What to divide by so that the largest of some counts reads well, and the unit's name."""
+    return (1e9, "GMACs") if largest >= 1e9 else (1e6, "MMACs")
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, as file managers show them."""
+    if count is None:
+        return NONE
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def small(value: float | None) -> str:
+    """An error or a margin, with two digits that count."""
+    if value is None:
+        return NONE
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A plain number."""
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration with at least three digits that count."""
+    if value is None:
+        return NONE
+    return f"{value:,.3f}" if value < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.1f}"
+
+
+def times(value: float) -> str:
+    """A ratio with its sign."""
+    return f"{value:.2f}{TIMES}"
+
+
+def span(low: str, high: str) -> str:
+    """From one to the other."""
+    return f"{low}{NONE}{high}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of one."""
+    return NONE if share is None else f"{100 * share:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of two shares in percentage points, with its sign."""
+    text = f"{100 * difference:+.2f}".replace("-", MINUS)
+    return "0.00" if text in ("+0.00", f"{MINUS}0.00") else text
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun in the singular or plural."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,177 @@
+"""The section with pictures of merged tokens, which a slider leads through the layers.
+
+Each image is embedded once. Where a browser runs scripts it draws every layer from a few bytes per
+patch; else, and on paper, the drawing of the last layer lies over the image.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tome_export.inspect.colours import PALETTE, hex_colour, mean_colours, outline_colours
+from tome_export.inspect.draw import outline_width, scale_for
+from tome_export.inspect.outline import inset, loops_from_mask
+from tome_export.inspect.svg import data_url
+from tome_export.report.numbers import counted
+from tome_export.report.parts import Gallery, Section, Text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tome_export.inspect.groups import LayerGroups, MergeMap
+    from tome_export.spec import PatchGrid
+
+TITLE = "Which patches became one token"
+
+BUDGET = 1_900_000
+"""Characters of all embedded images: the page is to stay below 3 MB."""
+
+QUALITIES = (92, 85, 75, 60, 40, 20)
+"""JPEG, tried in turn where the images as PNG would be too large."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image with the drawing of its last layer.
+
+    Attributes:
+        name: Shown below it.
+        width: Pixels of the image as the model sees it.
+        height: Likewise.
+        href: The image as a URL that holds it.
+        paths: Outline, fill and stroke of each token of several patches.
+        stroke: Width of an outline, in pixels of the image.
+        caption: What the drawing shows, for those who cannot see it.
+    """
+
+    name: str
+    width: int
+    height: int
+    href: str
+    paths: Sequence[tuple[str, str, str]]
+    stroke: float
+    caption: str
+
+
+def pictures_section(
+    maps: Sequence[MergeMap], names: Sequence[str], manifest: Mapping[str, Any], reason: str | None
+) -> Section:
+    """Pictures of every layer.
+
+    Args:
+        maps: One per image, from ``pipeline.inspect``.
+        names: Of the images.
+        manifest: The content of ``build.json``.
+        reason: Why there are none, if there are none.
+    """
+    if not maps:
+        why = reason or "none were asked for; give images, or --samples above 0"
+        return Section("pictures", TITLE, (Text(f"No pictures: {why}."),))
+    tokens = [manifest["layers"][0]["tokens_in"], *manifest["tokens"]]
+    encoded = _hrefs([one.image for one in maps])
+    pictures = [
+        _picture(one, name, href) for one, name, href in zip(maps, names, encoded, strict=True)
+    ]
+    data = {
+        "tokens": tokens,
+        "palette": [hex_colour(colour) for colour in PALETTE],
+        "images": [_data(one) for one in maps],
+    }
+    depth = len(manifest["tokens"])
+    lead = (
+        "A token of several patches is filled with their mean colour and outlined; patches far "
+        "apart may be one token, and then have one colour. A patch that is still a token by "
+        "itself shows the image. Token counts include those that are no patches, such as the "
+        "class token."
+    )
+    last = f"after layer {depth - 1}: {counted(tokens[-1], 'token')}"
+    return Section("pictures", TITLE, (Text(lead), Gallery(pictures, data, depth, last)))
+
+
+def _picture(one: MergeMap, name: str, href: str) -> Picture:
+    height, width = one.image.shape[:2]
+    groups = one.layers[-1]
+    fills = mean_colours(one.image, one.grid, groups.ids)
+    stroke = _stroke(one) / _scale(one)
+    paths = [
+        (
+            _outline(groups.ids == group, one.grid, stroke),
+            hex_colour(fills[group]),
+            hex_colour(colour),
+        )
+        for group, colour in sorted(outline_colours(groups.ids).items())
+    ]
+    caption = (
+        f"{name} after layer {groups.layer}: {counted(len(paths), 'token')} of several patches, "
+        f"the largest of {groups.largest}"
+    )
+    return Picture(name, width, height, href, paths, stroke, caption)
+
+
+def _outline(mask: NDArray[np.bool_], grid: PatchGrid, stroke: float) -> str:
+    # Strokes lie across a path: one drawn half a stroke inside stays within its patches.
+    loops = (inset(loop, (grid.width, grid.height), stroke / 2) for loop in loops_from_mask(mask))
+    return "".join("M" + "L".join(f"{x:g},{y:g}" for x, y in loop) + "Z" for loop in loops)
+
+
+def _scale(one: MergeMap) -> int:
+    return scale_for(one.grid, (one.image.shape[0], one.image.shape[1]))
+
+
+def _stroke(one: MergeMap) -> int:
+    return outline_width(one.grid, _scale(one))
+
+
+def _data(one: MergeMap) -> dict[str, Any]:
+    """What the script needs of one image to draw as ``inspect.draw`` does."""
+    layers = [_layer(one, groups) for groups in one.layers]
+    return {
+        "rows": one.grid.rows,
+        "cols": one.grid.cols,
+        "height": one.grid.height,
+        "width": one.grid.width,
+        "scale": _scale(one),
+        "stroke": _stroke(one),
+        "layers": layers,
+    }
+
+
+def _layer(one: MergeMap, groups: LayerGroups) -> list[Any]:
+    """Group of each patch, 0 for none, and red, green, blue and outline of each group."""
+    outlines = outline_colours(groups.ids)
+    fills = mean_colours(one.image, one.grid, groups.ids)
+    index = np.zeros(int(groups.ids.max()) + 1, "<u2")
+    colours = bytearray()
+    for number, group in enumerate(sorted(outlines), 1):
+        index[group] = number
+        colours += bytes((*fills[group], PALETTE.index(outlines[group])))
+    return [_base64(index[groups.ids].tobytes()), _base64(bytes(colours)), groups.largest]
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def _hrefs(images: Sequence[NDArray[np.uint8]]) -> list[str]:
+    """The images as PNG, or, where that is too much, as the best JPEG that fits."""
+    share = BUDGET // len(images)
+    return [_href(image, share) for image in images]
+
+
+def _href(image: NDArray[np.uint8], most: int) -> str:
+    from PIL import Image
+
+    href = data_url(image)
+    for quality in QUALITIES:
+        if len(href) <= most:
+            break
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "jpeg", quality=quality, optimize=True)
+        href = "data:image/jpeg;base64," + _base64(buffer.getvalue())
+    return href

@@ -1,0 +1,221 @@
+"""Charts as inline SVG: one for wide screens and paper, one for phones, in the page's colours."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1b1b1d", "#5c5c61", "#d3d3d7"
+"""Text, lesser text and grid lines; the page has its own colours for each, light and dark."""
+
+BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+PURPLE, SKY, YELLOW, GREY = "#cc79a7", "#56b4e9", "#f0e442", "#8d8d93"
+"""Okabe and Ito's colours (Color Universal Design, 2008), and a grey."""
+
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    RULE: "--rule",
+    BLUE: "--blue",
+    ORANGE: "--orange",
+    GREEN: "--green",
+    VERMILLION: "--vermillion",
+    PURPLE: "--purple",
+    SKY: "--sky",
+    YELLOW: "--yellow",
+    GREY: "--grey",
+}
+"""Colour in a drawing -> the page's variable for it."""
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of the two sizes in which a chart is drawn.
+
+    Attributes:
+        name: ``wide`` or ``narrow``.
+        inches: Width of the drawing.
+    """
+
+    name: str
+    inches: float
+
+    @property
+    def wide(self) -> bool:
+        """Whether panels stand side by side."""
+        return self.name == "wide"
+
+
+FORMS = (Form("wide", 9.2), Form("narrow", 3.7))
+
+Draw = Callable[[Form], "Figure"]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart in both sizes.
+
+    Attributes:
+        name: Unique on the page.
+        caption: Shown below, and what screen readers say.
+        svgs: The drawings, as markup.
+    """
+
+    name: str
+    caption: str
+    svgs: tuple[str, ...]
+
+
+def chart(name: str, caption: str, draw: Draw) -> Chart:
+    """Draw a chart in both sizes.
+
+    Args:
+        name: Unique on the page; begins every id of the drawing.
+        caption: What it shows, in a sentence.
+        draw: Makes the figure for a form; called with the house's settings in force.
+    """
+    return Chart(name, caption, tuple(_svg(f"{name}-{f.name}", caption, draw, f) for f in FORMS))
+
+
+def panels(
+    form: Form, count: int, height: float, *, narrow_height: float | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side, or one above the other where it is narrow.
+
+    Args:
+        form: Its size.
+        count: Number of panels.
+        height: Of the wide figure, in inches.
+        narrow_height: Of one panel of the narrow figure; that of the wide one if None.
+    """
+    from matplotlib.figure import Figure
+
+    if not form.wide:
+        height = (narrow_height or height) * count
+    figure = Figure(figsize=(form.inches, height), layout="constrained")
+    rows, cols = (1, count) if form.wide else (count, 1)
+    grid: Any = figure.subplots(rows, cols, squeeze=False)
+    axes = list(grid.ravel())
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def legend(figure: Figure, axes: Axes, form: Form, handles: Sequence[Any] | None = None) -> None:
+    """The series of one panel, or those given, above all panels."""
+    if handles is None:
+        handles = axes.get_legend_handles_labels()[0]
+    if handles:
+        columns = 6 if form.wide else 2 if len(handles) > 1 else 1
+        figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
+
+
+def whole_numbers(axes: Axes, form: Form, count: int) -> None:
+    """Layers 0 to ``count - 1`` along the x axis."""
+    step = max(1, -(-count // (12 if form.wide else 8)))
+    axes.set_xticks(range(0, count, step))
+    axes.set_xlim(-0.7, count - 0.3)
+    axes.set_xlabel("layer")
+
+
+def power_ticks(axes: Axes) -> None:
+    """A logarithmic y axis whose labels are plain text, such as 10⁻³."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    if high / low < 30:  # or there might be no power of ten to label
+        axes.set_ylim(low / 4, high * 4)
+
+
+def _power(value: float) -> str:
+    exponent = f"{value:.0e}".partition("e")[2]
+    return "10" + str(int(exponent)).translate(_SUPERSCRIPT)
+
+
+def _settings(name: str) -> Any:
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.parse_math": False,  # a dollar sign in somebody's file name is one
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.edgecolor": MUTED,
+        "axes.linewidth": 0.7,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "figure.constrained_layout.h_pad": 0.08,
+        "figure.constrained_layout.hspace": 0.06,
+        "figure.constrained_layout.wspace": 0.05,
+        "grid.color": RULE,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.labelcolor": INK,
+        "legend.handlelength": 1.6,
+        "legend.columnspacing": 1.4,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "hatch.linewidth": 0.7,
+    }
+
+
+def _svg(name: str, caption: str, draw: Draw, form: Form) -> str:
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context(_settings(name)), warnings.catch_warnings():
+        # Text is measured in DejaVu, yet shown in the reader's fonts, which may have the glyph.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        draw(form).savefig(stream, format="svg", metadata=nothing)
+    return _inline(stream.getvalue(), name, caption, form.name)
+
+
+def _inline(text: str, name: str, caption: str, form: str) -> str:
+    """An SVG document as part of a page: own ids, the page's font and colours, a description."""
+    from markupsafe import escape
+
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    # A style in an inline drawing would hold for the whole page, which has its own for charts.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", text)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'((?:xlink:)?href=")#', rf"\1#{name}-", text).replace("xlink:href", "href")
+    text = text.replace("url(#", f"url(#{name}-")
+    text = re.sub(r"(font:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--font)", text)
+    text = re.sub(r"font-family: *'DejaVu Sans'[^;\"]*", "font-family: var(--font)", text)
+    for colour, variable in VARIABLES.items():
+        text = re.sub(colour, f"var({variable})", text, flags=re.IGNORECASE)
+    view = re.search(r'viewBox="([^"]*)"', text)
+    assert view is not None  # noqa: S101 (matplotlib always writes one)
+    body = text[text.index(">") + 1 :]
+    return (
+        f'<svg class="chart {form}" role="img" viewBox="{view[1]}" '
+        f'aria-label="{escape(caption)}">{body}'
+    ).strip()

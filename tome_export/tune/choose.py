@@ -1,0 +1,159 @@
+"""From the points of a search to the one schedule that is written, on all images.
+
+The search sees its own images only. The target, however, is a promise about every image given, so
+the last word is spoken on all of them: finalists are measured on the remaining (validation) images
+too, and the target must hold on the whole. The validation images are thereby used to accept or
+reject finalists and for nothing else; how many were looked at is reported, because the more there
+are, the more the validation accuracy of the one that is chosen flatters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from tome_export.tune.front import BASELINES, Point, Score, pareto
+from tome_export.tune.space import Rs
+
+FINALISTS = 40
+"""Most free lists that are measured on the validation images for an accuracy target."""
+
+BUDGET_FINALISTS = 6
+"""Most free lists, and of each baseline family a third of it, for a cost target."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A point that was measured on all images.
+
+    Attributes:
+        point: With its score on the search images.
+        validation: Score on the remaining images; None if there are none.
+    """
+
+    point: Point
+    validation: Score | None
+
+    @property
+    def correct(self) -> int:
+        """Images that are right, of all."""
+        return self.point.score.correct + (self.validation.correct if self.validation else 0)
+
+    @property
+    def images(self) -> int:
+        """All images."""
+        return self.point.score.images + (self.validation.images if self.validation else 0)
+
+    @property
+    def damage(self) -> float:
+        """Mean damage in nats over all images."""
+        parts = [self.point.score, *([self.validation] if self.validation else [])]
+        return sum(part.damage * part.images for part in parts) / self.images
+
+
+class Jury:
+    """Measures points on the validation images, each once.
+
+    Args:
+        validate: Measures a schedule on the validation images; None if there are none.
+    """
+
+    def __init__(self, validate: Callable[[Rs], Score] | None) -> None:
+        self._validate = validate
+        self.finalists: dict[Rs, Finalist] = {}
+
+    def look(self, point: Point) -> Finalist:
+        """The point measured on all images."""
+        if point.r not in self.finalists:
+            validation = self._validate(point.r) if self._validate else None
+            self.finalists[point.r] = Finalist(point, validation)
+        return self.finalists[point.r]
+
+
+def cheapest(
+    jury: Jury,
+    points: Iterable[Point],
+    needed: int,
+    validation_images: int,
+    out_of_time: Callable[[], bool],
+) -> Finalist | None:
+    """The cheapest point with enough images right, of all images.
+
+    Args:
+        jury: Measures finalists.
+        points: To choose from.
+        needed: Images that must be right, of all.
+        validation_images: How many the search did not see.
+        out_of_time: Whether to look at no more; the cheapest that met the target so far is taken.
+
+    Returns:
+        None if no point meets the target.
+    """
+    # Fewer right than this on the search images cannot be made good by the others.
+    hopeful = [
+        p for p in points if p.score.complete and p.score.correct + validation_images >= needed
+    ]
+    constant, free = [p for p in hopeful if p.method in BASELINES], _free(hopeful)
+    best: Finalist | None = None
+    # The baselines first: there are few, and no free list need be as dear as the best of them.
+    for group in (constant, free):
+        for point in sorted(group, key=lambda p: (p.cost, p.score.damage, p.r)):
+            if best is not None and point.cost >= best.point.cost:
+                break
+            if out_of_time() and best is not None:
+                return best
+            if (found := jury.look(point)).correct >= needed:
+                best = found
+                break
+    return best
+
+
+def _free(points: Sequence[Point]) -> list[Point]:
+    """The free lists worth a look: no other is as cheap, as right and as little damaged."""
+    kept: list[Point] = []
+    for point in sorted(
+        (p for p in points if p.method == "free"), key=lambda p: (p.cost, p.score.damage, p.r)
+    ):
+        beaten = any(
+            other.score.correct >= point.score.correct and other.score.damage <= point.score.damage
+            for other in kept
+        )
+        if not beaten:
+            kept.append(point)
+    return kept[:FINALISTS]
+
+
+def best_within(
+    jury: Jury, points: Iterable[Point], budget: float, out_of_time: Callable[[], bool]
+) -> Finalist | None:
+    """The point within a budget with the most images right of all images; then the least damage.
+
+    Args:
+        jury: Measures finalists.
+        points: To choose from.
+        budget: Most cost allowed.
+        out_of_time: Whether to look at no more than one.
+
+    Returns:
+        None if no point is within the budget.
+    """
+    within = [point for point in points if point.score.complete and point.cost <= budget]
+    within.sort(key=lambda point: (point.score.damage, point.cost, point.r))
+    picked = within[:BUDGET_FINALISTS]
+    for method in BASELINES:
+        picked += [p for p in within if p.method == method][: BUDGET_FINALISTS // 3]
+    found: list[Finalist] = []
+    for point in picked:
+        if out_of_time() and found:
+            break
+        found.append(jury.look(point))
+    return min(found, key=lambda f: (-f.correct, f.damage, f.point.cost), default=None)
+
+
+def shown(points: Iterable[Point], jury: Jury) -> list[Point]:
+    """Points for the picture: each family's and the free lists' own front, cheapest first."""
+    everything = list(points)
+    picked = {r: finalist.point for r, finalist in jury.finalists.items()}
+    for method in (*BASELINES, "free"):
+        picked |= {p.r: p for p in pareto([p for p in everything if p.method == method])}
+    return sorted(picked.values(), key=lambda p: (p.cost, p.r))

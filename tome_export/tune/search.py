@@ -1,0 +1,201 @@
+"""The search for per-layer schedules, on measured damage and exact costs.
+
+Baselines are ToMe's families (arXiv 2210.09461, section 4.1 and appendix C): constant, decreasing
+and increasing r. The free list has its own r per layer, as DiffRate's (arXiv 2305.17997); DiffRate
+learns it by gradients through a relaxed ranking, which needs training, so here the list is searched
+for directly, without any training:
+
+- Pareto local search (Paquete, Chiarandini and Stützle 2004): from points of the front over (cost,
+  damage), the neighbours are schedules that merge some tokens more or fewer in one layer, or move
+  them between two layers, so that tokens go where they do the least damage for what they save.
+- There are hundreds of neighbours and each takes a pass over the images, so a ridge regression of
+  the measured damage (``surrogate``) says which to measure next: the one that promises to lie
+  furthest below the front at its cost. Every fourth is one of the best ten by chance.
+- Most are sought near the target, one in four anywhere on the front.
+- Damage is a divergence from the unmerged model's output. Top-1 on a few hundred images is too
+  coarse to rank by; a mean of many small changes is not. It is a sum of terms that are never
+  negative: once the sum is past what the front does at that cost, the candidate is surely dominated
+  and the remaining images are not looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tome_export.tune.front import BASELINES, Level, Method, Point, Score, pareto
+from tome_export.tune.space import Cost, Rs, Space, Table, rs_of, table_of
+from tome_export.tune.surrogate import Surrogate
+
+BASELINE_POINTS: dict[Method, int] = {"constant": 32, "decreasing": 16, "increasing": 16}
+"""Most schedules measured of each baseline family."""
+
+COARSE = 4
+"""Passes over the baselines, each taking every fourth of what there is."""
+
+EXPLORE = 4
+"""One candidate in so many is drawn by chance, and one is sought away from the target."""
+
+PARENTS = 12
+"""Points of the front whose neighbours are looked at."""
+
+TOLERANCE = 1.3
+"""Candidates this far above the front are still measured whole: damage and top-1 can disagree."""
+
+
+class Evaluate(Protocol):
+    """Measures a schedule on the search images."""
+
+    def __call__(self, r: Rs, bound: float) -> Score:
+        """Measure, or stop early once the mean damage is sure to be above ``bound``."""
+
+
+class Search:
+    """Points measured so far, and how to find more.
+
+    Deterministic for a seed, unless the deadline ends it.
+
+    Args:
+        space: The schedules there are.
+        cost: What is to be saved.
+        evaluate: Measures a schedule.
+        budget: Most cost allowed; None with ``needed``.
+        needed: Search images that must be right; None with ``budget``.
+        seed: Of the choices by chance.
+        deadline: In seconds of ``time.monotonic``; nothing new is measured after it.
+        told: Called with what is measured, how many were, and how many there are to be.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        cost: Cost,
+        evaluate: Evaluate,
+        *,
+        budget: float | None = None,
+        needed: int | None = None,
+        seed: int = 0,
+        deadline: float = float("inf"),
+        told: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> None:
+        self._space = space
+        self._cost = cost
+        self._evaluate = evaluate
+        self._budget = budget
+        self._needed = needed
+        self._random = np.random.default_rng(seed)
+        self._deadline = deadline
+        self._told = told
+        self.points: dict[Rs, Point] = {}
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self._deadline
+
+    def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> Point:
+        """Measure a schedule, or know it already."""
+        if r not in self.points:
+            cost = float(self._cost(table_of([r]))[0])
+            self.points[r] = Point(r, method, cost, self._evaluate(r, bound))
+        return self.points[r]
+
+    def baselines(self) -> None:
+        """Measure ToMe's families, each spread evenly over its costs."""
+        picked = [(m, _spread(self._space.baselines(m), BASELINE_POINTS[m])) for m in BASELINES]
+        total, done = sum(len(schedules) for _, schedules in picked), 0
+        # A coarse grid of all comes before any finer one, for when time is short.
+        for offset in range(COARSE):
+            for method, schedules in picked:
+                for r in schedules[offset::COARSE]:
+                    if self.out_of_time:
+                        return
+                    self.measure(r, method)
+                    done += 1
+                    self._told("baselines", done, total)
+
+    def free(self, count: int) -> None:
+        """Measure up to ``count`` free lists; there must be baselines to start from."""
+        for step in range(count):
+            if self.out_of_time:
+                return
+            r = self._next(step)
+            if r is None:
+                return
+            bound = float(np.exp(self._level(self._cost(table_of([r])))[0])) * TOLERANCE
+            self.measure(r, "free", bound)
+            self._told("free", step + 1, count)
+
+    def _level(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        return Level(pareto(list(self.points.values()))).log_damage(costs)
+
+    def _next(self, step: int) -> Rs | None:
+        """The unmeasured neighbour of the front that promises most; None if there is none."""
+        everywhere = (0.0, float("inf"))
+        around = everywhere if step % EXPLORE == EXPLORE - 1 else self._window()
+        pool, costs = self._pool(around)
+        if not len(pool) and around != everywhere:
+            around = everywhere
+            pool, costs = self._pool(around)
+        if not len(pool):
+            return None
+        gain = self._level(costs) - self._surrogate(around).log_damage(pool)
+        order = np.lexsort((*pool.T, -gain))
+        chance = step % EXPLORE == 1
+        chosen = int(self._random.integers(min(10, len(order)))) if chance else 0
+        return rs_of(pool[order[chosen]])
+
+    def _window(self) -> tuple[float, float]:
+        """Costs near the target."""
+        if self._budget is not None:
+            return 0.93 * self._budget, self._budget
+        needed = self._needed or 0
+        good = [p.cost for p in self.points.values() if p.score.correct >= needed]
+        if not good:
+            most = max(point.cost for point in self.points.values())
+            return 0.9 * most, float("inf")
+        return 0.8 * min(good), 1.05 * min(good)
+
+    def _pool(self, window: tuple[float, float]) -> tuple[Table, NDArray[np.float64]]:
+        """Unmeasured neighbours, with a cost inside the window, of the points nearest to it."""
+        low, high = window
+        front = pareto(list(self.points.values()))
+        if self._needed is not None:
+            good = [p for p in self.points.values() if p.score.correct >= self._needed]
+            front = [*sorted(good, key=lambda p: (p.cost, p.r))[: PARENTS // 3], *front]
+        if np.isfinite(high) and high > 0:
+            centre = np.log((low * high) ** 0.5)
+            parents = sorted(front, key=lambda p: (abs(np.log(p.cost) - centre), p.r))[:PARENTS]
+        else:
+            picked = self._random.permutation(len(front))[:PARENTS]
+            parents = [front[index] for index in sorted(picked)]
+        found = np.concatenate([self._space.neighbours(point.r) for point in parents])
+        found = np.unique(found, axis=0)
+        new = [index for index, row in enumerate(found) if rs_of(row) not in self.points]
+        found = found[new]
+        costs = self._cost(found) if len(found) else np.empty(0)
+        inside = (costs >= low) & (costs <= high) & found.any(axis=1)
+        return found[inside], costs[inside]
+
+    def _surrogate(self, window: tuple[float, float]) -> Surrogate:
+        """Fitted to all points, those near the window counting most."""
+        points = list(self.points.values())
+        costs = np.array([point.cost for point in points])
+        weight = np.ones(len(points))
+        if np.isfinite(window[1]):
+            away = np.maximum(np.log(costs / window[1]), np.log(window[0] / costs))
+            weight = np.exp(-2 * np.maximum(away, 0)) + 0.02
+        damage = np.array([point.score.damage for point in points])
+        return Surrogate(table_of([p.r for p in points]), damage, weight, self._space.tokens)
+
+
+def _spread(schedules: Sequence[Rs], count: int) -> list[Rs]:
+    """At most ``count`` of a family, evenly and in order, first and last among them."""
+    if len(schedules) <= count:
+        return list(schedules)
+    index = np.unique(np.linspace(0, len(schedules) - 1, count).round().astype(int))
+    return [schedules[i] for i in index]
