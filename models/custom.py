@@ -15,13 +15,16 @@ from tome_export.spec import Preprocessing
 if TYPE_CHECKING:
     from torch import nn
 
+    from tome_export.patch import MergedModel
+
 
 def recipe_from_function(name: str) -> Recipe:
     """Call ``module:function``, which returns an ``nn.Module`` or (module, ``Preprocessing``).
 
-    The module is looked for on the Python path and in the current folder. Without a
-    ``Preprocessing``, the model's own timm configuration is used, else the image size of its patch
-    embedding with ImageNet's mean and standard deviation.
+    The module is looked for on the Python path and in the current folder. The model may be of any
+    family that can be patched; its tokens, layers, image size and kind of output are those of the
+    patched model. Without a ``Preprocessing``, what the model itself says of its images is used
+    (the configuration of timm or open_clip), else its family's mean and standard deviation.
 
     Args:
         name: Such as ``mymodels:vit``.
@@ -30,29 +33,40 @@ def recipe_from_function(name: str) -> Recipe:
         InputError: if there is no such function, it fails, or returns something else.
     """
     module, preprocessing = _call(name)
-    model: Any = module
-    embed = getattr(model, "patch_embed", None)
-    patches = getattr(embed, "num_patches", None)
-    blocks = getattr(model, "blocks", None)
-    if patches is None or blocks is None:
-        raise InputError(
-            f"{name} returned a {type(module).__name__}, which has no sequence of tokens to merge; "
-            "expected a timm VisionTransformer"
-        )
-    if preprocessing is None:
-        preprocessing = _preprocessing(model)
-    tokens = int(patches) + int(getattr(model, "num_prefix_tokens", 0))
+    merged = _patched(name, module)
+    layers = merged.layers
     return Recipe(
         name=name,
         family="custom",
-        preprocessing=preprocessing,
-        recommended_r=recommended_r(tokens, len(blocks)),
+        preprocessing=preprocessing or _preprocessing(module, merged.input_size),
+        recommended_r=recommended_r(layers[0].tokens_in, len(layers)) if layers else 0,
         r_source=RULE,
-        output_name="logits" if getattr(model, "num_classes", 0) else "features",
+        output_name="logits" if merged.classifies else "features",
         description=f"{type(module).__name__} from {name}",
         weights_source=f"returned by {name}",
+        labels=_labels(module),
         factory=lambda: copy.deepcopy(module),
     )
+
+
+def _patched(name: str, module: nn.Module) -> MergedModel:
+    """The model without merging, which is how its family reads it."""
+    from tome_export.patch import MergedModel, UnknownModelError, patch
+
+    if isinstance(module, MergedModel):
+        raise InputError(
+            f"{name} returned a model that is patched already; return the library's own model, "
+            "and say with --r or --schedule how it merges"
+        )
+    try:
+        return patch(module, 0)
+    except UnknownModelError as error:
+        raise InputError(
+            f"{name} returned a {type(module).__name__}, which has no sequence of tokens to merge "
+            f"that is known here: {error}"
+        ) from None
+    except InputError as error:
+        raise InputError(f"{name} returned a model that cannot be merged: {error}") from None
 
 
 def _call(name: str) -> tuple[nn.Module, Preprocessing | None]:
@@ -112,24 +126,45 @@ def _import(name: str, where: str) -> Any:
             sys.path.remove(here)
 
 
-def _preprocessing(model: Any) -> Preprocessing:
+def _preprocessing(model: Any, input_size: tuple[int, int, int]) -> Preprocessing:
+    """As the model's own library would treat its images, as far as the model says."""
+    library = type(model).__module__.partition(".")[0]
+    if library == "open_clip":
+        from tome_export.models.open_clip_models import preprocessing_of
+
+        return preprocessing_of(input_size[1:], getattr(model, "preprocess_cfg", None) or {})
+    config = _hf_config(model)
+    if config is not None:
+        from tome_export.models.hf_recipes import norm_of
+
+        mean, std = norm_of(config.model_type)
+        given = {"mean": mean, "std": std, "crop_pct": 1.0}
+    else:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        given = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict()
+    for key in ("mean", "std"):
+        values = given.get(key) or ()
+        if (len(values), input_size[0]) not in ((input_size[0], input_size[0]), (0, 3)):
+            given[key] = (0.5,) * input_size[0]
     from tome_export.models.timm_names import preprocessing_from_cfg
 
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    values = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict()
-    size = getattr(model.patch_embed, "img_size", None)
-    if size is None:
-        raise InputError(
-            f"the image size of {type(model).__name__} is not known; "
-            "return (module, Preprocessing) from the function"
-        )
-    channels = int(getattr(model, "in_chans", 3))
-    values["input_size"] = (channels, int(size[0]), int(size[1]))
-    for key in ("mean", "std"):
-        given = len(values.get(key) or ())
-        if given != channels and (given, channels) != (0, 3):
-            values[key] = (0.5,) * channels
-    return preprocessing_from_cfg(values)
+    return preprocessing_from_cfg({**given, "input_size": input_size})
+
+
+def _hf_config(model: Any) -> Any:
+    """Transformers' configuration of the transformer; None for models of other libraries."""
+    config = getattr(getattr(model, "vision_model", model), "config", None)
+    return config if hasattr(config, "model_type") else None
+
+
+def _labels(model: Any) -> tuple[str, ...] | None:
+    """Class names that a model of Transformers carries; None without."""
+    config = _hf_config(model)
+    if config is None:
+        return None
+    from tome_export.models.hf_config import HfConfig
+
+    return HfConfig(type(model).__name__, config.to_dict(), config.model_type).labels
 
 
 def _line(error: BaseException) -> str:

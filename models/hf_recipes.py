@@ -20,6 +20,11 @@ _NORMS = {"clip_vision_model": CLIP_NORM, "siglip_vision_model": _HALF, "vit": _
 """Mean and standard deviation of each model type's own image processor, where not ImageNet's."""
 
 
+def norm_of(model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the image processor of a model type."""
+    return _NORMS.get(model_type, _IMAGENET)
+
+
 def _clip(
     name: str, hub: str, title: str, width: int, depth: int, patch: int, size: int, projection: int
 ) -> Recipe:
@@ -131,7 +136,7 @@ def recipe_from_hf(name: str, where: str, tower: TowerOptions) -> Recipe:
     full, tokens = _sizes(HfLoader(config, where))
     defaults = Preprocessing(
         (int(full.num_channels), *_pair(full.image_size)),
-        *_NORMS.get(config.model_type, _IMAGENET),
+        *norm_of(config.model_type),
         1.0,
         "bicubic",
     )

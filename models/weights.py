@@ -32,10 +32,17 @@ def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedMo
         )
     if recipe.factory is not None:
         module = recipe.factory()
-        return loaded(module, recipe, WeightsInfo("function", f"returned by {recipe.name}"))
+        source, stored = f"returned by {recipe.name}", _stored_dtype(module)
+        return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
     if recipe.bundled is not None:
         return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
     return _pretrained(recipe)
+
+
+def _stored_dtype(module: nn.Module) -> str:
+    """The widest type of a model's values."""
+    types = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
+    return next((name for name in ("float32", "bfloat16", "float16") if name in types), "float32")
 
 
 def architecture(recipe: Recipe) -> nn.Module:
@@ -167,4 +174,4 @@ def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
 
 def loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedModel:
     """The model as every later stage expects it: eval mode, float32, without gradients."""
-    return LoadedModel(module.eval().float().requires_grad_(False), recipe, weights)
+    return LoadedModel(module.eval().float().cpu().requires_grad_(False), recipe, weights)

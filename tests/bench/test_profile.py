@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import hf_models
 import numpy as np
 import onnx
 import pytest
@@ -185,3 +186,58 @@ def test_reading_events():
     assert [node.operator for node in profile.nodes] == ["MatMul", "ReorderOutput", "Cast"]
     unknown = profile_from_events([*events, event("x", 1000, 50, "X", "3")], batch=8)
     assert unknown.attributed_share == pytest.approx(0.14 / 0.165)
+
+
+FAMILIES = {
+    "CLIP": lambda: hf_models.make("CLIP, projection"),
+    "SigLIP": lambda: hf_models.make("SigLIP"),
+    "DeiT": lambda: hf_models.make("DeiT, teacher"),
+    "DINOv2": lambda: hf_models.make("registers"),
+    "torchvision": lambda: torchvision_vit(),
+    "open_clip": lambda: open_clip_vit(),
+    "EVA": lambda: eva(),
+}
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 4, 3, 4, 32, 64, num_classes=7)
+
+
+def open_clip_vit():
+    pytest.importorskip("open_clip")
+    from open_clip.transformer import VisionTransformer
+
+    sizes = {"image_size": 32, "patch_size": 4, "width": 32, "layers": 3, "heads": 4}
+    return VisionTransformer(**sizes, mlp_ratio=2, ls_init_value=0.1, output_dim=16)
+
+
+def eva():
+    import timm
+
+    return timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heavy_nodes_of_every_library_are_in_their_group(family, tmp_path):
+    """Each block has the same matrix products and convolutions in the same groups."""
+    model = patch(FAMILIES[family]().eval(), [5, 0, 4])
+    options = ExportOptions(batch=BatchRange(1, 2, 4))
+    onnx_from_model(model, tmp_path / "model.onnx", options, "features")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    heavy = ("MatMul", "Gemm", "Softmax", "Conv")
+    found = Counter(
+        (place.layer, place.group)
+        for node, place in zip(graph.node, places(graph), strict=True)
+        if node.op_type in heavy
+    )
+    blocks = [
+        {group: count for (block, group), count in found.items() if block == layer}
+        for layer in range(3)
+    ]
+    assert blocks[0] == blocks[1] == blocks[2]
+    assert set(blocks[0]) == {"attention", "mlp"}
+    assert blocks[0]["attention"] in (5, 7)  # q, k, v as one product or three
+    assert found[None, "embedding"] >= 1
+    assert found[None, "other"] == 0

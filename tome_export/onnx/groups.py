@@ -23,13 +23,24 @@ GROUPS = (ATTENTION, MLP, BOTH, MATCH, MERGE, NORM, EMBEDDING, HEAD, OTHER)
 """All groups, as they are shown. ``attention+mlp`` is what parallel blocks compute for both in one
 matrix product; ``norm`` are the normalisations wherever they are."""
 
-_BLOCK = re.compile(r"blocks\.(\d+)(?:\.(.+))?")
-_EMBEDDING = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", EMBEDDING)
+_OWN = re.compile(r"blocks\.(\d+)\..+")
+# Lists of blocks as the libraries call them: timm, Transformers, open_clip, torchvision.
+_BLOCK = re.compile(r"(?:\D*\.)?(?:blocks|layers?|resblocks)\.(?:encoder_layer_)?(\d+)(?:\.(.+))?")
+_WRAPPERS = {"vision_model", "visual", "trunk", "vit", "deit", "encoder"}
+_WRAPPERS |= {"dinov2", "dinov2_with_registers"}
+_EMBEDDING = {"patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", EMBEDDING}
+_EMBEDDING |= {"embeddings", "conv1", "conv_proj", "class_embedding", "positional_embedding"}
+_EMBEDDING |= {"class_token", "pos_embedding", "patch_dropout", "patch_drop"}
+_HEAD = {"attn_pool", "heads", "classifier", "visual_projection", "proj", "pooler", "mm_projector"}
+_HEAD |= {"cls_classifier", "distillation_classifier"}
 # Second part of a block's name -> group; numbered branches (``attns.0.attn``) by their first part.
 _PARTS = {
     **dict.fromkeys(("attn", "attns", "ls1", "drop_path1", "attn_out_proj"), ATTENTION),
+    **dict.fromkeys(("self_attn", "attention", "self_attention", "layer_scale1"), ATTENTION),
+    **dict.fromkeys(("ls_1", "gamma_1"), ATTENTION),
     **dict.fromkeys(("mlp", "ffns", "ls2", "drop_path2"), MLP),
     **dict.fromkeys(("mlp_act", "mlp_drop", "mlp_bias", "mlp_out_proj"), MLP),
+    **dict.fromkeys(("intermediate", "output", "layer_scale2", "ls_2", "gamma_2"), MLP),
     **dict.fromkeys(("in_proj", "out_proj", "ls", "drop_path", "parallel"), BOTH),
     MATCH: MATCH,
     MERGE: MERGE,
@@ -56,19 +67,27 @@ def place_of_scope(scope: str) -> Place | None:
     """
     found = _BLOCK.fullmatch(scope)
     if found is None:
-        root = scope.partition(".")[0]
-        if "norm" in root:
-            return Place(None, NORM)
+        parts = scope.split(".")
+        while len(parts) > 1 and parts[0] in _WRAPPERS:
+            del parts[0]
+        root = parts[0]
         if root in _EMBEDDING:
             return Place(None, EMBEDDING)
-        return Place(None, HEAD) if root.startswith("head") or root == "attn_pool" else None
+        if root.startswith("head") or root in _HEAD:
+            return Place(None, HEAD)
+        return Place(None, NORM) if _is_norm(root) else None
     layer, rest = int(found[1]), found[2]
     if rest is None:
         return None
-    if "norm" in rest.rpartition(".")[2]:
+    if _is_norm(rest.rpartition(".")[2]):
         return Place(layer, NORM)
     group = _PARTS.get(rest.partition(".")[0])
     return None if group is None else Place(layer, group)
+
+
+def _is_norm(name: str) -> bool:
+    """``norm1``, ``layer_norm2``, ``layernorm_before``, ``pre_layrnorm``, ``ln_1``."""
+    return "norm" in name or name.startswith("ln_")
 
 
 def places(graph: onnx.GraphProto) -> list[Place]:
@@ -101,7 +120,7 @@ def places(graph: onnx.GraphProto) -> list[Place]:
 def _told(node: onnx.NodeProto, parameters: set[str]) -> Place | None:
     """What a node's name or its parameters say."""
     if node.domain == spec.DOMAIN:
-        layer = _BLOCK.fullmatch(node.name)
+        layer = _OWN.fullmatch(node.name)
         group = MATCH if node.op_type == spec.MATCH else MERGE
         return Place(int(layer[1]) if layer else None, group)
     scope = told_scope(node, parameters)
@@ -163,7 +182,8 @@ def _filled(
         place = known[index]
         if place is not None:
             # A normalisation belongs to what follows, but for the sum of a block that ends with it.
-            normed = behind if place.group == NORM else None
+            ends = place.group == NORM and behind is not None and behind.layer is not None
+            normed = behind if ends else None
             behind = None if place.group == NORM else place
             result.append(place)
             continue

@@ -15,7 +15,14 @@ from tome_export.patch.base import LayerTrace, MergedModel, MergeSettings
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LayerTrace", "MergeSettings", "MergedModel", "patch", "unpatch"]
+__all__ = [
+    "LayerTrace",
+    "MergeSettings",
+    "MergedModel",
+    "UnknownModelError",
+    "patch",
+    "unpatch",
+]
 
 
 FAMILIES = (
@@ -29,6 +36,10 @@ FAMILIES = (
 )
 """Modules of this package, one per family, each with ``merged(model, settings)``: the patched
 model, or None for a class of another family."""
+
+
+class UnknownModelError(InputError):
+    """The model is of no family at all, unlike one with a single part that is not understood."""
 
 
 def patch(
@@ -52,7 +63,8 @@ def patch(
         source_map: Give also which final token each patch went into.
 
     Raises:
-        InputError: if the model is not understood or the schedule does not fit it.
+        InputError: if the model is not understood or the schedule does not fit it; an
+            ``UnknownModelError`` if it is of no family.
     """
     model = unpatch(model)
     settings = MergeSettings(Schedule.of(r), prop_attn, dense, source_map)
@@ -64,7 +76,7 @@ def patch(
         if found is not None:
             return found  # type: ignore[no-any-return]
         supported.append(family.SUPPORTED)
-    raise InputError(
+    raise UnknownModelError(
         f"model class {type(model).__name__} is not supported; supported: {'; '.join(supported)}"
     )
 

@@ -190,6 +190,11 @@ class MergedModel(nn.Module, ABC):
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the library model itself gives for images, in this model's form of output."""
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the model's own output is one score per class, and not features."""
+        return False
+
     def token_features(self, tokens: Tokens) -> Tensor:
         """``[B, K, C]``, prefix tokens included: what dense outputs hold for each token."""
         return tokens.x

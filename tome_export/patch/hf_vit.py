@@ -93,6 +93,11 @@ class _Transformer(hf.MergedHf):
         """The transformer without a classifier."""
         return _base(self.model)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it is one of the library's classes with a classifier."""
+        return _classifies(self.model)
+
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Prefix tokens and patches, positions added."""
         return self.base.embeddings(pixel_values)  # type: ignore[no-any-return]

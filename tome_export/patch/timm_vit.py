@@ -79,6 +79,16 @@ class MergedVisionTransformer(MergedModel):
         """Where the patches lie in the image; for a hybrid the pixels per cell of its features."""
         return self._patch_grid
 
+    @property
+    def classifies(self) -> bool:
+        """Whether there is a head that is not CLIP's projection to image features."""
+        model: Any = self.model
+        classes = int(model.num_classes)
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        projects = "_clip_" in str(cfg.get("architecture")) and classes == cfg.get("num_classes")
+        trained = {"ft", "classification"} & set(str(cfg.get("tag")).split("_"))
+        return classes > 0 and (not projects or bool(trained))
+
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:
         """Cost per token of each block."""

@@ -66,6 +66,13 @@ class MergedTorchvision(MergedModel):
         """Where the patches lie in the image; behind a convolutional stem its feature cells."""
         return self._patch_grid
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the heads end in a linear layer, as they are made."""
+        heads: Any = self.model.heads
+        last = list(heads.modules())[-1]
+        return isinstance(last, nn.Linear)
+
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:
         """Cost per token of each block."""
