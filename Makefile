@@ -39,6 +39,7 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/recipes.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/registry.py
 
 # On a machine with an NVIDIA GPU.

@@ -17,8 +17,8 @@ class TorchRunner:
     """A torch module in eval mode behind float32 arrays; it runs in the dtype of its weights.
 
     Args:
-        module: Takes ``pixel_values`` and gives one tensor, or that first; not changed, copied if it
-            has to move.
+        module: Takes ``pixel_values`` and gives one tensor, or that first; not changed, copied if
+            it has to move.
         output_name: Name of that tensor.
     """
 
