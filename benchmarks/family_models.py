@@ -118,7 +118,7 @@ def open_clip_timm() -> Any:
     """A ViT of timm's with attention pooling inside open_clip's ``TimmModel``, as SigLIP is."""
     from open_clip.timm_model import TimmModel
 
-    return live(TimmModel("test_vit3", 96, image_size=128, pool="map", proj="none"))
+    return live(TimmModel("test_vit3", 96, image_size=160, pool="map", proj="none"))
 
 
 def _called(model: Any, pixel_values: Any) -> Any:

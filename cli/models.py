@@ -10,7 +10,7 @@ from tome_export.cli.options import output_options
 from tome_export.cli.output import Terminal, fields, macs, table
 from tome_export.cli.progress import working
 
-HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "timm name")
+HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "family")
 
 
 @click.command("models", short_help="List the models, or describe one.")
@@ -39,12 +39,15 @@ def command(terminal: Terminal, name: str | None) -> None:
             model["recommended_r"],
             f"{model['macs_ratio']:.2f}",
             model["output"],
-            model["timm_name"],
+            model["family"],
         )
         for model in found
     ]
     lines = table(HEADERS, rows, "llrrrrrll")
-    more = "Also timm:<name> and module:function. One in detail: tome-export models NAME"
+    more = (
+        "Also timm:<name>, hf:<folder or hub name>, open_clip:<arch>[/<weights>], "
+        "torchvision:<name>[.<weights>], module:function. One in detail: tome-export models NAME"
+    )
     descriptions = fields([(model["name"], model["description"]) for model in found])
     terminal.result({"models": found}, [*lines, "", *descriptions, "", more])
 
@@ -59,6 +62,7 @@ def _details(model: dict[str, Any]) -> list[str]:
     pairs = [
         ("Name", ", ".join([model["name"], *model["aliases"]])),
         ("Model", model["description"]),
+        ("Family", model["family"]),
         ("timm name", model["timm_name"] or "none"),
         ("Input", f"{_input(model)}, mean {used['mean']}, std {used['std']}"),
         ("Resize", f"{used['interpolation']}, crop {used['crop_pct']:g}"),

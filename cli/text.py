@@ -97,13 +97,14 @@ def summary_lines(parity: Mapping[str, Any] | None) -> list[str]:
     verdict = "passed" if parity["passed"] else "FAILED"
     defects = parity["defects"]
     explained = max(0, parity["disagreements"] - defects)
+    top1 = output["top1_agreement"]  # None for features
+    agreement = "" if top1 is None else f"top-1 agreement {percent(top1)}, "
     return [
         f"Parity {verdict}: {parity['candidate']}, {parity['precision']}, {parity['images']} "
         "images against PyTorch fp32",
         f"  merge decisions {parity['decisions']}, disagreements {parity['disagreements']} "
         f"({explained} explained by rounding, {defects} defects)",
-        f"  cosine {number(output['cosine'], '.7f')}, "
-        f"top-1 agreement {percent(output['top1_agreement'])}, "
+        f"  cosine {number(output['cosine'], '.7f')}, {agreement}"
         f"output error {number(output['max_abs'], '.2e')}",
         f"  output error on the reference's plans {number(led['max_abs'], '.2e')} of "
         f"{number(parity['led_allowed'], '.2e')} allowed",

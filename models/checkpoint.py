@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
 
     State = dict[str, Tensor]
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _NESTS = ("state_dict", "model")
 # What DistributedDataParallel, torch.compile and common trainers put in front of every key.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 3
+_HALF = ("float16", "bfloat16")
 
 
 def read_state(path: Path) -> State:
-    """Read a checkpoint: .safetensors, or .pth/.pt holding tensors only; nothing else.
+    """Read a checkpoint: .safetensors, or .pth/.pt/.bin holding tensors only; nothing else.
 
     A state dict inside ``{"model": ...}`` or ``{"state_dict": ...}`` is taken out, and a prefix
     that all keys share (``module.``, ``_orig_mod.``, ``model.``) dropped.
@@ -236,6 +238,26 @@ def _list(items: list[str], separator: str = ", ") -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def stored_dtype(tensors: Iterable[Tensor]) -> str:
+    """The type that most of a checkpoint's values are stored in.
+
+    A checkpoint in half precision may keep a norm or a scale in float32, and one in float32 a
+    table in half: a single tensor says nothing.
+
+    Args:
+        tensors: Those that the model takes, as they are in the file.
+
+    Returns:
+        ``float32``, ``float16`` or ``bfloat16``; any other type counts as ``float32``.
+    """
+    values: Counter[str] = Counter({"float32": 0})
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            name = str(tensor.dtype).removeprefix("torch.")
+            values[name if name in _HALF else "float32"] += tensor.numel()
+    return max(values, key=lambda name: values[name])
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tome_export.errors import InputError
+from tome_export.models.hf_values import (
+    attention_of,
+    clip_vision_half,
+    name_at,
+    object_at,
+    refuse_quantised,
+)
 
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
 """What is taken of models of images and text: the class by their model type."""
@@ -71,6 +78,11 @@ class HfConfig:
         return "ForImageClassification" in self.cls
 
     @property
+    def dense_only(self) -> bool:
+        """Whether it has no pooling head, so that there are features of patches only."""
+        return self.cls == "SiglipVisionModel" and not self.arguments.get("vision_use_head", True)
+
+    @property
     def labels(self) -> tuple[str, ...] | None:
         """Class names; None where they are the library's placeholders."""
         given = self.arguments.get("id2label") or {}
@@ -90,37 +102,44 @@ def hf_config(config: dict[str, Any], where: str) -> HfConfig:
     Raises:
         InputError: if it is not of a vision model that is supported.
     """
-    kind = config.get("model_type")
+    refuse_quantised(config, where)
+    kind = name_at(config, "model_type", where, "") or None
     supported = ", ".join((*TOWERS, *CLASSES, "llava"))
-    if kind not in TOWERS and kind not in CLASSES:
+    if kind is None or (kind not in TOWERS and kind not in CLASSES):
         if not any(key in config for key in ("vision_config", "image_size", "patch_size")):
             raise InputError(
                 f"{where} is a model of model type {kind!r} without a vision tower, so it has no "
                 f"image tokens to merge; expected model type {supported}"
             )
         raise InputError(f"model type {kind!r} of {where} is not supported; supported: {supported}")
-    if config.get("quantization_config"):
-        raise InputError(
-            f"weights of {where} are quantised (quantization_config in config.json), which is not "
-            "supported; use the checkpoint in float32, float16 or bfloat16"
-        )
-    attention = config.get("_attn_implementation") or config.get("attn_implementation")
+    half: dict[str, Any] = {}
     if kind in TOWERS:
-        arguments, cls = dict(config.get("vision_config") or {}), TOWERS[kind]
+        is_clip = kind == "clip"
+        half = (
+            clip_vision_half(config, where)
+            if is_clip
+            else object_at(config, "vision_config", where)
+        )
+        arguments, cls = dict(half), TOWERS[kind]
         if kind == "clip" and "projection_dim" in config:
             arguments["projection_dim"] = config["projection_dim"]
         kind = f"{kind}_vision_model"
     else:
-        arguments, cls = dict(config), _class_of(config, str(kind), where)
+        arguments, cls = dict(config), _class_of(config, kind, where)
     arguments = {key: value for key, value in arguments.items() if key not in _DROPPED}
-    return HfConfig(cls, arguments, str(kind), attention)
+    return HfConfig(cls, arguments, kind, attention_of(half, config))
 
 
 def _class_of(config: dict[str, Any], kind: str, where: str) -> str:
-    found = (config.get("architectures") or [CLASSES[kind][0]])[0]
+    names = config.get("architectures") or [CLASSES[kind][0]]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(
+            f"config.json of {where}: architectures is {names!r}; expected a list of names"
+        )
+    found = names[0]
     if found not in CLASSES[kind]:
         raise InputError(
             f"architecture {found} of {where} is not supported; supported: "
             f"{', '.join(CLASSES[kind])}"
         )
-    return str(found)
+    return found

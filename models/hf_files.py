@@ -37,6 +37,7 @@ def described(name: str) -> Path:
         raise InputError(
             f"folder {name} does not exist; expected a checkpoint folder or a name on the hub"
         )
+    _check_name(name)
     cached = _cached(name, _CONFIGS[0])
     return cached.parent if cached else _download(name, _CONFIGS)
 
@@ -61,6 +62,18 @@ def snapshot(name: str) -> Path:
         f"{name} on the hub has no weights of PyTorch; expected one of "
         f"{', '.join(file for file, _ in _WEIGHTS)}"
     )
+
+
+def _check_name(name: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise InputError(
+            f"{name!r} is neither a folder here nor a name that the hub allows; expected "
+            "hf:<folder> or hf:<owner>/<name>"
+        ) from None
 
 
 def _cached(name: str, file: str) -> Path | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.models.hf_config import RESAMPLES, HfConfig
+from tome_export.models.hf_values import reason_of
 from tome_export.models.recipe import LoadedModel, Recipe, WeightsInfo
 
 if TYPE_CHECKING:
@@ -30,8 +31,19 @@ _NEWER = (
     (re.compile(r"\.mlp\.weights_out\."), ".mlp.down_proj."),
 )
 _VISION = re.compile(
-    r"(?:embeddings|encoder|layers|pre_layrnorm|post_layernorm|layernorm|head|classifier"
+    r"(?:embeddings|encoder|layers|pre_layrnorm|post_layernorm|layernorm|head|pooler|classifier"
     r"|cls_classifier|distillation_classifier|visual_projection)\."
+)
+_HEADS = frozenset(
+    f"{name}.{part}"
+    for name in (
+        "classifier",
+        "cls_classifier",
+        "distillation_classifier",
+        "pooler.dense",
+        "visual_projection",
+    )
+    for part in ("weight", "bias")
 )
 _UNUSED = ("embeddings.position_ids", "embeddings.mask_token")
 
@@ -69,15 +81,18 @@ class HfLoader:
                 torch.manual_seed(seed)
                 module = self._make(depth)
                 wake_constants(module)
+                module = self._resampled(module)[0]
             info = WeightsInfo("random", f"random, seed {seed}", seed=seed)
-            return loaded(self._resampled(module)[0], recipe, info)
+            return loaded(module, recipe, info)
         if depth is not None:
             raise InputError(
                 f"depth {depth} was asked of {recipe.name} with its own weights, which are for "
                 "all layers; use random weights or leave the depth"
             )
-        module, info = self._filled(weights)
-        module, remark = self._resampled(module)
+        # The library draws weights first, also where all are replaced.
+        with torch.random.fork_rng(devices=[]):
+            module, info = self._filled(weights)
+            module, remark = self._resampled(module)
         source = f"{info.source}; {remark}" if remark else info.source
         info = WeightsInfo(info.kind, source, info.sha256, stored_dtype=info.stored_dtype)
         return loaded(module, recipe, info)
@@ -109,9 +124,9 @@ class HfLoader:
             config._attn_implementation = self.config.attention or "sdpa"
             return cls(config, **extra)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"config.json of {self.source} does not make a {self.config.cls} ({reason}); "
+                f"config.json of {self.source} does not make a {self.config.cls} "
+                f"({reason_of(error)}); "
                 "expected the configuration of a whole checkpoint"
             ) from None
 
@@ -119,15 +134,13 @@ class HfLoader:
         """The model with the tensors of its checkpoint, or of another file."""
         from tome_export.models.checkpoint import read_state, sha256
         from tome_export.models.hf_files import snapshot
+        from tome_export.models.hf_weights import fill
         from tome_export.models.shards import pick
-
-        unexpected: list[str] = []
 
         def rename(key: str) -> str | None:
             name = canonical(key)
-            if name.endswith(_UNUSED) or not (_VISION.match(name) or name.startswith("pooler.")):
-                return None
-            return name
+            ours = _WRAPPERS.match(key) or _VISION.match(name)
+            return name if ours and not name.endswith(_UNUSED) else None
 
         if weights == "pretrained":
             folder = snapshot(self.source)
@@ -141,7 +154,9 @@ class HfLoader:
             source, digest, kind = path.name, sha256(path), "file"
         bare_vit = self.config.cls in ("ViTModel", "DeiTModel")
         module = self._make(pooler=not bare_vit or "pooler.dense.weight" in state)
-        stored = _fill(module, state, unexpected, self.source)
+        names_of = _names(module, state, self.config)
+        optional = [name for name in names_of if name.endswith(_UNUSED)]
+        stored = fill(module, state, names_of, self.source, optional)
         return module, WeightsInfo(kind, source or self.source, digest, stored_dtype=stored)
 
     def _resampled(self, module: Any) -> tuple[Any, str]:
@@ -181,39 +196,18 @@ def library() -> Any:
     return transformers
 
 
-def _fill(module: Any, state: State, unexpected: list[str], source: str) -> str:
-    """Load tensors by their canonical names; returns the type that they are stored in."""
-    wanted = {canonical(key): key for key in module.state_dict()}
-    _swiglu(state, wanted)
-    shapes = {canonical(key): value.shape for key, value in module.state_dict().items()}
-    unused = tuple(name for name in wanted if name.endswith(_UNUSED))
-    missing = [name for name in wanted if name not in state and name not in unused]
-    unexpected += [n for n in state if n not in wanted and not n.startswith("pooler.")]
-    # A classifier's checkpoint serves the bare model as well, and a CLIP model's that without a
-    # projection.
-    unexpected = [n for n in unexpected if "classifier" not in n and "projection" not in n]
-    if missing or unexpected:
-        found = [("missing", missing), ("unexpected", unexpected)]
-        text = " and ".join(f"{len(n)} {what} ({n[0]}, …)" for what, n in found if n)
-        raise InputError(
-            f"weights of {source} do not fit its config.json: {text}; expected the whole "
-            "checkpoint of this architecture"
-        )
-    wrong = [n for n in wanted if n in state and state[n].shape != shapes[n]]
-    if wrong:
-        raise InputError(
-            f"weights of {source} do not fit its config.json: {wrong[0]} has shape "
-            f"{list(state[wrong[0]].shape)}; expected {list(shapes[wrong[0]])}"
-        )
-    broken = [n for n in wanted if n in state and not state[n].isfinite().all()]
-    if broken:
-        raise InputError(
-            f"weights of {source} have NaN or infinite values in {broken[0]}; expected finite "
-            "weights"
-        )
-    types = {str(state[n].dtype).removeprefix("torch.") for n in wanted if n in state}
-    module.load_state_dict({wanted[n]: state[n] for n in wanted if n in state}, strict=not unused)
-    return next((name for name in ("float32", "bfloat16", "float16") if name in types), "float32")
+def _names(module: Any, state: State, config: HfConfig) -> dict[str, str]:
+    """The module's names by those of its checkpoint, whose tensors are brought into its form."""
+    names = {canonical(key): key for key in module.state_dict()}
+    _swiglu(state, names)
+    # A classifier's checkpoint serves the bare model as well, a CLIP model's that without a
+    # projection, and so on: exactly these may be left over.
+    spare = [name for name in state if name not in names and name in _HEADS]
+    if config.dense_only:
+        spare += [name for name in state if name not in names and name.startswith("head.")]
+    for name in spare:
+        del state[name]
+    return names
 
 
 def _swiglu(state: State, wanted: dict[str, str]) -> None:
@@ -223,7 +217,7 @@ def _swiglu(state: State, wanted: dict[str, str]) -> None:
     for name in [name for name in state if ".mlp.weights_in." in name]:
         gate, up = (name.replace("weights_in", part) for part in ("gate_proj", "up_proj"))
         if gate in wanted:
-            state[gate], state[up] = state.pop(name).chunk(2)
+            state[gate], state[up] = (part.clone() for part in state.pop(name).chunk(2))
     for name in [name for name in wanted if ".mlp.weights_in." in name and name not in state]:
         gate, up = (name.replace("weights_in", part) for part in ("gate_proj", "up_proj"))
         if gate in state and up in state:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from tome_export.errors import InputError
 from tome_export.models.hf_config import RESAMPLES, HfConfig, hf_config
 from tome_export.models.hf_loader import HfLoader
 from tome_export.models.llava_config import read_config
@@ -18,6 +15,9 @@ _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _NORMS = {"clip_vision_model": CLIP_NORM, "siglip_vision_model": _HALF, "vit": _HALF}
 """Mean and standard deviation of each model type's own image processor, where not ImageNet's."""
+
+_SQUARES = ("deit", "siglip_vision_model", "vit")
+"""Model types whose image processor reads a size of one number as height and width."""
 
 
 def norm_of(model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -127,7 +127,7 @@ def recipe_from_hf(name: str, where: str, tower: TowerOptions) -> Recipe:
         InputError: if there is no such checkpoint, or no supported vision model in it.
     """
     from tome_export.models.hf_files import described
-    from tome_export.models.hf_preprocess import preprocessing_of
+    from tome_export.models.hf_preprocess import check_size, preprocessing_of, read_processor
 
     folder = described(where)
     if found := tower_from_folder(name, folder, tower):
@@ -140,16 +140,14 @@ def recipe_from_hf(name: str, where: str, tower: TowerOptions) -> Recipe:
         1.0,
         "bicubic",
     )
-    preprocessing, remark = preprocessing_of(_processor(folder), defaults, where)
+    squares = config.model_type in _SQUARES
+    values = read_processor(folder)
+    preprocessing, remark = preprocessing_of(values, defaults, where, squares=squares)
     image_size = None
     if preprocessing.input_size != defaults.input_size:
         height, width = preprocessing.input_size[1:]
         if config.model_type not in RESAMPLES or height != width:
-            raise InputError(
-                f"preprocessor_config.json of {where} makes images of {height} x {width}, and its "
-                f"config.json says {defaults.input_size[1]} x {defaults.input_size[2]}; expected "
-                "the same"
-            )
+            check_size(preprocessing, defaults, where)
         image_size = height
         tokens = _sizes(HfLoader(config, where, image_size))[1]
     title = config.cls if not remark else f"{config.cls}; {remark}"
@@ -164,6 +162,7 @@ def recipe_from_hf(name: str, where: str, tower: TowerOptions) -> Recipe:
         weights_source=where,
         licence="not stated by the checkpoint",
         labels=config.labels,
+        dense_only=config.dense_only,
         loader=HfLoader(config, where, image_size),
     )
 
@@ -180,15 +179,3 @@ def _sizes(loader: HfLoader) -> tuple[Any, int]:
 def _pair(size: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
-
-
-def _processor(folder: Path) -> dict[str, Any]:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a JSON object ({error}); get the checkpoint again"
-        ) from None

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tome_export.models.hf_loader import library
 from tome_export.spec import SelectFeature
 
 
@@ -24,12 +25,14 @@ class Projector:
         inputs: Width of the tower's tokens.
         outputs: Width of the language model's.
         bias: Whether the linear layers have one.
+        bare: Whether a single layer's keys are ``weight`` and ``bias``, not ``0.weight``.
     """
 
     layers: int
     inputs: int
     outputs: int
     bias: bool = True
+    bare: bool = False
 
     @property
     def token_macs(self) -> int:
@@ -41,7 +44,7 @@ class Projector:
         if self.layers == 0:
             return nn.Identity()
         linear: list[nn.Module] = [nn.Linear(self.inputs, self.outputs, self.bias)]
-        if self.layers == 1:
+        if self.bare:
             return linear[0]
         for _ in range(self.layers - 1):
             linear += [nn.GELU(), nn.Linear(self.outputs, self.outputs, self.bias)]
@@ -65,6 +68,7 @@ class LlavaTower(nn.Module):
         layers: int,
         select_feature: SelectFeature,
         projector: Projector | None = None,
+        attention: str = "sdpa",
     ) -> None:
         """Make the tower with fresh weights.
 
@@ -73,13 +77,16 @@ class LlavaTower(nn.Module):
             layers: Layers up to the selected one.
             select_feature: ``patch`` or ``cls_patch``.
             projector: Shape of the projector; None leaves it out.
-        """
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+            attention: The library's name of the attention implementation.
 
+        Raises:
+            MissingComponentError: if Transformers is not installed.
+        """
         super().__init__()
-        config = CLIPVisionConfig(**{**vision, "num_hidden_layers": layers})
-        # Its type is not known where the library has no annotations, as in 4.5x.
-        whole: Any = CLIPVisionModel(config)
+        transformers = library()
+        config = transformers.CLIPVisionConfig(**{**vision, "num_hidden_layers": layers})
+        config._attn_implementation = attention
+        whole: Any = transformers.CLIPVisionModel(config)
         # In 4.5x the model wraps the transformer; from 5 on it is the transformer.
         self.vision_model: nn.Module = getattr(whole, "vision_model", whole)
         self.vision_model.post_layernorm = nn.Identity()

@@ -13,26 +13,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from tome_export.errors import InputError
+from tome_export.models.clip_config import KNOWN, L14_336, vision_arguments
+from tome_export.models.hf_loader import library
+from tome_export.models.hf_preprocess import PADS, TILES
+from tome_export.models.hf_values import (
+    attention_of,
+    name_at,
+    object_at,
+    refuse_quantised,
+    whole,
+)
 from tome_export.spec import SELECT_FEATURES, SelectFeature, TowerOptions
-
-L14_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 336,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-"""OpenAI's CLIP ViT-L/14 at 336 pixels, as its configuration says."""
-
-KNOWN = {
-    "openai/clip-vit-large-patch14-336": L14_336,
-    "openai/clip-vit-large-patch14": L14_336 | {"image_size": 224},
-}
-"""Vision towers by their names on the hub: their shape needs no download."""
 
 STRATEGIES = {"default": "patch", "full": "cls_patch"}
 """Transformers' names of what LLaVA's own code calls patch and cls_patch."""
@@ -54,6 +45,9 @@ class LlavaConfig:
         outputs: Width of the language model.
         bias: Whether the projector's layers have one.
         needs_grid: Why the language model needs every patch; empty if it does not.
+        bare: Whether the projector is one layer by itself, see ``llava.Projector``.
+        attention: The tower's attention implementation; None where none is named.
+        remark: What its preprocessing does that is not done here; empty if nothing.
     """
 
     folder: str
@@ -64,6 +58,9 @@ class LlavaConfig:
     outputs: int
     bias: bool = True
     needs_grid: str = ""
+    bare: bool = False
+    attention: str | None = None
+    remark: str = ""
 
 
 def is_llava(config: dict[str, Any]) -> bool:
@@ -99,8 +96,9 @@ def llava_config(config: dict[str, Any], folder: str) -> LlavaConfig:
         folder: The checkpoint's folder.
 
     Raises:
-        InputError: if its tower or projector is of a kind that is not supported.
+        InputError: if its tower or projector is of a kind that is not supported, or quantised.
     """
+    refuse_quantised(config, folder)
     if "mm_vision_tower" in config or "mm_projector_type" in config:
         return _official(config, folder)
     if "vision_config" in config:
@@ -124,12 +122,12 @@ def _official(config: dict[str, Any], folder: str) -> LlavaConfig:
             "tokens cannot give; not supported"
         )
     kind = config.get("mm_projector_type", "linear")
-    mlp = re.fullmatch(r"mlp(\d+)x_gelu", str(kind))
+    mlp = re.fullmatch(r"mlp([1-9]\d?)x_gelu", str(kind))
     layers = {"linear": 1, "identity": 0}.get(str(kind), int(mlp[1]) if mlp else None)
     if layers is None:
         raise InputError(
-            f"config.json of {folder}: mm_projector_type is {kind!r}; supported: mlp<N>x_gelu, "
-            "linear, identity"
+            f"config.json of {folder}: mm_projector_type is {kind!r}; supported: mlp<N>x_gelu "
+            "with N from 1 to 99, linear, identity"
         )
     aspect = str(config.get("image_aspect_ratio") or "")
     form = str(config.get("mm_patch_merge_type") or "flat")
@@ -142,15 +140,20 @@ def _official(config: dict[str, Any], folder: str) -> LlavaConfig:
         select_feature=_feature(config.get("mm_vision_select_feature", "patch"), folder),
     )
     # The identity hands on the tower's own width, whatever the language model's is.
-    outputs = config.get("hidden_size") if layers else config.get("mm_hidden_size")
+    key = "hidden_size" if layers else "mm_hidden_size"
+    outputs = config.get(key)
+    if outputs is not None:
+        outputs = whole(outputs, f"config.json of {folder}: {key}")
     return LlavaConfig(
         folder=folder,
         vision=KNOWN.get(name),
         vision_name=name,
         options=options.over(DEFAULTS),
         projector=layers,
-        outputs=int(outputs or 0),
+        outputs=outputs or 0,
         needs_grid=why,
+        bare=kind == "linear",
+        remark=TILES if "anyres" in aspect else PADS if aspect == "pad" else "",
     )
 
 
@@ -161,7 +164,7 @@ def _transformers(config: dict[str, Any], folder: str) -> LlavaConfig:
             f"model type {model_type!r} of {folder} is not supported; supported: llava and "
             "llava_next of Transformers, and LLaVA's own layout with mm_vision_tower"
         )
-    vision = dict(config["vision_config"] or {})
+    vision = object_at(config, "vision_config", folder)
     kind = vision.get("model_type", "clip_vision_model")
     if kind != "clip_vision_model":
         raise InputError(
@@ -170,75 +173,39 @@ def _transformers(config: dict[str, Any], folder: str) -> LlavaConfig:
     activation = config.get("projector_hidden_act", "gelu")
     if activation != "gelu":
         raise InputError(f"projector_hidden_act of {folder} is {activation!r}; supported: gelu")
-    strategy = config.get("vision_feature_select_strategy", "default")
-    why = f"model type of {folder} is llava_next (anyres)" if model_type == "llava_next" else ""
+    strategy = name_at(config, "vision_feature_select_strategy", folder, "default")
+    tiles = model_type == "llava_next"
+    why = f"model type of {folder} is llava_next (anyres)" if tiles else ""
     options = TowerOptions(
         select_layer=_layer(config.get("vision_feature_layer", -2), "vision_feature_layer"),
         select_feature=_feature(STRATEGIES.get(strategy, strategy), folder),
     )
     return LlavaConfig(
         folder=folder,
-        vision=_clip_arguments(vision, folder) if vision else L14_336,
+        vision=vision_arguments(vision, folder) if vision else L14_336,
         vision_name=folder,
         options=options.over(DEFAULTS),
         projector=2,
-        outputs=_text_width(config.get("text_config") or {}, folder),
+        outputs=_text_width(object_at(config, "text_config", folder), folder),
         bias=bool(config.get("multimodal_projector_bias", True)),
         needs_grid=why,
+        attention=attention_of(vision, config),
+        remark=TILES if tiles else "",
     )
-
-
-def _clip_arguments(vision: dict[str, Any], name: str) -> dict[str, Any]:
-    """What shapes the vision transformer, defaults filled in."""
-    from transformers import CLIPVisionConfig
-
-    shape = (*L14_336, "num_channels")
-    given = {key: vision[key] for key in shape if vision.get(key) is not None}
-    for key, value in given.items():
-        kind = type(L14_336.get(key, 3))
-        if type(value) is not kind:
-            raise InputError(
-                f"config.json of {name}: {key} of the vision tower is {value!r}; expected a "
-                f"{kind.__name__}"
-            )
-    full = CLIPVisionConfig(**given)
-    return {key: getattr(full, key) for key in shape}
 
 
 def _text_width(text: dict[str, Any], folder: str) -> int:
     """Width of the language model; its configuration leaves out what is the default."""
-    if text.get("hidden_size"):
-        return int(text["hidden_size"])
-    from transformers import AutoConfig
-
-    kind = text.get("model_type", "llama")
+    if text.get("hidden_size") is not None:
+        return whole(text["hidden_size"], f"config.json of {folder}: hidden_size of text_config")
+    kind = name_at(text, "model_type", folder, "llama")
     try:
-        return int(AutoConfig.for_model(kind).hidden_size)
+        return int(library().AutoConfig.for_model(kind).hidden_size)
     except (ValueError, AttributeError):
         raise InputError(
             f"config.json of {folder} does not say how wide its language model ({kind!r}) is; "
             "expected text_config.hidden_size"
         ) from None
-
-
-def clip_arguments(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Arguments of ``CLIPVisionConfig`` from the ``config.json`` of a CLIP model.
-
-    Args:
-        config: That of the whole model or of its vision half.
-        name: For the message.
-
-    Raises:
-        InputError: if it is not a CLIP model's.
-    """
-    kind = config.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise InputError(
-            f"vision tower {name} is a {kind!r} model; a LLaVA tower is cut from clip or "
-            "clip_vision_model"
-        )
-    half = config.get("vision_config") if kind == "clip" else config
-    return _clip_arguments(dict(half or {}), name)
 
 
 def _layer(value: object, key: str) -> int:

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     State = dict[str, Tensor]
 
 _VISION = re.compile(
-    r"(?:model\.)?(?:vision_tower\.){0,2}(?:vision_model\.)?"
-    r"((?:embeddings|pre_layrnorm|encoder)\..+)"
+    r"(?:model\.)?(?:(?:vision_tower\.){1,2}(?:vision_model\.)?|vision_model\.)(.+)"
+    r"|((?:embeddings|pre_layrnorm|encoder)\..+)"
 )
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 _PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(.+)")
-_LINEAR = re.compile(r"(?:model\.)?multi_modal_projector\.linear_(\d+)\.(.+)")
+_OURS = re.compile(r"(?:model\.)?multi_modal_projector\.(.+)")
+_LINEAR = re.compile(r"linear_([1-9])\.(.+)")
 
 
 def tower_key(key: str, layers: int, projector: bool) -> str | None:
     """The tower's name of a checkpoint's tensor; None for what is no part of it.
+
+    What is stored among the tower's tensors has a name here even if the tower has no place for it,
+    so that it is not passed over.
 
     Args:
         key: In LLaVA's own layout, that of Transformers 4 or 5, a CLIP model's, or the tower's.
@@ -36,15 +40,19 @@ def tower_key(key: str, layers: int, projector: bool) -> str | None:
         projector: Whether it has the projector.
     """
     if vision := _VISION.fullmatch(key):
-        name = vision[1]
+        name = vision[1] or vision[2]
         layer = _LAYER.match(name)
+        behind = name.startswith("post_layernorm.") or (
+            layer is not None and int(layer[1]) >= layers
+        )
         # A buffer that older versions of the library saved.
-        skip = name.endswith("position_ids") or (layer is not None and int(layer[1]) >= layers)
+        skip = behind or name == "embeddings.position_ids"
         return None if skip else f"vision_model.{name}"
     if projector and (official := _PROJECTOR.fullmatch(key)):
         return f"mm_projector.{official[1]}"
-    if projector and (linear := _LINEAR.fullmatch(key)):
-        return f"mm_projector.{2 * int(linear[1]) - 2}.{linear[2]}"
+    if projector and (ours := _OURS.fullmatch(key)):
+        linear = _LINEAR.fullmatch(ours[1])
+        return f"mm_projector.{f'{2 * int(linear[1]) - 2}.{linear[2]}' if linear else ours[1]}"
     return None
 
 
@@ -70,6 +78,7 @@ class LlavaLoader:
         """Make the tower; see ``Recipe.load``."""
         import torch
 
+        from tome_export.models.hf_weights import fill
         from tome_export.models.weights import loaded, wake_constants
 
         if weights == "random":
@@ -86,7 +95,8 @@ class LlavaLoader:
         with torch.device("meta"):
             module = self._tower()
         state, info = self._from_file(Path(weights)) if weights != "pretrained" else self._state()
-        stored = _fill(module, state, info.source)
+        stored = fill(module, state, {key: key for key in module.state_dict()}, info.source)
+        module.place_constants()
         return loaded(module, recipe, replace(info, stored_dtype=stored))
 
     def architecture(self) -> nn.Module:
@@ -98,9 +108,14 @@ class LlavaLoader:
 
     def _tower(self, depth: int | None = None) -> LlavaTower:
         from tome_export.models.llava import LlavaTower
+        from tome_export.patch.hf import check_attention
 
-        feature = self.config.options.select_feature or "patch"
-        return LlavaTower(self.vision, depth or self.layers, feature, projector_of(self))
+        config = self.config
+        attention = config.attention or "sdpa"
+        check_attention(attention, config.folder or config.vision_name)
+        feature = config.options.select_feature or "patch"
+        layers = depth or self.layers
+        return LlavaTower(self.vision, layers, feature, projector_of(self), attention)
 
     def _rename(self, key: str) -> str | None:
         return tower_key(key, self.layers, bool(self.config.options.projector))
@@ -153,7 +168,8 @@ def projector_of(loader: LlavaLoader) -> Any:
             f"{config.folder or config.vision_name} has no projector; leave --projector out, or "
             "name a LLaVA checkpoint (hf:<folder>)"
         )
-    return Projector(config.projector, loader.vision["hidden_size"], config.outputs, config.bias)
+    inputs = loader.vision["hidden_size"]
+    return Projector(config.projector, inputs, config.outputs, config.bias, config.bare)
 
 
 def vision_folder(config: LlavaConfig) -> Path:
@@ -169,34 +185,3 @@ def vision_folder(config: LlavaConfig) -> Path:
     from tome_export.models.hf_files import snapshot
 
     return snapshot(name)
-
-
-def _fill(module: LlavaTower, state: State, source: str) -> str:
-    """Put tensors in place of a module's that has no memory yet; gives the type they came in."""
-    wanted = module.state_dict()
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        what = "vision tower" if missing[0].startswith("vision_model.") else "projector"
-        raise InputError(
-            f"weights {source}: {len(missing)} of the {len(wanted)} tensors of the tower are not "
-            f"there ({missing[0]}, …); expected a checkpoint with the {what} that its config.json "
-            "describes"
-        )
-    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
-    if wrong:
-        key = wrong[0]
-        raise InputError(
-            f"weights {source}: {key} has shape {list(state[key].shape)}; expected "
-            f"{list(wanted[key].shape)} by config.json"
-        )
-    broken = [key for key in wanted if not state[key].isfinite().all()]
-    if broken:
-        raise InputError(
-            f"weights {source} have NaN or infinite values in {broken[0]}; expected finite weights"
-        )
-    types = {str(state[key].dtype).removeprefix("torch.") for key in wanted}
-    # In float32 before they are in place: one tensor at a time, and each original is freed.
-    ready = {key: state.pop(key).float() for key in wanted}
-    module.load_state_dict(ready, strict=True, assign=True)
-    module.place_constants()
-    return next((name for name in ("float32", "bfloat16", "float16") if name in types), "float32")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tome_export.errors import InputError, UsageError
+from tome_export.models.clip_config import KNOWN, L14_336, clip_arguments, clip_attention
+from tome_export.models.hf_preprocess import check_size, preprocessing_of, read_processor
 from tome_export.models.llava_config import (
     DEFAULTS,
-    L14_336,
     LlavaConfig,
-    clip_arguments,
     is_llava,
     kept_layers,
     llava_config,
@@ -26,18 +26,54 @@ CLIP_NORM = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275
 
 _CLIP_L14_336 = "openai/clip-vit-large-patch14-336"
 _LLAVA15_WIDTH = 4096
+_SHAPE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+
+
+_R_L384 = (23, "ToMe README, ViT-L/16 @ 384, which has as many tokens")
+
+
+def _r_of(vision: dict[str, Any], layers: int) -> tuple[int, str]:
+    """Recommended r of a tower, and its source."""
+    same = all(vision[key] == L14_336[key] for key in _SHAPE)
+    # The cut before the last layer is LLaVA's own; the published r is for all of them.
+    if same and layers >= L14_336["num_hidden_layers"] - 1:
+        return _R_L384
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    return recommended_r(tokens, layers), RULE
+
+
+def _family_preprocessing(vision: dict[str, Any]) -> Preprocessing:
+    size = vision["image_size"]
+    channels = vision.get("num_channels", 3)
+    return Preprocessing((channels, size, size), *CLIP_NORM, 1.0, "bicubic")
+
+
+def _preprocessing(
+    config: LlavaConfig, vision: dict[str, Any], folders: list[Path]
+) -> tuple[Preprocessing, str]:
+    """Preprocessing as the first of some folders says, and what it leaves unsaid."""
+    defaults = _family_preprocessing(vision)
+    for folder in folders:
+        if values := read_processor(folder):
+            found, remark = preprocessing_of(values, defaults, str(folder))
+            check_size(found, defaults, str(folder))
+            break
+    else:
+        known = any(vision is shape for shape in KNOWN.values())
+        found, remark = (defaults, "") if known else preprocessing_of({}, defaults, "")
+    return found, config.remark or remark
 
 
 def _recipe(name: str, config: LlavaConfig, vision: dict[str, Any], **more: Any) -> Recipe:
     loader = LlavaLoader(config, vision)
-    grid = vision["image_size"] // vision["patch_size"]
-    size = vision["image_size"]
+    r, r_source = _r_of(vision, loader.layers)
     facts: dict[str, Any] = {
         "name": name,
         "family": "llava",
-        "preprocessing": Preprocessing((3, size, size), *CLIP_NORM, 1.0, "bicubic"),
-        "recommended_r": recommended_r(grid**2 + 1, loader.layers),
-        "r_source": RULE,
+        "preprocessing": _family_preprocessing(vision),
+        "recommended_r": r,
+        "r_source": r_source,
+        "licence": "not stated by the checkpoint",
         "output_name": "features",
         "loader": loader,
         "tower": config.options,
@@ -66,8 +102,6 @@ def llava15_tower() -> Recipe:
         "llava15_tower",
         config,
         L14_336,
-        recommended_r=23,
-        r_source="ToMe README, ViT-L/16 @ 384, which has as many tokens",
         description="LLaVA-1.5's vision tower, CLIP ViT-L/14 at 336 pixels cut behind layer 23",
         weights_source=f"OpenAI (CLIP); hub repository {_CLIP_L14_336}",
         licence="mit",
@@ -88,14 +122,20 @@ def recipe_from_llava(name: str, folder: Path, tower: TowerOptions) -> Recipe:
     config = llava_config(read_config(folder), str(folder))
     config = replace(config, options=tower.over(config.options))
     vision = config.vision
+    folders = [folder]
     if vision is None:
         where = vision_folder(config)
-        vision = clip_arguments(read_config(where), config.vision_name)
+        found = read_config(where)
+        vision = clip_arguments(found, config.vision_name)
+        config = replace(config, attention=clip_attention(found, config.vision_name))
+        folders.append(where)
+    preprocessing, remark = _preprocessing(config, vision, folders)
     return _recipe(
         name,
         config,
         vision,
-        description=f"vision tower of {folder.name}",
+        preprocessing=preprocessing,
+        description="; ".join(filter(None, (f"vision tower of {folder.name}", remark))),
         weights_source=str(folder),
     )
 
@@ -129,7 +169,8 @@ def recipe_from_clip(name: str, folder: Path, tower: TowerOptions) -> Recipe:
     Raises:
         InputError: if the folder holds no CLIP model.
     """
-    vision = clip_arguments(read_config(folder), str(folder))
+    found = read_config(folder)
+    vision = clip_arguments(found, str(folder))
     config = LlavaConfig(
         folder=str(folder),
         vision=vision,
@@ -137,12 +178,15 @@ def recipe_from_clip(name: str, folder: Path, tower: TowerOptions) -> Recipe:
         options=tower.over(DEFAULTS),
         projector=None,
         outputs=0,
+        attention=clip_attention(found, str(folder)),
     )
+    preprocessing, remark = _preprocessing(config, vision, [folder])
     return _recipe(
         name,
         config,
         vision,
-        description=f"LLaVA tower cut from {folder.name}",
+        preprocessing=preprocessing,
+        description="; ".join(filter(None, (f"LLaVA tower cut from {folder.name}", remark))),
         weights_source=str(folder),
     )
 
@@ -172,5 +216,12 @@ def with_tower(recipe: Recipe, tower: TowerOptions) -> Recipe:
             f"{recipe.name} has no projector; leave --projector out, or name a LLaVA checkpoint "
             "(hf:<folder>)"
         )
-    geometry = replace(recipe.geometry, depth=kept)
-    return replace(recipe, loader=loader, tower=config.options, geometry=geometry)
+    r, r_source = _r_of(loader.vision, kept)
+    return replace(
+        recipe,
+        recommended_r=r,
+        r_source=r_source,
+        loader=loader,
+        tower=config.options,
+        geometry=replace(recipe.geometry, depth=kept),
+    )

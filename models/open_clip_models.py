@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.checkpoint import fit, read_state, sha256
+from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
 from tome_export.models.hub import ANSWER_S, ask, ask_url
 from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
 from tome_export.models.weights import loaded, wake_constants
@@ -62,7 +62,7 @@ class OpenClipLoader:
                 "use random weights or leave the depth"
             )
         made = self._from_file(recipe, self._download(recipe), None)
-        info = WeightsInfo("pretrained", recipe.weights_source, made.weights.sha256)
+        info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
         return LoadedModel(made.module, recipe, info)
 
     def _create(self, depth: int | None = None) -> nn.Module:
@@ -86,7 +86,10 @@ class OpenClipLoader:
         module = self._create(depth)
         state, _ = fit(module, _tower(_read(path)), path, "")
         module.load_state_dict(state, strict=True)
-        return loaded(module, recipe, WeightsInfo("file", path.name, sha256=sha256(path)))
+        info = WeightsInfo(
+            "file", path.name, sha256(path), stored_dtype=stored_dtype(state.values())
+        )
+        return loaded(module, recipe, info)
 
     def _download(self, recipe: Recipe) -> Path:
         import open_clip

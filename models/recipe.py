@@ -98,6 +98,7 @@ class Recipe:
         geometry: Sizes of the model, where they do not follow from a name of timm's.
         tower: What a language model takes of it, nothing left open; None for any other model.
         needs_grid: Why only dense outputs fit the model's user; empty if all do.
+        dense_only: Whether the model has no output for the whole image, only features of patches.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Recipe:
     geometry: Geometry | None = None
     tower: TowerOptions | None = None
     needs_grid: str = ""
+    dense_only: bool = False
 
     def load(
         self, weights: str = "pretrained", seed: int = 0, depth: int | None = None

@@ -177,7 +177,9 @@ def resolve(name: str, tower: TowerOptions | None = None) -> Recipe:
     """Find a model.
 
     Args:
-        name: A recipe (``vit_b16``), ``timm:<name>``, or ``module:function``.
+        name: A recipe (``vit_b16``), ``timm:<name>``, ``hf:<folder or hub name>``,
+            ``open_clip:<arch>[/<weights>]``, ``torchvision:<name>[.<weights>]``, or
+            ``module:function``.
         tower: What a language model takes of it; for vision towers only.
 
     Raises:
@@ -224,6 +226,6 @@ def _suggestion(name: str, known: dict[str, Recipe]) -> str:
     if close:
         return f"did you mean {', '.join(close)}? `tome-export models` lists the recipes"
     return (
-        f"expected one of {', '.join(RECIPES)}, timm:<name>, or module:function; "
-        "`tome-export models` describes them"
+        "expected a recipe that `tome-export models` lists, timm:<name>, hf:<folder or hub name>, "
+        "open_clip:<arch>[/<weights>], torchvision:<name>[.<weights>], or module:function"
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.errors import InputError
-from tome_export.models.checkpoint import fit, read_state, sha256
+from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
 from tome_export.models.hub import ask, ask_url
 from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
 from tome_export.models.weights import loaded, wake_constants
@@ -17,6 +17,7 @@ from tome_export.spec import Interpolation, Preprocessing
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+SWAG_LICENCE, UNSTATED = "cc-by-nc-4.0", "not stated by torchvision"
 _LEGACY = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}
 """Names of before torchvision 0.14, which its published files still have."""
 
@@ -59,7 +60,7 @@ class TorchvisionLoader:
             )
         path = self._download(recipe)
         made = self._from_file(recipe, path, None)
-        info = WeightsInfo("pretrained", recipe.weights_source, made.weights.sha256)
+        info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
         return LoadedModel(made.module, recipe, info)
 
     def _create(self, depth: int | None = None, classes: int = 1000) -> nn.Module:
@@ -87,7 +88,10 @@ class TorchvisionLoader:
         module = self._create(depth, classes)
         state, _ = fit(module, state, path, "")
         module.load_state_dict(state, strict=True)
-        return loaded(module, recipe, WeightsInfo("file", path.name, sha256=sha256(path)))
+        info = WeightsInfo(
+            "file", path.name, sha256(path), stored_dtype=stored_dtype(state.values())
+        )
+        return loaded(module, recipe, info)
 
     def _download(self, recipe: Recipe) -> Path:
         import torch
@@ -164,10 +168,20 @@ def recipe_from_torchvision(name: str) -> Recipe:
         r_source=RULE,
         description=f"torchvision's {arch}",
         weights_source=str(entry.url),
-        licence=str(entry.meta.get("license") or "not stated by torchvision"),
+        licence=licence_of(entry.meta),
         labels=tuple(entry.meta["categories"]),
         loader=loader,
     )
+
+
+def licence_of(meta: dict[str, Any]) -> str:
+    """Licence of weights by torchvision's table, which gives the address of SWAG's and no other.
+
+    Args:
+        meta: Of the weights.
+    """
+    found = str(meta.get("license") or "")
+    return SWAG_LICENCE if "/SWAG/" in found else found or UNSTATED
 
 
 def preprocessing_of(transforms: Any) -> Preprocessing:

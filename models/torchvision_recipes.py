@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tome_export.models.recipe import RULE, Geometry, Recipe, recommended_r
-from tome_export.models.torchvision_models import TorchvisionLoader
+from tome_export.models.torchvision_models import SWAG_LICENCE, UNSTATED, TorchvisionLoader
 from tome_export.spec import Preprocessing
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,7 +36,7 @@ def _recipe(
         r_source=f"ToMe README, SWAG ViT-{letter.upper()} @ {size}" if swag else RULE,
         description=f"ViT-{letter.upper()}/{patch} at {size} pixels, {what}",
         weights_source=f"https://download.pytorch.org/models/{file}",
-        licence="cc-by-nc-4.0" if swag else "not stated by torchvision",
+        licence=SWAG_LICENCE if swag else UNSTATED,
         label_set="imagenet-1k",
         loader=TorchvisionLoader(arch, tag),
         geometry=Geometry(width, depth, 4 * width, patch, head_macs=1000 * width),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
-from tome_export.models.checkpoint import fit, read_state, sha256
+from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
 from tome_export.models.hub import pretrained_overlay, recorded_file
 from tome_export.models.recipe import DATA, LoadedModel, Recipe, WeightsInfo
 
@@ -32,17 +32,11 @@ def load(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedMo
         )
     if recipe.factory is not None:
         module = recipe.factory()
-        source, stored = f"returned by {recipe.name}", _stored_dtype(module)
+        source, stored = f"returned by {recipe.name}", stored_dtype(module.parameters())
         return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
     if recipe.bundled is not None:
         return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
     return _pretrained(recipe)
-
-
-def _stored_dtype(module: nn.Module) -> str:
-    """The widest type of a model's values."""
-    types = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
-    return next((name for name in ("float32", "bfloat16", "float16") if name in types), "float32")
 
 
 def architecture(recipe: Recipe) -> nn.Module:
@@ -108,10 +102,11 @@ def _from_file(recipe: Recipe, path: Path, kind: Any, depth: int | None) -> Load
         module = _create(recipe, depth=depth, num_classes=classes, global_pool=_pooling(state))
         logits = classes and classes != _embedding(recipe)
         changed = replace(recipe, output_name="logits") if logits else recipe
+    stored = stored_dtype(state.values())
     state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
     module.load_state_dict(state, strict=True)
     source = f"{path.name}; {remark}" if remark else path.name
-    return loaded(module, changed, WeightsInfo(kind, source, sha256=sha256(path)))
+    return loaded(module, changed, WeightsInfo(kind, source, sha256(path), stored_dtype=stored))
 
 
 def _head_classes(state: dict[str, Tensor], path: Path) -> int | None:
@@ -160,8 +155,20 @@ def _pretrained(recipe: Recipe) -> LoadedModel:
             "with --weights random"
         ) from None
     path = recorded_file(recipe)
-    digest = sha256(path) if path is not None else None
-    return loaded(module, recipe, WeightsInfo("pretrained", recipe.weights_source, digest))
+    info = WeightsInfo("pretrained", recipe.weights_source)
+    if path is not None:
+        info = replace(info, sha256=sha256(path), stored_dtype=_stored_in(path))
+    return loaded(module, recipe, info)
+
+
+def _stored_in(path: Path) -> str:
+    """The type that a weights file of the hub's cache holds, which timm has widened."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return stored_dtype(read_state(path).values())
+    with safe_open(path, framework="pt") as opened:
+        return stored_dtype(opened.get_tensor(name) for name in opened.keys())  # noqa: SIM118
 
 
 def _create(recipe: Recipe, **arguments: Any) -> nn.Module:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from tome_export.errors import InputError
-from tome_export.models import RECIPES
+from tome_export.models import RECIPES, hub, weights
+from tome_export.models.checkpoint import stored_dtype
 
 TI = RECIPES["deit_ti16"]
 DEPTH = 2
@@ -56,7 +57,7 @@ def test_safetensors_round_trip(state, tmp_path):
     ],
     ids=["plain", "model", "state_dict", "prefixes"],
 )
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_torch_round_trip(state, tmp_path, nest, suffix):
     torch.save(nest(state), tmp_path / f"w{suffix}")
     assert same(TI.load(str(tmp_path / f"w{suffix}"), depth=DEPTH).module.state_dict(), state)
@@ -64,8 +65,44 @@ def test_torch_round_trip(state, tmp_path, nest, suffix):
 
 def test_half_precision_checkpoint_becomes_float32(state, tmp_path):
     save_file({k: v.half() for k, v in state.items()}, tmp_path / "w.safetensors")
-    module = TI.load(str(tmp_path / "w.safetensors"), depth=DEPTH).module
-    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    loaded = TI.load(str(tmp_path / "w.safetensors"), depth=DEPTH)
+    assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
+    assert loaded.weights.stored_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ([], "float32"),
+        ([(9, torch.float32), (1, torch.float16)], "float32"),
+        ([(1, torch.float32), (9, torch.float16)], "float16"),
+        ([(1, torch.float32), (9, torch.bfloat16), (2, torch.float16)], "bfloat16"),
+        ([(9, torch.float64)], "float32"),
+        ([(1, torch.bfloat16), (99, torch.int64)], "bfloat16"),
+        ([(4, torch.float32), (4, torch.float16)], "float32"),
+    ],
+)
+def test_stored_dtype_is_that_of_most_values(types, expected):
+    assert stored_dtype(torch.zeros(count, dtype=dtype) for count, dtype in types) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_build_asks_for_the_precision_of_the_file(tmp_path, dtype, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = RECIPES["vit_digits"].load().module.state_dict()
+    save_file({k: v.to(getattr(torch, dtype)) for k, v in state.items()}, "w.safetensors")
+    loaded = RECIPES["vit_digits"].load("w.safetensors")
+    assert loaded.weights.stored_dtype == dtype
+
+
+def test_pretrained_weights_in_half_precision_are_known(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    state = TI.load("random").module.state_dict()
+    save_file({name: value.half() for name, value in state.items()}, path)
+    for module in (hub, weights):
+        monkeypatch.setattr(module, "recorded_file", lambda _: path)
+    loaded = TI.load()
+    assert (loaded.weights.kind, loaded.weights.stored_dtype) == ("pretrained", "float16")
 
 
 def test_head_of_the_checkpoint_decides_the_classes(state, tmp_path):
@@ -191,15 +228,15 @@ def test_values_that_are_not_finite_are_named(state, tmp_path):
 def test_missing_file_folder_and_other_kinds(tmp_path):
     assert error_of(tmp_path / "none.pth") == (
         "weights file none.pth does not exist; expected 'pretrained', 'random', or a file ending "
-        "in .safetensors, .pth, .pt"
+        "in .safetensors, .pth, .pt, .bin"
     )
     (tmp_path / "d.pth").mkdir()
     assert error_of(tmp_path / "d.pth") == (
-        "weights d.pth is a folder; expected a file ending in .safetensors, .pth, .pt"
+        "weights d.pth is a folder; expected a file ending in .safetensors, .pth, .pt, .bin"
     )
     (tmp_path / "w.pkl").touch()
     assert error_of(tmp_path / "w.pkl") == (
-        "weights file w.pkl ends in '.pkl'; expected one of .safetensors, .pth, .pt"
+        "weights file w.pkl ends in '.pkl'; expected one of .safetensors, .pth, .pt, .bin"
     )
 
 

@@ -34,6 +34,54 @@ def number():
 def pair():
     return plain(), "bicubic"
 
+def patched():
+    from tome_export.patch import patch
+    return patch(plain(), 4)
+
+def half():
+    return plain().half()
+
+def odd_block():
+    model = plain()
+    model.blocks[1] = type("MyBlock", (type(model.blocks[1]),), {})(32, 2)
+    return model
+
+def timm_clip():
+    return timm.create_model("vit_base_patch16_clip_224.openai", **{**ARGS, "num_classes": 512})
+
+def timm_clip_tuned():
+    return timm.create_model("vit_base_patch16_clip_224.openai", **ARGS)
+
+def torchvision():
+    from torchvision.models.vision_transformer import VisionTransformer
+    return VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5)
+
+def torchvision_features():
+    import torch
+    model = torchvision()
+    model.heads = torch.nn.Identity()
+    return model
+
+def open_clip():
+    from open_clip.transformer import VisionTransformer
+    model = VisionTransformer(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2)
+    model.preprocess_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    return model
+
+def hf_clip():
+    from hf_models import make
+    return make("CLIP, projection")
+
+def hf_classifier():
+    from hf_models import make
+    model = make("ViT, classifier")
+    model.config.id2label = dict(enumerate("abcdefg"))
+    return model
+
+def hf_bare():
+    from hf_models import make
+    return make("DINOv2")
+
 def convnet():
     import torch
     return torch.nn.Conv2d(3, 4, 3)
@@ -77,6 +125,38 @@ def test_preprocessing_of_the_users():
     assert (grey.input_size, grey.mean, grey.std) == ((1, 32, 32), (0.5,), (0.5,))
 
 
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("function", "needs", "output", "tokens", "mean"),
+    [
+        ("timm_clip", "timm", "features", 17, 0.48145466),
+        ("timm_clip_tuned", "timm", "logits", 17, 0.48145466),
+        ("torchvision", "torchvision", "logits", 17, 0.485),
+        ("torchvision_features", "torchvision", "features", 17, 0.485),
+        ("open_clip", "open_clip", "features", 17, 0.1),
+        ("hf_clip", "transformers", "features", 65, 0.48145466),
+        ("hf_classifier", "transformers", "logits", 65, 0.5),
+        ("hf_bare", "transformers", "features", 65, 0.485),
+    ],
+)
+def test_any_family(function, needs, output, tokens, mean):
+    pytest.importorskip(needs)
+    recipe = resolve(f"mymodels_t:{function}")
+    assert (recipe.family, recipe.output_name) == ("custom", output)
+    assert recipe.preprocessing.input_size == (3, 32, 32)
+    assert recipe.preprocessing.mean[0] == mean
+    layers = 3 if needs == "transformers" else 2
+    assert recipe.recommended_r == int(0.8 * tokens / layers)
+    assert recipe.labels == (tuple("abcdefg") if function == "hf_classifier" else None)
+
+
+@pytest.mark.usefixtures("models")
+def test_half_precision_of_the_users_is_told():
+    loaded = resolve("mymodels_t:half").load()
+    assert loaded.weights.stored_dtype == "float16"
+    assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float32}
+
+
 def test_weights_from_a_file(models):
     recipe = resolve("mymodels_t:plain")
     state = {k: torch.full_like(v, 0.5) for k, v in recipe.load().module.state_dict().items()}
@@ -99,6 +179,8 @@ def test_weights_from_a_file(models):
         ("mymodels_t:number", "the function returned int; expected an nn.Module"),
         ("mymodels_t:pair", "the function returned VisionTransformer, str; expected an nn.Module"),
         ("mymodels_t:convnet", "returned a Conv2d, which has no sequence of tokens to merge"),
+        ("mymodels_t:patched", "returned a model that is patched already; return the library's"),
+        ("mymodels_t:odd_block", "returned a model that cannot be merged: block class MyBlock"),
         (":f", "model ':f' names no module; expected module:function"),
     ],
 )

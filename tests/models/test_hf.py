@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from hf_models import MODELS, make
 from safetensors.torch import save_file
 
 from tome_export.errors import InputError
+from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
+from tome_export.models.hf_config import hf_config
 from tome_export.models.hf_loader import canonical
 from tome_export.models.hf_preprocess import SQUASHES, preprocessing_of
 from tome_export.spec import Preprocessing
@@ -171,6 +174,8 @@ def test_preprocessing(values, size, crop_pct, interpolation, remark):
     [
         ({"do_rescale": False}, "pixels that are not scaled to [0, 1]"),
         ({"resample": 1}, "PIL's resampling 1"),
+        ({"resample": [3]}, "PIL's resampling [3]"),
+        ({"size": 16, "crop_size": 32}, "a cut of 32 x 32 out of images of 16"),
         ({"do_resize": False}, "images that are not resized"),
         ({"size": {"longest_edge": 3}}, "size {'longest_edge': 3}"),
         ({"size": {"shortest_edge": 224}}, "images that keep their shape"),
@@ -216,3 +221,206 @@ def test_the_named_recipes_are_counted_as_they_are():
     ]
     for name in names:
         assert sizes_from_name(RECIPES[name]) == sizes_from_model(RECIPES[name])
+
+
+@pytest.mark.parametrize("half", ["", "vision_config", "text_config"])
+def test_a_quantised_checkpoint_is_refused_wherever_it_says_so(half):
+    told = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    config = {"model_type": "clip", **({half: told} if half else told)}
+    with pytest.raises(InputError) as refused:
+        hf_config(config, "F")
+    assert str(refused.value) == (
+        "weights of F are quantised (quantization_config in config.json), which is not supported; "
+        "use the checkpoint in float32, float16 or bfloat16"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_codes_are_no_weights(tmp_path, dtype):
+    state = saved(tmp_path, "SigLIP").state_dict()
+    key = next(name for name in state if name.endswith("layers.1.self_attn.q_proj.weight"))
+    state[key] = state[key].to(getattr(torch, dtype))
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as refused:
+        resolve(f"hf:{tmp_path}").load()
+    assert str(refused.value) == (
+        f"weights of {tmp_path} are stored as {dtype} in encoder.layers.1.self_attn.q_proj.weight, "
+        "which is not supported; expected float32, float64, float16 or bfloat16, not quantised"
+    )
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "encoder.layers.0.self_attn.visual_projection.lora_A",
+        "embeddings.classifier_free.weight",
+        "adapter.weight",
+    ],
+)
+def test_tensors_without_a_place_are_named(tmp_path, extra):
+    state = make("CLIP, projection").state_dict()
+    make("CLIP, projection").save_pretrained(tmp_path)
+    save_file({**state, f"vision_model.{extra}": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as refused:
+        resolve(f"hf:{tmp_path}").load()
+    assert str(refused.value) == (
+        f"weights of {tmp_path} do not fit its config.json: 1 unexpected ({extra}, …); expected "
+        "the whole checkpoint of this architecture"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "bare"), [("ViT, classifier", "ViT"), ("DeiT, teacher", "DeiT"), ("CLIP", "CLIP")]
+)
+def test_heads_that_the_class_has_no_use_for_are_left(tmp_path, kind, bare):
+    state = make(kind).state_dict()
+    if bare == "CLIP":
+        state = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in state.items()}
+        state["visual_projection.weight"] = torch.ones(24, 32)
+    model = saved(tmp_path, bare)
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = resolve(f"hf:{tmp_path}").load()
+    assert type(loaded.module) is type(model)
+
+
+@pytest.mark.parametrize("keeps_head", [False, True])
+def test_a_siglip_without_a_head(tmp_path, keeps_head):
+    from tome_export.pipeline import BuildRequest, build
+    from tome_export.pipeline.catalog import details
+
+    model = saved(tmp_path, "SigLIP", vision_use_head=False)
+    if keeps_head:
+        save_file(make("SigLIP").state_dict(), tmp_path / "model.safetensors")
+    name = f"hf:{tmp_path}"
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = resolve(name).load().module(images).last_hidden_state
+        assert torch.equal(found, model(images).last_hidden_state)
+    assert details(name)["tokens"] == 64
+    request = {"model": name, "engine": "none", "schedule": Schedule(5)}
+    with pytest.raises(InputError, match=r"has no pooling head .*; use dense outputs$"):
+        build(BuildRequest(output=tmp_path / "out", **request))
+    manifest = build(BuildRequest(output=tmp_path / "out", dense=True, **request)).manifest
+    assert manifest["output"]["shape"] == ["batch", 64, 32]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "ViT", "DINOv2"])
+def test_torchs_generator_is_left_alone(tmp_path, kind):
+    saved(tmp_path, kind, image_size=48)
+    if kind == "DINOv2":
+        processor = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    before = torch.get_rng_state()
+    recipe = resolve(f"hf:{tmp_path}")
+    recipe.load()
+    recipe.load(weights="random", seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["my model", "a--b/c"])
+def test_names_that_no_hub_has(name):
+    with pytest.raises(InputError) as refused:
+        resolve(f"hf:{name}")
+    assert str(refused.value) == (
+        f"{name!r} is neither a folder here nor a name that the hub allows; expected hf:<folder> "
+        "or hf:<owner>/<name>"
+    )
+
+
+def test_the_vision_half_of_old_files():
+    old = {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14}
+    vision = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"model_type": "clip", "vision_config": vision, "vision_config_dict": old}
+    assert hf_config(config, "F").arguments == old
+    whole = transformers.CLIPConfig(**copy.deepcopy(config)).vision_config
+    made = transformers.CLIPVisionConfig(**old)
+    for key in (*old, "intermediate_size"):
+        assert getattr(whole, key) == getattr(made, key)
+    none = {**config, "vision_config_dict": None}
+    assert hf_config(none, "F").arguments == vision
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"architectures": "Dinov2Model"},
+            "config.json of F: architectures is 'Dinov2Model'; expected a list of names",
+        ),
+        (
+            {"architectures": [3]},
+            "config.json of F: architectures is [3]; expected a list of names",
+        ),
+        (
+            {"model_type": ["vit"]},
+            "config.json of F: model_type is ['vit']; expected a name",
+        ),
+        (
+            {"model_type": "clip", "vision_config": [1]},
+            "config.json of F: vision_config is [1]; expected a JSON object",
+        ),
+    ],
+)
+def test_configurations_that_are_refused(values, message):
+    with pytest.raises(InputError) as refused:
+        hf_config({"model_type": "dinov2", **values}, "F")
+    assert str(refused.value) == message
+
+
+def test_an_activation_that_is_not_known(tmp_path):
+    saved(tmp_path, "DINOv2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "foo"}))
+    with pytest.raises(InputError, match=r"does not make a Dinov2Model \(unknown 'foo'\); exp"):
+        resolve(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"image_mean": 0.5}, "image_mean is 0.5; expected 3 finite numbers"),
+        ({"image_std": [1, 1]}, "image_std is [1, 1]; expected 3 finite numbers"),
+        ({"image_std": [1, 1, 0]}, "image_std is [1, 1, 0]; expected no zero"),
+        ({"rescale_factor": "x"}, "rescale_factor is 'x'; expected a number above 0"),
+        (
+            {"size": {"height": "a", "width": 2}},
+            "size is 'a'; expected a whole number, 1 or more",
+        ),
+        (
+            {"size": {"shortest_edge": 0}, "crop_size": 32},
+            "size is 0; expected a whole number, 1 or more",
+        ),
+        ({"size": 32, "crop_size": "b"}, "crop_size is 'b'; expected a whole number, 1 or more"),
+        (
+            {"size": 32, "crop_size": {"height": 3}},
+            "crop_size is None; expected a whole number, 1 or more",
+        ),
+    ],
+)
+def test_preprocessing_that_is_no_such_thing(values, what):
+    with pytest.raises(InputError) as refused:
+        preprocessing_of(values, DEFAULTS, "m")
+    assert str(refused.value) == f"preprocessor_config.json of m: {what}"
+
+
+@pytest.mark.parametrize(
+    ("values", "squares", "remark"),
+    [
+        ({"feature_extractor_type": "ViTFeatureExtractor"}, False, SQUASHES),
+        ({"image_processor_type": "SiglipImageProcessor"}, False, SQUASHES),
+        ({"feature_extractor_type": "CLIPFeatureExtractor"}, True, ""),
+        ({}, True, SQUASHES),
+        ({}, False, ""),
+    ],
+)
+def test_a_size_of_one_number(values, squares, remark):
+    given = {"size": 256, "crop_size": 224, **values}
+    found, said = preprocessing_of(given, DEFAULTS, "m", squares=squares)
+    assert (found.input_size, found.crop_pct) == ((3, 224, 224), 224 / 256)
+    assert said == remark
+
+
+def test_a_vit_with_a_size_of_one_number_says_that_it_squashes(tmp_path):
+    saved(tmp_path, "ViT")
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
+    assert resolve(f"hf:{tmp_path}").description == f"Transformers' ViTModel; {SQUASHES}"

@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tome_export.errors import InputError, UsageError
+from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.models import resolve
-from tome_export.models.llava_config import KNOWN, kept_layers, llava_config, read_config
+from tome_export.models.clip_config import KNOWN
+from tome_export.models.hf_preprocess import PADS, SQUASHES, TILES
+from tome_export.models.llava_config import kept_layers, llava_config, read_config
 from tome_export.models.llava_loader import tower_key
 from tome_export.models.llava_recipes import recipe_from_clip, recipe_from_llava, with_tower
+from tome_export.models.recipe import RULE, recommended_r
 from tome_export.pipeline.catalog import sizes_from_model, sizes_from_name
 from tome_export.spec import TowerOptions
 
@@ -227,6 +230,7 @@ def test_weights_of_a_file_and_random_ones(make_llava, tmp_path):
         ),
         ("model.vision_tower.embeddings.class_embedding", "embeddings.class_embedding"),
         ("vision_model.embeddings.class_embedding", "embeddings.class_embedding"),
+        ("vision_tower.vision_model.adapter.weight", "adapter.weight"),
         ("vision_model.encoder.layers.2.mlp.fc1.bias", None),
         ("vision_model.embeddings.position_ids", None),
         ("vision_model.post_layernorm.bias", None),
@@ -243,6 +247,7 @@ def test_names_of_tensors(key, expected):
 def test_names_of_the_projector():
     assert tower_key("model.mm_projector.2.bias", 2, True) == "mm_projector.2.bias"
     assert tower_key("model.mm_projector.weight", 2, True) == "mm_projector.weight"
+    assert tower_key("multi_modal_projector.extra", 2, True) == "mm_projector.extra"
     renamed = tower_key("model.multi_modal_projector.linear_2.bias", 2, True)
     assert renamed == "mm_projector.2.bias"
     assert tower_key("model.mm_projector.2.bias", 2, False) is None
@@ -250,7 +255,12 @@ def test_names_of_the_projector():
 
 @pytest.mark.parametrize(
     ("kind", "layers", "shape"),
-    [("linear", 1, (2, 64, 48)), ("identity", 0, (2, 64, 32)), ("mlp3x_gelu", 3, (2, 64, 48))],
+    [
+        ("linear", 1, (2, 64, 48)),
+        ("mlp1x_gelu", 1, (2, 64, 48)),
+        ("identity", 0, (2, 64, 32)),
+        ("mlp3x_gelu", 3, (2, 64, 48)),
+    ],
 )
 def test_other_projectors_of_llavas_own_code(make_llava, tmp_path, kind, layers, shape):
     make_llava(tmp_path, mm_projector_type=kind)
@@ -267,7 +277,10 @@ def test_the_recipe_of_llava_15():
     assert by_name == by_model
     assert (by_name.tokens, by_name.layers[-1].tokens_out) == (577, 48)
     cut = resolve("llava15_tower", TowerOptions(select_layer=-4))
-    assert cut.loader.layers == 21
+    assert (cut.loader.layers, cut.recommended_r) == (21, recommended_r(577, 21))
+    assert cut.r_source == RULE
+    last = resolve("llava15_tower", TowerOptions(select_layer=-1))
+    assert (last.loader.layers, last.recommended_r) == (24, 23)
     assert sizes_from_name(cut) == sizes_from_model(cut)
     projected = resolve("llava15_tower", WITH_PROJECTOR).loader.architecture()
     assert [p.shape for p in projected.mm_projector.parameters()][::2] == [
@@ -326,8 +339,61 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another projector": (
         {"mm_vision_tower": "x", "mm_projector_type": "cabstract"},
-        "config.json of F: mm_projector_type is 'cabstract'; supported: mlp<N>x_gelu, linear, "
-        "identity",
+        "config.json of F: mm_projector_type is 'cabstract'; supported: mlp<N>x_gelu with N from 1 "
+        "to 99, linear, identity",
+    ),
+    "a projector of no layers": (
+        {"mm_vision_tower": "x", "mm_projector_type": "mlp0x_gelu"},
+        "config.json of F: mm_projector_type is 'mlp0x_gelu'; supported: mlp<N>x_gelu with N from "
+        "1 to 99, linear, identity",
+    ),
+    "a language model of no width": (
+        {"mm_vision_tower": "x", "hidden_size": "wide"},
+        "config.json of F: hidden_size is 'wide'; expected a whole number, 1 or more",
+    ),
+    "vision_config of another type": (
+        {"model_type": "llava", "vision_config": [1]},
+        "config.json of F: vision_config is [1]; expected a JSON object",
+    ),
+    "text_config of another type": (
+        {"model_type": "llava", "vision_config": {}, "text_config": "x"},
+        "config.json of F: text_config is 'x'; expected a JSON object",
+    ),
+    "width of the language model": (
+        {"model_type": "llava", "vision_config": {}, "text_config": {"hidden_size": "x"}},
+        "config.json of F: hidden_size of text_config is 'x'; expected a whole number, 1 or more",
+    ),
+    "heads": (
+        {"model_type": "llava", "vision_config": {"hidden_size": 33}},
+        "config.json of F: hidden_size of the vision tower is 33, and it has 12 heads; expected "
+        "a multiple",
+    ),
+    "hidden_act": (
+        {"model_type": "llava", "vision_config": {"hidden_act": "foo"}},
+        "config.json of F: hidden_act of the vision tower is 'foo'; expected an activation of "
+        "Transformers, such as quick_gelu",
+    ),
+    "patch size": (
+        {"model_type": "llava", "vision_config": {"patch_size": 0}},
+        "config.json of F: patch_size of the vision tower is 0; expected a whole number, 1 or more",
+    ),
+    "epsilon": (
+        {"model_type": "llava", "vision_config": {"layer_norm_eps": -1}},
+        "config.json of F: layer_norm_eps of the vision tower is -1; expected a number above 0",
+    ),
+    "strategy": (
+        {"model_type": "llava", "vision_config": {}, "vision_feature_select_strategy": ["full"]},
+        "config.json of F: vision_feature_select_strategy is ['full']; expected a name",
+    ),
+    "quantised": (
+        {"mm_vision_tower": "x", "quantization_config": {"load_in_8bit": True}},
+        "weights of F are quantised (quantization_config in config.json), which is not supported; "
+        "use the checkpoint in float32, float16 or bfloat16",
+    ),
+    "quantised inside": (
+        {"model_type": "llava", "vision_config": {"quantization_config": {"bits": 4}}},
+        "weights of F are quantised (quantization_config in config.json), which is not supported; "
+        "use the checkpoint in float32, float16 or bfloat16",
     ),
     "no name of a tower": (
         {"mm_vision_tower": None},
@@ -341,7 +407,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a width that is no number": (
         {"model_type": "llava", "vision_config": {"hidden_size": "wide"}},
-        "config.json of F: hidden_size of the vision tower is 'wide'; expected a int",
+        "config.json of F: hidden_size of the vision tower is 'wide'; expected a whole "
+        "number, 1 or more",
     ),
     "a language model that is not known": (
         {"model_type": "llava", "vision_config": {}, "text_config": {"model_type": "no_such"}},
@@ -422,19 +489,21 @@ def damaged(folder: Path, what: str) -> str:
     if what == "no projector":
         save_file({k: v for k, v in state.items() if "projector" not in k}, file)
         return (
-            f"weights {name}: 4 of the 57 tensors of the tower are not there "
-            "(mm_projector.0.weight, …); expected a checkpoint with the projector that its "
-            "config.json describes"
+            f"weights of {name} do not fit its config.json: 4 missing (mm_projector.0.weight, …); "
+            "expected the whole checkpoint of this architecture"
         )
     key = "model.mm_projector.2.bias"
     if what == "wrong shape":
         save_file({**state, key: torch.zeros(5)}, file)
-        return f"weights {name}: mm_projector.2.bias has shape [5]; expected [48] by config.json"
+        return (
+            f"weights of {name} do not fit its config.json: mm_projector.2.bias has shape [5]; "
+            "expected [48]"
+        )
     if what == "not finite":
         save_file({**state, key: torch.full((48,), float("nan"))}, file)
         return (
-            f"weights {name} have NaN or infinite values in mm_projector.2.bias; expected finite "
-            "weights"
+            f"weights of {name} have NaN or infinite values in mm_projector.2.bias; expected "
+            "finite weights"
         )
     if what == "index not one":
         file.unlink()
@@ -512,3 +581,176 @@ def test_read_config_wants_an_object(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"holds a list; expected a JSON object$"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("select", [-1, -2, -4])
+def test_r_is_the_same_of_a_checkpoint_and_of_the_recipe(tmp_path, select):
+    config = {"mm_vision_tower": next(iter(KNOWN)), "hidden_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = TowerOptions(select_layer=select)
+    found, known = resolve(f"hf:{tmp_path}", options), resolve("llava15_tower", options)
+    assert (found.recommended_r, found.r_source) == (known.recommended_r, known.r_source)
+
+
+def coded(folder: Path, dtype: torch.dtype, extra: bool) -> None:
+    """Store a layer's matrix as the codes of a quantisation, as bitsandbytes does."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    key = next(key for key in state if key.endswith("layers.1.self_attn.q_proj.weight"))
+    if extra:
+        state[key.replace(".weight", ".SCB")] = torch.ones(32)
+    else:
+        state[key] = state[key].to(dtype)
+    save_file(state, file)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_are_no_weights(make_llava, tmp_path, layout, dtype):
+    make_llava(tmp_path, layout)
+    coded(tmp_path, dtype, extra=False)
+    with pytest.raises(InputError) as failure:
+        recipe_of(tmp_path).load()
+    assert str(failure.value) == (
+        f"weights of {tmp_path.name}/model.safetensors are stored as "
+        f"{str(dtype).removeprefix('torch.')} in "
+        "vision_model.encoder.layers.1.self_attn.q_proj.weight, which is not supported; expected "
+        "float32, float64, float16 or bfloat16, not quantised"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_without_a_place_are_named(make_llava, tmp_path, layout):
+    make_llava(tmp_path, layout)
+    coded(tmp_path, torch.float32, extra=True)
+    with pytest.raises(InputError) as failure:
+        recipe_of(tmp_path).load()
+    assert str(failure.value) == (
+        f"weights of {tmp_path.name}/model.safetensors do not fit its config.json: 1 unexpected "
+        "(vision_model.encoder.layers.1.self_attn.q_proj.SCB, …); expected the whole checkpoint "
+        "of this architecture"
+    )
+
+
+def test_a_quantised_clip_model_is_refused(make_llava, tmp_path):
+    make_llava(tmp_path)
+    path = tmp_path / "clip" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(InputError, match=r"^weights of clip are quantised"):
+        recipe_of(tmp_path)
+
+
+def test_without_the_library(make_llava, tmp_path, monkeypatch):
+    for layout in LAYOUTS:
+        make_llava(tmp_path / layout, layout)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    names = ("llava15_tower", *(f"hf:{tmp_path / layout}" for layout in LAYOUTS))
+    for name in names:
+        with pytest.raises(MissingComponentError) as failure:
+            resolve(name).load(weights="random")
+        assert str(failure.value).endswith("install it with pip install 'tome-export[hf]'")
+        assert failure.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"_attn_implementation": "eager"}, {"attn_implementation": {"vision_config": "eager"}}],
+)
+def test_the_attention_implementation_is_the_configurations(make_llava, tmp_path, given):
+    make_llava(tmp_path, "transformers", **given)
+    module = recipe_of(tmp_path).load().module
+    assert module.vision_model.config._attn_implementation == "eager"
+    make_llava(tmp_path, "transformers")
+    module = recipe_of(tmp_path).load().module
+    assert module.vision_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_attention_implementation_without_bias(make_llava, tmp_path, layout):
+    make_llava(tmp_path, layout)
+    path = tmp_path / ("clip" if layout == "llava" else "") / "config.json"
+    config = json.loads(path.read_text())
+    half = config if layout == "llava" else config["vision_config"]
+    half["_attn_implementation"] = "flash_attention_2"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"^attention implementation 'flash_attention_2' of model"):
+        recipe_of(tmp_path).load()
+
+
+def test_a_projector_of_one_layer_has_llavas_keys(make_llava, tmp_path):
+    whole = make_llava(
+        tmp_path, drop=lambda key: "mm_projector.2" in key, mm_projector_type="mlp1x_gelu"
+    )
+    loaded = recipe_of(tmp_path, WITH_PROJECTOR).load()
+    with torch.no_grad():
+        expected = whole.mm_projector[0](hidden_state(whole, -2)[:, 1:])
+    assert torch.equal(output(loaded.module), expected)
+
+
+PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2, "crop_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("layout", "where"), [("llava", ""), ("llava", "clip"), ("transformers", "")]
+)
+def test_preprocessing_is_the_checkpoints(make_llava, tmp_path, layout, where):
+    make_llava(tmp_path, layout)
+    size = {"size": {"shortest_edge": 40}}
+    text = json.dumps({**PROCESSOR, **size})
+    (tmp_path / where / "preprocessor_config.json").write_text(text)
+    used = recipe_of(tmp_path).preprocessing
+    assert (used.mean, used.std, used.crop_pct) == ((0.5,) * 3, (0.25,) * 3, 0.8)
+    assert used.interpolation == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "processor", "remark"),
+    [
+        ("llava", {}, {"size": 32}, ""),
+        ("llava", {"image_aspect_ratio": "pad"}, {"size": 32}, PADS),
+        ("llava", {"image_aspect_ratio": "anyres"}, {"size": 32}, TILES),
+        ("transformers", {}, {"size": 32, "do_pad": True}, PADS),
+        ("transformers", {}, {"size": {"height": 32, "width": 32}}, SQUASHES),
+        ("transformers", {"model_type": "llava_next"}, {"size": 32, "do_pad": True}, TILES),
+        (
+            "transformers",
+            {},
+            None,
+            "without preprocessor_config.json, preprocessing is its family's",
+        ),
+    ],
+)
+def test_what_preprocessing_cannot_say_is_said(
+    make_llava, tmp_path, layout, config, processor, remark
+):
+    make_llava(tmp_path, layout, **config)
+    if processor is not None:
+        text = json.dumps({**PROCESSOR, **processor})
+        (tmp_path / "preprocessor_config.json").write_text(text)
+    parts = [f"vision tower of {tmp_path.name}", *([remark] if remark else [])]
+    assert recipe_of(tmp_path).description == "; ".join(parts)
+
+
+def test_preprocessing_of_another_size_is_refused(make_llava, tmp_path):
+    make_llava(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 36, "crop_size": 36}')
+    with pytest.raises(InputError) as failure:
+        recipe_of(tmp_path)
+    assert str(failure.value) == (
+        f"preprocessor_config.json of {tmp_path} makes images of 36 x 36, and its config.json says "
+        "32 x 32; expected the same"
+    )
+
+
+def test_a_whole_number_will_do_for_epsilon():
+    config = {"model_type": "llava", "vision_config": {"layer_norm_eps": 1}}
+    assert llava_config(config, "F").vision["layer_norm_eps"] == 1.0
+
+
+def test_the_licence_is_not_stated(make_llava, tmp_path):
+    make_llava(tmp_path)
+    assert recipe_of(tmp_path).licence == "not stated by the checkpoint"
+    clip = recipe_from_clip("hf:clip", tmp_path / "clip", TowerOptions("llava"))
+    assert clip.licence == "not stated by the checkpoint"
+    assert resolve("llava15_tower").licence == "mit"

@@ -83,7 +83,7 @@ def test_squash_crop_is_told():
     [
         ("vitb16", "unknown model 'vitb16'; did you mean vit_b16, "),
         ("vit_base_patch8_224", "did you mean timm:vit_base_patch8_224?"),
-        ("zzzz", "unknown model 'zzzz'; expected one of vit_ti16, vit_s16, "),
+        ("zzzz", "unknown model 'zzzz'; expected a recipe that `tome-export models` "),
         ("timm:vit_base_patch16_24", "timm has no model 'vit_base_patch16_24'; did you mean timm:"),
         ("timm:qqqqqq", "timm has no model 'qqqqqq'; see timm.list_models()"),
         ("timm:vit_base_patch16_224.nope", "timm has no weights 'nope' of vit_base_patch16_224; "),

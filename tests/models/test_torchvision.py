@@ -29,6 +29,7 @@ def test_recipes_have_the_facts_of_torchvisions_table(recipe):
     assert ("SWAG" in str(entry.meta.get("license"))) == (recipe.licence == "cc-by-nc-4.0")
     full = resolve(f"torchvision:{recipe.loader.arch}.{recipe.loader.weights}")
     assert full.preprocessing == recipe.preprocessing
+    assert full.licence == recipe.licence
     assert full.recommended_r <= recipe.recommended_r
     mine = recipe.label_names(1000)
     # timm words some classes at greater length, in the same order.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from tome_export.cli.text import summary_lines
 from tome_export.errors import ExportError, InputError
 from tome_export.onnx import files
 from tome_export.onnx.build import onnx_from_model
@@ -395,6 +396,62 @@ def test_defect_of_the_shipped_graph_that_the_twin_lacks(exported, make_vit, mak
 
     report = check(model, proto, make_images(model, 3), runner_factory=Biased)
     assert [f for f in report.failures if "instrumented twin" in f] == report.failures != []
+
+
+class Shifted(OrtRunner):
+    """Gives another source map where the graph is the shipped one, or its twin."""
+
+    twin = False
+
+    def infer(self, inputs):
+        results = super().infer(inputs)
+        if (len(results) > 2) == self.twin:
+            results["source_map"] = results["source_map"] ^ 1
+        return results
+
+
+class ShiftedTwin(Shifted):
+    twin = True
+
+
+class Short(OrtRunner):
+    """Leaves the last patch out of the shipped map."""
+
+    def infer(self, inputs):
+        results = super().infer(inputs)
+        if len(results) == 2:
+            results["source_map"] = results["source_map"][:, :-1]
+        return results
+
+
+class Without(OrtRunner):
+    """Has no source map in the shipped graph."""
+
+    def infer(self, inputs):
+        results = super().infer(inputs)
+        if len(results) == 2:
+            del results["source_map"]
+        return results
+
+
+def test_source_map_of_shipped_graph_and_twin_are_checked(make_vit, make_images, tmp_path):
+    model = patch(make_vit(depth=2), [9, 9], source_map=True)
+    path = tmp_path / "model.onnx"
+    onnx_from_model(model, path, ExportOptions(batch=BATCH), ["features", "source_map"])
+    images = make_images(model, 3)
+    for runner in (Shifted, ShiftedTwin, Short, Without):
+        report = check(model, path, images, runner_factory=runner)
+        assert report.source_map_defects == 3
+        assert report.failures == [
+            "the source map of 3 of 3 images does not follow from their merge plans"
+        ]
+    report = check(model, path, images)
+    assert (report.source_map_defects, report.failures) == (0, [])
+    # Which of the features is the largest says nothing.
+    assert report.output.top1_agreement is report.led_output.top1_agreement is None
+    summary = "\n".join(summary_lines(report.to_dict()))
+    assert "top-1" not in summary
+    assert "cosine 1.0000000, output error" in summary
 
 
 def test_wrong_reference_precision_is_not_forgiven(exported, make_vit, make_images):

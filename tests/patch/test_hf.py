@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from towers import (
 
 from tome_export.errors import InputError
 from tome_export.patch import patch, unpatch
+from tome_export.patch.checks import ONE_DEVICE
 
 pytest.importorskip("transformers")
 
@@ -101,7 +103,31 @@ def test_a_device_map_is_refused():
     with pytest.raises(InputError) as refused:
         patch(model, 3)
     assert "a device map has placed it" in str(refused.value)
-    assert "load it without device_map, patch it, then dispatch it" in str(refused.value)
+    assert str(refused.value).endswith(ONE_DEVICE)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP", "ViT"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_offload_after_patching_is_told(name, inner):
+    accelerate = pytest.importorskip("accelerate")
+    model = make(name)
+    merged = patch(model, 1)
+    accelerate.cpu_offload(model if inner else merged)
+    with pytest.raises(InputError) as refused:
+        merged(torch.rand(1, *merged.input_size))
+    message = str(refused.value)
+    assert re.match(r"module [\w.()]+( model\))? of patched model \w+ has a hook of accel", message)
+    assert message.endswith(ONE_DEVICE)
+    assert "\n" not in message
+
+
+def test_dispatch_to_one_device_works():
+    accelerate = pytest.importorskip("accelerate")
+    merged = patch(make("CLIP"), 1)
+    pixels = torch.rand(1, *merged.input_size)
+    expected = merged(pixels)
+    accelerate.dispatch_model(merged, {"": "cpu"})
+    assert torch.equal(merged(pixels), expected)
 
 
 def test_a_model_on_two_devices_is_refused():

@@ -118,7 +118,7 @@ REFUSALS = {
     quantised: r"^module .*mlp.fc1 of model LlavaTower is a \w+ Linear8, which is not supported",
     hooked: r"^module vision_model.encoder.layers.1 of model LlavaTower has a forward hook",
     flash: r"^attention implementation 'flash_attention_2' of model LlavaTower takes no additive",
-    spread: r"^model LlavaTower is on cpu, meta: a device map has placed it.*patch it, then",
+    spread: r"^model LlavaTower is on cpu, meta: a device map has placed it.*runs on one device",
     odd: r"^model LlavaTower has an image size of 32 x 32, which is not a multiple",
 }
 

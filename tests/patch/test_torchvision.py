@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +111,41 @@ def test_what_is_not_understood_is_named(change, message):
     with pytest.raises(InputError, match=message) as caught:
         patch(model, 2)
     assert "\n" not in str(caught.value)
+
+
+def test_threads_leave_torchs_fast_path_as_it_was():
+    """It is one switch of the process: whoever puts it back last would decide for all."""
+    from tome_export.patch.multihead import same_arithmetic
+
+    inside, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with same_arithmetic():
+            inside.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    with same_arithmetic():
+        left.set()
+        thread.join()
+        assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_same_arithmetic_is_not_the_fast_path():
+    from torch.profiler import profile
+
+    from tome_export.patch.multihead import same_arithmetic
+
+    attn, x = live(nn.MultiheadAttention(32, 4, batch_first=True)), torch.randn(2, 9, 32)
+    kernels = []
+    for context in (contextlib.nullcontext(), same_arithmetic()):
+        with torch.inference_mode(), context, profile() as seen:
+            attn(x, x, x, need_weights=False)
+        kernels.append("aten::_native_multi_head_attention" in {e.name for e in seen.events()})
+    assert kernels == [True, False]
 
 
 def test_state_dict_has_the_librarys_keys():

@@ -40,6 +40,22 @@ def test_bypassed_change_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_library(merged, torch.rand(1, *merged.input_size).numpy())
 
 
+def test_a_small_channel_beside_a_large_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few channels of dense features are often far larger than all others."""
+    vit = timm.create_model("test_vit").eval()
+    merged = patch(vit, 4, dense=True)
+    with torch.no_grad():
+        vit.norm.weight[0] *= 1e4
+    images = torch.rand(1, *merged.input_size).numpy()
+    check_library(merged, images)
+    plain = merged.library
+    factor = torch.ones(vit.embed_dim)
+    factor[1] = 1 + 1e-3
+    monkeypatch.setattr(merged, "library", lambda pixels: plain(pixels) * factor)
+    with pytest.raises(InputError, match="without merging differs from the model's own output"):
+        check_library(merged, images)
+
+
 def test_weights_of_a_function_are_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

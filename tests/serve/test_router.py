@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from tome_export.artifact import Artifact
+from tome_export.artifact import Artifact, write_manifest
 from tome_export.errors import InputError
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve.client import connect
@@ -290,7 +290,44 @@ def test_routes_that_cannot_be_told_apart_are_refused(make_artifact):
             router_folder(ROUTER, routes)
 
 
+def test_outputs_that_depend_on_r_have_no_router_and_it_is_told(make_artifact, tmp_path):
+    """The tokens of a vision tower: 47 for one r, 96 for another."""
+    made = []
+    for r, tokens in ((8, 47), (4, 96)):
+        made.append(make_artifact(schedule=f"r={r} constant", r=[r]))
+        give_tokens(made[-1], tokens)
+    done = serve(ServeRequest(tuple(made), tmp_path / "repository"))
+    assert [model.name for model in done.models] == ["small_r8", "small_r4"]
+    assert done.entry == "small_r4"
+    assert done.notes == (
+        "No router: the shape of the output depends on r (small_r8 [47, 5]; small_r4 [96, 5]); ask "
+        "each by its name",
+    )
+
+
 # Routers in a repository, to which models are added later.
+
+
+def give_tokens(folder, tokens):
+    """Make an artifact of classes one whose output is a number of tokens."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(folder / "model.onnx")
+    graph = model.graph
+    graph.node[-1].output[0] = "flat_logits"
+    graph.initializer.append(helper.make_tensor("one", onnx.TensorProto.INT64, [1], [1]))
+    graph.initializer.append(
+        helper.make_tensor("count", onnx.TensorProto.INT64, [3], [1, tokens, 1])
+    )
+    graph.node.append(helper.make_node("Unsqueeze", ["flat_logits", "one"], ["row"]))
+    graph.node.append(helper.make_node("Expand", ["row", "count"], ["logits"]))
+    shape = ["batch", tokens, 5]
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", 1, shape))
+    onnx.save(model, folder / "model.onnx")
+    manifest = json.loads((folder / "build.json").read_text())
+    manifest["output"]["shape"] = shape
+    write_manifest(folder, manifest)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_y
 from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME, SOURCE_MAP
+from tome_export.spec import INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:
     import onnx
@@ -109,12 +109,12 @@ def check_parity(
         images=len(images),
         k=k,
         layers=layers,
-        output=_output_parity(shipped, reference.output),
-        led_output=_output_parity(led.output, reference.output),
+        output=_output_parity(shipped, reference.output, output_name == LOGITS),
+        led_output=_output_parity(led.output, reference.output, output_name == LOGITS),
         led_allowed=allowed,
         twin_difference=float(np.abs(shipped - free.output)[steady].max(initial=0.0)),
         twin_allowed=allowed,
-        source_map_defects=_source_map_defects(model, free),
+        source_map_defects=_source_map_defects(model, free, shown.get(SOURCE_MAP), diverged),
     )
 
 
@@ -145,10 +145,23 @@ def _run_twin(
     return passes[0], passes[1]
 
 
-def _source_map_defects(model: MergedModel, free: Pass) -> int | None:
-    """Images whose source map does not follow from the plans of the same pass."""
-    if free.source_map is None:
-        return None
+def _source_map_defects(
+    model: MergedModel, free: Pass, shipped: Array | None, diverged: Array
+) -> int | None:
+    """Images whose source map does not follow from the plans.
+
+    The twin's has to from those of the same pass. The shipped graph shows no plans, so its map has
+    to be the twin's where the twin decides as the reference: any plan of its own would be that.
+
+    Args:
+        model: The reference.
+        free: The twin, deciding for itself.
+        shipped: ``[B, patches]`` of the shipped graph.
+        diverged: ``[B]``, -1 for the images where no plan of the twin differs.
+    """
+    if free.source_map is None or shipped is None:
+        # A model without that output has it in neither graph.
+        return None if free.source_map is shipped else len(free.output)
     import torch
 
     from tome_export.merge.plan import MergePlan, source_map
@@ -158,8 +171,12 @@ def _source_map_defects(model: MergedModel, free: Pass) -> int | None:
         parts = (torch.from_numpy(part) for part in (found.keep, found.src, found.dst))
         plans[layer] = MergePlan(*parts)
     expected = source_map(plans, len(free.output), model.layers[0].tokens_in)[:, model.prefix :]
-    wrong = (expected - model.prefix).numpy() != free.source_map
-    return int(wrong.any(axis=1).sum())
+    own = (expected - model.prefix).numpy()
+    if own.shape != free.source_map.shape or own.shape != shipped.shape:
+        return len(free.output)
+    wrong = (own != free.source_map).any(axis=1)
+    wrong |= (shipped != free.source_map).any(axis=1) & (diverged < 0)
+    return int(wrong.sum())
 
 
 def _first_divergence(reference: Pass, free: Pass) -> Array:
@@ -243,7 +260,7 @@ def _plan_from_scores(scores: Array, r: int, prefix: int, class_token: bool) -> 
     return Plan(keep, 2 * rank[:r], dst)
 
 
-def _output_parity(candidate: Array, reference: Array) -> OutputParity:
+def _output_parity(candidate: Array, reference: Array, logits: bool) -> OutputParity:
     a = candidate.reshape(len(candidate), -1).astype(np.float64)
     b = reference.reshape(len(reference), -1).astype(np.float64)
     error = float(np.abs(a - b).max())
@@ -253,5 +270,5 @@ def _output_parity(candidate: Array, reference: Array) -> OutputParity:
         max_abs=error,
         relative=error / max(float(np.abs(b).max()), np.finfo(np.float32).tiny),
         cosine=float(cosine.min()),
-        top1_agreement=float((a.argmax(axis=1) == b.argmax(axis=1)).mean()),
+        top1_agreement=float((a.argmax(axis=1) == b.argmax(axis=1)).mean()) if logits else None,
     )

@@ -61,13 +61,14 @@ class OutputParity:
         max_abs: Largest absolute difference.
         relative: ``max_abs`` over the reference's largest absolute value.
         cosine: Smallest cosine similarity over the images.
-        top1_agreement: Share of images whose largest entry is the same.
+        top1_agreement: Share of images whose largest logit is that of the same class; None where
+            the output is features, whose largest entry says nothing.
     """
 
     max_abs: float
     relative: float
     cosine: float
-    top1_agreement: float
+    top1_agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class ParityReport:
             differs: the twin speaks for the shipped graph as far as this is small.
         twin_allowed: What it may be.
         source_map_defects: Images whose source map is not the composition of the plans that the
-            graph itself chose; None for a model without that output.
+            graph itself chose, or not its twin's where no plan differs; None for a model without
+            that output.
     """
 
     candidate: str
@@ -168,8 +170,8 @@ class ParityReport:
             )
         if self.source_map_defects:
             reasons.append(
-                f"the source map of {self.source_map_defects} of {self.images} images is not the "
-                "composition of their merge plans"
+                f"the source map of {self.source_map_defects} of {self.images} images does not "
+                "follow from their merge plans"
             )
         return reasons
 

@@ -17,6 +17,7 @@ from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import MergePlan, token_map, unmerge
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.merge.spec import clamp_r
+from tome_export.patch.checks import check_undispatched
 from tome_export.spec import PatchGrid
 
 _INNER = "model."
@@ -242,7 +243,8 @@ class MergedModel(nn.Module, ABC):
             the final token of each patch, counted behind the prefix tokens.
 
         Raises:
-            InputError: if the image size is not the one the token counts were made for.
+            InputError: if the image size is not the one the token counts were made for, or hooks
+                move the inner model's weights between devices.
         """
         merger = self.merger()
         output = self.run(self._checked(pixel_values), merger)
@@ -283,6 +285,7 @@ class MergedModel(nn.Module, ABC):
         return self.run(self._checked(pixel_values), self.merger(forced, observe))
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
+        check_undispatched(self.model)
         if tuple(pixel_values.shape[1:]) != self.input_size:
             raise InputError(
                 f"image shape is {tuple(pixel_values.shape[1:])}; this model's token counts are "

@@ -11,6 +11,11 @@ from tome_export.errors import InputError
 
 Zeros = Callable[..., Tensor]
 
+ONE_DEVICE = (
+    "a merged model runs on one device: load the model without device_map or offload, patch it, "
+    "and move the patched model with .to(device)"
+)
+
 
 def check_plain(model: nn.Module, name: str) -> None:
     """Refuse what patching would bypass: hooks, and ``forward`` methods put on single modules."""
@@ -20,8 +25,39 @@ def check_plain(model: nn.Module, name: str) -> None:
             what = "a forward hook" if hooks else "a forward method of its own"
             raise InputError(
                 f"module {where or '(the model)'} of model {name} has {what}, which patching would "
-                "bypass; remove it (a model placed by accelerate or a device map: patch it before)"
+                "bypass; remove it (of a model that accelerate or a device map has placed: "
+                f"{ONE_DEVICE})"
             )
+
+
+def check_undispatched(model: nn.Module) -> None:
+    """Refuse a patched model whose inner modules accelerate has given hooks since.
+
+    Its hooks move each module's weights when the module is called, and merging calls the parts of
+    layers, not the layers. Not looked at while a graph is traced.
+
+    Args:
+        model: The inner model, at a forward pass.
+
+    Raises:
+        InputError: naming the first module that has a hook.
+    """
+    if torch.compiler.is_compiling():
+        return
+    # Not by modules(), which takes five times as long, and this is done at every forward pass.
+    left, hooked = [model], False
+    while left and not hooked:
+        attributes = vars(left.pop())
+        hooked = "_hf_hook" in attributes
+        left += [part for part in attributes["_modules"].values() if part is not None]
+    if not hooked:
+        return
+    where = next(name for name, part in model.named_modules() if "_hf_hook" in vars(part))
+    raise InputError(
+        f"module {where or '(the model)'} of patched model {model_name(model)} has a hook of "
+        "accelerate, which moves tensors where merging would not see it (dispatched or offloaded "
+        f"after patching); {ONE_DEVICE}"
+    )
 
 
 def require(module: nn.Module, known: set[type], role: str, model_name: str) -> None:

@@ -16,7 +16,7 @@ from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
 from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
-from tome_export.patch.checks import Zeros, check_plain, counted_macs
+from tome_export.patch.checks import ONE_DEVICE, Zeros, check_plain, counted_macs
 from tome_export.spec import PatchGrid
 
 ATTENTIONS = ("sdpa", "eager")
@@ -132,7 +132,7 @@ def check_placed(model: nn.Module, name: str) -> None:
     A model that is on the meta device as a whole is only looked at, and passes.
 
     Raises:
-        InputError: saying to patch before dispatch.
+        InputError: saying how to place it.
     """
     hooked = next((where for where, m in model.named_modules() if hasattr(m, "_hf_hook")), None)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -141,7 +141,7 @@ def check_placed(model: nn.Module, name: str) -> None:
     what = f"is on {', '.join(devices)}" if len(devices) > 1 else "has accelerate's hooks"
     raise InputError(
         f"model {name} {what}: a device map has placed it, and its hooks move tensors that "
-        "merging would not see; load it without device_map, patch it, then dispatch it"
+        f"merging would not see; {ONE_DEVICE}"
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import BaseTorchFunctionMode
 
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
@@ -71,12 +71,11 @@ def same_arithmetic() -> Iterator[None]:
 
     Its fast path for inference is another kernel, whose rounding grows over many layers.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    # The class leaves its fast path wherever a tensor's functions may be overridden. A mode that
+    # overrides nothing says so for this thread only; the switch of torch.backends.mha is one for
+    # the whole process, and threads that leave in another order than they came would leave it off.
+    with BaseTorchFunctionMode():
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def multihead_block_cost(width: int, mlp: nn.Module) -> BlockCost:

@@ -25,7 +25,7 @@ from tome_export.pipeline.backends import (
 from tome_export.pipeline.engine import build_engine
 from tome_export.pipeline.images import parity_images
 from tome_export.pipeline.progress import Progress
-from tome_export.pipeline.reference import reference_model, rescheduled
+from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.spec import BatchRange, Preprocessing
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def bench_images(manifest: Mapping[str, Any], batch: int) -> tuple[Array, str]:
 
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
     try:
-        recipe = replace(resolve(manifest["model"]["name"]), preprocessing=preprocessing)
+        recipe = replace(resolve(model_name(manifest)), preprocessing=preprocessing)
         samples = parity_images(recipe, preprocessing.input_size, None, COUNT)
     # A user's own model may not be importable here, or take what no photograph gives.
     except InputError:

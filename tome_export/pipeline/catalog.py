@@ -154,7 +154,8 @@ def sizes_from_model(recipe: Recipe) -> Sizes:
     from tome_export.models.weights import architecture
     from tome_export.patch import patch
 
-    model = patch(architecture(recipe), Schedule(recipe.recommended_r))
+    schedule = Schedule(recipe.recommended_r)
+    model = patch(architecture(recipe), schedule, dense=recipe.dense_only)
     tokens = model.layers[0].tokens_in if model.layers else model.prefix
     return Sizes(
         tokens=tokens,

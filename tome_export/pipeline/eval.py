@@ -17,7 +17,7 @@ from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
 from tome_export.pipeline.eval_work import run_chunks
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.pipeline.reference import reference_model
+from tome_export.pipeline.reference import model_name, reference_model
 from tome_export.spec import BatchRange
 
 EVAL = "eval.json"
@@ -170,7 +170,7 @@ def _source(artifact: Artifact, request: EvalRequest, classes: Classes | None) -
     if request.labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
     name = artifact.manifest["model"]["name"]
-    found = labelled_samples(resolve(name))
+    found = labelled_samples(resolve(model_name(artifact.manifest, request.weights)))
     if found is None:
         raise InputError(f"no labelled images come with {name}; give a folder of them with --data")
     return ArraySource(found[0], found[1].astype(np.int32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tome_export
@@ -34,6 +35,7 @@ def manifest_of(
     return {
         "model": {
             "name": recipe.name,
+            "folder": checkpoint_folder(recipe.name),
             "family": recipe.family,
             "timm_name": recipe.timm_name,
             "description": recipe.description,
@@ -75,6 +77,20 @@ def manifest_of(
         "parity": None,
         "versions": versions(),
     }
+
+
+def checkpoint_folder(name: str) -> str | None:
+    """Where the checkpoint of ``hf:<folder>`` is, whatever folder is the current one later.
+
+    Args:
+        name: Of any model.
+
+    Returns:
+        Its absolute path; None for a model that is in no folder.
+    """
+    kind, _, where = name.partition(":")
+    folder = Path(where).expanduser()
+    return str(folder.resolve()) if kind == "hf" and where and folder.is_dir() else None
 
 
 def _tower(

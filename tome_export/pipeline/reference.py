@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
 
     Args:
         artifact: The artifact.
-        weights: Where the weights are now, if not where they were at the build.
+        weights: Where the weights are now, if not where they were at the build: a file, or the
+            folder of a checkpoint that was one.
 
     Raises:
         InputError: if the weights cannot be found, or are others than at the build.
@@ -34,6 +36,9 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     manifest = artifact.manifest
     recorded = manifest["model"]["weights"]
     kind, source = recorded["kind"], recorded["source"]
+    name = model_name(manifest, weights)
+    if manifest["model"].get("folder") and weights is not None and Path(weights).is_dir():
+        weights = None  # that of the checkpoint, which is in the name now
     if weights is None and kind == "file":
         weights = source.partition(";")[0]
         if not Path(weights).is_file():
@@ -43,7 +48,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             )
     if weights is None:
         weights = "random" if kind == "random" else "pretrained"
-    recipe = resolve(manifest["model"]["name"], TowerOptions.of(manifest.get("tower")))
+    recipe = resolve(name, TowerOptions.of(manifest.get("tower")))
+    recipe = replace(recipe, name=manifest["model"]["name"])
     loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
     merge = manifest["merge"]
     schedule = Schedule(per_layer=tuple(merge["r"]))
@@ -55,6 +61,30 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             f"({kind}: {source}); give the same ones with --weights"
         )
     return model, loaded.recipe
+
+
+def model_name(manifest: Mapping[str, Any], weights: str | None = None) -> str:
+    """What ``resolve`` finds an artifact's model by, from any current folder.
+
+    Args:
+        manifest: Of the artifact.
+        weights: A folder stands for that of the checkpoint.
+
+    Raises:
+        InputError: if the model was a folder's, and the folder is no more.
+    """
+    model = manifest["model"]
+    folder = model.get("folder")  # artifacts of before have none
+    if folder is None:
+        return str(model["name"])
+    if weights is not None and Path(weights).is_dir():
+        return f"hf:{weights}"
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"the artifact was built from the checkpoint folder {folder}, which is not there; put "
+            "it back, or give its path with --weights"
+        )
+    return f"hf:{folder}"
 
 
 def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:

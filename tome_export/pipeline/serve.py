@@ -81,7 +81,7 @@ class ServeResult:
         repository: Its directory.
         models: What was written, each after the models it needs.
         entry: The model a client asks: the router (of pipelines where there are some), the
-            pipeline, or the model itself.
+            pipeline, or the model itself; the last one's, where there are several and no router.
         kserve: The manifest, if one was asked for.
         random_weights: Whether the model has learned nothing.
         notes: What a user should know.
@@ -127,6 +127,8 @@ def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResul
     """
     progress = progress or Silent()
     check_packages()
+    from tome_export.serve.pipeline_models import of_one_shape
+
     repository = check_repository(request.repository)
     _check_kserve(request.kserve)
     if request.options.name is not None:
@@ -140,7 +142,10 @@ def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResul
     groups = [_folders(one, request.options) for one in served]
     folders = [folder for group in groups for folder in group]
     entry = folders[-1].name
-    routers = _routers(served, groups, request.options, repository)
+    # One that is there already would go on routing to models that it no longer fits: refused below.
+    fixed = served[0].base is not None and has_router(repository, served[0].base)
+    routed = fixed or of_one_shape([one.folder.config for one in served])
+    routers = _routers(served, groups, request.options, repository) if routed else []
     folders += routers
     if len(routers) > request.options.preprocess:
         entry = routers[-1].name
@@ -150,6 +155,8 @@ def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResul
     if request.kserve is not None:
         _write_text(request.kserve, kserve_text(kserve_manifest(entry, request.kserve_options)))
     notes = {one.source.note: None for one in served if one.source.note}
+    if not routed:
+        notes[_unrouted(served)] = None
     return ServeResult(
         repository,
         tuple(written),
@@ -249,6 +256,15 @@ def _routers(
     pipelines = [route(one, group[-1]) for one, group in pairs if options.preprocess]
     options = replace(options, version=None)
     return router_folders(repository, base, models, pipelines, options)
+
+
+def _unrouted(served: Sequence[_Served]) -> str:
+    """Why there is no router, which would have to promise one shape."""
+    outputs = "; ".join(
+        f"{one.name} {' '.join(str(list(output.dims)) for output in one.folder.config.output)}"
+        for one in served
+    )
+    return f"No router: the shape of the output depends on r ({outputs}); ask each by its name"
 
 
 def _measured_ms(artifact: Artifact) -> float | None:

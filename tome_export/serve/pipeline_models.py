@@ -269,6 +269,24 @@ def _check_routes(routes: Sequence[Route]) -> None:
             raise InputError(f"model {model} is given twice to a router; give it once")
 
 
+def of_one_shape(configs: Sequence[ModelConfig]) -> bool:
+    """Whether models that are alike in all else also have outputs of one shape.
+
+    The tokens that a vision tower gives are fewer for a larger r, and then no model can stand in
+    for another.
+    """
+
+    def shape(config: ModelConfig) -> list[tuple[int, ...]]:
+        return [tuple(tensor.dims) for tensor in config.output]
+
+    def rest(config: ModelConfig) -> list[tuple[object, ...]]:
+        inputs = [(t.name, t.data_type, *t.dims) for t in config.input]
+        return [*inputs, *((t.name, t.data_type, len(t.dims)) for t in config.output)]
+
+    first, *others = configs
+    return not any(rest(one) == rest(first) and shape(one) != shape(first) for one in others)
+
+
 def _interface(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
     tensors = (*config.input, *config.output)
     return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
