@@ -407,7 +407,7 @@ def test_ray_ends_with_sigterm_and_leaves_nothing(start, artifact, digits, when)
             if line.startswith(told):
                 break
         if when == "starting":
-            wait_for(lambda: list(Path(short).glob("tome-ray-*/session_*")))
+            wait_for(lambda: ray_processes(short))
         assert ray_processes(short)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)

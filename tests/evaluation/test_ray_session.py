@@ -201,5 +201,5 @@ def test_an_actor_that_dies(tmp_path):
         check=True,
     )
     (line,) = [line for line in ran.stdout.splitlines() if line.startswith("told: ")]
-    assert line.startswith("told: ExportError Ray could not go on (The actor is dead")
+    assert line.startswith("told: ExportError Ray could not go on (The actor ")
     assert line.endswith(AGAIN)

@@ -16,9 +16,9 @@ TITLE = "Accuracy"
 LISTED = 20
 """Unreadable images that are listed; all are counted."""
 
-TOP1 = Measure("top1", "top-1 accuracy")
-AGREEMENT = Measure("agreement_with_unmerged", "agreement with the unmerged model")
-COSINE = Measure("cosine_to_unmerged", "cosine to the unmerged model")
+TOP1 = Measure("top1", "top-1 accuracy", "top-1 accuracy")
+AGREEMENT = Measure("agreement_with_unmerged", "agreement with the unmerged model", "agreement")
+COSINE = Measure("cosine_to_unmerged", "cosine to the unmerged model", "cosine")
 
 Candidate = Mapping[str, Any]
 

@@ -39,11 +39,13 @@ class Measure:
 
     Attributes:
         key: Its entry in the report: a share with an interval, or a mean with the smallest.
-        title: As axes and captions call it.
+        title: As captions call it.
+        axis: The same in few words.
     """
 
     key: str
     title: str
+    axis: str
 
     def values(
         self, candidates: Sequence[Mapping[str, Any]]
@@ -68,7 +70,7 @@ class Measure:
     @property
     def label(self) -> str:
         """Of an axis."""
-        return f"{self.title} (%)" if self.is_share else self.title
+        return f"{self.axis} (%)" if self.is_share else self.axis
 
 
 def draw_accuracy(form: Form, candidates: Sequence[Mapping[str, Any]], measure: Measure) -> Figure:
