@@ -58,7 +58,6 @@ def _numbers(context: Any, param: Any, values: tuple[str, ...]) -> tuple[int, ..
 @click.pass_obj
 def command(terminal: Terminal, artifact: Path, **options: Any) -> None:
     """Measure latency, throughput and memory of ARTIFACT beside another model, in turn."""
-    options.pop("debug", None)
     with working(terminal) as progress:
         from tome_export.pipeline.bench import BenchRequest, bench
 

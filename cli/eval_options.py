@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
@@ -46,7 +45,6 @@ eval_options = grouped(
     click.option(
         "--workers",
         type=click.IntRange(min=0),
-        default=lambda: os.cpu_count() or 1,
         help="Processes that decode; 0 for none.  [default: one per core]",
     ),
     click.option("--r", type=Numbers(), default=(), help="Also these constant schedules."),

@@ -78,19 +78,21 @@ def _cell(name: str, found: Mapping[str, Any] | None) -> str:
 
 
 def _legend(values: Mapping[str, Any]) -> list[str]:
-    first = values["candidates"][0]
+    def told(*names: str) -> bool:
+        return any(candidate[name] for candidate in values["candidates"] for name in names)
+
     level = percent(values["confidence"])
     lines = []
-    if first["top1"] or first["agreement_with_unmerged"]:
+    if told("top1", "agreement_with_unmerged"):
         lines.append(f"[low, high]: {level} interval ({values['methods']['share']})")
-    if first["difference_to_unmerged"]:
+    if told("difference_to_unmerged"):
         lines.append(
             "difference: top-1 minus that of unmerged on the same images, in points "
             f"({values['methods']['difference']})"
         )
-    if first["agreement_with_unmerged"]:
+    if told("agreement_with_unmerged"):
         lines.append("agreement: share of images whose best class is that of unmerged")
-    if first["cosine_to_unmerged"]:
+    if told("cosine_to_unmerged"):
         lines.append("cosine: of an image's features to those of unmerged")
     return lines
 

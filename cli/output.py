@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
+
+from tome_export.files import json_bytes
 
 
 @dataclass
@@ -28,17 +30,37 @@ class Terminal:
 
     def result(self, values: dict[str, Any], lines: Sequence[str]) -> None:
         """Print a command's result in the form that was asked for."""
-        text = json.dumps(values, indent=2, ensure_ascii=False) if self.json else "\n".join(lines)
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        if self.json:
+            told = json_bytes(values).decode()
+            if not _takes(sys.stdout, told):
+                told = json.dumps(values, indent=2) + "\n"
+        else:
+            told = "\n".join(lines) + "\n"
+        _write(sys.stdout, told)
 
     def error(self, kind: str, message: str, exit_code: int) -> None:
         """One line on standard error; with JSON also the object that is promised."""
         if self.json:
             failure = {"type": kind, "message": message, "exit_code": exit_code}
             self.result({"error": failure, **self.findings}, ())
-        sys.stderr.write(f"Error: {message}\n")
-        sys.stderr.flush()
+        _write(sys.stderr, f"Error: {message}\n")
+
+
+def _takes(stream: TextIO, text: str) -> bool:
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write at once; what the stream has no characters for, as in some file names, is escaped."""
+    if not _takes(stream, text):
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    stream.write(text)
+    stream.flush()
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ def _lines(done: ReportResult) -> list[str]:
     return [
         *warning_lines(done.artifact.manifest),
         *missing,
+        *done.changed,
         *note,
         f"Report: {done.path}, {size(done.size)}",
     ]

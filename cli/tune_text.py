@@ -17,7 +17,8 @@ def schedule_lines(values: Mapping[str, Any], path: Path) -> list[str]:
     """All a person wants to know of a search."""
     found, unmerged, data = values["found"], values["unmerged"], values["data"]
     images = f"{data['search']} to search"
-    images += f", {data['validation']} to validate" if data["validation"] else ", none to validate"
+    images += f", {data['validation']} to choose" if data["validation"] else ", none to choose"
+    images += f", {data['held_out']} held out" if data["held_out"] else ""
     return [
         *([RANDOM] if values["weights"]["kind"] == "random" else []),
         *fields(
@@ -26,7 +27,8 @@ def schedule_lines(values: Mapping[str, Any], path: Path) -> list[str]:
                 ("Target", values["objective"]["text"]),
                 ("Images", f"{values['images']} of {data['source']}: {images}"),
                 ("Schedule", ",".join(map(str, found["schedule"]))),
-                *_facts(found, unmerged, values["objective"]["metric"], values["confidence"]),
+                *_facts(found, unmerged, values["objective"]["metric"]),
+                *_estimate(found["estimate"], values["confidence"]),
                 *_latency(found, unmerged, values["cost_table"]),
                 ("Best constant r", _constant(values["best_constant"], unmerged)),
             ]
@@ -36,32 +38,42 @@ def schedule_lines(values: Mapping[str, Any], path: Path) -> list[str]:
         "",
         f"{values['search']['schedules']} schedules were searched in {values['seconds']:.0f} s"
         + (", ended by the time limit" if values["search"]["ended_by_time_limit"] else "")
-        + f"; the choice looked at {values['search']['validation_looks']} on the validation images",
+        + f"; {values['search']['validation_looks']} were looked at on the images to choose with",
         *(f"Note: {note}" for note in data["notes"]),
         f"Schedule: {path}; build it with --schedule {path}",
     ]
 
 
 def _facts(
-    found: Mapping[str, Any], unmerged: Mapping[str, Any], metric: str, confidence: float
+    found: Mapping[str, Any], unmerged: Mapping[str, Any], metric: str
 ) -> list[tuple[str, str]]:
-    change = found["against_unmerged"]
-    validation = found["validation_accuracy"]
-    halves = f"search {percent(found['search_accuracy'])}"
-    if validation is not None:
-        halves += f", validation {percent(validation)}"
-    name = "Top-1" if metric == "top1" else "Agreement"
+    parts = f"search {percent(found['search_accuracy'])}"
+    if found["validation_accuracy"] is not None:
+        parts += f", choice {percent(found['validation_accuracy'])}"
     return [
         ("MACs", f"{macs(found['macs'])}, {_share(found, unmerged)} of the unmerged model's"),
         (
-            name,
-            f"{percent(found['accuracy'])} ({halves}), unmerged {percent(unmerged['accuracy'])}",
+            "Top-1" if metric == "top1" else "Agreement",
+            f"{percent(found['accuracy'])} ({parts}), unmerged {percent(unmerged['accuracy'])}",
         ),
+    ]
+
+
+def _estimate(estimate: Mapping[str, Any] | None, confidence: float) -> list[tuple[str, str]]:
+    """What to expect of images that are not here; the label says which images tell."""
+    if estimate is None:
+        return [("Elsewhere", "unknown: all images were searched on")]
+    held_out = estimate["on"] == "held out"
+    change = estimate["change"]
+    why = "" if held_out else "; optimistic, the schedule was chosen with them"
+    return [
         (
-            "Change",
-            f"{100 * change['share']:+.2f} points, {100 * confidence:g} % interval "
-            f"{100 * change['low']:+.2f} to {100 * change['high']:+.2f}",
-        ),
+            "Held out" if held_out else "Choice",
+            f"{percent(estimate['share'])} of {estimate['images']}, unmerged "
+            f"{percent(estimate['unmerged']['share'])}: {100 * change['share']:+.2f} points, "
+            f"{100 * confidence:g} % interval {100 * change['low']:+.2f} to "
+            f"{100 * change['high']:+.2f}{why}",
+        )
     ]
 
 
@@ -83,7 +95,7 @@ def _latency(
 
 def _constant(constant: Mapping[str, Any] | None, unmerged: Mapping[str, Any]) -> str:
     if constant is None:
-        return "none meets the target"
+        return "none was found that meets the target"
     r = ",".join(map(str, constant["schedule"]))
     return (
         f"{r}: {macs(constant['macs'])} MACs, {_share(constant, unmerged)}, "
@@ -103,16 +115,14 @@ def front_lines(values: Mapping[str, Any]) -> list[str]:
             _share(row, unmerged),
             *([f"{row['latency_ms']:.3g}"] if latency else []),
             percent(row["accuracy"]),
-            f"{percent(row['low'])} to {percent(row['high'])}",
             ",".join(map(str, row["schedule"])),
         )
         for row in thinned(values["front"])
     ]
     timed = ["ms"] if latency else []
-    interval = f"{100 * values['confidence']:g} % interval"
     metric = "top-1" if values["objective"]["metric"] == "top1" else "agreement"
-    headers = ["", "method", "MACs", "of unmerged", *timed, metric, interval, "r per layer"]
-    return table(headers, rows, "ll" + "rr" + "r" * len(timed) + "rrl")
+    headers = ["", "method", "MACs", "of unmerged", *timed, metric, "r per layer"]
+    return table(headers, rows, "ll" + "rr" + "r" * len(timed) + "rl")
 
 
 def thinned(front: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

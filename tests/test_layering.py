@@ -56,15 +56,17 @@ MAY_IMPORT = {
     "parity": {"onnx", "patch", "merge", "runtime"},
     "bench": {"onnx", "runtime", "merge"},
     "evaluation": {"runtime"},
-    "tune": {"merge"},
+    "tune": {"merge", "files"},
     "inspect": set(),
-    "report": {"inspect"},
+    "report": {"inspect", "files"},
     "serve": {"engine", "artifact"},
-    "artifact": {"staging", "schema"},
-    "staging": {"schema"},
+    "artifact": {"staging", "schema", "files"},
+    "staging": {"schema", "files"},
+    "files": set(),
     "schema": set(),
     "pipeline": {
         "artifact",
+        "files",
         "engine",
         "merge",
         "models",
@@ -80,7 +82,7 @@ MAY_IMPORT = {
         "tune",
         "inspect",
     },
-    "cli": {"pipeline", "artifact", "engine", "models", "merge"},
+    "cli": {"pipeline", "artifact", "files", "engine", "models", "merge"},
 }
 
 COMMON = {"errors", "spec", ""}
@@ -196,7 +198,7 @@ def test_module_keeps_to_its_layer(path, module):
 
 
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "tensorrt", "tensorrt_rtx", "torchvision"}
-LIGHT_LAYERS = ("cli", "engine", "artifact", "staging", "schema", "errors", "spec", "")
+LIGHT_LAYERS = ("cli", "engine", "artifact", "staging", "schema", "files", "errors", "spec", "")
 
 
 @pytest.mark.parametrize(("path", "module"), ALL, ids=[module for _, module in ALL])

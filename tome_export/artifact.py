@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tome_export.errors import InputError
-from tome_export.schema import FORMAT, MANIFEST, MODEL, read_manifest
-from tome_export.staging import staged, writing_to
+from tome_export.files import draft_of, json_bytes, locked, shared, writing_to
+from tome_export.schema import FORMAT, MANIFEST, MODEL, RESULTS, read_manifest
+from tome_export.staging import DRAFT, staged
 
 __all__ = [
     "FORMAT",
@@ -22,6 +21,7 @@ __all__ = [
     "MODEL",
     "PARITY",
     "Artifact",
+    "locked",
     "sha256_of",
     "staged",
     "write_json",
@@ -31,6 +31,9 @@ __all__ = [
 
 PARITY = "parity.json"
 
+PATIENCE_S = 10.0
+"""Seconds to wait for a command that is recording into the artifact, which takes far less."""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -38,93 +41,158 @@ class Artifact:
 
     Attributes:
         path: Its directory.
-        manifest: The content of ``build.json``.
+        manifest: The content of ``build.json``, without the files that are stale.
+        stale: Result that is not as it was recorded -> what to do about it, in a line.
     """
 
     path: Path
     manifest: dict[str, Any]
+    stale: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
         """Read an artifact and verify the sha256 of every file.
 
+        A result (``RESULTS``) that is lost or was changed is none: the model is usable without.
+
         Raises:
             InputError: if it is not an artifact, of another format, incomplete or changed.
         """
+        with contextlib.suppress(InputError):
+            found = cls._verified(path)
+            if not found.stale:
+                return found
+        # Perhaps a command is recording into it: what counts is what is there with that kept out.
+        with shared(path, PATIENCE_S):
+            return cls._verified(path)
+
+    @classmethod
+    def _verified(cls, path: Path) -> Artifact:
         manifest = read_manifest(path)
+        stale: dict[str, str] = {}
         for name, recorded in manifest["files"].items():
             file = path / name
-            if not file.is_file():
-                raise InputError(f"{file} is missing; rebuild the artifact or copy it whole")
-            size = file.stat().st_size
-            if size != recorded["bytes"]:
-                raise InputError(
-                    f"{file} has {size} bytes; {MANIFEST} records {recorded['bytes']}: the file "
-                    "is truncated or was changed, rebuild the artifact or copy it again"
-                )
-            if sha256_of(file) != recorded["sha256"]:
-                raise InputError(
-                    f"{file} does not match the sha256 in {MANIFEST}: the file is corrupted or "
-                    "was changed, rebuild the artifact or copy it again"
-                )
-        return cls(path, manifest)
+            fault = _fault(file, recorded)
+            if fault and name not in RESULTS:
+                raise InputError(f"{file} {fault}")
+            if fault:
+                what = "was changed after" if file.is_file() else "is gone since"
+                command = f"'tome-export {RESULTS[name]}'"
+                stale[name] = f"{name} {what} it was recorded: run {command} again"
+        return cls(path, manifest)._without(stale)
+
+    def _without(self, stale: Mapping[str, str]) -> Artifact:
+        files = {n: r for n, r in self.manifest["files"].items() if n not in stale}
+        return Artifact(self.path, {**self.manifest, "files": files}, stale)
 
     @property
     def model_path(self) -> Path:
         """The ONNX model."""
         return self.path / MODEL
 
-    def with_files(self, changes: dict[str, Any], files: dict[str, Path]) -> Artifact:
+    def record(
+        self,
+        name: str,
+        content: bytes | Mapping[str, Any],
+        changes: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Add or replace a result, whoever else is recording.
+
+        Args:
+            name: Of ``RESULTS``.
+            content: Of the file; a mapping is written as JSON.
+            changes: Top-level manifest entries that go with it.
+
+        Raises:
+            InputError: as ``with_files``.
+        """
+        whole = content if isinstance(content, bytes) else json_bytes(content)
+        return self.with_files(changes or {}, {name: whole})
+
+    def with_files(self, changes: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> Artifact:
         """Add or replace files and manifest entries; the manifest is replaced last, in one step.
 
         The changes go into the manifest as it is by now: others may have added to the artifact
-        since it was opened.
+        since it was opened. A command that is killed meanwhile leaves a whole artifact, if
+        perhaps without what it replaces.
 
         Args:
             changes: Top-level manifest entries; ``engines`` adds to those that are there.
-            files: File name in the artifact -> finished file to move there (same filesystem).
+            files: File name in the artifact -> its content, or a finished file to move there (same
+                filesystem).
 
         Raises:
             InputError: if the artifact cannot be written (read-only, disk full), another command
-                is writing it, or its model was replaced since it was opened.
+                goes on writing it, or its model was replaced since it was opened.
         """
         records = {name: _record(source) for name, source in files.items()}
-        draft = self.path / f".{MANIFEST}.partial"
-        with writing_to(self.path), locked(self.path):
+        with writing_to(self.path), locked(self.path, PATIENCE_S):
+            _clear_drafts(self.path)
             fresh = read_manifest(self.path)
             if fresh["files"][MODEL] != self.manifest["files"][MODEL]:
                 raise InputError(f"{self.path} was rebuilt meanwhile; repeat this command")
             manifest = {**fresh, **changes, "files": {**fresh["files"], **records}}
             if "engines" in changes:
                 manifest["engines"] = {**fresh["engines"], **changes["engines"]}
-            try:
+            with contextlib.ExitStack() as stack:
+
+                def drafted(name: str, content: bytes) -> Path:
+                    draft = draft_of(self.path / name)
+                    stack.callback(draft.unlink, missing_ok=True)
+                    draft.write_bytes(content)
+                    return draft
+
                 # What needs disk space comes first: when it runs out, the artifact is as it was.
-                draft.write_text(_dumps(manifest))
-                for name, source in files.items():
+                sources = {
+                    name: drafted(name, source) if isinstance(source, bytes) else source
+                    for name, source in files.items()
+                }
+                last = drafted(MANIFEST, json_bytes(manifest))
+                if (without := _without_replaced(fresh, records)) != fresh:
+                    drafted(MANIFEST, json_bytes(without)).replace(self.path / MANIFEST)
+                for name, source in sources.items():
                     source.replace(self.path / name)
-                draft.replace(self.path / MANIFEST)
-            finally:
-                draft.unlink(missing_ok=True)
-        return Artifact(self.path, manifest)
+                last.replace(self.path / MANIFEST)
+        stale = {name: why for name, why in self.stale.items() if name not in files}
+        # As a reader will find it: tuples are lists.
+        return Artifact(self.path, json.loads(json_bytes(manifest)))._without(stale)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other writers of a folder out; the lock ends with the process.
+def _without_replaced(fresh: dict[str, Any], records: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest for as long as a file that the model may need is neither the old nor the new."""
+    old = {
+        name
+        for name, record in records.items()
+        if name not in RESULTS and fresh["files"].get(name, record) != record
+    }
+    files = {name: record for name, record in fresh["files"].items() if name not in old}
+    engines = {name: one for name, one in fresh["engines"].items() if one["file"] not in old}
+    return {**fresh, "files": files, "engines": engines}
 
-    Raises:
-        InputError: if another command holds the lock.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(
-            f"another command is writing {folder}; wait for it and repeat this one"
-        ) from None
-    finally:
-        os.close(descriptor)
+
+def _clear_drafts(folder: Path) -> None:
+    """Remove what killed commands left; whoever writes drafts of these names has the lock."""
+    for entry in folder.iterdir():
+        if DRAFT.fullmatch(entry.name) and entry.is_file():
+            entry.unlink()
+
+
+def _fault(file: Path, recorded: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file of an artifact, and what to do."""
+    if not file.is_file():
+        return "is missing; rebuild the artifact or copy it whole"
+    size = file.stat().st_size
+    if size != recorded["bytes"]:
+        return (
+            f"has {size} bytes; {MANIFEST} records {recorded['bytes']}: the file is truncated or "
+            "was changed, rebuild the artifact or copy it again"
+        )
+    if sha256_of(file) != recorded["sha256"]:
+        return (
+            f"does not match the sha256 in {MANIFEST}: the file is corrupted or was changed, "
+            "rebuild the artifact or copy it again"
+        )
+    return None
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -136,23 +204,21 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     found = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
     files = {name: _record(file) for name, file in found.items() if name != MANIFEST}
     whole = {"format": FORMAT, **manifest, "files": files}
-    (folder / MANIFEST).write_text(_dumps(whole))
+    (folder / MANIFEST).write_bytes(json_bytes(whole))
     # As a reader will find it: tuples are lists.
-    written: dict[str, Any] = json.loads(_dumps(whole))
+    written: dict[str, Any] = json.loads(json_bytes(whole))
     return written
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file as every file of the artifact is written."""
-    path.write_text(_dumps(values))
+    path.write_bytes(json_bytes(values))
 
 
-def _dumps(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _record(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+def _record(source: Path | bytes) -> dict[str, Any]:
+    if isinstance(source, bytes):
+        return {"bytes": len(source), "sha256": hashlib.sha256(source).hexdigest()}
+    return {"bytes": source.stat().st_size, "sha256": sha256_of(source)}
 
 
 def sha256_of(file: Path) -> str:

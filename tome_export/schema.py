@@ -17,6 +17,14 @@ FORMAT = 1
 MANIFEST = "build.json"
 MODEL = "model.onnx"
 
+RESULTS = {
+    "parity.json": "check",
+    "bench.json": "bench",
+    "eval.json": "eval",
+    "report.html": "report",
+}
+"""What was found out about a model, which is usable without -> the command that finds it."""
+
 
 @dataclass(frozen=True)
 class Each:
@@ -101,7 +109,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
             "'tome-export build' wrote"
         )
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); rebuild the artifact") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from tome_export.errors import ExportError, InputError
-from tome_export.schema import MANIFEST, load_manifest
+from tome_export.errors import InputError
+from tome_export.files import is_open_as, writing_to
+from tome_export.schema import MANIFEST, RESULTS, load_manifest
 
-LEFTOVERS = (f".{MANIFEST}.partial", ".parity.json.partial", ".eval.json.partial", ".engine-")
-"""How the names begin of what a killed command may leave in an artifact."""
+_WRITTEN = "|".join(re.escape(name) for name in (MANIFEST, *RESULTS))
+
+DRAFT = re.compile(rf"\.(?:{_WRITTEN})(?:\.\w+)?\.partial")
+"""Names of what is written into an artifact, until it is whole; see ``files.draft_of``."""
+
+UNRECORDED = re.compile(r"\.engine-\w+|model(?:\.\w+)?\.engine")
+"""Names of what a killed ``engine`` may leave: the folder it built in, or an engine not listed."""
 
 
 @contextlib.contextmanager
@@ -53,7 +59,7 @@ def staged(
             _publish(partial, output)
         finally:
             # Once published the name is free, and another build may have claimed it.
-            if _is_locked_by(lock, partial):
+            if is_open_as(lock, partial):
                 shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
 
@@ -64,14 +70,6 @@ def _named(output: Path) -> Path:
     if not plain.name:
         raise InputError(f"output is {output}, which has no name; give a directory to make")
     return plain
-
-
-def _is_locked_by(descriptor: int, folder: Path) -> bool:
-    """Whether the folder of that name is the one that the descriptor has open."""
-    try:
-        return os.path.samestat(folder.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _make(folder: Path) -> None:
@@ -115,7 +113,7 @@ def _check_ours(output: Path) -> None:
     foreign = [
         entry.name
         for entry in entries
-        if not entry.name.startswith(LEFTOVERS) and not _is_listed(entry, (*files, MANIFEST))
+        if not _is_leftover(entry.name) and not _is_listed(entry, (*files, *RESULTS, MANIFEST))
     ]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -123,6 +121,10 @@ def _check_ours(output: Path) -> None:
             f"{output} holds what is not of the artifact ({', '.join(foreign[:3])}{more}), which "
             "--force would delete; move it away or give another directory"
         )
+
+
+def _is_leftover(name: str) -> bool:
+    return bool(DRAFT.fullmatch(name) or UNRECORDED.fullmatch(name))
 
 
 def _is_listed(entry: Path, names: Collection[str]) -> bool:
@@ -150,7 +152,7 @@ def _claim(partial: Path, output: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise busy from None
-        if _is_locked_by(descriptor, partial):
+        if is_open_as(descriptor, partial):
             if not any(partial.iterdir()):
                 return descriptor
             shutil.rmtree(partial)
@@ -175,29 +177,3 @@ def _publish(partial: Path, output: Path) -> None:
     finally:
         if output.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def writing_to(output: Path) -> Iterator[None]:
-    """Say in one line why a directory cannot be written.
-
-    Raises:
-        InputError: in place of the ``OSError`` that says so.
-    """
-    reasons = {
-        errno.ENOSPC: "no space is left on the device; free some or give another directory",
-        errno.EDQUOT: "the disk quota is used up; free some space or give another directory",
-        errno.EROFS: "the filesystem is read-only; give another directory",
-        errno.EACCES: "permission is denied; give a directory you can write",
-        errno.EPERM: "permission is denied; give a directory you can write",
-        errno.ENOTDIR: "a part of the path is a file; give another directory",
-        errno.ENAMETOOLONG: "the name is too long; give a shorter one",
-    }
-    try:
-        yield
-    except (OSError, ExportError) as error:
-        # A stage that failed for want of space says so as its cause.
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError) or cause.errno not in reasons:
-            raise
-        raise InputError(f"cannot write {output}: {reasons[cause.errno]}") from error

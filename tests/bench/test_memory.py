@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tome_export.bench.environment import environment, nvidia_smi
-from tome_export.bench.memory import measure, resident_bytes
+from tome_export.bench.memory import forget_peak, measure, resident_bytes
 
 BLOCK = 64 << 20
 ENOUGH = """
@@ -68,3 +68,36 @@ def test_the_environment():
     assert found["cores"] >= 1
     assert {"torch", "onnx", "numpy", "tome-export"} <= set(found["versions"])
     assert found["date"].endswith("+00:00")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_what_was_held_and_freed_before_is_not_counted(module):
+    text = ENOUGH.format(size=BLOCK).replace(
+        "report(", "x = bytearray(b'x') * (4 << 26); del x\nreport("
+    )
+    memory = measure(module(text), {}, gpu=False)
+    assert BLOCK <= memory.peak_bytes < 2 * BLOCK
+
+
+def test_a_process_that_says_much_or_never_ends(module):
+    """Neither a full pipe nor a process that hangs holds the measurement up."""
+    loud = "import sys; sys.stderr.write('x' * (1 << 20))\n" + ENOUGH.format(size=1)
+    assert measure(module(loud), {}, gpu=False, timeout_s=60).reason is None
+
+
+def test_a_process_that_never_answers(module):
+    memory = measure(module("import time; time.sleep(60)"), {}, gpu=False, timeout_s=1)
+    assert memory.peak_bytes is None
+    assert memory.reason == "the process that measures memory did not end within 1 s"
+
+
+def test_the_current_folder_is_not_imported_from(module, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "inspect.py").write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(here)
+    assert measure(module("import inspect\n" + ENOUGH.format(size=1)), {}, gpu=False).reason is None
+
+
+def test_a_peak_that_cannot_be_forgotten(tmp_path):
+    assert not forget_peak(tmp_path / "none")

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from tome_export.bench.profile import profile_from_events, profile_onnx
+from tome_export.bench.profile import profile_from_events, profile_in_turn, profile_onnx
 from tome_export.onnx.build import onnx_from_model
 from tome_export.onnx.export import ExportOptions
 from tome_export.onnx.files import load
@@ -168,10 +168,10 @@ def run_event(ts, dur):
 
 
 def test_reading_events():
-    """The first run and the slower half are left out; what has no label goes with its neighbour."""
+    """The first run is left out; what has no label goes with its neighbour."""
     mlp, head = "tome_export/1/mlp/7", "tome_export/-/head/9"
     events = [run_event(0, 900), event(mlp, 10, 800)]
-    for start, factor in ((1000, 1), (2000, 5), (3000, 3), (4000, 9)):
+    for start, factor in ((1000, 1), (2000, 5), (3000, 3)):
         events += [
             run_event(start, 100 * factor),
             event(f"{mlp}/MatmulTransposeFusion/", start + 1, 40 * factor),
@@ -179,13 +179,46 @@ def test_reading_events():
             event(f"InsertedCast_{head}", start + 3, 20 * factor, "Cast", "2"),
         ]
     profile = profile_from_events(events, batch=8)
-    assert profile.runs == 4
-    assert profile.run_ms == pytest.approx(0.2)
-    assert profile.groups_ms == pytest.approx({"mlp": 0.1, "head": 0.04})
-    assert profile.layers_ms == [{}, {"mlp": pytest.approx(0.1)}]
+    assert profile.runs == 3
+    assert profile.run_ms == pytest.approx(0.3)
+    assert profile.groups_ms == pytest.approx({"mlp": 0.15, "head": 0.06})
+    assert profile.layers_ms == [{}, {"mlp": pytest.approx(0.15)}]
     assert [node.operator for node in profile.nodes] == ["MatMul", "ReorderOutput", "Cast"]
-    unknown = profile_from_events([*events, event("x", 1000, 50, "X", "3")], batch=8)
-    assert unknown.attributed_share == pytest.approx(0.14 / 0.165)
+    more = [event("x", start, 30, "X", "3") for start in (1000, 2000, 3000)]
+    assert profile_from_events([*events, *more], batch=8).attributed_share == pytest.approx(0.875)
+
+
+def test_a_node_that_was_slowed_in_one_run_counts_as_in_the_others():
+    """Each run has another node held up, as by another program; no run is free of it."""
+    labels = [f"tome_export/{layer}/mlp/{layer}" for layer in range(5)]
+    events = [run_event(0, 900), event(labels[0], 10, 800)]
+    for run in range(5):
+        start = 1000 * (run + 1)
+        events.append(run_event(start, 900))
+        for layer, label in enumerate(labels):
+            dur = 500 if layer == run else 10
+            events.append(event(label, start + layer, dur, index=str(layer)))
+    profile = profile_from_events(events, batch=1)
+    assert [node.ms for node in profile.nodes] == pytest.approx([0.01] * 5)
+
+
+def test_models_are_profiled_in_turn(made, make_vit, make_images, monkeypatch):
+    model, first = made(make_vit, "class token, fp32")
+    _, second = made(make_vit, "r = 0")
+    called = []
+    infer = OrtRunner.infer
+
+    def noted(self, inputs):
+        called.append(self)
+        return infer(self, inputs)
+
+    monkeypatch.setattr(OrtRunner, "infer", noted)
+    found = profile_in_turn({"a": first, "b": second}, make_images(model, 2), runs=3)
+    assert called == 4 * called[:2]
+    assert called[0] is not called[1]
+    assert "match" in found["a"].groups_ms
+    assert "match" not in found["b"].groups_ms
+    assert found["a"].runs == found["b"].runs == 3
 
 
 FAMILIES = {

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,10 +57,13 @@ def test_the_samples_under_several_schedules(run, artifact, cache):
         assert row["top1"]["low"] <= row["top1"]["share"] <= row["top1"]["high"]
         assert row["top1"]["share"] > 0.95
         assert row["top5"]["correct"] >= row["top1"]["correct"]
+        assert row["not_finite"] == 0
+        if row["name"] in ("unmerged", "r=0"):  # nothing is compared with itself
+            assert row["agreement_with_unmerged"] is row["difference_to_unmerged"] is None
+            continue
         assert row["agreement_with_unmerged"]["share"] > 0.95
         difference = rows["unmerged"]["top1"]["share"] - row["top1"]["share"]
         assert row["difference_to_unmerged"]["share"] == pytest.approx(-difference)
-        assert row["not_finite"] == 0
     same = [{k: v for k, v in rows[n].items() if k != "name"} for n in ("unmerged", "r=0")]
     assert same[0] == same[1]
     assert values["data"] == {
@@ -90,13 +98,16 @@ def test_text_of_a_folder_with_spoilt_images(run, artifact, digits, tmp_path):
     assert lines[-1] == f"Recorded: {artifact}/eval.json"
 
 
-def test_many_unreadable_images_are_listed_in_short_and_all_of_them_end_it(run, artifact, tmp_path):
+def test_many_unreadable_images_are_listed_in_short_and_all_of_them_end_it(
+    run, artifact, tmp_path, cache
+):
     folder = tmp_path / "data"
     (folder / "0").mkdir(parents=True)
     for n in range(25):
         (folder / "0" / f"{n:02}.png").write_bytes(b"x")
     ran = run("eval", artifact, "--data", "data", *ALONE)
     assert ran.code == 3
+    assert list(cache.iterdir()) == []  # it may be another mount's fault, so is not kept
     assert ran.error == (
         "none of the 25 images could be read; the first is 0/00.png: is not an image that can be "
         "read; expected JPEG, PNG or another format of PIL"
@@ -108,6 +119,100 @@ def test_many_unreadable_images_are_listed_in_short_and_all_of_them_end_it(run, 
     assert "  0/19.png: is not an image" in ran.out
     assert "  0/20.png: " not in ran.out
     assert "  and 5 more; --json lists all" in lines
+
+
+def test_on_pytorch_too_there_is_something_to_compare_with(run, artifact):
+    # Of an fp16 artifact, PyTorch in fp32 is another run than PyTorch in fp16.
+    ran = run("eval", artifact, "--data", "samples", "--backend", "torch", "--limit", "32")
+    assert ran.code == 0, ran.err
+    assert "Classify 32 images, 3 models\n" in ran.err
+    values = json.loads((artifact / "eval.json").read_text())
+    agreements = {c["name"]: c["agreement_with_unmerged"] for c in values["candidates"]}
+    assert agreements["unmerged"] is None
+    assert agreements["merged"]["images"] == agreements["torch"]["images"] == 32
+    lines = ran.out.splitlines()
+    assert any(line.startswith("agreement: ") for line in lines)
+    assert any(line.startswith("difference: ") for line in lines)
+    (row,) = (line for line in lines if line.startswith("unmerged"))
+    assert row.split()[-2:] == ["-", "-"]
+
+
+def test_class_folders_of_which_one_is_none_of_the_models(run, artifact, digits, tmp_path):
+    shifted = shutil.copytree(digits, tmp_path / "shifted")
+    (shifted / "0").rename(shifted / "zero")
+    ran = run("eval", artifact, "--data", "shifted", *ALONE)
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.error == (
+        "the class folders zero are not, or not of one class only, among the model's labels, but "
+        "the other 9 are; rename them to labels such as 0, 1, 2, 3, 4, …, or give every image's "
+        "class with --labels"
+    )
+
+
+def test_names_that_are_not_utf_8(run, artifact, tmp_path):
+    folder = tmp_path / "data" / "0"
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"bad\xff.png")).write_bytes(b"x")
+    (folder / "link.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.png")
+    shutil.copy(DATA / "digit.png", folder / os.fsdecode(b"good\xfe.png"))
+    ran = run("eval", artifact, "--data", "data", *ALONE)
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    at = lines.index("Unreadable and left out: 3")
+    assert lines[at + 1].startswith("  0/bad\\xff.png: is not an image that can be read; ")
+    assert lines[at + 2 : at + 4] == [
+        "  0/link.png: No such file or directory",
+        "  0/pipe.png: is not a regular file; expected an image",
+    ]
+    values = run("eval", artifact, "--data", "data", *ALONE, "--json").json
+    assert values["data"]["unreadable"][0]["name"] == "0/bad\\xff.png"
+
+
+def test_a_late_failure_costs_no_work_and_what_was_unreadable_is_read_again(
+    run, artifact, digits, tmp_path, monkeypatch, cache
+):
+    from tome_export.artifact import Artifact
+
+    data = shutil.copytree(digits, tmp_path / "data")
+    path = sorted(data.rglob("*.png"))[9]
+    content, times = path.read_bytes(), path.stat()
+    stamp = (times.st_atime_ns, times.st_mtime_ns)
+    path.write_bytes(bytes(len(content)))
+    os.utime(path, ns=stamp)
+    command = ("eval", artifact, "--data", "data", *ALONE, "--batch", "8")
+
+    def fail(*_):
+        raise MemoryError("late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifact, "record", fail)
+        assert run(*command).code == 1
+    assert len(list(cache.glob("*/records"))) == 1
+    path.write_bytes(content)
+    os.utime(path, ns=stamp)
+    ran = run(*command)
+    assert "Resuming: 442 of 450 images are done\n" in ran.err
+    assert "450 images of data (folder), batch 8" in ran.out
+    assert "Unreadable" not in ran.out
+    assert list(cache.iterdir()) == []
+
+
+def test_one_process_per_core_that_may_be_used(run, artifact, digits, monkeypatch):
+    from tome_export.bench import environment
+    from tome_export.evaluation import local
+
+    seen = []
+
+    def spied(tasks, decode, workers, *rest):
+        seen.append(workers)
+        return of_local(tasks, decode, 0, *rest)
+
+    of_local = local.local_records
+    monkeypatch.setattr(local, "local_records", spied)
+    monkeypatch.setattr(environment, "cores", lambda: 3)
+    assert run("eval", artifact, "--data", digits, "--against", "none", "--limit", "8").code == 0
+    assert seen == [3]
 
 
 def test_worker_processes_change_nothing(run, artifact, digits):
@@ -185,7 +290,7 @@ def test_a_result_that_cannot_be_recorded(run, artifact, monkeypatch):
     def refuse(*_):
         raise InputError("cannot write it: the filesystem is read-only; give another directory")
 
-    monkeypatch.setattr(Artifact, "with_files", refuse)  # root may write where modes say no
+    monkeypatch.setattr(Artifact, "record", refuse)  # root may write where modes say no
     ran = run("eval", artifact, "--data", "samples", *ALONE, "--limit", "8")
     assert ran.code == 0
     assert ran.out.endswith(
@@ -288,6 +393,46 @@ def test_ray_gives_what_one_machine_gives(start, run, artifact, digits, tmp_path
     assert {name: found[name] for name in here} == here
     assert "Classify 100 images, 3 models" in err.splitlines()
     assert "ray" not in err.lower().replace(str(tmp_path), "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_ray_ends_with_sigterm_and_leaves_nothing(start, artifact, digits, when):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    with tempfile.TemporaryDirectory(prefix="te-", dir="/tmp") as short:
+        command = ("eval", artifact, "--data", digits, *ALONE, "--batch", "1", "--ray", "local")
+        process = start(*command, "-v", TMPDIR=short)
+        told = "Classify 450 images" if when == "starting" else "  images: 2/"
+        for line in process.stderr:
+            if line.startswith(told):
+                break
+        if when == "starting":
+            wait_for(lambda: ray_processes(short))
+        assert ray_processes(short)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 143, err
+        assert err.endswith("Error: terminated; nothing half-made was left behind\n")
+        assert ray_processes(short) == []
+        assert [p.name for p in Path(short).iterdir() if "ray" in p.name] == []
+
+
+def ray_processes(folder):
+    """Processes that name the folder, or have a file in it open, zombies left out."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [str(link.readlink()) for link in (process / "fd").iterdir()]
+            inside = any(link.startswith(f"{folder}/tome-ray-") for link in links)
+            if inside or f"{folder}/tome-ray-".encode() in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
+
+
+def wait_for(ready):
+    until = time.monotonic() + 60
+    while not ready() and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def test_help_imports_nothing_heavy(start):

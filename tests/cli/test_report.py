@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from tome_export.artifact import Artifact, write_json
+from tome_export.artifact import Artifact
 from tome_export.models.recipe import DATA
 
 
@@ -85,9 +86,7 @@ def test_what_is_refused(run, artifact, options, code, message):
 
 
 def test_a_report_that_cannot_be_read_is_one_line(run, artifact):
-    draft = artifact / ".bench.json.partial"
-    write_json(draft, {"rows": []})
-    Artifact.open(artifact).with_files({}, {"bench.json": draft})
+    Artifact.open(artifact).record("bench.json", {"rows": []})
     ran = run("report", artifact, "--json")
     assert ran.code == 3
     assert ran.json["error"]["message"] == (
@@ -98,3 +97,61 @@ def test_a_report_that_cannot_be_read_is_one_line(run, artifact):
         "model.onnx",
         "parity.json",
     }
+
+
+def test_a_result_that_was_changed_is_left_out(run, artifact):
+    Artifact.open(artifact).record("bench.json", {"rows": []})
+    (artifact / "bench.json").write_text("{}")
+    (artifact / "parity.json").unlink()
+    ran = run("report", artifact, "--samples", "0")
+    assert ran.code == 0, ran.err
+    changed = [
+        "parity.json is gone since it was recorded: run 'tome-export check' again",
+        "bench.json was changed after it was recorded: run 'tome-export bench' again",
+    ]
+    assert ran.out.splitlines()[4:6] == changed
+    assert run("report", artifact, "--samples", "0", "--json").json["changed"] == changed
+
+
+def test_a_schedule_written_by_hand_is_not_tuned(run, tmp_path):
+    schedule = {"format": 1, "model": "vit_digits", "schedule": [8, 4, 0, 0, 0, 0]}
+    (tmp_path / "mine.json").write_text(json.dumps(schedule))
+    build = ("build", "vit_digits", "--engine", "none", "--no-check")
+    assert run(*build, "--schedule", "mine.json", "-o", "out").code == 0
+    ran = run("report", "out", "--samples", "0")
+    assert ran.code == 0, ran.err
+    assert "Not in it yet: Pareto front; tome-export tune vit_digits" in ran.out.splitlines()
+
+
+def test_the_page_of_an_evaluation_without_labels(run, artifact, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    os.link(DATA / "digit.png", os.fsencode(tmp_path / "mine") + b"/odd\xff.png")
+    (tmp_path / "mine" / "bad\udcfe.png").write_bytes(b"none")
+    data = ("--data", "mine", "--workers", "0", "--against", "unmerged")
+    ran = run("eval", artifact, *data)
+    assert ran.code == 0, ran.err
+    (entry,) = run("eval", artifact, *data, "--json").json["data"]["unreadable"]
+    assert f"  {entry['name']}: is not an image" in ran.out
+    ran = run("report", artifact, "mine/odd\udcff.png", "--samples", "0")
+    assert ran.code == 0, ran.err
+    page = (artifact / "report.html").read_text(encoding="utf-8")
+    assert "As the unmerged model" in page
+    assert entry["name"] in page
+    assert "odd\\udcff.png after layer 5" in page
+    ran = run("inspect", artifact, "mine/odd\udcff.png")
+    assert ran.code == 0, ran.err
+    assert "odd\\udcff-layer05.png" in ran.out
+    summary = json.loads((tmp_path / "artifact-inspect" / "inspect.json").read_text())
+    assert summary["pictures"][0]["image"].endswith("odd\udcff.png")
+    found = run("inspect", artifact, "mine/odd\udcff.png", "--force", "--json").json
+    assert found["pictures"] == summary["pictures"]
+
+
+def test_serve_tells_of_a_measurement_that_was_changed(run, artifact):
+    pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+    Artifact.open(artifact).record("bench.json", {"latency_ms": {"ort-cpu": 1.0}})
+    (artifact / "bench.json").write_text("{}")
+    why = "bench.json was changed after it was recorded: run 'tome-export bench' again"
+    found = run("serve", artifact, "--repository", "models", "--json").json
+    assert found["notes"] == [f"{artifact}: {why}"]

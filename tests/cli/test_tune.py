@@ -105,6 +105,16 @@ def test_an_existing_file_is_not_replaced(run, tmp_path):
             {"format": 1, "model": "vit_digits", "schedule": [8] * 5},
             "schedule file s.json has 5 layers; vit_digits has 6, tune it again",
         ),
+        (
+            {"format": 1, "model": "vit_digits", "schedule": [8, 500, 8, 8, 8, 8]},
+            "schedule file s.json merges 500 tokens in layer 1, where vit_digits can merge 28; "
+            "tune it again, or give a list with --schedule, which is cut to what is possible",
+        ),
+        (
+            {"format": 1, "model": "vit_digits", "schedule": [8] * 6, "tokens_in": 197},
+            "schedule file s.json is for 197 tokens; vit_digits has 65 here, tune it again at this "
+            "image size",
+        ),
     ],
 )
 def test_build_refuses_the_file_of_another_model(values, message, run, tmp_path):
@@ -124,6 +134,10 @@ def test_tune_then_build(run, tmp_path):
     assert written["objective"]["metric"] == "top1"
     assert written["images"] == 64
     assert written["data"]["search"] == written["data"]["validation"] == 32
+    assert written["data"]["held_out"] == 0
+    assert written["found"]["estimate"]["on"] == "validation"
+    assert written["tokens_in"] == 65
+    assert len(written["weights"]["state_sha256"]) == 64
     # At most one of 64 may be lost; the best constant r is never better.
     assert written["found"]["correct"] >= written["unmerged"]["correct"] - 1
     assert written["found"]["macs"] < written["unmerged"]["macs"]
@@ -140,20 +154,65 @@ def test_tune_then_build(run, tmp_path):
     assert "schedule.json" in manifest["files"]
 
 
+def test_a_latency_is_met_and_measured(run, tmp_path):
+    tune = ("tune", "vit_digits", "--limit", "64", "--time-limit", "5", "--batch", "2")
+    ran = run(*tune, "--target-latency-ms", "1000", "--json")
+    assert ran.code == 0, ran.err
+    written = json.loads((tmp_path / "schedule.json").read_text())
+    found, table = written["found"], written["cost_table"]
+    assert 0 < found["latency_ms"] <= 1000
+    assert 0 < found["predicted_latency_ms"] <= 1000
+    assert written["unmerged"]["latency_ms"] > 0
+    assert (table["batch"], table["precision"], table["unit"]) == (2, "fp32", "ms")
+    assert table["measurements"] >= 4
+    assert all(row["latency_ms"] > 0 for row in written["front"])
+    # Nothing is as right and does less damage among what was looked at.
+    assert found["accuracy"] == max(row["accuracy"] for row in written["front"])
+
+
+def test_a_time_limit_ends_what_cannot_be_met(run, tmp_path):
+    ran = run("tune", "vit_digits", "--min-accuracy", "100", "--time-limit", "0.2")
+    assert ran.code == 3
+    start = (
+        "no schedule was found for the target, accuracy of at least 100 %; the time limit of 0.2 s "
+        "was reached, the best that was found has "
+    )
+    assert ran.error.startswith(start)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_flat_images_are_tuned_for_agreement(run, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "mine").mkdir()
     for index in range(5):
         pixels = rng.integers(0, 256, (40, 40), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"mine/{index}.png")
-    (tmp_path / "mine/broken.png").write_bytes(b"no image")
+    (tmp_path / "mine/broken\nname.png").write_bytes(b"no image")
     ran = run(*TUNE, "--target-macs", "60%", "--data", "mine")
     assert ran.code == 0, ran.err
     written = json.loads((tmp_path / "schedule.json").read_text())
     assert written["objective"]["metric"] == "agreement"
     assert (written["images"], written["data"]["unreadable_count"]) == (5, 1)
     assert written["found"]["validation_accuracy"] is None
+    assert written["found"]["estimate"] is None
     assert written["found"]["macs"] <= 0.6 * written["unmerged"]["macs"]
     assert "Agreement" in ran.out
     assert "Note: 5 images are few" in ran.out
-    assert "1 images could not be read" in ran.out
+    (note,) = [line for line in ran.out.splitlines() if "1 images could not be read" in line]
+    assert note.endswith(")")
+
+
+def test_build_tells_of_other_weights_than_those_of_the_search(run, tmp_path):
+    values = {"format": 1, "model": "vit_digits", "schedule": [8] * 6, "tokens_in": 65}
+    values["weights"] = {"state_sha256": "00"}
+    (tmp_path / "s.json").write_text(json.dumps(values))
+    note = (
+        "s.json was found with other weights: its accuracy is not that of this model, tune again "
+        "to know\n"
+    )
+    assert note in run(*BUILD, "--no-check", "--schedule", "s.json").err
+    manifest = json.loads((tmp_path / "out/build.json").read_text())
+    digest = manifest["model"]["weights"]["state_sha256"]
+    values["weights"] = {"state_sha256": digest}
+    (tmp_path / "s.json").write_text(json.dumps(values))
+    assert "other weights" not in run(*BUILD, "--no-check", "--schedule", "s.json", "--force").err

@@ -14,7 +14,7 @@ import pytest
 
 from tome_export.errors import ExportError, InputError
 from tome_export.evaluation import decode as decoding
-from tome_export.evaluation.decode import DIED, decoded_chunks
+from tome_export.evaluation.decode import DIED, decoded_chunks, reason_of
 from tome_export.evaluation.folder import FileItem
 from tome_export.evaluation.records import Task
 from tome_export.evaluation.source import ArrayItem
@@ -84,6 +84,20 @@ def test_an_error_of_the_decoder_itself_is_one_bad_image():
     (found,) = decoded_chunks([task], decode, 0)
     assert found.unreadable == ((0, "x", "MemoryError: too large"),)
     assert found.pixels.shape == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (InputError("image a/b.png cannot be decoded (x\ny)"), "cannot be decoded (x y)"),
+        (InputError("a/b.png is not an image"), "is not an image"),
+        (ValueError("bad\r\n  \udcff"), "ValueError: bad \\xff"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_reason_is_one_line(error, reason):
+    assert reason_of(error, "a/b.png") == reason
 
 
 def test_an_image_that_kills_its_process_is_one_bad_image(tmp_path, monkeypatch):

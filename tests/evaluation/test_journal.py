@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import time
+
 import numpy as np
 import pytest
 
@@ -81,6 +85,33 @@ def test_two_runs_at_once(cache):
     with open_journal(KEY):
         pass
     assert cache.is_dir()
+
+
+def test_what_was_abandoned_is_deleted_and_what_is_open_stays(cache):
+    keys = [{**KEY, "batch": n} for n in (3, 4, 5)]
+    for key in keys:
+        with open_journal(key) as journal:
+            journal.append(record(0))
+    day = 86400
+    ages = dict(zip(sorted(cache.iterdir()), (31 * day, 31 * day, 29 * day), strict=True))
+    for folder, age in ages.items():
+        for path in (folder / "records", folder):
+            os.utime(path, (time.time() - age,) * 2)
+    gone, opened, young = ages
+    lock = os.open(opened, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (cache / "note").touch()
+    with open_journal(KEY):
+        assert not gone.exists()
+        assert opened.is_dir()
+        assert young.is_dir()
+    os.close(lock)
+    # One that is taken up again is not abandoned.
+    (ours,) = set(cache.glob("*/")) - set(ages)
+    os.utime(ours / "records", (0, 0))
+    os.utime(ours, (0, 0))
+    with open_journal(KEY), open_journal({**KEY, "batch": 6}):
+        assert ours.is_dir()
 
 
 def test_restart_forgets():

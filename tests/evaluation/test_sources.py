@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import socket
 import sys
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.evaluation.find import expand, find_data
-from tome_export.evaluation.source import ArraySource, Classes, Names
+from tome_export.evaluation.source import ArraySource, Classes, Names, printable
 
 spec = importlib.util.spec_from_file_location(
     "evaluation_layouts", __file__.replace("test_sources", "conftest")
@@ -42,16 +44,17 @@ def test_names_are_kept_whatever_they_are():
     assert [names[i] for i in range(len(names))] == given
 
 
-def test_class_folders_are_numbered_as_by_torchvision(tmp_path, ten):
+def test_class_folders_are_numbered_as_by_torchvision(tmp_path):
     names = ["10/a.png", "2/b.png", "2/deeper/c.png", "zebra/d.PNG", "Ant/e.jpg"]
     layouts.write_tree(tmp_path, [*names, "2/notes.txt"])
-    source = listed(tmp_path, ten)
-    # ImageFolder: sorted as text, an empty folder would count too, images at any depth.
-    expected = {"10/a.png": 0, "2/b.png": 1, "2/deeper/c.png": 1, "Ant/e.jpg": 2, "zebra/d.PNG": 3}
+    (tmp_path / "Bee").mkdir()
+    source = listed(tmp_path, Classes(5))
+    # ImageFolder: sorted as text, an empty folder counts too, images at any depth.
+    expected = {"10/a.png": 0, "2/b.png": 1, "2/deeper/c.png": 1, "Ant/e.jpg": 2, "zebra/d.PNG": 4}
     found = {source.item(i).name: int(source.labels[i]) for i in range(len(source))}
     assert found == expected
     assert source.kind == "folder"
-    assert source.notes == ("4 class folders for 10 outputs, matched in sorted order",)
+    assert source.notes == ("5 class folders for 5 outputs, matched in sorted order",)
     assert contents(source)[0] == png(0)
 
 
@@ -85,15 +88,60 @@ def test_images_beside_and_inside_sub_folders(tmp_path, ten):
     assert listed(tmp_path, None).labels is None
 
 
-def test_a_link_that_leads_up_ends_and_one_to_nowhere_is_listed(tmp_path, ten):
-    layouts.write_tree(tmp_path, ["x/a.png"])
-    (tmp_path / "x" / "up").symlink_to(tmp_path)
-    (tmp_path / "x" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+def test_a_name_that_is_not_utf_8_is_shown_in_escapes_and_opened_as_it_is(tmp_path, ten):
+    name = os.fsdecode(b"bad\xff\n.png")
+    layouts.write_tree(tmp_path / "tree", [f"3/{name}"])
+    layouts.write_tar(tmp_path / "s.tar", [(name, png(1)), ("bad.cls", b"1")])
+    for data, shown in (("tree", "3/bad\\xff\\n.png"), ("s.tar", "s.tar:bad\\xff\\n.png")):
+        source = listed(tmp_path / data, ten)
+        assert source.item(0).name == shown
+        assert contents(source) == [png(0 if data == "tree" else 1)]
+
+
+def test_names_are_printable():
+    assert printable("ä b.png") == "ä b.png"
+    assert printable("a\udcff\r\u2028\ud800") == "a\\xff\\r\\u2028\\ud800"
+
+
+@pytest.mark.parametrize("make", ["dangling", "circle", "pipe", "socket"])
+def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path, ten, make):
+    path = tmp_path / "x.png"
+    if make == "pipe":
+        os.mkfifo(path)
+    elif make == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    else:
+        path.symlink_to({"dangling": "nowhere.png", "circle": "x.png"}[make])
+    (tmp_path / "a.png").write_bytes(png(0))
     source = listed(tmp_path, ten)
-    assert [source.item(i).name for i in range(len(source))] == ["x/a.png", "x/gone.png"]
+    assert [source.item(i).name for i in range(len(source))] == ["a.png", "x.png"]
+    with pytest.raises((InputError, OSError)) as caught:
+        source.item(1).load()
+    if make in ("pipe", "socket"):
+        assert str(caught.value) == "x.png is not a regular file; expected an image"
+    # Beside class folders it is one image too many, as any file would be.
+    layouts.write_tree(tmp_path, ["3/b.png"])
+    (tmp_path / "a.png").unlink()
+    assert "has images both beside and inside sub-folders" in fails(tmp_path, ten)
 
 
-@pytest.mark.parametrize("make", [(), ("class/notes.txt",)], ids=["empty", "no images"])
+def test_a_shard_that_is_no_regular_file(tmp_path, ten):
+    os.mkfifo(tmp_path / "s.tar")
+    assert fails(tmp_path / "s.tar", ten) == (
+        f"{tmp_path / 's.tar'} is not a regular file; expected .tar or .parquet shards"
+    )
+
+
+def test_a_link_that_leads_up_ends_and_one_to_nowhere_is_listed(tmp_path, ten):
+    layouts.write_tree(tmp_path, ["3/a.png"])
+    (tmp_path / "3" / "up").symlink_to(tmp_path)
+    (tmp_path / "3" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = listed(tmp_path, ten)
+    assert [source.item(i).name for i in range(len(source))] == ["3/a.png", "3/gone.png"]
+
+
+@pytest.mark.parametrize("make", [(), ("3/notes.txt",)], ids=["empty", "no images"])
 def test_folder_without_images(tmp_path, ten, make):
     layouts.write_tree(tmp_path, list(make))
     assert fails(tmp_path, ten) == (
@@ -103,10 +151,10 @@ def test_folder_without_images(tmp_path, ten, make):
 
 
 def test_the_digest_follows_the_files(tmp_path, ten):
-    layouts.write_tree(tmp_path, ["x/a.png", "x/b.png"])
+    layouts.write_tree(tmp_path, ["3/a.png", "3/b.png"])
     first = listed(tmp_path, ten).digest
     assert listed(tmp_path, ten).digest == first
-    (tmp_path / "x" / "a.png").write_bytes(png(7, size=9))
+    (tmp_path / "3" / "a.png").write_bytes(png(7, size=9))
     assert listed(tmp_path, ten).digest != first
 
 
@@ -310,6 +358,11 @@ def test_patterns(tmp_path):
     assert len(expand(str(tmp_path / "s-{008,010}.tar"))) == 2
     assert len(expand(str(tmp_path / "s-00*.tar"))) == 2
     assert [p.name for p in expand(str(tmp_path / "t{1}.tar"))] == ["t{1}.tar"]
+    with pytest.raises(InputError) as caught:
+        expand("s-{010..000}.tar")
+    assert str(caught.value) == (
+        "the span {010..000} runs backwards; expected the lower number first, {000..010}"
+    )
     with pytest.raises(InputError, match=re.escape("s-011.tar does not exist; expected a folder")):
         expand(str(tmp_path / "s-{009..011}.tar"))
 

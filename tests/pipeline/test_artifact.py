@@ -7,12 +7,17 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tome_export import artifact
-from tome_export.artifact import Artifact, staged, write_manifest
+from tome_export.artifact import Artifact, staged, write_json, write_manifest
 from tome_export.errors import ExportError, InputError
 
 MANIFEST = {
@@ -258,7 +263,8 @@ def test_what_others_added_meanwhile_is_kept(tmp_path):
     assert set(manifest["files"]) == {"a", "b", "model.onnx"}
 
 
-def test_two_commands_do_not_write_an_artifact_at_once(tmp_path):
+def test_two_commands_do_not_write_an_artifact_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact, "PATIENCE_S", 0.1)
     write(tmp_path / "out")
     opened = Artifact.open(tmp_path / "out")
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
@@ -269,6 +275,16 @@ def test_two_commands_do_not_write_an_artifact_at_once(tmp_path):
     finally:
         os.close(descriptor)
     assert "parity" in opened.with_files({"parity": None}, {}).manifest
+
+
+def test_a_command_waits_for_one_that_is_recording(tmp_path):
+    output = recorded(tmp_path)
+    descriptor = os.open(output, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, (descriptor,)).start()
+    before = time.monotonic()
+    Artifact.open(output).record("bench.json", {})
+    assert time.monotonic() - before > 0.25
 
 
 def test_nothing_is_added_to_an_artifact_rebuilt_meanwhile(tmp_path):
@@ -288,10 +304,208 @@ def test_an_artifact_without_room_for_its_manifest_is_as_it_was(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match="no space is left"):
-        opened.with_files({}, {"model.engine": tmp_path / "e"})
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for files in ({"model.engine": tmp_path / "e"}, {"eval.json": b"{}"}):
+        with pytest.raises(InputError, match="no space is left"):
+            opened.with_files({}, files)
     assert Artifact.open(tmp_path / "out").manifest == opened.manifest
     assert names(tmp_path / "out") == ["build.json", "model.onnx"]
+
+
+def recorded(tmp_path: Path) -> Path:
+    """An artifact with an engine, a schedule and a result."""
+    output = tmp_path / "out"
+    with staged(output, force=False) as folder:
+        (folder / "model.onnx").write_text("x")
+        (folder / "model.engine").write_text("old engine")
+        (folder / "schedule.json").write_text("{}")
+        write_manifest(folder, {**MANIFEST, "engines": {"a": engine("model.engine")}})
+    Artifact.open(output).record("eval.json", {"top1": 0.5})
+    return output
+
+
+def test_a_result_is_recorded(tmp_path):
+    output = recorded(tmp_path)
+    added = Artifact.open(output).record("report.html", b"<p>", {"seen": True})
+    assert (output / "report.html").read_bytes() == b"<p>"
+    assert json.loads((output / "eval.json").read_text()) == {"top1": 0.5}
+    opened = Artifact.open(output)
+    assert (opened.manifest, opened.stale) == (added.manifest, {})
+    assert opened.manifest["seen"] is True
+    assert {"eval.json", "report.html"} <= opened.manifest["files"].keys()
+
+
+CHANGES = {
+    "deleted": (None, "is gone since it was recorded"),
+    "other content": ('{\n  "top1": 0.9\n}\n', "was changed after it was recorded"),
+    "cut short": ("{", "was changed after it was recorded"),
+}
+
+
+@pytest.mark.parametrize(("content", "why"), CHANGES.values(), ids=CHANGES)
+def test_a_result_that_was_changed_is_none_but_the_model_is_usable(tmp_path, content, why):
+    output = recorded(tmp_path)
+    file = output / "eval.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    opened = Artifact.open(output)
+    assert "eval.json" not in opened.manifest["files"]
+    assert opened.stale == {"eval.json": f"eval.json {why}: run 'tome-export eval' again"}
+    after = opened.record("bench.json", {})
+    assert after.stale == Artifact.open(output).stale == opened.stale
+    assert Artifact.open(output).record("eval.json", {"top1": 0.9}).stale == {}
+    assert Artifact.open(output).stale == {}
+    file.unlink()
+    write(output, force=True)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.engine", "schedule.json"])
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("other")])
+def test_what_the_model_needs_must_be_as_it_was(tmp_path, name, change):
+    output = recorded(tmp_path)
+    change(output / name)
+    with pytest.raises(InputError, match=f"^{output / name} .* rebuild the artifact"):
+        Artifact.open(output)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tome_export.artifact import Artifact
+
+replace = Path.replace
+left = int(sys.argv[4])
+
+
+def dying(path, target):
+    global left
+    left -= Path(target).name == sys.argv[2]
+    if left < 0:
+        os._exit(9)
+    return replace(path, target)
+
+
+opened = Artifact.open(Path(sys.argv[1]))
+Path.replace = dying
+draft = Path(sys.argv[1]).with_name("draft")
+draft.write_text("new engine")
+if sys.argv[3] == "model.engine":
+    opened.with_files({"engines": opened.manifest["engines"]}, {"model.engine": draft})
+else:
+    opened.record(sys.argv[3], {"top1": 1.0})
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "dies_at", "after"),
+    [
+        ("eval.json", "eval.json", 0),
+        ("eval.json", "build.json", 0),
+        ("bench.json", "build.json", 0),
+        ("model.engine", "build.json", 0),
+        ("model.engine", "model.engine", 0),
+        ("model.engine", "build.json", 1),
+    ],
+)
+def test_an_artifact_opens_after_a_kill_while_something_was_recorded(
+    tmp_path, name, dies_at, after
+):
+    output = recorded(tmp_path)
+    command = [sys.executable, "-c", KILLED, output, dies_at, name, str(after)]
+    assert subprocess.run(command, check=False).returncode == 9
+    opened = Artifact.open(output)
+    left = {"eval.json"} if (name, dies_at) == ("eval.json", "build.json") else set()
+    assert opened.stale.keys() == left
+    if name == "model.engine":
+        # An engine that is there is the one that is recorded; at worst there is none.
+        found = opened.manifest["engines"]
+        assert (found == {}) == ("model.engine" not in opened.manifest["files"])
+    else:
+        assert opened.record(name, {"top1": 0.1}).stale == {}
+        assert [n for n in names(output) if n.startswith(".")] == []
+    write(output, force=True)
+    assert names(output) == ["build.json", "model.onnx"]
+
+
+def test_readers_see_nothing_half_recorded(tmp_path):
+    output, ended, wrong = recorded(tmp_path), threading.Event(), []
+
+    def read():
+        while not ended.is_set():
+            wrong.extend(Artifact.open(output).stale)
+
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for n in range(150):
+            Artifact.open(output).record("eval.json", {"n": "x" * n})
+        ended.set()
+    for reader in readers:
+        reader.result()
+    assert wrong == []
+
+
+def test_commands_that_record_the_same_wait_for_each_other(tmp_path):
+    output = recorded(tmp_path)
+    opened = Artifact.open(output)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: opened.record("eval.json", {"n": "x" * n}), range(40)))
+    assert Artifact.open(output).stale == {}
+    assert [name for name in names(output) if name.startswith(".")] == []
+
+
+DRAFTS = (
+    ".build.json.partial",
+    ".build.json.0a1b2c3d.partial",
+    ".parity.json.partial",
+    ".eval.json.0a1b2c3d.partial",
+    ".bench.json.partial",
+    ".report.html.4711.partial",
+)
+
+
+def test_recording_clears_what_killed_commands_left(tmp_path):
+    output = recorded(tmp_path)
+    for name in DRAFTS:
+        (output / name).write_text("half")
+    (output / ".engine-x1").mkdir()  # perhaps of a build that is running
+    (output / ".notes.json.partial").write_text("not ours")
+    Artifact.open(output).record("bench.json", {})
+    assert [name for name in names(output) if name.startswith(".")] == [
+        ".engine-x1",
+        ".notes.json.partial",
+    ]
+
+
+@pytest.mark.parametrize("name", [*DRAFTS, ".engine-x1", "eval.json", "report.html"])
+def test_force_is_not_stopped_by_what_killed_commands_left(tmp_path, name):
+    write(tmp_path / "out")
+    (tmp_path / "out" / name).write_text("half")
+    write(tmp_path / "out", "new", force=True)
+    assert names(tmp_path / "out") == ["build.json", "model.onnx"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_reader_does_without_a_lock_where_there_are_none(tmp_path, monkeypatch, number):
+    output = recorded(tmp_path)
+    (output / "eval.json").unlink()
+
+    def refuse(*_):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert Artifact.open(output).stale.keys() == {"eval.json"}
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    values = {"name": "odd\udcff.png", "more": "\u4e2d\u00e9"}
+    write_json(tmp_path / "a.json", values)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values
+    assert b"odd\\udcff.png" in (tmp_path / "a.json").read_bytes()
+    output = recorded(tmp_path)
+    Artifact.open(output).record("bench.json", values, {"note": "\udcff"})
+    assert Artifact.open(output).manifest["note"] == "\udcff"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tome_export.artifact import Artifact, write_json
+from tome_export.artifact import Artifact
+from tome_export.files import json_bytes
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.report import ReportRequest, report
@@ -189,12 +190,8 @@ def parity_with_disagreements(path: Path) -> dict[str, Any]:
 
 def add(artifact: Path, **reports: dict[str, Any]) -> Path:
     """Add reports, named without their suffix, as the commands do."""
-    drafts = {}
-    for name, values in reports.items():
-        draft = artifact / f".{name}.partial"
-        write_json(draft, values)
-        drafts[f"{name}.json"] = draft
-    Artifact.open(artifact).with_files({}, drafts)
+    contents = {f"{name}.json": json_bytes(values) for name, values in reports.items()}
+    Artifact.open(artifact).with_files({}, contents)
     return artifact
 
 

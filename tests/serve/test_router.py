@@ -359,6 +359,30 @@ def routed(tmp_path):
     return call
 
 
+@pytest.mark.parametrize(
+    ("measured", "engines", "expected"),
+    [
+        (({"torch": 9, "ort-cpu": 2}, {"ort-cpu": 1}), {}, [2, 1]),
+        (({"ort-cpu": 9, "ort-cuda": 2}, {"ort-cuda": 1, "ort-cpu": 8}), {}, [2, 1]),
+        (({"ort-cpu": 9, "ort-cuda": 2}, {"ort-cpu": 8}), {}, [9, 8]),
+        (({"ort-cuda": 2}, {"ort-cpu": 8}), {}, [None, None]),
+        (({"ort-cpu": 9, "tensorrt": 2}, {"tensorrt": 1}), {"tensorrt": "1:4:8"}, [2, 1]),
+        (({"ort-cpu": 9}, {"ort-cpu": 8}), {"tensorrt": "1:4:8"}, [None, None]),
+        ((3.0, 1.0), {}, [None, None]),
+    ],
+)
+def test_the_latency_is_that_of_one_backend_that_is_served(
+    make_artifact, routed, tmp_path, measured, engines, expected
+):
+    """A file of one number, of whatever backend, counts as not measured."""
+    made = [
+        make_artifact(r=[r], schedule=f"r={r} constant", seed=r, engines=engines, ms=ms)
+        for r, ms in zip((0, 8), measured, strict=True)
+    ]
+    serve(ServeRequest(tuple(made), tmp_path / "models"))
+    assert routed(ROUTER) == dict(zip(("small_r0", "small_r8"), expected, strict=True))
+
+
 def test_one_more_r_joins_the_router(put, routed):
     put(8, 4)
     assert put(0) == (["small_r0", ROUTER], ROUTER)

@@ -29,6 +29,7 @@ WRONG = {
     "fraction": (json.dumps({**GOOD, "schedule": [1.5]}), "has schedule [1.5]; expected one whole"),
     "truth": (json.dumps({**GOOD, "schedule": [True]}), "has schedule [true]; expected one whole"),
     "empty": (json.dumps({**GOOD, "schedule": []}), "has schedule []; expected one whole number"),
+    "tokens": (json.dumps({**GOOD, "tokens_in": "65"}), 'has tokens_in "65"; expected a whole'),
     "none": (json.dumps({"format": 1, "model": "m"}), "has schedule null; expected one whole"),
 }
 
@@ -90,6 +91,48 @@ def test_is_for_one_model(tmp_path):
     assert str(error.value) == (
         f"schedule file {path} has 3 layers; vit_digits has 6, tune it again"
     )
+
+
+def test_is_for_a_model_that_can_merge_as_many(tmp_path):
+    path = tmp_path / "s.json"
+    write_schedule(path, GOOD, force=False)
+    found = read_schedule(path)
+    assert (found.tokens_in, found.state_sha256, found.note("12")) == (None, None, None)
+    found.check_tokens(9, [3, 2, 0])
+    with pytest.raises(InputError) as error:
+        found.check_tokens(9, [3, 1, 0])
+    assert str(error.value) == (
+        f"schedule file {path} merges 2 tokens in layer 1, where vit_digits can merge 1; tune it "
+        "again, or give a list with --schedule, which is cut to what is possible"
+    )
+
+
+def test_tells_tokens_and_weights_of_the_search(tmp_path):
+    path, weights = tmp_path / "s.json", {"weights": {"kind": "file"}}
+    known = {"tokens_in": 65, "state_sha256": "ab"}
+    written = write_schedule(path, {**GOOD, **weights}, force=False, **known)
+    assert written == json.loads(path.read_text())
+    assert written["weights"] == {"kind": "file", "state_sha256": "ab"}
+    found = read_schedule(path)
+    found.check_tokens(65, [3, 2, 0])
+    with pytest.raises(InputError) as error:
+        found.check_tokens(50, [3, 2, 0])
+    assert str(error.value) == (
+        f"schedule file {path} is for 65 tokens; vit_digits has 50 here, tune it again at this "
+        "image size"
+    )
+    assert found.note("ab") is None
+    assert found.note("cd") == (
+        "s.json was found with other weights: its accuracy is not that of this model, tune again "
+        "to know"
+    )
+
+
+def test_names_that_are_no_text(tmp_path):
+    path = tmp_path / "s.json"
+    write_schedule(path, {**GOOD, "data": {"source": "odd\udcff"}}, force=False)
+    assert json.loads(path.read_text())["data"]["source"] == "odd\udcff"
+    assert read_schedule(path).schedule == (3, 2, 0)
 
 
 def test_where_nothing_can_be_written(tmp_path):

@@ -78,7 +78,7 @@ def test_ends_at_the_deadline(small_space):
     search.baselines()
     search.free(10)
     assert list(search.points) == [(0, 0, 0, 0)]
-    assert search.out_of_time
+    assert search.cut_short
 
 
 def test_bad_candidates_are_left_early_and_never_chosen(small_space):
@@ -106,3 +106,34 @@ def test_the_target_holds_on_all_images_not_on_those_of_the_search(small_space):
     assert len(looked) == len(set(looked)) < len(points) / 2
     plain = cheapest(Jury(None), points, 950, 0, lambda: False)
     assert found.point.cost > plain.point.cost
+
+
+def test_finds_the_whole_front(small_space, every_schedule):
+    """At every cost, what was found is within a hundredth nat of the best there is at that cost."""
+    costs = small_space.macs(table_of(every_schedule))
+    search = searched(small_space, 400, budget=costs.max())
+    assert len(search.points) < len(every_schedule) / 2
+    found = pareto(list(search.points.values()))
+    order = np.argsort(costs, kind="stable")
+    best = np.minimum.accumulate([damage(every_schedule[i]) for i in order])
+    for cost, optimum in zip(costs[order], best, strict=True):
+        reached = min(point.score.damage for point in found if point.cost <= cost)
+        assert reached <= optimum + 0.01
+
+
+def test_the_choice_ends_with_its_time(small_space):
+    """No matter that nothing has met the target: one more is looked at, the likeliest to."""
+    search = searched(small_space, 60, needed=950)
+    points = [point for point in search.points.values() if any(point.r)]
+    best = max(points, key=lambda p: (p.score.correct, -p.score.damage))
+
+    for right, met in ((IMAGES, True), (0, False)):
+        looked = []
+
+        def validate(r, right=right, looked=looked):
+            looked.append(r)
+            return Score(IMAGES, right, damage(r))
+
+        found = cheapest(Jury(validate), points, 1900, IMAGES, lambda: True)
+        assert looked == [best.r]
+        assert (found is not None) == met

@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
     return {
         "cpu": cpu_name(),
-        "cores": _cores(),
+        "cores": cores(),
         **_gpu(),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -73,5 +73,6 @@ def _gpu() -> dict[str, str | None]:
     return {"gpu": name, "driver": driver}
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,17 @@ from typing import Any
 from tome_export.bench.environment import nvidia_smi
 
 STATUS = Path("/proc/self/status")
-TIMEOUT_S = 600
+CLEAR = Path("/proc/self/clear_refs")
+TIMEOUT_S = 600.0
+
+_START = """
+import sys
+# Python looks for modules in the current folder first, where a user may have a torch or an inspect.
+if sys.path[:1] == [""]:
+    del sys.path[0]
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -50,56 +62,95 @@ def resident_bytes(field: str, status: Path = STATUS) -> int | None:
     return None if kib is None else int(kib) * 1024
 
 
+def forget_peak(clear: Path = CLEAR) -> bool:
+    """Let the peak of this process, ``VmHWM``, begin anew; whether the system does so.
+
+    Importing libraries can take more for a moment than what is left of it afterwards.
+    """
+    try:
+        with clear.open("r+") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
 def report(work: Callable[[], object]) -> None:
     """In the process of its own: do the work, print what it took, wait for standard input.
 
     Args:
-        work: Loads and runs the model; what it returns is kept until the end.
+        work: Loads and runs the model; what it returns is kept until the end. Libraries must have
+            been imported, or they are counted.
     """
+    fresh = forget_peak()
     before = resident_bytes("VmRSS")
     kept = work()
     peak = resident_bytes("VmHWM")
-    taken = None if before is None or peak is None else max(0, peak - before)
+    taken = max(0, peak - before) if fresh and before is not None and peak is not None else None
     sys.stdout.write(json.dumps({"peak_bytes": taken}) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
     del kept
 
 
-def measure(module: str, request: Mapping[str, Any], *, gpu: bool) -> Memory:
+def measure(
+    module: str, request: Mapping[str, Any], *, gpu: bool, timeout_s: float = TIMEOUT_S
+) -> Memory:
     """Run a module that calls ``report`` and read what the model took.
 
     Args:
         module: Its name; it gets the request as JSON in its first argument.
         request: What to load and run.
         gpu: Whether to count device memory.
+        timeout_s: Seconds in which all of it must be done.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(dict(request))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        stdout, stdin = process.stdout, process.stdin
-        if stdout is None or stdin is None:
-            return Memory(None, "the process that measures memory has no pipes")
-        # Whatever libraries print before it is not the answer.
-        line = next((text for text in stdout if text.startswith('{"peak_bytes"')), None)
-        device = _device_bytes(process.pid) if gpu and line is not None else None
-        _, error = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-        process.wait()
-    if line is None:
-        last = (error.strip().splitlines() or ["it ended without a word"])[-1]
-        return Memory(None, f"the process that measures memory failed: {last}")
+    # In a file, not a pipe: whoever fills a pipe that nobody reads waits for ever.
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, module, json.dumps(dict(request))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+        )
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
+        try:
+            # Whatever libraries print before it is not the answer.
+            line = next((text for text in process.stdout or () if text.startswith(_ANSWER)), None)
+            device = _device_bytes(process.pid) if gpu and line is not None else None
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if line is None:
+            why = f"did not end within {timeout_s:g} s" if late.is_set() else _failure(errors)
+            return Memory(None, f"the process that measures memory {why}")
     if gpu:
         hidden = "nvidia-smi does not show this process, as in a container with its own processes"
         return Memory(device, None if device is not None else hidden)
     taken = json.loads(line)["peak_bytes"]
-    return Memory(taken, None if taken is not None else f"{os.uname().sysname} has no {STATUS}")
+    no_peak = f"{os.uname().sysname} does not tell it here, by {STATUS} and {CLEAR}"
+    return Memory(taken, None if taken is not None else no_peak)
+
+
+_ANSWER = '{"peak_bytes"'
+
+
+def _failure(errors: Any) -> str:
+    errors.seek(0)
+    last = (errors.read().strip().splitlines() or ["it ended without a word"])[-1]
+    return f"failed: {last}"
 
 
 def _device_bytes(pid: int) -> int | None:

@@ -6,8 +6,10 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ class NodeTime:
     Attributes:
         operator: Its operator, such as ``FusedMatMul``.
         place: Layer and group.
-        ms: Mean over the faster half of the runs.
+        ms: Median over the runs, which what other programs slow for a while does not move.
     """
 
     operator: str
@@ -43,8 +45,8 @@ class Profile:
     Attributes:
         batch: Images per run.
         runs: Runs measured, after one more to warm up.
-        run_ms: A whole run while it is profiled, mean over its faster half: the nodes and the
-            time between them, in which the profiler writes.
+        run_ms: A whole run while it is profiled, median: the nodes and the time between them, in
+            which the profiler writes.
         nodes: All nodes that ran, in their order.
     """
 
@@ -92,30 +94,45 @@ class Profile:
 
 
 def profile_onnx(model_path: Path, images: np.ndarray[Any, Any], runs: int = 10) -> Profile:
-    """Profile a model on ONNX Runtime's CPU and attribute every node's time to a layer and group.
+    """Profile one model; see ``profile_in_turn``."""
+    return profile_in_turn({"": model_path}, images, runs)[""]
 
-    What runs is a copy of the model in which names tell the group (``onnx.labels``); the runtime
-    makes the same nodes of it as of the model itself, but for a few on single numbers. Not for a
-    GPU: there the runtime's profiler sees kernels being launched, not running.
+
+def profile_in_turn(
+    model_paths: Mapping[str, Path], images: np.ndarray[Any, Any], runs: int = 10
+) -> dict[str, Profile]:
+    """Profile models on ONNX Runtime's CPU and attribute every node's time to a layer and group.
+
+    What runs is a copy of each model in which names tell the group (``onnx.labels``); the runtime
+    makes the same nodes of it as of the model itself, but for a few on single numbers. The models
+    take turns, run by run, so that a drift of the machine's speed meets them all. Not for a GPU:
+    there the runtime's profiler sees kernels being launched, not running.
 
     Args:
-        model_path: ``model.onnx`` of an artifact or of ``pipeline.reference.export_variant``.
-        images: ``pixel_values [B, C, H, W]`` float32; B is within the model's batch range.
+        model_paths: By any name, ``model.onnx`` of an artifact or of
+            ``pipeline.reference.export_variant``.
+        images: ``pixel_values [B, C, H, W]`` float32; B is within the models' batch range.
         runs: Runs to measure, at least 1; one more comes first to warm up.
 
     Raises:
-        InputError: if the file is not an ONNX model.
-        MissingComponentError: if onnxruntime, is not here.
-        ExportError: if onnxruntime refuses the model.
+        InputError: if a file is not an ONNX model.
+        MissingComponentError: if onnxruntime is not here.
+        ExportError: if onnxruntime refuses a model.
     """
-    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
-        model = labelled(load(model_path))
-        with OrtRunner(model, profile=Path(folder) / "profile") as runner:
-            del model
-            for _ in range(runs + 1):
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder, ExitStack() as stack:
+        runners = {}
+        for index, (name, path) in enumerate(model_paths.items()):
+            prefix = Path(folder) / f"profile-{index}"
+            runner = OrtRunner(labelled(load(path)), profile=prefix)
+            runners[name] = stack.enter_context(runner)
+        for _ in range(runs + 1):
+            for runner in runners.values():
                 runner.infer({INPUT_NAME: images})
-            events = json.loads(runner.end_profiling().read_text())
-    return profile_from_events(events, len(images))
+        files = {name: runner.end_profiling() for name, runner in runners.items()}
+        return {
+            name: profile_from_events(json.loads(file.read_text()), len(images))
+            for name, file in files.items()
+        }
 
 
 def profile_from_events(events: Sequence[Mapping[str, Any]], batch: int) -> Profile:
@@ -126,14 +143,12 @@ def profile_from_events(events: Sequence[Mapping[str, Any]], batch: int) -> Prof
         batch: Images per run.
     """
     spans = sorted((e["ts"], e["dur"]) for e in events if e["name"] == RUN)[1:]
-    # The same runs for every node, so that the parts add up; what other programs slowed is out.
-    faster = sorted(spans, key=lambda span: span[1])[: (len(spans) + 1) // 2]
     nodes = [e for e in events if e["cat"] == "Node" and e["name"].endswith(NODE)]
     nodes.sort(key=lambda event: int(event["ts"]))
     places: dict[tuple[str, str], Place] = {}
     operators: dict[tuple[str, str], str] = {}
-    times: dict[tuple[str, str], float] = defaultdict(float)
-    for start, duration in faster:
+    times: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(spans))
+    for run, (start, duration) in enumerate(spans):
         last = Place(None, OTHER)
         for event in nodes:
             if not start <= event["ts"] <= start + duration:
@@ -143,9 +158,11 @@ def profile_from_events(events: Sequence[Mapping[str, Any]], batch: int) -> Prof
             key = (event["name"], event["args"].get("node_index", ""))
             places.setdefault(key, last)
             operators.setdefault(key, event["args"]["op_name"])
-            times[key] += event["dur"] / 1e3 / len(faster)
-    found = tuple(NodeTime(operators[key], places[key], ms) for key, ms in times.items())
-    run_ms = sum(duration for _, duration in faster) / 1e3 / len(faster)
+            times[key][run] += event["dur"] / 1e3
+    found = tuple(
+        NodeTime(operators[key], places[key], median(values)) for key, values in times.items()
+    )
+    run_ms = median(duration for _, duration in spans) / 1e3
     return Profile(batch, len(spans), run_ms, found)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tome_export.errors import ExportError, InputError
 from tome_export.evaluation.records import Task
-from tome_export.evaluation.source import Item, Pixels
+from tome_export.evaluation.source import Item, Pixels, printable
 
 Decode = Callable[[bytes, str], Pixels]
 """Encoded image and its name to ``[C, H, W]`` float32; raises ``InputError``; can be pickled."""
@@ -61,14 +61,22 @@ def _pixels(item: Item, decode: Decode) -> Pixels | str:
         return decode(data, item.name) if isinstance(data, bytes) else data
     # One bad image of a million must not end the run, whatever the decoder makes of it.
     except Exception as error:
-        return _reason(error, item)
+        return reason_of(error, item.name)
 
 
-def _reason(error: Exception, item: Item) -> str:
+def reason_of(error: BaseException, name: str = "") -> str:
+    """Why an image could not be had, in one line that can be printed.
+
+    Args:
+        error: Whatever reading or decoding raised.
+        name: The image, which the reason need not repeat.
+    """
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).split()).removeprefix("image ").removeprefix(item.name).strip()
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+        return printable(error.strerror)
+    text = printable(" ".join(str(error).split()))
+    if not isinstance(error, InputError):
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text.removeprefix("image ").removeprefix(" ".join(name.split())).strip()
 
 
 def decoded_chunks(tasks: Iterable[Task], decode: Decode, workers: int) -> Iterator[Decoded]:

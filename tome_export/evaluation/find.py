@@ -12,7 +12,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.folder import folder_source
 from tome_export.evaluation.label_file import LabelFile
 from tome_export.evaluation.parquet import parquet_source
-from tome_export.evaluation.source import Classes, Source
+from tome_export.evaluation.source import Classes, Source, printable
 from tome_export.evaluation.tar import tar_source
 
 SHARDS = (".tar", ".parquet")
@@ -37,7 +37,7 @@ def find_data(
         UsageError: if labels are given for shards, which hold their own.
         MissingComponentError: if a package that reads them is not installed.
     """
-    text = ", ".join(data)
+    text = printable(", ".join(data))
     paths = [path for given in data for path in expand(given)]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
@@ -52,6 +52,9 @@ def find_data(
             f"data is {text}; expected one folder of images, or shards that all end in .tar or all "
             "in .parquet"
         )
+    special = next((path for path in paths if not path.is_file()), None)
+    if special is not None:
+        raise InputError(f"{special} is not a regular file; expected .tar or .parquet shards")
     if labels is not None:
         raise UsageError("--labels are for a folder of images; shards hold their own labels")
     if kinds == {".tar"}:
@@ -63,7 +66,7 @@ def expand(pattern: str) -> list[Path]:
     """The paths of a name with braces and stars, in order.
 
     Raises:
-        InputError: if one is not there.
+        InputError: if one is not there, or a span runs backwards.
     """
     # A file may bear such characters in its name.
     if Path(pattern).exists():
@@ -92,6 +95,11 @@ def _choices(part: str) -> list[str]:
     span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
     if span:
         first, last = span[1], span[2]
+        if int(first) > int(last):
+            raise InputError(
+                f"the span {part} runs backwards; expected the lower number first, "
+                f"{{{last}..{first}}}"
+            )
         width = len(first) if first[0] == "0" or len(first) == len(last) else 0
         return [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
     return part[1:-1].split(",") if "," in part else [part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tome_export.errors import InputError
-from tome_export.evaluation.source import Classes, Kind, Labels, Names, stamp
+from tome_export.evaluation.class_folders import class_folders
+from tome_export.evaluation.source import Classes, Kind, Labels, Names, printable, stamp
 
 if TYPE_CHECKING:
     from tome_export.evaluation.label_file import LabelFile
@@ -28,6 +30,9 @@ class FileItem:
 
     def load(self) -> bytes:
         """See ``Item``."""
+        # A pipe would be waited for without end, and a device may do anything.
+        if not stat.S_ISREG(os.stat(self.path).st_mode):  # noqa: PTH116 (a million names)
+            raise InputError(f"{self.name} is not a regular file; expected an image")
         return Path(self.path).read_bytes()
 
 
@@ -54,7 +59,7 @@ class FolderSource:
     def item(self, index: int) -> FileItem:
         """See ``Source``."""
         name = self.names[index]
-        return FileItem(name, str(self.root / name))
+        return FileItem(printable(name), str(self.root / name))
 
 
 def folder_source(
@@ -75,13 +80,16 @@ def folder_source(
     root = folder.absolute()
     with os.scandir(root) as found_entries:
         entries = list(found_entries)
-    flat = any(e.is_file() for e in entries if _is_image(e.name, suffixes))
-    folders = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+    flat = any(not _is_folder(e) for e in entries if _is_image(e.name, suffixes))
+    folders = sorted(e.name for e in entries if _is_folder(e) and e.name[0] != ".")
     names, found = Names(), array("i")
     notes: tuple[str, ...] = ()
     digest = hashlib.sha256()
     by_folder = classes is not None and labels is None and not flat
-    index = _indices(folders, classes) if by_folder and classes is not None else {}
+    index: dict[str, int] = {}
+    if by_folder and folders and classes is not None:
+        index, note = class_folders(folders, classes)
+        notes = (note,)
     nested = False
     for name, mark in _files(root, suffixes):
         names.append(name)
@@ -104,23 +112,8 @@ def folder_source(
         )
     if labels is not None:
         labels.finish(folder)
-    if by_folder and classes is not None and len(folders) < classes.count:
-        matched = "by name" if set(folders) <= set(classes.by_name) else "in sorted order"
-        notes += (f"{len(folders)} class folders for {classes.count} outputs, matched {matched}",)
     values = np.asarray(found, dtype=np.int32) if len(found) else None
-    return FolderSource(str(folder), root, names, values, digest.hexdigest(), notes)
-
-
-def _indices(folders: list[str], classes: Classes) -> dict[str, int]:
-    """Class index of each sub-folder."""
-    if folders and set(folders) <= set(classes.by_name):
-        return {name: classes.by_name[name] for name in folders}
-    if len(folders) > classes.count:
-        raise InputError(
-            f"the data has {len(folders)} class folders; the model has {classes.count} outputs, "
-            "give data of the same classes"
-        )
-    return {name: index for index, name in enumerate(folders)}
+    return FolderSource(printable(str(folder)), root, names, values, digest.hexdigest(), notes)
 
 
 def _files(root: Path, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -136,7 +129,7 @@ def _files(root: Path, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
         folders = []
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders += [entry.name] if entry.name[0] != "." else []
                 elif _is_image(entry.name, suffixes):
                     yield f"{below}{entry.name}", _stamp(entry)
@@ -146,10 +139,17 @@ def _files(root: Path, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
     yield from walk(root, "")
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
 def _stamp(entry: os.DirEntry[str]) -> str:
     try:
         return stamp(entry)
-    except FileNotFoundError:  # a link that leads nowhere: unreadable, but listed
+    except OSError:  # a link that leads nowhere: unreadable, but listed
         return "missing"
 
 

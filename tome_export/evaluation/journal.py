@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from tome_export.errors import InputError
 from tome_export.evaluation.records import Record
 
 RECORDS = "records"
+
+KEPT_DAYS = 30
+"""Age at which what an evaluation left that nobody took up again is deleted."""
 
 _CHECK = 8
 """Hex digits of the checksum ahead of each line."""
@@ -94,6 +98,8 @@ def _read(line: bytes) -> Record | None:
 def open_journal(key: Mapping[str, Any]) -> Iterator[Journal]:
     """The journal of an evaluation, under ``$XDG_CACHE_HOME/tome-export/eval``.
 
+    Those of others that nobody has open and nobody took up for ``KEPT_DAYS`` are deleted first.
+
     Args:
         key: All that its records hang on; JSON-ready.
 
@@ -102,8 +108,11 @@ def open_journal(key: Mapping[str, Any]) -> Iterator[Journal]:
         OSError: if the folder cannot be written.
     """
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    journal = _claim(_cache() / name)
+    cache = _cache()
+    journal = _claim(cache / name)
     try:
+        os.utime(cache / name)
+        _sweep(cache)
         yield journal
     finally:
         journal.close()
@@ -113,6 +122,26 @@ def _cache() -> Path:
     given = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(given) if given.startswith("/") else Path.home() / ".cache"
     return base / "tome-export" / "eval"
+
+
+def _sweep(cache: Path) -> None:
+    """Delete what was abandoned; what is locked, or cannot be deleted, stays."""
+    for folder in list(cache.iterdir()):
+        with contextlib.suppress(OSError, InputError):
+            if not _expired(folder):
+                continue
+            journal = _claim(folder)
+            try:
+                # Someone may have taken it up before it was locked.
+                if _expired(folder):
+                    journal.remove()
+            finally:
+                journal.close()
+
+
+def _expired(folder: Path) -> bool:
+    times = [path.stat().st_mtime for path in (folder, folder / RECORDS) if path.exists()]
+    return max(times) < time.time() - KEPT_DAYS * 86400
 
 
 def _claim(folder: Path) -> Journal:

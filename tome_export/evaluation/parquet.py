@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.evaluation.source import Classes, Kind, Labels, stamp
+from tome_export.evaluation.source import Classes, Kind, Labels, printable, stamp
 
 IMAGE, LABEL = "image", "label"
 
@@ -61,7 +61,7 @@ class ParquetSource:
         of_file = index - (self.ends[first - 1] if first else 0)
         path = self.roots[shard]
         row = index - (self.ends[at - 1] if at else 0)
-        return ParquetItem(f"{path.name}:row {of_file}", str(path), group, row)
+        return ParquetItem(printable(f"{path.name}:row {of_file}"), str(path), group, row)
 
 
 def parquet_source(text: str, paths: Sequence[Path], classes: Classes | None) -> ParquetSource:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
+import re
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from tome_export.errors import InputError, MissingComponentError, TomeExportError
+from tome_export.errors import ExportError, InputError, MissingComponentError, TomeExportError
 from tome_export.evaluation.classify import Classifier
-from tome_export.evaluation.decode import Decode, decode_task
+from tome_export.evaluation.decode import Decode, decode_task, reason_of
+from tome_export.evaluation.ray_session import ray_session
 from tome_export.evaluation.records import Record, Task
+from tome_export.evaluation.source import printable
 from tome_export.runtime.runner import Runner
 
 Opener = Callable[[], AbstractContextManager[dict[str, Runner]]]
 """Opens the runners where it is called; can be pickled, and needs no file of this machine."""
 
-LOCAL = "local"
-
 MAX_BLOCKS = 512
 """Most pieces that Ray Data schedules; each holds chunks, and each chunk is a record."""
 
-CONNECT_S = 5.0
+RETRIES = 3
+"""How often a chunk is tried again whose process died; Ray itself would never give up."""
+
+MAX_REASON = 300
+"""Most characters of what Ray says that an error repeats."""
 
 
 def ray_records(
@@ -34,6 +38,7 @@ def ray_records(
     opener: Opener,
     classifier: Classifier,
     address: str,
+    cores: int,
     roots: Sequence[Path] = (),
 ) -> Generator[Record, None, None]:
     """One record per chunk, in the order in which they are finished.
@@ -48,22 +53,31 @@ def ray_records(
         classifier: What to keep.
         address: ``local`` to start Ray here, else a cluster's, such as ``10.0.0.1:6379``,
             ``ray://10.0.0.1:10001`` or ``auto``.
+        cores: What Ray may use of this machine, where it is started here.
         roots: Paths that every machine must see.
 
     Raises:
         MissingComponentError: if Ray is not installed, or a backend not where an actor runs.
         InputError: if the cluster cannot be reached, or a machine does not see the data.
-        ExportError: if a runner fails.
+        ExportError: if a runner or Ray itself fails.
     """
     ray = _ray()
-    own = not ray.is_initialized()
-    try:
-        if own:
-            _connect(ray, address)
-        yield from _records(ray, tasks, decode, opener, classifier, roots)
-    finally:
-        if own:
-            ray.shutdown()
+    with ray_session(ray, address, cores) as signals:
+        with signals.inside():
+            rows = _rows(ray, tasks, decode, opener, classifier, roots)
+        while True:
+            try:
+                with signals.inside():
+                    row = next(rows, None)
+            # Ray wraps what happens elsewhere in errors of its own, which are many.
+            except Exception as error:
+                raise _told(error) from error
+            if row is None:
+                return
+            outcome = pickle.loads(row["outcome"])  # noqa: S301 (from our own actors)
+            if isinstance(outcome, TomeExportError):
+                raise outcome
+            yield Record.from_bytes(outcome)
 
 
 def require_ray() -> None:
@@ -77,6 +91,8 @@ def require_ray() -> None:
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else a thread of its own that outlives a session starts another, which nobody ends.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         import ray
         import ray.data
@@ -87,55 +103,44 @@ def _ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str) -> None:
-    options: dict[str, Any] = {
-        "configure_logging": False,
-        "logging_level": logging.CRITICAL,
-        "log_to_driver": False,
-    }
-    if address == LOCAL:
-        cores = len(os.sched_getaffinity(0))
-        # "local", or a cluster that runs here would be taken.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
-        return
-    _reach(address)
-    try:
-        ray.init(address=address, **options)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(_unreachable(address, reason)) from error
-
-
-def _reach(address: str) -> None:
-    """Ray itself would try for minutes."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition("//")[2].rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(
-            f"the Ray address is {address!r}; expected local, auto, HOST:PORT or ray://HOST:PORT"
-        )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(_unreachable(address, str(error))) from None
-
-
-def _unreachable(address: str, reason: str) -> str:
-    return (
-        f"no Ray cluster can be reached at {address} ({reason}); start one with 'ray start --head' "
-        "and give its address, or use --ray local"
+def _told(error: Exception) -> TomeExportError:
+    """A failure of Ray itself, in one line."""
+    text = str(error)
+    # Of a traceback its end tells most, of all else the first line.
+    ends = re.findall(r"^\s*((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", text, re.MULTILINE)
+    line = ends[-1] if ends else next(iter(text.strip().splitlines()), type(error).__name__)
+    reason = printable(" ".join(line.split()))[:MAX_REASON]
+    if re.search(r"\b(ModuleNotFoundError|ImportError)\b", reason):
+        return MissingComponentError(_lacking("a machine of the Ray cluster", reason))
+    return ExportError(
+        f"Ray could not go on ({reason}); run the same command again to go on from here, or "
+        "without --ray"
     )
 
 
-def _records(
+def _lacking(machine: str, reason: str) -> str:
+    return f"{machine} lacks a package ({reason}); install the same tome-export on all machines"
+
+
+def _portable(error: Exception) -> TomeExportError:
+    """What another machine raised, without its cause, which may be of a package lacking here."""
+    if isinstance(error, TomeExportError):
+        return type(error)(str(error))
+    machine = f"the machine {socket.gethostname()}"
+    if isinstance(error, ImportError):
+        return MissingComponentError(_lacking(machine, reason_of(error)))
+    return ExportError(f"{machine} failed ({reason_of(error)}); look there, or run without --ray")
+
+
+def _rows(
     ray: Any,
     tasks: Sequence[Task],
     decode: Decode,
     opener: Opener,
     classifier: Classifier,
     roots: Sequence[Path],
-) -> Generator[Record, None, None]:
+) -> Iterator[dict[str, Any]]:
+    """What the actors give, as it comes; work begins with the first ``next``."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -150,24 +155,28 @@ def _records(
     )
     pool = ray.data.ActorPoolStrategy(size=devices.pop("size"))
     content = ray.put(pickle.dumps((opener, classifier)))
-    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    pieces = [{"task": pickle.dumps(task)} for task in tasks]
     data = (
-        ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+        ray.data.from_items(pieces, override_num_blocks=min(len(pieces), MAX_BLOCKS))
         .map_batches(
             _decoded_rows,
             batch_size=1,
             num_cpus=1,
+            max_retries=RETRIES,
             fn_kwargs={"decode": pickle.dumps(decode), "roots": [str(root) for root in roots]},
         )
         .map_batches(
-            _Inference, batch_size=1, compute=pool, fn_constructor_args=([content],), **devices
+            _Inference,
+            batch_size=1,
+            compute=pool,
+            fn_constructor_args=([content],),
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+            **devices,
         )
     )
-    for row in data.iter_rows():
-        outcome = pickle.loads(row["outcome"])  # noqa: S301 (from our own actors)
-        if isinstance(outcome, TomeExportError):
-            raise outcome
-        yield Record.from_bytes(outcome)
+    rows: Iterator[dict[str, Any]] = iter(data.iter_rows())
+    return rows
 
 
 def _decoded_rows(batch: dict[str, Any], decode: bytes, roots: list[str]) -> dict[str, list[bytes]]:
@@ -179,9 +188,12 @@ def _decoded_rows(batch: dict[str, Any], decode: bytes, roots: list[str]) -> dic
             "machine of the Ray cluster has it under this path"
         )
         return {"decoded": [pickle.dumps(error)]}
-    function = pickle.loads(decode)  # noqa: S301 (from our own driver)
-    tasks = [pickle.loads(task) for task in batch["task"]]  # noqa: S301 (from our own driver)
-    return {"decoded": [pickle.dumps(decode_task(task, function)) for task in tasks]}
+    try:
+        function = pickle.loads(decode)  # noqa: S301 (from our own driver)
+        tasks = [pickle.loads(task) for task in batch["task"]]  # noqa: S301 (our own driver's)
+        return {"decoded": [pickle.dumps(decode_task(task, function)) for task in tasks]}
+    except Exception as error:
+        return {"decoded": [pickle.dumps(_portable(error))]}
 
 
 class _Inference:
@@ -190,10 +202,10 @@ class _Inference:
     def __init__(self, content: list[Any]) -> None:
         import ray
 
-        opener, self._classifier = pickle.loads(ray.get(content[0]))  # noqa: S301 (our driver's)
-        self._opener: Opener = opener
+        self._content: bytes = ray.get(content[0])
         self._stack = ExitStack()
-        self._runners: dict[str, Runner] | None = None
+        self._classifier: Classifier | None = None
+        self._runners: dict[str, Runner] = {}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         return {"outcome": [pickle.dumps(self._outcome(data)) for data in batch["decoded"]]}
@@ -204,12 +216,13 @@ class _Inference:
         if isinstance(decoded, TomeExportError):
             return decoded
         try:
-            if self._runners is None:
-                self._runners = self._stack.enter_context(self._opener())
+            if self._classifier is None:
+                opener, classifier = pickle.loads(self._content)  # noqa: S301 (our own driver's)
+                self._runners = self._stack.enter_context(opener())
+                self._classifier = classifier
             record: bytes = self._classifier.record(decoded, self._runners).to_bytes()
-        except TomeExportError as error:
-            # Without its cause, which may be of a package that the other side lacks.
-            return type(error)(str(error))
+        except Exception as error:
+            return _portable(error)
         return record
 
     def __del__(self) -> None:

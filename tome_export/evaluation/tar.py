@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tome_export.errors import InputError
-from tome_export.evaluation.source import Classes, Kind, Labels, Names, stamp
+from tome_export.evaluation.source import Classes, Kind, Labels, Names, printable, stamp
 
 MAX_LABEL_BYTES = 1 << 20
 """Largest ``.json`` or ``.cls`` member that is read."""
@@ -64,7 +64,7 @@ class TarSource:
     def item(self, index: int) -> TarItem:
         """See ``Source``."""
         path = self.roots[self.shard[index]]
-        name = f"{path.name}:{self.names[index]}"
+        name = printable(f"{path.name}:{self.names[index]}")
         return TarItem(name, str(path), self.offset[index], self.size[index])
 
 
@@ -97,10 +97,10 @@ def tar_source(
             offset.append(start)
             size.append(length)
             if classes is not None and label is not None:
-                labels.append(classes.index(label, f"{path.name}:{name}"))
+                labels.append(classes.index(label, printable(f"{path.name}:{name}")))
         if scan.cut:
             count = len(names) - before
-            notes.append(f"{path} is cut short after {count} images; copy it again")
+            notes.append(f"{printable(str(path))} is cut short after {count} images; copy it again")
     if not names:
         raise InputError(
             f"no images in {text}; expected members such as 000001.jpg with 000001.cls"

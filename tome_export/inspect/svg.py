@@ -54,6 +54,19 @@ def svg_from_groups(
     return "\n".join(lines) + "\n"
 
 
+def path_around(mask: NDArray[np.bool_], grid: PatchGrid, stroke: float) -> str:
+    """Path data of the line around a group.
+
+    Args:
+        mask: ``[rows, cols]`` bool, its patches.
+        grid: How the image is cut into patches.
+        stroke: Width of the line in pixels of the image.
+    """
+    # Strokes lie across a path: one drawn half a stroke inside stays within its patches.
+    loops = (inset(loop, (grid.width, grid.height), stroke / 2) for loop in loops_from_mask(mask))
+    return "".join("M" + "L".join(f"{x:g},{y:g}" for x, y in loop) + "Z" for loop in loops)
+
+
 def _path(
     mask: NDArray[np.bool_],
     grid: PatchGrid,
@@ -62,11 +75,9 @@ def _path(
     fill: Colour,
     outline: Colour,
 ) -> str:
-    # Strokes lie across a path: one drawn half a stroke inside stays within its patches.
-    loops = (inset(loop, (grid.width, grid.height), stroke / 2) for loop in loops_from_mask(mask))
-    data = "".join("M" + "L".join(f"{x:g},{y:g}" for x, y in loop) + "Z" for loop in loops)
     return (
-        f'<path d="{data}" fill="{hex_colour(fill)}" stroke="{hex_colour(outline)}">'
+        f'<path d="{path_around(mask, grid, stroke)}" fill="{hex_colour(fill)}" '
+        f'stroke="{hex_colour(outline)}">'
         f"<title>token {group}: {int(mask.sum())} patches</title></path>"
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.artifact import MODEL, Artifact, write_json, writing_to
+from tome_export.artifact import MODEL, Artifact
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.backends import ORT_CPU, Subject, open_runner, require
 from tome_export.pipeline.bench_subjects import (
@@ -31,6 +31,9 @@ PROFILE_RUNS = 10
 EMULATED = "ort-cpu emulates bfloat16 in float32: its times say nothing of bfloat16 hardware"
 NO_PROFILE = "{} is not profiled: time per part of the model is measured with ort-cpu only"
 """On a GPU, ONNX Runtime's profiler sees kernels being launched, not running."""
+
+SLOWED = 1.15
+"""Times the median latency above which a profile's total is remarked on."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
     with open_subjects(artifact, other, request.weights, backends, progress) as subjects:
         bencher = _Bench(request, subjects, images, ratio, progress)
         for name in backends:
-            bencher.measure(name, batches, BatchRange.parse(artifact.manifest["batch"]).min == 1)
+            takes = artifact.manifest["engines"].get(name, artifact.manifest)["batch"]
+            bencher.measure(name, batches, BatchRange.parse(takes).min == 1)
     found = {
         "latency_ms": bencher.latency_ms,
         "environment": environment(),
@@ -132,7 +136,7 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
         "profile": bencher.profiles,
     }
     try:
-        artifact = _record(artifact, found)
+        artifact = artifact.record(BENCH, found)
     # The figures stand also where they cannot be written down, as on a read-only mount.
     except InputError as error:
         return BenchResult(artifact, found, str(error))
@@ -155,7 +159,7 @@ class _Bench:
         self._images = images
         self._ratio = macs_ratio
         self._progress = progress
-        self.latency_ms: float | None = None
+        self.latency_ms: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
         self.profiles: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -173,7 +177,8 @@ class _Bench:
                 self._add_memory(name, ready, row, folder)
             self.rows += rows
         if self._request.profile and name == ORT_CPU:
-            self._profile(name, batches)
+            for row in rows:
+                self._profile(row)
 
     def _timed(
         self, name: str, ready: dict[str, Subject], batches: tuple[int, ...], takes_one: bool
@@ -198,17 +203,15 @@ class _Bench:
                 images = self._images[:batch]
                 row = compare(runners, images, self._ratio, rounds, warmup, told)
                 rows.append({"backend": name, **row.to_dict()})
-            if self.latency_ms is None and takes_one:
-                one = next(
-                    (r["merged"]["latency_ms"]["p50"] for r in rows if r["batch"] == 1), None
-                )
-                if one is None:
-                    # Whoever routes requests between artifacts compares single images.
-                    self._progress.stage(f"Time {rounds} rounds on {name}, batch 1")
-                    alone = {MERGED: runners[MERGED]}
-                    seconds = times(alone, self._images[:1], rounds, warmup)[MERGED]
-                    one = 1e3 * float(np.median(seconds))
-                self.latency_ms = one
+            one = next((r[MERGED]["latency_ms"]["p50"] for r in rows if r["batch"] == 1), None)
+            if one is None and takes_one:
+                # Whoever routes requests between artifacts compares single images.
+                self._progress.stage(f"Time {rounds} rounds on {name}, batch 1")
+                alone = {MERGED: runners[MERGED]}
+                seconds = times(alone, self._images[:1], rounds, warmup)[MERGED]
+                one = 1e3 * float(np.median(seconds))
+            if one is not None:
+                self.latency_ms[name] = one
         return rows
 
     def _add_memory(
@@ -225,34 +228,29 @@ class _Bench:
             if memory.reason is not None and note not in self.notes:
                 self.notes.append(note)
 
-    def _profile(self, name: str, batches: tuple[int, ...]) -> None:
-        from tome_export.bench.profile import profile_onnx
+    def _profile(self, row: dict[str, Any]) -> None:
+        from tome_export.bench.profile import profile_in_turn
 
-        for batch in batches:
-            self._progress.stage(f"Profile {name}, batch {batch}")
-            found = {
-                label: profile_onnx(
-                    subject.folder / MODEL, self._images[:batch], PROFILE_RUNS
-                ).to_dict()
-                for label, subject in self._subjects.items()
+        name, batch = row["backend"], row["batch"]
+        self._progress.stage(f"Profile {name}, batch {batch}")
+        paths = {label: subject.folder / MODEL for label, subject in self._subjects.items()}
+        profiles = profile_in_turn(paths, self._images[:batch], PROFILE_RUNS)
+        for label, profile in profiles.items():
+            timed = row[label]["latency_ms"]["p50"]
+            if profile.total_ms > SLOWED * timed:
+                self.notes.append(
+                    f"Profiled on {name} at batch {batch}, the nodes of {label} take "
+                    f"{profile.total_ms:.2f} ms, a run without the profiler {timed:.2f} ms: read "
+                    "its parts as shares, or measure again on a quiet machine"
+                )
+        found = {label: profile.to_dict() for label, profile in profiles.items()}
+        merged = found["merged"]
+        self.profiles.append(
+            {
+                "backend": name,
+                "batch": batch,
+                "total_ms": merged["total_ms"],
+                "attributed_share": merged["attributed_share"],
+                **found,
             }
-            merged = found["merged"]
-            self.profiles.append(
-                {
-                    "backend": name,
-                    "batch": batch,
-                    "total_ms": merged["total_ms"],
-                    "attributed_share": merged["attributed_share"],
-                    **found,
-                }
-            )
-
-
-def _record(artifact: Artifact, found: dict[str, Any]) -> Artifact:
-    draft = artifact.path / f".{BENCH}.partial"
-    with writing_to(artifact.path):
-        try:
-            write_json(draft, found)
-            return artifact.with_files({}, {BENCH: draft})
-        finally:
-            draft.unlink(missing_ok=True)
+        )

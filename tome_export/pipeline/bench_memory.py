@@ -1,7 +1,8 @@
-"""The process in which a model's memory is measured: ``python -m``, one JSON argument."""
+"""The process in which a model's memory is measured: this module, run with one JSON argument."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -45,9 +46,11 @@ def peak_memory(name: str, subject: Subject, batch: int, shape: list[int], folde
         # Models of a user's own function may hold what cannot be stored.
         except Exception as error:
             return Memory(None, f"the PyTorch model cannot be stored: {error}")
+        modules = sorted({type(part).__module__ for part in subject.module.modules()})
     else:
         file = subject.folder / MODEL if name in (ORT_CPU, ORT_CUDA) else subject.engines[name]
-    request = {"backend": name, "file": str(file), "shape": [batch, *shape]}
+        modules = []
+    request = {"backend": name, "file": str(file), "shape": [batch, *shape], "modules": modules}
     return measure(__name__, {**request, "output": subject.output_name}, gpu=gpu)
 
 
@@ -55,7 +58,8 @@ def main(argument: str) -> None:
     """Measure one model.
 
     Args:
-        argument: JSON: ``backend``, ``file``, ``shape`` of the input, name of the ``output``.
+        argument: JSON: ``backend``, ``file``, ``shape`` of the input, name of the ``output``, and
+            ``modules`` that the classes of a PyTorch model come from.
     """
     request = json.loads(argument)
     name, file = request["backend"], Path(request["file"])
@@ -64,6 +68,8 @@ def main(argument: str) -> None:
 
     images = np.zeros(request["shape"], np.float32)
     open_runner = _opener(name, file, request["output"])
+    for module in request["modules"]:
+        importlib.import_module(module)
 
     def work() -> object:
         runner = open_runner()

@@ -26,7 +26,7 @@ from tome_export.pipeline.kernels import (
     plugins_of,
     takes_plugins,
 )
-from tome_export.pipeline.manifest import manifest_of
+from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import rescheduled
 from tome_export.spec import MergeOp, Precision, TowerOptions
@@ -207,6 +207,10 @@ def _export_and_check(
         dense=request.dense,
         source_map=request.source_map,
     ).eval()
+    if given is not None:
+        given.check_tokens(model.layers[0].tokens_in, [layer.r for layer in model.layers])
+        if note := given.note(state_sha256(model)):
+            progress.stage(note)
     images = None
     if request.check:
         images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import PARITY, Artifact, write_json, writing_to
+from tome_export.artifact import PARITY, Artifact
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.build import parity_summary
 from tome_export.pipeline.engine_parity import EngineRunnerFactory
@@ -172,11 +172,6 @@ def _accuracy(
 
 
 def _record(artifact: Artifact, reports: list[ParityReport]) -> Artifact:
-    draft = artifact.path / f".{PARITY}.partial"
     summary = parity_summary(min(reports, key=lambda report: report.passed))
-    with writing_to(artifact.path):
-        try:
-            write_json(draft, {"checks": [report.to_dict() for report in reports]})
-            return artifact.with_files({"parity": summary}, {PARITY: draft})
-        finally:
-            draft.unlink(missing_ok=True)
+    checks = {"checks": [report.to_dict() for report in reports]}
+    return artifact.record(PARITY, checks, {"parity": summary})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import shutil
 import sys
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import tome_export
+from tome_export.bench.environment import cores
 from tome_export.engine import gpu
 from tome_export.engine.select import BACKENDS
 from tome_export.pipeline.progress import Progress, Silent
@@ -135,7 +135,7 @@ def _memory() -> Finding:
     if available is None:
         return Finding("memory", True, "free memory is not known on this system")
     enough = available >= ROOM_BYTES
-    found = f"{available / 2**30:.1f} GiB available, {_cores()} CPU cores usable"
+    found = f"{available / 2**30:.1f} GiB available, {cores()} CPU cores usable"
     fix = "" if enough else "close programs: a build of vit_b16 needs up to 4 GiB"
     return Finding("memory", enough, found, fix)
 
@@ -156,7 +156,3 @@ def _available_memory() -> int | None:
     except (OSError, ValueError):
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from tome_export.artifact import Artifact, write_json, writing_to
+from tome_export.artifact import Artifact
 from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.classify import Classifier
 from tome_export.evaluation.source import Classes, Source
 from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
-from tome_export.pipeline.eval_work import run_chunks
+from tome_export.pipeline.eval_work import evaluated
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import model_name, reference_model
 from tome_export.spec import BatchRange
@@ -37,7 +37,7 @@ class EvalRequest:
         labels: File of labels for a folder of images.
         limit: Most images, taken evenly from the listing; None for all.
         batch: Images per batch; None for the one that the artifact is tuned for.
-        workers: Processes that decode; 0 decodes in this one.
+        workers: Processes that decode; 0 decodes in this one, None takes one per core.
         r: Constant schedules to compare besides.
         backend: What runs all but PyTorch.
         against: Of ``AGAINST``.
@@ -51,7 +51,7 @@ class EvalRequest:
     labels: Path | None = None
     limit: int | None = None
     batch: int | None = None
-    workers: int = 0
+    workers: int | None = 0
     r: tuple[int, ...] = ()
     backend: str = ORT_CPU
     against: tuple[str, ...] = AGAINST
@@ -84,7 +84,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         MissingComponentError: if a backend or package is not here.
         ExportError: if a model cannot be exported or run.
     """
-    from tome_export.bench.environment import environment
+    from tome_export.bench.environment import cores, environment
 
     progress = progress or Silent()
     for name in request.against:
@@ -108,7 +108,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     with candidates_of(
         artifact, model, request.backend, request.against, request.r, progress
     ) as candidates:
-        plain = next((c for c in candidates if not any(c.r) and c.backend != TORCH), None)
+        # By name: on the backend torch all are of PyTorch.
+        plain = next((c for c in candidates if not any(c.r) and c.name != TORCH), None)
         if classes is None and plain is None:
             raise UsageError(
                 "the model has no classes, so that all there is to tell is how near it is to the "
@@ -120,14 +121,17 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
             classes is not None,
             plain.run if plain else "",
         )
-        table = run_chunks(request, artifact, source, chosen, candidates, classifier, progress)
-    labels = None if source.labels is None or classes is None else source.labels[chosen]
-    values = {
-        **results_of(table, source, labels, candidates, classes, plain),
-        "batch": batch,
-        "environment": environment(),
-    }
-    return _recorded(artifact, values)
+        work = evaluated(
+            request, artifact, source, chosen, candidates, classifier, cores(), progress
+        )
+        with work as table:
+            labels = None if source.labels is None or classes is None else source.labels[chosen]
+            values = {
+                **results_of(table, source, labels, candidates, classes, plain),
+                "batch": batch,
+                "environment": environment(),
+            }
+            return _recorded(artifact, values)
 
 
 def classes_of(artifact: Artifact) -> Classes | None:
@@ -177,14 +181,8 @@ def _source(artifact: Artifact, request: EvalRequest, classes: Classes | None) -
 
 
 def _recorded(artifact: Artifact, values: dict[str, Any]) -> EvalResult:
-    draft = artifact.path / f".{EVAL}.partial"
     try:
-        with writing_to(artifact.path):
-            try:
-                write_json(draft, values)
-                return EvalResult(artifact.with_files({}, {EVAL: draft}), values)
-            finally:
-                draft.unlink(missing_ok=True)
+        return EvalResult(artifact.record(EVAL, values), values)
     # The result stands also where it cannot be written down, as on a read-only mount.
     except InputError as error:
         return EvalResult(artifact, values, str(error))

@@ -62,7 +62,9 @@ def _candidate(
     plain: Candidate | None,
 ) -> dict[str, Any]:
     found = table.values(candidate.run)
-    base = table.values(plain.run) if plain is not None else None
+    # A model against itself would be told as a finding, with an interval.
+    other = plain is not None and plain.run != candidate.run
+    base = table.values(plain.run) if plain is not None and other else None
     values: dict[str, Any] = {
         "name": candidate.name,
         "r": list(candidate.r),
@@ -77,7 +79,7 @@ def _candidate(
     }
     if classes is None:
         cosines = found[np.isfinite(found)]
-        if len(cosines):
+        if len(cosines) and other:
             summary = {"mean": float(cosines.mean()), "min": float(cosines.min())}
             values["cosine_to_unmerged"] = summary
         return values

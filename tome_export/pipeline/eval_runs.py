@@ -43,7 +43,7 @@ class Candidate:
     @property
     def run(self) -> str:
         """Names what is computed: candidates that compute the same have the same."""
-        return f"{self.backend} r={','.join(map(str, self.r))}"
+        return f"{self.backend} {self.subject.precision} r={','.join(map(str, self.r))}"
 
 
 @contextlib.contextmanager

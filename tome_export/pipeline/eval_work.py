@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.artifact import Artifact
+from tome_export.errors import InputError
 from tome_export.evaluation.classify import Classifier
 from tome_export.evaluation.journal import Journal, open_journal
 from tome_export.evaluation.records import Record, Table, Task
@@ -23,16 +24,21 @@ if TYPE_CHECKING:
     from tome_export.pipeline.eval import EvalRequest
 
 
-def run_chunks(
+@contextlib.contextmanager
+def evaluated(
     request: EvalRequest,
     artifact: Artifact,
     source: Source,
     chosen: np.ndarray[Any, np.dtype[np.int64]],
     candidates: Sequence[Candidate],
     classifier: Classifier,
+    cores: int,
     progress: Progress,
-) -> Table:
+) -> Iterator[Table]:
     """Run every chunk that is not in the journal yet; all that follows is computed from the table.
+
+    The journal is deleted when the block ends without an error: what fails in there, as for want
+    of memory or space, does not cost the work.
 
     Args:
         request: Where and how to run.
@@ -41,6 +47,7 @@ def run_chunks(
         chosen: Indices of those to take ``[B]``.
         candidates: What to run.
         classifier: What to keep.
+        cores: Cores to use of this machine.
         progress: Told of each chunk.
 
     Raises:
@@ -79,16 +86,24 @@ def run_chunks(
             progress.stage(
                 f"Classify {len(chosen)} images, {count} model{'s' if count > 1 else ''}"
             )
-            with _records(request, source, tasks, decode, candidates, classifier, progress) as new:
+            with _records(
+                request, source, tasks, decode, candidates, classifier, cores, progress
+            ) as new:
                 for record in new:
                     if journal is not None:
                         journal.append(record)
                     table.add(record)
                     progress.detail(f"images: {table.images_done}/{len(chosen)}")
-        table.require_images()
+        try:
+            table.require_images()
+            yield table
+        except InputError:
+            # Whatever made all images unreadable, as a mount that was not there, may have gone.
+            if journal is not None and not table.readable.any():
+                journal.remove()
+            raise
         if journal is not None:
             journal.remove()
-    return table
 
 
 @contextlib.contextmanager
@@ -99,6 +114,7 @@ def _records(
     decode: Any,
     candidates: Sequence[Candidate],
     classifier: Classifier,
+    cores: int,
     progress: Progress,
 ) -> Iterator[Iterator[Record]]:
     """Records as they come; closed at once when the block ends, also by an interrupt."""
@@ -108,13 +124,14 @@ def _records(
 
             opener = shipment_of(candidates).open
             found = ray_records(
-                list(tasks()), decode, opener, classifier, request.ray, source.roots
+                list(tasks()), decode, opener, classifier, request.ray, cores, source.roots
             )
         else:
             from tome_export.evaluation.local import local_records
 
             runners = stack.enter_context(open_runs(candidates, progress))
-            workers = 0 if source.kind == "samples" else request.workers
+            workers = cores if request.workers is None else request.workers
+            workers = 0 if source.kind == "samples" else workers
             found = local_records(tasks(), decode, workers, runners, classifier)
         yield stack.enter_context(contextlib.closing(found))
 
@@ -133,6 +150,8 @@ def _journal(key: dict[str, Any], progress: Progress) -> Iterator[Journal | None
 
 def _resume(journal: Journal, table: Table, progress: Progress) -> None:
     for record in journal.records():
-        table.add(record)
+        # What could not be read may be there now, as after a mount had failed.
+        if not record.unreadable:
+            table.add(record)
     if table.images_done:
         progress.stage(f"Resuming: {table.images_done} of {table.images} images are done")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from tome_export.artifact import Artifact, writing_to
 from tome_export.errors import InputError, MissingComponentError, UsageError
+from tome_export.files import utf8, write_whole
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import Preprocessing
 
@@ -55,6 +55,7 @@ class ReportResult:
         pictures: Names of the images that it shows.
         missing: Title of each section without data -> the command that adds it.
         note: Why there are no pictures; None if there are, or none were asked for.
+        changed: Results left out because they are not as they were recorded, and what to do.
     """
 
     artifact: Artifact
@@ -63,6 +64,7 @@ class ReportResult:
     pictures: tuple[str, ...]
     missing: dict[str, str]
     note: str | None
+    changed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -74,6 +76,7 @@ class ReportResult:
             "pictures": list(self.pictures),
             "missing": self.missing,
             "note": self.note,
+            "changed": list(self.changed),
         }
 
 
@@ -86,6 +89,7 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
             be read, or the page cannot be written.
         MissingComponentError: if images are given and there is no ONNX Runtime to run them.
     """
+    from tome_export.report.contract import CONTRACTS
     from tome_export.report.page import MOST_BYTES, NAME, Content, render, sections_of
 
     progress = progress or Silent()
@@ -98,7 +102,7 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
     maps, names, note = _maps(artifact, request, progress)
     progress.stage("Write the page")
     content = Content(artifact.path.resolve().name, artifact.manifest, reports, maps, names, note)
-    page = render(content).encode("utf-8")
+    page = utf8(render(content))
     if len(page) >= MOST_BYTES:
         raise InputError(
             f"the page would have {len(page)} bytes, expected less than {MOST_BYTES}; give fewer "
@@ -107,7 +111,8 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
     path = request.output.absolute() if request.output else artifact.path / NAME
     artifact = _write(artifact, path, page)
     missing = {s.title: s.command for s in sections_of(content) if s.command}
-    return ReportResult(artifact, path, len(page), tuple(names), missing, note)
+    changed = tuple(why for name, why in artifact.stale.items() if name in CONTRACTS)
+    return ReportResult(artifact, path, len(page), tuple(names), missing, note, changed)
 
 
 def _check_count(request: ReportRequest) -> None:
@@ -145,7 +150,8 @@ def _reports(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
     from tome_export.report.contract import CONTRACTS, read_report
 
     listed = artifact.manifest["files"]
-    return {name: read_report(artifact.path / name) for name in CONTRACTS if name in listed}
+    found = {name: read_report(artifact.path / name) for name in CONTRACTS if name in listed}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def _maps(
@@ -199,14 +205,8 @@ def _samples(
 
 def _write(artifact: Artifact, path: Path, page: bytes) -> Artifact:
     """Put the page into place in one step; one inside the artifact goes into its manifest."""
-    inside = path.parent.resolve() == artifact.path.resolve()  # then it is report.html
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.parent.resolve() == artifact.path.resolve():  # then it is report.html
+        return artifact.record(path.name, page)
     with writing_to(path.parent):
-        try:
-            draft.write_bytes(page)
-            if inside:
-                return artifact.with_files({}, {path.name: draft})
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(path, page)
     return artifact

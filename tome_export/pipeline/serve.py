@@ -157,6 +157,11 @@ def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResul
     notes = {one.source.note: None for one in served if one.source.note}
     if not routed:
         notes[_unrouted(served)] = None
+    notes |= {
+        f"{one.artifact.path}: {one.artifact.stale[BENCH]}": None
+        for one in served
+        if BENCH in one.artifact.stale
+    }
     return ServeResult(
         repository,
         tuple(written),
@@ -248,12 +253,13 @@ def _routers(
         return []
     from tome_export.serve.pipeline_models import Route, route_of
 
-    def route(one: _Served, folder: ModelFolder) -> Route:
-        return route_of(one.artifact, folder.name, folder.config, _measured_ms(one.artifact))
+    def route(one: _Served, folder: ModelFolder, ms: float | None) -> Route:
+        return route_of(one.artifact, folder.name, folder.config, ms)
 
-    models = [route(one, one.folder) for one in served]
-    pairs = zip(served, groups, strict=True)
-    pipelines = [route(one, group[-1]) for one, group in pairs if options.preprocess]
+    latencies = _measured_ms(served)
+    models = [route(one, one.folder, ms) for one, ms in zip(served, latencies, strict=True)]
+    rows = zip(served, groups, latencies, strict=True)
+    pipelines = [route(one, group[-1], ms) for one, group, ms in rows if options.preprocess]
     options = replace(options, version=None)
     return router_folders(repository, base, models, pipelines, options)
 
@@ -267,15 +273,33 @@ def _unrouted(served: Sequence[_Served]) -> str:
     return f"No router: the shape of the output depends on r ({outputs}); ask each by its name"
 
 
-def _measured_ms(artifact: Artifact) -> float | None:
-    """``latency_ms`` of ``bench.json``, of one image, where the artifact has been measured."""
+def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
+    """Latency of one image of each, all on one backend that the server may run them on.
+
+    Figures of different backends do not compare: unless one backend was measured for all, none
+    counts as measured.
+    """
+    measured = [_latency_by_backend(one.artifact) for one in served]
+    platforms = {one.source.platform for one in served}
+    backends = (TENSORRT,) if platforms == {"tensorrt_plan"} else ("ort-cuda", "ort-cpu")
+    if len(platforms) == 1:
+        for backend in backends:
+            if all(backend in latency for latency in measured):
+                return [latency[backend] for latency in measured]
+    return [None] * len(served)
+
+
+def _latency_by_backend(artifact: Artifact) -> dict[str, float]:
+    """``latency_ms`` of ``bench.json``: of one image, by backend, as far as it was measured."""
     if BENCH not in artifact.manifest["files"]:
-        return None
+        return {}
     try:
-        value = json.loads((artifact.path / BENCH).read_text())["latency_ms"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return float(value) if isinstance(value, int | float) else None
+        found = json.loads((artifact.path / BENCH).read_text())["latency_ms"]
+        pairs = list(found.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    # Of one number, nobody knows which backend it is of.
+    return {name: float(ms) for name, ms in pairs if isinstance(ms, int | float)}
 
 
 def _check_alike(artifacts: Sequence[Artifact]) -> None:

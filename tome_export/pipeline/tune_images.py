@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,15 +33,24 @@ FEWEST = 32
 SPLIT = 64
 """Images from which on some are kept from the search, for validation."""
 
+HOLD_OUT = 300
+"""Images from which on half of those kept from the search are kept from the choice as well."""
+
+MOST_BYTES = 4 << 30
+"""Most memory that the images may take."""
+
 
 @dataclass(frozen=True)
 class TuneImages:
-    """Images in the order in which they are used: those of the search first.
+    """Images in the order in which they are used: search, validation, held out.
 
     Attributes:
         pixels: ``[B, C, H, W]`` float32.
         labels: ``[B]``; None where only agreement with the unmerged model can be counted.
         search: How many, from the first on, the search looks at.
+        chosen_on: How many, those of the search included, the choice looks at; the validation
+            images lie between the two. The rest are held out: nothing looks at them but the last
+            measurement of what was chosen.
         source: What the user gave, or ``samples``.
         available: Images that there are.
         unreadable: Those met that could not be read.
@@ -51,6 +60,7 @@ class TuneImages:
     pixels: NDArray[np.float32]
     labels: NDArray[Any] | None
     search: int
+    chosen_on: int
     source: str
     available: int
     unreadable: int
@@ -84,7 +94,7 @@ def tune_images(
 
     Raises:
         InputError: if there is no image that can be read, or the labels do not fit the model.
-        UsageError: if the limit is below 1.
+        UsageError: if the limit is below 1, or more than memory should be used for.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}; expected at least 1 image")
@@ -92,19 +102,20 @@ def tune_images(
     most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs)))
     order = np.random.default_rng(seed).permutation(len(found))
     pixels, index, unreadable, reason = _read(found, order, most, recipe, progress)
-    if not pixels:
+    if not index:
         raise InputError(
             f"none of the {len(found)} images of {found.text} can be read ({reason}); give others"
         )
-    count = len(pixels)
+    count = len(index)
     notes = [*found.notes]
     if unreadable:
         notes.append(f"{unreadable} images could not be read and were left out ({reason})")
     if count + unreadable < len(found):
         notes.append(f"{count} of {len(found)} images are used; --limit sets how many")
-    search = count
+    search = chosen_on = count
     if count >= SPLIT:
         search = min(count // 2, max(FEWEST, int(SEARCH_MACS // macs)))
+        chosen_on = search + (count - search) // 2 if count >= HOLD_OUT else count
     else:
         notes.append(
             f"{count} images are few: none is kept from the search, so nothing validates its "
@@ -112,7 +123,7 @@ def tune_images(
         )
     labels = None if found.labels is None else np.asarray(found.labels)[index]
     return TuneImages(
-        np.stack(pixels), labels, search, found.text, len(found), unreadable, tuple(notes)
+        pixels, labels, search, chosen_on, found.text, len(found), unreadable, tuple(notes)
     )
 
 
@@ -123,16 +134,7 @@ def _source(recipe: Recipe, classes: int, data: tuple[str, ...]) -> Source:
     from tome_export.models.samples import MAX_PHOTOGRAPH_PIXELS, labelled_samples, sample_pixels
 
     if data != (SAMPLES,):
-        names = recipe.label_names(classes)
-        by_label = Classes(classes, names)
-        try:
-            return find_data(data, IMAGE_SUFFIXES, by_label)
-        except InputError:
-            # A flat folder has no labels, which is no fault here.
-            folder = Path(data[0])
-            if len(data) > 1 or not folder.is_dir() or any(p.is_dir() for p in folder.iterdir()):
-                raise
-            return find_data(data, IMAGE_SUFFIXES, None)
+        return find_data(data, IMAGE_SUFFIXES, Classes(classes, recipe.label_names(classes)))
     labelled = labelled_samples(recipe)
     if labelled is not None:
         return ArraySource(labelled[0], labelled[1].astype(np.int32))
@@ -141,29 +143,37 @@ def _source(recipe: Recipe, classes: int, data: tuple[str, ...]) -> Source:
 
 def _read(
     source: Source, order: NDArray[Any], most: int, recipe: Recipe, progress: Progress
-) -> tuple[list[NDArray[np.float32]], list[int], int, str]:
+) -> tuple[NDArray[np.float32], list[int], int, str]:
     """Images until there are enough: pixels, places in the source, unreadable, a reason."""
+    from tome_export.evaluation.decode import reason_of
     from tome_export.models.preprocess import pixels_from_bytes
 
-    pixels: list[NDArray[np.float32]] = []
+    shape = recipe.preprocessing.input_size
+    wanted = min(most, len(source))
+    if wanted > (room := MOST_BYTES // (4 * math.prod(shape))):
+        raise UsageError(
+            f"--limit is {most}; {wanted} images of {'x'.join(map(str, shape))} numbers take more "
+            f"than {MOST_BYTES >> 30} GiB, give at most {room}"
+        )
+    pixels = np.empty((wanted, *shape), np.float32)
     index: list[int] = []
     unreadable, reason = 0, ""
-    wanted = min(most, len(source))
     for place in map(int, order):
-        if len(pixels) == wanted:
+        if len(index) == wanted:
             break
         item = source.item(place)
         try:
             data = item.load()
             if isinstance(data, bytes):
                 data = pixels_from_bytes(data, item.name, recipe.preprocessing)
-        except (InputError, OSError) as error:
-            unreadable, reason = unreadable + 1, str(error)
+        # One bad image must not end the search, whatever the decoder makes of it.
+        except Exception as error:
+            unreadable, reason = unreadable + 1, reason_of(error, item.name)
             continue
-        pixels.append(data)
+        pixels[len(index)] = data
         index.append(place)
-        progress.detail(f"images: {len(pixels)}/{wanted}")
-    return pixels, index, unreadable, reason
+        progress.detail(f"images: {len(index)}/{wanted}")
+    return pixels[: len(index)], index, unreadable, reason
 
 
 def sized(recipe: Recipe, input_size: tuple[int, int, int]) -> Recipe:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,19 +100,19 @@ class Stopwatch:
         return folder / MODEL
 
     def _times(self, paths: Sequence[Path]) -> list[float]:
+        from tome_export.bench.timing import paired
         from tome_export.onnx.files import load
         from tome_export.runtime.ort import OrtRunner
 
-        runners = [OrtRunner(load(path)) for path in paths]
         inputs = {INPUT_NAME: self._images}
-        times: list[list[float]] = [[] for _ in runners]
-        for run in range(RUNS + 2):
-            for runner, kept in zip(runners, times, strict=True):
-                start = time.perf_counter()
-                runner.infer(inputs)
-                if run >= 2:
-                    kept.append((time.perf_counter() - start) * 1e3)
-        return [float(np.median(kept)) for kept in times]
+        with ExitStack() as stack:
+            runners = [stack.enter_context(OrtRunner(load(path))) for path in paths]
+            runs = {
+                str(index): lambda runner=runner: runner.infer(inputs)
+                for index, runner in enumerate(runners)
+            }
+            seconds = paired(runs, RUNS)
+        return [1e3 * float(np.median(values)) for values in seconds.values()]
 
 
 def _spread(space: Space) -> list[Rs]:

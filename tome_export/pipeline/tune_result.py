@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.evaluation.metrics import CONFIDENCE, paired_difference, wilson
+from tome_export.evaluation.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.tune.choose import Finalist
 from tome_export.tune.front import Score
 from tome_export.tune.schedule_file import FORMAT
@@ -16,6 +16,7 @@ from tome_export.tune.space import Rs, Space, table_of
 if TYPE_CHECKING:
     from tome_export.models import WeightsInfo
     from tome_export.pipeline.tune_images import TuneImages
+    from tome_export.pipeline.tune_run import Choice
     from tome_export.pipeline.tune_score import Scorer
     from tome_export.tune.goal import Goal
     from tome_export.tune.table import CostTable
@@ -26,53 +27,46 @@ Latency = Callable[[Rs], float | None]
 def values_of(
     *,
     model: str,
+    weights: WeightsInfo,
     goal: Goal,
+    batch: int,
+    precision: str,
     images: TuneImages,
     scorer: Scorer,
     space: Space,
-    chosen: Finalist,
+    found: Choice,
     constant: Finalist | None,
     front: Sequence[Finalist],
-    latency: Latency,
-    measured_ms: float | None,
-    unmerged_ms: float | None,
     table: CostTable | None,
-    looks: int,
     searched: int,
-    ended_by_time: bool,
-    weights: WeightsInfo,
-    batch: int,
-    precision: str,
     seconds: float,
 ) -> dict[str, Any]:
     """The content of the schedule file.
 
     Args:
         model: The recipe's name.
+        weights: Those of the model.
         goal: What was asked for.
+        batch: Images per run.
+        precision: Of the model whose latency is measured.
         images: What was measured on.
         scorer: Knows the unmerged model's results.
         space: For MACs.
-        chosen: The schedule found.
-        constant: The best constant r for the same target; None if none meets it.
+        found: The schedule found.
+        constant: The best constant r for the same target; None if none that was found meets it.
         front: What the picture shows.
-        latency: Predicted, in ms.
-        measured_ms: Of the chosen schedule.
-        unmerged_ms: Of the unmerged model, measured along with it.
         table: The cost table, if latency was asked for.
-        looks: Finalists that were measured on the validation images in order to choose.
         searched: Schedules that were measured on the search images.
-        ended_by_time: Whether the time limit ended the search.
-        weights: Those of the model.
-        batch: Images per run.
-        precision: Of the model whose latency is measured.
         seconds: That all this took.
     """
     from tome_export.bench.environment import environment
 
-    right = scorer.unmerged_right
-    difference = paired_difference(scorer.right(chosen.point.r), right)
+    right = scorer.unmerged_right[: images.chosen_on]
+    chosen = found.finalist
     unmerged: Rs = (0,) * space.depth
+
+    def latency(r: Rs) -> float | None:
+        return None if table is None else float(table.latency_ms(table_of([r]))[0])
 
     def entry(finalist: Finalist) -> dict[str, Any]:
         return _entry(finalist, space, latency, chosen)
@@ -91,35 +85,36 @@ def values_of(
         },
         "found": {
             **entry(chosen),
-            "latency_ms": measured_ms,
+            "latency_ms": found.latency_ms,
             "predicted_latency_ms": latency(chosen.point.r),
             "search_accuracy": _share(chosen.point.score),
             "validation_accuracy": _share(chosen.validation) if chosen.validation else None,
-            "against_unmerged": difference.to_dict(),
+            "estimate": _estimate(chosen.point.r, images, scorer),
         },
         "best_constant": entry(constant) if constant else None,
         "unmerged": {
             "macs": int(space.macs(table_of([unmerged]))[0]),
-            "latency_ms": unmerged_ms,
+            "latency_ms": found.unmerged_ms,
             "predicted_latency_ms": latency(unmerged),
             **_accuracy(int(right.sum()), len(right)),
             "search_accuracy": float(np.mean(right[: images.search])),
         },
         "front": [entry(finalist) for finalist in front],
         "cost_table": {**table.to_dict(), "batch": batch, "precision": precision} if table else {},
-        "images": len(right),
+        "images": len(scorer.unmerged_right),
         "data": {
             "source": images.source,
             "available": images.available,
             "search": images.search,
-            "validation": len(right) - images.search,
+            "validation": images.chosen_on - images.search,
+            "held_out": len(scorer.unmerged_right) - images.chosen_on,
             "unreadable_count": images.unreadable,
             "notes": list(images.notes),
         },
         "search": {
             "schedules": searched,
-            "validation_looks": looks if chosen.validation else 0,
-            "ended_by_time_limit": ended_by_time,
+            "validation_looks": found.looks if chosen.validation else 0,
+            "ended_by_time_limit": found.cut_short,
         },
         "confidence": CONFIDENCE,
         "seconds": seconds,
@@ -141,8 +136,28 @@ def _entry(finalist: Finalist, space: Space, latency: Latency, chosen: Finalist)
 
 
 def _accuracy(correct: int, images: int) -> dict[str, Any]:
-    low, high = wilson(correct, images)
-    return {"accuracy": correct / images, "correct": correct, "low": low, "high": high}
+    return {"accuracy": correct / images, "correct": correct}
+
+
+def _estimate(r: Rs, images: TuneImages, scorer: Scorer) -> dict[str, Any] | None:
+    """What to expect on images that are not here, with its interval.
+
+    It comes from the held-out images alone. Where there are none it comes from the validation
+    images, which the schedule was chosen with: then it is optimistic. Where there are none of those
+    either, nothing can be said: the search picked what is right on its own images.
+    """
+    whole = len(scorer.unmerged_right)
+    held_out = images.chosen_on < whole
+    first, last = (images.chosen_on, whole) if held_out else (images.search, images.chosen_on)
+    if first == last:
+        return None
+    right, unmerged = scorer.right(r, first, last), scorer.unmerged_right[first:last]
+    return {
+        "on": "held out" if held_out else "validation",
+        **share_of(right).to_dict(),
+        "unmerged": share_of(unmerged).to_dict(),
+        "change": paired_difference(right, unmerged).to_dict(),
+    }
 
 
 def _share(score: Score) -> float:

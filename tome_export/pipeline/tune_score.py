@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tome_export.bench.environment import cores
 from tome_export.merge.schedule import Schedule
 from tome_export.tune.front import Score
 from tome_export.tune.space import Rs, Space
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from tome_export.patch import MergedModel
+    from tome_export.patch.base import Merger, Tokens
     from tome_export.pipeline.tune_images import TuneImages
 
-BATCH_TOKENS = 64 * 197
-"""Tokens per batch of the measurement, unmerged: 64 images of a ViT with 16-pixel patches."""
+Right = np.ndarray[Any, np.dtype[np.bool_]]
+
+BATCH_TOKENS = {"cpu": 16 * 197, "cuda": 64 * 197}
+"""Tokens per batch of the measurement, unmerged, of images of a ViT with 16-pixel patches."""
 
 CHUNKS = 4
 """Batches that the search images are at least cut into, so that a bad schedule is left early."""
 
 
 class Scorer:
-    """Measures schedules of one model on fixed images.
+    """Measures schedules of one model on fixed images; a context manager.
+
+    On the CPU batches run side by side in threads, each of which has its cores to itself. Were
+    all cores to share every operator instead, each would wait for the slowest at the end of each:
+    on a machine with other work that takes several times as long.
 
     Args:
         model: The patched model; its weights are shared, or copied to the GPU if there is one.
@@ -36,82 +48,141 @@ class Scorer:
 
         import torch
 
-        from tome_export.patch import unpatch
-
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        module = unpatch(model)
         # Moved in place, the caller's model would be on the GPU too.
-        on_gpu = self._device == "cuda"
-        self._module: nn.Module = copy.deepcopy(module).to(self._device) if on_gpu else module
-        self._prop_attn = model.settings.prop_attn
-        self._search = images.search
+        self._model = copy.deepcopy(model).to("cuda") if self._device == "cuda" else model
+        self._images = images
         self._pixels = torch.from_numpy(images.pixels)
-        tokens = model.layers[0].tokens_in
-        largest = max(1, BATCH_TOKENS // tokens)
+        largest = max(1, BATCH_TOKENS[self._device] // model.layers[0].tokens_in)
         self._batch = min(largest, max(1, -(-images.search // CHUNKS)))
-        with torch.inference_mode():
-            outputs = [
-                self._module(self._pixels[start : start + self._batch].to(self._device))
-                for start in range(0, len(self._pixels), self._batch)
-            ]
-            self._reference = torch.cat(outputs).double().log_softmax(dim=1)
+        self._threads = torch.get_num_threads()
+        workers = min(cores(), CHUNKS) if self._device == "cpu" else 1
+        self._pool = ThreadPoolExecutor(workers, initializer=_alone(max(1, cores() // workers)))
+        self._ending = threading.Event()
+        self._known: dict[tuple[Rs, int], Right] = {}
+        outputs = self._outputs((0,) * len(model.layers), 0, len(self._pixels))
+        self._reference = torch.cat([output for _, output in outputs])
         predicted = self._reference.argmax(dim=1)
         labels = predicted.cpu().numpy() if images.labels is None else images.labels
         self._labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self._device)
         self._right = (predicted == self._labels).cpu().numpy()
 
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        import torch
+
+        self._ending.set()
+        self._pool.shutdown(cancel_futures=True)
+        # What a worker sets for itself becomes what later threads begin with.
+        torch.set_num_threads(self._threads)
+
     @property
-    def unmerged_right(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def unmerged_right(self) -> Right:
         """``[B]``: which images the unmerged model has right."""
         return self._right
 
     def search(self, r: Rs, bound: float = float("inf")) -> Score:
         """Measure on the search images; see ``tune.search.Evaluate``."""
-        return self._score(r, 0, self._search, bound)
+        return self._score(r, 0, self._images.search, bound)
 
     def validation(self, r: Rs) -> Score:
-        """Measure on the others."""
-        return self._score(r, self._search, len(self._pixels), float("inf"))
+        """Measure on those that finalists are chosen with."""
+        return self._score(r, self._images.search, self._images.chosen_on, float("inf"))
 
-    def right(self, r: Rs) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """``[B]``: which images a schedule has right."""
-        import torch
+    def held_out(self, r: Rs) -> Score:
+        """Measure on those that nothing else looks at."""
+        return self._score(r, self._images.chosen_on, len(self._pixels), float("inf"))
 
-        model = self._model(r)
-        with torch.inference_mode():
-            found = [self._one(model, s, s + self._batch)[1] for s in self._starts()]
-        return torch.cat(found).cpu().numpy()
+    def right(self, r: Rs, first: int, last: int) -> Right:
+        """``[last - first]``: which of a part of the images a schedule has right.
 
-    def _starts(self) -> range:
-        return range(0, len(self._pixels), self._batch)
-
-    def _model(self, r: Rs) -> MergedModel:
-        from tome_export.patch import patch
-
-        return patch(self._module, Schedule(per_layer=r), prop_attn=self._prop_attn).eval()
-
-    def _one(self, model: MergedModel, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Divergence and rightness per image."""
-        logits = model(self._pixels[start:end].to(self._device)).double().log_softmax(dim=1)
-        reference = self._reference[start:end]
-        # Rounding can take a divergence of zero below it.
-        damage = (reference.exp() * (reference - logits)).sum(dim=1).clamp_min(0.0)
-        return damage, logits.argmax(dim=1) == self._labels[start:end]
+        The part is that of ``search``, ``validation`` or ``held_out``.
+        """
+        if (r, first) not in self._known:
+            self._score(r, first, last, float("inf"))
+        return self._known[r, first]
 
     def _score(self, r: Rs, first: int, last: int, bound: float) -> Score:
         import torch
 
-        model, damage, correct, done = self._model(r), 0.0, 0, first
-        with torch.inference_mode():
-            for start in range(first, last, self._batch):
-                done = min(start + self._batch, last)
-                found, right = self._one(model, start, done)
-                damage += float(found.sum())
-                correct += int(right.sum())
-                if damage > bound * (last - first):
-                    break
+        damage, correct, done, rights = 0.0, 0, first, []
+        for start, output in self._outputs(r, first, last):
+            done = start + len(output)
+            reference = self._reference[start:done]
+            # Rounding can take a divergence of zero below it.
+            found = (reference.exp() * (reference - output)).sum(dim=1).clamp_min(0.0)
+            right = output.argmax(dim=1) == self._labels[start:done]
+            damage += float(found.sum())
+            correct += int(right.sum())
+            rights.append(right)
+            if damage > bound * (last - first):
+                break
+        if done == last:
+            self._known[r, first] = torch.cat(rights).cpu().numpy()
         seen = done - first
         return Score(seen, correct, damage / seen, done == last)
+
+    def _outputs(self, r: Rs, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
+        """Log probabilities ``[B, classes]`` float64 by batch, in order, with each one's start."""
+        model = self._model
+        layers = Schedule(per_layer=r).tokens(len(r), model.layers[0].tokens_in, model.prefix)
+        left = threading.Event()
+
+        def run(start: int) -> Tensor:
+            import torch
+
+            from tome_export.patch.base import Merger
+
+            merger: Any = _Leaving(
+                Merger(layers, model.prefix, model.class_token), (left, self._ending)
+            )
+            pixels = self._pixels[start : min(start + self._batch, last)].to(self._device)
+            with torch.inference_mode():
+                return model.run(pixels, merger).double().log_softmax(dim=1)
+
+        starts = range(first, last, self._batch)
+        futures = [self._pool.submit(run, start) for start in starts]
+        try:
+            for start, future in zip(starts, futures, strict=True):
+                yield start, future.result()
+        finally:
+            left.set()
+            for future in futures:
+                future.cancel()
+
+
+class _LeftError(Exception):
+    """Nobody waits for the result any more."""
+
+
+class _Leaving:
+    """A merger that ends the forward pass of which nobody waits for the result."""
+
+    def __init__(self, merger: Merger, stops: tuple[threading.Event, ...]) -> None:
+        self._merger, self._stops = merger, stops
+
+    def __call__(self, tokens: Tokens, keys: Tensor, layer: int) -> Tokens:
+        if any(stop.is_set() for stop in self._stops):
+            raise _LeftError
+        return self._merger(tokens, keys, layer)
+
+
+def _alone(threads: int) -> Callable[[], None]:
+    """What a worker does first: take so many cores for its operators."""
+
+    def start() -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    return start
 
 
 def space_of(model: MergedModel) -> Space:

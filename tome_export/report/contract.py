@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ ENVIRONMENT = Maybe(
     }
 )
 SHARE = {"correct": int, "share": NUMBER, "low": NUMBER, "high": NUMBER}
+DIFFERENCE = {"share": NUMBER, "low": NUMBER, "high": NUMBER}
 OUTPUT = {name: Maybe(NUMBER) for name in ("max_abs", "relative", "cosine", "top1_agreement")}
 POINT = {"macs": NUMBER, "latency_ms": Maybe(NUMBER), "accuracy": NUMBER}
 
@@ -131,9 +132,12 @@ CONTRACTS: dict[str, tuple[str, Any]] = {
                     "name": str,
                     "backend": str,
                     "macs": NUMBER,
-                    "top1": SHARE,
+                    "top1": Maybe(SHARE),
                     "top5": Maybe(SHARE),
+                    "difference_to_unmerged": Maybe(DIFFERENCE),
                     "agreement_with_unmerged": Maybe(SHARE),
+                    "cosine_to_unmerged": Maybe({"mean": NUMBER, "min": NUMBER}),
+                    "not_finite": Maybe(int),
                 }
             ],
             "confidence": NUMBER,
@@ -159,8 +163,11 @@ CONTRACTS: dict[str, tuple[str, Any]] = {
 _NAMES = {str: "text", bool: "true or false", int: "a whole number", NUMBER: "a finite number"}
 
 
-def read_report(file: Path) -> dict[str, Any]:
+def read_report(file: Path) -> dict[str, Any] | None:
     """Read one of the files of ``CONTRACTS``, by its name.
+
+    Returns:
+        Its content; None for a schedule without the search that found it, as written by hand.
 
     Raises:
         InputError: if it is not JSON, of a later format, or lacks what is shown of it.
@@ -175,10 +182,17 @@ def read_report(file: Path) -> dict[str, Any]:
         raise InputError(
             f"{file} has format {values['format']!r}; this version reads format {FORMAT}, {again}"
         )
+    if command == "tune" and isinstance(values, dict) and not is_searched(values):
+        return None
     wrong = next(_wrong(values, shape, ""), None)
     if wrong:
         raise InputError(f"{file} {wrong}; {again}")
     return dict(values)
+
+
+def is_searched(values: Mapping[str, Any]) -> bool:
+    """Whether a schedule file is what ``tune`` wrote; one written by hand has nothing to show."""
+    return "front" in values or "objective" in values
 
 
 def _wrong(value: Any, shape: Any, where: str) -> Iterator[str]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tome_export.report.accuracy import candidate
-from tome_export.report.numbers import TIMES, counted, points, span, times
+from tome_export.report.accuracy import AGREEMENT, COSINE, candidate, change_of, measure_of
+from tome_export.report.numbers import TIMES, counted, fixed, percent, points, span, times
 from tome_export.report.speed import against
 
 RANDOM = (
@@ -120,13 +120,32 @@ def _parity(report: Mapping[str, Any] | None, summary: Mapping[str, Any] | None)
 
 
 def _accuracy(report: Mapping[str, Any] | None) -> Figure:
-    name = "Top-1, change by merging"
     merged, unmerged = candidate(report, "merged"), candidate(report, "unmerged")
+    measure = measure_of(report)
     if report is None or merged is None:
-        return Figure(name, "not evaluated", "no eval.json", "none")
-    share = 100 * merged["top1"]["share"]
+        return Figure("Top-1, change by merging", "not evaluated", "no eval.json", "none")
     images = counted(report["data"]["images"], "image")
-    if unmerged is None:
-        return Figure("Top-1, merged", f"{share:.2f} %", f"on {images}")
-    change = points(merged["top1"]["share"] - unmerged["top1"]["share"])
-    return Figure(name, change, f"points, to {share:.2f} % on {images}")
+    missing = merged.get("not_finite") or 0
+    if missing:
+        note = f"of {images} without finite numbers"
+        return Figure("Outputs of the merged model", f"{missing:,} NOT FINITE", note, "bad")
+    found = merged.get(measure.key) if measure else None
+    if measure is None or found is None:
+        return Figure("Accuracy", "not known", f"{images} without labels", "none")
+    if measure is AGREEMENT:
+        return Figure("As the unmerged model", percent(found["share"], 2), f"of {images}")
+    if measure is COSINE:
+        note = f"mean of {images}, smallest {fixed(found['min'], 4)}"
+        return Figure("Cosine to unmerged", fixed(found["mean"], 4), note)
+    share = percent(found["share"], 2)
+    change = change_of(merged, unmerged)
+    if change is None:
+        return Figure("Top-1, merged", share, f"on {images}")
+    between = f" ({_span_of(change)})" if "low" in change else ""
+    note = f"points{between}, to {share} on {images}"
+    return Figure("Top-1, change by merging", points(change["share"]), note)
+
+
+def _span_of(change: Mapping[str, Any]) -> str:
+    """The interval of a change, in points."""
+    return f"{points(change['low'])} to {points(change['high'])}"

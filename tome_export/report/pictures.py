@@ -16,8 +16,7 @@ import numpy as np
 
 from tome_export.inspect.colours import PALETTE, hex_colour, mean_colours, outline_colours
 from tome_export.inspect.draw import outline_width, scale_for
-from tome_export.inspect.outline import inset, loops_from_mask
-from tome_export.inspect.svg import data_url
+from tome_export.inspect.svg import data_url, path_around
 from tome_export.report.numbers import counted
 from tome_export.report.parts import Gallery, Section, Text
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tome_export.inspect.groups import LayerGroups, MergeMap
-    from tome_export.spec import PatchGrid
 
 TITLE = "Which patches became one token"
 
@@ -101,7 +99,7 @@ def _picture(one: MergeMap, name: str, href: str) -> Picture:
     stroke = _stroke(one) / _scale(one)
     paths = [
         (
-            _outline(groups.ids == group, one.grid, stroke),
+            path_around(groups.ids == group, one.grid, stroke),
             hex_colour(fills[group]),
             hex_colour(colour),
         )
@@ -112,12 +110,6 @@ def _picture(one: MergeMap, name: str, href: str) -> Picture:
         f"the largest of {groups.largest}"
     )
     return Picture(name, width, height, href, paths, stroke, caption)
-
-
-def _outline(mask: NDArray[np.bool_], grid: PatchGrid, stroke: float) -> str:
-    # Strokes lie across a path: one drawn half a stroke inside stays within its patches.
-    loops = (inset(loop, (grid.width, grid.height), stroke / 2) for loop in loops_from_mask(mask))
-    return "".join("M" + "L".join(f"{x:g},{y:g}" for x, y in loop) + "Z" for loop in loops)
 
 
 def _scale(one: MergeMap) -> int:

@@ -1,10 +1,11 @@
-"""From the points of a search to the one schedule that is written, on all images.
+"""From the points of a search to the one schedule that is written.
 
-The search sees its own images only. The target, however, is a promise about every image given, so
-the last word is spoken on all of them: finalists are measured on the remaining (validation) images
-too, and the target must hold on the whole. The validation images are thereby used to accept or
-reject finalists and for nothing else; how many were looked at is reported, because the more there
-are, the more the validation accuracy of the one that is chosen flatters.
+The search sees its own images only. Finalists are measured on validation images too, and the
+target must hold on both together. The validation images are thereby used to accept or reject
+finalists and for nothing else; how many were looked at is reported, because the more there are, the
+more the validation accuracy of the one that is chosen flatters. So neither part can say how good
+the choice is: where there are enough images, a third part is held out that nothing here looks at,
+and the interval that is reported comes from it alone.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ BUDGET_FINALISTS = 6
 
 @dataclass(frozen=True)
 class Finalist:
-    """A point that was measured on all images.
+    """A point that was measured on the images that the choice is made on: search and validation.
 
     Attributes:
         point: With its score on the search images.
-        validation: Score on the remaining images; None if there are none.
+        validation: Score on the validation images; None if there are none.
     """
 
     point: Point
@@ -36,17 +37,17 @@ class Finalist:
 
     @property
     def correct(self) -> int:
-        """Images that are right, of all."""
+        """Images that are right, of both parts."""
         return self.point.score.correct + (self.validation.correct if self.validation else 0)
 
     @property
     def images(self) -> int:
-        """All images."""
+        """Images of both parts."""
         return self.point.score.images + (self.validation.images if self.validation else 0)
 
     @property
     def damage(self) -> float:
-        """Mean damage in nats over all images."""
+        """Mean damage in nats over both parts."""
         parts = [self.point.score, *([self.validation] if self.validation else [])]
         return sum(part.damage * part.images for part in parts) / self.images
 
@@ -63,7 +64,7 @@ class Jury:
         self.finalists: dict[Rs, Finalist] = {}
 
     def look(self, point: Point) -> Finalist:
-        """The point measured on all images."""
+        """The point measured on both parts."""
         if point.r not in self.finalists:
             validation = self._validate(point.r) if self._validate else None
             self.finalists[point.r] = Finalist(point, validation)
@@ -77,17 +78,18 @@ def cheapest(
     validation_images: int,
     out_of_time: Callable[[], bool],
 ) -> Finalist | None:
-    """The cheapest point with enough images right, of all images.
+    """The cheapest point with enough images right, of those of search and validation.
 
     Args:
         jury: Measures finalists.
         points: To choose from.
-        needed: Images that must be right, of all.
-        validation_images: How many the search did not see.
+        needed: Images that must be right.
+        validation_images: How many of them the search did not see.
         out_of_time: Whether to look at no more; the cheapest that met the target so far is taken.
+            If none did, one is still looked at: the one that does best on the search images.
 
     Returns:
-        None if no point meets the target.
+        None if no point that was looked at meets the target.
     """
     # Fewer right than this on the search images cannot be made good by the others.
     hopeful = [
@@ -100,12 +102,18 @@ def cheapest(
         for point in sorted(group, key=lambda p: (p.cost, p.score.damage, p.r)):
             if best is not None and point.cost >= best.point.cost:
                 break
-            if out_of_time() and best is not None:
-                return best
+            if out_of_time():
+                return best or _likeliest(jury, hopeful, needed)
             if (found := jury.look(point)).correct >= needed:
                 best = found
                 break
     return best
+
+
+def _likeliest(jury: Jury, points: Sequence[Point], needed: int) -> Finalist | None:
+    best = max(points, key=lambda p: (p.score.correct, -p.score.damage, p.r))
+    found = jury.look(best)
+    return found if found.correct >= needed else None
 
 
 def _free(points: Sequence[Point]) -> list[Point]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tome_export.errors import InputError
+from tome_export.files import draft_of, json_bytes, write_whole, writing_to
 
 FORMAT = 1
 """Version of the file; raised when a reader of the old form would misread the new."""
@@ -31,12 +28,16 @@ class ScheduleFile:
         model: Recipe that the schedule was found for.
         schedule: r of every layer.
         content: The whole file.
+        tokens_in: Tokens that entered the model's first layer; None if the file does not say.
+        state_sha256: Digest of the weights it was found with; None if the file does not say.
     """
 
     path: Path
     model: str
     schedule: tuple[int, ...]
     content: bytes
+    tokens_in: int | None = None
+    state_sha256: str | None = None
 
     def check_model(self, model: str) -> None:
         """Refuse another model than that of the search.
@@ -64,6 +65,42 @@ class ScheduleFile:
                 f"schedule file {self.path} has {len(self.schedule)} layers; {self.model} has "
                 f"{depth}, tune it again"
             )
+
+    def check_tokens(self, tokens_in: int, merged: Sequence[int]) -> None:
+        """Refuse a model with fewer or more tokens, or one that cannot merge as many.
+
+        Args:
+            tokens_in: Tokens that enter the model's first layer.
+            merged: r that the model merges in each layer, given this schedule.
+
+        Raises:
+            InputError: if it differs.
+        """
+        if self.tokens_in is not None and tokens_in != self.tokens_in:
+            raise InputError(
+                f"schedule file {self.path} is for {self.tokens_in} tokens; {self.model} has "
+                f"{tokens_in} here, tune it again at this image size"
+            )
+        for layer, (wanted, able) in enumerate(zip(self.schedule, merged, strict=True)):
+            if wanted != able:
+                raise InputError(
+                    f"schedule file {self.path} merges {wanted} tokens in layer {layer}, where "
+                    f"{self.model} can merge {able}; tune it again, or give a list with "
+                    "--schedule, which is cut to what is possible"
+                )
+
+    def note(self, state_sha256: str) -> str | None:
+        """What to tell of a model with other weights than those of the search; None of the same.
+
+        Args:
+            state_sha256: Digest of the model's weights.
+        """
+        if self.state_sha256 in (None, state_sha256):
+            return None
+        return (
+            f"{self.path.name} was found with other weights: its accuracy is not that of this "
+            "model, tune again to know"
+        )
 
 
 def read_schedule(path: Path) -> ScheduleFile:
@@ -96,7 +133,16 @@ def read_schedule(path: Path) -> ScheduleFile:
             f"schedule file {path} has schedule {_short(schedule)}; expected one whole number, 0 "
             f"or more, per layer, {_AGAIN}"
         )
-    return ScheduleFile(path, model, tuple(schedule), content)
+    tokens_in = values.get("tokens_in")
+    if tokens_in is not None and not _is_r(tokens_in):
+        raise InputError(
+            f"schedule file {path} has tokens_in {_short(tokens_in)}; expected a whole number, "
+            f"{_AGAIN}"
+        )
+    weights = values.get("weights")
+    digest = weights.get("state_sha256") if isinstance(weights, dict) else None
+    known = digest if isinstance(digest, str) else None
+    return ScheduleFile(path, model, tuple(schedule), content, tokens_in, known)
 
 
 def _is_r(value: Any) -> bool:
@@ -118,51 +164,43 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise InputError(f"{path} is a folder; give the name of a file such as {path / NAME}")
     if path.exists() and not force:
         raise InputError(f"{path} exists; give another file, or --force to replace it")
-    with _writing(path):
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        Path(draft).unlink()
+    with writing_to(path, "file"):
+        draft = draft_of(path)
+        draft.touch()
+        draft.unlink()
 
 
-def write_schedule(path: Path, values: Mapping[str, Any], *, force: bool) -> None:
+def write_schedule(
+    path: Path,
+    values: Mapping[str, Any],
+    *,
+    force: bool,
+    tokens_in: int | None = None,
+    state_sha256: str | None = None,
+) -> dict[str, Any]:
     """Write a schedule file, whole or not at all.
+
+    Args:
+        path: The file.
+        values: Its content.
+        force: Replace one that exists.
+        tokens_in: Tokens that enter the first layer of the model, prefix tokens included; None if
+            not known. A build refuses a model with others.
+        state_sha256: Digest of the weights; None if not known. A build tells of others.
+
+    Returns:
+        What was written.
 
     Raises:
         InputError: as ``check_writable``.
     """
+    content = dict(values)
+    if tokens_in is not None:
+        content["tokens_in"] = tokens_in
+    if state_sha256 is not None:
+        content["weights"] = {**content.get("weights", {}), "state_sha256": state_sha256}
+    whole = json_bytes(content)
     check_writable(path, force=force)
-    with _writing(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        draft = Path(name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-            # A temporary file is its owner's alone; a result is as open as any new file.
-            mask = os.umask(0)
-            os.umask(mask)
-            draft.chmod(0o666 & ~mask)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-_REASONS = {
-    errno.ENOENT: "its folder does not exist; make it or give another file",
-    errno.ENOTDIR: "a part of the path is a file; give another file",
-    errno.EACCES: "permission is denied; give a file in a folder you can write",
-    errno.EPERM: "permission is denied; give a file in a folder you can write",
-    errno.EROFS: "the filesystem is read-only; give another file",
-    errno.ENOSPC: "no space is left on the device; free some or give another file",
-    errno.EDQUOT: "the disk quota is used up; free some space or give another file",
-    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
-}
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REASONS:
-            raise
-        raise InputError(f"cannot write {path}: {_REASONS[error.errno]}") from error
+    with writing_to(path, "file"):
+        write_whole(path, whole)
+    return content

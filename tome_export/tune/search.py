@@ -68,6 +68,10 @@ class Search:
         seed: Of the choices by chance.
         deadline: In seconds of ``time.monotonic``; nothing new is measured after it.
         told: Called with what is measured, how many were, and how many there are to be.
+
+    Attributes:
+        points: What was measured.
+        cut_short: Whether the deadline ended it.
     """
 
     def __init__(
@@ -91,11 +95,11 @@ class Search:
         self._deadline = deadline
         self._told = told
         self.points: dict[Rs, Point] = {}
+        self.cut_short = False
 
-    @property
-    def out_of_time(self) -> bool:
-        """Whether the deadline has passed."""
-        return time.monotonic() >= self._deadline
+    def _late(self) -> bool:
+        self.cut_short = self.cut_short or time.monotonic() >= self._deadline
+        return self.cut_short
 
     def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> Point:
         """Measure a schedule, or know it already."""
@@ -112,7 +116,7 @@ class Search:
         for offset in range(COARSE):
             for method, schedules in picked:
                 for r in schedules[offset::COARSE]:
-                    if self.out_of_time:
+                    if self._late():
                         return
                     self.measure(r, method)
                     done += 1
@@ -121,7 +125,7 @@ class Search:
     def free(self, count: int) -> None:
         """Measure up to ``count`` free lists; there must be baselines to start from."""
         for step in range(count):
-            if self.out_of_time:
+            if self._late():
                 return
             r = self._next(step)
             if r is None:

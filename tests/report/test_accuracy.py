@@ -1,0 +1,132 @@
+"""What ``eval`` really writes, of every kind of model and image, is read and shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tome_export.artifact import Artifact, write_json
+from tome_export.evaluation.records import TOP, Record, Table
+from tome_export.evaluation.source import ArraySource, Classes
+from tome_export.pipeline.backends import Subject
+from tome_export.pipeline.eval_result import results_of
+from tome_export.pipeline.eval_runs import Candidate
+from tome_export.report.contract import read_report
+from tome_export.report.page import Content, render
+
+IMAGES = 40
+NAMES = (("merged", 4, "ort-cpu"), ("unmerged", 0, "ort-cpu"), ("torch", 4, "torch"))
+
+
+def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged", "torch")):
+    """``eval.json`` as ``evaluate`` makes it, but for who ran.
+
+    Args:
+        kind: ``labelled``, ``unlabelled`` or ``features``.
+        broken: Images for which the merged model gave no finite numbers.
+        against: Candidates besides the merged one.
+    """
+    subject = Subject("x", Path("x"), "fp32", None, {})
+    candidates = [
+        Candidate(name, (r,) * 6, backend, 13_000_000 + 2_000_000 * (4 - r), subject)
+        for name, r, backend in NAMES
+        if name == "merged" or name in against
+    ]
+    classes = None if kind == "features" else Classes(10)
+    runs = list(dict.fromkeys(one.run for one in candidates))
+    table = Table(IMAGES, IMAGES, runs, classes=classes is not None)
+    labels = np.arange(IMAGES, dtype=np.int32) % 10
+    values = {}
+    for n, run in enumerate(runs):
+        if classes is None:
+            found = np.linspace(0.9, 1, IMAGES)[:, None]
+            found[:broken] = np.nan if n == 0 else found[:broken]
+        else:
+            found = (labels[:, None] + np.arange(TOP, dtype=np.int32)) % 10
+            found[: 3 - n] += 1
+            found[:broken] = -1 if n == 0 else found[:broken]
+        values[run] = found
+    table.add(Record(0, ((IMAGES - 1, "bad.png", "cut short"),), values_without_last(values)))
+    source = ArraySource(np.zeros((IMAGES, 1, 8, 8), np.float32), labels)
+    known = labels if kind == "labelled" else None
+    plain = next((one for one in candidates if one.name == "unmerged"), None)
+    return results_of(table, source, known, candidates, classes, plain)
+
+
+def values_without_last(values):
+    return {run: found[:-1] for run, found in values.items()}
+
+
+def page_of(built: Path, tmp_path: Path, values) -> str:
+    """The words of the page with this evaluation."""
+    file = tmp_path / "eval.json"
+    write_json(file, values)
+    report = read_report(file)
+    assert report == json.loads(file.read_text())
+    text = render(Content("x", Artifact.open(built).manifest, {"eval.json": report}))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
+
+
+SHOWN = {
+    "labelled": (
+        "labelled",
+        ("Top-1, change by merging", "top-1 accuracy (%)", "change, points", "as unmerged"),
+        ("cosine", "not finite"),
+    ),
+    "unlabelled": (
+        "unlabelled",
+        ("As the unmerged model 97.44 % of 39 images", "They have no labels:", "as unmerged"),
+        ("top-1", "change, points", "cosine"),
+    ),
+    "features": (
+        "features",
+        ("Cosine to unmerged 0.9487 mean of 39 images, smallest 0.9000", "cosine, mean"),
+        ("top-1", "as unmerged"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "said", "unsaid"), SHOWN.values(), ids=SHOWN)
+def test_what_an_evaluation_found_is_shown(built, tmp_path, kind, said, unsaid):
+    words = page_of(built, tmp_path, {**evaluated(kind), "batch": 8})
+    accuracy = words[words.index("On 39 images of") :]
+    for expected in said:
+        assert expected in words, expected
+    for unexpected in unsaid:
+        assert unexpected not in accuracy, unexpected
+    assert "Left out, as they could not be read: 1 image." in accuracy
+
+
+def test_a_change_has_its_paired_interval(built, tmp_path):
+    values = evaluated("labelled")
+    found = values["candidates"][0]["difference_to_unmerged"]
+    low, high = (f"{100 * found[key]:+.2f}".replace("-", "\u2212") for key in ("low", "high"))
+    assert found["share"] < 0
+    words = page_of(built, tmp_path, values)
+    assert words.count(f"\u22122.56 ({low} to {high})") >= 1  # in the table
+    assert f"points ({low} to {high}), to 92.31 % on 39 images" in words
+
+
+@pytest.mark.parametrize("kind", ["labelled", "unlabelled", "features"])
+def test_outputs_that_are_not_finite_cannot_be_overlooked(built, tmp_path, kind):
+    words = page_of(built, tmp_path, evaluated(kind, broken=7))
+    assert "Outputs of the merged model 7 NOT FINITE of 39 images without finite numbers" in words
+    assert "merged on ort-cpu gave no finite numbers for 7 images." in words
+    assert "not finite" in words
+
+
+@pytest.mark.parametrize("kind", ["labelled", "unlabelled", "features"])
+def test_a_model_that_gives_no_numbers_at_all_has_a_page(built, tmp_path, kind):
+    values = evaluated(kind, broken=IMAGES, against=())
+    assert "39 NOT FINITE" in page_of(built, tmp_path, values)
+
+
+def test_neither_labels_nor_a_model_to_compare_with(built, tmp_path):
+    words = page_of(built, tmp_path, evaluated("unlabelled", against=("torch",)))
+    assert "Accuracy not known 39 images without labels" in words
+    assert "no other model was run to compare with" in words
+    assert "merged ort-cpu 13.00 MMACs" in words

@@ -1,0 +1,146 @@
+"""Files written whole or not at all, folders kept from others meanwhile, text as bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tome_export.errors import ExportError, InputError
+
+POLL_S = 0.05
+"""Seconds between two tries for a lock."""
+
+
+def utf8(text: str) -> bytes:
+    r"""Text as bytes; what is no text, as in file names of another encoding, becomes ``\udcff``.
+
+    In JSON that is an escape, and reading gives the same text back.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """A JSON object as every file of ours has it."""
+    return utf8(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def draft_of(path: Path) -> Path:
+    """A hidden sibling that no other command has, to be renamed when it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step, as open to others as any new file."""
+    draft = draft_of(path)
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def is_open_as(descriptor: int, folder: Path) -> bool:
+    """Whether the folder of that name is the one that the descriptor has open."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Keep other writers of a folder out; the lock ends with the process.
+
+    Args:
+        folder: That is written.
+        patience_s: Seconds to wait for another command.
+
+    Raises:
+        InputError: if another command holds the lock for longer.
+    """
+    descriptor = _lock(folder, fcntl.LOCK_EX, patience_s)
+    if descriptor is None:
+        raise InputError(f"another command is writing {folder}; wait for it and repeat this one")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def shared(folder: Path, patience_s: float) -> Iterator[None]:
+    """Keep writers of a folder out while it is read, as far as that is possible.
+
+    Args:
+        folder: That is read; one that cannot be locked is read nevertheless.
+        patience_s: Seconds to wait for a command that is writing.
+    """
+    try:
+        descriptor = _lock(folder, fcntl.LOCK_SH, patience_s)
+    except OSError:  # there is no such folder, or its filesystem has no locks
+        descriptor = None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(folder: Path, kind: int, patience_s: float) -> int | None:
+    """The descriptor that holds a lock; None if others hold it for longer."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                # Another folder may have got the name since.
+                if is_open_as(descriptor, folder):
+                    kept, descriptor = descriptor, -1
+                    return kept
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def writing_to(output: Path, what: str = "directory") -> Iterator[None]:
+    """Say in one line why something cannot be written.
+
+    Args:
+        output: That is written.
+        what: ``directory`` or ``file``; a file's folder is the user's to make.
+
+    Raises:
+        InputError: in place of the ``OSError`` that says so.
+    """
+    reasons = {
+        errno.ENOSPC: f"no space is left on the device; free some or give another {what}",
+        errno.EDQUOT: f"the disk quota is used up; free some space or give another {what}",
+        errno.EROFS: f"the filesystem is read-only; give another {what}",
+        errno.EACCES: f"permission is denied; give a {what} you can write",
+        errno.EPERM: f"permission is denied; give a {what} you can write",
+        errno.ENOTDIR: f"a part of the path is a file; give another {what}",
+        errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    }
+    if what == "file":
+        reasons[errno.ENOENT] = "its folder does not exist; make it or give another file"
+    try:
+        yield
+    except (OSError, ExportError) as error:
+        # A stage that failed for want of space says so as its cause.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in reasons:
+            raise
+        raise InputError(f"cannot write {output}: {reasons[cause.errno]}") from error
