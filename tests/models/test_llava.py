@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -46,7 +47,9 @@ def hidden_state(whole: Any, index: int) -> torch.Tensor:
     with torch.no_grad():
         states = [vision.pre_layrnorm(vision.embeddings(IMAGES))]
         for layer in vision.encoder.layers:
-            given = layer(states[-1], None)
+            # Transformers 4 asks for a mask more.
+            more = {"causal_attention_mask"} & set(inspect.signature(layer.forward).parameters)
+            given = layer(states[-1], attention_mask=None, **dict.fromkeys(more))
             states.append(given[0] if isinstance(given, tuple) else given)
     return states[index]
 

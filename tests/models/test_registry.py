@@ -88,7 +88,7 @@ def test_squash_crop_is_told():
         ("timm:qqqqqq", "timm has no model 'qqqqqq'; see timm.list_models()"),
         ("timm:vit_base_patch16_224.nope", "timm has no weights 'nope' of vit_base_patch16_224; "),
         ("timm:resnet18", "(class ResNet) has no sequence of tokens to merge"),
-        ("hf:google/vit-base-patch16-224", "are not supported yet; use timm:<name>"),
+        ("hf:./nothing", "folder ./nothing does not exist; expected a checkpoint folder"),
     ],
 )
 def test_bad_names(name, message):

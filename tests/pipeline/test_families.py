@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from hf_models import make
+from PIL import Image
 
+from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
+from tome_export.pipeline.eval import EvalRequest, evaluate
 from tome_export.pipeline.reference import reference_model, rescheduled
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.runtime.ort import OrtRunner
@@ -92,3 +95,16 @@ def test_from_the_library_to_the_repository(maker, make_llava, tmp_path, monkeyp
     assert written == {"preprocess", *kinds, "pipeline"}
     for model in result.models:
         assert (tmp_path / "repository" / model.name / "config.pbtxt").is_file()
+
+
+def test_features_of_the_tokens_that_are_left_do_not_compare(make_llava, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, _, form = llava_folder(make_llava)
+    request = BuildRequest(
+        name, Path("merged"), schedule=Schedule(3), engine="none", check=False, **form
+    )
+    artifact = build(request)
+    Path("pictures").mkdir()
+    Image.new("RGB", (40, 40)).save("pictures/black.png")
+    with pytest.raises(InputError, match=r"which do not compare; build it with --dense"):
+        evaluate(EvalRequest(artifact.path, data=("pictures",), workers=0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,13 +12,18 @@ from tome_export.artifact import Artifact
 from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.classify import Classifier
 from tome_export.evaluation.source import Classes, Source
+from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
 from tome_export.pipeline.eval_work import evaluated
+from tome_export.pipeline.manifest import output_shape
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.pipeline.reference import model_name, reference_model
+from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.spec import BatchRange
+
+if TYPE_CHECKING:
+    from tome_export.patch import MergedModel
 
 EVAL = "eval.json"
 
@@ -105,6 +110,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     chosen = selection(len(source), request.limit)
     progress.stage(f"Load {artifact.manifest['model']['name']}")
     model, _ = reference_model(artifact, request.weights)
+    if classes is None:
+        _check_comparable(artifact, model)
     with candidates_of(
         artifact, model, request.backend, request.against, request.r, progress
     ) as candidates:
@@ -132,6 +139,17 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
                 "environment": environment(),
             }
             return _recorded(artifact, values)
+
+
+def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
+    """Features of all tokens that are left have another shape with every schedule."""
+    merged, unmerged = (output_shape(m) for m in (model, rescheduled(model, Schedule(0))))
+    if merged != unmerged:
+        raise InputError(
+            f"{artifact.path} gives features {list(merged)} per image, and {list(unmerged)} "
+            "without merging, which do not compare; build it with --dense to compare features "
+            "patch by patch"
+        )
 
 
 def classes_of(artifact: Artifact) -> Classes | None:

@@ -135,9 +135,9 @@ def _outputs(name: str, model: MergedModel, batch: int | str) -> list[dict[str, 
     ]
 
 
-def output_width(model: MergedModel) -> int:
-    """Number of classes or features."""
-    return int(_outputs(FEATURES, model, 1)[0]["shape"][-1])
+def output_shape(model: MergedModel) -> tuple[int, ...]:
+    """Shape of the main output for one image."""
+    return tuple(_outputs(FEATURES, model, 1)[0]["shape"][1:])
 
 
 def output_names(name: str, model: MergedModel) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline.manifest import output_width, state_sha256
+from tome_export.pipeline.manifest import output_shape, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.tune_images import SAMPLES, TuneImages, sized, tune_images
 from tome_export.pipeline.tune_result import values_of
@@ -163,7 +163,7 @@ def _images(
     return tune_images(
         sized(recipe, model.input_size),
         model.macs(merged=False),
-        output_width(model),
+        output_shape(model)[-1],
         request.data,
         request.limit,
         request.seed,
