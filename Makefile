@@ -40,6 +40,8 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/llava.py
+	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/registry.py
 
 # On a machine with an NVIDIA GPU.

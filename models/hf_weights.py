@@ -56,15 +56,16 @@ def fill(
             "checkpoint of this architecture"
         )
     wanted = module.state_dict()
-    for name, value in state.items():
+    found_names = [name for name in names if name in state]
+    for name in found_names:
         shape = wanted[names[name]].shape
-        if value.shape != shape:
+        if state[name].shape != shape:
             raise InputError(
                 f"weights of {source} do not fit its config.json: {name} has shape "
-                f"{list(value.shape)}; expected {list(shape)}"
+                f"{list(state[name].shape)}; expected {list(shape)}"
             )
     ready: State = {}
-    for name in list(state):
+    for name in found_names:
         # In float32 before they are in place: one tensor at a time.
         ready[names[name]] = value = state.pop(name).float()
         if not value.isfinite().all():

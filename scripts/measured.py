@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- measured by scripts/measured.py -->\n", "<!-- end of measured -->")
+EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
 def rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -37,8 +38,30 @@ def measured() -> str:
         for row in cpu
     ]
     lines += ["", *(parity_line(name) for name in ("recipes", "recipes_full")), registry_line()]
-    lines += [*serving_lines(), soak_line()]
+    lines += [families_line(), llava_line(), *serving_lines(), soak_line()]
     return "\n".join(lines) + "\n"
+
+
+def evaluated() -> str:
+    """The README's table of accuracy, between its marks."""
+    found = rows("digits")[1]
+    first = found[0]
+    return "\n".join(
+        [
+            f"So it prints, for {first['model']} on its {first['images']} test images "
+            f"(`benchmarks/results/digits.json`, intervals of {first['confidence']:.0%}):",
+            "",
+            "| r | MACs | saved | top-1 |",
+            "|---|---|---|---|",
+            *(
+                f"| {row['r']} | {row['macs'] / 1e6:.2f} M | {1 - row['macs'] / first['macs']:.0%} "
+                f"| {100 * row['top1']['share']:.2f} % [{100 * row['top1']['low']:.2f}, "
+                f"{100 * row['top1']['high']:.2f}] |"
+                for row in found
+            ),
+            "",
+        ]
+    )
 
 
 def parity_line(name: str) -> str:
@@ -74,6 +97,38 @@ def registry_line() -> str:
     )
 
 
+def families_line() -> str:
+    """One line on one tiny model of every family."""
+    families = rows("families")[1]
+
+    def total(precision: str, key: str) -> int:
+        return sum(row[precision][key] for row in families)
+
+    return (
+        f"- {len(families)} tiny models, each from its own library, from patching to a model "
+        "repository (`benchmarks/results/families.json`): "
+        f"{sum(not row['failures'] for row in families)} pass. Without merging they differ from "
+        f"the library by at most {max(row['r0_relative_error_onnx'] for row in families):.1e}. "
+        f"Merged in fp32, {total('fp32', 'disagreements')} of {total('fp32', 'decisions')} decisions "
+        f"differ from PyTorch's; in fp16 {total('fp16', 'disagreements')}, with "
+        f"{total('fp16', 'defects')} defects; "
+        f"{sum(bool(row['engine_bytes']) for row in families)} engines built by TensorRT-RTX."
+    )
+
+
+def llava_line() -> str:
+    """One line on LLaVA's tower at full size."""
+    (row,) = rows("llava")[1]
+    macs, built = row["macs"], row["build"]
+    return (
+        f"- {row['model']}, r = {row['r']}, {row['precision']}, batch 1, random weights "
+        f"(`benchmarks/results/llava.json`): {row['tower']['tokens']} features, "
+        f"{macs['unmerged'] / 1e9:.1f} G to {macs['merged'] / 1e9:.1f} G MACs "
+        f"(ratio {macs['ratio']:.2f}), {row['speedup']['p50']:.2f} times as fast in ONNX Runtime; "
+        f"the build takes {built['peak_gib']:.1f} GiB of memory at most."
+    )
+
+
 def serving_lines() -> list[str]:
     """The speed-up of merging as a client of the server sees it."""
     served = rows("serving")[1]
@@ -102,10 +157,11 @@ def soak_line() -> str:
 
 def main() -> None:
     readme = ROOT / "README.md"
-    start, end = MARKS
-    pattern = re.escape(start) + ".*?" + re.escape(end)
     text = readme.read_text()
-    readme.write_text(re.sub(pattern, lambda _: start + measured() + end, text, flags=re.DOTALL))
+    for (start, end), made in ((MARKS, measured()), (EVALUATED, evaluated())):
+        pattern = re.escape(start) + ".*?" + re.escape(end)
+        text = re.sub(pattern, start + made.replace("\\", r"\\") + end, text, flags=re.DOTALL)
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

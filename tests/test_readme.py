@@ -62,5 +62,6 @@ def test_python_runs(code: str, folder: Path) -> None:
 def test_measured_figures_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(README.parent / "scripts")
     script = importlib.import_module("measured")
-    start, end = script.MARKS
-    assert start + script.measured() + end in README.read_text()
+    made = ((script.MARKS, script.measured()), (script.EVALUATED, script.evaluated()))
+    for (start, end), text in made:
+        assert start + text + end in README.read_text()

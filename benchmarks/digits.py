@@ -1,0 +1,57 @@
+"""What does merging cost in accuracy, on a model that was trained?
+
+vit_digits on its 450 test images, by ``tome-export eval``: top-1 of constant schedules.
+
+    python benchmarks/digits.py [--no-write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from harness import write_rows
+
+from tome_export.merge.schedule import Schedule
+from tome_export.pipeline import BuildRequest, build
+from tome_export.pipeline.eval import SAMPLES, EvalRequest, evaluate
+
+MODEL, R = "vit_digits", 8
+SCHEDULES = (0, 2, 4, 8, 16, 24)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / MODEL
+        request = BuildRequest(MODEL, output, Schedule(R), engine="none", check=False)
+        artifact = build(request)
+        values = evaluate(
+            EvalRequest(artifact.path, data=(SAMPLES,), r=SCHEDULES, workers=0, restart=True)
+        ).values
+    rows = [
+        {
+            "benchmark": "digits",
+            "model": MODEL,
+            "images": values["data"]["images"],
+            "confidence": values["confidence"],
+            "r": r,
+            "per_layer": found["r"],
+            "macs": found["macs"],
+            "top1": found["top1"],
+        }
+        for r in SCHEDULES
+        for found in values["candidates"]
+        if found["name"] == f"r={r}"
+    ]
+    for row in rows:
+        print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {row['top1']}")
+    if not arguments.no_write:
+        print(write_rows("digits", rows))
+
+
+if __name__ == "__main__":
+    main()
