@@ -25,7 +25,8 @@ demo: $(VENV)/installed
 	$(BIN)/tome-export check $(OUT)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	# One thread each: two workers that share two cores wait for each other at every barrier.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

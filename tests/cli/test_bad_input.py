@@ -128,11 +128,10 @@ CASES = {
         3,
         "nowhere does not exist; expected an image or a folder of images",
     ),
-    "hf model": (
-        ("build", "hf:google/vit", "--r", "8"),
+    "hf folder": (
+        ("build", "hf:./nowhere", "--r", "8"),
         3,
-        "model 'hf:google/vit': Hugging Face Transformers models are not supported yet; use "
-        "timm:<name> (timm carries most ViTs) or module:function",
+        "folder ./nowhere does not exist; expected a checkpoint folder or a name on the hub",
     ),
 }
 
