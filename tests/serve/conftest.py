@@ -290,8 +290,9 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     ]
     if "ms" in changes:
         ms = changes["ms"]
-        # A whole number stands for any backend; a fraction is written as it is.
-        latency_ms = {"ort-cpu": ms, "tensorrt": ms} if isinstance(ms, int) else ms
+        # A number stands for any backend; as text it is written as that number alone.
+        latency_ms = {"ort-cpu": ms, "tensorrt": ms} if isinstance(ms, int | float) else ms
+        latency_ms = float(latency_ms) if isinstance(latency_ms, str) else latency_ms
         (folder / "bench.json").write_text(json.dumps({"latency_ms": latency_ms}))
     engines = {}
     for name, profile in dict(changes.get("engines", {})).items():  # type: ignore[call-overload]

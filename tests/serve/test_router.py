@@ -368,7 +368,7 @@ def routed(tmp_path):
         (({"ort-cuda": 2}, {"ort-cpu": 8}), {}, [None, None]),
         (({"ort-cpu": 9, "tensorrt": 2}, {"tensorrt": 1}), {"tensorrt": "1:4:8"}, [2, 1]),
         (({"ort-cpu": 9}, {"ort-cpu": 8}), {"tensorrt": "1:4:8"}, [None, None]),
-        ((3.0, 1.0), {}, [None, None]),
+        (("3.0", "1.0"), {}, [None, None]),
     ],
 )
 def test_the_latency_is_that_of_one_backend_that_is_served(

@@ -53,7 +53,6 @@ class BuildRequest:
         model: Recipe name, ``timm:<name>`` or ``module:function``.
         output: The artifact directory.
         schedule: Tokens to merge per layer; None for the recipe's recommended r.
-        schedule_file: What ``tune`` wrote; it then gives the schedule, and goes into the artifact.
         precision: Of weights and activations.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         seed: Of random weights.
@@ -67,12 +66,12 @@ class BuildRequest:
         images: Folder of images for the parity check; None for those that come along.
         check: Whether to check parity; without it the artifact says that it was not checked.
         force: Replace an existing artifact.
+        schedule_file: What ``tune`` wrote; it then gives the schedule, and goes into the artifact.
     """
 
     model: str
     output: Path
     schedule: Schedule | None = None
-    schedule_file: Path | None = None
     precision: Precision = "fp32"
     weights: str = "pretrained"
     seed: int = 0
@@ -86,6 +85,7 @@ class BuildRequest:
     images: Path | None = None
     check: bool = True
     force: bool = False
+    schedule_file: Path | None = None
 
 
 def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
