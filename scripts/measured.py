@@ -109,8 +109,8 @@ def families_line() -> str:
         "repository (`benchmarks/results/families.json`): "
         f"{sum(not row['failures'] for row in families)} pass. Without merging they differ from "
         f"the library by at most {max(row['r0_relative_error_onnx'] for row in families):.1e}. "
-        f"Merged in fp32, {total('fp32', 'disagreements')} of {total('fp32', 'decisions')} decisions "
-        f"differ from PyTorch's; in fp16 {total('fp16', 'disagreements')}, with "
+        f"Merged in fp32, {total('fp32', 'disagreements')} of {total('fp32', 'decisions')} "
+        f"decisions differ from PyTorch's; in fp16 {total('fp16', 'disagreements')}, with "
         f"{total('fp16', 'defects')} defects; "
         f"{sum(bool(row['engine_bytes']) for row in families)} engines built by TensorRT-RTX."
     )
