@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -15,7 +15,7 @@ from tome_export.errors import InputError, MissingComponentError
 from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
 from tome_export.models.hub import ANSWER_S, ask, ask_url
 from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
-from tome_export.models.weights import loaded, wake_constants
+from tome_export.models.weights import load_by_file, loaded
 from tome_export.spec import Interpolation, Preprocessing
 
 if TYPE_CHECKING:
@@ -46,24 +46,15 @@ class OpenClipLoader:
 
     def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
         """Make the tower; see ``Recipe.load``."""
-        import torch
-
-        if weights == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                module = self._create(depth)
-                wake_constants(module)
-            return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
-        if weights != "pretrained":
-            return self._from_file(recipe, Path(weights), depth)
-        if depth is not None:
-            raise InputError(
-                f"depth {depth} was asked with pretrained weights, which are for all blocks; "
-                "use random weights or leave the depth"
-            )
-        made = self._from_file(recipe, self._download(recipe), None)
-        info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
-        return LoadedModel(made.module, recipe, info)
+        return load_by_file(
+            recipe,
+            weights,
+            seed,
+            depth,
+            create=self._create,
+            from_file=self._from_file,
+            download=self._download,
+        )
 
     def _create(self, depth: int | None = None) -> nn.Module:
         require_open_clip()

@@ -12,6 +12,8 @@ from tome_export.models.hub import pretrained_overlay, recorded_file
 from tome_export.models.recipe import DATA, LoadedModel, Recipe, WeightsInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
 
@@ -64,6 +66,47 @@ def _random(recipe: Recipe, seed: int, depth: int | None) -> LoadedModel:
         module = _create(recipe, depth=depth)
         wake_constants(module)
     return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+
+
+def load_by_file(
+    recipe: Recipe,
+    weights: str,
+    seed: int,
+    depth: int | None,
+    *,
+    create: Callable[[int | None], nn.Module],
+    from_file: Callable[[Recipe, Path, int | None], LoadedModel],
+    download: Callable[[Recipe], Path],
+) -> LoadedModel:
+    """``Recipe.load`` for a library whose pretrained weights are one file.
+
+    Args:
+        recipe: What to make.
+        weights: ``pretrained``, ``random`` or a path.
+        seed: Of random weights.
+        depth: Number of blocks; not with pretrained weights.
+        create: Makes the module of that depth, freshly initialised.
+        from_file: Makes the model with the weights of a file.
+        download: Finds or fetches the file of the pretrained weights.
+    """
+    import torch
+
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = create(depth)
+            wake_constants(module)
+        return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+    if weights != "pretrained":
+        return from_file(recipe, Path(weights), depth)
+    if depth is not None:
+        raise InputError(
+            f"depth {depth} was asked with pretrained weights, which are for all blocks; "
+            "use random weights or leave the depth"
+        )
+    made = from_file(recipe, download(recipe), None)
+    info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
+    return LoadedModel(made.module, recipe, info)
 
 
 def wake_constants(module: nn.Module) -> None:
