@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tome_export.merge.schedule import INFLECTION
+from tome_export.reducers import DEFAULT, REDUCERS
 from tome_export.spec import MERGE_OPS, SELECT_FEATURES, TOWERS, BatchRange
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -175,7 +176,21 @@ model_options = grouped(
     click.option(
         "--prop-attn/--no-prop-attn",
         default=None,
-        help="Proportional attention.  [default: the model's own]",
+        help="Proportional attention.  [default: the model's and reducer's own]",
+    ),
+    click.option(
+        "--reducer",
+        type=click.Choice(list(REDUCERS)),
+        default=DEFAULT,
+        show_default=True,
+        help="How tokens become fewer; see docs/reducers.md.",
+    ),
+    click.option(
+        "--reducer-option",
+        "reducer_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the reducer; repeatable.",
     ),
     click.option(
         "--dense", is_flag=True, help="Give the features of every patch: merged, then unmerged."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from tome_export.merge.schedule import INFLECTION, Schedule
+from tome_export.reducers import DEFAULT, reducer_class
 from tome_export.spec import PRECISIONS, Precision, TowerOptions
 
 if TYPE_CHECKING:
@@ -56,11 +57,16 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
 
     tower = TowerOptions.of(given)
     file = _schedule_file(given["schedule"])
-    schedule = _schedule(model, given["r"], given["schedule"], file, tower)
+    own = given["reducer"] != DEFAULT and reducer_class(given["reducer"]).own_counts
+    counts_given = given["r"] is not None or given["schedule"] is not None
+    schedule = None
+    if counts_given or not own:
+        schedule = _schedule(model, given["r"], given["schedule"], file, tower)
+    name = model if given["reducer"] == DEFAULT else f"{model}-{given['reducer']}"
     return BuildRequest(
         model=model,
         schedule_file=file,
-        output=_output(given["output"]) or _default_output(model, schedule, precision),
+        output=_output(given["output"]) or _default_output(name, schedule, precision),
         schedule=schedule,
         precision=precision,
         tower=tower,
@@ -72,6 +78,8 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
                 "weights",
                 "seed",
                 "prop_attn",
+                "reducer",
+                "reducer_options",
                 "dense",
                 "source_map",
                 "merge_op",
@@ -114,11 +122,14 @@ def _output(given: Path | None) -> Path | None:
     return None if given is None else Path(os.path.normpath(given))
 
 
-def _default_output(model: str, schedule: Schedule, precision: Precision) -> Path:
-    """``./<model>-r<r>-<precision>``, with r as the schedule has it."""
+def _default_output(name: str, schedule: Schedule | None, precision: Precision) -> Path:
+    """``./<name>-r<r>-<precision>``, with r as the schedule has it; without one no r."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", name.strip())
+    if schedule is None:
+        return Path(f"{name}-{precision}")
     if schedule.per_layer is not None:
         r = "-".join(map(str, schedule.per_layer))
     else:
-        name = str(schedule).split()[-1]
-        r = f"{schedule.r}" if name == "constant" else f"{schedule.r}-{name}"
-    return Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '_', model.strip())}-r{r}-{precision}")
+        kind = str(schedule).split()[-1]
+        r = f"{schedule.r}" if kind == "constant" else f"{schedule.r}-{kind}"
+    return Path(f"{name}-r{r}-{precision}")

@@ -14,7 +14,7 @@ from torch import nn
 from tome_export.errors import InputError
 from tome_export.merge import ops
 from tome_export.merge.schedule import Schedule
-from tome_export.patch import MergedModel, base, patch, unpatch
+from tome_export.patch import MergedModel, merger, patch, unpatch
 
 
 def images_for(merged, count=2, seed=0):
@@ -258,7 +258,7 @@ def test_other_dtypes(make_vit, dtype):
 def test_forward_takes_the_mean_of_the_keys_once_per_layer_and_keeps_none(make_vit, monkeypatch):
     merged = patch(make_vit("test_vit"), 5)
     calls = []
-    for module in (ops, base):
+    for module in (ops, merger):
         original = module.mean_keys
         monkeypatch.setattr(module, "mean_keys", lambda k, f=original: calls.append(1) or f(k))
     images = images_for(merged)

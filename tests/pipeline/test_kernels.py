@@ -18,7 +18,7 @@ from tome_export.engine import EngineOptions, Selection, gpu
 from tome_export.engine.select import BACKENDS
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
-from tome_export.onnx.merging import merging_layers
+from tome_export.onnx.merging import merging_of
 from tome_export.pipeline import (
     BuildRequest,
     EngineRequest,
@@ -186,7 +186,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("case", LIMITS)
 def test_the_kernels_limits(built, monkeypatch, case):
-    layers = merging_layers(onnx.load(built.model_path))
+    layers = merging_of(onnx.load(built.model_path))
     assert kernels.refusal(layers) is None
     module, name, limit, reason = LIMITS[case]
     monkeypatch.setattr(module, name, limit)

@@ -70,7 +70,7 @@ def small_artifact(path: Path, case: str) -> list[Any]:
 
     from tome_export.onnx.build import onnx_from_model
     from tome_export.onnx.export import ExportOptions
-    from tome_export.onnx.merging import merging_layers
+    from tome_export.onnx.merging import merging_of
     from tome_export.patch import patch
     from tome_export.pipeline.kernels import compile_kernels
     from tome_export.pipeline.progress import Silent
@@ -85,7 +85,7 @@ def small_artifact(path: Path, case: str) -> list[Any]:
     precision = case if case in ("fp32", "bf16") else "fp16"
     options = ExportOptions(precision=precision, plugin=True)
     onnx_from_model(model, path / "model.onnx", options, "logits")
-    merging = merging_layers(onnx.load(path / "model.onnx"))
+    merging = merging_of(onnx.load(path / "model.onnx"))
     compile_kernels(merging, [(8, 0), (9, 0)], path, Silent())
     return [layer for layer in model.layers if layer.r]
 

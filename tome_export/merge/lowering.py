@@ -31,6 +31,38 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.long()[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def rank(values: Tensor) -> Tensor:
+    """Indices from the largest to the smallest of ``values [..., N]``, int64; ties by position."""
+    return values.sort(dim=-1, descending=True, stable=True).indices
+
+
+def by_position(index: Tensor) -> Tensor:
+    """Token indices ``[..., K]`` int64 in ascending order."""
+    # As float32, which is exact for token counts: TensorRT ranks no 64-bit integers.
+    return index.float().sort(dim=-1, stable=True).values.long()
+
+
+def spread(dst: Tensor, values: Tensor, kept: int) -> Tensor:
+    """What each output token receives of each folded one.
+
+    Args:
+        dst: ``[B, R]`` int32, output positions; -1 for a dropped token.
+        values: ``[B, R]``, or ``[B, 1]``.
+        kept: Output tokens K.
+
+    Returns:
+        ``[B, K, R]``: the value where the token goes to that position, else 0.
+    """
+    rows = torch.arange(kept, device=dst.device, dtype=dst.dtype)
+    return (rows[None, :, None] == dst[:, None, :]) * values[:, None, :]
+
+
+def merged_size(size: Tensor, plan: MergePlan) -> Tensor:
+    """Sizes behind a plan, ``[B, N] -> [B, K]``; a dropped token's is lost."""
+    moved = spread(plan.dst, size.gather(1, plan.src.long()), plan.keep.shape[1])
+    return size.gather(1, plan.keep.long()) + moved.sum(dim=-1)
+
+
 def merge_index_add(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
     """Size-weighted mean by scatter-add (ToMe, section 3.1).
 
@@ -43,12 +75,15 @@ def merge_index_add(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, T
         ``x' [B, K, C]`` in the dtype of x and ``size' [B, K]`` float32. Sums are float32.
     """
     dtype = accumulate_dtype(x)
-    weighted = x.to(dtype) * size.to(dtype)[..., None]
-    dst = plan.dst.long()
-    total = gather_tokens(weighted, plan.keep).scatter_add(
-        1, dst[..., None].expand(-1, -1, x.shape[-1]), gather_tokens(weighted, plan.src)
+    moved = torch.where(plan.dst < 0, 0.0, size.gather(1, plan.src.long()))
+    dst = plan.dst.long().clamp_min(0)
+    kept = size.gather(1, plan.keep.long())
+    total = (gather_tokens(x, plan.keep).to(dtype) * kept.to(dtype)[..., None]).scatter_add(
+        1,
+        dst[..., None].expand(-1, -1, x.shape[-1]),
+        gather_tokens(x, plan.src).to(dtype) * moved.to(dtype)[..., None],
     )
-    merged = size.gather(1, plan.keep.long()).scatter_add(1, dst, size.gather(1, plan.src.long()))
+    merged = kept.scatter_add(1, dst, moved)
     return (total / merged.to(dtype)[..., None]).to(x.dtype), merged
 
 
@@ -62,10 +97,7 @@ def merge_matmul(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tens
     Args and returns: as ``merge_index_add``.
     """
     dtype = accumulate_dtype(x)
-    kept = plan.keep.shape[1]
-    moved = size.gather(1, plan.src.long())
-    rows = torch.arange(kept, device=x.device, dtype=plan.dst.dtype)
-    weights = (rows[None, :, None] == plan.dst[:, None, :]) * moved[:, None, :]
+    weights = spread(plan.dst, size.gather(1, plan.src.long()), plan.keep.shape[1])
     size_kept = size.gather(1, plan.keep.long())
     merged = size_kept + weights.sum(-1)
     total = gather_tokens(x, plan.keep).to(dtype) * size_kept.to(dtype)[..., None]

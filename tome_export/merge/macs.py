@@ -25,7 +25,8 @@ class BlockCost:
 
     def macs(self, layer: LayerTokens) -> int:
         """MACs of this block for one image, match and merge left out (under 1 %)."""
-        n, k = layer.tokens_in, layer.tokens_out
+        n = layer.tokens_in
+        k = n if layer.behind_block else layer.tokens_out
         return n * self.before + n * n * self.attention + k * self.after
 
 

@@ -100,11 +100,43 @@ def _merge_backward(ctx: Any, grad: Tensor, _grad_size: Tensor) -> tuple[Tensor 
     width = grad.shape[-1]
     out = grad.new_empty((*size.shape, width))
     out.scatter_(1, keep.long()[..., None].expand(-1, -1, width), share)
-    out.scatter_(1, src.long()[..., None].expand(-1, -1, width), gather_tokens(share, dst))
+    moved = gather_tokens(share, dst.clamp_min(0)) * (dst >= 0)[..., None]
+    out.scatter_(1, src.long()[..., None].expand(-1, -1, width), moved)
     return out * size[..., None].to(grad.dtype), None, None, None, None
 
 
 _merge.register_autograd(_merge_backward, setup_context=_merge_setup)
+
+
+def _marked_plan(
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    layer: int,  # noqa: ARG001 (names the node)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return keep.clone(), src.clone(), dst.clone()
+
+
+_plan = torch.library.custom_op("tome_export::plan", _marked_plan, mutates_args=())
+_plan.register_fake(_marked_plan)
+
+
+def _marked_signal(x: Tensor, layer: int, index: int) -> Tensor:  # noqa: ARG001
+    return x.clone()
+
+
+_signal = torch.library.custom_op("tome_export::signal", _marked_signal, mutates_args=())
+_signal.register_fake(_marked_signal)
+
+
+def mark_plan(plan: MergePlan, layer: int) -> MergePlan:
+    """The plan itself; in exported graphs behind a node ``TomePlan`` named by the layer."""
+    return MergePlan(*_plan(*plan, layer)) if torch.compiler.is_exporting() else plan
+
+
+def mark_signal(x: Tensor, layer: int, index: int) -> Tensor:
+    """The tensor itself; in exported graphs behind a node ``TomeSignal`` named by the layer."""
+    return _signal(x, layer, index) if torch.compiler.is_exporting() else x
 
 
 def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> MergePlan:
@@ -149,7 +181,7 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
     Args:
         x: ``[B, N, C]``, any float dtype.
         size: ``[B, N]`` float32, patches that each token stands for.
-        plan: A plan over the N tokens.
+        plan: A plan over the N tokens; dropped ones (dst -1) count for nothing.
 
     Returns:
         ``x' [B, K, C]`` in the dtype of x, ``size' [B, K]`` float32. Sums are float32.

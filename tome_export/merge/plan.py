@@ -17,7 +17,8 @@ class MergePlan(NamedTuple):
     Attributes:
         keep: ``[B, K]`` int32, input index of each output token in output order, prefix first.
         src: ``[B, R]`` int32, input indices of the tokens folded away, best match first.
-        dst: ``[B, R]`` int32, for each src the OUTPUT position it is folded into.
+        dst: ``[B, R]`` int32, for each src the OUTPUT position it is folded into; -1 for a token
+            that is dropped and leaves nothing behind.
     """
 
     keep: Tensor
@@ -29,13 +30,33 @@ def token_map(plan: MergePlan) -> Tensor:
     """Output position of every input token.
 
     Returns:
-        ``[B, N]`` int64 with ``N = K + R``.
+        ``[B, N]`` int64 with ``N = K + R``; -1 for dropped tokens.
     """
     batch, kept = plan.keep.shape
     positions = torch.arange(kept, device=plan.keep.device).expand(batch, kept)
     index = torch.cat([plan.keep, plan.src], dim=1).long()
     # Every index occurs once, so the scatter has no order.
     return torch.zeros_like(index).scatter(1, index, torch.cat([positions, plan.dst.long()], dim=1))
+
+
+def composed(before: Tensor | None, plan: MergePlan, *, drops: bool = True) -> Tensor:
+    """Where the first layer's tokens are behind one more plan.
+
+    Args:
+        before: ``[B, N]`` int64, where they were in front of it, -1 for those dropped; None for
+            all in order.
+        plan: The plan.
+        drops: Whether any plan so far can have dropped tokens; without, the graph is simpler.
+
+    Returns:
+        ``[B, N]`` int64.
+    """
+    moved = token_map(plan)
+    if before is None:
+        return moved
+    if not drops:
+        return moved.gather(1, before)
+    return torch.where(before < 0, before, moved.gather(1, before.clamp_min(0)))
 
 
 def source_map(plans: Sequence[MergePlan | None], batch: int, tokens: int) -> Tensor:
@@ -47,14 +68,13 @@ def source_map(plans: Sequence[MergePlan | None], batch: int, tokens: int) -> Te
         tokens: Tokens N that enter the first layer.
 
     Returns:
-        ``[B, N]`` int64: the final output position of each initial token.
+        ``[B, N]`` int64: the final output position of each initial token, -1 if it was dropped.
     """
-    composed = torch.arange(tokens).expand(batch, tokens)
+    places = torch.arange(tokens).expand(batch, tokens)
     for plan in plans:
         if plan is not None:
-            composed = composed.to(plan.keep.device)
-            composed = token_map(plan).gather(1, composed)
-    return composed
+            places = composed(places.to(plan.keep.device), plan)
+    return places
 
 
 def unmerge(x: Tensor, mapping: Tensor) -> Tensor:
@@ -62,7 +82,8 @@ def unmerge(x: Tensor, mapping: Tensor) -> Tensor:
 
     Args:
         x: ``[B, K, C]`` merged tokens.
-        mapping: ``[B, N]`` int64 from ``token_map`` (one layer) or ``source_map`` (all layers).
+        mapping: ``[B, N]`` int64 from ``token_map`` (one layer) or ``source_map`` (all layers),
+            of tokens of which none was dropped.
 
     Returns:
         ``[B, N, C]``.

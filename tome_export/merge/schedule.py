@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tome_export.errors import InputError
@@ -13,11 +14,19 @@ INFLECTION = {"constant": 0.0, "decreasing": -1.0, "increasing": 1.0}
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """Token counts of one layer: ``tokens_in - r == tokens_out``."""
+    """Token counts of one layer: ``tokens_in - r == tokens_out``.
+
+    Attributes:
+        tokens_in: Tokens that attention sees.
+        r: Tokens removed.
+        tokens_out: Tokens that the next layer sees.
+        behind_block: Whether they are removed behind the MLP, and not in front of it.
+    """
 
     tokens_in: int
     r: int
     tokens_out: int
+    behind_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,18 +118,30 @@ class Schedule:
         step = (2 * self.r - 2 * first) / (depth - 1) if depth > 1 else 0.0
         return tuple(int(first + step * layer) for layer in range(depth))
 
-    def tokens(self, depth: int, tokens: int, prefix: int) -> tuple[LayerTokens, ...]:
+    def tokens(
+        self,
+        depth: int,
+        tokens: int,
+        prefix: int,
+        limit: Callable[[int, int], int] | None = None,
+        *,
+        behind_block: bool = False,
+    ) -> tuple[LayerTokens, ...]:
         """Clamped token counts of every layer.
 
         Args:
             depth: Number of transformer blocks.
             tokens: Tokens N that enter the first block, prefix tokens included.
             prefix: Protected tokens at the front.
+            limit: The most tokens a layer can remove, of its tokens and prefix; None for the
+                limit of bipartite matching, half of those that are not protected.
+            behind_block: See ``LayerTokens``.
         """
         layers = []
         for wanted in self.resolve(depth):
-            r = clamp_r(tokens, wanted, prefix)
-            layers.append(LayerTokens(tokens, r, tokens - r))
+            most = clamp_r(tokens, tokens, prefix) if limit is None else limit(tokens, prefix)
+            r = max(0, min(wanted, most))
+            layers.append(LayerTokens(tokens, r, tokens - r, behind_block))
             tokens -= r
         return tuple(layers)
 

@@ -5,7 +5,9 @@ Imports nothing: the ONNX functions, the TensorRT plugins and the tests all read
 ``TomeMatch(keys [B, H, N, D]) -> keep [B, K], src [B, r], dst [B, r]`` (int32) with attributes
 ``r``, ``prefix`` and ``class_token``; ``K = N - r``. The keys are of any float type and averaged
 over heads in fp32 inside the operator; a ready metric ``[B, N, D]`` is the same as H = 1.
-``TomeMerge(x [B, N, C], size [B, N], keep, src, dst) -> x' [B, K, C], size' [B, K]``.
+``TomeMerge(x [B, N, C], size [B, N], keep, src, dst) -> x' [B, K, C], size' [B, K]``; a dst of -1
+drops its token. ``TomePlan(keep, src, dst)`` and ``TomeSignal(x)`` give back what they get: they
+mark the plan of a layer that has no match, and the scores it was decided by, for the parity check.
 
 Nodes meant for TensorRT plugins also carry ``PLUGIN_ATTRIBUTES``, by which its parser finds them.
 """
@@ -18,6 +20,11 @@ VERSION = 1
 
 MATCH = "TomeMatch"
 MERGE = "TomeMerge"
+PLAN = "TomePlan"
+SIGNAL = "TomeSignal"
+
+SUFFIXES = {MATCH: "match", PLAN: "plan", MERGE: "merge", SIGNAL: "signal"}
+"""How nodes are named: ``blocks.<layer>.<suffix>``."""
 
 MATCH_INPUTS = ("keys",)
 MATCH_OUTPUTS = ("keep", "src", "dst")

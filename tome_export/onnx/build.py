@@ -13,7 +13,7 @@ import onnx
 from tome_export.merge import spec
 from tome_export.onnx import files
 from tome_export.onnx.export import ExportOptions, ir_from_model
-from tome_export.onnx.functions import match_function, merge_function
+from tome_export.onnx.functions import functions_for
 from tome_export.onnx.names import name_by_place
 from tome_export.onnx.simplify import simplified
 from tome_export.patch import MergedModel
@@ -65,14 +65,10 @@ def onnx_from_model(
 
     names = [output_names] if isinstance(output_names, str) else output_names
     proto = serde.serialize_model(ir_from_model(model, options, names))
-    if model.merges:
-        opset, plugin = options.opset, options.plugin
-        proto.functions.extend(
-            [
-                match_function(opset, plugin=plugin),
-                merge_function(options.lowering, opset, plugin=plugin),
-            ]
-        )
+    used = {node.op_type for node in proto.graph.node if node.domain == spec.DOMAIN}
+    proto.functions.extend(
+        functions_for(used, options.lowering, options.opset, plugin=options.plugin)
+    )
     can_simplify = files.weight_bytes(proto) <= external_data_bytes
     if can_simplify:
         proto = simplified(proto)

@@ -86,9 +86,9 @@ class PrecisionBoundary(nn.Module):
         self.model = model
         self.dtype = dtype
 
-    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """``pixel_values [B, C, H, W]`` float32 -> output in float32, and its source map if any."""
-        output = self.model(pixel_values.to(self.dtype))
+        output = self.model(pixel_values.to(self.dtype), *(x.to(self.dtype) for x in extra))
         return (output[0].float(), output[1]) if isinstance(output, tuple) else output.float()
 
 
@@ -105,7 +105,8 @@ def ir_from_model(
     """Trace a merged model into an ONNX graph whose match and merge are one node each.
 
     Nodes of merging layer i are named ``blocks.i.match`` and ``blocks.i.merge``; the match's
-    input and outputs ``blocks.i.keys``, ``.keep``, ``.src`` and ``.dst``.
+    input and outputs ``blocks.i.keys``, ``.keep``, ``.src`` and ``.dst``. Of a reducer that decides
+    by scores, ``blocks.i.plan`` has those outputs, and ``blocks.i.signal.j`` gives score j.
 
     Args:
         model: In eval mode, fp32 weights.
@@ -121,20 +122,23 @@ def ir_from_model(
     module = PrecisionBoundary(in_precision(model, options.precision), dtype).eval()
     # A traced batch of 1 would be specialised to the constant 1.
     size = options.batch.opt if options.batch.is_static else max(2, options.batch.min)
-    example = torch.zeros(size, *model.input_size)
-    shapes = None
+    inputs = {INPUT_NAME: model.input_size, **model.extra_inputs}
+    examples = tuple(torch.zeros(size, *shape) for shape in inputs.values())
+    shapes: Any = None
     if not options.batch.is_static:
         batch = torch.export.Dim("batch", min=options.batch.min, max=options.batch.max)
         shapes = {INPUT_NAME: {0: batch}}
+        if len(examples) > 1:
+            shapes["extra"] = tuple({0: batch} for _ in examples[1:])
     try:
         # The CPU's fused attention has an output layout that tracing cannot carry over.
         with torch.no_grad(), _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.onnx.export(
                 module,
-                (example,),
+                examples,
                 dynamo=True,
                 opset_version=options.opset,
-                input_names=[INPUT_NAME],
+                input_names=list(inputs),
                 output_names=list(output_names),
                 dynamic_shapes=shapes,
                 custom_translation_table=translation_table(options.fused_attention),
@@ -164,22 +168,29 @@ def _finish_merge_nodes(model: ir.Model, merging: list[int], plugin: bool) -> No
     name_by_module(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
-    for op_type, suffix in ((spec.MATCH, "match"), (spec.MERGE, "merge")):
-        nodes = [node for node in model.graph if node.op_type == op_type]
-        if len(nodes) != len(merging):
-            raise ExportError(
-                f"the exported graph has {len(nodes)} {op_type} nodes; expected {len(merging)}, "
-                "one per merging layer"
-            )
-        for layer, node in zip(merging, nodes, strict=True):
-            node.name = f"blocks.{layer}.{suffix}"
-            if plugin:
-                node.attributes.update(_plugin_attributes())
-            if op_type == spec.MATCH:
-                for given, name in zip(node.inputs, spec.MATCH_INPUTS, strict=True):
-                    _value(given).name = f"blocks.{layer}.{name}"
-                for value, name in zip(node.outputs, spec.MATCH_OUTPUTS, strict=True):
-                    value.name = f"blocks.{layer}.{name}"
+    matches = [node for node in model.graph if node.op_type in (spec.MATCH, spec.PLAN)]
+    if len(matches) != len(merging):
+        raise ExportError(
+            f"the exported graph has {len(matches)} match or plan nodes; expected {len(merging)}, "
+            "one per layer that removes tokens"
+        )
+    layer_of: dict[Any, int] = {}
+    for layer, node in zip(merging, matches, strict=True):
+        node.name = f"blocks.{layer}.{spec.SUFFIXES[node.op_type]}"
+        if node.op_type == spec.MATCH:
+            for given, name in zip(node.inputs, spec.MATCH_INPUTS, strict=True):
+                _value(given).name = f"blocks.{layer}.{name}"
+        for value, name in zip(node.outputs, spec.MATCH_OUTPUTS, strict=True):
+            value.name = f"blocks.{layer}.{name}"
+            layer_of[value] = layer
+    for node in model.graph:
+        if node.op_type == spec.MERGE:
+            node.name = f"blocks.{layer_of[node.inputs[2]]}.{spec.SUFFIXES[spec.MERGE]}"
+        if node.op_type == spec.SIGNAL:
+            layer, index = (node.attributes[name].as_int() for name in ("layer", "index"))
+            node.name = node.outputs[0].name = f"blocks.{layer}.signal.{index}"
+        if plugin and node.op_type in (spec.MATCH, spec.MERGE):
+            node.attributes.update(_plugin_attributes())
     model.producer_name = "tome-export"
     model.graph.name = "tome_export"
 

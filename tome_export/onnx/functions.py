@@ -8,6 +8,7 @@ prefix and however r is clamped, because TensorRT handles those badly.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import onnx
@@ -154,15 +155,19 @@ _MERGE_INDEX_ADD = """
     batch = Squeeze (batch_)
     images = Range (zero, batch, one)
     images_nd = Unsqueeze (images, middle_last)
-    dst64 = Cast <to: int = 7> (dst)
+    dst_all64 = Cast <to: int = 7> (dst)
+    dropped = Less (dst_all64, zero)
+    dst64 = Max (dst_all64, zero)
     dst_nd = Unsqueeze (dst64, last)
     index_shape = Shape (dst_nd)
     images_all = Expand (images_nd, index_shape)
     index = Concat <axis: int = 2> (images_all, dst_nd)
-    size_src_c = Unsqueeze (size_src, last)
-    moved = Mul (x_src, size_src_c)
+    zero_f = Constant <value_float: float = 0.0> ()
+    size_moved = Where (dropped, zero_f, size_src)
+    size_moved_c = Unsqueeze (size_moved, last)
+    moved = Mul (x_src, size_moved_c)
     total = ScatterND <reduction: string = "add"> (own, index, moved)
-    size_out = ScatterND <reduction: string = "add"> (size_keep, index, size_src)
+    size_out = ScatterND <reduction: string = "add"> (size_keep, index, size_moved)
 """
 
 # The matrix holds sizes, not ones: sizes and x survive reduced-precision products unrounded.
@@ -189,6 +194,22 @@ _MERGE_TAIL = """
     size_out_c = Unsqueeze (size_out, last)
     mean = Div (total, size_out_c)
     x_out = CastLike (mean, x)
+}
+"""
+
+_PLAN = """
+<opset_import: ["" : OPSET], domain: "DOMAIN">
+TomePlan <layer> (keep, src, dst) => (keep_out, src_out, dst_out) {
+    keep_out = Identity (keep)
+    src_out = Identity (src)
+    dst_out = Identity (dst)
+}
+"""
+
+_SIGNAL = """
+<opset_import: ["" : OPSET], domain: "DOMAIN">
+TomeSignal <layer, index> (x) => (x_out) {
+    x_out = Identity (x)
 }
 """
 
@@ -227,3 +248,23 @@ def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> o
         plugin: Declare the attributes of nodes meant for TensorRT plugins.
     """
     return _parse(_MERGE_HEAD + _BODIES[lowering] + _MERGE_TAIL, opset, plugin)
+
+
+def functions_for(
+    used: Collection[str], lowering: Lowering, opset: int, *, plugin: bool = False
+) -> list[onnx.FunctionProto]:
+    """The functions that a graph needs.
+
+    Args:
+        used: Operators of this package's domain in the graph.
+        lowering: Body of ``TomeMerge``.
+        opset: Of the standard operators.
+        plugin: Declare the attributes of nodes meant for TensorRT plugins.
+    """
+    makers: dict[str, Callable[[], onnx.FunctionProto]] = {
+        spec.MATCH: lambda: match_function(opset, plugin=plugin),
+        spec.MERGE: lambda: merge_function(lowering, opset, plugin=plugin),
+        spec.PLAN: lambda: _parse(_PLAN, opset, plugin=False),
+        spec.SIGNAL: lambda: _parse(_SIGNAL, opset, plugin=False),
+    }
+    return [make() for name, make in makers.items() if name in used]

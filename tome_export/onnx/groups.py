@@ -121,7 +121,7 @@ def _told(node: onnx.NodeProto, parameters: set[str]) -> Place | None:
     """What a node's name or its parameters say."""
     if node.domain == spec.DOMAIN:
         layer = _OWN.fullmatch(node.name)
-        group = MATCH if node.op_type == spec.MATCH else MERGE
+        group = MERGE if node.op_type == spec.MERGE else MATCH
         return Place(int(layer[1]) if layer else None, group)
     scope = told_scope(node, parameters)
     return None if scope is None else place_of_scope(scope)

@@ -43,14 +43,15 @@ def labelled(model: onnx.ModelProto) -> onnx.ModelProto:
     light = onnx.ModelProto()
     light.CopyFrom(_without_graph(model))
     light.graph.CopyFrom(graph)
-    layers: dict[str, list[int | None]] = {spec.MATCH: [], spec.MERGE: []}
+    groups = dict.fromkeys((spec.MATCH, spec.PLAN, spec.SIGNAL), MATCH) | {spec.MERGE: MERGE}
+    layers: dict[str, list[int | None]] = {name: [] for name in groups}
     numbers: Iterator[int] = iter(range(1 << 62))
     for node, place in zip(light.graph.node, where, strict=True):
         if node.domain == spec.DOMAIN:
             layers[node.op_type].append(place.layer)
         node.name = _label(place, next(numbers))
     # One function at a time: what has no label yet is then of this one, and its calls are apart.
-    for function, group in ((spec.MATCH, MATCH), (spec.MERGE, MERGE)):
+    for function, group in groups.items():
         if layers[function]:
             light = inliner.inline_selected_functions(light, [(spec.DOMAIN, function)])
             _label_inlined(light.graph, group, layers[function], numbers)

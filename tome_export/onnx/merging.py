@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx
 
@@ -16,27 +17,42 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class MergingLayer:
-    """What one layer hands to TomeMatch and TomeMerge.
+class MatchShape(NamedTuple):
+    """What one layer hands to TomeMatch.
 
     Attributes:
         tokens: N.
-        head_width: D.
-        keys_dtype: Of the keys.
-        width: C.
-        dtype: Of the tokens.
+        width: D of a head, or of a metric.
+        dtype: Of the keys.
     """
 
     tokens: int
-    head_width: int
-    keys_dtype: str
     width: int
     dtype: str
 
 
-def merging_layers(model: onnx.ModelProto) -> list[MergingLayer]:
-    """The merging layers of a model exported by this package, in order.
+class MergeShape(NamedTuple):
+    """What one layer hands to TomeMerge.
+
+    Attributes:
+        width: C.
+        dtype: Of the tokens.
+    """
+
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The match and merge nodes of a graph in order; a reducer may have none of either."""
+
+    matches: tuple[MatchShape, ...]
+    merges: tuple[MergeShape, ...]
+
+
+def merging_of(model: onnx.ModelProto) -> Merging:
+    """The merging nodes of a model exported by this package.
 
     Raises:
         InputError: if a shape is missing.
@@ -50,11 +66,12 @@ def merging_layers(model: onnx.ModelProto) -> list[MergingLayer]:
         dtype = _DTYPES.get(tensor.elem_type, onnx.TensorProto.DataType.Name(tensor.elem_type))
         return dtype, [dim.dim_value for dim in tensor.shape.dim]
 
-    matches = [node for node in model.graph.node if node.op_type == spec.MATCH]
-    merges = [node for node in model.graph.node if node.op_type == spec.MERGE]
-    layers = []
-    for match, merge in zip(matches, merges, strict=True):
-        keys_dtype, keys = described(match.input[0])
-        dtype, x = described(merge.input[0])
-        layers.append(MergingLayer(keys[-2], keys[-1], keys_dtype, x[-1], dtype))
-    return layers
+    matches, merges = [], []
+    for node in model.graph.node:
+        if node.op_type == spec.MATCH:
+            dtype, keys = described(node.input[0])
+            matches.append(MatchShape(keys[-2], keys[-1], dtype))
+        elif node.op_type == spec.MERGE:
+            dtype, x = described(node.input[0])
+            merges.append(MergeShape(x[-1], dtype))
+    return Merging(tuple(matches), tuple(merges))

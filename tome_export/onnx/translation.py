@@ -11,23 +11,36 @@ import torch
 
 from tome_export.merge import spec
 
+_ATTRIBUTES = {
+    spec.MATCH: ("r", "prefix", "class_token"),
+    spec.MERGE: (),
+    spec.PLAN: ("layer",),
+    spec.SIGNAL: ("layer", "index"),
+}
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
 @cache
 def _operator(name: str) -> Any:
-    """An onnxscript operator for ``TomeMatch`` or ``TomeMerge``, callable while exporting."""
+    """An onnxscript operator for this package's, callable while exporting."""
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
+    attributes = [
+        schema.Attribute(attribute, schema.AttrType.INT, "") for attribute in _ATTRIBUTES[name]
+    ]
     if name == spec.MATCH:
         kinds = [("T", _FLOATS, ""), ("I", ["tensor(int32)"], "")]
         inputs = [schema.FormalParameter(i, "T") for i in spec.MATCH_INPUTS]
         outputs = [schema.FormalParameter(o, "I") for o in spec.MATCH_OUTPUTS]
-        attributes = [
-            schema.Attribute(attribute, schema.AttrType.INT, "")
-            for attribute in ("r", "prefix", "class_token")
-        ]
+    elif name == spec.PLAN:
+        kinds = [("I", ["tensor(int32)"], "")]
+        inputs = [schema.FormalParameter(i, "I") for i in spec.MATCH_OUTPUTS]
+        outputs = [schema.FormalParameter(f"{o}_out", "I") for o in spec.MATCH_OUTPUTS]
+    elif name == spec.SIGNAL:
+        kinds = [("T", _FLOATS, "")]
+        inputs = [schema.FormalParameter("x", "T")]
+        outputs = [schema.FormalParameter("x_out", "T")]
     else:
         kinds = [
             ("T", _FLOATS, ""),
@@ -40,7 +53,6 @@ def _operator(name: str) -> Any:
             schema.FormalParameter("x_out", "T"),
             schema.FormalParameter("size_out", "S"),
         ]
-        attributes = []
     operator = schema(
         name,
         spec.DOMAIN,
@@ -55,6 +67,23 @@ def _operator(name: str) -> Any:
 
 def _match(keys: Any, r: int, prefix: int, class_token: bool) -> Any:
     return _operator(spec.MATCH)(keys, r=r, prefix=prefix, class_token=int(class_token))
+
+
+def _plan(keep: Any, src: Any, dst: Any, layer: int) -> Any:
+    return _operator(spec.PLAN)(keep, src, dst, layer=layer)
+
+
+def _signal(x: Any, layer: int, index: int) -> Any:
+    return _operator(spec.SIGNAL)(x, layer=layer, index=index)
+
+
+def _rank(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
+    """A full sort as TopK, whose ties go to the lowest index."""
+    from onnxscript import opset23
+
+    op: Any = opset23
+    count = op.Constant(value_ints=[values.shape[dim]])
+    return op.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
 
 
 def _merge(x: Any, size: Any, keep: Any, src: Any, dst: Any) -> Any:
@@ -137,6 +166,9 @@ def translation_table(fused_attention: bool) -> dict[Any, Callable[..., Any]]:
     return {
         ops.match.default: _match,
         ops.merge.default: _merge,
+        ops.plan.default: _plan,
+        ops.signal.default: _signal,
+        torch.ops.aten.sort.stable: _rank,
         torch.ops.aten.scaled_dot_product_attention.default: (
             _fused_attention if fused_attention else _decomposed_attention
         ),

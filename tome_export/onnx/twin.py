@@ -29,10 +29,18 @@ HEADS_AXIS = "tome_export.heads_axis"
 
 @dataclass(frozen=True)
 class TwinLayer:
-    """Tensor names of one merging layer in the twin; the metric is ``[B, N, D]`` float32."""
+    """Tensor names of one merging layer in the twin.
+
+    Attributes:
+        layer: Index of the block.
+        signals: What the decision hangs on, float32: the metric ``[B, N, D]`` of a match, else the
+            scores of the reducer.
+        chosen: ``keep``, ``src`` and ``dst`` as the graph chose them.
+        given: Inputs, those to apply when the twin is led.
+    """
 
     layer: int
-    metric: str
+    signals: tuple[str, ...]
     chosen: tuple[str, str, str]
     given: tuple[str, str, str]
 
@@ -63,10 +71,14 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
     batch = graph.input[0].type.tensor_type.shape.dim[0]
     types = {value.name: value for value in (*graph.value_info, *graph.output)}
     layers: list[TwinLayer] = []
+    scores: dict[int, list[str]] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
-        if node.op_type != spec.MATCH:
+        if node.op_type == spec.SIGNAL:
+            scores.setdefault(_layer_of(node), []).append(node.output[0])
+            graph.output.append(types[node.output[0]])
+        if node.op_type not in (spec.MATCH, spec.PLAN):
             continue
         layer = _layer_of(node)
         chosen = tuple(node.output)
@@ -81,10 +93,13 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
             nodes.append(switch)
             _rewire(graph, name, new, switch)
             graph.output.append(value)
+        if node.op_type == spec.PLAN:
+            layers.append(TwinLayer(layer, tuple(scores[layer]), (*chosen,), (*given,)))  # type: ignore[arg-type]
+            continue
         metric = f"blocks.{layer}.metric"
         nodes += _metric_nodes(node.input[0], types[node.input[0]], metric)
         graph.output.append(_metric_value(types[node.input[0]], metric))
-        layers.append(TwinLayer(layer, metric, (*chosen,), (*given,)))  # type: ignore[arg-type]
+        layers.append(TwinLayer(layer, (metric,), (*chosen,), (*given,)))  # type: ignore[arg-type]
     if layers:
         shape = [batch.dim_param or batch.dim_value, 1]
         graph.input.append(helper.make_tensor_value_info(LEAD, TensorProto.BOOL, shape))
@@ -120,7 +135,7 @@ def is_twin(model: onnx.ModelProto) -> bool:
 
 def _layer_of(node: onnx.NodeProto) -> int:
     parts = node.name.split(".")
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+    if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
         return int(parts[1])
     raise InputError(
         f"match node is named {node.name!r}; expected 'blocks.<layer>.match', as this package "

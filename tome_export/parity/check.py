@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from tome_export.errors import InputError
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
 from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
+from tome_export.parity.scores import judge_scores
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME, LOGITS, SOURCE_MAP
@@ -44,6 +45,7 @@ def check_parity(
     precision: Precision,
     batch: BatchRange,
     *,
+    inputs: Mapping[str, Array] | None = None,
     runner_factory: RunnerFactory = OrtRunner,
     candidate: str = "onnx on ONNX Runtime CPU",
     k: float = K,
@@ -58,6 +60,8 @@ def check_parity(
         images: ``[B, C, H, W]`` float32, preprocessed.
         precision: Of the exported graph.
         batch: Batch sizes it accepts.
+        inputs: The model's other inputs by name, ``[B, ...]`` float32; None for those of
+            ``inputs_of``.
         runner_factory: Makes a runner of a graph: ONNX Runtime, or an engine on a GPU.
         candidate: Name of graph and runtime for the report.
         k: Error allowed as a multiple of PyTorch's own in the same precision.
@@ -73,12 +77,13 @@ def check_parity(
     if len(images) == 0:
         raise InputError("no image to check parity on; give at least one")
     size = min(batch.max, max(batch.min, len(images)))
-    pixels = {INPUT_NAME: images}
+    inputs = inputs_of(model, len(images)) if inputs is None else inputs
+    pixels = {INPUT_NAME: images, **inputs}
 
     progress("PyTorch fp32 reference")
-    reference = run_reference(model, images)
+    reference = run_reference(model, images, inputs)
     progress(f"PyTorch's own error in {precision}")
-    yardstick = run_yardstick(model, images, precision, reference)
+    yardstick = run_yardstick(model, images, precision, reference, inputs)
     progress(candidate)
     graph = load(exported) if isinstance(exported, Path) else exported
     output_name = graph.graph.output[0].name
@@ -91,11 +96,12 @@ def check_parity(
     else:
         progress(f"{candidate}, instrumented")
         with runner_factory(twin.model) as runner:
-            free, led = _run_twin(twin, runner, images, size, output_name, reference)
+            free, led = _run_twin(twin, runner, pixels, size, output_name, reference)
 
     diverged = _first_divergence(reference, free)
+    judge = judge_scores if model.settings.reducer.scored else _layer_parity
     layers = tuple(
-        _layer_parity(model, layer, reference, yardstick, led, diverged, k)
+        judge(model, layer, reference, yardstick, led, diverged, k)
         for layer in sorted(reference.layers)
     )
     # With a flip in every image there is no steady one to compare; then compare them all.
@@ -118,10 +124,20 @@ def check_parity(
     )
 
 
+def inputs_of(model: MergedModel, count: int) -> dict[str, Array]:
+    """Inputs besides the images for a check: seeded vectors of unit length, one per image."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, shape in model.extra_inputs.items():
+        drawn = rng.standard_normal((count, *shape)).astype(np.float32)
+        found[name] = drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
+    return found
+
+
 def _run_twin(
     twin: Twin,
     runner: Runner,
-    images: Array,
+    given: Mapping[str, Array],
     size: int,
     output_name: str,
     reference: Pass,
@@ -129,16 +145,18 @@ def _run_twin(
     """The twin deciding for itself, and led by the reference's plans."""
     from tome_export.onnx.twin import LEAD
 
-    inputs = {INPUT_NAME: images}
+    inputs, count = dict(given), len(given[INPUT_NAME])
     for layer in twin.layers:
         record = reference.layers[layer.layer]
         inputs |= dict(zip(layer.given, (record.keep, record.src, record.dst), strict=True))
     passes = []
     for lead in (False, True):
-        inputs[LEAD] = np.full((len(images), 1), lead)
-        results = infer_in_batches(runner, inputs, len(images), size)
+        inputs[LEAD] = np.full((count, 1), lead)
+        results = infer_in_batches(runner, inputs, count, size)
         layers = {
-            layer.layer: LayerRecord(results[layer.metric], *(results[n] for n in layer.chosen))
+            layer.layer: LayerRecord(
+                tuple(results[name] for name in layer.signals), *(results[n] for n in layer.chosen)
+            )
             for layer in twin.layers
         }
         passes.append(Pass(results[output_name], layers, results.get(SOURCE_MAP)))
@@ -171,7 +189,7 @@ def _source_map_defects(
         parts = (torch.from_numpy(part) for part in (found.keep, found.src, found.dst))
         plans[layer] = MergePlan(*parts)
     expected = source_map(plans, len(free.output), model.layers[0].tokens_in)[:, model.prefix :]
-    own = (expected - model.prefix).numpy()
+    own = torch.where(expected < 0, expected, expected - model.prefix).numpy()
     if own.shape != free.source_map.shape or own.shape != shipped.shape:
         return len(free.output)
     wrong = (own != free.source_map).any(axis=1)
@@ -184,9 +202,7 @@ def _first_divergence(reference: Pass, free: Pass) -> Array:
     first = np.full(len(reference.output), -1)
     for layer in sorted(free.layers):
         for image in np.flatnonzero(first < 0).tolist():
-            ours, theirs = reference.layers[layer].plan(image), free.layers[layer].plan(image)
-            same = np.array_equal(ours.keep, theirs.keep) and ours.targets == theirs.targets
-            if not same:
+            if reference.layers[layer].plan(image) != free.layers[layer].plan(image):
                 first[image] = layer
     return first
 
@@ -210,14 +226,15 @@ def _layer_parity(
     k: float,
 ) -> LayerParity:
     ours, theirs, measure = (p.layers[layer] for p in (reference, led, yardstick))
+    (metric,), (their_metric,), (own_metric,) = ours.signals, theirs.signals, measure.signals
     prefix, class_token = model.prefix, model.class_token
-    width = ours.metric.shape[-1]
+    width = metric.shape[-1]
     found, op_defects, errors, own_errors = [], 0, [0.0], [0.0]
-    for image in range(len(ours.metric)):
-        scores = cosine_scores(ours.metric[image], prefix)
-        theirs_scores = cosine_scores(theirs.metric[image], prefix)
+    for image in range(len(metric)):
+        scores = cosine_scores(metric[image], prefix)
+        theirs_scores = cosine_scores(their_metric[image], prefix)
         errors.append(_distance(theirs_scores, scores))
-        own_errors.append(_distance(cosine_scores(measure.metric[image], prefix), scores))
+        own_errors.append(_distance(cosine_scores(own_metric[image], prefix), scores))
         plan = theirs.plan(image)
         found += disagreements(ours.plan(image), plan, scores, prefix, class_token, image)
         exact = _plan_from_scores(theirs_scores, len(plan.src), prefix, class_token)
@@ -226,10 +243,10 @@ def _layer_parity(
     # Both runtimes also round the score itself in fp32, after the metric is given.
     allowed = k * float(np.max(own_errors)) + fp32_score_bound(width)
     margins = [d.margin for d in found]
-    mergeable = (ours.metric.shape[1] + 1) // 2 - (prefix + 1) // 2
+    mergeable = (metric.shape[1] + 1) // 2 - (prefix + 1) // 2
     return LayerParity(
         layer=layer,
-        decisions=mergeable * len(ours.metric),
+        decisions=mergeable * len(metric),
         disagreements=len(found),
         defects=sum(margin > 2 * allowed for margin in margins),
         largest_margin=max(margins, default=0.0),

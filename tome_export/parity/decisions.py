@@ -12,9 +12,12 @@ Array = np.ndarray[Any, Any]
 Kind = Literal["selection", "destination", "order", "structure"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """One image's plan: ``keep [K]``, ``src [r]``, ``dst [r]`` as in ``MergePlan``."""
+    """One image's plan: ``keep [K]``, ``src [r]``, ``dst [r]`` as in ``MergePlan``.
+
+    Two are equal if they keep the same tokens in the same order and fold the others alike.
+    """
 
     keep: Array
     src: Array
@@ -22,8 +25,16 @@ class Plan:
 
     @property
     def targets(self) -> dict[int, int]:
-        """Input index of each merged token -> input index of the token it merges into."""
-        return dict(zip(self.src.tolist(), self.keep[self.dst].tolist(), strict=True))
+        """Input index of each removed token -> that of the token it merges into, -1 if dropped."""
+        into = np.where(self.dst < 0, -1, self.keep[self.dst])
+        return dict(zip(self.src.tolist(), into.tolist(), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return np.array_equal(self.keep, other.keep) and self.targets == other.targets
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

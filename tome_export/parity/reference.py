@@ -24,9 +24,17 @@ CHUNK = 8
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One merging layer over all images: ``metric [B, N, D]``, plans stacked as ``[B, ...]``."""
+    """One layer that removes tokens, over all images; plans are stacked as ``[B, ...]``.
 
-    metric: Array
+    Attributes:
+        signals: What the decisions hang on, each ``[B, ...]``: the metric ``[B, N, D]`` of a
+            match, or else the scores of the reducer.
+        keep: See ``MergePlan``, as are the others.
+        src: See ``MergePlan``.
+        dst: See ``MergePlan``.
+    """
+
+    signals: tuple[Array, ...]
     keep: Array
     src: Array
     dst: Array
@@ -51,17 +59,27 @@ class Pass:
     source_map: Array | None = None
 
 
-def run_reference(model: MergedModel, images: Array) -> Pass:
+Inputs = Mapping[str, Array]
+
+
+def run_reference(model: MergedModel, images: Array, inputs: Inputs | None = None) -> Pass:
     """PyTorch in fp32, with its own decisions.
 
     Args:
         model: In eval mode, fp32 weights.
         images: ``[B, C, H, W]`` float32.
+        inputs: The model's other inputs by name, ``[B, ...]`` float32.
     """
-    return _run(model, images, _dtype("fp32"), None)
+    return _run(model, images, _dtype("fp32"), None, inputs or {})
 
 
-def run_yardstick(model: MergedModel, images: Array, precision: Precision, lead: Pass) -> Pass:
+def run_yardstick(
+    model: MergedModel,
+    images: Array,
+    precision: Precision,
+    lead: Pass,
+    inputs: Inputs | None = None,
+) -> Pass:
     """PyTorch in the candidate's precision, led by the reference's plans.
 
     Its distance from the reference is the error that the precision itself costs, and so the
@@ -69,7 +87,7 @@ def run_yardstick(model: MergedModel, images: Array, precision: Precision, lead:
     is the reference's own rounding error.
     """
     dtype = _dtype("fp64" if precision == "fp32" else precision)
-    return _run(copy.deepcopy(model).to(dtype), images, dtype, lead)
+    return _run(copy.deepcopy(model).to(dtype), images, dtype, lead, inputs or {})
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -83,14 +101,16 @@ def _dtype(name: str) -> torch.dtype:
     }[name]
 
 
-def _run(model: MergedModel, images: Array, dtype: torch.dtype, lead: Pass | None) -> Pass:
+def _run(
+    model: MergedModel, images: Array, dtype: torch.dtype, lead: Pass | None, inputs: Inputs
+) -> Pass:
     import torch
 
     outputs: list[Array] = []
     parts: dict[int, list[tuple[Array, ...]]] = {}
 
     def record(step: LayerTrace) -> None:
-        arrays = (_numpy(step.metric), *(part.numpy() for part in step.chosen))
+        arrays = (*(part.numpy() for part in step.chosen), *map(_numpy, step.signals))
         parts.setdefault(step.layer, []).append(arrays)
 
     for start in range(0, len(images), CHUNK):
@@ -98,12 +118,13 @@ def _run(model: MergedModel, images: Array, dtype: torch.dtype, lead: Pass | Non
         forced = None if lead is None else _plans(lead, chunk)
         with torch.inference_mode():
             pixel_values = torch.from_numpy(images[chunk]).to(dtype)
-            output = model.forward_observed(pixel_values, record, forced)
+            extra = {name: torch.from_numpy(x[chunk]).to(dtype) for name, x in inputs.items()}
+            output = model.forward_observed(pixel_values, record, forced, extra)
         outputs.append(_numpy(output))
-    layers = {
-        layer: LayerRecord(*(np.concatenate(columns) for columns in zip(*rows, strict=True)))
-        for layer, rows in parts.items()
-    }
+    layers = {}
+    for layer, rows in parts.items():
+        keep, src, dst, *signals = (np.concatenate(c) for c in zip(*rows, strict=True))
+        layers[layer] = LayerRecord(tuple(signals), keep, src, dst)
     return Pass(np.concatenate(outputs), layers)
 
 

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
-from tome_export.patch.base import LayerTrace, MergedModel, MergeSettings
+from tome_export.patch.base import MergedModel
+from tome_export.patch.merger import LayerTrace, MergeSettings
+from tome_export.reducers import DEFAULT, reducer_class
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from tome_export.reducers.base import Reducer
 
 __all__ = [
     "LayerTrace",
@@ -21,6 +25,7 @@ __all__ = [
     "MergedModel",
     "UnknownModelError",
     "patch",
+    "patched",
     "unpatch",
 ]
 
@@ -44,11 +49,11 @@ class UnknownModelError(InputError):
 
 def patch(
     model: nn.Module,
-    r: int | tuple[int, float] | list[int] | Schedule,
+    r: int | tuple[int, float] | list[int] | Schedule | None,
     *,
-    prop_attn: bool = True,
-    dense: bool = False,
-    source_map: bool = False,
+    prop_attn: bool | None = None,
+    reducer: Reducer | None = None,
+    **options: bool,
 ) -> MergedModel:
     """Give a model token merging (ToMe, arXiv 2210.09461).
 
@@ -57,17 +62,27 @@ def patch(
 
     Args:
         model: A model of one of the families.
-        r: Tokens to merge per layer: a number, (r, inflection), a list, or a ``Schedule``.
-        prop_attn: Proportional attention (ToMe, eq. 1); off for off-the-shelf MAE.
-        dense: Give the features of every patch in place of the model's own output.
-        source_map: Give also which final token each patch went into.
+        r: Tokens to remove per layer: a number, (r, inflection), a list, or a ``Schedule``; None
+            for what the options of a reducer such as EViT say.
+        prop_attn: Proportional attention (ToMe, eq. 1); None for the reducer's own way, which for
+            ToMe is on. Off for off-the-shelf MAE.
+        reducer: How tokens become fewer; None for ToMe.
+        options: Further fields of ``MergeSettings``: ``dense``, ``source_map``.
 
     Raises:
         InputError: if the model is not understood or the schedule does not fit it; an
             ``UnknownModelError`` if it is of no family.
     """
+    reducer = reducer or reducer_class(DEFAULT)()
+    if prop_attn is None:
+        prop_attn = reducer.prop_attn
+    schedule = None if r is None else Schedule.of(r)
+    return patched(model, MergeSettings(schedule, prop_attn, reducer=reducer, **options))
+
+
+def patched(model: nn.Module, settings: MergeSettings) -> MergedModel:
+    """As ``patch``, by settings that are ready."""
     model = unpatch(model)
-    settings = MergeSettings(Schedule.of(r), prop_attn, dense, source_map)
     _use_kernels()
     supported: list[str] = []
     for name in FAMILIES:

@@ -3,132 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tome_export.errors import InputError
-from tome_export.merge.lowering import mean_keys
 from tome_export.merge.macs import BlockCost, total_macs
-from tome_export.merge.ops import match, merge
-from tome_export.merge.plan import MergePlan, token_map, unmerge
-from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.merge.spec import clamp_r
+from tome_export.merge.plan import MergePlan, unmerge
+from tome_export.merge.schedule import LayerTokens
 from tome_export.patch.checks import check_undispatched
+from tome_export.patch.merger import (
+    LayerTrace,
+    Merger,
+    MergeSettings,
+    Observer,
+    Tokens,
+    check_reducer,
+)
+from tome_export.reducers.base import Tower
 from tome_export.spec import PatchGrid
 
-_INNER = "model."
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """How a model merges.
-
-    Attributes:
-        schedule: Tokens to merge per layer.
-        prop_attn: Add log(size) to the attention logits from the first merge on (ToMe, eq. 1).
-            On for supervised models, off for off-the-shelf MAE.
-        dense: Give the features of every patch, those of one group alike, in place of the model's
-            own output (ToMe, section 3.2: unmerging).
-        source_map: Give also which final token each patch went into.
-    """
-
-    schedule: Schedule
-    prop_attn: bool = True
-    dense: bool = False
-    source_map: bool = False
-
-
-class LayerTrace(NamedTuple):
-    """What one merging layer saw and decided.
-
-    Attributes:
-        layer: Index of the block.
-        keys: ``[B, H, N, D]`` in the model's dtype, those that attention compared.
-        plan: The plan that was applied.
-        chosen: The plan that the keys lead to; other than ``plan`` only when plans are forced.
-    """
-
-    layer: int
-    keys: Tensor
-    plan: MergePlan
-    chosen: MergePlan
-
-    @property
-    def metric(self) -> Tensor:
-        """``[B, N, D]`` float32 (float64 for float64 keys): the keys averaged over heads."""
-        return mean_keys(self.keys)
-
-
-@dataclass
-class Tokens:
-    """The tokens on their way through the layers of one forward pass.
-
-    Attributes:
-        x: ``[B, N, C]``.
-        size: ``[B, N]`` float32 patches per token, or None before the first merge.
-    """
-
-    x: Tensor
-    size: Tensor | None = None
-
-
-Observer = Callable[[LayerTrace], None]
-
-
-class Merger:
-    """Merges after each layer as scheduled; made anew for every forward pass.
-
-    ``observe`` is told of every merging layer; its keys are not kept here, because they are views
-    that hold the whole query-key-value tensor of their layer.
-
-    Attributes:
-        positions: ``[B, N]`` int64, where each of the first layer's tokens is by now; None before
-            the first merge, or where nobody asked to track it.
-        plan: What the last call applied; None if it did not merge.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[LayerTokens],
-        prefix: int,
-        class_token: bool,
-        forced: Mapping[int, MergePlan] | None = None,
-        observe: Observer | None = None,
-        track: bool = False,
-    ) -> None:
-        self.track = track
-        self.positions: Tensor | None = None
-        self.plan: MergePlan | None = None
-        self.layers = layers
-        self.prefix = prefix
-        self.class_token = class_token
-        self.forced = forced or {}
-        self.observe = observe
-
-    def __call__(self, tokens: Tokens, keys: Tensor, layer: int) -> Tokens:
-        """Merge the tokens of one layer by its attention keys ``[B, H, N, D]``."""
-        # Fewer tokens than scheduled come when patches are dropped in training.
-        r = clamp_r(keys.shape[2], self.layers[layer].r, self.prefix)
-        self.plan = None
-        if r == 0:
-            return tokens
-        size = tokens.size
-        if size is None:
-            size = keys.new_ones((keys.shape[0], keys.shape[2]), dtype=torch.float32)
-        chosen = match(keys, r, self.prefix, self.class_token)
-        plan = self.plan = self.forced.get(layer, chosen)
-        x, size = merge(tokens.x, size, plan)
-        if self.observe is not None:
-            self.observe(LayerTrace(layer, keys, plan, chosen))
-        if self.track:
-            moved = token_map(plan)
-            before = self.positions
-            self.positions = moved if before is None else moved.gather(1, before)
-        return Tokens(x, size)
+_INNER, _LEARNED = "model.", "reducer."
 
 
 class MergedModel(nn.Module, ABC):
@@ -141,6 +39,7 @@ class MergedModel(nn.Module, ABC):
         model: The library model, exactly as it was given.
         settings: How it merges.
         layers: Clamped token counts of each block.
+        reducer: The reducer's learned part, or None.
     """
 
     def __init__(
@@ -148,9 +47,16 @@ class MergedModel(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings = settings
         self.prefix = prefix
-        self.layers = settings.schedule.tokens(depth, tokens, prefix)
+        self.tower = Tower(self.width, depth, tokens, prefix)
+        check_reducer(settings, self.class_token)
+        reducer = settings.reducer
+        schedule = settings.schedule
+        if schedule is None:
+            schedule = reducer.counts(self.tower)
+        self.settings = replace(settings, schedule=schedule)
+        self.layers = reducer.layers(schedule, self.tower)
+        self.reducer = reducer.module(self.tower) if self.merges else None
         self.training = model.training
         self.register_state_dict_post_hook(_drop_inner_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_inner_prefix)  # type: ignore[no-untyped-call]
@@ -159,6 +65,11 @@ class MergedModel(nn.Module, ABC):
     @abstractmethod
     def class_token(self) -> bool:
         """Whether one of the prefix tokens is a class token."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """C of the tokens between the blocks."""
 
     @property
     @abstractmethod
@@ -222,20 +133,48 @@ class MergedModel(nn.Module, ABC):
             first = layers[0].tokens_in if layers else 0
             layers = tuple(LayerTokens(first, 0, first) for _ in layers)
         final = layers[-1].tokens_out if layers else self.prefix
-        return total_macs(self.block_costs, layers, self.fixed_macs(final))
+        reducer = self.settings.reducer
+        learned = sum(reducer.macs(layer, self.tower) for layer in layers if layer.r)
+        return learned + total_macs(self.block_costs, layers, self.fixed_macs(final))
+
+    @property
+    def extra_inputs(self) -> Mapping[str, tuple[int, ...]]:
+        """Inputs besides the images: shape of each without the batch, float32."""
+        return self.settings.reducer.inputs(self.tower) if self.merges else {}
 
     def merger(
-        self, forced: Mapping[int, MergePlan] | None = None, observe: Observer | None = None
+        self,
+        forced: Mapping[int, MergePlan] | None = None,
+        observe: Observer | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        layers: Sequence[LayerTokens] | None = None,
     ) -> Merger:
-        """A fresh merger; ``forced`` plans, by layer, are applied instead of the layers' own."""
-        track = self.settings.dense or self.settings.source_map
-        return Merger(self.layers, self.prefix, self.class_token, forced, observe, track)
+        """A fresh merger.
 
-    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        Args:
+            forced: Plans to apply instead of the layers' own, by layer index.
+            observe: Called with every layer that removes tokens.
+            inputs: The model's inputs besides the images, by name.
+            layers: Token counts other than the model's own.
+        """
+        return Merger(
+            self.layers if layers is None else layers,
+            self.prefix,
+            self.class_token,
+            forced,
+            observe,
+            self.settings.dense or self.settings.source_map,
+            self.settings.reducer,
+            self.reducer,
+            inputs,
+        )
+
+    def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify or embed images.
 
         Args:
             pixel_values: ``[B, C, H, W]``.
+            extra: The other inputs, in the order of ``extra_inputs``.
 
         Returns:
             What the library model returns: ``[B, classes]`` or ``[B, features]``; dense models
@@ -246,7 +185,7 @@ class MergedModel(nn.Module, ABC):
             InputError: if the image size is not the one the token counts were made for, or hooks
                 move the inner model's weights between devices.
         """
-        merger = self.merger()
+        merger = self.merger(inputs=dict(zip(self.extra_inputs, extra, strict=True)))
         output = self.run(self._checked(pixel_values), merger)
         return (output, self._source_map(output, merger)) if self.settings.source_map else output
 
@@ -255,25 +194,33 @@ class MergedModel(nn.Module, ABC):
             count = self.layers[0].tokens_in - self.prefix if self.layers else 0
             patches = torch.arange(count, dtype=torch.int32, device=output.device)
             return patches.expand(output.shape[0], -1)
-        return (merger.positions[:, self.prefix :] - self.prefix).to(torch.int32)
+        places = merger.positions[:, self.prefix :]
+        if self.settings.reducer.drops:
+            return torch.where(places < 0, places, places - self.prefix).to(torch.int32)
+        return (places - self.prefix).to(torch.int32)
 
     def forward_traced(
-        self, pixel_values: Tensor, forced: Mapping[int, MergePlan] | None = None
+        self,
+        pixel_values: Tensor,
+        forced: Mapping[int, MergePlan] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[LayerTrace]]:
         """As ``forward``, with the keys and plan of every merging layer.
 
         Args:
             pixel_values: ``[B, C, H, W]``.
             forced: Plans to apply instead of the layers' own, by layer index.
+            inputs: The other inputs by name.
         """
         trace: list[LayerTrace] = []
-        return self.forward_observed(pixel_values, trace.append, forced), trace
+        return self.forward_observed(pixel_values, trace.append, forced, inputs), trace
 
     def forward_observed(
         self,
         pixel_values: Tensor,
         observe: Observer,
         forced: Mapping[int, MergePlan] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As ``forward_traced``, but each layer is handed out in turn and none is kept.
 
@@ -281,8 +228,9 @@ class MergedModel(nn.Module, ABC):
             pixel_values: ``[B, C, H, W]``.
             observe: Called with every merging layer as it merges.
             forced: Plans to apply instead of the layers' own, by layer index.
+            inputs: The other inputs by name.
         """
-        return self.run(self._checked(pixel_values), self.merger(forced, observe))
+        return self.run(self._checked(pixel_values), self.merger(forced, observe, inputs))
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
         check_undispatched(self.model)
@@ -306,5 +254,6 @@ def _add_inner_prefix(
     _module: nn.Module, state: dict[str, Any], prefix: str, *_args: object
 ) -> None:
     inner = prefix + _INNER
-    for key in [key for key in state if key.startswith(prefix)]:
+    own = prefix + _LEARNED
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
         state[inner + key.removeprefix(prefix)] = state.pop(key)

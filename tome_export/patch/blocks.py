@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import attention as attn_forward
-from tome_export.patch.base import Merger, Tokens
 from tome_export.patch.checks import require
+from tome_export.patch.merger import Merger, Tokens
+from tome_export.reducers.base import Attended
 
 BlockForward = Callable[[Any, Tokens, "Tensor | None", Merger, int], Tokens]
 
@@ -27,14 +28,14 @@ def _attention_forwards() -> dict[type, attn_forward.AttentionForward]:
 
 
 def _pre_norm(block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
-    out, keys = _run_attention(block.attn, block.norm1(t.x), bias)
-    t = merge(Tokens(t.x + block.drop_path1(block.ls1(out)), t.size), keys, layer)
+    out, attended = _run_attention(block.attn, block.norm1(t.x), bias)
+    t = merge(Tokens(t.x + block.drop_path1(block.ls1(out)), t.size), attended, layer)
     return Tokens(t.x + block.drop_path2(block.ls2(block.mlp(block.norm2(t.x)))), t.size)
 
 
 def _post_norm(block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
-    out, keys = _run_attention(block.attn, t.x, bias)
-    t = merge(Tokens(t.x + block.drop_path1(block.norm1(out)), t.size), keys, layer)
+    out, attended = _run_attention(block.attn, t.x, bias)
+    t = merge(Tokens(t.x + block.drop_path1(block.norm1(out)), t.size), attended, layer)
     return Tokens(t.x + block.drop_path2(block.norm2(block.mlp(t.x))), t.size)
 
 
@@ -43,8 +44,7 @@ def _parallel_things(
 ) -> Tokens:
     branches = [(a, *_run_attention(a.attn, a.norm(t.x), bias)) for a in block.attns]
     out = torch.stack([a.drop_path(a.ls(y)) for a, y, _ in branches]).sum(dim=0)
-    keys = torch.cat([k for _, _, k in branches], dim=1)
-    t = merge(Tokens(t.x + out, t.size), keys, layer)
+    t = merge(Tokens(t.x + out, t.size), attn_forward.joined([a for _, _, a in branches]), layer)
     return Tokens(t.x + torch.stack([ffn(t.x) for ffn in block.ffns]).sum(dim=0), t.size)
 
 
@@ -52,18 +52,18 @@ def _parallel_scaling(
     block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int
 ) -> Tokens:
     # Attention and MLP read the same tokens, so the merge can only come behind both.
-    out, keys = attn_forward.parallel_scaling(block, t.x, bias)
-    return merge(Tokens(out, t.size), keys, layer)
+    out, attended = attn_forward.parallel_scaling(block, t.x, bias)
+    return merge(Tokens(out, t.size), attended, layer)
 
 
 def _diff_parallel_scaling(
     block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int
 ) -> Tokens:
-    out, keys = attn_forward.diff_parallel_scaling(block, t.x, bias)
-    return merge(Tokens(out, t.size), keys, layer)
+    out, attended = attn_forward.diff_parallel_scaling(block, t.x, bias)
+    return merge(Tokens(out, t.size), attended, layer)
 
 
-def _run_attention(attn: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run_attention(attn: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
     return _attention_forwards()[type(attn)](attn, x, bias)
 
 

@@ -15,8 +15,9 @@ from torch.nn import functional
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import ONE_DEVICE, Zeros, check_plain, counted_macs
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
 
 ATTENTIONS = ("sdpa", "eager")
@@ -252,6 +253,11 @@ class MergedHf(MergedModel):
         return self.prefix > 0
 
     @property
+    def width(self) -> int:
+        """C of the tokens between the layers."""
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
         config: Any = self.model.config
@@ -285,4 +291,5 @@ class MergedHf(MergedModel):
             size = tokens.size if self.settings.prop_attn else None
             bias = log_size_bias(size, tokens.x.dtype)
             tokens = self.layer_forward(layer, tokens, bias, merger, index)
+            tokens = merger.behind(tokens, index)
         return Tokens(self.final(tokens.x), tokens.size)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import hf
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.reducers.base import Attended
 
 CLASSES = {
     "clip": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -61,14 +63,15 @@ def layer_forward(
         layer: ``CLIPEncoderLayer`` or ``SiglipEncoderLayer``.
         tokens: ``[B, N, C]`` and their sizes.
         bias: ``[B, 1, N, N]`` of proportional attention, or None.
-        merger: Called once, with the keys ``[B, H, N, D]``.
+        merger: Called once, between attention and MLP.
         index: Of the layer.
     """
     attn = layer.self_attn
     x = layer.layer_norm1(tokens.x)
     q, k, v = (hf.split_heads(p(x), attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     out = hf.attend(attn, q, k, v, bias, attn.scale, attn.dropout)
-    tokens = merger(Tokens(tokens.x + attn.out_proj(out), tokens.size), k, index)
+    attended = Attended(k, q, attn.scale, bias)
+    tokens = merger(Tokens(tokens.x + attn.out_proj(out), tokens.size), attended, index)
     return Tokens(tokens.x + layer.mlp(layer.layer_norm2(tokens.x)), tokens.size)
 
 

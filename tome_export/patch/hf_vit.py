@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import hf
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.reducers.base import Attended
 
 CLASSES = {
     "vit": ("ViTModel", "ViTForImageClassification"),
@@ -54,7 +56,7 @@ def _layers(base: Any) -> Any:
     return base.encoder.layer if hasattr(base, "encoder") else base.layers
 
 
-def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
     """The attention of ViT, DeiT and DINOv2, in the layout of transformers 4 or 5.
 
     Args:
@@ -63,17 +65,19 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         bias: ``[B, 1, N, N]`` or None.
 
     Returns:
-        Output ``[B, N, C]`` and keys ``[B, H, N, D]``.
+        Output ``[B, N, C]`` and what was compared.
     """
     if hasattr(attn, "q_proj"):
         parts, width = (attn.q_proj, attn.k_proj, attn.v_proj), attn.head_dim
         q, k, v = (hf.split_heads(part(x), width) for part in parts)
-        return attn.o_proj(hf.attend(attn, q, k, v, bias, attn.scaling, attn.attention_dropout)), k
+        out = hf.attend(attn, q, k, v, bias, attn.scaling, attn.attention_dropout)
+        return attn.o_proj(out), Attended(k, q, attn.scaling, bias)
     inner = attn.attention
     parts, width = (inner.query, inner.key, inner.value), inner.attention_head_size
     q, k, v = (hf.split_heads(part(x), width) for part in parts)
     out = hf.attend(inner, q, k, v, bias, inner.scaling, inner.dropout_prob)
-    return attn.output.dropout(attn.output.dense(out)), k
+    out = attn.output.dropout(attn.output.dense(out))
+    return out, Attended(k, q, inner.scaling, bias)
 
 
 def attention_cost(attn: Any) -> tuple[int, int]:
@@ -135,9 +139,9 @@ class MergedVit(_Transformer):
         self, layer: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, index: int
     ) -> Tokens:
         """One layer, merging between attention and MLP."""
-        out, keys = attention(layer.attention, layer.layernorm_before(tokens.x), bias)
+        out, attended = attention(layer.attention, layer.layernorm_before(tokens.x), bias)
         drop = getattr(layer, "dropout", nn.Identity())
-        tokens = merger(Tokens(drop(out) + tokens.x, tokens.size), keys, index)
+        tokens = merger(Tokens(drop(out) + tokens.x, tokens.size), attended, index)
         x = layer.layernorm_after(tokens.x)
         if hasattr(layer, "mlp"):
             return Tokens(drop(layer.mlp(x)) + tokens.x, tokens.size)
@@ -189,9 +193,9 @@ class MergedDino(_Transformer):
         self, layer: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, index: int
     ) -> Tokens:
         """One layer, merging between attention and MLP."""
-        out, keys = attention(layer.attention, layer.norm1(tokens.x), bias)
+        out, attended = attention(layer.attention, layer.norm1(tokens.x), bias)
         x = layer.drop_path(layer.layer_scale1(out)) + tokens.x
-        tokens = merger(Tokens(x, tokens.size), keys, index)
+        tokens = merger(Tokens(x, tokens.size), attended, index)
         out = layer.layer_scale2(layer.mlp(layer.norm2(tokens.x)))
         return Tokens(layer.drop_path(out) + tokens.x, tokens.size)
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import hf
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import Zeros, check_plain, counted_macs
 from tome_export.patch.hf_clip import check_layer, layer_cost, layer_forward
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
 
 SUPPORTED = "LLaVA's vision tower (hf:<checkpoint folder>)"
@@ -59,6 +60,11 @@ class MergedLlavaTower(MergedModel):
         return True
 
     @property
+    def width(self) -> int:
+        """C of the tokens between the layers."""
+        return int(self.model.vision_model.embeddings.embed_dim)  # type: ignore[union-attr, arg-type]
+
+    @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
         embed: Any = self.model.vision_model.embeddings  # type: ignore[union-attr]
@@ -96,6 +102,7 @@ class MergedLlavaTower(MergedModel):
             size = tokens.size if self.settings.prop_attn else None
             bias = log_size_bias(size, tokens.x.dtype)
             tokens = layer_forward(layer, tokens, bias, merger, index)
+            tokens = merger.behind(tokens, index)
         return tokens
 
     def head(self, tokens: Tokens) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import timm_eva, timm_vit
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import Zeros, check_plain, counted_macs, require
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
 
 
@@ -35,14 +36,19 @@ class MergedTimmTower(MergedModel):
         for part in model.head:
             require(part, {nn.Identity, nn.Dropout, nn.Linear, Mlp}, "head", name)
         first = trunk.layers[0].tokens_in if trunk.layers else trunk.prefix
-        super().__init__(model, settings, len(trunk.layers), first, trunk.prefix)
         # In a tuple, so that its parameters are not registered a second time.
         self._trunk = (trunk,)
+        super().__init__(model, settings, len(trunk.layers), first, trunk.prefix)
 
     @property
     def class_token(self) -> bool:
         """Whether one of the prefix tokens is a class token."""
         return self._trunk[0].class_token
+
+    @property
+    def width(self) -> int:
+        """C of the tokens between the blocks."""
+        return self._trunk[0].width
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -15,14 +15,16 @@ from torch.nn import functional
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import Zeros, check_plain, counted_macs, require
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.multihead import (
     check_multihead,
     multihead,
     multihead_block_cost,
     same_arithmetic,
 )
+from tome_export.reducers.base import Attended
 from tome_export.spec import PatchGrid
 
 SUPPORTED = "open_clip's VisionTransformer and TimmModel"
@@ -75,6 +77,11 @@ class MergedOpenClip(MergedModel):
         return True
 
     @property
+    def width(self) -> int:
+        """C of the tokens between the blocks."""
+        return int(self.model.conv1.out_channels)  # type: ignore[union-attr, arg-type]
+
+    @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
         model: Any = self.model
@@ -111,10 +118,10 @@ class MergedOpenClip(MergedModel):
         tokens = Tokens(model._embeds(pixel_values))
         for layer, block in enumerate(model.transformer.resblocks):
             size = tokens.size if self.settings.prop_attn else None
-            out, keys = _attention(block, tokens.x, log_size_bias(size, tokens.x.dtype))
-            tokens = merger(Tokens(tokens.x + block.ls_1(out), tokens.size), keys, layer)
+            out, attended = _attention(block, tokens.x, log_size_bias(size, tokens.x.dtype))
+            tokens = merger(Tokens(tokens.x + block.ls_1(out), tokens.size), attended, layer)
             out = block.ls_2(block.mlp(block.ln_2(tokens.x)))
-            tokens = Tokens(tokens.x + out, tokens.size)
+            tokens = merger.behind(Tokens(tokens.x + out, tokens.size), layer)
         return tokens
 
     def token_features(self, tokens: Tokens) -> Tensor:
@@ -169,18 +176,18 @@ class MergedOpenClip(MergedModel):
         return multihead(pool.attn, queries, pool.ln_k(tokens.x), bias)[0]
 
 
-def _attention(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output and keys ``[B, H, N, D]`` of either block's attention, on ``[B, N, C]``."""
+def _attention(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+    """Output of, and what was compared by, either block's attention, on ``[B, N, C]``."""
     from open_clip.transformer import CustomResidualAttentionBlock
 
     normed = block.ln_1(x)
     if type(block) is CustomResidualAttentionBlock:
-        out, keys = _custom_attention(block.attn, normed, bias)
-        return block.ln_attn(out), keys
+        out, attended = _custom_attention(block.attn, normed, bias)
+        return block.ln_attn(out), attended
     return multihead(block.attn, normed, normed, bias)
 
 
-def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
     """``open_clip.transformer.Attention``: q/k norm, head scale and inner norm included."""
     packed = functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
@@ -191,7 +198,7 @@ def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor
     if attn.head_scale is not None:
         out = out * attn.head_scale
     out = attn.ln_inner(out.transpose(1, 2).flatten(-2))
-    return attn.out_drop(attn.out_proj(out)), k
+    return attn.out_drop(attn.out_proj(out)), Attended(k, q, None, bias)
 
 
 def _check(model: Any) -> None:

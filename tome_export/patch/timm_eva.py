@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.blocks import BlockForward, pointwise_mlps, pointwise_norms
 from tome_export.patch.checks import require
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.timm_vit import MergedVisionTransformer
+from tome_export.reducers.base import Attended
 
 SUPPORTED = "timm's Eva (EVA-02, EVA-CLIP, DINOv3)"
 
@@ -69,6 +71,7 @@ class MergedEva(MergedVisionTransformer):
             table = rope[layer] if model.rope_mixed else rope
             turned = _Turned(block, None if table is None else _rope_at(table, places))
             tokens = forward(turned, tokens, self._bias(tokens), merger, layer)
+            tokens = merger.behind(tokens, layer)
             if rope is not None and merger.plan is not None:
                 kept = merger.plan.keep[:, self.prefix :].long() - self.prefix
                 places = kept if places is None else places.gather(1, kept)
@@ -109,9 +112,9 @@ def _rope_at(table: Tensor, places: Tensor | None) -> Tensor:
 
 def _pre_norm(given: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
     block = given.block
-    out, keys = _attention(block.attn, block.norm1(t.x), given.rope, bias)
+    out, attended = _attention(block.attn, block.norm1(t.x), given.rope, bias)
     out = out if block.gamma_1 is None else block.gamma_1 * out
-    t = merge(Tokens(t.x + block.drop_path1(out), t.size), keys, layer)
+    t = merge(Tokens(t.x + block.drop_path1(out), t.size), attended, layer)
     out = block.mlp(block.norm2(t.x))
     out = out if block.gamma_2 is None else block.gamma_2 * out
     return Tokens(t.x + block.drop_path2(out), t.size)
@@ -119,15 +122,15 @@ def _pre_norm(given: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: 
 
 def _post_norm(given: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
     block = given.block
-    out, keys = _attention(block.attn, t.x, given.rope, bias)
-    t = merge(Tokens(t.x + block.drop_path1(block.norm1(out)), t.size), keys, layer)
+    out, attended = _attention(block.attn, t.x, given.rope, bias)
+    t = merge(Tokens(t.x + block.drop_path1(block.norm1(out)), t.size), attended, layer)
     return Tokens(t.x + block.drop_path2(block.norm2(block.mlp(t.x))), t.size)
 
 
 def _attention(
     attn: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``EvaAttention`` and ``AttentionRope``: output ``[B, N, C]``, keys ``[B, H, N, D]``."""
+) -> tuple[Tensor, Attended]:
+    """``EvaAttention`` and ``AttentionRope``: output ``[B, N, C]``, and what was compared."""
     from timm.layers import apply_rot_embed_cat
 
     heads = (*x.shape[:2], -1, attn.head_dim)  # fewer of keys and values than of queries
@@ -141,7 +144,7 @@ def _attention(
             return torch.cat([y[:, :, :prefix], patches], dim=2).type_as(v)
 
         q, k = turn(q), turn(k)
-    keys, groups = k, q.shape[1] // k.shape[1]
+    attended, groups = Attended(k, q, None, bias), q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     dropout = attn.attn_drop.p if attn.training else 0.0
@@ -149,7 +152,7 @@ def _attention(
     out = attn.norm(out.transpose(1, 2).flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), keys
+    return attn.proj_drop(attn.proj(out)), attended
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.blocks import BlockForward, block_cost, block_forward
 from tome_export.patch.checks import Zeros, check_plain, counted_macs, model_name
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
 
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled"
@@ -70,6 +71,11 @@ class MergedVisionTransformer(MergedModel):
         return bool(self.model.has_class_token)
 
     @property
+    def width(self) -> int:
+        """C of the tokens between the blocks."""
+        return int(self.model.embed_dim)  # type: ignore[arg-type]
+
+    @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
         return self._input_size
@@ -120,6 +126,7 @@ class MergedVisionTransformer(MergedModel):
         tokens = Tokens(model.norm_pre(model.patch_drop(x)))
         for layer, (block, forward) in enumerate(zip(model.blocks, self._forwards, strict=True)):
             tokens = forward(block, tokens, self._bias(tokens), merger, layer)
+            tokens = merger.behind(tokens, layer)
         return Tokens(model.norm(tokens.x), tokens.size)
 
     def head(self, tokens: Tokens) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel, Merger, MergeSettings, Tokens
+from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import Zeros, check_plain, counted_macs, require
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.multihead import (
     check_multihead,
     multihead,
@@ -54,6 +55,11 @@ class MergedTorchvision(MergedModel):
     def class_token(self) -> bool:
         """Torchvision's ViTs all have one."""
         return True
+
+    @property
+    def width(self) -> int:
+        """C of the tokens between the blocks."""
+        return int(self.model.hidden_dim)  # type: ignore[arg-type]
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -100,9 +106,11 @@ class MergedTorchvision(MergedModel):
             size = tokens.size if self.settings.prop_attn else None
             normed = block.ln_1(tokens.x)
             bias = log_size_bias(size, normed.dtype)
-            out, keys = multihead(block.self_attention, normed, normed, bias)
-            tokens = merger(Tokens(block.dropout(out) + tokens.x, tokens.size), keys, layer)
+            out, attended = multihead(block.self_attention, normed, normed, bias)
+            tokens = Tokens(block.dropout(out) + tokens.x, tokens.size)
+            tokens = merger(tokens, attended, layer)
             tokens = Tokens(tokens.x + block.mlp(block.ln_2(tokens.x)), tokens.size)
+            tokens = merger.behind(tokens, layer)
         return Tokens(encoder.ln(tokens.x), tokens.size)
 
     def head(self, tokens: Tokens) -> Tensor:

@@ -29,6 +29,7 @@ from tome_export.pipeline.kernels import (
 from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import rescheduled
+from tome_export.reducers import DEFAULT
 from tome_export.spec import MergeOp, Precision, TowerOptions
 from tome_export.tune.schedule_file import NAME as SCHEDULE
 from tome_export.tune.schedule_file import read_schedule
@@ -52,11 +53,14 @@ class BuildRequest:
     Attributes:
         model: Recipe name, ``timm:<name>`` or ``module:function``.
         output: The artifact directory.
-        schedule: Tokens to merge per layer; None for the recipe's recommended r.
+        schedule: Tokens to remove per layer; None for what the reducer's options say, or else the
+            recipe's recommended r.
         precision: Of weights and activations.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         seed: Of random weights.
-        prop_attn: Proportional attention; None for the recipe's own setting.
+        prop_attn: Proportional attention; None for the recipe's and the reducer's own setting.
+        reducer: Name of the reducer.
+        reducer_options: Its options, each ``key=value``.
         dense: Give the features of every patch in place of the model's own output.
         source_map: Give also which final token each patch went into.
         tower: Options of a vision tower; none for any other model.
@@ -76,6 +80,8 @@ class BuildRequest:
     weights: str = "pretrained"
     seed: int = 0
     prop_attn: bool | None = None
+    reducer: str = DEFAULT
+    reducer_options: tuple[str, ...] = ()
     dense: bool = False
     source_map: bool = False
     tower: TowerOptions = field(default_factory=TowerOptions)
@@ -177,8 +183,9 @@ def _export_and_check(
     from tome_export.models import resolve
     from tome_export.onnx.export import ExportOptions
     from tome_export.onnx.files import load
-    from tome_export.onnx.merging import merging_layers
+    from tome_export.onnx.merging import merging_of
     from tome_export.patch import patch
+    from tome_export.reducers.options import reducer_from_text
 
     progress.stage(f"Load {request.model}")
     recipe = resolve(request.model, request.tower)
@@ -187,7 +194,10 @@ def _export_and_check(
             f"{recipe.needs_grid}: its language model arranges the features of all patches on a "
             "grid, which merged tokens are not; use --dense (merged inside, then unmerged)"
         )
-    schedule = request.schedule or Schedule(recipe.recommended_r)
+    reducer = reducer_from_text(request.reducer, request.reducer_options)
+    schedule = request.schedule
+    if schedule is None and not reducer.own_counts:
+        schedule = Schedule(recipe.recommended_r)
     given = None if request.schedule_file is None else read_schedule(request.schedule_file)
     if given is not None:
         given.check_model(recipe.name)
@@ -195,7 +205,9 @@ def _export_and_check(
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     _check_precision(request, loaded.weights.stored_dtype)
-    prop_attn = recipe.prop_attn if request.prop_attn is None else request.prop_attn
+    prop_attn = recipe.prop_attn and reducer.prop_attn
+    if request.prop_attn is not None:
+        prop_attn = request.prop_attn
     if given is not None:
         given.check_depth(len(patch(loaded.module, 0, dense=request.dense).layers))
         # What was read, and not the file as it may be by now.
@@ -204,6 +216,7 @@ def _export_and_check(
         loaded.module,
         schedule,
         prop_attn=prop_attn,
+        reducer=reducer,
         dense=request.dense,
         source_map=request.source_map,
     ).eval()
@@ -228,8 +241,8 @@ def _export_and_check(
     manifest = _exported(folder, loaded, model, options, selection.line)
     if options.plugin:
         try:
-            layers = merging_layers(load(folder / MODEL, weights=False))
-            manifest["plugins"] = compile_kernels(layers, form.capabilities, folder, progress)
+            merging = merging_of(load(folder / MODEL, weights=False))
+            manifest["plugins"] = compile_kernels(merging, form.capabilities, folder, progress)
         except (InputError, MissingComponentError, ExportError) as error:
             if form.required:
                 raise

@@ -16,7 +16,7 @@ from tome_export.plugins.merge import contract as merge_contract
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend, EngineInfo, EngineOptions
-    from tome_export.onnx.merging import MergingLayer
+    from tome_export.onnx.merging import Merging
     from tome_export.pipeline.progress import Progress
     from tome_export.plugins.variants import Variant
 
@@ -73,45 +73,41 @@ def capabilities_of(asked: Sequence[str], backend: Backend | None) -> tuple[tupl
     return tuple(sorted(set(found)))
 
 
-def refusal(layers: Sequence[MergingLayer]) -> str | None:
-    """Why the kernels cannot take a model's merging layers, or None."""
-    reasons: list[str | None] = []
-    for layer in layers:
-        reasons += [
-            match_contract.refusal(layer.tokens, layer.head_width, layer.keys_dtype),
-            merge_contract.refusal(layer.width, layer.dtype),
-        ]
+def refusal(merging: Merging) -> str | None:
+    """Why the kernels cannot take a model's match and merge nodes, or None."""
+    if not merging.matches and not merging.merges:
+        return "the reducer has neither match nor merge nodes that a plugin could take"
+    reasons = [match_contract.refusal(*shape) for shape in merging.matches]
+    reasons += [merge_contract.refusal(*shape) for shape in merging.merges]
     return next(filter(None, reasons), None)
 
 
 def compile_kernels(
-    layers: Sequence[MergingLayer],
+    merging: Merging,
     capabilities: Sequence[tuple[int, int]],
     folder: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compile what the layers need into ``folder/plugins``.
+    """Compile what the merging nodes need into ``folder/plugins``.
 
     Returns:
         What the manifest says of it.
 
     Raises:
-        InputError: if the kernels cannot take the layers.
+        InputError: if the kernels cannot take them.
         MissingComponentError: if the Triton language is not installed.
         ExportError: if it cannot compile a kernel.
     """
     from tome_export.plugins.aot import compile_ptx, compiler
 
-    reason = refusal(layers)
+    reason = refusal(merging)
     if reason:
         raise InputError(f"{reason}; use --merge-op matmul, which needs no kernel")
     progress.stage("Compile the plugin's kernels")
 
-    variants: dict[str, Variant] = {}
-    for layer in layers:
-        match = match_contract.variant(layer.tokens, layer.head_width, layer.keys_dtype)
-        merge = merge_contract.variant(layer.width, layer.dtype)
-        variants |= {match.name: match, merge.name: merge}
+    found = [match_contract.variant(*shape) for shape in merging.matches]
+    found += [merge_contract.variant(*shape) for shape in merging.merges]
+    variants: dict[str, Variant] = {variant.name: variant for variant in found}
     kernels = []
     for variant in variants.values():
         progress.detail(variant.name)

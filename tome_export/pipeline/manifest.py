@@ -24,6 +24,8 @@ def manifest_of(
     loaded: LoadedModel, model: MergedModel, options: ExportOptions, engine_note: str
 ) -> dict[str, Any]:
     """The manifest of a build, before its files, engines and parity are known."""
+    from tome_export.reducers.options import json_from_reducer
+
     recipe, weights = loaded.recipe, loaded.weights
     merged, unmerged = model.macs(), model.macs(merged=False)
     batch = options.batch.max if options.batch.is_static else "batch"
@@ -43,6 +45,7 @@ def manifest_of(
             "random_weights": weights.kind == "random",
         },
         "merge": {
+            "reducer": json_from_reducer(model.settings.reducer),
             "schedule": str(model.settings.schedule),
             "r": [layer.r for layer in model.layers],
             "prop_attn": model.settings.prop_attn,
@@ -62,6 +65,10 @@ def manifest_of(
             "dtype": "float32",
             "shape": [batch, *model.input_size],
         },
+        "inputs": [
+            {"name": name, "dtype": "float32", "shape": [batch, *shape]}
+            for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
+        ],
         "output": outputs[0],
         "outputs": outputs,
         "form": {"dense": model.settings.dense, "source_map": model.settings.source_map},
@@ -123,7 +130,8 @@ def _outputs(name: str, model: MergedModel, batch: int | str) -> list[dict[str, 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        found = model(torch.zeros(1, *model.input_size))
+        extra = (torch.zeros(1, *shape) for shape in model.extra_inputs.values())
+        found = model(torch.zeros(1, *model.input_size), *extra)
     given = found if isinstance(found, tuple) else (found,)
     return [
         {

@@ -32,6 +32,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     """
     from tome_export.models import resolve
     from tome_export.patch import patch
+    from tome_export.reducers.options import reducer_from_json
 
     manifest = artifact.manifest
     recorded = manifest["model"]["weights"]
@@ -54,7 +55,9 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     merge = manifest["merge"]
     schedule = Schedule(per_layer=tuple(merge["r"]))
     form = manifest.get("form", {})  # artifacts of before have one form
-    model = patch(loaded.module, schedule, prop_attn=merge["prop_attn"], **form).eval()
+    reducer = reducer_from_json(merge.get("reducer"))
+    prop_attn = merge["prop_attn"]
+    model = patch(loaded.module, schedule, prop_attn=prop_attn, reducer=reducer, **form).eval()
     if state_sha256(model) != recorded["state_sha256"]:
         raise InputError(
             f"the weights found now ({loaded.weights.source}) are not those of the build "
@@ -93,16 +96,9 @@ def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:
     Raises:
         InputError: if the schedule does not fit the model.
     """
-    from tome_export.patch import patch, unpatch
+    from tome_export.patch import patched
 
-    settings = replace(model.settings, schedule=schedule)
-    return patch(
-        unpatch(model),
-        settings.schedule,
-        prop_attn=settings.prop_attn,
-        dense=settings.dense,
-        source_map=settings.source_map,
-    ).eval()
+    return patched(model, replace(model.settings, schedule=schedule)).eval()
 
 
 def export_variant(
@@ -126,7 +122,7 @@ def export_variant(
     from tome_export.onnx.build import onnx_from_model
     from tome_export.onnx.export import ExportOptions
     from tome_export.onnx.files import load
-    from tome_export.onnx.merging import merging_layers
+    from tome_export.onnx.merging import merging_of
 
     manifest = artifact.manifest
     plugin = manifest["merge"]["merge_op"] == "plugin" and model.merges
@@ -146,5 +142,5 @@ def export_variant(
 
     require_compiler()
     capabilities = capabilities_of(manifest["plugins"]["compute_capabilities"], None)
-    layers = merging_layers(load(folder / MODEL, weights=False))
-    return compile_kernels(layers, capabilities, folder, progress)
+    merging = merging_of(load(folder / MODEL, weights=False))
+    return compile_kernels(merging, capabilities, folder, progress)

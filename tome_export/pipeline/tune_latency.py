@@ -91,10 +91,9 @@ class Stopwatch:
     def _export(self, r: Rs, folder: Path) -> Path:
         from tome_export.onnx.build import onnx_from_model
         from tome_export.onnx.export import ExportOptions
-        from tome_export.patch import patch, unpatch
+        from tome_export.pipeline.reference import rescheduled
 
-        prop_attn = self._model.settings.prop_attn
-        model = patch(unpatch(self._model), Schedule(per_layer=r), prop_attn=prop_attn).eval()
+        model = rescheduled(self._model, Schedule(per_layer=r))
         options = ExportOptions(precision=self._precision, batch=self._batch)
         onnx_from_model(model, folder / MODEL, options, self._output_name)
         return folder / MODEL

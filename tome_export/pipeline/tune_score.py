@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tome_export.patch import MergedModel
-    from tome_export.patch.base import Merger, Tokens
+    from tome_export.patch.merger import Merger, Tokens
     from tome_export.pipeline.tune_images import TuneImages
+    from tome_export.reducers.base import Attended
 
 Right = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -138,11 +139,7 @@ class Scorer:
         def run(start: int) -> Tensor:
             import torch
 
-            from tome_export.patch.base import Merger
-
-            merger: Any = _Leaving(
-                Merger(layers, model.prefix, model.class_token), (left, self._ending)
-            )
+            merger: Any = _Leaving(model.merger(layers=layers), (left, self._ending))
             pixels = self._pixels[start : min(start + self._batch, last)].to(self._device)
             with torch.inference_mode():
                 return model.run(pixels, merger).double().log_softmax(dim=1)
@@ -168,10 +165,13 @@ class _Leaving:
     def __init__(self, merger: Merger, stops: tuple[threading.Event, ...]) -> None:
         self._merger, self._stops = merger, stops
 
-    def __call__(self, tokens: Tokens, keys: Tensor, layer: int) -> Tokens:
+    def __call__(self, tokens: Tokens, attended: Attended, layer: int) -> Tokens:
         if any(stop.is_set() for stop in self._stops):
             raise _LeftError
-        return self._merger(tokens, keys, layer)
+        return self._merger(tokens, attended, layer)
+
+    def behind(self, tokens: Tokens, layer: int) -> Tokens:
+        return self._merger.behind(tokens, layer)
 
 
 def _alone(threads: int) -> Callable[[], None]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tome_export.reducers import DEFAULT
 from tome_export.report.numbers import NONE, size
 from tome_export.report.parts import Block, Commands, Section, Table, Text
 
@@ -77,6 +78,13 @@ def _build_arguments(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield from ("--weights", "random", "--seed", str(weights["seed"] or 0))
     elif weights["kind"] == "file":
         yield from ("--weights", weights["source"].partition(";")[0])
+    reducer = merge.get("reducer")  # artifacts of before have one reducer
+    if reducer is not None and reducer["name"] != DEFAULT:
+        yield from ("--reducer", reducer["name"])
+        for key, value in reducer["options"].items():
+            if value is not None:
+                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                yield from ("--reducer-option", f"{key}={text}")
     yield "--prop-attn" if merge["prop_attn"] else "--no-prop-attn"
     yield from ("--batch", manifest["batch"], "--merge-op", merge["merge_op"])
     for capability in (manifest.get("plugins") or {}).get("compute_capabilities", ()):

@@ -1,0 +1,186 @@
+"""Removing tokens in the layers of one forward pass, and what is seen of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tome_export.errors import InputError
+from tome_export.merge.lowering import mean_keys
+from tome_export.merge.plan import MergePlan, composed
+from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.reducers.base import Attended, Reducer, Seen
+from tome_export.reducers.tome import ToMe
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How a model merges.
+
+    Attributes:
+        schedule: Tokens to remove per layer; None for what the reducer's own options say.
+        prop_attn: Add log(size) to the attention logits from the first merge on (ToMe, eq. 1).
+            On for supervised models, off for off-the-shelf MAE.
+        dense: Give the features of every patch, those of one group alike, in place of the model's
+            own output (ToMe, section 3.2: unmerging).
+        source_map: Give also which final token each patch went into.
+        reducer: How tokens become fewer.
+    """
+
+    schedule: Schedule | None
+    prop_attn: bool = True
+    dense: bool = False
+    source_map: bool = False
+    reducer: Reducer = field(default_factory=ToMe)
+
+
+class LayerTrace(NamedTuple):
+    """What one merging layer saw and decided.
+
+    Attributes:
+        layer: Index of the block.
+        keys: ``[B, H, N, D]`` in the model's dtype, those that attention compared; or the metric
+            ``[B, N, D]`` that the reducer has in their place.
+        plan: The plan that was applied.
+        chosen: The plan that the layer led to; other than ``plan`` only when plans are forced.
+        scores: The signals of a reducer that decides by scores; see ``ScoredReducer``.
+    """
+
+    layer: int
+    keys: Tensor
+    plan: MergePlan
+    chosen: MergePlan
+    scores: tuple[Tensor, ...] = ()
+
+    @property
+    def metric(self) -> Tensor:
+        """``[B, N, D]`` float32 (float64 for float64 keys): the keys averaged over heads."""
+        return mean_keys(self.keys)
+
+    @property
+    def signals(self) -> tuple[Tensor, ...]:
+        """What the decision hangs on: the scores, or else the metric."""
+        return self.scores or (self.metric,)
+
+
+@dataclass
+class Tokens:
+    """The tokens on their way through the layers of one forward pass.
+
+    Attributes:
+        x: ``[B, N, C]``.
+        size: ``[B, N]`` float32 patches per token, or None before the first merge.
+    """
+
+    x: Tensor
+    size: Tensor | None = None
+
+
+Observer = Callable[[LayerTrace], None]
+
+
+class Merger:
+    """Removes tokens in each layer as scheduled; made anew for every forward pass.
+
+    ``observe`` is told of every such layer; its keys are not kept here, because they are views
+    that hold the whole query-key-value tensor of their layer.
+
+    Attributes:
+        positions: ``[B, N]`` int64, where each of the first layer's tokens is by now, -1 if it was
+            dropped; None before the first plan, or where nobody asked to track it.
+        plan: What the last layer applied; None if it removed nothing.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerTokens],
+        prefix: int,
+        class_token: bool,
+        forced: Mapping[int, MergePlan] | None = None,
+        observe: Observer | None = None,
+        track: bool = False,
+        reducer: Reducer | None = None,
+        module: nn.Module | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.track = track
+        self.positions: Tensor | None = None
+        self.plan: MergePlan | None = None
+        self.layers = layers
+        self.prefix = prefix
+        self.class_token = class_token
+        self.forced = forced or {}
+        self.observe = observe
+        self.reducer = reducer or ToMe()
+        self.module = module
+        self.inputs = inputs or {}
+        self._attended: Attended | None = None
+
+    def __call__(self, tokens: Tokens, attended: Attended, layer: int) -> Tokens:
+        """Called between attention and MLP of every block."""
+        self.plan = None
+        if self.reducer.behind_block:
+            self._attended = attended
+            return tokens
+        return self._reduced(tokens, attended, layer)
+
+    def behind(self, tokens: Tokens, layer: int) -> Tokens:
+        """Called behind every block."""
+        attended, self._attended = self._attended, None
+        return tokens if attended is None else self._reduced(tokens, attended, layer)
+
+    def _reduced(self, tokens: Tokens, attended: Attended, layer: int) -> Tokens:
+        count = tokens.x.shape[1]
+        # Fewer tokens than scheduled come when patches are dropped in training.
+        r = max(0, min(self.layers[layer].r, self.reducer.limit(count, self.prefix)))
+        if r == 0:
+            return tokens
+        size = tokens.size
+        if size is None:
+            size = tokens.x.new_ones((tokens.x.shape[0], count), dtype=torch.float32)
+        seen = Seen(
+            tokens.x,
+            size,
+            attended,
+            layer=layer,
+            r=r,
+            prefix=self.prefix,
+            class_token=self.class_token,
+            depth=len(self.layers),
+            initial=self.layers[0].tokens_in,
+            module=self.module,
+            inputs=self.inputs,
+        )
+        decision = self.reducer.decide(seen)
+        plan = self.plan = self.forced.get(layer, decision.plan)
+        x, size = self.reducer.apply(seen, plan)
+        if self.observe is not None:
+            keys = decision.metric if decision.metric is not None else attended.keys
+            self.observe(LayerTrace(layer, keys, plan, decision.plan, decision.scores))
+        if self.track:
+            self.positions = composed(self.positions, plan, drops=self.reducer.drops)
+        return Tokens(x, size)
+
+
+def check_reducer(settings: MergeSettings, class_token: bool) -> None:
+    """Refuse what a reducer cannot give.
+
+    Raises:
+        InputError: if it needs a class token that the model has not, or would leave holes in dense
+            outputs.
+    """
+    reducer = settings.reducer
+    if reducer.attention and not class_token:
+        raise InputError(
+            f"reducer {reducer.name} ranks tokens by the class token's attention, and this model "
+            "has no class token; use a reducer that compares tokens, such as tome"
+        )
+    if reducer.drops and settings.dense:
+        raise InputError(
+            f"reducer {reducer.name} drops tokens, so not every patch has features for --dense; "
+            "use a reducer that merges, such as tome"
+        )

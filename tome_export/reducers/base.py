@@ -1,0 +1,265 @@
+"""What a reducer is: it looks at the tokens of one layer, decides on a plan, and applies it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tome_export.errors import InputError
+from tome_export.merge.lowering import accumulate_dtype, gather_tokens
+from tome_export.merge.ops import mark_plan, mark_signal, match, merge
+from tome_export.merge.plan import MergePlan
+from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.merge.spec import clamp_r
+
+
+class Attended(NamedTuple):
+    """What attention compared in one layer.
+
+    Attributes:
+        keys: ``[B, H, N, D]`` in the model's dtype.
+        queries: ``[B, H', N, D]``, H' a multiple of H; None where there is no single softmax map.
+        scale: Factor of the logits; None for ``D ** -0.5``.
+        bias: Added to the logits, ``[B, 1, N, N]``; or None.
+    """
+
+    keys: Tensor
+    queries: Tensor | None = None
+    scale: float | None = None
+    bias: Tensor | None = None
+
+
+class Tower(NamedTuple):
+    """What a learned reducer's parameters depend on.
+
+    Attributes:
+        width: C of the tokens.
+        depth: Blocks.
+        tokens: N that enter the first block, prefix included.
+        prefix: Protected tokens at the front.
+    """
+
+    width: int
+    depth: int
+    tokens: int
+    prefix: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of one layer, as a reducer sees them.
+
+    Attributes:
+        x: ``[B, N, C]``, behind attention and its residual, or behind the whole block.
+        size: ``[B, N]`` float32, patches that each token stands for.
+        attended: What attention compared.
+        layer: Index of the block.
+        r: Tokens to remove.
+        prefix: Protected tokens at the front.
+        class_token: Whether one of them is a class token; it is the first then.
+        depth: Blocks of the model.
+        initial: Tokens that enter the first block.
+        module: The reducer's learned part for the whole model, or None.
+        inputs: The model's inputs besides the images, by name.
+    """
+
+    x: Tensor
+    size: Tensor
+    attended: Attended
+    layer: int
+    r: int
+    prefix: int
+    class_token: bool
+    depth: int
+    initial: int
+    module: nn.Module | None
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.x.shape[1]
+
+    @cached_property
+    def class_attention(self) -> Tensor:
+        """How much the class token attends to every token, the mean over heads.
+
+        Returns:
+            ``[B, N]`` float32 (float64 for float64 keys); rows sum to 1.
+        """
+        keys, queries, scale, bias = self.attended
+        if queries is None:
+            raise InputError("this attention has no single map that could rank tokens")
+        dtype = accumulate_dtype(keys)
+        first = queries[:, :, :1].to(dtype)
+        if first.shape[1] > keys.shape[1]:
+            keys = keys.repeat_interleave(first.shape[1] // keys.shape[1], dim=1)
+        logits = first * (keys.shape[-1] ** -0.5 if scale is None else scale)
+        logits = logits @ keys.to(dtype).transpose(-1, -2)
+        if bias is not None:
+            logits = logits + bias[:, :, :1].to(dtype)
+        return logits.softmax(dim=-1).mean(dim=1)[:, 0]
+
+
+def kept_tokens(seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    """The tokens that stay, ``[B, K, C]`` and ``[B, K]``, as they are."""
+    return gather_tokens(seen.x, plan.keep), seen.size.gather(1, plan.keep.long())
+
+
+class Decision(NamedTuple):
+    """A plan and what led to it.
+
+    Attributes:
+        plan: The plan.
+        metric: What a matching compared, ``[B, H, N, D]`` or ``[B, N, D]``; None without one.
+        scores: The signals of a ``ScoredReducer``.
+    """
+
+    plan: MergePlan
+    metric: Tensor | None = None
+    scores: tuple[Tensor, ...] = ()
+
+
+class Place(NamedTuple):
+    """What a plan depends on besides the signals: the plain numbers of ``Seen``.
+
+    Attributes:
+        layer: Index of the block.
+        r: Tokens to remove.
+        prefix: Protected tokens at the front.
+        class_token: Whether one of them is a class token.
+        depth: Blocks of the model.
+        tokens: N.
+    """
+
+    layer: int
+    r: int
+    prefix: int
+    class_token: bool
+    depth: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """One way to make fewer tokens of many, with static shapes. Its fields are its options.
+
+    Attributes:
+        name: On the command line.
+        summary: One line for help and tables.
+        source: Where the method is published.
+        behind_block: Whether tokens go behind the block's MLP, and not between attention and MLP.
+        drops: Whether tokens can be dropped; nothing of them is left for dense outputs then.
+        prop_attn: Whether proportional attention belongs to the method.
+        attention: Whether it needs the class token's attention.
+        own_counts: Whether its options say how many tokens each layer removes, and not a schedule.
+        scored: Whether it is a ``ScoredReducer``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    behind_block: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
+    prop_attn: ClassVar[bool] = True
+    attention: ClassVar[bool] = False
+    own_counts: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
+
+    def limit(self, tokens: int, prefix: int) -> int:
+        """The most tokens that one layer can remove."""
+        return clamp_r(tokens, tokens, prefix)
+
+    def counts(self, tower: Tower) -> Schedule:
+        """The schedule that the options ask for; only of reducers with ``own_counts``.
+
+        Raises:
+            InputError: if the options do not fit the model.
+        """
+        raise NotImplementedError(f"{self.name} takes its counts from a schedule")
+
+    def layers(self, schedule: Schedule, tower: Tower) -> tuple[LayerTokens, ...]:
+        """Token counts of every block, no layer removing more than it can."""
+        depth, tokens, prefix = tower.depth, tower.tokens, tower.prefix
+        return schedule.tokens(depth, tokens, prefix, self.limit, behind_block=self.behind_block)
+
+    def module(self, tower: Tower) -> nn.Module | None:  # noqa: ARG002
+        """The learned part, with its weights; None if there is none.
+
+        Raises:
+            InputError: if its weights are missing or do not fit.
+        """
+        return None
+
+    def macs(self, layer: LayerTokens, tower: Tower) -> int:  # noqa: ARG002
+        """MACs per image of its learned part in one layer; comparing tokens is under 1 %."""
+        return 0
+
+    def inputs(self, tower: Tower) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
+        """Inputs of the model besides the images: shape of each without the batch, float32."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        """Its options as JSON has them; ``reducer_of`` reads them back."""
+        return asdict(self)
+
+    @abstractmethod
+    def decide(self, seen: Seen) -> Decision:
+        """The plan of one layer."""
+
+    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        """Carry out a plan: by default the mean weighted by size.
+
+        Returns:
+            ``x' [B, K, C]`` in the dtype of x and ``size' [B, K]`` float32.
+        """
+        return merge(seen.x, seen.size, plan)
+
+
+class MatchReducer(Reducer):
+    """A reducer by bipartite soft matching: one operator decides, which the plugin can take."""
+
+    def metric(self, seen: Seen) -> Tensor:
+        """What is compared: keys ``[B, H, N, D]`` or a metric ``[B, N, D]``."""
+        return seen.attended.keys
+
+    def decide(self, seen: Seen) -> Decision:
+        """See ``merge.ops.match``."""
+        metric = self.metric(seen)
+        return Decision(match(metric, seen.r, seen.prefix, seen.class_token), metric)
+
+
+class ScoredReducer(Reducer):
+    """A reducer that computes scores, its signals, and decides by comparing them and nothing else.
+
+    So a plan can be made again from signals alone: that is what the parity check rests on.
+    """
+
+    scored = True
+
+    @abstractmethod
+    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+        """The numbers that the plan hangs on, each ``[B, ...]`` float32 (float64 for float64)."""
+
+    @abstractmethod
+    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+        """The plan, by comparisons of signals only: no arithmetic on them.
+
+        Ties go to the lowest index. Every token is in ``keep`` or ``src`` exactly once.
+        """
+
+    def decide(self, seen: Seen) -> Decision:
+        """Signals, then the plan, both marked in exported graphs."""
+        place = Place(seen.layer, seen.r, seen.prefix, seen.class_token, seen.depth, seen.tokens)
+        found = self.signals(seen)
+        marked = tuple(
+            mark_signal(torch.where(signal.isfinite(), signal, 0.0).detach(), seen.layer, index)
+            for index, signal in enumerate(found)
+        )
+        return Decision(mark_plan(self.plan(marked, place), seen.layer), scores=marked)
