@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from tome_export.spec import Preprocessing, TowerOptions
 
@@ -99,6 +99,8 @@ class Recipe:
         tower: What a language model takes of it, nothing left open; None for any other model.
         needs_grid: Why only dense outputs fit the model's user; empty if all do.
         dense_only: Whether the model has no output for the whole image, only features of patches.
+        reducer_keys: How the keys of a reducer's weights begin in a file that holds the model's
+            too; only files of timm's models are read so.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Recipe:
     tower: TowerOptions | None = None
     needs_grid: str = ""
     dense_only: bool = False
+    reducer_keys: tuple[str, ...] = ()
 
     def load(
         self, weights: str = "pretrained", seed: int = 0, depth: int | None = None
@@ -192,8 +195,10 @@ class LoadedModel:
         recipe: What made it; where a checkpoint brought a head of its own, ``output_name`` is
             that of this model.
         weights: Where its weights come from.
+        learned: Tensors of the file under ``recipe.reducer_keys``, by key.
     """
 
     module: nn.Module
     recipe: Recipe
     weights: WeightsInfo
+    learned: Mapping[str, Tensor] = field(default_factory=dict, compare=False)

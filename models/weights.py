@@ -132,7 +132,9 @@ def wake_constants(module: nn.Module) -> None:
 
 
 def _from_file(recipe: Recipe, path: Path, kind: Any, depth: int | None) -> LoadedModel:
-    state = read_state(path)
+    whole = read_state(path)
+    learned = {key: v for key, v in whole.items() if key.startswith(recipe.reducer_keys)}
+    state = {key: value for key, value in whole.items() if key not in learned}
     if recipe.factory is not None:
         if depth is not None:
             raise InputError(
@@ -149,7 +151,8 @@ def _from_file(recipe: Recipe, path: Path, kind: Any, depth: int | None) -> Load
     state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
     module.load_state_dict(state, strict=True)
     source = f"{path.name}; {remark}" if remark else path.name
-    return loaded(module, changed, WeightsInfo(kind, source, sha256(path), stored_dtype=stored))
+    info = WeightsInfo(kind, source, sha256(path), stored_dtype=stored)
+    return replace(loaded(module, changed, info), learned=learned)
 
 
 def _head_classes(state: dict[str, Tensor], path: Path) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- measured by scripts/measured.py -->\n", "<!-- end of measured -->")
+REDUCED = ("<!-- compared by scripts/measured.py -->\n", "<!-- end of compared -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
@@ -155,13 +156,53 @@ def soak_line() -> str:
     )
 
 
+ALLOWED = 0.01
+"""Of the images: how many more than unmerged may be wrong in the table of reducers."""
+
+
+def reducers_lines() -> str:
+    """The table of docs/reducers.md, between its marks."""
+    where, found = rows("reducers")
+    accuracy = [row for row in found if row["part"] == "accuracy"]
+    speed = {row["reducer"]: row for row in found if row["part"] == "speed"}
+    unmerged, images = accuracy[0]["unmerged_macs"], accuracy[0]["images"]
+    wanted = images * (1 - ALLOWED)
+    one = speed["tome"]
+    lines = [
+        f"`benchmarks/results/reducers.json`: the fewest MACs at which each has {ALLOWED:.0%} of "
+        f"the {images} images wrong or fewer (unmerged: {unmerged / 1e6:.2f} M), and its time over "
+        f"ToMe's at ToMe's MACs ({one['model']}, {one['tome_macs'] / 1e9:.2f} G, batch "
+        f"{one['batch']}, ONNX Runtime {where['versions']['onnxruntime']} on {where['cores']} "
+        f"cores; median of {one['rounds']} rounds [p20-p80]).",
+        "",
+        "| reducer | fewest MACs | saved | right | time over ToMe's | MACs over ToMe's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in speed.items():
+        good = [r for r in accuracy if r["reducer"] == name and r["correct"] >= wanted]
+        best = min(good, key=lambda r: r["macs"], default=None)
+        ratio = row["time_over_tome"]
+        shown = "none tried |  | " if best is None else (
+            f"{best['macs'] / 1e6:.2f} M | {1 - best['macs'] / unmerged:.0%} | {best['correct']}"
+        )  # fmt: skip
+        lines.append(
+            f"| `{name}` | {shown} | {ratio['p50']:.2f} [{ratio['p20']:.2f}-{ratio['p80']:.2f}] "
+            f"| {row['macs'] / row['tome_macs']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for (start, end), made in ((MARKS, measured()), (EVALUATED, evaluated())):
+    readme, reducers = ROOT / "README.md", ROOT / "docs" / "reducers.md"
+    for path, (start, end), made in (
+        (readme, MARKS, measured()),
+        (readme, EVALUATED, evaluated()),
+        (reducers, REDUCED, reducers_lines()),
+    ):
+        text = path.read_text()
         pattern = re.escape(start) + ".*?" + re.escape(end)
-        text = re.sub(pattern, start + made.replace("\\", r"\\") + end, text, flags=re.DOTALL)
-    readme.write_text(text)
+        made = start + made.replace("\\", r"\\") + end
+        path.write_text(re.sub(pattern, made, text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ def test_python_runs(code: str, folder: Path) -> None:
 def test_measured_figures_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(README.parent / "scripts")
     script = importlib.import_module("measured")
-    made = ((script.MARKS, script.measured()), (script.EVALUATED, script.evaluated()))
-    for (start, end), text in made:
-        assert start + text + end in README.read_text()
+    made = (
+        (README, script.MARKS, script.measured()),
+        (README, script.EVALUATED, script.evaluated()),
+        (README.parent / "docs" / "reducers.md", script.REDUCED, script.reducers_lines()),
+    )
+    for path, (start, end), text in made:
+        assert start + text + end in path.read_text()

@@ -78,10 +78,10 @@ def plain(seen: Seen, image: int) -> SimpleNamespace:
     """One image of a layer as lists of floats, for references.
 
     Fields: ``x [N][C]``, ``size [N]``, ``keys`` and ``queries [H][N][D]``, ``scale``, ``bias [N]``
-    of the class token's row or None, ``layer``, ``r``, ``prefix``, ``class_token``, ``depth``,
-    ``initial``, ``inputs`` by name.
+    of the class token's row or None, ``tokens [N][C]`` that attention read or None, ``layer``,
+    ``r``, ``prefix``, ``class_token``, ``depth``, ``initial``, ``inputs`` by name.
     """
-    keys, queries, scale, bias = seen.attended
+    keys, queries, scale, bias, tokens = seen.attended
     return SimpleNamespace(
         x=seen.x[image].tolist(),
         size=seen.size[image].tolist(),
@@ -89,6 +89,7 @@ def plain(seen: Seen, image: int) -> SimpleNamespace:
         queries=None if queries is None else queries[image].tolist(),
         scale=keys.shape[-1] ** -0.5 if scale is None else scale,
         bias=None if bias is None else bias[image, 0, 0].tolist(),
+        tokens=None if tokens is None else tokens[image].tolist(),
         layer=seen.layer,
         r=seen.r,
         prefix=seen.prefix,
@@ -132,9 +133,10 @@ def ort_plans(
 
 
 def exported(model: MergedModel, folder: Path, precision: Precision = "fp32") -> onnx.ModelProto:
-    """The exported graph; its file is ``folder/<precision>.onnx``."""
+    """The exported graph; its file is ``folder/<precision>.onnx``, written once in a folder."""
     path = folder / f"{precision}.onnx"
-    onnx_from_model(model, path, ExportOptions(precision=precision, batch=BATCH), "logits")
+    if not path.exists():
+        onnx_from_model(model, path, ExportOptions(precision=precision, batch=BATCH), "logits")
     return onnx.load(path)
 
 
@@ -195,7 +197,9 @@ def random_seen(
         return torch.from_numpy(rng.standard_normal(shape)).float()
 
     size = torch.from_numpy(rng.integers(1, 9, (batch, tokens))).float()
+    size[:, :prefix] = 1  # protected tokens never grow
     attended = Attended(drawn(batch, heads, tokens, width), drawn(batch, heads, tokens, width))
+    attended = attended._replace(tokens=drawn(batch, tokens, width))
     values = {
         "layer": 1,
         "class_token": prefix > 0,
@@ -212,7 +216,7 @@ def random_seen(
 def one_image(seen: Seen, image: int) -> Seen:
     """The same layer of one image alone."""
     alone = slice(image, image + 1)
-    keys, queries, scale, bias = seen.attended
+    keys, queries, scale, bias, tokens = seen.attended
     return Seen(
         seen.x[alone],
         seen.size[alone],
@@ -221,6 +225,7 @@ def one_image(seen: Seen, image: int) -> Seen:
             None if queries is None else queries[alone],
             scale,
             None if bias is None else bias[alone],
+            None if tokens is None else tokens[alone],
         ),
         layer=seen.layer,
         r=seen.r,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tome_export.merge import spec
 from tome_export.merge.plan import MergePlan
 
 
@@ -24,6 +25,16 @@ def mean_keys(keys: Tensor) -> Tensor:
     """
     dtype = accumulate_dtype(keys)
     return keys.to(dtype) if keys.ndim == 3 else keys.mean(1, dtype=dtype)
+
+
+def unit_vectors(metric: Tensor) -> Tensor:
+    """Vectors ``[..., D]`` of length 1; the zero vector for those without a finite direction.
+
+    See ``merge.ops.match`` for what that is.
+    """
+    norm = (metric * metric).sum(-1, keepdim=True).sqrt()
+    unit = metric / norm.clamp_min(spec.NORM_EPS)
+    return torch.where(norm < spec.NORM_LIMIT, unit, 0.0)  # NaN is not below it either
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

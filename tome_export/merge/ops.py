@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tome_export.merge import spec
-from tome_export.merge.lowering import gather_tokens, mean_keys, merge_index_add
+from tome_export.merge.lowering import gather_tokens, mean_keys, merge_index_add, unit_vectors
 from tome_export.merge.plan import MergePlan
 
 
@@ -27,10 +27,7 @@ def scores_and_masks(keys: Tensor, prefix: int) -> Tensor:
         ``[B, ceil(N/2), floor(N/2)]`` float32 (float64 for float64 keys); rows and columns of
         prefix tokens are -inf, those of tokens without a direction 0 (see ``match``).
     """
-    metric = mean_keys(keys)
-    norm = (metric * metric).sum(-1, keepdim=True).sqrt()
-    unit = metric / norm.clamp_min(spec.NORM_EPS)
-    unit = torch.where(norm < spec.NORM_LIMIT, unit, 0.0)  # NaN is not below it either
+    unit = unit_vectors(mean_keys(keys))
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)
     scores[:, : (prefix + 1) // 2] = -torch.inf
     scores[:, :, : prefix // 2] = -torch.inf

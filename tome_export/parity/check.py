@@ -11,12 +11,14 @@ import numpy as np
 
 from tome_export.errors import InputError
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
+from tome_export.parity.extras import entropies, entropy_defects, source_map_defects
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
 from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
 from tome_export.parity.scores import judge_scores
+from tome_export.runtime.inputs import unit_inputs
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME, LOGITS, SOURCE_MAP
+from tome_export.spec import ENTROPY, INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:
     import onnx
@@ -92,7 +94,7 @@ def check_parity(
     shipped = shown[output_name]
     twin = twin_from_model(graph, consume=graph is not exported)
     if not twin.layers:
-        free = led = Pass(shipped, {}, shown.get(SOURCE_MAP))
+        free = led = Pass(shipped, {}, shown.get(SOURCE_MAP), shown.get(ENTROPY))
     else:
         progress(f"{candidate}, instrumented")
         with runner_factory(twin.model) as runner:
@@ -120,18 +122,15 @@ def check_parity(
         led_allowed=allowed,
         twin_difference=float(np.abs(shipped - free.output)[steady].max(initial=0.0)),
         twin_allowed=allowed,
-        source_map_defects=_source_map_defects(model, free, shown.get(SOURCE_MAP), diverged),
+        source_map_defects=source_map_defects(model, free, shown.get(SOURCE_MAP), diverged),
+        entropy_defects=entropy_defects(model, free, shown.get(ENTROPY), diverged),
+        entropy=tuple(entropies(model, free).tolist()),
     )
 
 
 def inputs_of(model: MergedModel, count: int) -> dict[str, Array]:
     """Inputs besides the images for a check: seeded vectors of unit length, one per image."""
-    rng = np.random.default_rng(0)
-    found = {}
-    for name, shape in model.extra_inputs.items():
-        drawn = rng.standard_normal((count, *shape)).astype(np.float32)
-        found[name] = drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
-    return found
+    return unit_inputs(model.extra_inputs, count)
 
 
 def _run_twin(
@@ -159,42 +158,9 @@ def _run_twin(
             )
             for layer in twin.layers
         }
-        passes.append(Pass(results[output_name], layers, results.get(SOURCE_MAP)))
+        more = results.get(SOURCE_MAP), results.get(ENTROPY)
+        passes.append(Pass(results[output_name], layers, *more))
     return passes[0], passes[1]
-
-
-def _source_map_defects(
-    model: MergedModel, free: Pass, shipped: Array | None, diverged: Array
-) -> int | None:
-    """Images whose source map does not follow from the plans.
-
-    The twin's has to from those of the same pass. The shipped graph shows no plans, so its map has
-    to be the twin's where the twin decides as the reference: any plan of its own would be that.
-
-    Args:
-        model: The reference.
-        free: The twin, deciding for itself.
-        shipped: ``[B, patches]`` of the shipped graph.
-        diverged: ``[B]``, -1 for the images where no plan of the twin differs.
-    """
-    if free.source_map is None or shipped is None:
-        # A model without that output has it in neither graph.
-        return None if free.source_map is shipped else len(free.output)
-    import torch
-
-    from tome_export.merge.plan import MergePlan, source_map
-
-    plans: list[MergePlan | None] = [None] * len(model.layers)
-    for layer, found in free.layers.items():
-        parts = (torch.from_numpy(part) for part in (found.keep, found.src, found.dst))
-        plans[layer] = MergePlan(*parts)
-    expected = source_map(plans, len(free.output), model.layers[0].tokens_in)[:, model.prefix :]
-    own = torch.where(expected < 0, expected, expected - model.prefix).numpy()
-    if own.shape != free.source_map.shape or own.shape != shipped.shape:
-        return len(free.output)
-    wrong = (own != free.source_map).any(axis=1)
-    wrong |= (shipped != free.source_map).any(axis=1) & (diverged < 0)
-    return int(wrong.sum())
 
 
 def _first_divergence(reference: Pass, free: Pass) -> Array:

@@ -25,8 +25,13 @@ class Plan:
 
     @property
     def targets(self) -> dict[int, int]:
-        """Input index of each removed token -> that of the token it merges into, -1 if dropped."""
-        into = np.where(self.dst < 0, -1, self.keep[self.dst])
+        """Input index of each removed token -> that of the token it merges into, -1 if dropped.
+
+        A position that is none gives -2, which is no token either.
+        """
+        inside = (self.dst >= 0) & (self.dst < len(self.keep))
+        into = np.where(self.dst == -1, -1, -2)
+        into[inside] = self.keep[self.dst[inside]]
         return dict(zip(self.src.tolist(), into.tolist(), strict=True))
 
     def __eq__(self, other: object) -> bool:

@@ -52,11 +52,13 @@ class Pass:
         output: ``[B, ...]``, the model's main output.
         layers: The merging layers by index.
         source_map: ``[B, patches]`` int32 of a graph that gives it; else None.
+        entropy: ``[B]`` float32 of a graph that gives it; else None.
     """
 
     output: Array
     layers: dict[int, LayerRecord]
     source_map: Array | None = None
+    entropy: Array | None = None
 
 
 Inputs = Mapping[str, Array]

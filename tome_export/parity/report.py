@@ -92,6 +92,11 @@ class ParityReport:
         source_map_defects: Images whose source map is not the composition of the plans that the
             graph itself chose, or not its twin's where no plan differs; None for a model without
             that output.
+        entropy_defects: Images whose entropy output is not that of the sizes which follow from the
+            plans that the graph itself chose, or not its twin's where no plan differs; None for a
+            model without that output.
+        entropy: Token-size entropy of each image, 0 to 1 (``merge.entropy``), counted from the
+            plans that the instrumented graph chose for itself.
     """
 
     candidate: str
@@ -105,6 +110,8 @@ class ParityReport:
     twin_difference: float
     twin_allowed: float
     source_map_defects: int | None = None
+    entropy_defects: int | None = None
+    entropy: tuple[float, ...] = ()
 
     @property
     def disagreements(self) -> int:
@@ -172,6 +179,11 @@ class ParityReport:
             reasons.append(
                 f"the source map of {self.source_map_defects} of {self.images} images does not "
                 "follow from their merge plans"
+            )
+        if self.entropy_defects:
+            reasons.append(
+                f"the entropy of {self.entropy_defects} of {self.images} images does not follow "
+                "from their merge plans"
             )
         return reasons
 

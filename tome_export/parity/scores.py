@@ -18,6 +18,11 @@ from tome_export.parity.report import LISTED, LayerParity
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
 
+GROUP, GROUPS = 64, 16
+"""Scores in a group of like size, at least; and groups, at most."""
+
+TINY = float(np.finfo(np.float32).tiny)
+
 
 def judge_scores(
     model: MergedModel,
@@ -30,8 +35,9 @@ def judge_scores(
 ) -> LayerParity:
     """One layer of a ``ScoredReducer``.
 
-    A decision is what becomes of one token: kept, folded into which, or dropped. Scores are
-    compared in units of the largest of their kind in the reference.
+    A decision is what becomes of one token: kept, folded into which, or dropped. Errors are given
+    in units of the largest score of a kind, and made comparable: that of a score with a narrower
+    tolerance counts for as much more.
 
     Args:
         model: The reference's model.
@@ -43,8 +49,12 @@ def judge_scores(
         k: Error allowed as a multiple of PyTorch's own.
     """
     ours, theirs, measure = (p.layers[layer] for p in (reference, led, yardstick))
-    errors, own = _errors(theirs, ours), _errors(measure, ours)
-    allowed = k * float(own.max(initial=0.0)) + _rounding(model, layer)
+    tolerances = [
+        _tolerance(own, score, k, _rounding(model, layer))
+        for own, score in zip(measure.signals, ours.signals, strict=True)
+    ]
+    allowed = max(_in_units(t, s) for t, s in zip(tolerances, ours.signals, strict=True))
+    errors = allowed * _excess(theirs, ours, tolerances)
     again = _plans_again(model, layer, theirs)
     found: list[Disagreement] = []
     op_defects = 0
@@ -57,7 +67,7 @@ def judge_scores(
         layer=layer,
         decisions=(model.layers[layer].tokens_in - model.prefix) * len(ours.keep),
         disagreements=len(found),
-        defects=sum(margin > allowed for margin in margins),
+        defects=sum(not margin <= allowed for margin in margins),
         largest_margin=max(margins, default=0.0),
         margin_bound=allowed,
         score_error=float(errors.max(initial=0.0)),
@@ -68,13 +78,39 @@ def judge_scores(
     )
 
 
-def _errors(found: LayerRecord, expected: LayerRecord) -> Array:
-    """Largest difference of any score of each image, ``[B]``, in units of that kind's largest."""
+def _tolerance(own: Array, score: Array, k: float, rounding: float) -> Array:
+    """How far each score may be off, ``[B, ...]``: k times PyTorch's own error, and fp32 rounding.
+
+    Scores span orders of magnitude, such as those of a softmax, and the error of the largest says
+    nothing of the others: a score may be off by what PyTorch's are that are no larger than it,
+    within groups of like size.
+
+    Returns:
+        NaN where PyTorch's own error is as large as the largest score, which proves nothing.
+    """
+    size = np.abs(score.astype(np.float64)).ravel()
+    error = np.abs(own.astype(np.float64).ravel() - score.ravel())
+    allowed, worst = np.zeros_like(size), np.float64(0.0)
+    for group in np.array_split(np.argsort(size), np.clip(size.size // GROUP, 1, GROUPS)):
+        worst = np.maximum(worst, error[group].max(initial=0.0))  # keeps a NaN
+        allowed[group] = k * worst + rounding * size[group].max(initial=0.0)
+    if not worst < size.max(initial=0.0) + TINY:
+        allowed[:] = np.nan
+    tolerance: Array = np.maximum(allowed, TINY).reshape(score.shape)
+    return tolerance
+
+
+def _in_units(tolerance: Array, score: Array) -> float:
+    """The largest tolerance in units of the largest score."""
+    return float(tolerance.max()) / max(float(np.abs(score).max()), TINY)
+
+
+def _excess(found: LayerRecord, expected: LayerRecord, tolerances: list[Array]) -> Array:
+    """Largest difference of any score of each image, ``[B]``, in units of its tolerance."""
     worst = np.zeros(len(expected.keep))
-    for a, b in zip(found.signals, expected.signals, strict=True):
-        difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).reshape(len(b), -1)
-        scale = max(float(np.abs(b).max(initial=0.0)), float(np.finfo(np.float32).tiny))
-        worst = np.maximum(worst, difference.max(axis=1, initial=0.0) / scale)
+    for a, b, tolerance in zip(found.signals, expected.signals, tolerances, strict=True):
+        ratio = np.abs(a.astype(np.float64) - b.astype(np.float64)) / tolerance
+        worst = np.maximum(worst, ratio.reshape(len(b), -1).max(axis=1, initial=0.0))
     return worst
 
 

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 
 REDUCERS = {
     "tome": "tome.ToMe",
+    "pitome": "pitome.PiToMe",
+    "tofu": "tofu.ToFu",
+    "kth": "kth.Kth",
+    "random": "random_partition.RandomPartition",
+    "dtem": "dtem.DTEM",
+    "evit": "evit.EViT",
     "topk": "topk.TopK",
+    "diffrate": "diffrate.DiffRate",
+    "dynamicvit": "dynamicvit.DynamicViT",
+    "query": "query.Query",
 }
 """Name -> module of this package and class."""
 

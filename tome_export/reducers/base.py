@@ -27,12 +27,15 @@ class Attended(NamedTuple):
         queries: ``[B, H', N, D]``, H' a multiple of H; None where there is no single softmax map.
         scale: Factor of the logits; None for ``D ** -0.5``.
         bias: Added to the logits, ``[B, 1, N, N]``; or None.
+        tokens: What keys and queries are projected from, ``[B, N, C]``, already normalised; None
+            where attentions side by side have one each.
     """
 
     keys: Tensor
     queries: Tensor | None = None
     scale: float | None = None
     bias: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class Tower(NamedTuple):
@@ -43,12 +46,15 @@ class Tower(NamedTuple):
         depth: Blocks.
         tokens: N that enter the first block, prefix included.
         prefix: Protected tokens at the front.
+        learned: Weights under the reducer's ``own_keys`` in the file of the model's weights; None
+            if there was no such file.
     """
 
     width: int
     depth: int
     tokens: int
     prefix: int
+    learned: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Seen:
         Returns:
             ``[B, N]`` float32 (float64 for float64 keys); rows sum to 1.
         """
-        keys, queries, scale, bias = self.attended
+        keys, queries, scale, bias = self.attended[:4]
         if queries is None:
             raise InputError("this attention has no single map that could rank tokens")
         dtype = accumulate_dtype(keys)
@@ -160,6 +166,8 @@ class Reducer(ABC):
         attention: Whether it needs the class token's attention.
         own_counts: Whether its options say how many tokens each layer removes, and not a schedule.
         scored: Whether it is a ``ScoredReducer``.
+        own_keys: How the keys of its weights begin in a file that holds the model's weights too.
+        counts_patches: Whether sizes are numbers of patches, which the size entropy counts.
     """
 
     name: ClassVar[str]
@@ -171,6 +179,8 @@ class Reducer(ABC):
     attention: ClassVar[bool] = False
     own_counts: ClassVar[bool] = False
     scored: ClassVar[bool] = False
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    counts_patches: ClassVar[bool] = True
 
     def limit(self, tokens: int, prefix: int) -> int:
         """The most tokens that one layer can remove."""

@@ -12,6 +12,7 @@ from tome_export.reducers.base import Reducer
 
 _READERS: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
+    "int | None": (int, "a whole number"),
     "float": (float, "a number"),
     "str": (str, "text"),
     "str | None": (str, "text"),
@@ -19,6 +20,10 @@ _READERS: dict[str, tuple[Any, str]] = {
     "tuple[int, ...]": (
         lambda text: tuple(int(part) for part in text.split(",")),
         "whole numbers such as 3,6,9",
+    ),
+    "tuple[int, int]": (
+        lambda text: (int(text.partition("x")[0]), int(text.partition("x")[2])),
+        "two numbers such as 12x12",
     ),
     "tuple[float, ...]": (
         lambda text: tuple(float(part) for part in text.split(",")),
@@ -34,21 +39,42 @@ def reducer_from_text(name: str = DEFAULT, options: Iterable[str] = ()) -> Reduc
         InputError: if there is no such reducer or option, or a value does not fit.
     """
     cls = reducer_class(name)
+    return cls(**values_from_text(cls, f"reducer {name}", options))
+
+
+def values_from_text(cls: type[Any], what: str, options: Iterable[str]) -> dict[str, Any]:
+    """Options of the command line, each ``key=value``, as values of a dataclass's fields.
+
+    Args:
+        cls: The dataclass.
+        what: What the options are of, for messages.
+        options: As given.
+
+    Raises:
+        InputError: if there is no such option, or a value does not fit.
+    """
     values: dict[str, Any] = {}
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
-            raise InputError(f"option of reducer {name} is {option!r}; expected KEY=VALUE")
+            raise InputError(f"option of {what} is {option!r}; expected KEY=VALUE")
         if key in values:
-            raise InputError(f"option {key} of reducer {name} is given twice; give it once")
-        read, expected = _READERS[str(_field(cls, key).type)]
+            raise InputError(f"option {key} of {what} is given twice; give it once")
+        read, expected = _READERS[str(_field(cls, what, key).type)]
         try:
             values[key] = read(text)
         except (ValueError, KeyError):
-            raise InputError(
-                f"option {key} of reducer {name} is {text!r}; expected {expected}"
-            ) from None
-    return cls(**values)
+            raise InputError(f"option {key} of {what} is {text!r}; expected {expected}") from None
+    return values
+
+
+def values_from_json(cls: type[Any], what: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a manifest as values of a dataclass's fields.
+
+    Raises:
+        InputError: if there is no such option.
+    """
+    return {_field(cls, what, key).name: _tuples(value) for key, value in options.items()}
 
 
 def reducer_from_json(entry: Mapping[str, Any] | None) -> Reducer:
@@ -56,7 +82,7 @@ def reducer_from_json(entry: Mapping[str, Any] | None) -> Reducer:
     if entry is None:  # artifacts of before have one reducer
         return reducer_class(DEFAULT)()
     cls = reducer_class(entry["name"])
-    return cls(**{_field(cls, key).name: _tuples(v) for key, v in entry["options"].items()})
+    return cls(**values_from_json(cls, f"reducer {cls.name}", entry["options"]))
 
 
 def json_from_reducer(reducer: Reducer) -> dict[str, Any]:
@@ -64,11 +90,11 @@ def json_from_reducer(reducer: Reducer) -> dict[str, Any]:
     return {"name": reducer.name, "options": reducer.options()}
 
 
-def _field(cls: type[Reducer], key: str) -> Field[Any]:
+def _field(cls: type[Any], what: str, key: str) -> Field[Any]:
     known = {field.name: field for field in fields(cls)}
     if key not in known:
         expected = f"expected {', '.join(known)}" if known else "it has none"
-        raise InputError(f"reducer {cls.name} has no option {key!r}; {expected}")
+        raise InputError(f"{what} has no option {key!r}; {expected}")
     return known[key]
 
 

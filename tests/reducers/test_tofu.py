@@ -1,0 +1,121 @@
+"""Token Fusion: ToMe's plans, pruned in early layers and MLERP in late ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reducers import (
+    assert_engine_builds,
+    assert_holds,
+    assert_macs,
+    assert_parity,
+    assert_plans_are_the_references,
+    digit_images,
+    digit_model,
+    options_of,
+    plain,
+    random_seen,
+    steps,
+)
+from references import tofu as reference
+
+from tome_export.errors import InputError
+from tome_export.patch import patch
+from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers.tofu import ToFu
+
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+SCHEDULE = [9, 0, 0, 9, 8]
+
+
+def test_plans_are_the_references(tmp_path):
+    model = digit_model(ToFu(), SCHEDULE)
+    assert_plans_are_the_references(model, reference.plan, tmp_path)
+    assert_parity(model, tmp_path, "fp32")
+    assert_engine_builds(model, tmp_path, "fp32")
+
+
+def test_parity_and_engine_in_fp16(tmp_path):
+    model = digit_model(ToFu(), SCHEDULE)
+    assert_parity(model, tmp_path, "fp16")
+    assert_engine_builds(model, tmp_path, "fp16")
+
+
+@pytest.mark.parametrize("prune", [0.5, 0.0, 1.0])
+def test_tokens_are_the_references(prune):
+    for step in steps(digit_model(ToFu(prune), SCHEDULE), digit_images(3)):
+        for image in range(3):
+            rows, size = reference.tokens(plain(step.seen, image), prune)
+            torch.testing.assert_close(step.x[image], torch.tensor(rows), rtol=1e-5, atol=1e-6)
+            assert step.size[image].tolist() == size
+
+
+@QUICK
+@given(
+    st.integers(2, 24),
+    st.integers(0, 4),
+    st.integers(1, 12),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_what_always_holds(patches, prefix, r, seed, duplicates, layer):
+    tokens = patches + prefix
+    reducer = ToFu()
+    r = min(r, reducer.limit(tokens, prefix))
+    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, layer=layer)
+    x, size = assert_holds(reducer, seen)
+    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
+    plan = reducer.decide(seen).plan
+    norm, before = x.norm(dim=-1), seen.x.norm(dim=-1)
+    for image in range(len(x)):
+        for place, token in enumerate(plan.keep[image].tolist()):
+            members = [token, *plan.src[image][plan.dst[image] == place].tolist()]
+            if layer < 2 or len(members) == 1:
+                assert torch.equal(x[image, place], seen.x[image, token])
+            else:
+                torch.testing.assert_close(norm[image, place], before[image, members].max())
+
+
+def test_opposite_tokens_leave_a_finite_one():
+    """Their mean has no direction."""
+    seen = random_seen(4, 1, 0, batch=1, layer=3)
+    seen.x[0, 1::2] = -seen.x[0, :1]
+    seen.x[0, ::2] = seen.x[0, :1]
+    assert_holds(ToFu(), seen)
+
+
+def test_half_precision_does_not_overflow():
+    seen = random_seen(9, 3, 1, layer=3)
+    large = replace(seen, x=(seen.x * 3e3).half())
+    x, _ = assert_holds(ToFu(), large)
+    assert x.norm(dim=-1, dtype=torch.float32).max() > 5e3
+
+
+def test_proportional_attention_is_off_unless_asked_for(make_vit):
+    assert ToFu.prop_attn is False  # the command line's default
+    images = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        on, off = (
+            patch(make_vit(), SCHEDULE, reducer=ToFu(), prop_attn=flag)(images)
+            for flag in (True, False)
+        )
+    assert not torch.equal(on, off)
+
+
+def test_macs_and_clamp():
+    model = digit_model(ToFu(), 1000)
+    assert [layer.r for layer in model.layers][:3] == [32, 16, 8]
+    assert digit_model(ToFu(), 0).merges is False
+    assert_macs(digit_model(ToFu(), 7))
+
+
+def test_options():
+    assert options_of(reducer_from_text("tofu", ["prune=0.25"])) == {"prune": 0.25}
+    with pytest.raises(InputError) as caught:
+        reducer_from_text("tofu", ["prune=1.5"])
+    assert str(caught.value) == "prune of reducer tofu is 1.5; expected 0 to 1"

@@ -1,0 +1,106 @@
+"""DTEM: ToMe's matching by a metric that was learned for it (arXiv 2412.10569)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tome_export.errors import InputError
+from tome_export.merge.schedule import LayerTokens
+from tome_export.reducers.base import MatchReducer, Seen, Tower
+from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
+
+_KEY = ".attn.qkv.metric_layer."
+
+
+@dataclass(frozen=True)
+class DTEM(MatchReducer):
+    """In each block a linear layer gives the metric, in place of the mean key.
+
+    It reads what the projections of queries and keys read, the normalised tokens that enter
+    attention, and gives ``features`` numbers per token (section 3.2). Matching and the
+    size-weighted mean are ToMe's, as in the authors' code at inference; the soft matching of the
+    paper is for training only.
+
+    The weights are in the layout of the authors' code, ``blocks.I.attn.qkv.metric_layer.weight``
+    and ``.bias`` for every block; other keys of the file are left alone. Modular training changes
+    nothing else, so the model keeps its own weights; training end to end changes all of them, and
+    such a model has to be given with ``--weights`` in its own layout. Its ``features`` are the
+    width of a head, or two heads for models from 1,024 wide on: 64, and 128 for ViT-L. Blocks with
+    attentions side by side read several normalised tokens and are refused.
+
+    Attributes:
+        weights: A file, or ``random``.
+        features: Width of the metric.
+    """
+
+    weights: str | None = None
+    features: int = 64
+
+    name = "dtem"
+    summary = "merge the most similar pairs by a learned metric"
+    source = "Learning to Merge Tokens via Decoupled Embedding, arXiv 2412.10569, section 3.2"
+
+    def __post_init__(self) -> None:
+        if self.features < 1:
+            raise InputError(f"features of reducer dtem is {self.features}; expected 1 or more")
+        object.__setattr__(self, "weights", absolute(self.weights))
+
+    def module(self, tower: Tower) -> nn.Module:
+        """One linear layer per block.
+
+        Raises:
+            InputError: if the weights are missing or of another size.
+        """
+        if self.weights == RANDOM:
+            return random_module(lambda: Metrics(tower, self.features))
+        if self.weights is None:
+            raise InputError(
+                "reducer dtem has no weights; give a DTEM checkpoint with --reducer-option "
+                "weights=PATH, or try the toolchain with --reducer-option weights=random"
+            )
+        found = {key: value for key, value in state_of_file(self.weights).items() if _KEY in key}
+        where = f"weights file {self.weights}"
+        if not found:
+            raise InputError(
+                f"{where} has no blocks.*{_KEY}*, the metric of reducer dtem; expected a "
+                "checkpoint of the authors' code, or its metric layers alone"
+            )
+        # Of a tower that is cut behind an inner layer the blocks beyond are gone.
+        blocks = tuple(f"blocks.{index}{_KEY}" for index in range(tower.depth))
+        own = {key: value for key, value in found.items() if key.startswith(blocks)}
+        return filled(Metrics(tower, self.features), own, where, self.name)
+
+    def macs(self, layer: LayerTokens, tower: Tower) -> int:
+        """Of the linear layer."""
+        return layer.tokens_in * tower.width * self.features
+
+    def metric(self, seen: Seen) -> Tensor:
+        """``[B, N, features]``."""
+        if seen.attended.tokens is None:
+            raise InputError(
+                "reducer dtem needs blocks with one attention each; this model has attentions side "
+                "by side, use a reducer that compares keys, such as tome"
+            )
+        assert isinstance(seen.module, Metrics)  # noqa: S101 (what ``module`` made)
+        metric: Tensor = seen.module(seen.attended.tokens, seen.layer)
+        return metric
+
+
+class Metrics(nn.Module):
+    """The metric layers of all blocks, with the keys of the authors' checkpoints."""
+
+    def __init__(self, tower: Tower, features: int) -> None:
+        super().__init__()
+
+        def block() -> nn.Module:
+            layer = nn.ModuleDict({"metric_layer": nn.Linear(tower.width, features)})
+            return nn.ModuleDict({"attn": nn.ModuleDict({"qkv": layer})})
+
+        self.blocks = nn.ModuleList(block() for _ in range(tower.depth))
+
+    def forward(self, tokens: Tensor, layer: int) -> Tensor:
+        """``[B, N, C]`` of one block -> ``[B, N, features]``."""
+        metric: Tensor = self.blocks[layer].get_submodule("attn.qkv.metric_layer")(tokens)
+        return metric

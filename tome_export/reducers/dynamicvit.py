@@ -1,0 +1,167 @@
+"""Keep what learned predictors score highest (DynamicViT, arXiv 2106.02034)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tome_export.errors import InputError
+from tome_export.merge.lowering import accumulate_dtype
+from tome_export.merge.plan import MergePlan
+from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.reducers.base import Place, ScoredReducer, Seen, Tower, kept_tokens
+from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
+from tome_export.reducers.ranked import ranked_plan
+from tome_export.reducers.stages import KEEP, check_rates, stages
+
+_OWN = "score_predictor."
+
+
+@dataclass(frozen=True)
+class DynamicViT(ScoredReducer):
+    """In front of a few layers a predictor scores the tokens, and a fixed share of them stays.
+
+    For the n tokens behind the prefix ``z = GELU(Linear(LayerNorm(x)))``; its first half stays
+    local, its second half becomes the mean over all n tokens; an MLP and a log-softmax over (keep,
+    drop) follow (section 3.2, equations 1 to 5), and the score is that of keep. Tokens that earlier
+    stages dropped are gone, so at inference the mask of the paper is all ones. Of the n_0 tokens of
+    the first layer ``floor(rate n_0)`` stay, the rates of the stages being keep, keep^2, keep^3
+    (section 3.3); several rates in ``keep`` are taken as they are. What stays is in order of
+    position, in the authors' code by score, which changes no output.
+
+    The weights are in the layout of the public checkpoints, ``score_predictor.I.in_conv.{0,1}``
+    and ``score_predictor.I.out_conv.{0,2,4}``: in the same file as the model's own, which
+    ``--weights`` then names, or in one that ``weights`` names. Tokens can only go where there is a
+    predictor: schedules count for those layers and no others.
+
+    Attributes:
+        weights: A file, ``random``, or None for the file of the model's weights.
+        keep: One rate for all stages, to the power of the stage; or the rate of each.
+        at: Layers in front of which tokens go, from 1; empty for the quarters of the depth.
+    """
+
+    weights: str | None = None
+    keep: tuple[float, ...] = (KEEP,)
+    at: tuple[int, ...] = ()
+
+    name = "dynamicvit"
+    summary = "drop the tokens that trained predictors score lowest"
+    source = "DynamicViT: Efficient Vision Transformers with Dynamic Sparsification, 2106.02034"
+    behind_block = True
+    drops = True
+    prop_attn = False
+    own_counts = True
+    own_keys = (_OWN,)
+
+    def __post_init__(self) -> None:
+        check_rates(self.name, self.keep, self.at)
+        if 0 in self.at:
+            raise InputError(
+                "option at of reducer dynamicvit has layer 0; expected layers from 1, because "
+                "tokens go in front of them"
+            )
+        object.__setattr__(self, "weights", absolute(self.weights))
+
+    def limit(self, tokens: int, prefix: int) -> int:
+        """All patches but one."""
+        return max(0, tokens - prefix - 1)
+
+    def _stages(self, depth: int) -> tuple[int, ...]:
+        """Blocks behind which tokens go."""
+        return tuple(layer - 1 for layer in stages(self.name, self.keep, self.at, depth))
+
+    def counts(self, tower: Tower) -> Schedule:
+        """The shares of the tokens of the first layer, as in the authors' code."""
+        initial = tower.tokens - tower.prefix
+        rates = stages(self.name, self.keep, self.at, tower.depth).values()
+        removed, left = [0] * tower.depth, initial
+        for stage, (block, rate) in enumerate(zip(self._stages(tower.depth), rates, strict=True)):
+            share = rate if len(self.keep) > 1 else rate ** (stage + 1)
+            stay = min(left, max(1, int(initial * share)))
+            removed[block] = left - stay
+            left = stay
+        return Schedule(per_layer=tuple(removed))
+
+    def layers(self, schedule: Schedule, tower: Tower) -> tuple[LayerTokens, ...]:
+        """See ``Reducer.layers``; a layer without predictor removes nothing."""
+        blocks = self._stages(tower.depth)
+        wanted = enumerate(schedule.resolve(tower.depth))
+        there = tuple(r if layer in blocks else 0 for layer, r in wanted)
+        return super().layers(Schedule(per_layer=there), tower)
+
+    def module(self, tower: Tower) -> nn.Module:
+        """One predictor per stage.
+
+        Raises:
+            InputError: if the width cannot be halved twice, or the weights are missing or of
+                another size.
+        """
+        count = len(self._stages(tower.depth))
+        if tower.width % 4:
+            raise InputError(
+                f"reducer dynamicvit needs a width that 4 divides; the model's is {tower.width}"
+            )
+        if self.weights == RANDOM:
+            return random_module(lambda: Predictors(tower.width, count))
+        where = f"weights file {self.weights}"
+        state = {} if self.weights is None else state_of_file(self.weights)
+        if self.weights is None:
+            where, state = "the file of the model's weights", dict(tower.learned or {})
+        own = {key: value for key, value in state.items() if key.startswith(_OWN)}
+        if not own:
+            raise InputError(
+                f"{where} has no {_OWN}*, the predictors of reducer dynamicvit; give a DynamicViT "
+                "checkpoint with --weights PATH or --reducer-option weights=PATH, or try the "
+                "toolchain with --reducer-option weights=random"
+            )
+        return filled(Predictors(tower.width, count), own, where, self.name)
+
+    def macs(self, layer: LayerTokens, tower: Tower) -> int:
+        """Of the linear layers."""
+        c = tower.width
+        per_token = c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2
+        return (layer.tokens_in - tower.prefix) * per_token
+
+    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+        """Log-probability of keeping each token, ``[B, N - P]``."""
+        assert isinstance(seen.module, Predictors)  # noqa: S101 (what ``module`` made)
+        stage = self._stages(seen.depth).index(seen.layer)
+        return (seen.module.score_predictor[stage](seen.x[:, seen.prefix :])[..., 0],)
+
+    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+        """Rank, cut, and put what stays in order of position."""
+        return ranked_plan(signals[0], place.prefix, place.r)
+
+    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        """The tokens that stay, as they are."""
+        return kept_tokens(seen, plan)
+
+
+class Predictors(nn.Module):
+    """The predictors of all stages, with the keys of the public checkpoints."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.score_predictor = nn.ModuleList(Predictor(width) for _ in range(count))
+
+
+class Predictor(nn.Module):
+    """Scores of one stage, ``[B, n, C]`` -> ``[B, n, 2]`` float32 (float64 for float64)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half, quarter = width // 2, width // 4
+        self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(),
+            nn.Linear(quarter, 2),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Equations 1 to 5 of the paper with a mask of ones."""
+        local, part = self.in_conv(x).chunk(2, dim=-1)
+        mean = part.mean(dim=1, keepdim=True, dtype=accumulate_dtype(part)).to(part.dtype)
+        scores = self.out_conv(torch.cat([local, mean.expand_as(part)], dim=-1))
+        return torch.log_softmax(scores, dim=-1, dtype=accumulate_dtype(scores))

@@ -1,0 +1,122 @@
+"""Keep the tokens that are relevant to a query, the model's second input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tome_export.errors import InputError
+from tome_export.merge.lowering import accumulate_dtype, mean_keys
+from tome_export.merge.plan import MergePlan
+from tome_export.merge.schedule import LayerTokens
+from tome_export.merge.spec import NORM_EPS
+from tome_export.reducers.base import Place, ScoredReducer, Seen, Tower, kept_tokens
+from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
+from tome_export.reducers.ranked import cosines, ranked_plan
+
+INPUT = "query"
+DROP, MERGE = "drop", "merge"
+
+
+@dataclass(frozen=True)
+class Query(ScoredReducer):
+    """The r tokens that are least relevant to a query go; how many stay is the schedule's to say.
+
+    The relevance of token i is ``cos(W x_i, q)``: q is the model's input ``query [B, E]``, an
+    embedding of a text, of another image or of anything the projection W was made for, and x_i the
+    token behind attention. A dropped token leaves nothing behind; a merged one goes into the most
+    similar token that stays, by the cosine of their mean keys, and the mean is weighted by size, as
+    in ToMe (section 3.1).
+    Prefix tokens stay whatever the query, and a query of zeros makes all tokens alike, so that the
+    first ones stay.
+
+    W is a linear layer's ``weight [E, C]`` and ``bias [E]`` (which may be missing) of a file, such
+    as the visual projection of a CLIP model; without W, token and query are compared as they are.
+    One W serves all layers, so it should be one for the layers where tokens go.
+
+    Attributes:
+        weights: A file with W, ``random``, or None to go without.
+        width: E; 0 for the width of the tokens.
+        mode: ``drop`` or ``merge``.
+    """
+
+    weights: str | None = None
+    width: int = 0
+    mode: str = DROP
+
+    name = "query"
+    summary = "drop or merge the tokens that are least relevant to a second input"
+    source = "this project's own rule; merging as in ToMe, arXiv 2210.09461"
+
+    def __post_init__(self) -> None:
+        if self.mode not in (DROP, MERGE):
+            raise InputError(
+                f"option mode of reducer query is {self.mode!r}; expected drop or merge"
+            )
+        if self.width < 0:
+            raise InputError(f"option width of reducer query is {self.width}; expected 0 or more")
+        object.__setattr__(self, "weights", absolute(self.weights))
+        # What the class says of every reducer hangs on the mode here. Sizes stay 1 when dropping.
+        for attribute, value in (("drops", self.mode == DROP), ("prop_attn", self.mode == MERGE)):
+            object.__setattr__(self, attribute, value)
+
+    def limit(self, tokens: int, prefix: int) -> int:
+        """All patches but one."""
+        return max(0, tokens - prefix - 1)
+
+    def _width(self, tower: Tower) -> int:
+        if self.weights is None and self.width not in (0, tower.width):
+            raise InputError(
+                f"option width of reducer query is {self.width} and the model's tokens are "
+                f"{tower.width} wide; give a projection with --reducer-option weights=FILE"
+            )
+        return self.width or tower.width
+
+    def inputs(self, tower: Tower) -> Mapping[str, tuple[int, ...]]:
+        """The query, ``[B, E]``."""
+        return {INPUT: (self._width(tower),)}
+
+    def module(self, tower: Tower) -> nn.Module | None:
+        """The projection W.
+
+        Raises:
+            InputError: if the widths do not fit, or the file is not one of a linear layer.
+        """
+        width = self._width(tower)
+        if self.weights is None:
+            return None
+        if self.weights == RANDOM:
+            return random_module(lambda: nn.Linear(tower.width, width))
+        state = state_of_file(self.weights)
+        layer = nn.Linear(tower.width, width, bias="bias" in state)
+        return filled(layer, state, f"weights file {self.weights}", self.name)
+
+    def macs(self, layer: LayerTokens, tower: Tower) -> int:
+        """Of the projection."""
+        if self.weights is None:
+            return 0
+        return (layer.tokens_in - tower.prefix) * tower.width * self._width(tower)
+
+    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+        """Relevance ``[B, n]``, and to merge the keys' cosines ``[B, n, n]``; n = N - P."""
+        tokens = seen.x[:, seen.prefix :]
+        projected = tokens if seen.module is None else seen.module(tokens)
+        dtype = accumulate_dtype(projected)
+        query = functional.normalize(seen.inputs[INPUT].to(dtype), dim=-1, eps=NORM_EPS)
+        unit = functional.normalize(projected.to(dtype), dim=-1, eps=NORM_EPS)
+        relevance = (unit * query[:, None]).sum(dim=-1)
+        if self.mode == DROP:
+            return (relevance,)
+        return relevance, cosines(mean_keys(seen.attended.keys)[:, seen.prefix :])
+
+    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+        """Rank, cut, and find the most similar token that stays."""
+        alike = signals[1] if self.mode == MERGE else None
+        return ranked_plan(signals[0], place.prefix, place.r, alike, place.r)
+
+    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        """The tokens that stay, as they are or as means."""
+        return kept_tokens(seen, plan) if self.mode == DROP else super().apply(seen, plan)

@@ -1,0 +1,43 @@
+"""Random patches merge: ToMe's code, ``random_bipartite_soft_matching``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tome_export.reducers.bipartite import FixedSets
+
+
+@dataclass(frozen=True)
+class RandomPartition(FixedSets):
+    """Set A is r patches drawn at random, set B the rest; every patch of A merges.
+
+    Each goes into its most similar patch of B by the cosine of the mean keys; merged tokens are
+    their size-weighted mean. It is the baseline that shows what choosing the pairs is worth.
+
+    The draw is a constant of the graph: layer l takes the r patches with the smallest of M numbers
+    from ``random.Random("<seed>/<l>").random()``, which Python promises to keep the same. The
+    official code draws anew for every image of every batch, so that an image's result would hang on
+    chance and on its neighbours; it knows no class token, where here the prefix is protected.
+    Output is in order of position.
+
+    Attributes:
+        seed: Of the draw.
+    """
+
+    name = "random"
+    summary = "merge randomly drawn patches into their most similar ones: a baseline"
+    source = "Token Merging: Your ViT But Faster, arXiv 2210.09461, official code"
+
+    seed: int = 0
+
+    def limit(self, tokens: int, prefix: int) -> int:
+        """All patches but one."""
+        return max(0, tokens - prefix - 1)
+
+    def sets(self, patches: int, layer: int, r: int) -> tuple[list[int], list[int]]:
+        """Drawn for this layer and number of patches, the same for all images."""
+        source = Random(f"{self.seed}/{layer}")  # noqa: S311 (no secret)
+        drawn = [source.random() for _ in range(patches)]
+        order = sorted(range(patches), key=drawn.__getitem__)
+        return sorted(order[:r]), sorted(order[r:])

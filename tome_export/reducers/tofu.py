@@ -1,0 +1,65 @@
+"""Token Fusion: match as ToMe does, prune early, keep the norm late (arXiv 2312.01026)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tome_export.errors import InputError
+from tome_export.merge.lowering import accumulate_dtype, merged_size, spread
+from tome_export.merge.ops import merge
+from tome_export.merge.plan import MergePlan
+from tome_export.merge.spec import NORM_EPS
+from tome_export.reducers.base import MatchReducer, Seen, kept_tokens
+
+
+@dataclass(frozen=True)
+class ToFu(MatchReducer):
+    """ToMe's matching; what becomes of a pair depends on the depth.
+
+    In layer l of L, counted from 0, with ``l < prune L``, the token of set B stays as it is and its
+    partners vanish (pruned merging): early layers answer to the mean of two tokens by something far
+    from the mean of their answers. In later ones a group x_1 ... x_n becomes, by MLERP::
+
+        mean(x) / |mean(x)| * max(|x_1|, ..., |x_n|)
+
+    The paper prunes where a model is sensitive to interpolated inputs; here that is a share of the
+    depth. The formula has no sizes, so the mean is a plain one. Sizes are counted all the same,
+    those of pruned tokens included, because the token that stays stands for them: average pooling
+    and dense outputs use that. Proportional attention would let a token count for others whose
+    values it does not hold; it is off unless asked for.
+
+    The re-implementation in PiToMe's repository prunes one layer more, of 12 those up to the
+    seventh, and scales by the norm of set B's token and not of the mean.
+
+    Attributes:
+        prune: Share of the layers, from the first, that prune.
+    """
+
+    name = "tofu"
+    summary = "match as tome does; prune in early layers, merge with the norm kept in late ones"
+    source = "Token Fusion: Bridging the Gap between Token Pruning and Token Merging, 2312.01026"
+    prop_attn = False
+
+    prune: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune <= 1:
+            raise InputError(f"prune of reducer tofu is {self.prune:g}; expected 0 to 1")
+
+    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        """Prune or MLERP."""
+        if seen.layer < self.prune * seen.depth:
+            return kept_tokens(seen, plan)[0], merged_size(seen.size, plan)
+        mean, members = merge(seen.x, torch.ones_like(seen.size), plan)
+        dtype = accumulate_dtype(seen.x)
+        norm = torch.linalg.vector_norm(seen.x, dim=-1, dtype=dtype)
+        moved = spread(plan.dst, norm.gather(1, plan.src.long()), plan.keep.shape[1])
+        largest = torch.maximum(norm.gather(1, plan.keep.long()), moved.amax(dim=-1))
+        of_mean = torch.linalg.vector_norm(mean, dim=-1, dtype=dtype).clamp_min(NORM_EPS)
+        # A token alone stays what it is, to the last bit.
+        scale = torch.where(members > 1, largest / of_mean, 1.0)
+        x = (mean.to(dtype) * scale[..., None]).to(seen.x.dtype)
+        return x, merged_size(seen.size, plan)
