@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from tome_export.cli.options import FILE, images_option, output_options
 from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.progress import working
-from tome_export.cli.text import accuracy_lines, model_lines, parity_lines
+from tome_export.cli.text import accuracy_lines, entropy_lines, model_lines, parity_lines
 
 
 @click.command("check", short_help="Check parity again, here, on your images if given.")
@@ -26,21 +27,22 @@ from tome_export.cli.text import accuracy_lines, model_lines, parity_lines
 @click.option(
     "--weights", metavar="PATH", help="Where the weights are now, if not where they were."
 )
+@click.option(
+    "--min-entropy",
+    type=float,
+    metavar="X",
+    help="Fail if an image's token-size entropy is under X, 0 to 1; see docs/over-merging.md.",
+)
 @output_options
 @click.pass_obj
-def command(
-    terminal: Terminal,
-    artifact: Path,
-    images: Path | None,
-    backends: tuple[str, ...],
-    weights: str | None,
-) -> None:
+def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
     """Check that ARTIFACT computes what PyTorch computes with the same weights."""
     with working(terminal) as progress:
         from tome_export.pipeline import CheckRequest, check
         from tome_export.pipeline.build import ParityFailedError
+        from tome_export.pipeline.check import OverMergedError
 
-        result = check(CheckRequest(artifact, images, backends, weights), progress)
+        result = check(CheckRequest(artifact, **given), progress)
     manifest = result.artifact.manifest
     reports = [report.to_dict() for report in result.reports]
     values = {
@@ -50,17 +52,20 @@ def command(
         "passed": result.passed,
         "reports": reports,
         "accuracy": result.accuracy,
+        "entropy": asdict(result.entropy),
         "skipped": result.skipped,
         "unrecorded": result.unrecorded,
     }
     failed = next((report for report in result.reports if not report.passed), None)
-    if failed is None:
+    if result.passed:
         terminal.result(values, _lines(values, manifest))
         return
     if not terminal.json:
         with beside_the_error():
             terminal.result(values, _lines(values, manifest))
     terminal.findings = values
+    if failed is None:
+        raise OverMergedError(result.entropy, result.reports[0].images)
     raise ParityFailedError(failed)
 
 
@@ -68,7 +73,7 @@ def _lines(values: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     lines = model_lines(manifest)
     for report in values["reports"]:
         lines += ["", *parity_lines(report)]
-    lines += ["", *accuracy_lines(values["accuracy"])]
+    lines += ["", *accuracy_lines(values["accuracy"]), *entropy_lines(values["entropy"])]
     lines += [f"Skipped {name}: {reason}" for name, reason in values["skipped"].items()]
     if values["unrecorded"]:
         lines.append(f"The result was not recorded: {values['unrecorded']}")

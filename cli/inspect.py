@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.cli.options import FILE, output_options
+from tome_export.cli.options import FILE, output_options, query_option
 from tome_export.cli.output import Terminal, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import warning_lines
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 )
 @click.option("--size", type=int, metavar="PIXELS", help="Least longer side.  [default: 448]")
 @click.option("--force", is_flag=True, help="Replace the pictures of an earlier run.")
+@query_option
 @output_options
 @click.pass_obj
 def command(terminal: Terminal, artifact: Path, images: tuple[Path, ...], **options: Any) -> None:
     """Draw on each IMAGE which of its patches are one token of ARTIFACT after a layer.
 
     A token of several patches is filled with their mean colour and outlined; a colour of outline
-    marks one token among those it touches. Patches that are a token by themselves show the image.
+    marks one token among those it touches. Patches that are a token by themselves show the image,
+    dropped ones are dark and hatched.
     """
     with working(terminal) as progress:
         from tome_export.pipeline.inspect import InspectRequest, inspect
@@ -45,17 +47,29 @@ def command(terminal: Terminal, artifact: Path, images: tuple[Path, ...], **opti
 
 def _lines(result: InspectResult) -> list[str]:
     manifest, grid = result.artifact.manifest, result.grid
-    rows = [(p.file, p.layer, p.tokens, p.groups, p.largest) for p in result.pictures]
-    headers = ("file", "layer", "tokens", "groups", "largest group")
+    drops = any(p.dropped for p in result.pictures)
+    rows = [
+        (p.file, p.layer, p.tokens, p.groups, p.largest, *([p.dropped] if drops else []))
+        for p in result.pictures
+    ]
+    headers = (
+        "file",
+        "layer",
+        "tokens",
+        "groups",
+        "largest group",
+        *(["dropped"] if drops else []),
+    )
     merges = [] if any(manifest["merge"]["r"]) else ["No layer merges: every patch is a token."]
     prefix = manifest["merge"]["prefix"]
     lost = max(p.patches_in_prefix for p in result.pictures)
     return [
         *warning_lines(manifest),
-        *table(headers, rows, "lrrrr"),
+        *table(headers, rows, "lrrrr" + "r" * drops),
         *merges,
         f"Patches: {grid.rows} x {grid.cols}, of {grid.height} x {grid.width} pixels each; a group "
         "is a token of more than one",
+        *(["Dropped patches are dark and hatched: nothing is left of them"] if drops else []),
         f"Prefix tokens (class, distillation, registers) are not in the image: {prefix} of the "
         f"tokens, with {lost or 'no'} patches merged into them",
         f"Pictures: {result.output}",

@@ -23,6 +23,7 @@ COMMANDS = (
     "bench",
     "eval",
     "tune",
+    "cascade",
     "inspect",
     "report",
     "serve",
@@ -41,7 +42,8 @@ Exit codes:
   3  bad input: model, weights, schedule (--r -1), batch range, images, artifact,
      output directory
   4  a needed component (TensorRT, a GPU, a plugin, a server) is missing
-  5  parity failed: the result does not compute what PyTorch computes
+  5  parity failed: the result does not compute what PyTorch computes; or an image is
+     merged more than --min-entropy allows
   6  the export or the engine build failed
   129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM; nothing half-made is left behind
   141  the reader of standard output went away"""

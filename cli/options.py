@@ -129,6 +129,13 @@ images_option = click.option(
     help="Check parity on these images.  [default: those that come along]",
 )
 
+query_option = click.option(
+    "--query",
+    type=FILE,
+    metavar="FILE.npy",
+    help="What the model takes besides images (reducer query): one vector, or one per image.",
+)
+
 tower_options = (
     click.option(
         "--tower",
@@ -151,6 +158,23 @@ tower_options = (
         "--projector/--no-projector",
         default=None,
         help="Tower: the checkpoint's projector in the same graph.  [default: no projector]",
+    ),
+)
+
+reducer_options = grouped(
+    click.option(
+        "--reducer",
+        type=click.Choice(list(REDUCERS)),
+        default=DEFAULT,
+        show_default=True,
+        help="How tokens become fewer; see docs/reducers.md.",
+    ),
+    click.option(
+        "--reducer-option",
+        "reducer_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the reducer; repeatable.",
     ),
 )
 
@@ -178,25 +202,31 @@ model_options = grouped(
         default=None,
         help="Proportional attention.  [default: the model's and reducer's own]",
     ),
-    click.option(
-        "--reducer",
-        type=click.Choice(list(REDUCERS)),
-        default=DEFAULT,
-        show_default=True,
-        help="How tokens become fewer; see docs/reducers.md.",
-    ),
-    click.option(
-        "--reducer-option",
-        "reducer_options",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="An option of the reducer; repeatable.",
-    ),
+    reducer_options,
     click.option(
         "--dense", is_flag=True, help="Give the features of every patch: merged, then unmerged."
     ),
     click.option(
         "--source-map", is_flag=True, help="Give also which final token each patch went into."
+    ),
+    click.option(
+        "--entropy",
+        is_flag=True,
+        help="Give also how evenly the image is spread over its tokens, 0 to 1; see "
+        "docs/over-merging.md.",
+    ),
+    click.option(
+        "--compress",
+        metavar="avgpool:12x12|resampler[:FILE]",
+        help="Last stage of a tower or of --dense: the mean over each cell of a smaller grid, or a "
+        "perceiver resampler.",
+    ),
+    click.option(
+        "--compress-option",
+        "compress_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the compressor, such as latents=64; repeatable.",
     ),
     *tower_options,
     click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.cli.options import FILE, output_options
+from tome_export.cli.options import FILE, output_options, query_option
 from tome_export.cli.output import Terminal, table
 from tome_export.cli.progress import working
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Hand images over in shared memory; for a server on this machine.",
 )
+@query_option
 @output_options
 @click.pass_obj
 def command(terminal: Terminal, url: str, images: tuple[Path, ...], **given: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_export.cli.output import fields, macs, number, percent, size, table
+from tome_export.merge.entropy import effective_tokens
 
 RANDOM = (
     "RANDOM WEIGHTS: this model has learned nothing; sizes, speed and parity are real, its "
@@ -178,3 +179,26 @@ def accuracy_lines(accuracy: Mapping[str, Any] | None) -> list[str]:
         f"{percent(accuracy['unmerged'])} (PyTorch fp32), merged {percent(accuracy['merged'])} "
         "(ONNX Runtime CPU)"
     ]
+
+
+UNDER = 10
+"""Most images that are listed as merged too much."""
+
+
+def entropy_lines(entropy: Mapping[str, Any]) -> list[str]:
+    """How evenly images are spread over their tokens, and those of which too little is left."""
+    patches = entropy["patches"]
+
+    def shown(value: float) -> str:
+        return f"{value:.4f} ({effective_tokens(value, patches):.1f} tokens)"
+
+    lines = [
+        f"Token-size entropy: least {shown(entropy['least'])}, 5th percentile "
+        f"{shown(entropy['p5'])}, median {shown(entropy['median'])}; 1 is {patches} tokens"
+    ]
+    under = entropy["under"]
+    if under:
+        lines.append(f"Under {entropy['asked']:g}:")
+        lines += [f"  {name}: {shown(value)}" for name, value in under[:UNDER]]
+        lines += [f"  and {len(under) - UNDER} more"] if len(under) > UNDER else []
+    return lines

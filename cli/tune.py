@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from tome_export.cli.options import FILE, output_options
+from tome_export.cli.options import FILE, output_options, reducer_options
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
 from tome_export.cli.request import precision_of
 from tome_export.cli.tune_text import schedule_lines
 
 TARGETS = ("target_latency_ms", "target_macs", "min_accuracy")
+KEPT = ("limit", "weights", "batch", "time_limit", "seed", "force", "min_entropy", "reducer")
 
 
 @click.command("tune", short_help="Search the per-layer schedule for a target.")
@@ -42,6 +43,8 @@ TARGETS = ("target_latency_ms", "target_macs", "min_accuracy")
 @click.option("--fp16", is_flag=True, help="Latency in half precision.")
 @click.option("--bf16", is_flag=True, help="Latency in bfloat16.")
 @click.option("--fp32", is_flag=True, help="Latency in single precision, the default.")
+@reducer_options
+@click.option("--min-entropy", type=float, metavar="X", help="Least token-size entropy, 0 to 1.")
 @click.option("--time-limit", default=600.0, show_default=True, help="Seconds of search.")
 @click.option("--seed", default=0, show_default=True, help="Of images, their split, the search.")
 @click.option(
@@ -63,9 +66,9 @@ def command(terminal: Terminal, model: str, output: Path, **given: Any) -> None:
     with working(terminal) as progress:
         from tome_export.pipeline.tune import TuneRequest, goal_of, tune
 
-        kept = ("limit", "weights", "batch", "time_limit", "seed", "force")
         goal = goal_of(asked[0], given[asked[0]])
-        more: dict[str, Any] = {name: given[name] for name in kept}
+        more: dict[str, Any] = {name: given[name] for name in KEPT}
+        more["reducer_options"] = given["reducer_options"]
         if given["data"]:
             more["data"] = given["data"]
         result = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tome_export.cli.output import fields, macs, percent, table
 from tome_export.cli.text import RANDOM
+from tome_export.reducers import DEFAULT
 
 ROWS = 6
 """Most rows of each method, besides the chosen one."""
@@ -24,10 +25,12 @@ def schedule_lines(values: Mapping[str, Any], path: Path) -> list[str]:
         *fields(
             [
                 ("Model", values["model"]),
+                *([] if (name := values["reducer"]["name"]) == DEFAULT else [("Reducer", name)]),
                 ("Target", values["objective"]["text"]),
                 ("Images", f"{values['images']} of {data['source']}: {images}"),
                 ("Schedule", ",".join(map(str, found["schedule"]))),
                 *_facts(found, unmerged, values["objective"]["metric"]),
+                *_entropy(found, values["search"]),
                 *_estimate(found["estimate"], values["confidence"]),
                 *_latency(found, unmerged, values["cost_table"]),
                 ("Best constant r", _constant(values["best_constant"], unmerged)),
@@ -57,6 +60,15 @@ def _facts(
             f"{percent(found['accuracy'])} ({parts}), unmerged {percent(unmerged['accuracy'])}",
         ),
     ]
+
+
+def _entropy(found: Mapping[str, Any], search: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How much the schedule merges its worst image, and how many were left out for that."""
+    asked = search["min_entropy"]
+    left_out = ""
+    if asked is not None:
+        left_out = f"; {search['over_merged']} schedules fell under {asked:g} and were left out"
+    return [("Entropy", f"{found['entropy']:.4f} on the search image with the least{left_out}")]
 
 
 def _estimate(estimate: Mapping[str, Any] | None, confidence: float) -> list[tuple[str, str]]:
@@ -127,13 +139,17 @@ def front_lines(values: Mapping[str, Any]) -> list[str]:
 
 def thinned(front: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """At most ``ROWS`` of each method, evenly; the chosen one always."""
-    kept = []
+    kept: list[Mapping[str, Any]] = []
     for method in dict.fromkeys(row["method"] for row in front):
-        rows = [row for row in front if row["method"] == method]
-        step = max(1.0, (len(rows) - 1) / (ROWS - 1))
-        index = {round(step * i) for i in range(ROWS)}
-        kept += [row for i, row in enumerate(rows) if i in index or row["chosen"]]
+        kept += spread([row for row in front if row["method"] == method], ROWS)
     return sorted(kept, key=lambda row: int(row["macs"]))
+
+
+def spread(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """At most so many rows, evenly, and the chosen one."""
+    step = max(1.0, (len(rows) - 1) / (most - 1))
+    index = {round(step * i) for i in range(most)}
+    return [row for i, row in enumerate(rows) if i in index or row["chosen"]]
 
 
 def _share(row: Mapping[str, Any], unmerged: Mapping[str, Any]) -> str:

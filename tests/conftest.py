@@ -172,3 +172,17 @@ def make_tower() -> Callable[..., Any]:
         return make_live(LlavaTower(TOWER, layers, select_feature, shape)).requires_grad_(False)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def digit_members(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Artifacts of vit_digits by r, for cascades: 32, 16 and 8; not to be changed."""
+    from tome_export.merge.schedule import Schedule
+    from tome_export.pipeline import BuildRequest, build
+
+    folder = tmp_path_factory.mktemp("members")
+    options = {"engine": "none", "check": False}
+    return {
+        r: build(BuildRequest("vit_digits", folder / f"r{r}", Schedule(r), **options)).path
+        for r in (32, 16, 8)
+    }

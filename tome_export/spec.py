@@ -20,7 +20,8 @@ TOWERS = ("llava",)
 SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)
 
 INPUT_NAME = "pixel_values"
-LOGITS, FEATURES, SOURCE_MAP = "logits", "features", "source_map"
+LOGITS, FEATURES = "logits", "features"
+SOURCE_MAP, ENTROPY = "source_map", "entropy"
 
 
 @dataclass(frozen=True)

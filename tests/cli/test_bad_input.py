@@ -51,6 +51,32 @@ CASES = {
         "schedule is ''; expected constant, decreasing, increasing, or whole numbers per layer "
         "such as 12,10,8",
     ),
+    "compressor of a classifier": (
+        (*BUILD, "--compress", "avgpool:4x4"),
+        3,
+        "compressor avgpool makes tokens for a language model, and this model gives classes; use "
+        "--dense for the features of its patches, or a LLaVA tower",
+    ),
+    "compressor unknown": (
+        (*BUILD, "--dense", "--compress", "conv"),
+        3,
+        "compressor is 'conv'; expected one of avgpool, resampler",
+    ),
+    "compressor option alone": (
+        (*BUILD, "--compress-option", "latents=4"),
+        3,
+        "compressor option 'latents=4' is given without --compress; give both",
+    ),
+    "least entropy of a check above 1": (
+        ("check", "out", "--min-entropy", "2"),
+        2,
+        "--min-entropy is 2; expected 0 to 1, such as 0.8",
+    ),
+    "least entropy of a search below 0": (
+        ("tune", "vit_digits", "--target-macs", "50%", "--min-entropy", "-1"),
+        2,
+        "--min-entropy is -1; expected 0 to 1, such as 0.8",
+    ),
     "images that are not looked at": (
         (*BUILD, "--images", "mine", "--no-check"),
         2,

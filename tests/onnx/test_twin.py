@@ -52,7 +52,7 @@ def test_twin_is_valid_and_the_original_is_not_changed(made):
     onnx.checker.check_model(twin.model, full_check=True)
     assert [layer.layer for layer in twin.layers] == [0, 2]
     assert twin.layers[1].chosen == ("blocks.2.keep", "blocks.2.src", "blocks.2.dst")
-    assert twin.layers[1].metric == "blocks.2.metric"
+    assert twin.layers[1].signals == ("blocks.2.metric",)
 
 
 def test_free_twin_decides_and_answers_as_the_shipped_graph(made, make_images):
@@ -64,7 +64,7 @@ def test_free_twin_decides_and_answers_as_the_shipped_graph(made, make_images):
     results = run_twin(twin, images, nonsense, lead=False)
     shipped = session_of(made.proto).run(None, {"pixel_values": images})[0]
     np.testing.assert_allclose(results["logits"], shipped, rtol=1e-5, atol=1e-6)
-    assert {results[layer.metric].dtype for layer in twin.layers} == {np.dtype(np.float32)}
+    assert {results[layer.signals[0]].dtype for layer in twin.layers} == {np.dtype(np.float32)}
     for step in trace:
         for name, part in zip(("keep", "src", "dst"), step.plan, strict=True):
             np.testing.assert_array_equal(results[f"blocks.{step.layer}.{name}"], part.numpy())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -137,3 +139,24 @@ def test_the_choice_ends_with_its_time(small_space):
         found = cheapest(Jury(validate), points, 1900, IMAGES, lambda: True)
         assert looked == [best.r]
         assert (found is not None) == met
+
+
+def test_what_merges_too_much_neither_wins_nor_leads_on(small_space):
+    """The entropy falls with what the first layer merges; what is under the least is out."""
+
+    def evaluate(r, bound=float("inf")):
+        found = score(r, bound)
+        return replace(found, entropy=1.0 - r[0] / 10)
+
+    search = Search(small_space, small_space.macs, evaluate, needed=0, min_entropy=0.75)
+    search.measure((0, 0, 0, 0), "constant")
+    search.measure(small_space.most_merged(), "constant")
+    search.baselines()
+    search.free(60)
+    considered = search.considered()
+    assert {point.r for point in considered} == {r for r in search.points if r[0] <= 2}
+    assert 0 < len(considered) < len(search.points)
+    # Free lists are moves from what is considered: at most one step beyond it.
+    free = [point for point in search.points.values() if point.method == "free"]
+    assert free
+    assert sum(point.r[0] <= 2 for point in free) > len(free) / 2

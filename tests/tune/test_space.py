@@ -26,6 +26,29 @@ def test_is_what_the_model_counts(tokens, prefix):
         assert total_macs(COSTS, layers, 100 + 13 * layers[-1].tokens_out) == count
 
 
+@pytest.mark.parametrize("behind_block", [False, True])
+def test_other_reducers_have_other_limits(behind_block):
+    """All patches but one can go, behind the block, and each decision costs something itself."""
+
+    def limit(tokens: int, prefix: int) -> int:
+        return tokens - prefix - 1
+
+    def learned(tokens: int, r: int) -> int:
+        return 1000 * tokens + r
+
+    space = Space(COSTS, 17, 1, lambda final: 13 * final, limit, behind_block, learned)
+    wanted = np.random.default_rng(0).integers(0, 19, (200, 3))
+    clamped = space.clamped(wanted)
+    for row, r, count in zip(wanted, clamped, space.macs(clamped), strict=True):
+        schedule = Schedule(per_layer=tuple(map(int, row)))
+        layers = schedule.tokens(3, 17, 1, limit, behind_block=behind_block)
+        assert [layer.r for layer in layers] == list(r)
+        own = sum(learned(layer.tokens_in, layer.r) for layer in layers if layer.r)
+        assert total_macs(COSTS, layers, own + 13 * layers[-1].tokens_out) == count
+    assert space.most_merged() == (15, 0, 0)
+    assert space.baselines("constant")[-1] == (15, 0, 0)
+
+
 def test_baselines_are_the_named_schedules(small_space):
     assert small_space.baselines("constant")[:2] == [(1, 1, 1, 1), (2, 2, 2, 2)]
     assert small_space.baselines("decreasing")[1] == (4, 2, 1, 0)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tome_export.onnx.files import load
+from tome_export.onnx.files import extra_inputs_of, load
 from tome_export.onnx.groups import GROUPS, OTHER, Place
 from tome_export.onnx.labels import labelled, place_of_label
+from tome_export.runtime.inputs import Fed
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME
 
@@ -120,13 +121,15 @@ def profile_in_turn(
         ExportError: if onnxruntime refuses a model.
     """
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder, ExitStack() as stack:
-        runners = {}
+        runners: dict[str, OrtRunner] = {}
+        fed: dict[str, Fed] = {}
         for index, (name, path) in enumerate(model_paths.items()):
             prefix = Path(folder) / f"profile-{index}"
-            runner = OrtRunner(labelled(load(path)), profile=prefix)
-            runners[name] = stack.enter_context(runner)
+            graph = labelled(load(path))
+            runners[name] = stack.enter_context(OrtRunner(graph, profile=prefix))
+            fed[name] = Fed(runners[name], extra_inputs_of(graph))
         for _ in range(runs + 1):
-            for runner in runners.values():
+            for runner in fed.values():
                 runner.infer({INPUT_NAME: images})
         files = {name: runner.end_profiling() for name, runner in runners.items()}
         return {

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_export.inspect.groups import DROPPED
 from tome_export.spec import PatchGrid
 
 Colour = tuple[int, int, int]
@@ -23,6 +24,14 @@ PALETTE: tuple[Colour, ...] = (
 """Okabe and Ito's colours (Color Universal Design, 2008) without black, which shadows hide."""
 
 
+DARK: Colour = (32, 32, 32)
+HATCH: Colour = (112, 112, 112)
+"""Ground and lines of the hatching over patches that were dropped: no colour of a token."""
+
+HATCHES = 4
+"""A patch's shorter side is this many hatch lines apart."""
+
+
 def outline_colours(ids: NDArray[np.int64]) -> dict[int, Colour]:
     """A colour for every group of more than one patch; groups that touch differ where they can.
 
@@ -31,10 +40,11 @@ def outline_colours(ids: NDArray[np.int64]) -> dict[int, Colour]:
     edges have. The same groups always get the same colours.
 
     Args:
-        ids: ``[rows, cols]`` int, the token of each patch.
+        ids: ``[rows, cols]`` int, the token of each patch; dropped ones have no outline.
     """
     names, counts = np.unique(ids, return_counts=True)
-    groups = [int(name) for name, count in zip(names, counts, strict=True) if count > 1]
+    pairs = zip(names.tolist(), counts.tolist(), strict=True)
+    groups = [name for name, count in pairs if count > 1 and name != DROPPED]
     touching: dict[int, Counter[int]] = {group: Counter() for group in groups}
     for one, other in _contacts(ids):
         if one != other and one in touching and other in touching:

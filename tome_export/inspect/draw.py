@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tome_export.inspect.colours import mean_colours, outline_colours
-from tome_export.inspect.groups import LayerGroups, MergeMap
+from tome_export.inspect.colours import DARK, HATCH, HATCHES, mean_colours, outline_colours
+from tome_export.inspect.groups import DROPPED, LayerGroups, MergeMap
 from tome_export.inspect.svg import svg_from_groups
 from tome_export.spec import PatchGrid
 
@@ -44,7 +44,7 @@ def draw(merge_map: MergeMap, layer: int, size: int = LONGER_SIDE) -> Image.Imag
 
     Every token of more than one patch is filled with the mean colour of its pixels and outlined
     inside its edge; one token has one colour, wherever its patches lie. Tokens of one patch show
-    the image.
+    the image; patches that were dropped are dark and hatched.
 
     Args:
         merge_map: From ``pipeline.inspect.merge_maps``.
@@ -77,6 +77,7 @@ def draw_svg(merge_map: MergeMap, layer: int, size: int = LONGER_SIDE) -> str:
         outline_colours(groups.ids),
         scale,
         outline_width(merge_map.grid, scale) / scale,
+        hatching(merge_map.grid, scale)[0] / scale,
     )
 
 
@@ -104,6 +105,17 @@ def _paint(
         inside = ids == group
         picture[inside] = fill[group]
         picture[inside & border] = outline
+    dropped = ids == DROPPED
+    picture[dropped] = DARK
+    along = np.arange(ids.shape[0])[:, None] + np.arange(ids.shape[1])
+    step, width = hatching(merge_map.grid, scale)
+    picture[dropped & (along % step < width)] = HATCH
+
+
+def hatching(grid: PatchGrid, scale: int) -> tuple[int, int]:
+    """Pixels from one hatch line to the next, and of one line, along a row."""
+    step = max(3, round(min(grid.height, grid.width) * scale / HATCHES))
+    return step, max(1, step // 4)
 
 
 def outline_width(grid: PatchGrid, scale: int) -> int:
@@ -113,7 +125,7 @@ def outline_width(grid: PatchGrid, scale: int) -> int:
 
 def near_another(ids: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
     """Pixels within ``width`` of another token or of the edge: ``[H, W]`` bool."""
-    outside = -1
+    outside = DROPPED - 1
     rows, cols = ids.shape
     padded = np.pad(ids, width, constant_values=outside)
     found = np.zeros(ids.shape, bool)

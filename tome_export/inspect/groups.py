@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from tome_export.spec import PatchGrid
 
+DROPPED = -1
+"""In place of the token of a patch of which nothing is left."""
+
 
 class Plans(NamedTuple):
     """One merging layer's plans for B images, as ``merge.plan.MergePlan`` has them.
@@ -18,7 +21,8 @@ class Plans(NamedTuple):
     Attributes:
         keep: ``[B, K]`` int, input index of each output token.
         src: ``[B, R]`` int, input indices of the tokens folded away.
-        dst: ``[B, R]`` int, for each src the OUTPUT position it is folded into.
+        dst: ``[B, R]`` int, for each src the OUTPUT position it is folded into; -1 for a token that
+            is dropped.
     """
 
     keep: NDArray[np.integer]
@@ -30,7 +34,7 @@ def token_map(plans: Plans) -> NDArray[np.int64]:
     """Output position of every input token of one layer.
 
     Returns:
-        ``[B, N]`` int64 with ``N = K + R``.
+        ``[B, N]`` int64 with ``N = K + R``; -1 for dropped tokens.
     """
     batch, kept = plans.keep.shape
     result = np.empty((batch, kept + plans.src.shape[1]), np.int64)
@@ -52,13 +56,14 @@ def groups_by_layer(
 
     Returns:
         ``[B, depth, N]`` int64: the position, among the tokens that leave the layer, of the token
-        that holds each initial one. Equal numbers are one token.
+        that holds each initial one, ``DROPPED`` for none. Equal numbers are one token.
     """
     composed = np.broadcast_to(np.arange(tokens), (batch, tokens))
     result = np.empty((batch, depth, tokens), np.int64)
     for layer in range(depth):
         if layer in plans:
-            composed = np.take_along_axis(token_map(plans[layer]), composed, axis=1)
+            moved = np.take_along_axis(token_map(plans[layer]), composed.clip(0), axis=1)
+            composed = np.where(composed < 0, DROPPED, moved)
         result[:, layer] = composed
     return result
 
@@ -70,7 +75,8 @@ class LayerGroups:
     Attributes:
         layer: Index of the layer, from 0.
         tokens: Tokens that leave it, prefix tokens included.
-        ids: ``[rows, cols]`` int64, the token that holds each patch. Equal numbers are one token.
+        ids: ``[rows, cols]`` int64, the token that holds each patch, ``DROPPED`` for none. Equal
+            numbers are one token.
         patches_in_prefix: Patches merged into a class, distillation or register token, which have
             no place in the image; 0 where these are protected.
     """
@@ -84,12 +90,19 @@ class LayerGroups:
     def merged(self) -> dict[int, int]:
         """Token -> patches in it, for tokens of more than one patch."""
         ids, counts = np.unique(self.ids, return_counts=True)
-        return {int(i): int(n) for i, n in zip(ids, counts, strict=True) if n > 1}
+        pairs = zip(ids.tolist(), counts.tolist(), strict=True)
+        return {i: n for i, n in pairs if n > 1 and i != DROPPED}
 
     @property
     def largest(self) -> int:
-        """Patches of the largest token."""
-        return int(np.unique(self.ids, return_counts=True)[1].max())
+        """Patches of the largest token; 0 if there is none in the image."""
+        there = self.ids[self.ids != DROPPED]
+        return int(np.unique(there, return_counts=True)[1].max(initial=0))
+
+    @property
+    def dropped(self) -> int:
+        """Patches of which nothing is left."""
+        return int((self.ids == DROPPED).sum())
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,7 @@ def layers_from_positions(
     layers = []
     for layer, (row, count) in enumerate(zip(positions, tokens, strict=True)):
         ids = row[prefix:].reshape(grid.rows, grid.cols)
-        lost = int(np.isin(ids, row[:prefix]).sum())
+        # A dropped prefix token is not where dropped patches are.
+        lost = int(np.isin(ids, row[:prefix][row[:prefix] >= 0]).sum())
         layers.append(LayerGroups(layer, count, ids, lost))
     return tuple(layers)

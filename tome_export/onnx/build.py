@@ -53,7 +53,8 @@ def onnx_from_model(
         model: In eval mode, fp32 weights.
         path: Of the ``.onnx`` file; external data goes beside it.
         options: Precision, batch range, operator forms.
-        output_names: ``logits`` or ``features``, then ``source_map`` if the model gives that.
+        output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
+            gives them.
         metadata: Written to the model's metadata_props as JSON, keys prefixed ``tome_export.``.
         external_data_bytes: Weights above this go to a file of their own.
 

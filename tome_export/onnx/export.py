@@ -86,10 +86,10 @@ class PrecisionBoundary(nn.Module):
         self.model = model
         self.dtype = dtype
 
-    def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """``pixel_values [B, C, H, W]`` float32 -> output in float32, and its source map if any."""
+    def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """``pixel_values [B, C, H, W]`` float32 -> main output in float32, then the others."""
         output = self.model(pixel_values.to(self.dtype), *(x.to(self.dtype) for x in extra))
-        return (output[0].float(), output[1]) if isinstance(output, tuple) else output.float()
+        return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
 
 
 def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
@@ -111,7 +111,8 @@ def ir_from_model(
     Args:
         model: In eval mode, fp32 weights.
         options: Precision, batch range, operator forms.
-        output_names: ``logits`` or ``features``, then ``source_map`` if the model gives that.
+        output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
+            gives them.
 
     Raises:
         ExportError: if torch cannot trace or translate the model.

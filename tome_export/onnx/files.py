@@ -13,6 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from tome_export.errors import ExportError, InputError
+from tome_export.spec import INPUT_NAME
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this go to ``model.onnx.data``; protobuf's limit is 2 GiB for the whole file."""
@@ -160,3 +161,12 @@ def serialized(model: onnx.ModelProto) -> Iterator[bytes | str]:
         return
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
         yield str(save(model, Path(folder) / "model.onnx")[0])
+
+
+def extra_inputs_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """A graph's inputs besides the images: shape of each without the batch."""
+    return {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:])
+        for value in model.graph.input
+        if value.name != INPUT_NAME
+    }

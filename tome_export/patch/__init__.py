@@ -6,7 +6,7 @@ One file per model family; ``patch`` finds the family of a model by its exact cl
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
@@ -53,7 +53,7 @@ def patch(
     *,
     prop_attn: bool | None = None,
     reducer: Reducer | None = None,
-    **options: bool,
+    **options: Any,
 ) -> MergedModel:
     """Give a model token merging (ToMe, arXiv 2210.09461).
 
@@ -67,7 +67,8 @@ def patch(
         prop_attn: Proportional attention (ToMe, eq. 1); None for the reducer's own way, which for
             ToMe is on. Off for off-the-shelf MAE.
         reducer: How tokens become fewer; None for ToMe.
-        options: Further fields of ``MergeSettings``: ``dense``, ``source_map``.
+        options: Further fields of ``MergeSettings``: ``dense``, ``source_map``, ``entropy``,
+            ``compressor``, ``learned``.
 
     Raises:
         InputError: if the model is not understood or the schedule does not fit it; an

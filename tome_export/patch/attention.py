@@ -59,7 +59,7 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attend
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), Attended(k, q, attn.scale, bias)
+    return attn.proj_drop(attn.proj(out)), Attended(k, q, attn.scale, bias, x)
 
 
 def joined(branches: Sequence[Attended]) -> Attended:
@@ -92,26 +92,28 @@ def diff_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, A
     """``timm.layers.DiffAttention``; the keys ``[B, 2 H, N, D]`` are those of all half-heads."""
     q, k, v = attn.qkv(x).chunk(3, dim=2)
     out, keys = _differential(attn, q, k, v, bias)
-    return attn.proj_drop(attn.proj(attn.norm(out))), keys
+    return attn.proj_drop(attn.proj(attn.norm(out))), keys._replace(tokens=x)
 
 
 def parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
     """``ParallelScalingBlock`` (arXiv 2302.05442): attention and MLP side by side."""
     batch, tokens, width = x.shape
-    mlp, q, k, v = block.in_proj(block.in_norm(x)).split(block.in_split, dim=-1)
+    normed = block.in_norm(x)
+    mlp, q, k, v = block.in_proj(normed).split(block.in_split, dim=-1)
     heads = (batch, tokens, block.num_heads, block.head_dim)
     q = block.q_norm(q.view(heads)).transpose(1, 2)
     k = block.k_norm(k.view(heads)).transpose(1, 2)
     out = _attend(block, q, k, v.view(heads).transpose(1, 2), bias)
     out = out.transpose(1, 2).reshape(batch, tokens, width)
-    return x + _parallel_output(block, out, mlp), Attended(k, q, block.scale, bias)
+    return x + _parallel_output(block, out, mlp), Attended(k, q, block.scale, bias, normed)
 
 
 def diff_parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
     """``DiffParallelScalingBlock``: as above with differential attention."""
-    mlp, q, k, v = block.in_proj(block.in_norm(x)).split(block.in_split, dim=-1)
+    normed = block.in_norm(x)
+    mlp, q, k, v = block.in_proj(normed).split(block.in_split, dim=-1)
     out, keys = _differential(block, q, k, v, bias)
-    return x + _parallel_output(block, out, mlp), keys
+    return x + _parallel_output(block, out, mlp), keys._replace(tokens=normed)
 
 
 def _parallel_output(block: Any, attn_out: Tensor, mlp: Tensor) -> Tensor:

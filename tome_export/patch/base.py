@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tome_export.compressors.base import Final, check_compressor
 from tome_export.errors import InputError
+from tome_export.merge.entropy import size_entropy
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.plan import MergePlan, unmerge
 from tome_export.merge.schedule import LayerTokens
-from tome_export.patch.checks import check_undispatched
+from tome_export.patch.checks import Zeros, check_undispatched, counted_macs
 from tome_export.patch.merger import (
     LayerTrace,
     Merger,
@@ -26,7 +28,8 @@ from tome_export.patch.merger import (
 from tome_export.reducers.base import Tower
 from tome_export.spec import PatchGrid
 
-_INNER, _LEARNED = "model.", "reducer."
+_INNER = "model."
+_LEARNED = ("reducer.", "compressor.")
 
 
 class MergedModel(nn.Module, ABC):
@@ -40,6 +43,7 @@ class MergedModel(nn.Module, ABC):
         settings: How it merges.
         layers: Clamped token counts of each block.
         reducer: The reducer's learned part, or None.
+        compressor: The compressor with its weights, or None.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class MergedModel(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.prefix = prefix
-        self.tower = Tower(self.width, depth, tokens, prefix)
+        self.tower = Tower(self.width, depth, tokens, prefix, settings.learned)
         check_reducer(settings, self.class_token)
         reducer = settings.reducer
         schedule = settings.schedule
@@ -57,6 +61,7 @@ class MergedModel(nn.Module, ABC):
         self.settings = replace(settings, schedule=schedule)
         self.layers = reducer.layers(schedule, self.tower)
         self.reducer = reducer.module(self.tower) if self.merges else None
+        self.compressor = self._compressor()
         self.training = model.training
         self.register_state_dict_post_hook(_drop_inner_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_inner_prefix)  # type: ignore[no-untyped-call]
@@ -107,6 +112,11 @@ class MergedModel(nn.Module, ABC):
         """Whether the model's own output is one score per class, and not features."""
         return False
 
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether the output is one feature vector per token or patch."""
+        return self.settings.dense
+
     def token_features(self, tokens: Tokens) -> Tensor:
         """``[B, K, C]``, prefix tokens included: what dense outputs hold for each token."""
         return tokens.x
@@ -114,12 +124,62 @@ class MergedModel(nn.Module, ABC):
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
         """The forward pass to the main output, handing each layer's tokens to ``merger``."""
         tokens = self.encode(pixel_values, merger)
+        if self.compressor is not None:
+            return self._compressed(self.token_features(tokens), merger)
         if not self.settings.dense:
             return self.head(tokens)
         x = self.token_features(tokens)
         if merger.positions is not None:
             return unmerge(x, merger.positions[:, self.prefix :])
         return x[:, self.prefix :]
+
+    def _compressor(self) -> nn.Module | None:
+        chosen = self.settings.compressor
+        if chosen is None:
+            return None
+        grid = check_compressor(
+            chosen, self.patch_grid, gives_tokens=self.gives_tokens, classifies=self.classifies
+        )
+        return chosen.module(self._feature_width(), grid)
+
+    def _feature_width(self) -> int:
+        """C of ``token_features``, found by running them without data."""
+        found: list[int] = []
+
+        def features(zeros: Zeros) -> None:
+            x = zeros(1, self.prefix + 1, self.width)
+            found.append(self.token_features(Tokens(x)).shape[-1])
+
+        counted_macs(self.model, features)
+        return found[0]
+
+    def _compressed(self, x: Tensor, merger: Merger) -> Tensor:
+        """The compressor's tokens, of those that are no prefix tokens."""
+        size, places = merger.size, merger.positions
+        assert self.compressor is not None and self.patch_grid is not None  # noqa: S101, PT018
+        final = Final(
+            x[:, self.prefix :],
+            None if size is None else size[:, self.prefix :],
+            None if places is None else places[:, self.prefix :] - self.prefix,
+            self.patch_grid,
+        )
+        output: Tensor = self.compressor(final)
+        return output
+
+    def _compressor_macs(self, tokens: int) -> int:
+        """MACs per image of the compressor, as torch counts them."""
+        compressor, grid = self.compressor, self.patch_grid
+        if compressor is None or grid is None:
+            return 0
+        unmerged = self.settings.unmerges
+        count = grid.patches if unmerged else tokens - self.prefix
+
+        def compress(zeros: Zeros) -> None:
+            x = zeros(1, count, width)
+            compressor(Final(x, None if unmerged else x[:, :, 0] + 1, None, grid))
+
+        width = self._feature_width()
+        return counted_macs(self.model, compress)
 
     @property
     def merges(self) -> bool:
@@ -135,6 +195,7 @@ class MergedModel(nn.Module, ABC):
         final = layers[-1].tokens_out if layers else self.prefix
         reducer = self.settings.reducer
         learned = sum(reducer.macs(layer, self.tower) for layer in layers if layer.r)
+        learned += self._compressor_macs(final)
         return learned + total_macs(self.block_costs, layers, self.fixed_macs(final))
 
     @property
@@ -163,13 +224,13 @@ class MergedModel(nn.Module, ABC):
             self.class_token,
             forced,
             observe,
-            self.settings.dense or self.settings.source_map,
+            self.settings.unmerges or self.settings.source_map,
             self.settings.reducer,
             self.reducer,
             inputs,
         )
 
-    def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Classify or embed images.
 
         Args:
@@ -178,8 +239,9 @@ class MergedModel(nn.Module, ABC):
 
         Returns:
             What the library model returns: ``[B, classes]`` or ``[B, features]``; dense models
-            give ``[B, patches, features]``. With a source map also that, ``[B, patches]`` int32:
-            the final token of each patch, counted behind the prefix tokens.
+            give ``[B, patches, features]``, compressed ones ``[B, tokens, features]``. With a
+            source map also that, ``[B, patches]`` int32: the final token of each patch, counted
+            behind the prefix tokens. With the entropy also that, ``[B]`` float32.
 
         Raises:
             InputError: if the image size is not the one the token counts were made for, or hooks
@@ -187,7 +249,24 @@ class MergedModel(nn.Module, ABC):
         """
         merger = self.merger(inputs=dict(zip(self.extra_inputs, extra, strict=True)))
         output = self.run(self._checked(pixel_values), merger)
-        return (output, self._source_map(output, merger)) if self.settings.source_map else output
+        more = []
+        if self.settings.source_map:
+            more.append(self._source_map(output, merger))
+        if self.settings.entropy:
+            more.append(self.entropy(merger, output))
+        return (output, *more) if more else output
+
+    def entropy(self, merger: Merger, output: Tensor) -> Tensor:
+        """Normalised token-size entropy of a pass that is over, ``[B]`` float32.
+
+        Args:
+            merger: Of the pass.
+            output: What it gave, for batch and device.
+        """
+        if merger.size is None:
+            return torch.ones(output.shape[0], dtype=torch.float32, device=output.device)
+        patches = self.tower.tokens - self.prefix
+        return size_entropy(merger.size, self.prefix, patches).to(torch.float32)
 
     def _source_map(self, output: Tensor, merger: Merger) -> Tensor:
         if merger.positions is None:
@@ -254,6 +333,6 @@ def _add_inner_prefix(
     _module: nn.Module, state: dict[str, Any], prefix: str, *_args: object
 ) -> None:
     inner = prefix + _INNER
-    own = prefix + _LEARNED
+    own = tuple(prefix + name for name in _LEARNED)
     for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
         state[inner + key.removeprefix(prefix)] = state.pop(key)

@@ -70,7 +70,7 @@ def layer_forward(
     x = layer.layer_norm1(tokens.x)
     q, k, v = (hf.split_heads(p(x), attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     out = hf.attend(attn, q, k, v, bias, attn.scale, attn.dropout)
-    attended = Attended(k, q, attn.scale, bias)
+    attended = Attended(k, q, attn.scale, bias, x)
     tokens = merger(Tokens(tokens.x + attn.out_proj(out), tokens.size), attended, index)
     return Tokens(tokens.x + layer.mlp(layer.layer_norm2(tokens.x)), tokens.size)
 

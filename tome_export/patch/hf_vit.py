@@ -71,13 +71,13 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attend
         parts, width = (attn.q_proj, attn.k_proj, attn.v_proj), attn.head_dim
         q, k, v = (hf.split_heads(part(x), width) for part in parts)
         out = hf.attend(attn, q, k, v, bias, attn.scaling, attn.attention_dropout)
-        return attn.o_proj(out), Attended(k, q, attn.scaling, bias)
+        return attn.o_proj(out), Attended(k, q, attn.scaling, bias, x)
     inner = attn.attention
     parts, width = (inner.query, inner.key, inner.value), inner.attention_head_size
     q, k, v = (hf.split_heads(part(x), width) for part in parts)
     out = hf.attend(inner, q, k, v, bias, inner.scaling, inner.dropout_prob)
     out = attn.output.dropout(attn.output.dense(out))
-    return out, Attended(k, q, inner.scaling, bias)
+    return out, Attended(k, q, inner.scaling, bias, x)
 
 
 def attention_cost(attn: Any) -> tuple[int, int]:

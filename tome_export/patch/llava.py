@@ -76,6 +76,11 @@ class MergedLlavaTower(MergedModel):
         """Where the patches lie in the image."""
         return self._patch_grid
 
+    @property
+    def gives_tokens(self) -> bool:
+        """One feature vector per token that is left, or per patch where they are dense."""
+        return True
+
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:
         """Cost per token of each layer."""
@@ -89,7 +94,8 @@ class MergedLlavaTower(MergedModel):
             embed = model.vision_model.embeddings
             embed.patch_embedding(zeros(1, *self.input_size))
             x = zeros(1, tokens, embed.embed_dim)
-            model.project(x if self.settings.dense else model.select(x))
+            whole = self.settings.dense or self.settings.compressor is not None
+            model.project(x if whole else model.select(x))
 
         return counted_macs(model, outside)
 

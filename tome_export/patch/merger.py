@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tome_export.compressors.base import Compressor
 from tome_export.errors import InputError
 from tome_export.merge.lowering import mean_keys
 from tome_export.merge.plan import MergePlan, composed
@@ -28,14 +29,25 @@ class MergeSettings:
         dense: Give the features of every patch, those of one group alike, in place of the model's
             own output (ToMe, section 3.2: unmerging).
         source_map: Give also which final token each patch went into.
+        entropy: Give also the token-size entropy of each image; see ``merge.entropy``.
         reducer: How tokens become fewer.
+        compressor: What makes a fixed number of tokens of those that are left, or None.
+        learned: Weights of the reducer that came in the file of the model's weights, by key.
     """
 
     schedule: Schedule | None
     prop_attn: bool = True
     dense: bool = False
     source_map: bool = False
+    entropy: bool = False
     reducer: Reducer = field(default_factory=ToMe)
+    compressor: Compressor | None = None
+    learned: Mapping[str, Tensor] | None = field(default=None, compare=False)
+
+    @property
+    def unmerges(self) -> bool:
+        """Whether the output needs the features of every patch."""
+        return self.dense if self.compressor is None else self.compressor.places_patches
 
 
 class LayerTrace(NamedTuple):
@@ -92,6 +104,7 @@ class Merger:
     Attributes:
         positions: ``[B, N]`` int64, where each of the first layer's tokens is by now, -1 if it was
             dropped; None before the first plan, or where nobody asked to track it.
+        size: ``[B, N]`` float32 patches of each token behind the last plan; None before the first.
         plan: What the last layer applied; None if it removed nothing.
     """
 
@@ -109,6 +122,7 @@ class Merger:
     ) -> None:
         self.track = track
         self.positions: Tensor | None = None
+        self.size: Tensor | None = None
         self.plan: MergePlan | None = None
         self.layers = layers
         self.prefix = prefix
@@ -158,6 +172,7 @@ class Merger:
         decision = self.reducer.decide(seen)
         plan = self.plan = self.forced.get(layer, decision.plan)
         x, size = self.reducer.apply(seen, plan)
+        self.size = size
         if self.observe is not None:
             keys = decision.metric if decision.metric is not None else attended.keys
             self.observe(LayerTrace(layer, keys, plan, decision.plan, decision.scores))
@@ -170,8 +185,8 @@ def check_reducer(settings: MergeSettings, class_token: bool) -> None:
     """Refuse what a reducer cannot give.
 
     Raises:
-        InputError: if it needs a class token that the model has not, or would leave holes in dense
-            outputs.
+        InputError: if it needs a class token that the model has not, would leave holes in dense
+            outputs, or has no sizes whose entropy means anything.
     """
     reducer = settings.reducer
     if reducer.attention and not class_token:
@@ -179,8 +194,14 @@ def check_reducer(settings: MergeSettings, class_token: bool) -> None:
             f"reducer {reducer.name} ranks tokens by the class token's attention, and this model "
             "has no class token; use a reducer that compares tokens, such as tome"
         )
-    if reducer.drops and settings.dense:
+    if reducer.drops and settings.unmerges:
+        asked = "--dense" if settings.compressor is None else "--compress"
         raise InputError(
-            f"reducer {reducer.name} drops tokens, so not every patch has features for --dense; "
+            f"reducer {reducer.name} drops tokens, so not every patch has features for {asked}; "
             "use a reducer that merges, such as tome"
+        )
+    if settings.entropy and not reducer.counts_patches:
+        raise InputError(
+            f"reducer {reducer.name} weighs the size of a token by similarity, so --entropy cannot "
+            "count its patches; leave --entropy out"
         )

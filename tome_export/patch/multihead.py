@@ -63,7 +63,7 @@ def multihead(
     q, k, v = (x.reshape(*x.shape[:2], *heads).transpose(1, 2) for x in (q, k, v))
     dropout = attn.dropout if attn.training else 0.0
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    return attn.out_proj(out.transpose(1, 2).flatten(-2)), Attended(k, q, None, bias)
+    return attn.out_proj(out.transpose(1, 2).flatten(-2)), Attended(k, q, None, bias, context)
 
 
 @contextmanager

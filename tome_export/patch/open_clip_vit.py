@@ -198,7 +198,7 @@ def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor
     if attn.head_scale is not None:
         out = out * attn.head_scale
     out = attn.ln_inner(out.transpose(1, 2).flatten(-2))
-    return attn.out_drop(attn.out_proj(out)), Attended(k, q, None, bias)
+    return attn.out_drop(attn.out_proj(out)), Attended(k, q, None, bias, x)
 
 
 def _check(model: Any) -> None:

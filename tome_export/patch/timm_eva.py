@@ -144,7 +144,7 @@ def _attention(
             return torch.cat([y[:, :, :prefix], patches], dim=2).type_as(v)
 
         q, k = turn(q), turn(k)
-    attended, groups = Attended(k, q, None, bias), q.shape[1] // k.shape[1]
+    attended, groups = Attended(k, q, None, bias, x), q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     dropout = attn.attn_drop.p if attn.training else 0.0

@@ -14,6 +14,7 @@ from tome_export.engine import EngineOptions
 from tome_export.engine.select import BACKENDS as ENGINES
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.engine import build_engine
+from tome_export.pipeline.inputs import extra_inputs
 from tome_export.pipeline.kernels import Plugins
 from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.reference import export_variant
@@ -42,6 +43,7 @@ class Subject:
         engines: Ready engine files by backend.
         plugins: Those of the model; None if it has none.
         module: The same in PyTorch, fp32; None where only graphs are to be run.
+        further: Inputs besides the images: shape of each without the batch.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Subject:
     engines: Mapping[str, Path] = field(default_factory=dict)
     plugins: Plugins | None = None
     module: MergedModel | None = None
+    further: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def subject_of(artifact: Artifact, label: str, module: MergedModel | None = None) -> Subject:
@@ -68,6 +71,7 @@ def subject_of(artifact: Artifact, label: str, module: MergedModel | None = None
         engines={name: artifact.path / e["file"] for name, e in manifest["engines"].items()},
         plugins=plugins_of(manifest),
         module=module,
+        further=extra_inputs(manifest),
     )
 
 
@@ -99,6 +103,7 @@ def variant(
             batch=BatchRange.parse(manifest["batch"]),
             plugins=plugins,
             module=module,
+            further=module.extra_inputs,
         )
 
 

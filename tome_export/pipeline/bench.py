@@ -20,6 +20,7 @@ from tome_export.pipeline.bench_subjects import (
     open_subjects,
     with_engine,
 )
+from tome_export.pipeline.inputs import extra_inputs
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import BatchRange
 
@@ -115,6 +116,8 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
         notes.append(EMULATED)
     if request.profile:
         notes += [NO_PROFILE.format(name) for name in backends if name != ORT_CPU]
+    if extra := extra_inputs(artifact.manifest):
+        notes.append(f"Given for {', '.join(extra)}: random vectors of unit length")
     theirs = (other or artifact).manifest["macs"]
     ratio = theirs["unmerged" if other is None else "merged"] / artifact.manifest["macs"]["merged"]
     images, kind = bench_images(artifact.manifest, max(*batches, 1))
@@ -186,12 +189,15 @@ class _Bench:
         import numpy as np
 
         from tome_export.bench.compare import MERGED, compare, times
+        from tome_export.runtime.inputs import Fed
 
         rounds, warmup, rows = self._request.rounds, self._request.warmup, []
         with contextlib.ExitStack() as stack:
             self._progress.stage(f"Load the models on {name}")
             runners = {
-                label: stack.enter_context(open_runner(name, subject, self._progress))
+                label: Fed(
+                    stack.enter_context(open_runner(name, subject, self._progress)), subject.further
+                )
                 for label, subject in ready.items()
             }
             for batch in batches:

@@ -50,23 +50,33 @@ def peak_memory(name: str, subject: Subject, batch: int, shape: list[int], folde
     else:
         file = subject.folder / MODEL if name in (ORT_CPU, ORT_CUDA) else subject.engines[name]
         modules = []
-    request = {"backend": name, "file": str(file), "shape": [batch, *shape], "modules": modules}
-    return measure(__name__, {**request, "output": subject.output_name}, gpu=gpu)
+    request: dict[str, Any] = {
+        "backend": name,
+        "file": str(file),
+        "shape": [batch, *shape],
+        "modules": modules,
+    }
+    request |= {"output": subject.output_name, "further": dict(subject.further)}
+    return measure(__name__, request, gpu=gpu)
 
 
 def main(argument: str) -> None:
     """Measure one model.
 
     Args:
-        argument: JSON: ``backend``, ``file``, ``shape`` of the input, name of the ``output``, and
-            ``modules`` that the classes of a PyTorch model come from.
+        argument: JSON: ``backend``, ``file``, ``shape`` of the images, shapes of the ``further``
+            inputs by name, name of the ``output``, and ``modules`` that the classes of a PyTorch
+            model come from.
     """
     request = json.loads(argument)
     name, file = request["backend"], Path(request["file"])
 
     import numpy as np
 
+    from tome_export.runtime.inputs import unit_inputs
+
     images = np.zeros(request["shape"], np.float32)
+    further = unit_inputs(request["further"], len(images))
     open_runner = _opener(name, file, request["output"])
     for module in request["modules"]:
         importlib.import_module(module)
@@ -74,7 +84,7 @@ def main(argument: str) -> None:
     def work() -> object:
         runner = open_runner()
         for _ in range(RUNS):
-            runner.infer({INPUT_NAME: images})
+            runner.infer({**further, INPUT_NAME: images})
         return runner
 
     report(work)

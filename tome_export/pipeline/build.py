@@ -28,7 +28,6 @@ from tome_export.pipeline.kernels import (
 )
 from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.pipeline.reference import rescheduled
 from tome_export.reducers import DEFAULT
 from tome_export.spec import MergeOp, Precision, TowerOptions
 from tome_export.tune.schedule_file import NAME as SCHEDULE
@@ -63,6 +62,9 @@ class BuildRequest:
         reducer_options: Its options, each ``key=value``.
         dense: Give the features of every patch in place of the model's own output.
         source_map: Give also which final token each patch went into.
+        entropy: Give also the token-size entropy of each image.
+        compress: Last stage of a tower, such as ``avgpool:12x12``; None for none.
+        compress_options: Its options, each ``key=value``.
         tower: Options of a vision tower; none for any other model.
         merge_op: How the merge is written into the graph.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
@@ -84,6 +86,9 @@ class BuildRequest:
     reducer_options: tuple[str, ...] = ()
     dense: bool = False
     source_map: bool = False
+    entropy: bool = False
+    compress: str | None = None
+    compress_options: tuple[str, ...] = ()
     tower: TowerOptions = field(default_factory=TowerOptions)
     merge_op: MergeOp = "auto"
     engine: str = "auto"
@@ -180,12 +185,13 @@ def _export_and_check(
     selection: Selection,
     progress: Progress,
 ) -> dict[str, Any]:
+    from tome_export.compressors.options import compressor_from_text
     from tome_export.models import resolve
     from tome_export.onnx.export import ExportOptions
     from tome_export.onnx.files import load
     from tome_export.onnx.merging import merging_of
     from tome_export.patch import patch
-    from tome_export.reducers.options import reducer_from_text
+    from tome_export.reducers.options import json_from_reducer, reducer_from_text
 
     progress.stage(f"Load {request.model}")
     recipe = resolve(request.model, request.tower)
@@ -195,13 +201,16 @@ def _export_and_check(
             "grid, which merged tokens are not; use --dense (merged inside, then unmerged)"
         )
     reducer = reducer_from_text(request.reducer, request.reducer_options)
+    compressor = compressor_from_text(request.compress, request.compress_options)
     schedule = request.schedule
     if schedule is None and not reducer.own_counts:
         schedule = Schedule(recipe.recommended_r)
     given = None if request.schedule_file is None else read_schedule(request.schedule_file)
     if given is not None:
         given.check_model(recipe.name)
+        given.check_reducer(json_from_reducer(reducer))
         schedule = Schedule(per_layer=given.schedule)
+    recipe = replace(recipe, reducer_keys=reducer.own_keys)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     _check_precision(request, loaded.weights.stored_dtype)
@@ -219,6 +228,9 @@ def _export_and_check(
         reducer=reducer,
         dense=request.dense,
         source_map=request.source_map,
+        entropy=request.entropy,
+        compressor=compressor,
+        learned=loaded.learned,
     ).eval()
     if given is not None:
         given.check_tokens(model.layers[0].tokens_in, [layer.r for layer in model.layers])
@@ -290,7 +302,7 @@ def check_library(model: MergedModel, images: Array) -> None:
     """Without merging, the patched model must be the library's own, or parity proves nothing.
 
     Args:
-        model: The patched model.
+        model: The patched model; it is compared without its compressor, which no library has.
         images: ``[B, C, H, W]`` float32.
 
     Raises:
@@ -300,10 +312,14 @@ def check_library(model: MergedModel, images: Array) -> None:
     """
     import torch
 
+    from tome_export.patch import patched
+
+    settings = replace(model.settings, schedule=Schedule(0), compressor=None)
+    plain = patched(model, settings).eval()
     with torch.inference_mode():
         pixel_values = torch.from_numpy(images)
         expected = model.library(pixel_values)
-        found = rescheduled(model, Schedule(0)).forward_observed(pixel_values, lambda _: None)
+        found = plain.forward_observed(pixel_values, lambda _: None)
     scale = expected.abs()
     scale = scale.amax(dim=(0, 1)) if scale.ndim == 3 else scale.max()
     error = float(((found - expected).abs() / scale.clamp_min(1e-30)).max())

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.artifact import PARITY, Artifact
-from tome_export.errors import InputError, MissingComponentError, UsageError
+from tome_export.errors import InputError, MissingComponentError, ParityError, UsageError
+from tome_export.merge.entropy import effective_tokens
 from tome_export.pipeline.build import parity_summary
 from tome_export.pipeline.engine_parity import EngineRunnerFactory
-from tome_export.pipeline.images import CHECK_COUNT, parity_images
+from tome_export.pipeline.images import CHECK_COUNT, image_names, parity_images
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import reference_model
 from tome_export.spec import BatchRange, Preprocessing
@@ -36,12 +37,52 @@ class CheckRequest:
         backends: ``ort-cpu``, ``tensorrt``, ``tensorrt-rtx``; empty for ONNX Runtime plus every
             engine of the artifact that this machine can run.
         weights: Where the weights are now, if not where they were at the build.
+        min_entropy: Least token-size entropy of any image (``merge.entropy``); None for any.
     """
 
     artifact: Path
     images: Path | None = None
     backends: tuple[str, ...] = ()
     weights: str | None = None
+    min_entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class EntropyResult:
+    """How evenly the images are spread over their tokens, by the decisions of what was checked.
+
+    Attributes:
+        patches: Patches of an image: an entropy of 1 is so many effective tokens.
+        least: Of all images.
+        p5: Their fifth percentile.
+        median: Their median.
+        asked: What every image was to have; None for nothing.
+        under: Name and entropy of the images that have less, the least first.
+    """
+
+    patches: int
+    least: float
+    p5: float
+    median: float
+    asked: float | None
+    under: tuple[tuple[str, float], ...]
+
+    def tokens(self, entropy: float) -> float:
+        """Effective tokens of an entropy."""
+        return effective_tokens(entropy, self.patches)
+
+
+class OverMergedError(ParityError):
+    """Images are merged into fewer effective tokens than was asked for."""
+
+    def __init__(self, found: EntropyResult, images: int) -> None:
+        name, least = found.under[0]
+        asked = found.asked or 0.0
+        super().__init__(
+            f"over-merged: {len(found.under)} of {images} images have a token-size entropy under "
+            f"{asked:g} ({found.tokens(asked):.1f} effective tokens of {found.patches}), the least "
+            f"{least:.4f} ({found.tokens(least):.1f}, {name}); merge less, or ask for no more"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,6 +95,7 @@ class CheckResult:
         accuracy: Top-1 on labelled sample images, ``unmerged`` (PyTorch, fp32) and ``merged``
             (the ONNX model on ONNX Runtime), where the recipe brings such images; else None.
         skipped: Backends that could not run here, with the reason.
+        entropy: Of the images, the least of all reports.
         unrecorded: Why the result is not in the artifact, as when that is read-only; else None.
     """
 
@@ -61,12 +103,13 @@ class CheckResult:
     reports: tuple[ParityReport, ...]
     accuracy: dict[str, Any] | None
     skipped: dict[str, str]
+    entropy: EntropyResult
     unrecorded: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every report passed."""
-        return all(report.passed for report in self.reports)
+        """Whether every report passed, and no image is merged more than was asked for."""
+        return all(report.passed for report in self.reports) and not self.entropy.under
 
 
 def check(request: CheckRequest, progress: Progress | None = None) -> CheckResult:
@@ -76,7 +119,9 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         InputError: if the artifact is damaged, its weights cannot be found or are others than at
             the build, or the images are not usable.
         MissingComponentError: if a backend asked for cannot run here.
+        UsageError: if a backend is unknown, or the entropy not 0 to 1.
     """
+    check_entropy_option(request.min_entropy)
     from tome_export.models.samples import labelled_samples
     from tome_export.onnx.files import load
     from tome_export.parity.check import check_parity
@@ -113,6 +158,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         )
     accuracy = None
     labelled = labelled_samples(recipe) if request.images is None else None
+    if model.extra_inputs:
+        labelled = None  # an accuracy would be that of the random inputs that parity is checked on
     if labelled is not None:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
         accuracy = _accuracy(model, exported, BatchRange.parse(manifest["batch"]), *labelled)
@@ -122,7 +169,35 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     # The verdict stands also where it cannot be written down, as on a read-only mount.
     except InputError as error:
         unrecorded = str(error)
-    return CheckResult(artifact, tuple(reports), accuracy, skipped, unrecorded)
+    names = image_names(request.images, len(images))
+    patches = model.tower.tokens - model.prefix
+    entropy = _entropy(reports, names, patches, request.min_entropy)
+    return CheckResult(artifact, tuple(reports), accuracy, skipped, entropy, unrecorded)
+
+
+def check_entropy_option(value: float | None) -> None:
+    """Refuse a least entropy that is none.
+
+    Raises:
+        UsageError: unless it is 0 to 1.
+    """
+    if value is not None and not 0 <= value <= 1:
+        raise UsageError(f"--min-entropy is {value:g}; expected 0 to 1, such as 0.8")
+
+
+def _entropy(
+    reports: list[ParityReport], names: list[str], patches: int, asked: float | None
+) -> EntropyResult:
+    least = np.min([report.entropy for report in reports], axis=0)
+    under = [(names[i], float(least[i])) for i in np.argsort(least, kind="stable").tolist()]
+    return EntropyResult(
+        patches=patches,
+        least=float(least.min()),
+        p5=float(np.percentile(least, 5)),
+        median=float(np.median(least)),
+        asked=asked,
+        under=tuple((name, value) for name, value in under if asked is not None and value < asked),
+    )
 
 
 def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -17,6 +17,7 @@ from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
 from tome_export.pipeline.eval_work import evaluated
+from tome_export.pipeline.inputs import refuse_extra_inputs
 from tome_export.pipeline.manifest import output_shape
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
@@ -103,10 +104,11 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         require_ray()
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
+    refuse_extra_inputs(artifact, "eval")
     batch = _batch(artifact, request)
     progress.stage("List the images")
     classes = classes_of(artifact)
-    source = _source(artifact, request, classes)
+    source = source_of(artifact, request, classes)
     chosen = selection(len(source), request.limit)
     progress.stage(f"Load {artifact.manifest['model']['name']}")
     model, _ = reference_model(artifact, request.weights)
@@ -180,7 +182,13 @@ def _batch(artifact: Artifact, request: EvalRequest) -> int:
     return batch
 
 
-def _source(artifact: Artifact, request: EvalRequest, classes: Classes | None) -> Source:
+def source_of(artifact: Artifact, request: EvalRequest, classes: Classes | None) -> Source:
+    """The images that a request names, listed.
+
+    Raises:
+        InputError: if there are none, or their labels are not usable.
+        UsageError: if labels are given for what has its own.
+    """
     from tome_export.evaluation.find import find_data
     from tome_export.evaluation.source import ArraySource
     from tome_export.models import resolve

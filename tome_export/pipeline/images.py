@@ -51,3 +51,17 @@ def parity_images(
         raise InputError(f"{folder} holds no image; give a folder with .jpg or .png files")
     loaded: Array = load_images(paths[:LIMIT], recipe.preprocessing)
     return loaded
+
+
+def image_names(folder: Path | None, count: int) -> list[str]:
+    """What to call the images that ``parity_images`` gave.
+
+    Args:
+        folder: As given to it.
+        count: Images that it gave.
+    """
+    from tome_export.models.preprocess import find_images
+
+    if folder is None:
+        return [f"sample {index}" for index in range(count)]
+    return [path.name for path in find_images(folder)[:count]]

@@ -12,6 +12,7 @@ import numpy as np
 
 from tome_export.artifact import Artifact, staged, write_json
 from tome_export.errors import InputError, UsageError
+from tome_export.pipeline.inputs import extra_inputs, inputs_from_file, refuse_extra_inputs
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid, Preprocessing
 
@@ -41,6 +42,7 @@ class InspectRequest:
         output: Folder to write; None for ``<artifact's name>-inspect`` in the current one.
         size: Least longer side of a picture, in pixels; None for the usual.
         force: Replace a folder that an earlier inspection wrote.
+        query: File of what the model takes besides images; see ``inputs.inputs_from_file``.
     """
 
     artifact: Path
@@ -50,6 +52,7 @@ class InspectRequest:
     output: Path | None = None
     size: int | None = None
     force: bool = False
+    query: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Picture:
         groups: Tokens of more than one patch.
         largest: Patches of the largest token.
         patches_in_prefix: Patches merged into a class, distillation or register token.
+        dropped: Patches of which nothing is left.
     """
 
     file: str
@@ -73,6 +77,7 @@ class Picture:
     groups: int
     largest: int
     patches_in_prefix: int
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
     Raises:
         InputError: if the artifact is damaged or its patches cannot be placed, an image cannot be
             read, there is no such layer, or the output exists and is not to be replaced.
-        UsageError: if the layer is no number, or the size is out of range.
+        UsageError: if the layer is no number, the size is out of range, or a query is missing or
+            too many.
         MissingComponentError: if ONNX Runtime is not here.
     """
     from tome_export.inspect.draw import LONGER_SIDE, draw, draw_svg
@@ -120,10 +126,12 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
     layers = layers_from_text(request.layer, len(artifact.manifest["merge"]["r"]))
+    shapes = extra_inputs(artifact.manifest)
+    given = inputs_from_file(shapes, request.query, len(request.images))
     output = request.output or Path(f"{artifact.path.resolve().name}-inspect")
     with staged(output, force=request.force, replaceable=_is_ours) as folder:
         progress.stage(f"Run {artifact.manifest['model']['name']} on {len(request.images)} images")
-        maps = merge_maps(artifact, request.images, progress)
+        maps = merge_maps(artifact, request.images, progress, given)
         progress.stage("Draw")
         pictures = []
         names = _names(request.images)
@@ -145,6 +153,7 @@ def merge_maps(
     artifact: Artifact,
     images: Sequence[Path] | NDArray[np.float32],
     progress: Progress | None = None,
+    inputs: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> list[MergeMap]:
     """Which patches are one token after each layer, as the shipped graph decides it.
 
@@ -154,6 +163,7 @@ def merge_maps(
         artifact: The artifact.
         images: Image files, or ``pixel_values [B, C, H, W]`` float32; at least one.
         progress: Told what is being done.
+        inputs: What the model takes besides, ``[B, ...]`` by name; None for no such thing.
 
     Raises:
         InputError: if an image cannot be read, or it cannot be told where the patches lie.
@@ -167,6 +177,8 @@ def merge_maps(
     from tome_export.runtime.ort import OrtRunner
 
     progress = progress or Silent()
+    if inputs is None:
+        refuse_extra_inputs(artifact, "report")
     manifest = artifact.manifest
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
     grid, prefix = grid_from_manifest(manifest, artifact.path)
@@ -177,7 +189,8 @@ def merge_maps(
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
         with OrtRunner(twin.model) as runner:
-            plans = chosen_plans(twin, runner, pixels, BatchRange.parse(manifest["batch"]))
+            batch = BatchRange.parse(manifest["batch"])
+            plans = chosen_plans(twin, runner, pixels, batch, inputs)
     tokens = tuple(manifest["tokens"])
     # The manifest may have been edited though the files are whole.
     if not _agree(plans, prefix + grid.patches, tokens):
@@ -197,7 +210,11 @@ def merge_maps(
 
 
 def chosen_plans(
-    twin: Twin, runner: Runner, pixels: NDArray[np.float32], batch: BatchRange
+    twin: Twin,
+    runner: Runner,
+    pixels: NDArray[np.float32],
+    batch: BatchRange,
+    further: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[int, Plans]:
     """The plans that an instrumented graph chooses by itself, by layer.
 
@@ -206,6 +223,7 @@ def chosen_plans(
         runner: Runs ``twin.model``.
         pixels: ``[B, C, H, W]`` float32.
         batch: Batch sizes the model takes.
+        further: What it takes besides, by name.
     """
     from tome_export.inspect.groups import Plans
     from tome_export.onnx.twin import LEAD
@@ -217,7 +235,7 @@ def chosen_plans(
         for value in twin.model.graph.input
     }
     # Not led: the plans it could be led by are looked at for their shape only.
-    inputs = {INPUT_NAME: pixels, LEAD: np.zeros((count, 1), bool)}
+    inputs = {**(further or {}), INPUT_NAME: pixels, LEAD: np.zeros((count, 1), bool)}
     for layer in twin.layers:
         inputs |= {name: np.zeros((count, lengths[name]), np.int32) for name in layer.given}
     size = max(batch.min, min(batch.opt, count))
@@ -279,6 +297,7 @@ def _picture(file: str, image: Path, groups: LayerGroups) -> Picture:
         groups=len(groups.merged),
         largest=groups.largest,
         patches_in_prefix=groups.patches_in_prefix,
+        dropped=groups.dropped,
     )
 
 

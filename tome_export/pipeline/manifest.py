@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tome_export
 from tome_export.merge.schedule import LayerTokens
-from tome_export.spec import FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
+from tome_export.spec import ENTROPY, FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
@@ -24,6 +24,7 @@ def manifest_of(
     loaded: LoadedModel, model: MergedModel, options: ExportOptions, engine_note: str
 ) -> dict[str, Any]:
     """The manifest of a build, before its files, engines and parity are known."""
+    from tome_export.compressors.options import json_from_compressor
     from tome_export.reducers.options import json_from_reducer
 
     recipe, weights = loaded.recipe, loaded.weights
@@ -71,7 +72,8 @@ def manifest_of(
         ],
         "output": outputs[0],
         "outputs": outputs,
-        "form": {"dense": model.settings.dense, "source_map": model.settings.source_map},
+        "form": {name: getattr(model.settings, name) for name in ("dense", SOURCE_MAP, ENTROPY)},
+        "compressor": json_from_compressor(model.settings.compressor),
         "tower": _tower(loaded, model, outputs[0]["shape"]),
         "preprocessing": preprocessing,
         "labels": list(labels) if labels else None,
@@ -107,8 +109,12 @@ def _tower(
     tower = loaded.recipe.tower
     if tower is None:
         return None
-    grid = model.patch_grid
-    cells = [grid.rows, grid.cols] if grid else None
+    grid, compressor = model.patch_grid, model.settings.compressor
+    if compressor is not None:
+        found = compressor.cells()
+    else:
+        found = (grid.rows, grid.cols) if grid else None
+    cells = None if found is None else list(found)
     return {**tower.given, "tokens": shape[1], "width": shape[2], "grid": cells}
 
 
@@ -155,8 +161,10 @@ def output_names(name: str, model: MergedModel) -> list[str]:
         name: Of the main output of the recipe; dense outputs are features whatever it is.
         model: The patched model.
     """
-    main = FEATURES if model.settings.dense else name
-    return [main, SOURCE_MAP] if model.settings.source_map else [main]
+    settings = model.settings
+    main = FEATURES if settings.dense else name
+    asked = ((SOURCE_MAP, settings.source_map), (ENTROPY, settings.entropy))
+    return [main, *(output for output, given in asked if given)]
 
 
 def state_sha256(model: MergedModel) -> str:

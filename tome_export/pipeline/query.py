@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, UsageError
+from tome_export.pipeline.inputs import inputs_from_file
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.serve.client import IMAGE, Protocol, connect
 
@@ -31,6 +32,7 @@ class QueryRequest:
         shared_memory: Hand the images over in shared memory: server on this machine only.
         r: For a router: the most tokens to merge per layer.
         max_ms: For a router: the longest that one image may take the model, in ms.
+        query: File of what the model takes besides images; see ``inputs.inputs_from_file``.
     """
 
     url: str
@@ -41,6 +43,7 @@ class QueryRequest:
     shared_memory: bool = False
     r: int | None = None
     max_ms: float | None = None
+    query: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
 
     Raises:
         UsageError: if ``top``, ``r`` or ``max_ms`` is out of its range, both of the latter are
-            given, or the URL is not one.
+            given, the URL is not one, or a query is missing or too many.
         InputError: if an image is unreadable, the server has no such model or refuses, or ``r`` or
             ``max_ms`` is given for a model that is no router.
         MissingComponentError: if no server answers.
@@ -116,10 +119,15 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
                 "are for; leave them out, or serve several artifacts of one model together, with "
                 "--preprocess"
             )
-        rank = len(client.tensors(model)[0][IMAGE]["shape"])
+        tensors = client.tensors(model)[0]
+        rank = len(tensors[IMAGE]["shape"])
+        # What is in front is the batch: -1, or that of a model of fixed batch.
+        shapes = {n: tuple(t["shape"][1:]) for n, t in tensors.items() if n != IMAGE}
+        further = inputs_from_file(shapes, request.query, len(images))
         answers = []
         for count, (path, data) in enumerate(images, 1):
-            image = _image(data, rank)
+            one = {name: rows[count - 1 : count] for name, rows in further.items()}
+            image = {**_image(data, rank), **one}
             try:
                 outputs = client.infer(
                     model, image, shared_memory=request.shared_memory, parameters=parameters

@@ -30,6 +30,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     Raises:
         InputError: if the weights cannot be found, or are others than at the build.
     """
+    from tome_export.compressors.options import compressor_from_json
     from tome_export.models import resolve
     from tome_export.patch import patch
     from tome_export.reducers.options import reducer_from_json
@@ -50,14 +51,21 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     if weights is None:
         weights = "random" if kind == "random" else "pretrained"
     recipe = resolve(name, TowerOptions.of(manifest.get("tower")))
-    recipe = replace(recipe, name=manifest["model"]["name"])
-    loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
     merge = manifest["merge"]
+    reducer = reducer_from_json(merge.get("reducer"))
+    recipe = replace(recipe, name=manifest["model"]["name"], reducer_keys=reducer.own_keys)
+    loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
     schedule = Schedule(per_layer=tuple(merge["r"]))
     form = manifest.get("form", {})  # artifacts of before have one form
-    reducer = reducer_from_json(merge.get("reducer"))
-    prop_attn = merge["prop_attn"]
-    model = patch(loaded.module, schedule, prop_attn=prop_attn, reducer=reducer, **form).eval()
+    model = patch(
+        loaded.module,
+        schedule,
+        prop_attn=merge["prop_attn"],
+        reducer=reducer,
+        compressor=compressor_from_json(manifest.get("compressor")),
+        learned=loaded.learned,
+        **form,
+    ).eval()
     if state_sha256(model) != recorded["state_sha256"]:
         raise InputError(
             f"the weights found now ({loaded.weights.source}) are not those of the build "

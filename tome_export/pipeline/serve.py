@@ -305,9 +305,9 @@ def _latency_by_backend(artifact: Artifact) -> dict[str, float]:
 def _check_alike(artifacts: Sequence[Artifact]) -> None:
     """Behind one router a request may get any of the models."""
     first, *rest = artifacts
-    expected = _shared(first)
+    expected = shared_facts(first)
     for other in rest:
-        found = _shared(other)
+        found = shared_facts(other)
         differing = next((what for what in expected if found[what] != expected[what]), None)
         if differing is not None:
             raise InputError(
@@ -321,7 +321,8 @@ def _check_alike(artifacts: Sequence[Artifact]) -> None:
             )
 
 
-def _shared(artifact: Artifact) -> dict[str, object]:
+def shared_facts(artifact: Artifact) -> dict[str, object]:
+    """What artifacts of one model have in common, by what a message calls it."""
     manifest = artifact.manifest
     return {
         "models": manifest["model"]["name"],

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
+from tome_export.pipeline.check import check_entropy_option
 from tome_export.pipeline.manifest import output_shape, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.tune_images import SAMPLES, TuneImages, sized, tune_images
 from tome_export.pipeline.tune_result import values_of
 from tome_export.pipeline.tune_run import TuneRun
 from tome_export.pipeline.tune_score import Scorer
+from tome_export.reducers import DEFAULT
 from tome_export.spec import Precision
 from tome_export.tune.goal import Goal
 from tome_export.tune.schedule_file import check_writable, read_schedule, write_schedule
@@ -40,6 +42,10 @@ class TuneRequest:
         time_limit: Seconds of search after which the best by then is taken.
         seed: Of the images drawn, their split, the search, and of random weights.
         force: Replace an existing file.
+        reducer: Name of the reducer.
+        reducer_options: Its options, each ``key=value``.
+        min_entropy: Least token-size entropy of any search image (``merge.entropy``); schedules
+            with less are not considered. None for any.
     """
 
     model: str
@@ -53,6 +59,9 @@ class TuneRequest:
     time_limit: float = 600.0
     seed: int = 0
     force: bool = False
+    reducer: str = DEFAULT
+    reducer_options: tuple[str, ...] = ()
+    min_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TuneResult:
         UsageError: if a number is out of range.
         MissingComponentError: if latency is asked for and onnxruntime is not here.
     """
+    from tome_export.reducers.options import json_from_reducer
+
     start = time.monotonic()
     progress = progress or Silent()
     _check_numbers(request)
@@ -102,6 +113,9 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TuneResult:
             constant=run.best_constant(),
             front=run.front(),
             table=run.table,
+            reducer=json_from_reducer(model.settings.reducer),
+            min_entropy=request.min_entropy,
+            over_merged=run.over_merged,
             searched=len(run.search.points),
             seconds=time.monotonic() - start,
         )
@@ -140,12 +154,15 @@ def _check_numbers(request: TuneRequest) -> None:
         raise UsageError(f"--batch is {request.batch}; expected at least 1 image per run")
     if not request.time_limit > 0:
         raise UsageError(f"--time-limit is {request.time_limit:g}; expected seconds above 0")
+    check_entropy_option(request.min_entropy)
 
 
 def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
     from tome_export.models import resolve
     from tome_export.patch import patch
+    from tome_export.reducers.options import reducer_from_text
 
+    reducer = reducer_from_text(request.reducer, request.reducer_options)
     recipe = resolve(request.model)
     if recipe.output_name != "logits":
         raise InputError(
@@ -153,7 +170,21 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
             "or give a schedule to 'tome-export build' yourself"
         )
     loaded = recipe.load(weights=request.weights, seed=request.seed)
-    return loaded, patch(loaded.module, 0, prop_attn=recipe.prop_attn).eval()
+    prop_attn = recipe.prop_attn and reducer.prop_attn
+    # With an r, so that what a reducer has learned is there; schedules are given to each pass.
+    model = patch(loaded.module, 1, prop_attn=prop_attn, reducer=reducer).eval()
+    able = [index for index, layer in enumerate(model.layers) if layer.r]
+    if any(not layer.r and reducer.limit(layer.tokens_in, model.prefix) for layer in model.layers):
+        raise InputError(
+            f"reducer {reducer.name} removes tokens in layers {','.join(map(str, able))} only; "
+            "tune gives every layer an r of its own, use another reducer"
+        )
+    if model.extra_inputs:
+        raise InputError(
+            f"reducer {reducer.name} needs the input {', '.join(model.extra_inputs)}, which images "
+            "to tune on do not have; use another reducer"
+        )
+    return loaded, model
 
 
 def _images(

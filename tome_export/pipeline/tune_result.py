@@ -38,6 +38,9 @@ def values_of(
     constant: Finalist | None,
     front: Sequence[Finalist],
     table: CostTable | None,
+    reducer: dict[str, Any],
+    min_entropy: float | None,
+    over_merged: int,
     searched: int,
     seconds: float,
 ) -> dict[str, Any]:
@@ -56,6 +59,9 @@ def values_of(
         constant: The best constant r for the same target; None if none that was found meets it.
         front: What the picture shows.
         table: The cost table, if latency was asked for.
+        reducer: How tokens become fewer, as a manifest has it.
+        min_entropy: Least token-size entropy allowed on any search image; None for any.
+        over_merged: Schedules that were measured and have less.
         searched: Schedules that were measured on the search images.
         seconds: That all this took.
     """
@@ -75,6 +81,7 @@ def values_of(
         "format": FORMAT,
         "model": model,
         "weights": {"kind": weights.kind, "source": weights.source},
+        "reducer": reducer,
         "schedule": list(chosen.point.r),
         "objective": {
             "kind": goal.kind,
@@ -113,6 +120,8 @@ def values_of(
         },
         "search": {
             "schedules": searched,
+            "min_entropy": min_entropy,
+            "over_merged": over_merged,
             "validation_looks": found.looks if chosen.validation else 0,
             "ended_by_time_limit": found.cut_short,
         },
@@ -131,6 +140,7 @@ def _entry(finalist: Finalist, space: Space, latency: Latency, chosen: Finalist)
         "latency_ms": latency(point.r),
         **_accuracy(finalist.correct, finalist.images),
         "damage": finalist.damage,
+        "entropy": finalist.point.score.entropy,
         "chosen": point.r == chosen.point.r,
     }
 

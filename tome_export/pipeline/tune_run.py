@@ -84,6 +84,7 @@ class TuneRun:
         progress: Progress,
     ) -> None:
         self._goal, self._limit, self._progress = request.goal, request.time_limit, progress
+        self._min_entropy = request.min_entropy or 0.0
         self._images, self._scorer = images, scorer
         self.space: Space = space_of(model)
         self._unmerged: Rs = (0,) * self.space.depth
@@ -143,7 +144,7 @@ class TuneRun:
                 f"{least:.3g} ms and the unmerged model {unmerged:.3g} ms, ask for no less"
             )
         raise InputError(
-            f"target is {self._goal}; merging half of the tokens in every layer still takes "
+            f"target is {self._goal}; merging all that can be in every layer still takes "
             f"{least / 1e6:.2f} M of the unmerged model's {unmerged / 1e6:.2f} M, ask for no less"
         )
 
@@ -157,6 +158,7 @@ class TuneRun:
             budget=self._budget,
             needed=self._goal.needed(count, right),
             seed=seed,
+            min_entropy=self._min_entropy,
             deadline=self._start + SEARCH_SHARE * self._limit,
             told=lambda method, done, count: self._progress.detail(f"{method}: {done}/{count}"),
         )
@@ -169,8 +171,13 @@ class TuneRun:
         return search
 
     def _points(self, method: str = "") -> list[Point]:
-        points = [point for point in self.search.points.values() if any(point.r)]
+        points = [point for point in self.search.considered() if any(point.r)]
         return [point for point in points if method in ("", point.method)]
+
+    @property
+    def over_merged(self) -> int:
+        """Schedules that were measured, and merge more than is allowed."""
+        return len(self.search.points) - len(self.search.considered())
 
     def chosen(self) -> Choice:
         """The schedule that meets the target.
@@ -219,6 +226,8 @@ class TuneRun:
         """The best there is, for a target that nothing meets."""
         limit = f"the time limit of {self._limit:g} s was reached, "
         late = limit if self.search.cut_short or self._cut_short else ""
+        if self.over_merged:
+            late += f"{self.over_merged} schedules fall under --min-entropy {self._min_entropy:g}, "
         points = [point for point in self._points() if point.score.complete]
         if not points:
             return f"{late}none was measured whole; give more with --time-limit"

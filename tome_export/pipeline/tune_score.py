@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.bench.environment import cores
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.tune.front import Score
 from tome_export.tune.space import Rs, Space
 
@@ -62,7 +62,7 @@ class Scorer:
         self._ending = threading.Event()
         self._known: dict[tuple[Rs, int], Right] = {}
         outputs = self._outputs((0,) * len(model.layers), 0, len(self._pixels))
-        self._reference = torch.cat([output for _, output in outputs])
+        self._reference = torch.cat([output for _, output, _ in outputs])
         predicted = self._reference.argmax(dim=1)
         labels = predicted.cpu().numpy() if images.labels is None else images.labels
         self._labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self._device)
@@ -113,8 +113,9 @@ class Scorer:
     def _score(self, r: Rs, first: int, last: int, bound: float) -> Score:
         import torch
 
-        damage, correct, done, rights = 0.0, 0, first, []
-        for start, output in self._outputs(r, first, last):
+        damage, correct, done, rights, least = 0.0, 0, first, [], 1.0
+        for start, output, entropy in self._outputs(r, first, last):
+            least = min(least, float(entropy.min()))
             done = start + len(output)
             reference = self._reference[start:done]
             # Rounding can take a divergence of zero below it.
@@ -128,27 +129,33 @@ class Scorer:
         if done == last:
             self._known[r, first] = torch.cat(rights).cpu().numpy()
         seen = done - first
-        return Score(seen, correct, damage / seen, done == last)
+        return Score(seen, correct, damage / seen, done == last, least)
 
-    def _outputs(self, r: Rs, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """Log probabilities ``[B, classes]`` float64 by batch, in order, with each one's start."""
+    def _outputs(self, r: Rs, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What each batch gives, in order.
+
+        Returns:
+            Its start; log probabilities ``[B, classes]`` float64; token-size entropy ``[B]``.
+        """
         model = self._model
-        layers = Schedule(per_layer=r).tokens(len(r), model.layers[0].tokens_in, model.prefix)
+        layers = model.settings.reducer.layers(Schedule(per_layer=r), model.tower)
         left = threading.Event()
 
-        def run(start: int) -> Tensor:
+        def run(start: int) -> tuple[Tensor, Tensor]:
             import torch
 
-            merger: Any = _Leaving(model.merger(layers=layers), (left, self._ending))
+            merger = model.merger(layers=layers)
+            leaving: Any = _Leaving(merger, (left, self._ending))
             pixels = self._pixels[start : min(start + self._batch, last)].to(self._device)
             with torch.inference_mode():
-                return model.run(pixels, merger).double().log_softmax(dim=1)
+                output = model.run(pixels, leaving)
+                return output.double().log_softmax(dim=1), model.entropy(merger, output)
 
         starts = range(first, last, self._batch)
         futures = [self._pool.submit(run, start) for start in starts]
         try:
             for start, future in zip(starts, futures, strict=True):
-                yield start, future.result()
+                yield start, *future.result()
         finally:
             left.set()
             for future in futures:
@@ -194,4 +201,17 @@ def space_of(model: MergedModel) -> Space:
             fixed[tokens] = model.fixed_macs(tokens)
         return fixed[tokens]
 
-    return Space(model.block_costs, model.layers[0].tokens_in, model.prefix, outside)
+    tower, reducer = model.tower, model.settings.reducer
+
+    def learned(tokens: int, r: int) -> int:
+        return reducer.macs(LayerTokens(tokens, r, tokens - r, reducer.behind_block), tower)
+
+    return Space(
+        model.block_costs,
+        tower.tokens,
+        tower.prefix,
+        outside,
+        reducer.limit,
+        reducer.behind_block,
+        None if model.reducer is None else learned,
+    )

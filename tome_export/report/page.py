@@ -74,15 +74,15 @@ def sections_of(content: Content) -> list[Section]:
 def render(content: Content) -> str:
     """The page as text; the same content always gives the same text."""
     reports = {CONTRACTS[name][0]: report for name, report in content.reports.items()}
-    script = _file("gallery.js")
+    script = template_file("gallery.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             head=headline(content.manifest, reports),
             sections=sections_of(content),
-            style=_file("report.css"),
+            style=template_file("report.css"),
             script=script,
             script_sha256=digest,
             version=content.manifest["versions"].get("tome-export", ""),
@@ -90,12 +90,14 @@ def render(content: Content) -> str:
     )
 
 
-def _file(name: str) -> str:
+def template_file(name: str) -> str:
+    """The text of a file among the templates."""
     return (resources.files("tome_export.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """What renders the templates of all pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.inspect.colours import PALETTE, hex_colour, mean_colours, outline_colours
-from tome_export.inspect.draw import outline_width, scale_for
-from tome_export.inspect.svg import data_url, path_around
+from tome_export.inspect.colours import (
+    DARK,
+    HATCH,
+    PALETTE,
+    hex_colour,
+    mean_colours,
+    outline_colours,
+)
+from tome_export.inspect.draw import hatching, outline_width, scale_for
+from tome_export.inspect.groups import DROPPED
+from tome_export.inspect.svg import data_url, dropped_paths, path_around
 from tome_export.report.numbers import counted
 from tome_export.report.parts import Gallery, Section, Text
 
@@ -34,6 +42,10 @@ QUALITIES = (92, 85, 75, 60, 40, 20)
 """JPEG, tried in turn where the images as PNG would be too large."""
 
 
+DROPPED_GROUP = 0xFFFF
+"""What the page's script has in place of the group of a dropped patch."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """One image with the drawing of its last layer.
@@ -44,6 +56,7 @@ class Picture:
         height: Likewise.
         href: The image as a URL that holds it.
         paths: Outline, fill and stroke of each token of several patches.
+        dropped: Dropped patches as SVG elements; empty if there are none.
         stroke: Width of an outline, in pixels of the image.
         caption: What the drawing shows, for those who cannot see it.
     """
@@ -53,6 +66,7 @@ class Picture:
     height: int
     href: str
     paths: Sequence[tuple[str, str, str]]
+    dropped: str
     stroke: float
     caption: str
 
@@ -74,11 +88,12 @@ def pictures_section(
     tokens = [manifest["layers"][0]["tokens_in"], *manifest["tokens"]]
     encoded = _hrefs([one.image for one in maps])
     pictures = [
-        _picture(one, name, href) for one, name, href in zip(maps, names, encoded, strict=True)
+        _picture(index, *of) for index, of in enumerate(zip(maps, names, encoded, strict=True))
     ]
     data = {
         "tokens": tokens,
         "palette": [hex_colour(colour) for colour in PALETTE],
+        "dropped": [DROPPED_GROUP, hex_colour(DARK), hex_colour(HATCH)],
         "images": [_data(one) for one in maps],
     }
     depth = len(manifest["tokens"])
@@ -88,11 +103,13 @@ def pictures_section(
         "itself shows the image. Token counts include those that are no patches, such as the "
         "class token."
     )
+    if any(groups.dropped for one in maps for groups in one.layers):
+        lead += " Dropped patches are dark and hatched: nothing is left of them."
     last = f"after layer {depth - 1}: {counted(tokens[-1], 'token')}"
     return Section("pictures", TITLE, (Text(lead), Gallery(pictures, data, depth, last)))
 
 
-def _picture(one: MergeMap, name: str, href: str) -> Picture:
+def _picture(index: int, one: MergeMap, name: str, href: str) -> Picture:
     height, width = one.image.shape[:2]
     groups = one.layers[-1]
     fills = mean_colours(one.image, one.grid, groups.ids)
@@ -109,7 +126,12 @@ def _picture(one: MergeMap, name: str, href: str) -> Picture:
         f"{name} after layer {groups.layer}: {counted(len(paths), 'token')} of several patches, "
         f"the largest of {groups.largest}"
     )
-    return Picture(name, width, height, href, paths, stroke, caption)
+    dropped = ""
+    if groups.dropped:
+        caption += f", {groups.dropped} of {groups.ids.size} patches dropped"
+        hatch = hatching(one.grid, _scale(one))[0] / _scale(one)
+        dropped = "".join(dropped_paths(groups.ids == DROPPED, one.grid, hatch, f"-{index}"))
+    return Picture(name, width, height, href, paths, dropped, stroke, caption)
 
 
 def _scale(one: MergeMap) -> int:
@@ -130,20 +152,30 @@ def _data(one: MergeMap) -> dict[str, Any]:
         "width": one.grid.width,
         "scale": _scale(one),
         "stroke": _stroke(one),
+        "hatch": hatching(one.grid, _scale(one)),
         "layers": layers,
     }
 
 
 def _layer(one: MergeMap, groups: LayerGroups) -> list[Any]:
-    """Group of each patch, 0 for none, and red, green, blue and outline of each group."""
+    """Group of each patch, 0 for none, and red, green, blue and outline of each group.
+
+    Then the patches of the largest token, and those that were dropped.
+    """
     outlines = outline_colours(groups.ids)
     fills = mean_colours(one.image, one.grid, groups.ids)
-    index = np.zeros(int(groups.ids.max()) + 1, "<u2")
+    index = np.zeros(int(groups.ids.max(initial=0)) + 2, "<u2")
+    index[DROPPED] = DROPPED_GROUP  # the last entry, which no token has
     colours = bytearray()
     for number, group in enumerate(sorted(outlines), 1):
         index[group] = number
         colours += bytes((*fills[group], PALETTE.index(outlines[group])))
-    return [_base64(index[groups.ids].tobytes()), _base64(bytes(colours)), groups.largest]
+    return [
+        _base64(index[groups.ids].tobytes()),
+        _base64(bytes(colours)),
+        groups.largest,
+        groups.dropped,
+    ]
 
 
 def _base64(content: bytes) -> str:

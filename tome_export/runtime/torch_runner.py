@@ -17,8 +17,8 @@ class TorchRunner:
     """A torch module in eval mode behind float32 arrays; it runs in the dtype of its weights.
 
     Args:
-        module: Takes ``pixel_values`` and gives one tensor, or that first; not changed, copied if
-            it has to move.
+        module: Takes ``pixel_values``, and what its ``extra_inputs`` names if it has any, and gives
+            one tensor, or that first; not changed, copied if it has to move.
         output_name: Name of that tensor.
     """
 
@@ -47,7 +47,11 @@ class TorchRunner:
 
         with torch.inference_mode():
             pixel_values = torch.from_numpy(inputs[INPUT_NAME]).to(self.device, self._dtype)
-            output = self._module(pixel_values)
+            further = (
+                torch.from_numpy(inputs[name]).to(self.device, self._dtype)
+                for name in getattr(self._module, "extra_inputs", ())
+            )
+            output = self._module(pixel_values, *further)
         # A source map, where there is one, comes second and is not the model's own output.
         main = output[0] if isinstance(output, tuple) else output
         return {self._output_name: main.float().cpu().numpy()}

@@ -172,7 +172,7 @@ class Client:
     def _is_pipeline(self, model: str) -> bool:
         """Whether it takes encoded images, and gives more than their pixels."""
         inputs, outputs = self._tensors(model)
-        takes_images = inputs.keys() == {IMAGE} and inputs[IMAGE]["datatype"] == "BYTES"
+        takes_images = IMAGE in inputs and inputs[IMAGE]["datatype"] == "BYTES"
         return takes_images and outputs.keys() != {INPUT_NAME}
 
     def infer(

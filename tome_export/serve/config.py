@@ -191,7 +191,13 @@ def _add_tensor(tensors: Any, tensor: TensorInfo, batch: BatchRange) -> None:
             "rebuild the artifact"
         )
     dims = tensor.shape if batch.is_static else tensor.shape[1:]
-    tensors.add(name=tensor.name, data_type=DataType.Value(DATA_TYPES[tensor.dtype]), dims=dims)
+    data_type = DataType.Value(DATA_TYPES[tensor.dtype])
+    if dims:
+        tensors.add(name=tensor.name, data_type=data_type, dims=dims)
+        return
+    # A number per image, ``[batch]`` in the file: the server has no tensors without dims, and takes
+    # it as ``[batch, 1]`` if it is told that the file's is another shape.
+    tensors.add(name=tensor.name, data_type=data_type, dims=[1]).reshape.SetInParent()
 
 
 def _add_cuda_graphs(config: ModelConfig, batch: BatchRange, options: ServeOptions) -> None:

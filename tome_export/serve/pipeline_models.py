@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tome_export.errors import InputError
 from tome_export.serve.config import DATA_TYPES, KEPT_VERSIONS
-from tome_export.serve.source import outputs_of
+from tome_export.serve.source import inputs_of, outputs_of
 from tome_export.serve.spec import ModelFolder, ServeOptions
 from tome_export.spec import INPUT_NAME, BatchRange, Interpolation
 
@@ -110,10 +110,10 @@ def _preprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Row
             f"{artifact.path} has interpolation {settings['interpolation']!r}; expected one of "
             f"{', '.join(get_args(Interpolation))}, rebuild the artifact"
         )
-    config = _python_config(f"{name}_preprocess", rows.max_batch, options)
-    _add(config.input, "image", "TYPE_STRING", rows.fixed or [1])
-    _add(config.output, INPUT_NAME, "TYPE_FP32", [*rows.fixed, *settings["input_size"]])
-    return _folder(
+    config = python_config(f"{name}_preprocess", rows.max_batch, options)
+    add_tensor(config.input, "image", "TYPE_STRING", rows.fixed or [1])
+    add_tensor(config.output, INPUT_NAME, "TYPE_FP32", [*rows.fixed, *settings["input_size"]])
+    return python_folder(
         config, "preprocess", "preprocessing.json", {**settings, "max_pixels": MAX_PIXELS}, options
     )
 
@@ -128,12 +128,12 @@ def _postprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Ro
             "logit per label, serve it without preprocessing or rebuild the artifact"
         )
     k = min(TOP_K, classes)
-    config = _python_config(f"{name}_postprocess", rows.max_batch, options)
-    _add(config.input, "logits", "TYPE_FP32", [*rows.fixed, classes])
+    config = python_config(f"{name}_postprocess", rows.max_batch, options)
+    add_tensor(config.input, "logits", "TYPE_FP32", [*rows.fixed, classes])
     for tensor, kind in (("label", "STRING"), ("score", "FP32"), ("index", "INT32")):
-        _add(config.output, tensor, f"TYPE_{kind}", [*rows.fixed, k])
+        add_tensor(config.output, tensor, f"TYPE_{kind}", [*rows.fixed, k])
     settings = {"k": k, "labels": labels}
-    return _folder(config, "postprocess", "postprocessing.json", settings, options)
+    return python_folder(config, "postprocess", "postprocessing.json", settings, options)
 
 
 def _pipeline(
@@ -153,15 +153,21 @@ def _pipeline(
     config.max_batch_size = rows.max_batch
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     config.input.add().CopyFrom(first.input[0])
-    steps = [(first.name, ["image"], [INPUT_NAME]), (name, [INPUT_NAME], names)]
+    further = inputs_of(artifact.manifest)[1:]
+    for more in further:
+        kind = DATA_TYPES[more["dtype"]]
+        add_tensor(config.input, more["name"], kind, [*rows.fixed, *more["shape"][1:]])
+    taken = [INPUT_NAME, *(more["name"] for more in further)]
+    steps = [(first.name, ["image"], [INPUT_NAME]), (name, taken, names)]
     if last:
         config.output.extend(last[0].output)
         steps.append((last[0].name, names[:1], [tensor.name for tensor in last[0].output]))
     else:
-        _add(config.output, names[0], "TYPE_FP32", [*rows.fixed, *_output_shape(artifact)])
+        add_tensor(config.output, names[0], "TYPE_FP32", [*rows.fixed, *_output_shape(artifact)])
     for more in outputs[1:]:
         kind = DATA_TYPES[more["dtype"]]
-        _add(config.output, more["name"], kind, [*rows.fixed, *more["shape"][1:]])
+        dims = [*rows.fixed, *more["shape"][1:]] or [1]  # a number per image, as in ``config``
+        add_tensor(config.output, more["name"], kind, dims)
     for model, inputs, outputs in steps:
         config.ensemble_scheduling.step.add(
             model_name=model,
@@ -195,14 +201,14 @@ def router_folder(
     ordered = sorted(routes, key=lambda route: route.r)
     _check_routes(ordered)
     like = ordered[0].config
-    config = _python_config(name, min(route.config.max_batch_size for route in ordered), options)
+    config = python_config(name, min(route.config.max_batch_size for route in ordered), options)
     config.instance_group[0].count = max(ROUTER_INSTANCES, options.instances)
     config.parameters[ROUTES].string_value = ",".join(route.model for route in ordered)
     for mine, theirs in ((config.input, like.input), (config.output, like.output)):
         for tensor in theirs:
             mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     listed = [{"model": route.model, "r": route.r, "ms": route.ms} for route in ordered]
-    return _folder(config, "router", "routes.json", {"routes": listed}, options)
+    return python_folder(config, "router", "routes.json", {"routes": listed}, options)
 
 
 def route_of(artifact: Artifact, model: str, config: ModelConfig, ms: float | None = None) -> Route:
@@ -258,7 +264,7 @@ def _check_routes(routes: Sequence[Route]) -> None:
                 f"models {before.model} and {route.model} both merge r = {route.r:g}; a router "
                 "needs one model for each r, give another --name"
             )
-        if _interface(route.config) != _interface(first.config):
+        if interface_of(route.config) != interface_of(first.config):
             raise InputError(
                 f"models {first.model} and {route.model} have different inputs or outputs; "
                 "a router needs artifacts of one model, give another --name"
@@ -287,7 +293,8 @@ def of_one_shape(configs: Sequence[ModelConfig]) -> bool:
     return not any(rest(one) == rest(first) and shape(one) != shape(first) for one in others)
 
 
-def _interface(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+def interface_of(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Name, type and dims of every input and output."""
     tensors = (*config.input, *config.output)
     return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
 
@@ -303,7 +310,7 @@ def _output_shape(artifact: Artifact) -> list[int]:
     )
 
 
-def _python_config(name: str, max_batch: int, options: ServeOptions) -> ModelConfig:
+def python_config(name: str, max_batch: int, options: ServeOptions) -> ModelConfig:
     """A model of the python backend on the CPU, batched without waiting.
 
     Its queue has no limits, whatever the options say: the model of pixels is what is slow, and a
@@ -318,13 +325,14 @@ def _python_config(name: str, max_batch: int, options: ServeOptions) -> ModelCon
     return config
 
 
-def _add(tensors: Any, name: str, data_type: str, dims: Sequence[int]) -> None:
+def add_tensor(tensors: Any, name: str, data_type: str, dims: Sequence[int]) -> None:
+    """Add a tensor of a type such as ``TYPE_FP32`` to a config's inputs or outputs."""
     from tritonclient.grpc.model_config_pb2 import DataType
 
     tensors.add(name=name, data_type=DataType.Value(data_type), dims=dims)
 
 
-def _folder(
+def python_folder(
     config: ModelConfig, source: str, file: str, settings: dict[str, Any], options: ServeOptions
 ) -> ModelFolder:
     """A model of ``python_models`` with its settings beside it."""

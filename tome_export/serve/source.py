@@ -26,7 +26,7 @@ MAX_NAME = 128
 """Longest name of a model: names of the models around it, and of files, are longer."""
 
 
-RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router")
+RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router", "_cascade")
 """How the names of the models around a model end."""
 
 
@@ -93,7 +93,7 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         platform="tensorrt_plan" if use_engine else "onnxruntime_onnx",
         files=files,
         batch=batch,
-        inputs=(_tensor(artifact, "input", artifact.manifest.get("input"), batch),),
+        inputs=tuple(_tensor(artifact, "input", values, batch) for values in inputs_of(manifest)),
         outputs=tuple(
             _tensor(artifact, "output", values, batch) for values in outputs_of(manifest)
         ),
@@ -163,6 +163,12 @@ def _no_engine(artifact: Artifact) -> str:
         "--engine tensorrt' on the GPU that will serve it, or serve the ONNX model with --format "
         "onnx"
     )
+
+
+def inputs_of(manifest: Mapping[str, Any]) -> list[Any]:
+    """The inputs in the model's order, the images first; artifacts of before list only those."""
+    inputs = manifest.get("inputs", [manifest.get("input")])
+    return inputs if isinstance(inputs, list) else [None]
 
 
 def outputs_of(manifest: Mapping[str, Any]) -> list[Any]:

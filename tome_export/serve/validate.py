@@ -196,11 +196,10 @@ def _like_file(
                 f"{kind} {name} {list(shape)}"
             )
         dims = shape[1:] if config.max_batch_size else shape
-        if tuple(described[name].dims) != tuple(dims):
-            yield (
-                f"has {kind} {name} {list(described[name].dims)}; the file that is served has "
-                f"{list(dims)}"
-            )
+        said = described[name]
+        mine = list(said.reshape.shape if said.HasField("reshape") else said.dims)
+        if mine != list(dims):
+            yield f"has {kind} {name} {mine}; the file that is served has {list(dims)}"
         dtype = DataType.Name(described[name].data_type)
         if dtype != DATA_TYPES.get(actual[name].dtype):
             yield f"has {kind} {name} of {dtype}; the file that is served has {actual[name].dtype}"

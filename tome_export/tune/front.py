@@ -27,12 +27,14 @@ class Score:
             of the unmerged model.
         complete: Whether every image was looked at; where the damage was beyond the bound before
             the last one, the rest were not.
+        entropy: Least token-size entropy of any of them, 0 to 1.
     """
 
     images: int
     correct: int
     damage: float
     complete: bool = True
+    entropy: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class ScheduleFile:
         content: The whole file.
         tokens_in: Tokens that entered the model's first layer; None if the file does not say.
         state_sha256: Digest of the weights it was found with; None if the file does not say.
+        reducer: Name and options of the reducer, as a manifest has them; None if the file does not
+            say.
     """
 
     path: Path
@@ -38,6 +40,24 @@ class ScheduleFile:
     content: bytes
     tokens_in: int | None = None
     state_sha256: str | None = None
+    reducer: Mapping[str, Any] | None = None
+
+    def check_reducer(self, reducer: Mapping[str, Any]) -> None:
+        """Refuse another reducer than that of the search.
+
+        Args:
+            reducer: Name and options, as a manifest has them.
+
+        Raises:
+            InputError: if it differs.
+        """
+        if self.reducer in (None, json.loads(json.dumps(reducer))):
+            return
+        found, options = self.reducer.get("name"), json.dumps(self.reducer.get("options"))
+        raise InputError(
+            f"schedule file {self.path} is for --reducer {found} with options {options}; give the "
+            f"same here, or the numbers themselves: --schedule {','.join(map(str, self.schedule))}"
+        )
 
     def check_model(self, model: str) -> None:
         """Refuse another model than that of the search.
@@ -142,7 +162,12 @@ def read_schedule(path: Path) -> ScheduleFile:
     weights = values.get("weights")
     digest = weights.get("state_sha256") if isinstance(weights, dict) else None
     known = digest if isinstance(digest, str) else None
-    return ScheduleFile(path, model, tuple(schedule), content, tokens_in, known)
+    reducer = values.get("reducer")
+    if reducer is not None and not isinstance(reducer, dict):
+        raise InputError(
+            f"schedule file {path} has reducer {_short(reducer)}; expected an object, {_AGAIN}"
+        )
+    return ScheduleFile(path, model, tuple(schedule), content, tokens_in, known, reducer)
 
 
 def _is_r(value: Any) -> bool:

@@ -66,6 +66,8 @@ class Search:
         budget: Most cost allowed; None with ``needed``.
         needed: Search images that must be right; None with ``budget``.
         seed: Of the choices by chance.
+        min_entropy: Least token-size entropy of any search image; schedules with less are measured,
+            and then neither beat others nor have neighbours.
         deadline: In seconds of ``time.monotonic``; nothing new is measured after it.
         told: Called with what is measured, how many were, and how many there are to be.
 
@@ -83,6 +85,7 @@ class Search:
         budget: float | None = None,
         needed: int | None = None,
         seed: int = 0,
+        min_entropy: float = 0.0,
         deadline: float = float("inf"),
         told: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
@@ -91,11 +94,16 @@ class Search:
         self._evaluate = evaluate
         self._budget = budget
         self._needed = needed
+        self._min_entropy = min_entropy
         self._random = np.random.default_rng(seed)
         self._deadline = deadline
         self._told = told
         self.points: dict[Rs, Point] = {}
         self.cut_short = False
+
+    def considered(self) -> list[Point]:
+        """The points that do not merge more than is allowed."""
+        return [p for p in self.points.values() if p.score.entropy >= self._min_entropy]
 
     def _late(self) -> bool:
         self.cut_short = self.cut_short or time.monotonic() >= self._deadline
@@ -135,7 +143,7 @@ class Search:
             self._told("free", step + 1, count)
 
     def _level(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return Level(pareto(list(self.points.values()))).log_damage(costs)
+        return Level(pareto(self.considered())).log_damage(costs)
 
     def _next(self, step: int) -> Rs | None:
         """The unmeasured neighbour of the front that promises most; None if there is none."""
@@ -158,18 +166,18 @@ class Search:
         if self._budget is not None:
             return 0.93 * self._budget, self._budget
         needed = self._needed or 0
-        good = [p.cost for p in self.points.values() if p.score.correct >= needed]
+        good = [p.cost for p in self.considered() if p.score.correct >= needed]
         if not good:
-            most = max(point.cost for point in self.points.values())
+            most = max(point.cost for point in self.considered())
             return 0.9 * most, float("inf")
         return 0.8 * min(good), 1.05 * min(good)
 
     def _pool(self, window: tuple[float, float]) -> tuple[Table, NDArray[np.float64]]:
         """Unmeasured neighbours, with a cost inside the window, of the points nearest to it."""
         low, high = window
-        front = pareto(list(self.points.values()))
+        front = pareto(self.considered())
         if self._needed is not None:
-            good = [p for p in self.points.values() if p.score.correct >= self._needed]
+            good = [p for p in self.considered() if p.score.correct >= self._needed]
             front = [*sorted(good, key=lambda p: (p.cost, p.r))[: PARENTS // 3], *front]
         if np.isfinite(high) and high > 0:
             centre = np.log((low * high) ** 0.5)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tome_export.merge.macs import BlockCost
 from tome_export.merge.schedule import INFLECTION, Schedule
+from tome_export.merge.spec import clamp_r
 
 Rs = tuple[int, ...]
 """r of every layer, as it is after clamping."""
@@ -25,6 +26,11 @@ STEPS = (1, 2, 4, 8)
 """Tokens that one move adds to a layer or takes from it."""
 
 
+def half(tokens: int, prefix: int) -> int:
+    """The most tokens that bipartite matching can merge in one layer."""
+    return clamp_r(tokens, tokens, prefix)
+
+
 @dataclass(frozen=True)
 class Space:
     """The schedules of one model.
@@ -34,12 +40,18 @@ class Space:
         tokens: Tokens N that enter the first block, prefix tokens included.
         prefix: Protected tokens at the front.
         fixed: MACs outside the blocks, for a number of tokens that leave the last one.
+        limit: The most tokens that a layer can remove, of its tokens and prefix.
+        behind_block: Whether tokens are removed behind a block's MLP, and not in front of it.
+        learned: MACs of what decides in one layer, of its tokens and r above 0; None for none.
     """
 
     blocks: tuple[BlockCost, ...]
     tokens: int
     prefix: int
     fixed: Callable[[int], int]
+    limit: Callable[[int, int], int] = half
+    behind_block: bool = False
+    learned: Callable[[int, int], int] | None = None
 
     @property
     def depth(self) -> int:
@@ -47,12 +59,13 @@ class Space:
         return len(self.blocks)
 
     def clamped(self, wanted: Table) -> Table:
-        """What the model makes of r (``merge.spec.clamp_r``), of many schedules at once."""
+        """What the model makes of r, of many schedules at once."""
         result = np.empty_like(wanted)
         tokens = np.full(len(wanted), self.tokens, dtype=np.int64)
         for layer in range(self.depth):
-            most = np.maximum((tokens - self.prefix) // 2, 0)
-            result[:, layer] = np.clip(wanted[:, layer], 0, most)
+            counts, where = np.unique(tokens, return_inverse=True)
+            most = np.array([self.limit(int(count), self.prefix) for count in counts], np.int64)
+            result[:, layer] = np.clip(wanted[:, layer], 0, most[where])
             tokens = tokens - result[:, layer]
         return result
 
@@ -68,7 +81,14 @@ class Space:
             np.array([getattr(block, name) for block in self.blocks], dtype=np.int64)
             for name in ("before", "attention", "after")
         )
-        per_layer = entering * before + entering**2 * attention + leaving * after
+        behind = entering if self.behind_block else leaving
+        per_layer = entering * before + entering**2 * attention + behind * after
+        if self.learned is not None:
+            pairs, at = np.unique(
+                np.stack([entering, r], axis=-1).reshape(-1, 2), axis=0, return_inverse=True
+            )
+            own = [self.learned(int(n), int(k)) if k else 0 for n, k in pairs]
+            per_layer = per_layer + np.array(own, np.int64)[at].reshape(r.shape)
         final, where = np.unique(leaving[:, -1], return_inverse=True)
         fixed = np.array([self.fixed(int(tokens)) for tokens in final], dtype=np.int64)
         return np.asarray(per_layer.sum(axis=1) + fixed[where], dtype=np.float64)
@@ -81,14 +101,14 @@ class Space:
         """
         found: dict[Rs, None] = {}
         for r in range(1, self.tokens + 1):
-            layers = Schedule(r, INFLECTION[method]).tokens(self.depth, self.tokens, self.prefix)
-            rs = tuple(layer.r for layer in layers)
+            wanted = Schedule(r, INFLECTION[method]).resolve(self.depth)
+            rs = rs_of(self.clamped(table_of([wanted]))[0])
             if any(rs):
                 found.setdefault(rs)
         return list(found)
 
     def most_merged(self) -> Rs:
-        """Half of the tokens in every layer: nothing costs less."""
+        """As many tokens as there can be in every layer: nothing costs less."""
         everything = np.full((1, self.depth), self.tokens, dtype=np.int64)
         return rs_of(self.clamped(everything)[0])
 

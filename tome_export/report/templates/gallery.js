@@ -22,7 +22,8 @@
     const figure = figures[index];
     const canvas = figure.querySelector("canvas");
     const photo = figure.querySelector("img");
-    const { rows, cols, scale, stroke } = image;
+    const { rows, cols, scale, stroke, hatch } = image;
+    const [droppedGroup, dark, line] = data.dropped;
     const width = image.width * scale;
     const height = image.height * scale;
     canvas.width = photo.naturalWidth * scale;
@@ -36,7 +37,7 @@
       canvas.setAttribute("aria-label", "The image, every patch a token");
       return;
     }
-    const [groupText, colourText, largest] = image.layers[layer];
+    const [groupText, colourText, largest, dropped] = image.layers[layer];
     const groups = groupsOf(groupText);
     const colours = bytes(colourText);
     const at = (row, col) =>
@@ -47,6 +48,22 @@
       const col = patch % cols;
       const x = col * width;
       const y = row * height;
+      if (group === droppedGroup) {
+        context.fillStyle = dark;
+        context.fillRect(x, y, width, height);
+        context.fillStyle = line;
+        // Lines run on from patch to patch: where the sum of both coordinates is a multiple of step.
+        const [step, thick] = hatch;
+        for (let down = 0; down < height; down++) {
+          const phase = (x + y + down) % step;
+          for (let right = -phase; right < width; right += step) {
+            const from = Math.max(right, 0);
+            const to = Math.min(right + thick, width);
+            if (to > from) context.fillRect(x + from, y + down, to - from, 1);
+          }
+        }
+        return;
+      }
       const [red, green, blue, outline] = colours.subarray(4 * (group - 1), 4 * group);
       context.fillStyle = `rgb(${red}, ${green}, ${blue})`;
       context.fillRect(x, y, width, height);
@@ -63,7 +80,10 @@
         }
       }
     });
-    const said = largest > 1 ? `largest token: ${largest} patches` : "every patch a token";
+    const single = dropped ? "every token one patch" : "every patch a token";
+    const said =
+      (largest > 1 ? `largest token: ${largest} patches` : single) +
+      (dropped ? `, ${dropped} dropped` : "");
     note.textContent = said;
     canvas.setAttribute("aria-label", `The image after layer ${layer}, ${said}`);
   };

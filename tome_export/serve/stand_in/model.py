@@ -116,7 +116,8 @@ class TritonPythonModel:
             )
         for tensor in given:
             model = tensors[tensor["name"]]
-            expected = [int(size) for size in tensor["dims"]]
+            dims = tensor["reshape"]["shape"] if "reshape" in tensor else tensor["dims"]
+            expected = [int(size) for size in dims]
             if self._batches:
                 expected = [-1, *expected]
             if ORT_TYPES.get(tensor["data_type"]) != model.type or not _fits(expected, model.shape):

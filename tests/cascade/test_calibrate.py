@@ -1,0 +1,165 @@
+"""Outcomes against image-by-image loops, and the choice among thresholds."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from tome_export.cascade import policy
+from tome_export.cascade.calibrate import best_within, cheapest, front_of
+from tome_export.cascade.candidates import (
+    MOST,
+    complexity_settings,
+    confidence_settings,
+    learned_settings,
+)
+from tome_export.cascade.outcome import Observations, outcome
+from tome_export.errors import InputError
+
+MACS = [100, 250, 600]
+OWN = 7
+
+
+def observations(count=80, members=3, seed=0):
+    """Larger members are right more often, and surer where they are."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 5, count)
+    right = rng.random((members, count)) < np.linspace(0.7, 0.97, members)[:, None]
+    classes = np.where(right, truth, (truth + 1) % 5)
+    classes[0, 0] = -1
+    confidence = np.clip(rng.random((members, count)) * 0.6 + 0.4 * right, 0, 1)
+    confidence[0, 0] = np.nan
+    surprise = np.where(right, 0.1, 2.0) + 0.1 * rng.random((members, count))
+    return Observations(
+        classes, confidence, surprise, rng.random(count), rng.random((count, 4)), truth
+    )
+
+
+def slow_outcome(settings, seen, macs):
+    """One image after another: member, cost, whether it is right."""
+    found = []
+    for image in range(len(seen)):
+        if settings["policy"] == "confidence":
+            member, cost = 0, macs[0]
+            while member < len(macs) - 1:
+                sure = seen.confidence[member, image]
+                if not np.isnan(sure) and sure >= settings["thresholds"][member]:
+                    break
+                member += 1
+                cost += macs[member]
+        elif settings["policy"] == "complexity":
+            member = sum(seen.complexity[image] >= t for t in settings["thresholds"])
+            cost = macs[member]
+        else:
+            net = [
+                sum(w * x for w, x in zip(row, seen.patches[image], strict=True))
+                + b
+                - settings["price"] * s
+                for row, b, s in zip(
+                    settings["weights"], settings["bias"], settings["shares"], strict=True
+                )
+            ]
+            member = net.index(max(net))
+            cost = macs[member]
+        answer = seen.classes[member, image]
+        found.append((member, cost + OWN, answer == seen.truth[image] and answer >= 0))
+    return found
+
+
+def head_of(members=3):
+    rng = np.random.default_rng(5)
+    return rng.standard_normal((members, 4)).tolist(), rng.standard_normal(members).tolist()
+
+
+def settings_of(name, seen):
+    shares = [one / MACS[-1] for one in MACS]
+    return {
+        "complexity": lambda: complexity_settings(seen),
+        "confidence": lambda: confidence_settings(seen, "max"),
+        "learned": lambda: list(learned_settings(seen, head_of(), shares)),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+def test_outcomes_are_those_of_the_loop(name):
+    seen = observations()
+    tried = settings_of(name, seen)
+    for settings in tried[:: max(1, len(tried) // 25)]:
+        found = outcome(settings, seen, MACS, OWN)
+        together = zip(found.budget, found.macs, found.right, strict=True)
+        assert [tuple(one) for one in together] == slow_outcome(settings, seen, MACS)
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+def test_every_policy_can_do_the_least_and_the_most(name):
+    seen = observations()
+    found = [outcome(one, seen, MACS, 0) for one in settings_of(name, seen)]
+    costs = [one.macs for one in found]
+    # Of confidence even the least lets an image go on whose answer is not finite.
+    least = np.array([MACS[0]] * len(seen))
+    if name == "confidence":
+        least[0] += MACS[1]
+    assert any((cost == least).all() for cost in costs)
+    most = sum(MACS) if name == "confidence" else MACS[-1]
+    assert any((cost == most).all() for cost in costs)
+
+
+def test_the_number_of_settings_is_bounded():
+    for members in (2, 3, 4):
+        seen = observations(4000, members)
+        assert 100 < len(confidence_settings(seen, "max")) <= MOST
+        assert 100 < len(complexity_settings(seen)) <= MOST
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+def test_the_front_has_every_setting_that_no_other_beats(name):
+    seen = observations(seed=2)
+    tried = settings_of(name, seen)
+    front = front_of(tried, seen, MACS, OWN)
+    assert [one.macs for one in front] == sorted({one.macs for one in front})
+    assert [one.rank for one in front] == sorted({one.rank for one in front})
+    for settings in tried:
+        found = outcome(settings, seen, MACS, OWN)
+        cost, right = found.macs.mean(), found.right.sum()
+        assert any(p.macs <= cost and p.correct >= right for p in front)
+
+
+def test_the_cheapest_that_meets_an_accuracy():
+    seen = observations()
+    front = front_of(confidence_settings(seen, "max"), seen, MACS, OWN)
+    needed = front[len(front) // 2].correct
+    chosen = cheapest(front, needed, len(seen), "x")
+    assert chosen.correct >= needed
+    assert all(p.correct < needed for p in front if p.macs < chosen.macs)
+    best = front[-1].correct
+    with pytest.raises(InputError) as caught:
+        cheapest(front, best + 1, len(seen), "accuracy of at least 99 %")
+    assert re.fullmatch(
+        rf"target is accuracy of at least 99 %, {best + 1} of the 80 calibration images right; no "
+        rf"thresholds give more than {best} \(\d+\.\d\d %, at 0\.00 M MACs\), ask for no more or "
+        "add an artifact that merges less",
+        str(caught.value),
+    )
+
+
+def test_the_best_within_a_budget():
+    seen = observations()
+    front = front_of(confidence_settings(seen, "max"), seen, MACS, OWN)
+    chosen = best_within(front, 300, MACS, "x")
+    assert chosen.macs <= 300
+    assert all(p.rank <= chosen.rank for p in front if p.macs <= 300)
+
+
+@pytest.mark.parametrize("budget", [106.0, 600.0])
+def test_a_budget_that_the_members_do_not_span(budget):
+    seen = observations()
+    millions = [1_000_000 * one for one in MACS]
+    front = front_of(complexity_settings(seen), seen, millions, 7_000_000)
+    with pytest.raises(InputError) as caught:
+        best_within(front, budget * 1e6, millions, "at most x MACs")
+    assert str(caught.value) == (
+        "target is at most x MACs; these artifacts span 107.00 M (the lowest for every image) to "
+        "600.00 M MACs (the highest alone, without a cascade), ask for a mean in between"
+    )

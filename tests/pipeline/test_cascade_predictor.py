@@ -1,0 +1,59 @@
+"""Training of the head: it learns what there is to learn, and keeps to a mean budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tome_export.cascade import policy
+from tome_export.cascade.outcome import Observations
+from tome_export.pipeline.cascade_predictor import trained_head
+
+SHARES = [0.4, 1.0]
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """The lower member is wrong where the first pixel of the average patch is positive."""
+    patches = np.random.default_rng(0).standard_normal((200, 12))
+    truth = np.zeros(200, np.int64)
+    hard = patches[:, 0] > 0.5
+    classes = np.stack([np.where(hard, 1, 0), truth])
+    nothing = np.zeros((2, 200))
+    return Observations(classes, nothing, nothing, nothing[0], patches, truth)
+
+
+@pytest.fixture(scope="module")
+def embedding():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((16, 3, 2, 2)), rng.standard_normal(16)
+
+
+def probabilities(seen, head):
+    scores = policy.head_scores(seen.patches, *head)
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def test_the_head_learns_which_images_need_more(seen, embedding):
+    head = trained_head(seen, embedding, SHARES, 0.6, 0.0)
+    budget = policy.by_price(policy.head_scores(seen.patches, *head), SHARES, 0.0)
+    needed = (~seen.right[0]).astype(np.int64)
+    assert 0.2 < needed.mean() < 0.5
+    assert (budget == needed).mean() > 0.97
+
+
+@pytest.mark.parametrize("target", [0.45, 0.95])
+def test_the_budget_term_moves_the_mean_to_its_target(seen, embedding, target):
+    actual = {}
+    for strength in (0.0, 100.0, 1e4):
+        head = trained_head(seen, embedding, SHARES, target, strength)
+        actual[strength] = float((probabilities(seen, head) @ SHARES).mean())
+    assert abs(actual[0.0] - target) > 0.08
+    assert abs(actual[100.0] - target) < 0.05
+    assert abs(actual[1e4] - target) < 0.005
+
+
+def test_nothing_is_drawn_at_random(seen, embedding):
+    made = [trained_head(seen, embedding, SHARES, 0.6, 1.0) for _ in range(2)]
+    assert made[0] == made[1]

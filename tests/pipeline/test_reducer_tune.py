@@ -1,0 +1,52 @@
+"""Schedules of other reducers: searched within their own limits, and built with them only."""
+
+from __future__ import annotations
+
+import pytest
+
+from tome_export.errors import InputError
+from tome_export.pipeline import BuildRequest, build
+from tome_export.pipeline.tune import TuneRequest, goal_of, tune
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tuned") / "schedule.json"
+    goal = goal_of("target_macs", "50%")
+    request = TuneRequest("vit_digits", goal, path, limit=40, time_limit=3.0, reducer="topk")
+    return tune(request)
+
+
+def test_macs_are_those_of_the_build(tuned, tmp_path):
+    values = tuned.values
+    assert values["reducer"]["name"] == "topk"
+    # More than half of the tokens of a layer: what bipartite matching could not remove.
+    most = min(values["front"], key=lambda row: row["macs"])["schedule"]
+    assert most[0] == 63
+    request = BuildRequest(
+        "vit_digits", tmp_path / "x", reducer="topk", schedule_file=tuned.path, engine="none"
+    )
+    built = build(request).manifest
+    assert built["merge"]["r"] == values["schedule"]
+    assert built["macs"]["merged"] == values["found"]["macs"]
+
+
+def test_another_reducer_is_refused(tuned, tmp_path):
+    request = BuildRequest("vit_digits", tmp_path / "x", schedule_file=tuned.path, engine="none")
+    with pytest.raises(InputError, match=r"is for --reducer topk with options .*; give the same"):
+        build(request)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_reducer_of_few_layers_is_not_searched(tmp_path):
+    goal = goal_of("target_macs", "50%")
+    options = ("weights=random",)
+    request = TuneRequest(
+        "vit_digits", goal, tmp_path / "x.json", reducer="dynamicvit", reducer_options=options
+    )
+    with pytest.raises(InputError) as failure:
+        tune(request)
+    assert str(failure.value) == (
+        "reducer dynamicvit removes tokens in layers 0,2,3 only; tune gives every layer an r of "
+        "its own, use another reducer"
+    )

@@ -1,0 +1,312 @@
+"""A served cascade: on the real server, with real members, and its folder before it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tome_export.artifact import Artifact
+from tome_export.cascade import policy
+from tome_export.errors import InputError, UsageError
+from tome_export.models.recipe import DATA
+from tome_export.models.samples import digits_test
+from tome_export.pipeline.cascade import CascadeRequest, cascade
+from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
+from tome_export.serve.client import connect
+from tome_export.serve.config import config_from_text, folder_from_source
+from tome_export.serve.python_models import cascade as served_model
+from tome_export.serve.server import start
+from tome_export.serve.source import check_free_name, source_from_artifact
+from tome_export.serve.spec import ServeOptions
+from tome_export.serve.validate import validate
+from tome_export.tune.goal import Goal
+
+pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+
+NAME = "vit_digits_cascade"
+RS = (32, 16, 8)
+COUNT = 48
+NEAR = 1e-5
+"""Of a threshold: kernels may round otherwise in batches of other sizes."""
+
+
+@pytest.fixture(scope="module")
+def sessions(digit_members):
+    return [
+        onnxruntime.InferenceSession(
+            str(digit_members[r] / "model.onnx"), providers=["CPUExecutionProvider"]
+        )
+        for r in RS
+    ]
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return digits_test()[0][:COUNT]
+
+
+def logits_of(session, pixels):
+    return session.run(["logits"], {"pixel_values": pixels})[0]
+
+
+def request_of(members, folder, name="confidence", **more):
+    return CascadeRequest(
+        tuple(members.values()),
+        ("samples",),
+        name,
+        Goal.target_macs("60%"),
+        folder / f"{name}.json",
+        limit=80,
+        repository=folder / "repository",
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def calibrated(digit_members, tmp_path_factory):
+    """The repository of a cascade by confidence, with a pipeline, and the result."""
+    folder = tmp_path_factory.mktemp("cascade")
+    done = cascade(request_of(digit_members, folder, preprocess=True))
+    return folder / "repository", done
+
+
+@pytest.fixture(scope="module")
+def server(request, calibrated):
+    request.getfixturevalue("installation")
+    with start(calibrated[0], config_name="cpu", control="explicit", load=["*"]) as running:
+        yield running
+        running.stop(0)
+
+
+@pytest.fixture
+def client(server):
+    with connect(server.grpc) as made:
+        yield made
+
+
+@pytest.fixture
+def grpc(server):
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(server.grpc) as made:
+        yield made
+
+
+def expected_of(settings, sessions, pixels, macs):
+    """Image by image: logits, budget, MACs, and whether a number lies near a threshold."""
+    rows, near = [], []
+    for image in pixels[:, None]:
+        budget = int(policy.first_budgets(settings, image)[0])
+        cost, close = settings.get("policy_macs", 0) + macs[budget], False
+        logits = logits_of(sessions[budget], image)
+        while policy.goes_on(settings, budget, logits)[0]:
+            budget += 1
+            cost += macs[budget]
+            logits = logits_of(sessions[budget], image)
+        if settings["policy"] == "confidence":
+            for index, threshold in enumerate(settings["thresholds"]):
+                sure = policy.confidence(logits_of(sessions[index], image), settings["measure"])[0]
+                close |= abs(sure - threshold) < NEAR
+        rows.append((logits[0], budget, cost))
+        near.append(close)
+    return [*map(np.array, zip(*rows, strict=True))], np.array(near)
+
+
+def check(answer, settings, sessions, pixels, macs):
+    (logits, budget, cost), near = expected_of(settings, sessions, pixels, macs)
+    assert near.mean() < 0.1
+    assert answer["budget"].dtype == np.int32
+    assert answer["budget"].shape == answer["macs"].shape == (len(pixels), 1)
+    np.testing.assert_array_equal(answer["budget"][~near, 0], budget[~near])
+    np.testing.assert_array_equal(answer["macs"][~near, 0], cost[~near])
+    np.testing.assert_allclose(answer["logits"][~near], logits[~near], atol=1e-4)
+    return budget
+
+
+def settings_in(repository):
+    return json.loads((repository / NAME / "1" / "cascade.json").read_text())
+
+
+def macs_in(settings):
+    return [member["macs"] for member in settings["members"]]
+
+
+def test_only_the_unsure_go_on_each_group_in_one_request(
+    calibrated, client, grpc, sessions, pixels, counts
+):
+    settings = settings_in(calibrated[0])
+    assert settings["thresholds"] == calibrated[1].values["settings"]["thresholds"]
+    names = [member["model"] for member in settings["members"]]
+    assert names == [f"vit_digits_r{r}" for r in RS]
+    before = [counts(grpc, name) for name in names]
+    given = pixels[:32]
+    answer = client.infer(NAME, {"pixel_values": given})
+    budget = check(answer, settings, sessions, given, macs_in(settings))
+    assert len({*budget}) > 1
+    for index, name in enumerate(names):
+        images, batches = counts(grpc, name) - before[index]
+        assert images == (answer["budget"] >= index).sum()
+        assert batches == min(1, images)
+
+
+def test_requests_that_come_together_are_kept_apart(calibrated, grpc, sessions, pixels):
+    from tritonclient.grpc import InferInput
+
+    done: list[queue.Queue] = [queue.Queue() for _ in range(12)]
+    for index in range(12):
+        given = pixels[3 * index : 3 * index + 1 + index % 3]
+        tensor = InferInput("pixel_values", list(given.shape), "FP32")
+        tensor.set_data_from_numpy(given)
+        grpc.async_infer(
+            NAME, [tensor], lambda result, error, i=index: done[i].put(error or result)
+        )
+    settings = settings_in(calibrated[0])
+    for index, one in enumerate(done):
+        result = one.get(timeout=60)
+        given = pixels[3 * index : 3 * index + 1 + index % 3]
+        answer = {name: result.as_numpy(name) for name in ("logits", "budget", "macs")}
+        (_, budget, cost), near = expected_of(settings, sessions, given, macs_in(settings))
+        assert answer["macs"][~near, 0].tolist() == cost[~near].tolist()
+        assert answer["budget"][~near, 0].tolist() == budget[~near].tolist()
+
+
+def test_only_the_outputs_asked_for_are_given(grpc, pixels):
+    from tritonclient.grpc import InferInput, InferRequestedOutput
+
+    tensor = InferInput("pixel_values", [2, 1, 32, 32], "FP32")
+    tensor.set_data_from_numpy(pixels[:2])
+    answer = grpc.infer(NAME, [tensor], outputs=[InferRequestedOutput("budget")])
+    assert answer.as_numpy("budget").shape == (2, 1)
+    assert answer.as_numpy("logits") is None
+
+
+def test_images_go_through_the_pipeline(calibrated, client):
+    assert calibrated[1].served.entry == client.pipeline() == f"{NAME}_pipeline"
+    data = (DATA / "digit.png").read_bytes()
+    answer = client.infer(f"{NAME}_pipeline", {"image": np.array([[data]] * 2, np.object_)})
+    direct = client.infer(NAME, {"pixel_values": digits_test()[0][:1]})
+    best = int(direct["logits"].argmax())
+    assert answer["label"][:, 0].tolist() == [str(best).encode()] * 2
+    assert answer["budget"].tolist() == direct["budget"].tolist() * 2
+    assert answer["macs"].tolist() == direct["macs"].tolist() * 2
+    with pytest.raises(InputError, match="image is not a JPEG or PNG file"):
+        client.infer(f"{NAME}_pipeline", {"image": np.array([[b"hello"]], np.object_)})
+
+
+@pytest.mark.parametrize("name", ["complexity", "learned"])
+def test_the_other_policies_group_images_by_budget(
+    name, calibrated, digit_members, client, grpc, sessions, pixels, counts, tmp_path
+):
+    """Calibrated into the same repository, and loaded by the server that runs."""
+    repository = calibrated[0]
+    before = {path: path.stat().st_mtime_ns for path in repository.glob("*_r*/1/model.onnx")}
+    more = request_of(digit_members, tmp_path, name)
+    done = cascade(CascadeRequest(**{**vars(more), "repository": repository, "force": True}))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert done.served.entry == NAME
+    grpc.load_model(NAME)
+    settings = settings_in(repository)
+    names = [member["model"] for member in settings["members"]]
+    seen = [counts(grpc, one) for one in names]
+    given = pixels[:32]
+    answer = client.infer(NAME, {"pixel_values": given})
+    budget = check(answer, settings, sessions, given, macs_in(settings))
+    assert len({*budget}) > 1
+    for index, one in enumerate(names):
+        images, batches = counts(grpc, one) - seen[index]
+        assert (images, batches) == ((budget == index).sum(), (budget == index).any())
+
+
+# Without a server.
+
+
+class Refusal:
+    """What a server says of a model that failed."""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_is_that_of_the_images_it_is_about(failing, sessions, pixels):
+    given = pixels[:8]
+    refusal = Refusal()
+    low = policy.confidence(logits_of(sessions[0], given), "max")
+    settings = {
+        "policy": "confidence",
+        "measure": "max",
+        "thresholds": [float(np.median(low))],
+        "members": [{"model": "a", "macs": 5}, {"model": "b", "macs": 9}],
+        "policy_macs": 1,
+    }
+
+    async def ask(member, part):
+        if member == failing:
+            raise served_model.MemberError(refusal)
+        return {"logits": logits_of(sessions[member], part)}
+
+    found, errors = asyncio.run(served_model.cascaded(policy, settings, given, ask))
+    unsure = np.flatnonzero(low < np.median(low)).tolist()
+    assert 0 < len(unsure) < 8
+    assert {*errors} == ({*range(8)} if failing == 0 else {*unsure})
+    assert all(error is refusal for error in errors.values())
+    sound = [index for index in range(8) if index not in errors]
+    assert found["macs"][sound, 0].tolist() == [6] * len(sound)
+
+
+def test_the_copy_beside_the_model_is_the_calibrations_own_file(calibrated):
+    copy = calibrated[0] / NAME / "1" / "policy.py"
+    assert copy.read_bytes() == Path(policy.__file__).read_bytes()
+    assert served_model.policy_from_file(copy).POLICIES == policy.POLICIES
+
+
+@pytest.fixture
+def member(make_artifact):
+    def make(model, macs, **changes):
+        artifact = Artifact.open(make_artifact(**changes))
+        config = folder_from_source(source_from_artifact(artifact), model, ServeOptions()).config
+        return Member(model, macs, config), artifact
+
+    return make
+
+
+SETTINGS = {"policy": "confidence", "measure": "max", "thresholds": [0.5]}
+
+
+def test_the_folder_of_a_cascade_is_valid(member):
+    (low, artifact), (high, _) = member("low", 3), member("high", 8, batch="1:2:4")
+    options = ServeOptions()
+    folder = cascade_folder("x_cascade", [low, high], SETTINGS, 2, options)
+    assert {*folder.files} == {"1/model.py", "1/cascade.json", "1/policy.py"}
+    assert folder.config.max_batch_size == 4
+    assert [t.name for t in folder.config.output] == ["logits", "budget", "macs"]
+    content = json.loads(folder.files["1/cascade.json"])
+    assert content == {
+        **SETTINGS,
+        "policy_macs": 2,
+        "members": [{"model": "low", "macs": 3}, {"model": "high", "macs": 8}],
+    }
+    around = cascade_pipeline_folders(artifact, folder, options)
+    names = [one.name for one in around]
+    assert names == [f"x_cascade_{end}" for end in ("preprocess", "postprocess", "pipeline")]
+    assert [t.name for t in around[-1].config.output][-2:] == ["budget", "macs"]
+    for one in (folder, *around):
+        validate(one, models={"x_cascade", *names})
+
+
+def test_members_that_make_no_cascade(member):
+    (low, _), (fixed, _) = member("low", 3), member("fixed", 8, batch="4")
+    with pytest.raises(InputError, match="model fixed takes batches of one size, and a cascade"):
+        cascade_folder("x", [low, fixed], SETTINGS, 0, ServeOptions())
+    text = str(low.config).replace('name: "logits"', 'name: "features"')
+    other = Member("other", 8, config_from_text(text, "other"))
+    with pytest.raises(InputError, match="models low and other have different inputs or outputs"):
+        cascade_folder("x", [low, other], SETTINGS, 0, ServeOptions())
+
+
+def test_the_end_of_the_name_is_reserved():
+    with pytest.raises(UsageError, match="names that end in _cascade are given to models made"):
+        check_free_name("mine_cascade")

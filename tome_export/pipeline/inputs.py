@@ -1,0 +1,90 @@
+"""What an artifact takes besides images: from a file of the user's, or refused where it cannot be.
+
+A model with the reducer ``query`` takes an embedding with every image. Commands that need no
+answer of the model's give it random ones; the others take the user's or say that they cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tome_export.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tome_export.artifact import Artifact
+
+
+def extra_inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each input besides the images, without the batch; artifacts of before have none.
+
+    Raises:
+        InputError: if the manifest was edited into something unusable.
+    """
+    entries = manifest.get("inputs", ())
+    try:
+        return {
+            str(entry["name"]): tuple(int(size) for size in entry["shape"][1:])
+            for entry in entries[1:]
+        }
+    except (KeyError, TypeError, ValueError):
+        raise InputError("build.json has no usable inputs; rebuild the artifact") from None
+
+
+def refuse_extra_inputs(artifact: Artifact, command: str) -> None:
+    """Stop a command that has only images for the model.
+
+    Raises:
+        InputError: if the model takes more.
+    """
+    extra = extra_inputs(artifact.manifest)
+    if extra:
+        raise InputError(
+            f"the model of {artifact.path} takes {', '.join(extra)} with every image, which "
+            f"'tome-export {command}' cannot give; use check, bench, inspect --query or serve"
+        )
+
+
+def inputs_from_file(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | None, count: int
+) -> dict[str, NDArray[np.float32]]:
+    """The further input of a model from a .npy file, for so many images.
+
+    Args:
+        shapes: Inputs that are wanted, without the batch; at most one.
+        path: ``[E]`` for all images alike, or ``[count, E]``; None for no file.
+        count: Images.
+
+    Raises:
+        UsageError: if a file is given that is not wanted, or wanted and not given.
+        InputError: if it cannot be read or is of another shape.
+    """
+    wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    if path is None and shapes:
+        raise UsageError(f"the model takes {wanted} with every image; give it by --query FILE.npy")
+    if path is None:
+        return {}
+    if not shapes:
+        raise UsageError(f"--query is {path}, but the model takes images only; leave it out")
+    try:
+        with path.open("rb") as stream:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"query file {path} cannot be read ({error.strerror or error})") from None
+    except ValueError:
+        raise InputError(
+            f"query file {path} holds no array of numbers; write one with numpy.save"
+        ) from None
+    ((name, shape),) = shapes.items()
+    fits = array.shape in (shape, (count, *shape)) and array.dtype.kind in "fiu"
+    if not fits or not np.isfinite(array).all():
+        raise InputError(
+            f"query file {path} holds {array.dtype} {list(array.shape)}; expected finite numbers "
+            f"of shape {list(shape)}, or {[count, *shape]} for {count} images"
+        )
+    return {name: np.broadcast_to(array.astype(np.float32), (count, *shape)).copy()}
