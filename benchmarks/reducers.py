@@ -1,8 +1,8 @@
 """What do the reducers keep of a model's accuracy, and what do they gain in time, at the same MACs?
 
 Accuracy: the trained vit_digits on its 450 test images, PyTorch in fp32, over each reducer's own
-range of budgets. No model is trained for its reducer; the parts that some learn are those that
-scripts/train_digits_reducers.py trains on the frozen model. Speed: deit_tiny (random weights) in
+range of budgets. No model is trained for its reducer, and the parts that some learn are random.
+Speed: deit_tiny (random weights) in
 fp32 on ONNX Runtime CPU, each reducer beside ToMe at the same MACs, timed in turn.
 
     python benchmarks/reducers.py [--part accuracy|speed] [--no-write]
@@ -36,8 +36,8 @@ from tome_export.reducers.options import json_from_reducer, reducer_from_text
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange
 
-LEARNED = Path(__file__).parents[1] / "models" / "data"
-TOKENS = 65
+LEARNED = dict.fromkeys(("dtem", "dynamicvit", "query"), ("weights=random",))
+TOKENS, DEPTH = 65, 6
 R = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32)
 KEEP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 SPEED_MODEL, SPEED_R, BATCH, ROUNDS = "timm:deit_tiny_patch16_224", 8, 8, 15
@@ -53,22 +53,17 @@ class Budget:
 
 def budgets(name: str) -> Iterator[Budget]:
     """What a reducer is tried with on vit_digits, from much kept to little."""
+    learned = LEARNED.get(name, ())
     if name in ("evit", "dynamicvit"):
-        learned = (f"weights={LEARNED / 'dynamicvit_digits.safetensors'}",)
         for keep in KEEP:
-            yield Budget((f"keep={keep}", *(learned if name == "dynamicvit" else ())), None)
+            yield Budget((f"keep={keep}", *learned), None)
     elif name == "diffrate":
         for r in R:
-            kept = [TOKENS - r * (layer + 1) for layer in range(6)]
-            if kept[-1] > 2:
-                yield Budget(_halved(TOKENS, [r] * 6), None)
+            counts = [layer.r for layer in Schedule(r).tokens(DEPTH, TOKENS, prefix=1)]
+            yield Budget(_halved(TOKENS, counts), None)
     else:
-        options = {
-            "dtem": ("weights=random",),
-            "query": ("weights=random",),
-        }.get(name, ())
         for r in R:
-            yield Budget(options, Schedule(r))
+            yield Budget(learned, Schedule(r))
 
 
 def accuracy(_folder: Path) -> list[dict[str, Any]]:
@@ -122,7 +117,7 @@ def _halved(tokens: int, counts: list[int]) -> tuple[str, ...]:
 def same_macs(name: str, module: Any) -> MergedModel:
     """A reducer on the speed model, with as nearly ToMe's MACs as its counts allow."""
     tome = patch(module, SPEED_R)
-    learned = ("weights=random",) if name in ("dtem", "dynamicvit", "query") else ()
+    learned = LEARNED.get(name, ())
     if name == "diffrate":
         options = _halved(tome.layers[0].tokens_in, [SPEED_R] * len(tome.layers))
         return patch(module, None, reducer=reducer_from_text(name, options))

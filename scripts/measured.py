@@ -39,7 +39,7 @@ def measured() -> str:
         for row in cpu
     ]
     lines += ["", *(parity_line(name) for name in ("recipes", "recipes_full")), registry_line()]
-    lines += [families_line(), llava_line(), *serving_lines(), soak_line()]
+    lines += [families_line(), llava_line(), *serving_lines(), soak_line(), *cascade_lines()]
     return "\n".join(lines) + "\n"
 
 
@@ -190,6 +190,28 @@ def reducers_lines() -> str:
             f"| {row['macs'] / row['tome_macs']:.3f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def cascade_lines() -> list[str]:
+    """What a budget per image saves, served, and where it does not."""
+    found = [row for row in rows("cascade")[1] if row["kind"] == "served"]
+    halves = [row for row in found if row["calibrated_on"] == "halves"]
+    sure = [row for row in halves if row["policy"] == "confidence"]
+    best = sorted(sure, key=lambda row: -row["saved"])[:2]
+    shown = " and ".join(
+        f"{row['saved']:.1%} fewer MACs than r = {row['single']['r']}, the best single r, at "
+        f"{row['top1']['correct']} of {row['top1']['images']} right"
+        for row in sorted(best, key=lambda row: row["macs"])
+    )
+    low, high = (f(row["saved"] for row in sure if row not in best) for f in (min, max))
+    others = max(row["saved"] for row in halves if row["policy"] != "confidence")
+    members = ", ".join(map(str, best[0]["members"]))
+    return [
+        f"- A cascade of vit_digits at r = {members}, by confidence, "
+        f"calibrated on other images and served (`benchmarks/results/cascade.json`): {shown}; at "
+        f"lower budgets {low:.1%} to {high:.1%}. Budgets by complexity or a learned head save "
+        f"{others:.1%} at most."
+    ]
 
 
 def main() -> None:

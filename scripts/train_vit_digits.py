@@ -33,16 +33,6 @@ TEST_IMAGES = 450
 SEED = 0
 
 
-def digits_split() -> list[np.ndarray]:
-    """Images ``[B, 8, 8]`` uint8 to train and to test on, then the labels of both."""
-    digits = load_digits()
-    # Ink is 0 to 16 in the data set; stored as ordinary 8-bit grey pictures.
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return train_test_split(
-        images, digits.target, test_size=TEST_IMAGES, random_state=SEED, stratify=digits.target
-    )
-
-
 def pixels(images: np.ndarray) -> Tensor:
     """``[B, 8, 8]`` uint8 to ``[B, 1, 32, 32]`` float32, as a user's images are made."""
     rows = [pixels_from_image(Image.fromarray(image), RECIPE.preprocessing) for image in images]
@@ -113,7 +103,12 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
 
-    train_images, test_images, train_labels, test_labels = digits_split()
+    digits = load_digits()
+    # Ink is 0 to 16 in the data set; stored as ordinary 8-bit grey pictures.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, digits.target, test_size=TEST_IMAGES, random_state=SEED, stratify=digits.target
+    )
     x, y = pixels(train_images), torch.from_numpy(train_labels)
     model = train(x, y, options.epochs, options.batch)
 
