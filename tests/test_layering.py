@@ -51,7 +51,7 @@ MAY_IMPORT = {
     # Their weights are read as those of models.
     "reducers": {"merge", "models.checkpoint"},
     # Options are read as those of reducers, weights as those of models.
-    "compressors": {"merge", "reducers.options", "models.checkpoint"},
+    "compressors": {"merge", "reducers.options", "reducers.learned"},
     "patch": {"merge", "plugins", "reducers", "compressors"},
     "models": {"patch", "merge"},
     "onnx": {"patch", "merge", "reducers"},

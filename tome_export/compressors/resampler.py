@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,15 @@ from torch.nn import functional
 
 from tome_export.compressors.base import Compressor, Final
 from tome_export.errors import InputError
+from tome_export.reducers.learned import (
+    RANDOM,
+    absolute,
+    frozen,
+    random_module,
+    state_of_file,
+)
 from tome_export.spec import PatchGrid
 
-RANDOM = "random"
 PREFIX = "perceiver."
 """In front of every key of the resampler in a whole checkpoint of OpenFlamingo."""
 
@@ -58,9 +64,7 @@ class Resampler(Compressor):
     source = "Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198"
 
     def __post_init__(self) -> None:
-        if self.weights != RANDOM:
-            found = str(Path(self.weights).expanduser().resolve())
-            object.__setattr__(self, "weights", found)
+        object.__setattr__(self, "weights", absolute(self.weights))
         for name in ("latents", "layers", "heads", "head_width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -78,12 +82,9 @@ class Resampler(Compressor):
         """
         if self.weights == RANDOM:
             asked = {name: getattr(self, name) or most for name, most in _DEFAULTS.items()}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                return PerceiverResampler(width, head_width=self.head_width, **asked).eval()
-        from tome_export.models.checkpoint import read_state
-
-        state = read_state(Path(self.weights))
+            made = partial(PerceiverResampler, width, head_width=self.head_width, **asked)
+            return random_module(made, self.seed)
+        state = state_of_file(self.weights)
         if any(key.startswith(PREFIX) for key in state):
             state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
         module = PerceiverResampler(
@@ -97,7 +98,7 @@ class Resampler(Compressor):
                 f"has {key} {_shape(found.get(key))}; expected {_shape(wanted.get(key))}"
             )
         module.load_state_dict(state)
-        return module.float().eval()
+        return frozen(module)
 
     def _counts(self, state: Mapping[str, Tensor], width: int) -> dict[str, int]:
         """Latents, layers and heads of a file, if they are those asked for."""

@@ -26,6 +26,7 @@ from tome_export.pipeline.kernels import (
     plugins_of,
     takes_plugins,
 )
+from tome_export.pipeline.learned import write_learned
 from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
@@ -242,6 +243,7 @@ def _export_and_check(
 
         check_library(model, images[:1])
 
+    write_learned(model, folder)
     progress.stage(f"Export to ONNX, {request.precision}")
     options = ExportOptions(
         precision=request.precision,

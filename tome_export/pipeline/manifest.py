@@ -13,6 +13,8 @@ from tome_export.merge.schedule import LayerTokens
 from tome_export.spec import ENTROPY, FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tome_export.models import LoadedModel
     from tome_export.onnx.export import ExportOptions
     from tome_export.patch import MergedModel
@@ -43,6 +45,7 @@ def manifest_of(
             "timm_name": recipe.timm_name,
             "description": recipe.description,
             "weights": {**asdict(weights), "state_sha256": state_sha256(model)},
+            "learned_sha256": learned_sha256(model),
             "random_weights": weights.kind == "random",
         },
         "merge": {
@@ -168,9 +171,19 @@ def output_names(name: str, model: MergedModel) -> list[str]:
 
 
 def state_sha256(model: MergedModel) -> str:
-    """Digest of all weights by name, shape and value: the same for the same weights anywhere."""
+    """Digest of the library model's weights by name, shape and value: the same ones anywhere."""
+    return _digest(model.model)
+
+
+def learned_sha256(model: MergedModel) -> str | None:
+    """Digest of what reducer and compressor learned; None where neither learns anything."""
+    parts = [part for part in (model.reducer, model.compressor) if part and part.state_dict()]
+    return ",".join(map(_digest, parts)) or None
+
+
+def _digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

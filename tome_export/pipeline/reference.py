@@ -11,7 +11,8 @@ from tome_export.artifact import MODEL, Artifact
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
-from tome_export.pipeline.manifest import output_names, state_sha256
+from tome_export.pipeline.learned import COMPRESSOR, REDUCER, with_own_weights
+from tome_export.pipeline.manifest import learned_sha256, output_names, state_sha256
 from tome_export.pipeline.progress import Progress
 from tome_export.spec import BatchRange, TowerOptions
 
@@ -52,7 +53,10 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         weights = "random" if kind == "random" else "pretrained"
     recipe = resolve(name, TowerOptions.of(manifest.get("tower")))
     merge = manifest["merge"]
-    reducer = reducer_from_json(merge.get("reducer"))
+    reducer = with_own_weights(reducer_from_json(merge.get("reducer")), artifact.path / REDUCER)
+    compressor = compressor_from_json(manifest.get("compressor"))
+    if compressor is not None:
+        compressor = with_own_weights(compressor, artifact.path / COMPRESSOR)
     recipe = replace(recipe, name=manifest["model"]["name"], reducer_keys=reducer.own_keys)
     loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
     schedule = Schedule(per_layer=tuple(merge["r"]))
@@ -62,7 +66,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         schedule,
         prop_attn=merge["prop_attn"],
         reducer=reducer,
-        compressor=compressor_from_json(manifest.get("compressor")),
+        compressor=compressor,
         learned=loaded.learned,
         **form,
     ).eval()
@@ -70,6 +74,12 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         raise InputError(
             f"the weights found now ({loaded.weights.source}) are not those of the build "
             f"({kind}: {source}); give the same ones with --weights"
+        )
+    # Artifacts of before do not say.
+    if learned_sha256(model) != manifest["model"].get("learned_sha256"):
+        raise InputError(
+            f"the learned weights of reducer {reducer.name} or of the compressor are not those of "
+            "the build; rebuild the artifact"
         )
     return model, loaded.recipe
 

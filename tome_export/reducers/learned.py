@@ -24,10 +24,10 @@ def absolute(weights: str | None) -> str | None:
     return str(Path(weights).expanduser().resolve())
 
 
-def random_module(make: Callable[[], nn.Module]) -> nn.Module:
+def random_module(make: Callable[[], nn.Module], seed: int = SEED) -> nn.Module:
     """A module with random weights, which leaves torch's own generator as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         return frozen(make())
 
 

@@ -43,7 +43,7 @@ class ScheduleFile:
     reducer: Mapping[str, Any] | None = None
 
     def check_reducer(self, reducer: Mapping[str, Any]) -> None:
-        """Refuse another reducer than that of the search.
+        """Refuse another reducer than that of the search, wherever its weights are by now.
 
         Args:
             reducer: Name and options, as a manifest has them.
@@ -51,7 +51,7 @@ class ScheduleFile:
         Raises:
             InputError: if it differs.
         """
-        if self.reducer in (None, json.loads(json.dumps(reducer))):
+        if self.reducer is None or _placeless(self.reducer) == _placeless(reducer):
             return
         found, options = self.reducer.get("name"), json.dumps(self.reducer.get("options"))
         raise InputError(
@@ -121,6 +121,13 @@ class ScheduleFile:
             f"{self.path.name} was found with other weights: its accuracy is not that of this "
             "model, tune again to know"
         )
+
+
+def _placeless(reducer: Mapping[str, Any]) -> Any:
+    """Name and options as JSON has them, without the path of weights."""
+    options = reducer.get("options")
+    kept = {k: v for k, v in options.items() if k != "weights"} if isinstance(options, dict) else {}
+    return json.loads(json.dumps({"name": reducer.get("name"), "options": kept}))
 
 
 def read_schedule(path: Path) -> ScheduleFile:

@@ -1,0 +1,36 @@
+"""The learned parts of reducers and compressors, kept in the artifact: it needs no other file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from tome_export.patch import MergedModel
+
+REDUCER, COMPRESSOR = "reducer.safetensors", "compressor.safetensors"
+"""Files of an artifact, each in the layout that its option ``weights`` reads."""
+
+Part = TypeVar("Part")
+
+
+def write_learned(model: MergedModel, folder: Path) -> None:
+    """Write what was read from files, float32; random weights and none need no file."""
+    from safetensors.torch import save_file
+
+    parts: tuple[tuple[str, Any, Any], ...] = (
+        (REDUCER, model.settings.reducer, model.reducer),
+        (COMPRESSOR, model.settings.compressor, model.compressor),
+    )
+    for name, options, module in parts:
+        if module is None or getattr(options, "weights", None) == "random":
+            continue
+        state = {key: value.contiguous() for key, value in module.state_dict().items()}
+        if state:
+            save_file(state, folder / name)
+
+
+def with_own_weights(part: Part, file: Path) -> Part:
+    """A reducer or compressor that reads an artifact's own file, if the artifact has one."""
+    return replace(part, weights=str(file)) if file.is_file() else part  # type: ignore[type-var]
