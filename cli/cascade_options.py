@@ -42,7 +42,8 @@ cascade_options = grouped(
         metavar="FOLDER|SHARDS|samples",
         help="Measure on these images.  [default: a part of --data]",
     ),
-    click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of images."),
+    click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of --data."),
+    click.option("--test-labels", type=FILE, metavar="FILE", help="Labels for one of --test."),
     click.option(
         "--calibration",
         default=0.5,

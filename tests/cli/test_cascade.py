@@ -133,7 +133,24 @@ CASES = {
     "the same images for both": (
         ("--data", "samples", "--test", "samples", *MACS),
         2,
-        "--test names the images of --data; give others, or leave it out to keep a part of them",
+        "--test names images of --data (samples); give others, or leave it out to keep a part of "
+        "them",
+    ),
+    "seed": (
+        ("--data", "samples", *MACS, "--seed", "-1"),
+        2,
+        "--seed is -1; expected 0 or more",
+    ),
+    "labels of no test": (
+        ("--data", "samples", *MACS, "--test-labels", "labels.csv"),
+        2,
+        "--test-labels are for the images of --test; give --test too",
+    ),
+    "no such test": (
+        ("--data", "samples", "--test", "nowhere", *MACS),
+        3,
+        "nowhere does not exist; expected a folder of images, .tar or .parquet shards such as "
+        "'shard-{000..010}.tar', or 'samples'",
     ),
     "the name of the page": (
         ("--data", "samples", *MACS, "-o", "c.html"),
@@ -328,8 +345,37 @@ def test_without_labels_the_highest_is_right(run, lowest_and_highest, write):
     assert ran.code == 3
     assert ran.error == (
         "one of the data and the test images has labels and the other has none; give both with "
-        "labels, or both without"
+        "labels (--labels, --test-labels or class sub-folders), or both without"
     )
+
+
+@pytest.mark.parametrize("test", ["./data", "link", "data/3", "."])
+def test_images_that_are_calibrated_on_are_no_test(test, run, lowest_and_highest, write, tmp_path):
+    write("data", 1, given=lambda _: 3)
+    (tmp_path / "link").symlink_to("data")
+    ran = run("cascade", *lowest_and_highest, "--data", "data", "--test", test, *MACS)
+    shared = (tmp_path / ("data/3" if test == "data/3" else "data")).resolve()
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.error == (
+        f"--test names images of --data ({shared}); give others, or leave it out to keep a part "
+        "of them"
+    )
+
+
+def test_flat_folders_have_labels_each(run, lowest_and_highest, write, digits, tmp_path):
+    for name, first in (("data", 0), ("test", 40)):
+        write(name, 40, labels=False, first=first)
+        lines = [f"{index:03d}.png,{digits[1][index]}" for index in range(first, first + 40)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    given = ("--data", "data", "--labels", "data.csv", "--test", "test", *MACS, "--json")
+    ran = run("cascade", *lowest_and_highest, *given, "--test-labels", "test.csv")
+    assert ran.code == 0, ran.err
+    assert ran.json["metric"] == "top1"
+    (tmp_path / "test.csv").write_text("\n".join(line[:-1] + "0" for line in lines))
+    wrong = run("cascade", *lowest_and_highest, *given, "--test-labels", "test.csv", "--force").json
+    zeros = sum(line.endswith(",0") for line in lines)
+    assert ran.json["members"][-1]["test"]["share"] > 0.9
+    assert wrong["members"][-1]["test"]["share"] == pytest.approx(zeros / 40, abs=0.05)
 
 
 def test_an_existing_file_is_not_replaced(run, lowest_and_highest, tmp_path):

@@ -42,10 +42,21 @@ CASES = {
         2,
         "--batch is 0; expected at least 1 image per run",
     ),
+    "seed": (
+        (*TUNE, "--min-accuracy", "-1", "--seed", "-1"),
+        2,
+        "--seed is -1; expected 0 or more",
+    ),
+    "entropy of sizes that are no counts": (
+        (*TUNE, "--min-accuracy", "-1", "--reducer", "diffrate", "--min-entropy", "0.5"),
+        3,
+        "reducer diffrate weighs the size of a token by similarity, so --min-entropy cannot count "
+        "its patches; leave --min-entropy out",
+    ),
     "too few MACs": (
         (*TUNE, "--target-macs", "1M"),
         3,
-        "target is at most 1.00 M MACs; merging half of the tokens in every layer still takes "
+        "target is at most 1.00 M MACs; merging all that can be in every layer still takes "
         "5.22 M of the unmerged model's 22.48 M, ask for no less",
     ),
     "no such data": (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.evaluation.find import expand, find_data
+from tome_export.evaluation.find import expand, find_data, shared_path
 from tome_export.evaluation.source import ArraySource, Classes, Names, printable
 
 spec = importlib.util.spec_from_file_location(
@@ -36,6 +36,18 @@ def fails(data, classes, labels=None, kind=InputError):
         listed(data, classes, labels)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_what_two_lists_share(tmp_path):
+    for name in ("shards/a.tar", "shards/b.tar", "shards/more/c.tar", "flat/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shards, more, flat = (str(tmp_path / name) for name in ("shards", "shards/more", "flat"))
+    # Of a folder with shards, only those count.
+    assert shared_path([shards], [more]) is shared_path([shards], [flat]) is None
+    assert shared_path([f"{shards}/a.tar"], [f"{shards}/b.tar"]) is None
+    assert shared_path([f"{shards}/{{a,b}}.tar"], [shards]) == tmp_path / "shards/a.tar"
+    assert shared_path([shards], [flat, f"{shards}/*/../b.tar"]) == tmp_path / "shards/b.tar"
 
 
 def test_names_are_kept_whatever_they_are():

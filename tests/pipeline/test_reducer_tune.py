@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import save_file
 
 from tome_export.errors import InputError
+from tome_export.models import resolve
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.tune import TuneRequest, goal_of, tune
 
@@ -38,11 +40,24 @@ def test_another_reducer_is_refused(tuned, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_reducer_of_few_layers_is_not_searched(tmp_path):
+@pytest.mark.parametrize("given", ["random", "no predictors", "predictors in the model's file"])
+def test_a_reducer_of_few_layers_is_not_searched(given, tmp_path):
     goal = goal_of("target_macs", "50%")
-    options = ("weights=random",)
+    options = ("weights=random",) if given == "random" else ()
+    weights = "pretrained"
+    if given.startswith("predictors"):
+        state = resolve("vit_digits").load(weights="random", seed=0).module.state_dict()
+        weights = str(tmp_path / "both.safetensors")
+        save_file(
+            {**state, "score_predictor.0.in_conv.1.bias": state["norm.bias"].clone()}, weights
+        )
     request = TuneRequest(
-        "vit_digits", goal, tmp_path / "x.json", reducer="dynamicvit", reducer_options=options
+        "vit_digits",
+        goal,
+        tmp_path / "x.json",
+        weights=weights,
+        reducer="dynamicvit",
+        reducer_options=options,
     )
     with pytest.raises(InputError) as failure:
         tune(request)

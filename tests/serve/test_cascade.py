@@ -17,10 +17,14 @@ from tome_export.errors import InputError, UsageError
 from tome_export.models.recipe import DATA
 from tome_export.models.samples import digits_test
 from tome_export.pipeline.cascade import CascadeRequest, cascade
+from tome_export.pipeline.cascade_members import macs_of, members_of
+from tome_export.pipeline.cascade_serve import serve_cascade
+from tome_export.pipeline.progress import Silent
 from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
 from tome_export.serve.config import config_from_text, folder_from_source
 from tome_export.serve.python_models import cascade as served_model
+from tome_export.serve.repository import write
 from tome_export.serve.server import start
 from tome_export.serve.source import check_free_name, source_from_artifact
 from tome_export.serve.spec import ServeOptions
@@ -226,6 +230,51 @@ def test_the_other_policies_group_images_by_budget(
 # Without a server.
 
 
+def kept(repository):
+    return {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+
+
+def test_another_calibration_is_replaced_by_force_only(calibrated, digit_members, tmp_path):
+    repository = calibrated[0]
+    before = kept(repository)
+    few = {r: digit_members[r] for r in (32, 8)}
+    more = CascadeRequest(**{**vars(request_of(few, tmp_path)), "repository": repository})
+    with pytest.raises(InputError) as failure:
+        cascade(more)
+    assert str(failure.value) == (
+        f"{repository / NAME} is there, with the thresholds of its own calibration; give another "
+        "--name, or --force to replace it"
+    )
+    assert kept(repository) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["", "_pipeline"])
+def test_a_foreign_folder_is_found_before_the_calibration(end, digit_members, tmp_path):
+    theirs = tmp_path / "repository" / f"{NAME}{end}" / "config.pbtxt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    # Images that are not there would be the next thing to be refused.
+    asked = vars(request_of(digit_members, tmp_path, preprocess=True))
+    with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
+        cascade(CascadeRequest(**{**asked, "data": ("nowhere",)}))
+    assert kept(tmp_path) == {theirs: b"mine"}
+
+
+def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
+    """Somebody else takes its name while it is calibrated."""
+    theirs = tmp_path / "repository" / NAME / "config.pbtxt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    request = request_of(digit_members, tmp_path)
+    members = members_of(request.artifacts)
+    macs = [macs_of(one) for one in members]
+    settings = {**SETTINGS, "thresholds": [0.5, 0.5]}
+    with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
+        serve_cascade(request, members, macs, 0, settings, Silent())
+    assert kept(tmp_path) == {theirs: b"mine"}
+
+
 class Refusal:
     """What a server says of a model that failed."""
 
@@ -295,6 +344,21 @@ def test_the_folder_of_a_cascade_is_valid(member):
     assert [t.name for t in around[-1].config.output][-2:] == ["budget", "macs"]
     for one in (folder, *around):
         validate(one, models={"x_cascade", *names})
+
+
+def test_a_repository_keeps_other_thresholds(member, tmp_path):
+    asked = [member("low", 3)[0], member("high", 8)[0]]
+    first, other = (
+        cascade_folder("x_cascade", asked, {**SETTINGS, "thresholds": [one]}, 0, ServeOptions())
+        for one in (0.5, 0.9)
+    )
+    assert write(tmp_path, [first])[0].status == "written"
+    assert write(tmp_path, [first])[0].status == "unchanged"
+    before = kept(tmp_path)
+    with pytest.raises(InputError, match="with the thresholds of its own calibration"):
+        write(tmp_path, [other])
+    assert kept(tmp_path) == before
+    assert write(tmp_path, [other], force=True)[0].status == "written"
 
 
 def test_members_that_make_no_cascade(member):

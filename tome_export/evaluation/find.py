@@ -41,7 +41,7 @@ def find_data(
     paths = [path for given in data for path in expand(given)]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
-        inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in SHARDS)
+        inside = _shards_in(folder)
         if not inside:
             listed = LabelFile(labels) if labels is not None else None
             return folder_source(folder, suffixes, classes, listed)
@@ -60,6 +60,34 @@ def find_data(
     if kinds == {".tar"}:
         return tar_source(text, paths, suffixes, classes)
     return parquet_source(text, paths, classes)
+
+
+def shared_path(data: Sequence[str], others: Sequence[str]) -> Path | None:
+    """The first path, links followed, of whose images two such lists both have some; or None.
+
+    Raises:
+        InputError: if a path is not there.
+    """
+    first, second = (
+        {
+            one.resolve()
+            for given in named
+            for path in expand(given)
+            for one in (path.is_dir() and _shards_in(path)) or [path]
+        }
+        for named in (data, others)
+    )
+    shared = (
+        path
+        for paths, above in ((second, first), (first, second))
+        for path in sorted(paths)
+        if not above.isdisjoint((path, *path.parents))
+    )
+    return next(shared, None)
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SHARDS)
 
 
 def expand(pattern: str) -> list[Path]:

@@ -14,6 +14,7 @@ from tome_export.cascade.calibrate import Point, best_within, cheapest, check_bu
 from tome_export.cascade.outcome import Observations
 from tome_export.cascade.policy import MEASURES, POLICIES
 from tome_export.errors import InputError, UsageError
+from tome_export.evaluation.find import shared_path
 from tome_export.files import json_bytes, write_whole, writing_to
 from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.cascade_images import Looks, Seen, observed
@@ -21,7 +22,7 @@ from tome_export.pipeline.cascade_members import macs_of, members_of
 from tome_export.pipeline.cascade_result import Found, goal_text, values_of
 from tome_export.pipeline.cascade_serve import ServedCascade, check_served, serve_cascade
 from tome_export.pipeline.cascade_settings import embedding_of, policy_macs_of, trial_of
-from tome_export.pipeline.eval import EvalRequest, classes_of, source_of
+from tome_export.pipeline.eval import SAMPLES, EvalRequest, classes_of, source_of
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.tune.goal import Goal
 from tome_export.tune.schedule_file import check_writable
@@ -42,7 +43,8 @@ class CascadeRequest:
             the artifact of the most MACs.
         output: The file of the result; a page of the same name that ends in .html goes beside it.
         test: Images to measure on; empty to keep a part of ``data`` for it.
-        labels: File of labels for a folder of images.
+        labels: File of labels, if ``data`` is a folder of images.
+        test_labels: The same of ``test``.
         calibration: Share of ``data`` that is calibrated on, where ``test`` is empty.
         measure: Of the confidence: ``max`` or ``margin``.
         strength: Of the budget term in the training of a learned policy (lambda).
@@ -62,6 +64,7 @@ class CascadeRequest:
     output: Path
     test: tuple[str, ...] = ()
     labels: Path | None = None
+    test_labels: Path | None = None
     calibration: float = 0.5
     measure: str = "max"
     strength: float = 1.0
@@ -107,7 +110,7 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     progress.stage("Verify the artifacts")
     members = members_of(request.artifacts)
     if request.repository is not None:
-        check_served(members, request.repository, request.name)
+        check_served(request, members)
     macs = [macs_of(one) for one in members]
     embedding = embedding_of(members[-1], request.policy)
     own = policy_macs_of(members[-1], len(members), embedding, request.policy)
@@ -146,10 +149,9 @@ def _check(request: CascadeRequest, page: Path) -> None:
         raise UsageError(f"lambda is {request.strength:g}; expected a number, 0 or more")
     if request.limit is not None and request.limit < 1:
         raise UsageError(f"--limit is {request.limit}; expected at least 1 image")
-    if request.test == request.data:
-        raise UsageError(
-            "--test names the images of --data; give others, or leave it out to keep a part of them"
-        )
+    if request.seed < 0:
+        raise UsageError(f"--seed is {request.seed}; expected 0 or more")
+    _check_apart(request)
     if request.backend == TORCH:
         raise UsageError("backend is 'torch'; a cascade runs the artifacts, choose another one")
     if request.repository is None and (request.preprocess or request.name is not None):
@@ -161,22 +163,39 @@ def _check(request: CascadeRequest, page: Path) -> None:
     check_writable(page, force=request.force)
 
 
+def _check_apart(request: CascadeRequest) -> None:
+    if not request.test:
+        if request.test_labels is not None:
+            raise UsageError("--test-labels are for the images of --test; give --test too")
+        return
+    if request.data == request.test == (SAMPLES,):
+        shared: str | Path | None = SAMPLES
+    else:
+        folders = (() if one == (SAMPLES,) else one for one in (request.data, request.test))
+        shared = shared_path(*folders)
+    if shared is not None:
+        raise UsageError(
+            f"--test names images of --data ({shared}); give others, or leave it out to keep a "
+            "part of them"
+        )
+
+
 def _parts(
     request: CascadeRequest, looks: Looks, progress: Progress
 ) -> tuple[Observations, Observations, tuple[Seen, ...]]:
     """Calibration images, test images, and what was seen of each source."""
     progress.stage(f"Run {len(looks.members)} artifacts on the images")
-    seen = [_observed(request, request.data, looks, progress)]
+    seen = [_observed(request, request.data, request.labels, looks, progress)]
     order = np.random.default_rng(request.seed).permutation(len(seen[0].observations))
     first = seen[0].observations.take(order)
     if request.test:
         progress.stage("Run them on the test images")
-        seen.append(_observed(request, request.test, looks, progress))
+        seen.append(_observed(request, request.test, request.test_labels, looks, progress))
         calibration, test = first, seen[1].observations
         if seen[0].labelled != seen[1].labelled:
             raise InputError(
                 "one of the data and the test images has labels and the other has none; give both "
-                "with labels, or both without"
+                "with labels (--labels, --test-labels or class sub-folders), or both without"
             )
     else:
         count = round(request.calibration * len(first))
@@ -195,10 +214,13 @@ def _parts(
 
 
 def _observed(
-    request: CascadeRequest, data: tuple[str, ...], looks: Looks, progress: Progress
+    request: CascadeRequest,
+    data: tuple[str, ...],
+    labels: Path | None,
+    looks: Looks,
+    progress: Progress,
 ) -> Seen:
     artifact: Artifact = looks.members[-1]
-    labels = request.labels if data == request.data else None
     listed = EvalRequest(artifact.path, data, labels=labels)
     source = source_of(artifact, listed, classes_of(artifact))
     return observed(source, request.limit, looks, progress)

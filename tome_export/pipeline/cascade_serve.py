@@ -12,11 +12,15 @@ from tome_export.cascade.outcome import Settings
 from tome_export.errors import InputError
 from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.serve import ServeRequest, serve
-from tome_export.serve.config import check_packages, config_from_text
-from tome_export.serve.repository import CONFIG, check_repository, models_in, write
+from tome_export.serve.config import check_packages
+from tome_export.serve.repository import (
+    cascade_there,
+    check_ours,
+    check_repository,
+    versions_of,
+)
 from tome_export.serve.source import check_free_name, plain_name, source_from_artifact
-from tome_export.serve.spec import ServeOptions
-from tome_export.serve.validate import validate
+from tome_export.serve.spec import ModelFolder, ServeOptions
 
 if TYPE_CHECKING:
     from tome_export.pipeline.cascade import CascadeRequest
@@ -48,18 +52,28 @@ class ServedCascade:
         }
 
 
-def check_served(members: Sequence[Artifact], repository: Path, name: str | None) -> None:
+def check_served(request: CascadeRequest, members: Sequence[Artifact]) -> None:
     """Find out before the calibration whether its result can be served.
 
     Raises:
         UsageError: if the name is none that a user may choose.
-        InputError: if the repository is no place for one, or a member takes one batch size only.
+        InputError: if the repository is no place for one, a folder of its name is not ours or
+            holds another calibration and is not to be replaced, or a member takes one batch size
+            only.
         MissingComponentError: if the server's schema is not installed.
     """
     check_packages()
-    check_repository(repository)
-    if name is not None:
-        check_free_name(name)
+    assert request.repository is not None  # noqa: S101 (asked for by the caller)
+    repository = check_repository(request.repository)
+    if request.name is not None:
+        check_free_name(request.name)
+    model = repository / _name(request, members)
+    for end in ("", "_preprocess", "_postprocess", "_pipeline") if request.preprocess else ("",):
+        folder = model.with_name(f"{model.name}{end}")
+        if folder.exists():
+            check_ours(folder)
+    if versions_of(model) and not request.force:
+        raise cascade_there(model)
     for one in members:
         batch = source_from_artifact(one).batch
         if batch.is_static:
@@ -77,36 +91,37 @@ def serve_cascade(
     settings: Settings,
     progress: Progress,
 ) -> ServedCascade:
-    """Write the members as ``tome-export serve`` does, then the cascade.
+    """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
     Raises:
         InputError: if the repository cannot take them.
     """
-    from tome_export.serve.cascades import (
-        CASCADE,
-        Member,
-        cascade_folder,
-        cascade_pipeline_folders,
-    )
+    from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
 
     assert request.repository is not None  # noqa: S101 (asked for by the caller)
-    repository = check_repository(request.repository)
+
+    def cascade_of(folders: Sequence[ModelFolder]) -> list[ModelFolder]:
+        asked = [
+            Member(folder.name, count, folder.config)
+            for folder, count in zip(folders, macs, strict=True)
+        ]
+        made = cascade_folder(_name(request, members), asked, settings, policy_macs, ServeOptions())
+        if not request.preprocess:
+            return [made]
+        return [made, *cascade_pipeline_folders(members[-1], made, ServeOptions())]
+
     paths = tuple(one.path for one in members)
     options = ServeOptions(name=request.name)
-    done = serve(ServeRequest(paths, repository, options, force=request.force), progress)
-    names = [model.name for model in done.models[: len(members)]]
-    configs = [repository / name / CONFIG for name in names]
-    asked = [
-        Member(name, count, config_from_text(path.read_text(), str(path)))
-        for name, count, path in zip(names, macs, configs, strict=True)
-    ]
+    asking = ServeRequest(paths, request.repository, options, force=request.force)
+    done = serve(asking, progress, cascade_of)
+    names = [model.name for model in done.models]
+    first = names.index(_name(request, members))
+    models = (*names[: len(members)], *names[first:])
+    return ServedCascade(done.repository, models, models[-1], done.notes)
+
+
+def _name(request: CascadeRequest, members: Sequence[Artifact]) -> str:
+    from tome_export.serve.cascades import CASCADE
+
     base = request.name or plain_name(members[-1].manifest["model"]["name"])
-    folders = [cascade_folder(f"{base}{CASCADE}", asked, settings, policy_macs, ServeOptions())]
-    if request.preprocess:
-        folders += cascade_pipeline_folders(members[-1], folders[0], ServeOptions())
-    known = {*models_in(repository), *(folder.name for folder in folders)}
-    for folder in folders:
-        validate(folder, models=known)
-    written = write(repository, folders, force=request.force)
-    models = (*names, *(model.name for model in written))
-    return ServedCascade(repository, models, models[-1], done.notes)
+    return f"{base}{CASCADE}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,17 @@ class _Served:
     version: int
 
 
-def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResult:
+def serve(
+    request: ServeRequest,
+    progress: Progress | None = None,
+    further: Callable[[Sequence[ModelFolder]], list[ModelFolder]] | None = None,
+) -> ServeResult:
     """Write artifacts into a model repository, all checked before the first file is written.
+
+    Args:
+        request: What to serve.
+        progress: Told of the stages.
+        further: Makes models of those of the artifacts, which are checked and written with them.
 
     Raises:
         UsageError: if an option is out of its range.
@@ -149,6 +158,8 @@ def serve(request: ServeRequest, progress: Progress | None = None) -> ServeResul
     folders += routers
     if len(routers) > request.options.preprocess:
         entry = routers[-1].name
+    if further is not None:
+        folders += further([one.folder for one in served])
     _validate(served, folders, repository)
     progress.stage(f"Write {repository}")
     written = write(repository, folders, force=request.force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,8 @@ def _check_numbers(request: TuneRequest) -> None:
         raise UsageError(f"--batch is {request.batch}; expected at least 1 image per run")
     if not request.time_limit > 0:
         raise UsageError(f"--time-limit is {request.time_limit:g}; expected seconds above 0")
+    if request.seed < 0:
+        raise UsageError(f"--seed is {request.seed}; expected 0 or more")
     check_entropy_option(request.min_entropy)
 
 
@@ -163,7 +165,12 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
     from tome_export.reducers.options import reducer_from_text
 
     reducer = reducer_from_text(request.reducer, request.reducer_options)
-    recipe = resolve(request.model)
+    if request.min_entropy is not None and not reducer.counts_patches:
+        raise InputError(
+            f"reducer {reducer.name} weighs the size of a token by similarity, so --min-entropy "
+            "cannot count its patches; leave --min-entropy out"
+        )
+    recipe = replace(resolve(request.model), reducer_keys=reducer.own_keys)
     if recipe.output_name != "logits":
         raise InputError(
             f"{recipe.name} gives {recipe.output_name}, not classes to count; tune a classifier, "
@@ -171,14 +178,19 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
         )
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     prop_attn = recipe.prop_attn and reducer.prop_attn
-    # With an r, so that what a reducer has learned is there; schedules are given to each pass.
-    model = patch(loaded.module, 1, prop_attn=prop_attn, reducer=reducer).eval()
-    able = [index for index, layer in enumerate(model.layers) if layer.r]
-    if any(not layer.r and reducer.limit(layer.tokens_in, model.prefix) for layer in model.layers):
+    # Without an r first: what a reducer has learned need not be there for one that is refused.
+    plain = patch(loaded.module, 0, prop_attn=prop_attn, reducer=reducer)
+    layers = reducer.layers(Schedule(1), plain.tower)
+    able = [index for index, layer in enumerate(layers) if layer.r]
+    if any(not layer.r and reducer.limit(layer.tokens_in, plain.prefix) for layer in layers):
         raise InputError(
             f"reducer {reducer.name} removes tokens in layers {','.join(map(str, able))} only; "
             "tune gives every layer an r of its own, use another reducer"
         )
+    # Schedules are given to each pass.
+    model = patch(
+        loaded.module, 1, prop_attn=prop_attn, reducer=reducer, learned=loaded.learned
+    ).eval()
     if model.extra_inputs:
         raise InputError(
             f"reducer {reducer.name} needs the input {', '.join(model.extra_inputs)}, which images "

@@ -17,6 +17,7 @@ from tome_export.serve.pipeline_models import (
     python_config,
     python_folder,
 )
+from tome_export.serve.repository import CASCADE_SETTINGS
 from tome_export.serve.spec import ModelFolder, ServeOptions
 from tome_export.spec import BatchRange
 
@@ -91,7 +92,7 @@ def cascade_folder(
         add_tensor(config.output, tensor, kind, [1])
     listed = [{"model": member.model, "macs": member.macs} for member in members]
     content = {**settings, "policy_macs": policy_macs, "members": listed}
-    folder = python_folder(config, "cascade", "cascade.json", content, options)
+    folder = python_folder(config, "cascade", CASCADE_SETTINGS, content, options)
     files = {**folder.files, f"{options.version or 1}/policy.py": Path(policy.__file__)}
     return ModelFolder(name, config, files)
 

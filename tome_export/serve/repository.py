@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.pbtxt"
 
+CASCADE_SETTINGS = "cascade.json"
+"""In a version of a cascade: the calibrated policy, and the models that it asks."""
+
 Status = Literal["written", "unchanged"]
 
 
@@ -131,7 +134,8 @@ def write(
         repository: The directory; made if it is missing.
         folders: What to write; validated.
         force: Replace a version that has other files. Without it only the models around a model
-            (decoding, labels, ensemble, router) are replaced, which hold nothing of their own.
+            (decoding, labels, ensemble, router) are replaced, which hold nothing of their own; a
+            cascade does.
 
     Returns:
         What became of each, in their order.
@@ -164,13 +168,15 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
     """Compare a model with what is there."""
     if not model.exists():
         return _Change(folder, is_new=True)
-    _check_ours(model, folder)
+    check_ours(model)
     change = _Change(folder, is_new=False)
     versions = {PurePosixPath(name).parts[0] for name in folder.files if _is_versioned(name)}
     for version in sorted(versions):
         target = model / version
         if _is_same_version(target, folder, version):
             continue
+        if target.exists() and not force and f"{version}/{CASCADE_SETTINGS}" in folder.files:
+            raise cascade_there(model)
         if target.exists() and not force and not _is_derived(folder.config):
             raise InputError(
                 f"{target} has other files; give --version {versions_of(model)[-1] + 1} to add a "
@@ -187,12 +193,25 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
     return change
 
 
-def _check_ours(model: Path, folder: ModelFolder) -> None:
+def check_ours(model: Path) -> None:
+    """Refuse the folder of a model that we did not write.
+
+    Raises:
+        InputError: if it is one.
+    """
     if not is_ours(model):
         raise InputError(
             f"{model} is there and its {CONFIG} is not one that 'tome-export serve' wrote; give "
-            f"another --name than {folder.name}"
+            f"another --name than {model.name}"
         )
+
+
+def cascade_there(model: Path) -> InputError:
+    """What is said of a cascade that another would replace."""
+    return InputError(
+        f"{model} is there, with the thresholds of its own calibration; give another --name, or "
+        "--force to replace it"
+    )
 
 
 def is_ours(model: Path) -> bool:
