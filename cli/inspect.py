@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 @output_options
 @click.pass_obj
 def command(terminal: Terminal, artifact: Path, images: tuple[Path, ...], **options: Any) -> None:
-    """Draw on each IMAGE which of its patches are one token of ARTIFACT after a layer.
+    """Draw on each IMAGE, or video, which of its patches are one token of ARTIFACT after a layer.
 
     A token of several patches is filled with their mean colour and outlined; a colour of outline
     marks one token among those it touches. Patches that are a token by themselves show the image,
-    dropped ones are dark and hatched.
+    dropped ones are dark and hatched. Of a video all frames are drawn, row by row; a token may have
+    patches in several of them.
     """
     with working(terminal) as progress:
         from tome_export.pipeline.inspect import InspectRequest, inspect

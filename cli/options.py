@@ -161,6 +161,30 @@ tower_options = (
     ),
 )
 
+video_options = (
+    click.option(
+        "--frames", type=int, metavar="N", help="Video: frames of one.  [default: the model's own]"
+    ),
+    click.option(
+        "--merge-layers",
+        metavar="8,9,10",
+        help="Video: layers, from 0, that join neighbouring clips and merge across them.",
+    ),
+    click.option(
+        "--merge-frames", metavar="2,2,3", help="Video: how many clips each of them joins."
+    ),
+    click.option(
+        "--merge-proportions",
+        metavar="30,10",
+        help="Video: percent of the tokens to merge across clips, and inside them from there on.",
+    ),
+    click.option(
+        "--frame-position/--no-frame-position",
+        default=True,
+        help="Video: add the learned vector of each clip as it is joined.  [default: add]",
+    ),
+)
+
 reducer_options = grouped(
     click.option(
         "--reducer",
@@ -229,6 +253,7 @@ model_options = grouped(
         help="An option of the compressor, such as latents=64; repeatable.",
     ),
     *tower_options,
+    *video_options,
     click.option(
         "--batch",
         type=Batch(),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @output_options
 @click.pass_obj
 def command(terminal: Terminal, url: str, images: tuple[Path, ...], **given: Any) -> None:
-    """Send each IMAGE (a file or a folder) to the server at URL and print its labels.
+    """Send each IMAGE or video (a file or a folder) to the server at URL and print its labels.
 
     URL is host:port (gRPC's default port is 8001, HTTP's 8000), also with grpc:// or http://. The
     server must have the model with its preprocessing (tome-export serve --preprocess). Several

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from tome_export.merge.frames import FrameMerging, VideoOptions
 from tome_export.merge.schedule import INFLECTION, Schedule
 from tome_export.reducers import DEFAULT, reducer_class
 from tome_export.spec import PRECISIONS, Precision, TowerOptions
@@ -63,6 +64,8 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     if counts_given or not own:
         schedule = _schedule(model, given["r"], given["schedule"], file, tower)
     name = model if given["reducer"] == DEFAULT else f"{model}-{given['reducer']}"
+    video = _video(given)
+    name = name if video.merging is None else f"{name}-across"
     return BuildRequest(
         model=model,
         schedule_file=file,
@@ -70,6 +73,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
         schedule=schedule,
         precision=precision,
         tower=tower,
+        video=video,
         engine_options=engine_options_of(given, batch=given["batch"]),
         check=not given["no_check"],
         **{
@@ -92,6 +96,23 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
             )
         },
     )
+
+
+def _video(given: dict[str, Any]) -> VideoOptions:
+    """What is asked of frames; joining needs one of its lists, the others are TempMe's then.
+
+    Raises:
+        InputError: if a list is not one, or they do not belong together.
+    """
+    texts = {key: given[key] for key in ("merge_layers", "merge_frames", "merge_proportions")}
+    if not any(texts.values()):
+        return VideoOptions(given["frames"])
+    published = FrameMerging()
+    usual = (published.layers, published.frames, published.proportions)
+    lists = [
+        text or ",".join(map(str, own)) for text, own in zip(texts.values(), usual, strict=True)
+    ]
+    return VideoOptions(given["frames"], FrameMerging.parse(*lists, given["frame_position"]))
 
 
 def _schedule_file(text: str | None) -> Path | None:

@@ -20,6 +20,20 @@ STAND_IN = (
 )
 
 
+COLUMNS = {"tokens in": "tokens_in", "r": "r", "tokens out": "tokens_out"}
+
+VIDEO_COLUMNS = {
+    "tokens in": "tokens_in",
+    "joined": "joined",
+    "across": "cross",
+    "clips": "clips",
+    "r": "r",
+    "tokens out": "tokens_out",
+}
+
+VIDEO_NOTE = "Tokens of one clip; all clips together: {} in front of the first layer, {} in the end"
+
+
 def artifact_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
     """All a person wants to know of a build."""
     return [
@@ -70,23 +84,24 @@ def merge_op(manifest: Mapping[str, Any]) -> str:
 
 def layer_lines(manifest: Mapping[str, Any]) -> list[str]:
     """Tokens, r and MACs of each layer, and the ratio."""
+    video = manifest.get("video") is not None
+    columns = VIDEO_COLUMNS if video else COLUMNS
     rows = [
         (
             index,
-            layer["tokens_in"],
-            layer["r"],
-            layer["tokens_out"],
+            *(layer[key] for key in columns.values()),
             macs(layer["macs_unmerged"]),
             macs(layer["macs"]),
         )
         for index, layer in enumerate(manifest["layers"])
     ]
     total = manifest["macs"]
-    headers = ("layer", "tokens in", "r", "tokens out", "MACs unmerged", "MACs merged")
+    each = [] if not video else [VIDEO_NOTE.format(manifest["tokens_in"], manifest["tokens"][-1])]
     return [
-        *table(headers, rows),
-        f"MACs per image: {macs(total['unmerged'])} unmerged, {macs(total['merged'])} merged, "
-        f"ratio {total['ratio']:.2f}",
+        *table(("layer", *columns, "MACs unmerged", "MACs merged"), rows),
+        *each,
+        f"MACs per {'video' if video else 'image'}: {macs(total['unmerged'])} unmerged, "
+        f"{macs(total['merged'])} merged, ratio {total['ratio']:.2f}",
     ]
 
 
@@ -116,7 +131,7 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     """A whole parity report, layer by layer."""
     rows = [
         (
-            layer["layer"],
+            f"{layer['layer']} across" if layer.get("across") else layer["layer"],
             layer["decisions"],
             layer["disagreements"],
             layer["defects"] + layer["op_defects"],

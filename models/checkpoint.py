@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -60,6 +61,23 @@ def read_state(path: Path) -> State:
             "expected finite weights"
         )
     return state
+
+
+def read_eager(path: Path) -> State:
+    """As ``read_state``, with a line of its own for TorchScript, as OpenAI publishes CLIP.
+
+    Raises:
+        InputError: as ``read_state``, and if the file holds code.
+    """
+    if path.is_file() and path.suffix == ".pt" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            raise InputError(
+                f"weights file {path} is a TorchScript archive, which holds code and is not "
+                "loaded; save the tensors of its state_dict() as .safetensors"
+            )
+    return read_state(path)
 
 
 def _read_safetensors(path: Path) -> object:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, TomeExportError
-from tome_export.models.recipe import RULE, Recipe, recommended_r
-from tome_export.spec import Preprocessing
+from tome_export.merge.frames import VideoOptions
+from tome_export.models.recipe import RULE, OutputName, Recipe, recommended_r
+from tome_export.spec import VIDEO_FEATURES, Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,15 +39,22 @@ def recipe_from_function(name: str) -> Recipe:
     return Recipe(
         name=name,
         family="custom",
-        preprocessing=preprocessing or _preprocessing(module, merged.input_size),
+        preprocessing=preprocessing or _preprocessing(module, merged.image_size),
         recommended_r=recommended_r(layers[0].tokens_in, len(layers)) if layers else 0,
         r_source=RULE,
-        output_name="logits" if merged.classifies else "features",
+        output_name=_output_name(merged),
+        video=VideoOptions(merged.input_size[0]) if merged.takes_video else None,
         description=f"{type(module).__name__} from {name}",
         weights_source=f"returned by {name}",
         labels=_labels(module),
         factory=lambda: copy.deepcopy(module),
     )
+
+
+def _output_name(merged: MergedModel) -> OutputName:
+    if merged.takes_video:
+        return VIDEO_FEATURES
+    return "logits" if merged.classifies else "features"
 
 
 def _patched(name: str, module: nn.Module) -> MergedModel:

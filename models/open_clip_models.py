@@ -6,13 +6,12 @@ The output is that of ``encode_image(image, normalize=False)``: features not of 
 from __future__ import annotations
 
 import difflib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
+from tome_export.models.checkpoint import fit, read_eager, sha256, stored_dtype
 from tome_export.models.hub import ANSWER_S, ask, ask_url
 from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
 from tome_export.models.weights import load_by_file, loaded
@@ -75,7 +74,7 @@ class OpenClipLoader:
 
     def _from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
         module = self._create(depth)
-        state, _ = fit(module, _tower(_read(path)), path, "")
+        state, _ = fit(module, _tower(read_eager(path)), path, "")
         module.load_state_dict(state, strict=True)
         info = WeightsInfo(
             "file", path.name, sha256(path), stored_dtype=stored_dtype(state.values())
@@ -137,18 +136,6 @@ def _ask_hub(hub: str) -> None:
         get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=ANSWER_S)
     except EntryNotFoundError:
         return
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.is_file() and path.suffix == ".pt" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:
-            raise InputError(
-                f"weights file {path} is a TorchScript archive, which holds code and is not "
-                "loaded; save the tensors of its state_dict() as .safetensors"
-            )
-    return read_state(path)
 
 
 def _tower(state: dict[str, Tensor]) -> dict[str, Tensor]:

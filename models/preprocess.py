@@ -27,15 +27,32 @@ def find_images(folder: str | Path) -> list[Path]:
     Raises:
         InputError: if there is no such folder or file, or no image in it.
     """
+    return find_files(folder, IMAGE_SUFFIXES, "image")
+
+
+def find_files(folder: str | Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """Every file of a kind under a folder, sorted by path; a single file stands for itself.
+
+    Args:
+        folder: Where to look.
+        suffixes: How their names end, in lower case.
+        what: What messages call one of them.
+
+    Raises:
+        InputError: if there is no such folder or file, or none of them in it.
+    """
     folder = Path(folder)
+    article = "an" if what[0] in "aeiou" else "a"
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise InputError(f"{folder} does not exist; expected an image or a folder of images")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        raise InputError(
+            f"{folder} does not exist; expected {article} {what} or a folder of {what}s"
+        )
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
     if not found:
         raise InputError(
-            f"no images under {folder}; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"no {what}s under {folder}; expected files ending in {', '.join(suffixes)}"
         )
     return found
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tome_export.merge.frames import VideoOptions
     from tome_export.spec import Preprocessing, TowerOptions
 
-OutputName = Literal["logits", "features"]
+OutputName = Literal["logits", "features", "video_features"]
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
 
 DATA = Path(__file__).parent / "data"
@@ -60,6 +61,8 @@ class Geometry:
         prefix: Class, distillation and register tokens.
         head_macs: MACs per image behind the blocks: projection or classifier.
         token_macs: MACs per final token behind the blocks, such as a projector's.
+        shared: Tokens of a whole video that all its frames attend to, and that attend to all.
+        video_macs: MACs per video outside the blocks that do not follow from its frames.
     """
 
     width: int
@@ -69,6 +72,8 @@ class Geometry:
     prefix: int = 1
     head_macs: int = 0
     token_macs: int = 0
+    shared: int = 0
+    video_macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Recipe:
         tower: What a language model takes of it, nothing left open; None for any other model.
         needs_grid: Why only dense outputs fit the model's user; empty if all do.
         dense_only: Whether the model has no output for the whole image, only features of patches.
+        video: Frames of one video and how they are joined; None for a model of images.
         reducer_keys: How the keys of a reducer's weights begin in a file that holds the model's
             too; only files of timm's models are read so.
     """
@@ -125,6 +131,7 @@ class Recipe:
     tower: TowerOptions | None = None
     needs_grid: str = ""
     dense_only: bool = False
+    video: VideoOptions | None = None
     reducer_keys: tuple[str, ...] = ()
 
     def load(

@@ -6,6 +6,8 @@ import difflib
 from types import MappingProxyType
 
 from tome_export.errors import InputError
+from tome_export.merge.frames import VideoOptions
+from tome_export.models.clip4clip_recipes import CLIP4CLIP, with_video
 from tome_export.models.hf_recipes import HF
 from tome_export.models.llava_recipes import llava15_tower, with_tower
 from tome_export.models.mae_recipes import MAE
@@ -166,6 +168,7 @@ _RECIPES = (
     *TORCHVISION,
     *HF,
     llava15_tower(),
+    *CLIP4CLIP,
     _DIGITS,
 )
 
@@ -173,7 +176,9 @@ RECIPES = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
 """Every recipe by its name, in the order to show them."""
 
 
-def resolve(name: str, tower: TowerOptions | None = None) -> Recipe:
+def resolve(
+    name: str, tower: TowerOptions | None = None, video: VideoOptions | None = None
+) -> Recipe:
     """Find a model.
 
     Args:
@@ -181,13 +186,15 @@ def resolve(name: str, tower: TowerOptions | None = None) -> Recipe:
             ``open_clip:<arch>[/<weights>]``, ``torchvision:<name>[.<weights>]``, or
             ``module:function``.
         tower: What a language model takes of it; for vision towers only.
+        video: Frames of one video and how they are joined; for video towers only.
 
     Raises:
         InputError: if there is no such model, naming close ones.
-        UsageError: if tower options are given for a model that is no tower.
+        UsageError: if options of towers or videos are given for a model that is none.
     """
     recipe = _find(name.strip(), tower or TowerOptions())
-    return with_tower(recipe, tower) if tower else recipe
+    recipe = with_tower(recipe, tower) if tower else recipe
+    return with_video(recipe, video or VideoOptions())
 
 
 def _find(name: str, tower: TowerOptions) -> Recipe:

@@ -40,6 +40,7 @@ ONLY = {
     "onnxruntime": {"runtime", "serve"},
     "ray": {"evaluation"},
     "pyarrow": {"evaluation"},
+    "av": {"video"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
 }
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     # Options are read as those of reducers, weights as those of models.
     "compressors": {"merge", "reducers.options", "reducers.learned"},
     "patch": {"merge", "plugins", "reducers", "compressors"},
-    "models": {"patch", "merge"},
+    "models": {"patch", "merge", "video"},
     "onnx": {"patch", "merge", "reducers"},
     "engine": set(),
     "runtime": {"onnx"},
@@ -63,8 +64,9 @@ MAY_IMPORT = {
     "tune": {"merge", "files"},
     "cascade": set(),
     "inspect": set(),
+    "video": set(),
     "report": {"inspect", "files", "reducers"},
-    "serve": {"engine", "artifact", "cascade"},
+    "serve": {"engine", "artifact", "cascade", "video"},
     "artifact": {"staging", "schema", "files"},
     "staging": {"schema", "files"},
     "files": set(),
@@ -89,6 +91,7 @@ MAY_IMPORT = {
         "cascade",
         "compressors",
         "inspect",
+        "video",
     },
     "cli": {"pipeline", "artifact", "files", "engine", "models", "merge", "reducers"},
 }

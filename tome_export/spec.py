@@ -22,6 +22,8 @@ SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)
 INPUT_NAME = "pixel_values"
 LOGITS, FEATURES = "logits", "features"
 SOURCE_MAP, ENTROPY = "source_map", "entropy"
+VIDEO_MASK: Literal["video_mask"] = "video_mask"
+VIDEO_FEATURES: Literal["video_features"] = "video_features"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,58 @@ def groups_by_layer(
             composed = np.where(composed < 0, DROPPED, moved)
         result[:, layer] = composed
     return result
+
+
+def clip_groups(
+    plans: Mapping[tuple[int, bool], Plans],
+    layers: Sequence[Mapping[str, int]],
+    frames: int,
+    batch: int,
+) -> NDArray[np.int64]:
+    """As ``groups_by_layer`` for videos, whose clips are joined between the plans.
+
+    Args:
+        plans: By layer, and whether it is the merge across clips; ``[B S, ...]``, the clips of one
+            video behind those of another.
+        layers: Token counts of each layer, as ``build.json`` has them.
+        frames: Frames of one video.
+        batch: Videos B.
+
+    Returns:
+        ``[B, depth, frames, N]`` int64: for every token of every frame the token that holds it
+        behind each layer, clips counted on.
+    """
+    first = layers[0]["tokens_in"]
+    places = np.broadcast_to(np.arange(first), (batch, frames, first))
+    result = np.empty((batch, len(layers), frames, first), np.int64)
+    for layer, counts in enumerate(layers):
+        joined, clips = counts["joined"], counts["clips"]
+        protected = counts["prefix"] // joined
+        part = (np.arange(frames) * clips * joined // frames % joined)[:, None]
+        rest = part * (counts["tokens_in"] - protected) + (joined - 1) * protected
+        places = places + np.where(places < protected, part * protected, rest)
+        for key in ((layer, True), (layer, False)):
+            if key in plans:
+                rows = places.reshape(batch * clips, -1)
+                places = np.take_along_axis(token_map(plans[key]), rows, axis=1)
+                places = places.reshape(batch, frames, first)
+        clip = (np.arange(frames) * clips // frames)[:, None]
+        result[:, layer] = places + clip * counts["tokens_out"]
+    return result
+
+
+def mosaic_side(frames: int) -> int:
+    """Frames beside each other in a picture: the smallest divisor that makes it no taller."""
+    return next(n for n in range(1, frames + 1) if frames % n == 0 and n * n >= frames)
+
+
+def mosaic(parts: NDArray[Any]) -> NDArray[Any]:
+    """Frames ``[F, H, W, ...]`` beside and below each other, row by row: one array."""
+    frames, height, width, *rest = parts.shape
+    cols = mosaic_side(frames)
+    rows = parts.reshape(frames // cols, cols, height, width, *rest).swapaxes(1, 2)
+    whole: NDArray[Any] = rows.reshape(frames // cols * height, cols * width, *rest)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -137,4 +189,22 @@ def layers_from_positions(
         # A dropped prefix token is not where dropped patches are.
         lost = int(np.isin(ids, row[:prefix][row[:prefix] >= 0]).sum())
         layers.append(LayerGroups(layer, count, ids, lost))
+    return tuple(layers)
+
+
+def video_layers(
+    ids: NDArray[np.int64], tokens: Sequence[int], prefix: int, grid: PatchGrid
+) -> tuple[LayerGroups, ...]:
+    """One video's part of what ``clip_groups`` gives, put on a mosaic of its frames.
+
+    Args:
+        ids: ``[depth, frames, prefix + rows * cols]`` int64.
+        tokens: Tokens of the video that leave each layer.
+        prefix: Tokens at the front of a frame that are no patches.
+        grid: How a frame is cut into patches.
+    """
+    layers = []
+    for layer, (frames, count) in enumerate(zip(ids, tokens, strict=True)):
+        patches = frames[:, prefix:].reshape(len(frames), grid.rows, grid.cols)
+        layers.append(LayerGroups(layer, count, mosaic(patches), 0))
     return tuple(layers)

@@ -32,6 +32,8 @@ def grid_from_manifest(manifest: Mapping[str, Any], where: Path) -> tuple[PatchG
         raise InputError(
             f"{where} does not say how many tokens are patches; rebuild it with this version"
         )
+    if manifest.get("video"):
+        tokens = manifest["layers"][0]["tokens_in"]  # of one frame
     recorded = manifest.get("patches")
     try:
         grid = PatchGrid(**recorded) if recorded else None

@@ -24,10 +24,34 @@ class BlockCost:
     after: int
 
     def macs(self, layer: LayerTokens) -> int:
-        """MACs of this block for one image, match and merge left out (under 1 %)."""
-        n = layer.tokens_in
+        """MACs of this block for one image or video, match and merge left out (under 1 %)."""
+        n = layer.attended
         k = n if layer.behind_block else layer.tokens_out
-        return n * self.before + n * n * self.attention + k * self.after
+        one = n * self.before + n * n * self.attention + k * self.after
+        return layer.sequences * one
+
+
+@dataclass(frozen=True)
+class SharedCost(BlockCost):
+    """Cost of a block whose clips also attend to a few tokens of the whole video.
+
+    Attributes:
+        shared: Those tokens, which attend to everything.
+        last: Whether nothing but them is read behind the block: of all others only keys and values
+            are made then.
+    """
+
+    shared: int = 0
+    last: bool = False
+
+    def macs(self, layer: LayerTokens) -> int:
+        """MACs of this block for one video, match and merge left out."""
+        everything = layer.sequences * layer.attended
+        pairs = self.shared * (everything + self.shared)
+        own = self.shared * (self.before + self.after) + pairs * self.attention
+        if self.last:
+            return own + everything * self.before // 2
+        return own + super().macs(layer) + everything * self.shared * self.attention
 
 
 def total_macs(costs: Sequence[BlockCost], layers: Sequence[LayerTokens], fixed: int) -> int:

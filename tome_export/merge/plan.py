@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,46 @@ class MergePlan(NamedTuple):
     keep: Tensor
     src: Tensor
     dst: Tensor
+
+
+class Across(NamedTuple):
+    """The merge across clips of a video, ahead of a layer's attention.
+
+    Attributes:
+        layer: Index of the block.
+    """
+
+    layer: int
+
+
+Step = int | Across
+"""One merge of a model: a layer's own by its number, or the one across clips ahead of it."""
+
+StepPlans = Mapping[Step, MergePlan]
+
+
+def step_layer(step: Step) -> int:
+    """The block that a merge belongs to."""
+    return step.layer if isinstance(step, Across) else step
+
+
+def step_number(step: Step) -> int:
+    """A number for each merge; they rise in the order in which merges happen."""
+    return 2 * step_layer(step) + (not isinstance(step, Across))
+
+
+def step_name(step: Step) -> str:
+    """Name of a merge in graphs: ``blocks.8``, or ``blocks.8.across``."""
+    return f"blocks.{step_layer(step)}{'.across' if isinstance(step, Across) else ''}"
+
+
+def step_from_name(name: str) -> Step | None:
+    """The merge that a node of a graph belongs to, such as ``blocks.8.across.match``; or None."""
+    parts = name.split(".")
+    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+        return None
+    layer = int(parts[1])
+    return Across(layer) if parts[2] == "across" else layer
 
 
 def token_map(plan: MergePlan) -> Tensor:

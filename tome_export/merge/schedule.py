@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
 from tome_export.merge.spec import clamp_r
+
+if TYPE_CHECKING:
+    from tome_export.merge.frames import FrameMerging
 
 INFLECTION = {"constant": 0.0, "decreasing": -1.0, "increasing": 1.0}
 """Named schedules and their inflection (ToMe, section 4.1 and appendix C)."""
@@ -17,7 +21,7 @@ class LayerTokens:
     """Token counts of one layer: ``tokens_in - r == tokens_out``.
 
     Attributes:
-        tokens_in: Tokens that attention sees.
+        tokens_in: Tokens that enter the layer.
         r: Tokens removed.
         tokens_out: Tokens that the next layer sees.
         behind_block: Whether they are removed behind the MLP, and not in front of it.
@@ -28,18 +32,40 @@ class LayerTokens:
     tokens_out: int
     behind_block: bool = False
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of one input that the block works on, each for itself."""
+        return 1
+
+    @property
+    def attended(self) -> int:
+        """Tokens of a sequence that attention sees."""
+        return self.tokens_in
+
+    @property
+    def total_in(self) -> int:
+        """Tokens of one image or video that enter the layer."""
+        return self.tokens_in
+
+    @property
+    def total_out(self) -> int:
+        """Tokens of one image or video that leave the layer."""
+        return self.sequences * self.tokens_out
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Tokens to merge per layer, before clamping.
 
     Either ``r`` with ``inflect`` in [-1, 1] (the mean over layers is r; -1 merges early, +1 late),
-    or ``per_layer``, which is padded with zeros to the model's depth.
+    or ``per_layer``, which is padded with zeros to the model's depth. With ``frames``, of videos
+    only, that is for the layers ahead of the first that joins frames.
     """
 
     r: int = 0
     inflect: float = 0.0
     per_layer: tuple[int, ...] | None = None
+    frames: FrameMerging | None = None
 
     def __post_init__(self) -> None:
         for value in self.per_layer if self.per_layer is not None else (self.r,):
@@ -146,7 +172,8 @@ class Schedule:
         return tuple(layers)
 
     def __str__(self) -> str:
+        frames = "" if self.frames is None else f"; {self.frames}"
         if self.per_layer is not None:
-            return ",".join(str(r) for r in self.per_layer)
+            return ",".join(str(r) for r in self.per_layer) + frames
         names = {value: name for name, value in INFLECTION.items()}
-        return f"r={self.r} {names.get(self.inflect, f'inflect={self.inflect:g}')}"
+        return f"r={self.r} {names.get(self.inflect, f'inflect={self.inflect:g}')}{frames}"

@@ -4,7 +4,9 @@ Imports nothing: the ONNX functions, the TensorRT plugins and the tests all read
 
 ``TomeMatch(keys [B, H, N, D]) -> keep [B, K], src [B, r], dst [B, r]`` (int32) with attributes
 ``r``, ``prefix`` and ``class_token``; ``K = N - r``. The keys are of any float type and averaged
-over heads in fp32 inside the operator; a ready metric ``[B, N, D]`` is the same as H = 1.
+over heads in fp32 inside the operator; a ready metric ``[B, N, D]`` is the same as H = 1. B counts
+sequences, each for itself: images, or the clips of all videos; ``prefix`` counts the protected
+tokens at the front of each, which belong to a set by their positions as all others do.
 ``TomeMerge(x [B, N, C], size [B, N], keep, src, dst) -> x' [B, K, C], size' [B, K]``; a dst of -1
 drops its token. ``TomePlan(keep, src, dst)`` and ``TomeSignal(x)`` give back what they get: they
 mark the plan of a layer that has no match, and the scores it was decided by, for the parity check.
@@ -38,6 +40,9 @@ NORM_LIMIT = 2.0**64
 
 Its square is the first number beyond fp32: a norm taken in fp32 is below it, or not finite.
 """
+
+SEQUENCES = "sequences"
+"""Key of the graph's metadata: sequences per image or video of each merge with more than one."""
 
 PLUGIN_NAMESPACE = DOMAIN
 PLUGIN_VERSION = "1"

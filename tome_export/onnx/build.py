@@ -11,14 +11,14 @@ from pathlib import Path
 import onnx
 
 from tome_export.merge import spec
+from tome_export.merge.plan import step_name
 from tome_export.onnx import files
 from tome_export.onnx.export import ExportOptions, ir_from_model
 from tome_export.onnx.functions import functions_for
 from tome_export.onnx.names import name_by_place
 from tome_export.onnx.simplify import simplified
+from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
-
-METADATA_PREFIX = "tome_export."
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,21 @@ def onnx_from_model(
         proto = simplified(proto)
     name_by_place(proto.graph)
     name_by_content(proto)
-    props = {METADATA_PREFIX + key: json.dumps(value) for key, value in (metadata or {}).items()}
+    described = {**(metadata or {}), **_sequences(model)}
+    props = {METADATA_PREFIX + key: json.dumps(value) for key, value in described.items()}
     onnx.helper.set_model_props(proto, props)
     proto.doc_string = f"Vision transformer with token merging, operators v{spec.VERSION}"
     nodes = len(proto.graph.node)
     written = files.save(proto, path, threshold=external_data_bytes)
     files.check(path)
     return OnnxFiles(tuple(written), options.opset, nodes, can_simplify)
+
+
+def _sequences(model: MergedModel) -> dict[str, dict[str, int]]:
+    """What the twin has to know of merges that work on several sequences of one input."""
+    counts = {step_name(step): model.sequences_at(step) for step in model.steps}
+    several = {name: count for name, count in counts.items() if count > 1}
+    return {spec.SEQUENCES: several} if several else {}
 
 
 def name_by_content(model: onnx.ModelProto) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
+from tome_export.merge.plan import Step, step_name
 from tome_export.onnx.functions import Lowering
 from tome_export.onnx.names import name_by_module
 from tome_export.onnx.translation import translation_table
@@ -106,7 +107,8 @@ def ir_from_model(
 
     Nodes of merging layer i are named ``blocks.i.match`` and ``blocks.i.merge``; the match's
     input and outputs ``blocks.i.keys``, ``.keep``, ``.src`` and ``.dst``. Of a reducer that decides
-    by scores, ``blocks.i.plan`` has those outputs, and ``blocks.i.signal.j`` gives score j.
+    by scores, ``blocks.i.plan`` has those outputs, and ``blocks.i.signal.j`` gives score j. Of the
+    merge across clips ahead of layer i, ``blocks.i.across`` stands for ``blocks.i``.
 
     Args:
         model: In eval mode, fp32 weights.
@@ -156,12 +158,11 @@ def ir_from_model(
         ) from error
     if program is None:
         raise ExportError("torch returned no ONNX program; expected a traced model")
-    merging = [index for index, layer in enumerate(model.layers) if layer.r]
-    _finish_merge_nodes(program.model, merging, options.plugin)
+    _finish_merge_nodes(program.model, model.steps, options.plugin)
     return program.model
 
 
-def _finish_merge_nodes(model: ir.Model, merging: list[int], plugin: bool) -> None:
+def _finish_merge_nodes(model: ir.Model, merging: Sequence[Step], plugin: bool) -> None:
     """Names of nodes by module, stable ones for what the parity check reads, no other traces.
 
     For plugins the nodes also get the attributes that TensorRT finds a plugin by.
@@ -173,20 +174,20 @@ def _finish_merge_nodes(model: ir.Model, merging: list[int], plugin: bool) -> No
     if len(matches) != len(merging):
         raise ExportError(
             f"the exported graph has {len(matches)} match or plan nodes; expected {len(merging)}, "
-            "one per layer that removes tokens"
+            "one per merge"
         )
-    layer_of: dict[Any, int] = {}
-    for layer, node in zip(merging, matches, strict=True):
-        node.name = f"blocks.{layer}.{spec.SUFFIXES[node.op_type]}"
+    place_of: dict[Any, str] = {}
+    for place, node in zip(map(step_name, merging), matches, strict=True):
+        node.name = f"{place}.{spec.SUFFIXES[node.op_type]}"
         if node.op_type == spec.MATCH:
             for given, name in zip(node.inputs, spec.MATCH_INPUTS, strict=True):
-                _value(given).name = f"blocks.{layer}.{name}"
+                _value(given).name = f"{place}.{name}"
         for value, name in zip(node.outputs, spec.MATCH_OUTPUTS, strict=True):
-            value.name = f"blocks.{layer}.{name}"
-            layer_of[value] = layer
+            value.name = f"{place}.{name}"
+            place_of[value] = place
     for node in model.graph:
         if node.op_type == spec.MERGE:
-            node.name = f"blocks.{layer_of[node.inputs[2]]}.{spec.SUFFIXES[spec.MERGE]}"
+            node.name = f"{place_of[node.inputs[2]]}.{spec.SUFFIXES[spec.MERGE]}"
         if node.op_type == spec.SIGNAL:
             layer, index = (node.attributes[name].as_int() for name in ("layer", "index"))
             node.name = node.outputs[0].name = f"blocks.{layer}.signal.{index}"

@@ -9,7 +9,9 @@ with the effect of a flipped decision.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,12 +19,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tome_export.errors import InputError
 from tome_export.merge import spec
+from tome_export.merge.plan import Step, step_from_name, step_layer, step_name
+
+METADATA_PREFIX = "tome_export."
 
 LEAD = "tome_export.lead"
 """Bool input ``[B, 1]``: whether the plans given as inputs are applied.
 
 One per image, not a scalar: the first dimension of every input of an engine is the batch.
 """
+
+LEAD_EACH = "tome_export.lead_each"
 
 HEADS_AXIS = "tome_export.heads_axis"
 
@@ -32,17 +39,26 @@ class TwinLayer:
     """Tensor names of one merging layer in the twin.
 
     Attributes:
-        layer: Index of the block.
+        step: Which of the model's merges it is.
         signals: What the decision hangs on, float32: the metric ``[B, N, D]`` of a match, else the
             scores of the reducer.
         chosen: ``keep``, ``src`` and ``dst`` as the graph chose them.
         given: Inputs, those to apply when the twin is led.
+        sequences: Sequences S of one input that it works on. With more than one, everything here
+            is ``[B, S, ...]``, because the first dimension of what goes into an engine or comes
+            out of it is the batch.
     """
 
-    layer: int
+    step: Step
     signals: tuple[str, ...]
     chosen: tuple[str, str, str]
     given: tuple[str, str, str]
+    sequences: int = 1
+
+    @property
+    def layer(self) -> int:
+        """Index of the block."""
+        return step_layer(self.step)
 
 
 @dataclass(frozen=True)
@@ -71,39 +87,55 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
     batch = graph.input[0].type.tensor_type.shape.dim[0]
     types = {value.name: value for value in (*graph.value_info, *graph.output)}
     layers: list[TwinLayer] = []
-    scores: dict[int, list[str]] = {}
+    scores: dict[Step, list[str]] = {}
+    several = _sequences(model)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
         if node.op_type == spec.SIGNAL:
-            scores.setdefault(_layer_of(node), []).append(node.output[0])
+            scores.setdefault(_step_of(node), []).append(node.output[0])
             graph.output.append(types[node.output[0]])
         if node.op_type not in (spec.MATCH, spec.PLAN):
             continue
-        layer = _layer_of(node)
+        step = _step_of(node)
+        count = several.get(step_name(step), 1)
         chosen = tuple(node.output)
         led = tuple(f"{name}.led" for name in chosen)
         given = tuple(f"{name}.given" for name in chosen)
+        rows = [batch.dim_param or batch.dim_value, *([count] * (count > 1))]
+        shown = []
         for name, source, new in zip(chosen, given, led, strict=True):
             value = types[name]
-            length = value.type.tensor_type.shape.dim[1].dim_value
-            shape = [batch.dim_param or batch.dim_value, length]
+            shape = [*rows, value.type.tensor_type.shape.dim[1].dim_value]
             graph.input.append(helper.make_tensor_value_info(source, TensorProto.INT32, shape))
-            switch = helper.make_node("Where", [LEAD, source, name], [new], name=f"{new}.where")
-            nodes.append(switch)
-            _rewire(graph, name, new, switch)
-            graph.output.append(value)
-        if node.op_type == spec.PLAN:
-            layers.append(TwinLayer(layer, tuple(scores[layer]), (*chosen,), (*given,)))  # type: ignore[arg-type]
-            continue
-        metric = f"blocks.{layer}.metric"
-        nodes += _metric_nodes(node.input[0], types[node.input[0]], metric)
-        graph.output.append(_metric_value(types[node.input[0]], metric))
-        layers.append(TwinLayer(layer, (metric,), (*chosen,), (*given,)))  # type: ignore[arg-type]
+            added, first, name_shown = _switch(name, source, new, shape)
+            nodes += added
+            _rewire(graph, name, new, first)
+            shown.append(name_shown)
+            if count == 1:
+                graph.output.append(value)
+            else:
+                info = helper.make_tensor_value_info(name_shown, TensorProto.INT32, shape)
+                graph.output.append(info)
+        signals = tuple(scores.get(step, ()))
+        if node.op_type == spec.MATCH:
+            metric = f"{step_name(step)}.metric"
+            nodes += _metric_nodes(node.input[0], types[node.input[0]], metric)
+            info = _metric_value(types[node.input[0]], metric, rows)
+            if count > 1:
+                target = f"{metric}.rows"
+                nodes += _reshape(metric, target, [-1, *_dims(info)[1:]])
+                info.name = target
+            graph.output.append(info)
+            signals = (info.name,)
+        layers.append(TwinLayer(step, signals, (*shown,), (*given,), count))  # type: ignore[arg-type]
     if layers:
         shape = [batch.dim_param or batch.dim_value, 1]
         graph.input.append(helper.make_tensor_value_info(LEAD, TensorProto.BOOL, shape))
         graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), HEADS_AXIS))
+        if several:
+            # The first dimension of this is the batch, as of every input; here for [B, S, K].
+            nodes.insert(0, helper.make_node("Unsqueeze", [LEAD, HEADS_AXIS], [LEAD_EACH]))
     del graph.node[:]
     graph.node.extend(nodes)
     return Twin(twin, tuple(layers))
@@ -122,10 +154,53 @@ def _metric_nodes(keys: str, value: onnx.ValueInfoProto, metric: str) -> list[on
     ]
 
 
-def _metric_value(keys: onnx.ValueInfoProto, metric: str) -> onnx.ValueInfoProto:
-    dims = list(keys.type.tensor_type.shape.dim)
-    shape = [d.dim_param or d.dim_value for d in (dims[0], *dims[-2:])]
+def _metric_value(
+    keys: onnx.ValueInfoProto, metric: str, rows: list[str | int]
+) -> onnx.ValueInfoProto:
+    shape = [*rows, *_dims(keys)[-2:]]
     return helper.make_tensor_value_info(metric, TensorProto.FLOAT, shape)
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def _switch(
+    name: str, given: str, new: str, shape: list[str | int]
+) -> tuple[list[onnx.NodeProto], onnx.NodeProto, str]:
+    """Nodes that replace a tensor of a plan when led.
+
+    Args:
+        name: What the graph chose, ``[B S, K]``.
+        given: What it may be led by.
+        new: What the rest of the graph reads from now on.
+        shape: Of ``given``: ``[B, K]``, or ``[B, S, K]`` of several sequences.
+
+    Returns:
+        The nodes, the one that reads ``name``, and the name under which the choice is shown.
+    """
+    if len(shape) == 2:
+        where = helper.make_node("Where", [LEAD, given, name], [new], name=f"{new}.where")
+        return [where], where, name
+    rows, mixed = f"{name}.rows", f"{new}.rows"
+    before = _reshape(name, rows, [-1, *shape[1:]])
+    where = helper.make_node("Where", [LEAD_EACH, given, rows], [mixed], name=f"{new}.where")
+    after = _reshape(mixed, new, [-1, shape[2]])
+    return [*before, where, *after], before[-1], rows
+
+
+def _reshape(name: str, new: str, shape: list[Any]) -> list[onnx.NodeProto]:
+    constant = f"{new}.shape"
+    value = helper.make_node("Constant", [], [constant], name=constant, value_ints=shape)
+    return [value, helper.make_node("Reshape", [name, constant], [new], name=new)]
+
+
+def _sequences(model: onnx.ModelProto) -> dict[str, int]:
+    """Sequences per input of each merge that has more than one."""
+    key = METADATA_PREFIX + spec.SEQUENCES
+    found = next((prop.value for prop in model.metadata_props if prop.key == key), "{}")
+    counts: dict[str, int] = json.loads(found)
+    return counts
 
 
 def is_twin(model: onnx.ModelProto) -> bool:
@@ -133,10 +208,10 @@ def is_twin(model: onnx.ModelProto) -> bool:
     return any(value.name == LEAD for value in model.graph.input)
 
 
-def _layer_of(node: onnx.NodeProto) -> int:
-    parts = node.name.split(".")
-    if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
-        return int(parts[1])
+def _step_of(node: onnx.NodeProto) -> Step:
+    step = step_from_name(node.name)
+    if step is not None:
+        return step
     raise InputError(
         f"match node is named {node.name!r}; expected 'blocks.<layer>.match', as this package "
         "writes it: rebuild the artifact"

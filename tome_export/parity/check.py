@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tome_export.errors import InputError
+from tome_export.merge.plan import Across, Step, step_layer, step_number
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
 from tome_export.parity.extras import entropies, entropy_defects, source_map_defects
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
@@ -18,7 +19,7 @@ from tome_export.parity.scores import judge_scores
 from tome_export.runtime.inputs import unit_inputs
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import ENTROPY, INPUT_NAME, LOGITS, SOURCE_MAP
+from tome_export.spec import ENTROPY, INPUT_NAME, LOGITS, SOURCE_MAP, VIDEO_MASK
 
 if TYPE_CHECKING:
     import onnx
@@ -101,10 +102,12 @@ def check_parity(
             free, led = _run_twin(twin, runner, pixels, size, output_name, reference)
 
     diverged = _first_divergence(reference, free)
-    judge = judge_scores if model.settings.reducer.scored else _layer_parity
+    scored = model.settings.reducer.scored
     layers = tuple(
-        judge(model, layer, reference, yardstick, led, diverged, k)
-        for layer in sorted(reference.layers)
+        judge_scores(model, step_layer(step), reference, yardstick, led, diverged, k)
+        if scored
+        else _layer_parity(model, step, reference, yardstick, led, diverged, k)
+        for step in sorted(reference.layers, key=step_number)
     )
     # With a flip in every image there is no steady one to compare; then compare them all.
     steady = diverged < 0 if (diverged < 0).any() else np.ones_like(diverged, bool)
@@ -129,8 +132,12 @@ def check_parity(
 
 
 def inputs_of(model: MergedModel, count: int) -> dict[str, Array]:
-    """Inputs besides the images for a check: seeded vectors of unit length, one per image."""
-    return unit_inputs(model.extra_inputs, count)
+    """Inputs besides the images for a check: seeded vectors of unit length, and masks of frames."""
+    found = unit_inputs(model.extra_inputs, count)
+    if VIDEO_MASK in found:
+        # The last frame of every other video does not count.
+        found[VIDEO_MASK][1::2, -1] = 0
+    return found
 
 
 def _run_twin(
@@ -146,15 +153,18 @@ def _run_twin(
 
     inputs, count = dict(given), len(given[INPUT_NAME])
     for layer in twin.layers:
-        record = reference.layers[layer.layer]
-        inputs |= dict(zip(layer.given, (record.keep, record.src, record.dst), strict=True))
+        record = reference.layers[layer.step]
+        rows = (count, layer.sequences) if layer.sequences > 1 else (count,)
+        parts = (x.reshape(*rows, -1) for x in (record.keep, record.src, record.dst))
+        inputs |= dict(zip(layer.given, parts, strict=True))
     passes = []
     for lead in (False, True):
         inputs[LEAD] = np.full((count, 1), lead)
         results = infer_in_batches(runner, inputs, count, size)
         layers = {
-            layer.layer: LayerRecord(
-                tuple(results[name] for name in layer.signals), *(results[n] for n in layer.chosen)
+            layer.step: LayerRecord(
+                tuple(_rows(results[name], layer.sequences) for name in layer.signals),
+                *(_rows(results[name], layer.sequences) for name in layer.chosen),
             )
             for layer in twin.layers
         }
@@ -163,13 +173,24 @@ def _run_twin(
     return passes[0], passes[1]
 
 
+def _rows(array: Array, sequences: int) -> Array:
+    """``[B, S, ...]`` as ``[B S, ...]``; without several sequences it is that already."""
+    return array.reshape(-1, *array.shape[2:]) if sequences > 1 else array
+
+
 def _first_divergence(reference: Pass, free: Pass) -> Array:
-    """For each image the first layer whose free-running plan differs, or -1: ``[B]`` int."""
+    """The number of the first merge of each image whose free-running plan differs: ``[B]`` int.
+
+    -1 where none does.
+    """
     first = np.full(len(reference.output), -1)
-    for layer in sorted(free.layers):
+    for step in sorted(free.layers, key=step_number):
+        ours, theirs = reference.layers[step], free.layers[step]
+        each = len(ours.keep) // len(first)
         for image in np.flatnonzero(first < 0).tolist():
-            if reference.layers[layer].plan(image) != free.layers[layer].plan(image):
-                first[image] = layer
+            rows = range(image * each, (image + 1) * each)
+            if any(ours.plan(row) != theirs.plan(row) for row in rows):
+                first[image] = step_number(step)
     return first
 
 
@@ -184,7 +205,7 @@ def fp32_score_bound(width: int) -> float:
 
 def _layer_parity(
     model: MergedModel,
-    layer: int,
+    layer: Step,
     reference: Pass,
     yardstick: Pass,
     led: Pass,
@@ -193,16 +214,18 @@ def _layer_parity(
 ) -> LayerParity:
     ours, theirs, measure = (p.layers[layer] for p in (reference, led, yardstick))
     (metric,), (their_metric,), (own_metric,) = ours.signals, theirs.signals, measure.signals
-    prefix, class_token = model.prefix, model.class_token
+    prefix, class_token = model.prefix_at(layer), model.class_token
+    each = model.sequences_at(layer)
     width = metric.shape[-1]
     found, op_defects, errors, own_errors = [], 0, [0.0], [0.0]
-    for image in range(len(metric)):
-        scores = cosine_scores(metric[image], prefix)
-        theirs_scores = cosine_scores(their_metric[image], prefix)
+    for row in range(len(metric)):
+        image = row // each
+        scores = cosine_scores(metric[row], prefix)
+        theirs_scores = cosine_scores(their_metric[row], prefix)
         errors.append(_distance(theirs_scores, scores))
-        own_errors.append(_distance(cosine_scores(own_metric[image], prefix), scores))
-        plan = theirs.plan(image)
-        found += disagreements(ours.plan(image), plan, scores, prefix, class_token, image)
+        own_errors.append(_distance(cosine_scores(own_metric[row], prefix), scores))
+        plan = theirs.plan(row)
+        found += disagreements(ours.plan(row), plan, scores, prefix, class_token, image)
         exact = _plan_from_scores(theirs_scores, len(plan.src), prefix, class_token)
         own = disagreements(exact, plan, theirs_scores, prefix, class_token, image)
         op_defects += sum(d.margin > 2 * fp32_score_bound(width) for d in own)
@@ -211,7 +234,8 @@ def _layer_parity(
     margins = [d.margin for d in found]
     mergeable = (metric.shape[1] + 1) // 2 - (prefix + 1) // 2
     return LayerParity(
-        layer=layer,
+        layer=step_layer(layer),
+        across=isinstance(layer, Across),
         decisions=mergeable * len(metric),
         disagreements=len(found),
         defects=sum(margin > 2 * allowed for margin in margins),
@@ -220,7 +244,7 @@ def _layer_parity(
         score_error=float(np.max(errors)),
         score_error_allowed=allowed,
         op_defects=op_defects,
-        images_diverged=int((diverged == layer).sum()),
+        images_diverged=int((diverged == step_number(layer)).sum()),
         examples=tuple(sorted(found, key=lambda d: -d.margin)[:LISTED]),
     )
 

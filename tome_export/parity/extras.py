@@ -29,14 +29,13 @@ def places(model: MergedModel, free: Pass) -> Array:
     """
     import torch
 
-    from tome_export.merge.plan import MergePlan, source_map
+    from tome_export.merge.plan import MergePlan
 
-    plans: list[MergePlan | None] = [None] * len(model.layers)
-    for layer, found in free.layers.items():
-        parts = (torch.from_numpy(part) for part in (found.keep, found.src, found.dst))
-        plans[layer] = MergePlan(*parts)
-    mapped = source_map(plans, len(free.output), model.tower.tokens)[:, model.prefix :]
-    own: Array = torch.where(mapped < 0, mapped, mapped - model.prefix).numpy()
+    plans = {
+        step: MergePlan(*(torch.from_numpy(part) for part in (found.keep, found.src, found.dst)))
+        for step, found in free.layers.items()
+    }
+    own: Array = model.source_map_of(plans, len(free.output)).numpy()
     return own
 
 

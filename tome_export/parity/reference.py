@@ -14,7 +14,7 @@ from tome_export.parity.decisions import Array, Plan
 if TYPE_CHECKING:
     import torch
 
-    from tome_export.merge.plan import MergePlan
+    from tome_export.merge.plan import Step, StepPlans
     from tome_export.patch import LayerTrace, MergedModel
     from tome_export.spec import Precision
 
@@ -50,13 +50,14 @@ class Pass:
 
     Attributes:
         output: ``[B, ...]``, the model's main output.
-        layers: The merging layers by index.
+        layers: The merges of the model. Where a merge works on several sequences of one image or
+            video, those of all images follow each other.
         source_map: ``[B, patches]`` int32 of a graph that gives it; else None.
         entropy: ``[B]`` float32 of a graph that gives it; else None.
     """
 
     output: Array
-    layers: dict[int, LayerRecord]
+    layers: dict[Step, LayerRecord]
     source_map: Array | None = None
     entropy: Array | None = None
 
@@ -109,11 +110,11 @@ def _run(
     import torch
 
     outputs: list[Array] = []
-    parts: dict[int, list[tuple[Array, ...]]] = {}
+    parts: dict[Step, list[tuple[Array, ...]]] = {}
 
     def record(step: LayerTrace) -> None:
         arrays = (*(part.numpy() for part in step.chosen), *map(_numpy, step.signals))
-        parts.setdefault(step.layer, []).append(arrays)
+        parts.setdefault(step.step, []).append(arrays)
 
     for start in range(0, len(images), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -130,15 +131,18 @@ def _run(
     return Pass(np.concatenate(outputs), layers)
 
 
-def _plans(lead: Pass, chunk: slice) -> Mapping[int, MergePlan]:
+def _plans(lead: Pass, chunk: slice) -> StepPlans:
     import torch
 
     from tome_export.merge.plan import MergePlan
 
-    return {
-        layer: MergePlan(*(torch.from_numpy(a[chunk]) for a in (rec.keep, rec.src, rec.dst)))
-        for layer, rec in lead.layers.items()
-    }
+    plans = {}
+    for step, record in lead.layers.items():
+        each = len(record.keep) // len(lead.output)
+        rows = slice(chunk.start * each, chunk.stop * each)
+        parts = (record.keep, record.src, record.dst)
+        plans[step] = MergePlan(*(torch.from_numpy(part[rows]) for part in parts))
+    return plans
 
 
 def _numpy(tensor: Any) -> Array:

@@ -29,6 +29,7 @@ class LayerParity:
             rounding of the scores: a wrong match, whatever the precision.
         images_diverged: Images whose free-running plans differ here for the first time.
         examples: The first few disagreements, largest margin first.
+        across: Whether it is the merge across clips of a video, ahead of the block's attention.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class LayerParity:
     op_defects: int
     images_diverged: int
     examples: tuple[Disagreement, ...] = ()
+    across: bool = False
 
     @property
     def passed(self) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from tome_export.merge.plan import step_number
 from tome_export.parity.decisions import Array, Disagreement, Kind, Plan
 from tome_export.parity.reference import LayerRecord, Pass
 from tome_export.parity.report import LISTED, LayerParity
@@ -45,7 +46,7 @@ def judge_scores(
         reference: PyTorch in fp32.
         yardstick: PyTorch in the candidate's precision, led by the reference.
         led: The candidate, led by the reference.
-        diverged: ``[B]``, the first layer whose free-running plan differs, or -1.
+        diverged: ``[B]``, the number of the first merge whose free-running plan differs, or -1.
         k: Error allowed as a multiple of PyTorch's own.
     """
     ours, theirs, measure = (p.layers[layer] for p in (reference, led, yardstick))
@@ -73,7 +74,7 @@ def judge_scores(
         score_error=float(errors.max(initial=0.0)),
         score_error_allowed=allowed,
         op_defects=op_defects,
-        images_diverged=int((diverged == layer).sum()),
+        images_diverged=int((diverged == step_number(layer)).sum()),
         examples=tuple(sorted(found, key=lambda d: -d.margin)[:LISTED]),
     )
 

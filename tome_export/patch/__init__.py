@@ -38,6 +38,8 @@ FAMILIES = (
     "hf_clip",
     "hf_vit",
     "llava",
+    "clip4clip",
+    "stop",
 )
 """Modules of this package, one per family, each with ``merged(model, settings)``: the patched
 model, or None for a class of another family."""

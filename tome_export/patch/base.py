@@ -14,7 +14,7 @@ from tome_export.compressors.base import Final, check_compressor
 from tome_export.errors import InputError
 from tome_export.merge.entropy import size_entropy
 from tome_export.merge.macs import BlockCost, total_macs
-from tome_export.merge.plan import MergePlan, unmerge
+from tome_export.merge.plan import Step, StepPlans, source_map, unmerge
 from tome_export.merge.schedule import LayerTokens
 from tome_export.patch.checks import Zeros, check_undispatched, counted_macs
 from tome_export.patch.merger import (
@@ -43,8 +43,11 @@ class MergedModel(nn.Module, ABC):
         settings: How it merges.
         layers: Clamped token counts of each block.
         reducer: The reducer's learned part, or None.
+        takes_video: Whether the first input is videos, ``[B, F, C, H, W]``.
         compressor: The compressor with its weights, or None.
     """
+
+    takes_video = False
 
     def __init__(
         self, model: nn.Module, settings: MergeSettings, depth: int, tokens: int, prefix: int
@@ -56,6 +59,10 @@ class MergedModel(nn.Module, ABC):
         check_reducer(settings, self.class_token)
         reducer = settings.reducer
         schedule = settings.schedule
+        if schedule is not None and schedule.frames is not None and not self.takes_video:
+            raise InputError(
+                f"{schedule.frames}: that is for video towers, and this model takes images"
+            )
         if schedule is None:
             schedule = reducer.counts(self.tower)
         self.settings = replace(settings, schedule=schedule)
@@ -78,8 +85,14 @@ class MergedModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image, in pixels."""
+    def input_size(self) -> tuple[int, ...]:
+        """Channels, height and width of one image, in pixels; of a video the frames come first."""
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image, or of one frame."""
+        channels, height, width = self.input_size[-3:]
+        return channels, height, width
 
     @property
     @abstractmethod
@@ -105,7 +118,27 @@ class MergedModel(nn.Module, ABC):
 
     @abstractmethod
     def library(self, pixel_values: Tensor) -> Tensor:
-        """What the library model itself gives for images, in this model's form of output."""
+        """What the library model itself gives for images, in this model's form of output.
+
+        Where the model takes more inputs, it is given those of ``neutral_inputs``.
+        """
+
+    def neutral_inputs(self, count: int) -> dict[str, Tensor]:
+        """The inputs besides the images, for that many images, where they say nothing."""
+        return {name: torch.zeros(count, *shape) for name, shape in self.extra_inputs.items()}
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every merge of the model as they happen."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.r)
+
+    def prefix_at(self, step: Step) -> int:  # noqa: ARG002
+        """Protected tokens at the front of a sequence that one of the merges works on."""
+        return self.prefix
+
+    def sequences_at(self, step: Step) -> int:  # noqa: ARG002
+        """Sequences of one image or video that one of the merges works on."""
+        return 1
 
     @property
     def classifies(self) -> bool:
@@ -186,12 +219,15 @@ class MergedModel(nn.Module, ABC):
         """Whether any layer merges."""
         return any(layer.r for layer in self.layers)
 
+    @property
+    def unmerged_layers(self) -> tuple[LayerTokens, ...]:
+        """Token counts of every layer without merging."""
+        first = self.layers[0].tokens_in if self.layers else 0
+        return tuple(LayerTokens(first, 0, first) for _ in self.layers)
+
     def macs(self, *, merged: bool = True) -> int:
-        """Multiply-accumulates per image, with or without merging."""
-        layers = self.layers
-        if not merged:
-            first = layers[0].tokens_in if layers else 0
-            layers = tuple(LayerTokens(first, 0, first) for _ in layers)
+        """Multiply-accumulates per image or video, with or without merging."""
+        layers = self.layers if merged else self.unmerged_layers
         final = layers[-1].tokens_out if layers else self.prefix
         reducer = self.settings.reducer
         learned = sum(reducer.macs(layer, self.tower) for layer in layers if layer.r)
@@ -205,7 +241,7 @@ class MergedModel(nn.Module, ABC):
 
     def merger(
         self,
-        forced: Mapping[int, MergePlan] | None = None,
+        forced: StepPlans | None = None,
         observe: Observer | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         layers: Sequence[LayerTokens] | None = None,
@@ -273,7 +309,23 @@ class MergedModel(nn.Module, ABC):
             count = self.layers[0].tokens_in - self.prefix if self.layers else 0
             patches = torch.arange(count, dtype=torch.int32, device=output.device)
             return patches.expand(output.shape[0], -1)
-        places = merger.positions[:, self.prefix :]
+        return self._final_places(merger.positions)
+
+    def source_map_of(self, plans: StepPlans, count: int) -> Tensor:
+        """The source map that some plans make.
+
+        Args:
+            plans: Of every merge.
+            count: Images.
+
+        Returns:
+            ``[count, patches]`` int32, as ``forward`` gives it.
+        """
+        per_layer = [plans.get(layer) for layer in range(len(self.layers))]
+        return self._final_places(source_map(per_layer, count, self.tower.tokens))
+
+    def _final_places(self, places: Tensor) -> Tensor:
+        places = places[:, self.prefix :]
         if self.settings.reducer.drops:
             return torch.where(places < 0, places, places - self.prefix).to(torch.int32)
         return (places - self.prefix).to(torch.int32)
@@ -281,7 +333,7 @@ class MergedModel(nn.Module, ABC):
     def forward_traced(
         self,
         pixel_values: Tensor,
-        forced: Mapping[int, MergePlan] | None = None,
+        forced: StepPlans | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[LayerTrace]]:
         """As ``forward``, with the keys and plan of every merging layer.
@@ -298,7 +350,7 @@ class MergedModel(nn.Module, ABC):
         self,
         pixel_values: Tensor,
         observe: Observer,
-        forced: Mapping[int, MergePlan] | None = None,
+        forced: StepPlans | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As ``forward_traced``, but each layer is handed out in turn and none is kept.
@@ -314,9 +366,10 @@ class MergedModel(nn.Module, ABC):
     def _checked(self, pixel_values: Tensor) -> Tensor:
         check_undispatched(self.model)
         if tuple(pixel_values.shape[1:]) != self.input_size:
+            what, axes = ("video", "frames, ") if self.takes_video else ("image", "")
             raise InputError(
-                f"image shape is {tuple(pixel_values.shape[1:])}; this model's token counts are "
-                f"fixed for {self.input_size} (channels, height, width)"
+                f"{what} shape is {tuple(pixel_values.shape[1:])}; this model's token counts are "
+                f"fixed for {self.input_size} ({axes}channels, height, width)"
             )
         return pixel_values
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tome_export.compressors.base import Compressor
 from tome_export.errors import InputError
 from tome_export.merge.lowering import mean_keys
-from tome_export.merge.plan import MergePlan, composed
+from tome_export.merge.plan import Across, MergePlan, Step, StepPlans, composed
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.reducers.base import Attended, Reducer, Seen
 from tome_export.reducers.tome import ToMe
@@ -60,6 +60,8 @@ class LayerTrace(NamedTuple):
         plan: The plan that was applied.
         chosen: The plan that the layer led to; other than ``plan`` only when plans are forced.
         scores: The signals of a reducer that decides by scores; see ``ScoredReducer``.
+        across: Whether this is the merge across clips of a video, ahead of the attention; the keys
+            are the hidden states ``[B, N, C]`` then.
     """
 
     layer: int
@@ -67,6 +69,12 @@ class LayerTrace(NamedTuple):
     plan: MergePlan
     chosen: MergePlan
     scores: tuple[Tensor, ...] = ()
+    across: bool = False
+
+    @property
+    def step(self) -> Step:
+        """Which of the model's merges this is."""
+        return Across(self.layer) if self.across else self.layer
 
     @property
     def metric(self) -> Tensor:
@@ -113,7 +121,7 @@ class Merger:
         layers: Sequence[LayerTokens],
         prefix: int,
         class_token: bool,
-        forced: Mapping[int, MergePlan] | None = None,
+        forced: StepPlans | None = None,
         observe: Observer | None = None,
         track: bool = False,
         reducer: Reducer | None = None,

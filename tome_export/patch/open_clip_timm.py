@@ -53,7 +53,7 @@ class MergedTimmTower(MergedModel):
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
-        return self._trunk[0].input_size
+        return self._trunk[0].image_size
 
     @property
     def patch_grid(self) -> PatchGrid | None:

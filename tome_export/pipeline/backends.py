@@ -93,8 +93,7 @@ def variant(
         kernels = export_variant(artifact, module, folder, progress)
         plugins = None
         if kernels is not None:
-            merging = sum(layer.r > 0 for layer in module.layers)
-            plugins = Plugins(2 * merging, tuple(kernels["kernels"]))
+            plugins = Plugins(2 * len(module.steps), tuple(kernels["kernels"]))
         yield Subject(
             label=label,
             folder=folder,

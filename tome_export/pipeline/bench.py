@@ -20,7 +20,7 @@ from tome_export.pipeline.bench_subjects import (
     open_subjects,
     with_engine,
 )
-from tome_export.pipeline.inputs import extra_inputs
+from tome_export.pipeline.inputs import asked_inputs
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import BatchRange
 
@@ -116,7 +116,7 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
         notes.append(EMULATED)
     if request.profile:
         notes += [NO_PROFILE.format(name) for name in backends if name != ORT_CPU]
-    if extra := extra_inputs(artifact.manifest):
+    if extra := asked_inputs(artifact.manifest):
         notes.append(f"Given for {', '.join(extra)}: random vectors of unit length")
     theirs = (other or artifact).manifest["macs"]
     ratio = theirs["unmerged" if other is None else "merged"] / artifact.manifest["macs"]["merged"]

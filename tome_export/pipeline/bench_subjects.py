@@ -47,25 +47,27 @@ def bench_images(manifest: Mapping[str, Any], batch: int) -> tuple[Array, str]:
         batch: How many.
 
     Returns:
-        ``pixel_values [batch, C, H, W]`` float32, and ``samples`` or ``noise``.
+        ``pixel_values [batch, C, H, W]`` float32, frames in front of C for a model of videos, and
+        ``samples`` or ``noise``.
     """
     from tome_export.models import resolve
 
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
+    shape = tuple(manifest["input"]["shape"][1:])
     try:
         recipe = replace(resolve(model_name(manifest)), preprocessing=preprocessing)
-        samples = parity_images(recipe, preprocessing.input_size, None, COUNT)
+        samples = parity_images(recipe, shape, None, COUNT)
     # A user's own model may not be importable here, or take what no photograph gives.
     except InputError:
         samples = None
-    if samples is not None and samples.shape[1:] == preprocessing.input_size:
+    if samples is not None and samples.shape[1:] == shape:
         return samples[np.arange(batch) % len(samples)], SAMPLES
     channels = (preprocessing.input_size[0], 1, 1)
     mean, std = (
         np.resize(np.array(values, np.float32), channels)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    pixels = np.random.default_rng(0).random((batch, *preprocessing.input_size), np.float32)
+    pixels = np.random.default_rng(0).random((batch, *shape), np.float32)
     return (pixels - mean) / std, NOISE
 
 

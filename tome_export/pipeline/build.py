@@ -17,6 +17,7 @@ from tome_export.errors import (
     ParityError,
     UsageError,
 )
+from tome_export.merge.frames import VideoOptions
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
 from tome_export.pipeline.images import BUILD_COUNT, parity_images
@@ -67,6 +68,7 @@ class BuildRequest:
         compress: Last stage of a tower, such as ``avgpool:12x12``; None for none.
         compress_options: Its options, each ``key=value``.
         tower: Options of a vision tower; none for any other model.
+        video: Frames of one video and how they are joined; none for a model of images.
         merge_op: How the merge is written into the graph.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
         engine_options: Batch range and engine settings.
@@ -91,6 +93,7 @@ class BuildRequest:
     compress: str | None = None
     compress_options: tuple[str, ...] = ()
     tower: TowerOptions = field(default_factory=TowerOptions)
+    video: VideoOptions = field(default_factory=VideoOptions)
     merge_op: MergeOp = "auto"
     engine: str = "auto"
     engine_options: EngineOptions = field(default_factory=EngineOptions)
@@ -195,7 +198,7 @@ def _export_and_check(
     from tome_export.reducers.options import json_from_reducer, reducer_from_text
 
     progress.stage(f"Load {request.model}")
-    recipe = resolve(request.model, request.tower)
+    recipe = resolve(request.model, request.tower, request.video)
     if recipe.needs_grid and not request.dense:
         raise InputError(
             f"{recipe.needs_grid}: its language model arranges the features of all patches on a "
@@ -211,6 +214,8 @@ def _export_and_check(
         given.check_model(recipe.name)
         given.check_reducer(json_from_reducer(reducer))
         schedule = Schedule(per_layer=given.schedule)
+    if schedule is not None and recipe.video is not None:
+        schedule = replace(schedule, frames=recipe.video.merging)
     recipe = replace(recipe, reducer_keys=reducer.own_keys)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
@@ -240,7 +245,6 @@ def _export_and_check(
     images = None
     if request.check:
         images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)
-
         check_library(model, images[:1])
 
     write_learned(model, folder)
@@ -265,7 +269,8 @@ def _export_and_check(
             manifest = _exported(folder, loaded, model, options, selection.line)
 
     if images is not None:
-        progress.stage(f"Check parity on {len(images)} images")
+        what = "videos" if model.takes_video else "images"
+        progress.stage(f"Check parity on {len(images)} {what}")
         report = _parity(folder, model, images, options, progress)
         manifest["parity"] = parity_summary(report)
         write_json(folder / PARITY, {"checks": [report.to_dict()]})
@@ -305,7 +310,7 @@ def check_library(model: MergedModel, images: Array) -> None:
 
     Args:
         model: The patched model; it is compared without its compressor, which no library has.
-        images: ``[B, C, H, W]`` float32.
+        images: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
 
     Raises:
         InputError: if the outputs differ by more than 1e-6 of the largest; of tokens, by more than
@@ -321,7 +326,8 @@ def check_library(model: MergedModel, images: Array) -> None:
     with torch.inference_mode():
         pixel_values = torch.from_numpy(images)
         expected = model.library(pixel_values)
-        found = plain.forward_observed(pixel_values, lambda _: None)
+        inputs = plain.neutral_inputs(len(images))
+        found = plain.forward_observed(pixel_values, lambda _: None, inputs=inputs)
     scale = expected.abs()
     scale = scale.amax(dim=(0, 1)) if scale.ndim == 3 else scale.max()
     error = float(((found - expected).abs() / scale.clamp_min(1e-30)).max())

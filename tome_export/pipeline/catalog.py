@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tome_export.merge.macs import BlockCost, total_macs
+from tome_export.merge.frames import clip_tokens, unmerged_end
+from tome_export.merge.macs import BlockCost, SharedCost, total_macs
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.models.recipe import Geometry
 
@@ -133,16 +134,27 @@ def _sizes(recipe: Recipe, geometry: Geometry) -> Sizes:
     grid = (height // patch) * (image_width // patch)
     fixed = grid * width * channels * patch**2 + geometry.head_macs
     # Projections of q, k, v and output; scores and values; an MLP of two matrices.
-    cost = BlockCost(before=4 * width**2, attention=2 * width, after=2 * width * geometry.mlp)
+    costs = 4 * width**2, 2 * width, 2 * width * geometry.mlp
+    each: list[BlockCost] = [BlockCost(*costs)] * depth
+    if geometry.shared:
+        shared = SharedCost(*costs, geometry.shared)
+        each = [*[shared] * (depth - 1), replace(shared, last=True)]
     tokens = grid + geometry.prefix
-    layers = Schedule(recipe.recommended_r).tokens(depth, tokens, geometry.prefix)
-    plain = (LayerTokens(tokens, 0, tokens),) * depth
+    schedule = Schedule(recipe.recommended_r)
+    layers: tuple[LayerTokens, ...] = schedule.tokens(depth, tokens, geometry.prefix)
+    plain: tuple[LayerTokens, ...] = (LayerTokens(tokens, 0, tokens),) * depth
+    if recipe.video is not None and recipe.video.frames is not None:
+        frames, merging = recipe.video.frames, recipe.video.merging
+        clips = clip_tokens(schedule.resolve(depth), merging, frames, tokens, geometry.prefix)
+        layers = unmerged_end(clips) if geometry.shared else clips
+        plain = clip_tokens((0,) * depth, None, frames, tokens, geometry.prefix)
+        fixed = frames * fixed + geometry.video_macs
 
     def total(counted: tuple[LayerTokens, ...]) -> int:
         last = counted[-1].tokens_out * geometry.token_macs
-        return total_macs([cost] * depth, counted, fixed + last)
+        return total_macs(each, counted, fixed + last)
 
-    return Sizes(tokens, geometry.prefix, depth, total(plain), total(layers), layers)
+    return Sizes(plain[0].total_in, geometry.prefix, depth, total(plain), total(layers), layers)
 
 
 def sizes_from_model(recipe: Recipe) -> Sizes:
@@ -156,7 +168,7 @@ def sizes_from_model(recipe: Recipe) -> Sizes:
 
     schedule = Schedule(recipe.recommended_r)
     model = patch(architecture(recipe), schedule, dense=recipe.dense_only)
-    tokens = model.layers[0].tokens_in if model.layers else model.prefix
+    tokens = model.layers[0].total_in if model.layers else model.prefix
     return Sizes(
         tokens=tokens,
         prefix=model.prefix,

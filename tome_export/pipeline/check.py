@@ -139,7 +139,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     reports: list[ParityReport] = []
     backends, skipped = _backends(artifact, request.backends)
     for name in backends:
-        progress.stage(f"Check parity on {len(images)} images, {name}")
+        what = "videos" if model.takes_video else "images"
+        progress.stage(f"Check parity on {len(images)} {what}, {name}")
         options: dict[str, Any] = {}
         if name != ORT_CPU:
             factory = EngineRunnerFactory(artifact, name, progress)
@@ -169,7 +170,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     # The verdict stands also where it cannot be written down, as on a read-only mount.
     except InputError as error:
         unrecorded = str(error)
-    names = image_names(request.images, len(images))
+    names = image_names(request.images, len(images), videos=model.takes_video)
     patches = model.tower.tokens - model.prefix
     entropy = _entropy(reports, names, patches, request.min_entropy)
     return CheckResult(artifact, tuple(reports), accuracy, skipped, entropy, unrecorded)

@@ -17,7 +17,7 @@ from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
 from tome_export.pipeline.eval_work import evaluated
-from tome_export.pipeline.inputs import refuse_extra_inputs
+from tome_export.pipeline.inputs import refuse_extra_inputs, refuse_videos
 from tome_export.pipeline.manifest import output_shape
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
@@ -104,6 +104,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         require_ray()
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
+    refuse_videos(artifact, "eval")
     refuse_extra_inputs(artifact, "eval")
     batch = _batch(artifact, request)
     progress.stage("List the images")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.errors import InputError, UsageError
+from tome_export.spec import VIDEO_MASK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,13 +37,31 @@ def extra_inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise InputError("build.json has no usable inputs; rebuild the artifact") from None
 
 
+def asked_inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Those of ``extra_inputs`` that a user has to give: not which frames of a video count."""
+    return {name: shape for name, shape in extra_inputs(manifest).items() if name != VIDEO_MASK}
+
+
+def refuse_videos(artifact: Artifact, command: str) -> None:
+    """Stop a command that has only images for the model.
+
+    Raises:
+        InputError: if the model takes videos.
+    """
+    if artifact.manifest.get("video"):
+        raise InputError(
+            f"the model of {artifact.path} takes videos, and 'tome-export {command}' is for models "
+            "of images; use check, bench, inspect, report or serve"
+        )
+
+
 def refuse_extra_inputs(artifact: Artifact, command: str) -> None:
     """Stop a command that has only images for the model.
 
     Raises:
         InputError: if the model takes more.
     """
-    extra = extra_inputs(artifact.manifest)
+    extra = asked_inputs(artifact.manifest)
     if extra:
         raise InputError(
             f"the model of {artifact.path} takes {', '.join(extra)} with every image, which "

@@ -12,7 +12,14 @@ import numpy as np
 
 from tome_export.artifact import Artifact, staged, write_json
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.inputs import extra_inputs, inputs_from_file, refuse_extra_inputs
+from tome_export.pipeline.images import load_inputs
+from tome_export.pipeline.inputs import (
+    asked_inputs,
+    extra_inputs,
+    inputs_from_file,
+    refuse_extra_inputs,
+)
+from tome_export.pipeline.inspect_video import video_maps
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid, Preprocessing
 
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
 
     from tome_export.inspect.draw import Format
     from tome_export.inspect.groups import LayerGroups, MergeMap, Plans
+    from tome_export.merge.plan import Step
     from tome_export.onnx.twin import Twin
     from tome_export.runtime.runner import Runner
 
@@ -36,7 +44,7 @@ class InspectRequest:
 
     Attributes:
         artifact: The artifact directory.
-        images: Image files.
+        images: Image files; video files for a model of videos.
         layer: Index of a layer, ``all`` or ``last``.
         format: ``png`` or ``svg``.
         output: Folder to write; None for ``<artifact's name>-inspect`` in the current one.
@@ -126,7 +134,7 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
     layers = layers_from_text(request.layer, len(artifact.manifest["merge"]["r"]))
-    shapes = extra_inputs(artifact.manifest)
+    shapes = asked_inputs(artifact.manifest)
     given = inputs_from_file(shapes, request.query, len(request.images))
     output = request.output or Path(f"{artifact.path.resolve().name}-inspect")
     with staged(output, force=request.force, replaceable=_is_ours) as folder:
@@ -161,7 +169,8 @@ def merge_maps(
 
     Args:
         artifact: The artifact.
-        images: Image files, or ``pixel_values [B, C, H, W]`` float32; at least one.
+        images: Image files, or ``pixel_values [B, C, H, W]`` float32; at least one. For a model of
+            videos, video files, or ``[B, F, C, H, W]``.
         progress: Told what is being done.
         inputs: What the model takes besides, ``[B, ...]`` by name; None for no such thing.
 
@@ -171,9 +180,10 @@ def merge_maps(
     """
     from tome_export.inspect.groups import MergeMap, groups_by_layer, layers_from_positions
     from tome_export.inspect.image import grid_from_manifest, image_from_pixels
-    from tome_export.models.preprocess import load_images
+    from tome_export.merge.plan import step_layer
     from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
+    from tome_export.runtime.inputs import unit_inputs
     from tome_export.runtime.ort import OrtRunner
 
     progress = progress or Silent()
@@ -182,23 +192,28 @@ def merge_maps(
     manifest = artifact.manifest
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
     grid, prefix = grid_from_manifest(manifest, artifact.path)
-    pixels = images if isinstance(images, np.ndarray) else load_images(images, preprocessing)
-    plans: dict[int, Plans] = {}
-    if any(manifest["merge"]["r"]):
+    video = manifest.get("video")
+    pixels = images if isinstance(images, np.ndarray) else load_inputs(manifest, images)
+    plans: dict[Step, Plans] = {}
+    if any(manifest["merge"]["r"]) or (video and video["merging"]):
         progress.detail("reading the model")
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
+        masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
         with OrtRunner(twin.model) as runner:
             batch = BatchRange.parse(manifest["batch"])
-            plans = chosen_plans(twin, runner, pixels, batch, inputs)
-    tokens = tuple(manifest["tokens"])
+            plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})
     # The manifest may have been edited though the files are whole.
-    if not _agree(plans, prefix + grid.patches, tokens):
+    if not _agree(plans, manifest["layers"] if video else _layers(manifest, prefix + grid.patches)):
         raise InputError(
             f"model.onnx of {artifact.path} merges other tokens than its build.json says; rebuild "
             "the artifact"
         )
-    positions = groups_by_layer(plans, len(tokens), prefix + grid.patches, len(pixels))
+    if video:
+        return video_maps(manifest, plans, pixels, grid, prefix)
+    tokens = tuple(manifest["tokens"])
+    own = {step_layer(step): plan for step, plan in plans.items()}
+    positions = groups_by_layer(own, len(tokens), prefix + grid.patches, len(pixels))
     return [
         MergeMap(
             image_from_pixels(one, preprocessing),
@@ -215,43 +230,66 @@ def chosen_plans(
     pixels: NDArray[np.float32],
     batch: BatchRange,
     further: Mapping[str, NDArray[np.float32]] | None = None,
-) -> dict[int, Plans]:
-    """The plans that an instrumented graph chooses by itself, by layer.
+) -> dict[Step, Plans]:
+    """The plans that an instrumented graph chooses by itself, by merge.
 
     Args:
         twin: From ``onnx.twin``.
         runner: Runs ``twin.model``.
-        pixels: ``[B, C, H, W]`` float32.
+        pixels: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
         batch: Batch sizes the model takes.
         further: What it takes besides, by name.
+
+    Returns:
+        Where a merge works on several sequences of one video, those of all videos follow each
+        other.
     """
     from tome_export.inspect.groups import Plans
     from tome_export.onnx.twin import LEAD
     from tome_export.runtime.runner import infer_in_batches
 
     count = len(pixels)
-    lengths = {
-        value.name: value.type.tensor_type.shape.dim[1].dim_value
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
         for value in twin.model.graph.input
     }
     # Not led: the plans it could be led by are looked at for their shape only.
     inputs = {**(further or {}), INPUT_NAME: pixels, LEAD: np.zeros((count, 1), bool)}
     for layer in twin.layers:
-        inputs |= {name: np.zeros((count, lengths[name]), np.int32) for name in layer.given}
+        inputs |= {name: np.zeros((count, *shapes[name]), np.int32) for name in layer.given}
     size = max(batch.min, min(batch.opt, count))
     results = infer_in_batches(runner, inputs, count, size)
-    return {layer.layer: Plans(*(results[name] for name in layer.chosen)) for layer in twin.layers}
+    return {
+        layer.step: Plans(*(_rows(results[name]) for name in layer.chosen)) for layer in twin.layers
+    }
 
 
-def _agree(plans: Mapping[int, Plans], first: int, tokens: Sequence[int]) -> bool:
-    """Whether a graph's plans lead from ``first`` tokens to those after each layer."""
-    before = first
-    for layer, after in enumerate(tokens):
-        kept = plans[layer].keep.shape[1] if layer in plans else before
-        gone = plans[layer].src.shape[1] if layer in plans else 0
-        if kept != after or kept + gone != before:
+def _layers(manifest: Mapping[str, Any], first: int) -> list[dict[str, int]]:
+    """Token counts of the layers of a model of images."""
+    tokens = manifest["tokens"]
+    before = [first, *tokens[:-1]]
+    return [{"tokens_in": n, "tokens_out": k} for n, k in zip(before, tokens, strict=True)]
+
+
+def _rows(plan: NDArray[Any]) -> NDArray[Any]:
+    return plan.reshape(-1, plan.shape[-1])
+
+
+def _agree(plans: Mapping[Step, Plans], layers: Sequence[Mapping[str, int]]) -> bool:
+    """Whether a graph's plans lead through the token counts of the layers."""
+    from tome_export.merge.plan import Across
+
+    before = layers[0]["tokens_in"] if layers else 0
+    for index, layer in enumerate(layers):
+        count = before * layer.get("joined", 1)
+        for step in (Across(index), index):
+            plan = plans.get(step)
+            if plan is not None and plan.keep.shape[1] + plan.src.shape[1] != count:
+                return False
+            count = count if plan is None else plan.keep.shape[1]
+        if count != layer["tokens_out"]:
             return False
-        before = after
+        before = count
     return True
 
 

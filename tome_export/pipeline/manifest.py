@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tome_export
-from tome_export.merge.schedule import LayerTokens
+from tome_export.merge.frames import VideoOptions
 from tome_export.spec import ENTROPY, FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def manifest_of(
     recipe, weights = loaded.recipe, loaded.weights
     merged, unmerged = model.macs(), model.macs(merged=False)
     batch = options.batch.max if options.batch.is_static else "batch"
-    preprocessing = recipe.preprocessing.to_dict() | {"input_size": list(model.input_size)}
+    preprocessing = recipe.preprocessing.to_dict() | {"input_size": list(model.image_size)}
     outputs = _outputs(recipe.output_name, model, batch)
     labels = None
     if outputs[0]["name"] == LOGITS:
@@ -57,10 +57,11 @@ def manifest_of(
             "class_token": model.class_token,
             "merge_op": "plugin" if options.plugin else options.lowering,
         },
-        "tokens": [layer.tokens_out for layer in model.layers],
-        "tokens_in": model.layers[0].tokens_in if model.layers else 0,
+        "tokens": [layer.total_out for layer in model.layers],
+        "tokens_in": model.layers[0].total_in if model.layers else 0,
         "patches": asdict(model.patch_grid) if model.patch_grid else None,
         "layers": _layers(model),
+        "video": _video(model),
         "macs": {"merged": merged, "unmerged": unmerged, "ratio": unmerged / merged},
         "precision": options.precision,
         "batch": str(options.batch),
@@ -121,15 +122,20 @@ def _tower(
     return {**tower.given, "tokens": shape[1], "width": shape[2], "grid": cells}
 
 
+def _video(model: MergedModel) -> dict[str, Any] | None:
+    """Frames of one video, and where they are joined; None for a model of images."""
+    if not model.takes_video:
+        return None
+    schedule = model.settings.schedule
+    merging = None if schedule is None else schedule.frames
+    return VideoOptions(model.input_size[0], merging).to_dict()
+
+
 def _layers(model: MergedModel) -> list[dict[str, int]]:
-    first = model.layers[0].tokens_in if model.layers else 0
+    rows = zip(model.layers, model.unmerged_layers, model.block_costs, strict=True)
     return [
-        {
-            **asdict(layer),
-            "macs": cost.macs(layer),
-            "macs_unmerged": cost.macs(LayerTokens(first, 0, first)),
-        }
-        for layer, cost in zip(model.layers, model.block_costs, strict=True)
+        {**asdict(layer), "macs": cost.macs(layer), "macs_unmerged": cost.macs(plain)}
+        for layer, plain, cost in rows
     ]
 
 

@@ -1,4 +1,4 @@
-"""Ask a running server about images."""
+"""Ask a running server about images or videos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.inputs import inputs_from_file
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.serve.client import IMAGE, Protocol, connect
+from tome_export.serve.client import Protocol, connect
+from tome_export.serve.pipeline_models import IMAGE, VIDEO
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +26,7 @@ class QueryRequest:
 
     Attributes:
         url: See ``tome_export.serve.client.connect``.
-        images: Image files, and folders of them.
+        images: Image or video files, and folders of them.
         model: Model, router or pipeline; None for the router of pipelines, or the only pipeline.
         protocol: ``grpc``, ``http``, or None for the scheme's, else gRPC.
         top: Labels per image; None for all that the server gives.
@@ -120,20 +121,22 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
                 "--preprocess"
             )
         tensors = client.tensors(model)[0]
-        rank = len(tensors[IMAGE]["shape"])
+        kind = VIDEO if VIDEO in tensors else IMAGE
+        _check_kind(model, kind, images)
+        rank = len(tensors[kind]["shape"])
         # What is in front is the batch: -1, or that of a model of fixed batch.
-        shapes = {n: tuple(t["shape"][1:]) for n, t in tensors.items() if n != IMAGE}
+        shapes = {n: tuple(t["shape"][1:]) for n, t in tensors.items() if n != kind}
         further = inputs_from_file(shapes, request.query, len(images))
         answers = []
         for count, (path, data) in enumerate(images, 1):
             one = {name: rows[count - 1 : count] for name, rows in further.items()}
-            image = {**_image(data, rank), **one}
+            image = {**_image(kind, data, rank), **one}
             try:
                 outputs = client.infer(
                     model, image, shared_memory=request.shared_memory, parameters=parameters
                 )
             except InputError as error:
-                raise InputError(f"image {path}: {error}") from error
+                raise InputError(f"{kind} {path}: {error}") from error
             answers.append(_answer(path, outputs, request.top))
             progress.detail(f"images: {count}/{len(images)}")
         return QueryResult(client.address, client.protocol, model, answers)
@@ -141,11 +144,31 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
 
 def _read(given: Sequence[Path]) -> list[tuple[Path, bytes]]:
     from tome_export.models.preprocess import find_images, read_image
+    from tome_export.models.video import find_videos, is_video, read_frames
 
-    paths = [path for place in given for path in find_images(place)]
+    paths: list[Path] = []
+    for place in given:
+        videos = place.is_dir() and any(is_video(path) for path in place.rglob("*"))
+        paths += find_videos(place) if videos else find_images(place)
     for path in paths:
-        read_image(path)  # says what is wrong with it
+        # Says what is wrong with it.
+        if is_video(path):
+            read_frames(path, 1)
+        else:
+            read_image(path)
     return [(path, path.read_bytes()) for path in paths]
+
+
+def _check_kind(model: str, kind: str, files: Sequence[tuple[Path, bytes]]) -> None:
+    """Refuse images for a model of videos, and the other way round."""
+    from tome_export.models.video import is_video
+
+    wrong = next((path for path, _ in files if is_video(path) != (kind == VIDEO)), None)
+    if wrong is not None:
+        other = IMAGE if kind == VIDEO else VIDEO
+        raise InputError(
+            f"{wrong} is {'an' if other == IMAGE else 'a'} {other}, and model {model} takes {kind}s"
+        )
 
 
 def _budget(r: int | None, max_ms: float | None) -> Mapping[str, str | int]:
@@ -161,12 +184,12 @@ def _budget(r: int | None, max_ms: float | None) -> Mapping[str, str | int]:
     return {} if max_ms is None else {"max_ms": str(max_ms)}
 
 
-def _image(data: bytes, rank: int) -> dict[str, NDArray[Any]]:
+def _image(kind: str, data: bytes, rank: int) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     image = np.empty([1] * rank, dtype=np.object_)
     image[...] = data
-    return {IMAGE: image}
+    return {kind: image}
 
 
 def _answer(path: Path, outputs: dict[str, NDArray[Any]], top: int | None) -> ImageAnswer:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, Artifact
 from tome_export.errors import InputError
+from tome_export.merge.frames import VideoOptions
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
 from tome_export.pipeline.learned import COMPRESSOR, REDUCER, with_own_weights
@@ -51,7 +52,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             )
     if weights is None:
         weights = "random" if kind == "random" else "pretrained"
-    recipe = resolve(name, TowerOptions.of(manifest.get("tower")))
+    video = VideoOptions.from_dict(manifest.get("video"))
+    recipe = resolve(name, TowerOptions.of(manifest.get("tower")), video)
     merge = manifest["merge"]
     reducer = with_own_weights(reducer_from_json(merge.get("reducer")), artifact.path / REDUCER)
     compressor = compressor_from_json(manifest.get("compressor"))
@@ -59,7 +61,9 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         compressor = with_own_weights(compressor, artifact.path / COMPRESSOR)
     recipe = replace(recipe, name=manifest["model"]["name"], reducer_keys=reducer.own_keys)
     loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
-    schedule = Schedule(per_layer=tuple(merge["r"]))
+    # Behind the first layer that joins frames, proportions say how many tokens merge.
+    own = merge["r"] if video.merging is None else merge["r"][: video.merging.layers[0]]
+    schedule = Schedule(per_layer=tuple(own), frames=video.merging)
     form = manifest.get("form", {})  # artifacts of before have one form
     model = patch(
         loaded.module,

@@ -158,7 +158,7 @@ def _maps(
     artifact: Artifact, request: ReportRequest, progress: Progress
 ) -> tuple[Sequence[MergeMap], Sequence[str], str | None]:
     """Merged tokens of the user's images and of the samples, and what the images are called."""
-    from tome_export.models.preprocess import load_images
+    from tome_export.pipeline.images import load_inputs
     from tome_export.pipeline.inspect import merge_maps
 
     preprocessing = Preprocessing.from_dict(artifact.manifest["preprocessing"])
@@ -167,7 +167,8 @@ def _maps(
     if not names:
         return (), (), None
     if request.images:
-        pixels = np.concatenate([load_images(request.images, preprocessing), pixels])
+        given = load_inputs(artifact.manifest, request.images)
+        pixels = np.concatenate([given, pixels])
     try:
         return merge_maps(artifact, pixels, progress), names, None
     except (InputError, MissingComponentError) as error:
@@ -187,6 +188,7 @@ def _samples(
     """
     from tome_export.models.preprocess import load_images
     from tome_export.models.samples import digits_test, sample_paths
+    from tome_export.models.video import moving_samples
 
     if manifest["model"]["name"] == "vit_digits":
         digits, labels = digits_test()
@@ -196,10 +198,14 @@ def _samples(
         raise UsageError(
             f"{count} samples were asked for; there are {len(paths)} photographs, lower --samples"
         )
-    channels, height, width = preprocessing.input_size
-    if not count:
-        return np.empty((0, channels, height, width), np.float32), []
     names = [path.stem.replace("_", " ") for path in paths[:count]]
+    video = manifest.get("video")
+    shape = (*([video["frames"]] if video else []), *preprocessing.input_size)
+    if not count:
+        return np.empty((0, *shape), np.float32), []
+    if video:
+        moving: NDArray[np.float32] = moving_samples(preprocessing, count, video["frames"])
+        return moving, [f"{name}, moving" for name in names]
     return load_images(paths[:count], preprocessing), names
 
 

@@ -204,7 +204,7 @@ def _images(
 ) -> TuneImages:
     progress.stage("Read images")
     return tune_images(
-        sized(recipe, model.input_size),
+        sized(recipe, model.image_size),
         model.macs(merged=False),
         output_shape(model)[-1],
         request.data,

@@ -22,10 +22,12 @@ def layers_section(manifest: Mapping[str, Any]) -> Section:
     layers, total = manifest.get("layers") or [], manifest.get("macs")
     if not layers or not total:
         return Section("layers", TITLE, (Text("This artifact does not say."),))
+    what = "video" if manifest.get("video") else "image"
+    layers = [_whole(layer) for layer in layers]
     first, last = layers[0]["tokens_in"], layers[-1]["tokens_out"]
     lead = (
         f"{counted(first, 'token')} enter the first layer, {counted(last, 'token')} leave the "
-        f"last. An image costs {macs(total['merged'])}, unmerged {macs(total['unmerged'])}, a "
+        f"last. One {what} costs {macs(total['merged'])}, unmerged {macs(total['unmerged'])}, a "
         f"ratio of {total['ratio']:.2f}. MACs are multiply-accumulates of matrix products."
     )
     caption = (
@@ -50,13 +52,26 @@ def layers_section(manifest: Mapping[str, Any]) -> Section:
         TITLE,
         (
             Text(lead),
-            Drawing(chart("layers", caption, lambda form: _draw(form, layers))),
+            Drawing(chart("layers", caption, lambda form: _draw(form, layers, what))),
             Table("Tokens and MACs of every layer", headers, rows),
         ),
     )
 
 
-def _draw(form: Form, layers: list[dict[str, int]]) -> Figure:
+def _whole(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of a video tower with the tokens of all its clips; any other as it is."""
+    if "clips" not in layer:
+        return dict(layer)
+    clips = layer["clips"]
+    counts = {
+        "tokens_in": clips * layer["joined"] * layer["tokens_in"],
+        "r": clips * (layer["cross"] + layer["r"]),
+        "tokens_out": clips * layer["tokens_out"],
+    }
+    return {**layer, **counts}
+
+
+def _draw(form: Form, layers: list[dict[str, Any]], what: str) -> Figure:
     figure, (tokens, cost) = panels(form, 2, 2.9, narrow_height=2.35)
     index = np.arange(len(layers))
     before = layers[0]["tokens_in"]
@@ -74,7 +89,7 @@ def _draw(form: Form, layers: list[dict[str, int]]) -> Figure:
     for offset, key, colour in ((-0.21, "macs_unmerged", GREY), (0.21, "macs", BLUE)):
         heights = [layer[key] / scale for layer in layers]
         cost.bar(index + offset, heights, 0.38, color=colour)
-    cost.set_ylabel(f"{unit} per image")
+    cost.set_ylabel(f"{unit} per {what}")
     for axes in (tokens, cost):
         whole_numbers(axes, form, len(layers))
     legend(figure, tokens, form)

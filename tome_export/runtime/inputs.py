@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from tome_export.runtime.runner import Arrays, Runner
+from tome_export.spec import VIDEO_MASK
 
 SEED = 0
 
 
 def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np.ndarray[Any, Any]]:
     """Random vectors of unit length, always the same ones, where no others are at hand.
+
+    Of a mask of frames: that all count.
 
     Args:
         shapes: Shape of each input by name, without the batch.
@@ -23,8 +26,11 @@ def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np
         ``[count, ...]`` float32 by name.
     """
     rng = np.random.default_rng(SEED)
-    found = {}
+    found: dict[str, np.ndarray[Any, Any]] = {}
     for name, shape in shapes.items():
+        if name == VIDEO_MASK:
+            found[name] = np.ones((count, *shape), np.float32)
+            continue
         drawn = rng.standard_normal((count, *shape)).astype(np.float32)
         found[name] = drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
     return found

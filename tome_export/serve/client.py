@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tome_export.errors import InputError, MissingComponentError, TomeExportError, UsageError
-from tome_export.serve.pipeline_models import ROUTES
+from tome_export.serve.pipeline_models import IMAGE, ROUTES, VIDEO
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ Protocol = Literal["grpc", "http"]
 
 PORTS = {"grpc": 8001, "http": 8000}
 """The server's own defaults."""
-
-IMAGE = "image"
-"""The input of a model that takes encoded images: BYTES, a JPEG or PNG file."""
 
 PIPELINE = "_pipeline"
 """What ``tome-export serve`` adds to the name of a model, or of a router, for such a model."""
@@ -131,7 +128,7 @@ class Client:
         return tuple(filter(None, routes.split(",")))
 
     def pipeline(self, name: str | None = None) -> str:
-        """The model that takes encoded images.
+        """The model that takes encoded images or videos.
 
         Args:
             name: It, or the model or router it belongs to, or what the names of the models behind
@@ -144,7 +141,7 @@ class Client:
         known = self.models()
         if name is not None:
             for candidate in (name, f"{name}{PIPELINE}", f"{name}{ROUTER}{PIPELINE}"):
-                if candidate in known and IMAGE in self._tensors(candidate)[0]:
+                if candidate in known and {IMAGE, VIDEO} & self._tensors(candidate)[0].keys():
                     return candidate
             if name not in known:
                 self.tensors(name)  # says what there is
@@ -170,10 +167,12 @@ class Client:
         )
 
     def _is_pipeline(self, model: str) -> bool:
-        """Whether it takes encoded images, and gives more than their pixels."""
+        """Whether it takes encoded images or videos, and gives more than their pixels."""
         inputs, outputs = self._tensors(model)
-        takes_images = IMAGE in inputs and inputs[IMAGE]["datatype"] == "BYTES"
-        return takes_images and outputs.keys() != {INPUT_NAME}
+        takes = any(
+            inputs[kind]["datatype"] == "BYTES" for kind in (IMAGE, VIDEO) if kind in inputs
+        )
+        return takes and INPUT_NAME not in outputs
 
     def infer(
         self,

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,7 +14,8 @@ from tome_export.errors import InputError
 from tome_export.serve.config import DATA_TYPES, KEPT_VERSIONS
 from tome_export.serve.source import inputs_of, outputs_of
 from tome_export.serve.spec import ModelFolder, ServeOptions
-from tome_export.spec import INPUT_NAME, BatchRange, Interpolation
+from tome_export.spec import INPUT_NAME, VIDEO_MASK, BatchRange, Interpolation
+from tome_export.video import frames as frames_module
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -27,6 +28,12 @@ TOP_K = 5
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header: decoding takes 3 bytes for each of these pixels, 15
 where there is transparency, and up to four images are decoded at once."""
+
+IMAGE = "image"
+"""The input of a model that takes encoded images: BYTES, a JPEG or PNG file."""
+
+VIDEO = "video"
+"""The input of a model that takes video files: BYTES."""
 
 ROUTER_INSTANCES = 4
 """An instance of a router answers the requests that it has taken together, and takes no other until
@@ -111,11 +118,24 @@ def _preprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Row
             f"{', '.join(get_args(Interpolation))}, rebuild the artifact"
         )
     config = python_config(f"{name}_preprocess", rows.max_batch, options)
-    add_tensor(config.input, "image", "TYPE_STRING", rows.fixed or [1])
-    add_tensor(config.output, INPUT_NAME, "TYPE_FP32", [*rows.fixed, *settings["input_size"]])
-    return python_folder(
-        config, "preprocess", "preprocessing.json", {**settings, "max_pixels": MAX_PIXELS}, options
-    )
+    settings = {**settings, "max_pixels": MAX_PIXELS}
+    video = artifact.manifest.get("video")
+    given = VIDEO if video else IMAGE
+    add_tensor(config.input, given, "TYPE_STRING", rows.fixed or [1])
+    frames = [video["frames"]] if video else []
+    shape = [*rows.fixed, *frames, *settings["input_size"]]
+    add_tensor(config.output, INPUT_NAME, "TYPE_FP32", shape)
+    if not video:
+        return python_folder(config, "preprocess", "preprocessing.json", settings, options)
+    mask = VIDEO_MASK in {tensor["name"] for tensor in inputs_of(artifact.manifest)}
+    if mask:
+        add_tensor(config.output, VIDEO_MASK, "TYPE_FP32", [*rows.fixed, *frames])
+    settings |= {"frames": video["frames"], "mask": mask}
+    folder = python_folder(config, "preprocess_video", "preprocessing.json", settings, options)
+    version = options.version or 1
+    beside = {"preprocess": _MODELS / "preprocess.py", "frames": Path(frames_module.__file__)}
+    files = {f"{version}/{name}.py": path for name, path in beside.items()}
+    return replace(folder, files={**folder.files, **files})
 
 
 def _postprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Rows) -> ModelFolder:
@@ -154,11 +174,12 @@ def _pipeline(
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     config.input.add().CopyFrom(first.input[0])
     further = inputs_of(artifact.manifest)[1:]
-    for more in further:
+    made = [tensor.name for tensor in first.output]
+    for more in (tensor for tensor in further if tensor["name"] not in made):
         kind = DATA_TYPES[more["dtype"]]
         add_tensor(config.input, more["name"], kind, [*rows.fixed, *more["shape"][1:]])
     taken = [INPUT_NAME, *(more["name"] for more in further)]
-    steps = [(first.name, ["image"], [INPUT_NAME]), (name, taken, names)]
+    steps = [(first.name, [first.input[0].name], made), (name, taken, names)]
     if last:
         config.output.extend(last[0].output)
         steps.append((last[0].name, names[:1], [tensor.name for tensor in last[0].output]))

@@ -106,11 +106,13 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
 
 def default_name(manifest: Mapping[str, Any]) -> str:
     """``<model>_r<r>``, with r as the schedule has it, such as ``vit_digits_r8``."""
-    merged = re.fullmatch(r"r=(\d+) (.+)", manifest["merge"]["schedule"])
+    schedule, _, frames = manifest["merge"]["schedule"].partition("; ")
+    merged = re.fullmatch(r"r=(\d+) (.+)", schedule)
     if merged is None:
-        r = manifest["merge"]["schedule"].replace(",", "-")
+        r = schedule.replace(",", "-")
     else:
         r = merged[1] if merged[2] == "constant" else f"{merged[1]}-{merged[2]}"
+    r = f"{r}-across" if frames else r
     return f"{plain_name(manifest['model']['name'])}_r{plain_name(r)}"
 
 
@@ -166,7 +168,7 @@ def _no_engine(artifact: Artifact) -> str:
 
 
 def inputs_of(manifest: Mapping[str, Any]) -> list[Any]:
-    """The inputs in the model's order, the images first; artifacts of before list only those."""
+    """The inputs in the order of the model, images or videos first; those of before list one."""
     inputs = manifest.get("inputs", [manifest.get("input")])
     return inputs if isinstance(inputs, list) else [None]
 

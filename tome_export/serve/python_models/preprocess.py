@@ -101,7 +101,7 @@ def pixels_from_bytes(data: bytes, settings: dict[str, Any]) -> np.ndarray[Any, 
         BadImageError: if it is no such file, damaged, cut short, or too large.
     """
     try:
-        return _pixels(_decoded(data, settings["max_pixels"]), settings)
+        return pixels_from_image(_decoded(data, settings["max_pixels"]), settings)
     except BadImageError:
         raise
     # Whatever a decoder trips over in a damaged file is that file's fault.
@@ -151,7 +151,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def _pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray[Any, Any]:
+def pixels_from_image(image: Image.Image, settings: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Preprocess one decoded image; see ``pixels_from_bytes``."""
     channels, height, width = settings["input_size"]
     image = image.convert(MODES[channels])
     resampling = Image.Resampling[settings["interpolation"].upper()]

@@ -1,0 +1,180 @@
+"""CLIP4Clip's video tower (arXiv 2104.08860), mean pooling: CLIP's image tower on every frame.
+
+Written with torch's own layers, it is the yardstick of the merged tower. Names of its tensors are
+those of OpenAI's CLIP behind ``visual.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+HEAD_WIDTH = 64
+"""Width of one attention head in every CLIP ViT; its public code counts the heads by it."""
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """Sizes of a CLIP image tower.
+
+    Attributes:
+        width: Of a token.
+        depth: Number of blocks.
+        patch: Side of a patch in pixels.
+        image: Side of a frame in pixels.
+        features: Width of the output.
+    """
+
+    width: int = 768
+    depth: int = 12
+    patch: int = 32
+    image: int = 224
+    features: int = 512
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one frame: its patches and the class token."""
+        return self.side**2 + 1
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return max(1, self.width // HEAD_WIDTH)
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation, ``x sigmoid(1.702 x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ClipBlock(nn.Module):
+    """One block of CLIP: attention and MLP, each behind a norm and added to the tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to the same."""
+        normed = self.ln_1(x)
+        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
+        return cast(Tensor, x + self.mlp(self.ln_2(x)))
+
+
+class ClipBlocks(nn.Module):
+    """The blocks in order; a module of its own for the names of its tensors."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ClipBlock(width, heads) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to the same."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class ClipFrames(nn.Module):
+    """What is around the blocks of a CLIP image tower that runs on the frames of a video.
+
+    Attributes:
+        sizes: Of the tower.
+        frames: Frames of one video.
+    """
+
+    def __init__(self, sizes: ClipSizes, frames: int) -> None:
+        super().__init__()
+        self.sizes, self.frames = sizes, frames
+        width, scale = sizes.width, sizes.width**-0.5
+        self.conv1 = nn.Conv2d(3, width, sizes.patch, sizes.patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(sizes.tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = self.make_blocks()
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, sizes.features))
+
+    def make_blocks(self) -> nn.Module:
+        """The blocks, under ``resblocks``."""
+        sizes = self.sizes
+        return ClipBlocks(sizes.width, sizes.depth, sizes.heads)
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """``[B F, 3, H, W]`` to the tokens ``[B F, N, C]`` that enter the first block."""
+        x = self.conv1(frames).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(x.shape[0], 1, -1)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding
+        return cast(Tensor, self.ln_pre(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Tokens ``[..., C]`` to features ``[..., E]`` of unit length, at least in float32."""
+        features = self.ln_post(x) @ self.proj
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return functional.normalize(features.to(wide), dim=-1)
+
+
+class Clip4ClipTower(ClipFrames):
+    """CLIP4Clip with mean pooling ("meanP", section 3.3): no weights beyond CLIP's own.
+
+    Attributes:
+        frame_positions: TempMe's learned vectors ``[clips, C]`` by the layer that joins clips,
+            empty without; they act only where clips are merged, so not in ``forward``.
+    """
+
+    def __init__(
+        self, sizes: ClipSizes, frames: int, positions: Mapping[int, int] | None = None
+    ) -> None:
+        """Make the tower with fresh weights.
+
+        Args:
+            sizes: Of the CLIP image tower.
+            frames: Frames of one video.
+            positions: For each layer with a frame position, how many clips enter it.
+        """
+        super().__init__(sizes, frames)
+        self.frame_positions = nn.ParameterDict(
+            {
+                str(layer): nn.Parameter(torch.zeros(clips, sizes.width))
+                for layer, clips in (positions or {}).items()
+            }
+        )
+
+    def forward(self, pixel_values: Tensor, video_mask: Tensor) -> Tensor:
+        """Embed videos.
+
+        Args:
+            pixel_values: ``[B, F, 3, H, W]``.
+            video_mask: ``[B, F]``, 1 for frames that count and 0 for padding.
+
+        Returns:
+            ``[B, E]``: the mean of the frames' unit features.
+        """
+        x = self.transformer(self.embed(pixel_values.flatten(0, 1)))
+        return self.pool(x[:, 0].unflatten(0, (-1, self.frames)), video_mask)
+
+    def pool(self, classes: Tensor, video_mask: Tensor) -> Tensor:
+        """Class tokens ``[B, F, C]`` to ``[B, E]``: projected, unit length, mean over the mask."""
+        features = self.project(classes)
+        weight = video_mask.to(features.dtype)[..., None]
+        # A video with no frame at all gives zero.
+        return (features * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)

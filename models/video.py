@@ -1,0 +1,119 @@
+"""Video files and moving samples to ``pixel_values`` of video towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tome_export.errors import InputError, MissingComponentError
+from tome_export.models.preprocess import find_files, pixels_from_image, read_image
+from tome_export.models.samples import sample_paths
+from tome_export.video.frames import BadVideoError, NoDecoderError, frames_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from tome_export.spec import Preprocessing
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its name."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+WINDOW = 0.75
+"""Side of the part of a photograph that a moving sample shows."""
+
+
+def find_videos(place: str | Path) -> list[Path]:
+    """Every video under a folder, sorted by path; a single file stands for itself.
+
+    Raises:
+        InputError: if there is no such folder or file, or no video in it.
+    """
+    return find_files(place, VIDEO_SUFFIXES, "video")
+
+
+def read_frames(path: str | Path, frames: int) -> list[Image.Image]:
+    """Uniformly sampled frames of one video file; see ``tome_export.video.frames``.
+
+    Raises:
+        InputError: naming the file, if it is missing, no video, damaged, or too short.
+        MissingComponentError: if PyAV is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"video {path} {kind}; expected a video file")
+    try:
+        return frames_of(path, frames)
+    except BadVideoError as error:
+        raise InputError(f"video {path} {error}") from None
+    except NoDecoderError as error:
+        raise MissingComponentError(
+            f"{error}; install the extra: pip install 'tome-export[video]'"
+        ) from None
+
+
+def load_videos(
+    paths: Sequence[str | Path], preprocessing: Preprocessing, frames: int
+) -> NDArray[np.float32]:
+    """Decode and preprocess videos, every frame as an image.
+
+    Args:
+        paths: Video files, at least one.
+        preprocessing: How the model wants its frames.
+        frames: Frames of one video.
+
+    Returns:
+        ``pixel_values [B, F, C, H, W]`` float32.
+
+    Raises:
+        InputError: as ``read_frames``.
+        MissingComponentError: as ``read_frames``.
+    """
+    if not paths:
+        raise InputError("no videos given; expected at least one video file")
+    return np.stack([_pixels(read_frames(path, frames), preprocessing) for path in paths])
+
+
+def moving_samples(preprocessing: Preprocessing, count: int, frames: int) -> NDArray[np.float32]:
+    """Videos made of the photographs that come along: a window that moves across each.
+
+    The n-th video of a photograph moves in the n-th direction: right, left, down, up.
+
+    Args:
+        preprocessing: How the model wants its frames.
+        count: How many videos.
+        frames: Frames of one video.
+
+    Returns:
+        ``pixel_values [count, F, C, H, W]`` float32.
+    """
+    photographs = sample_paths()
+    made = []
+    for index in range(count):
+        image = read_image(photographs[index % len(photographs)])
+        direction = index // len(photographs) % 4
+        shown = [_window(image, step / max(1, frames - 1), direction) for step in range(frames)]
+        made.append(_pixels(shown, preprocessing))
+    return np.stack(made)
+
+
+def _window(image: Image.Image, done: float, direction: int) -> Image.Image:
+    """The part of an image that is seen when a share of the way is done."""
+    width, height = round(image.width * WINDOW), round(image.height * WINDOW)
+    done = 1 - done if direction % 2 else done
+    across, down = (done, 0.5) if direction < 2 else (0.5, done)
+    left, top = round(across * (image.width - width)), round(down * (image.height - height))
+    return image.crop((left, top, left + width, top + height))
+
+
+def _pixels(frames: Sequence[Image.Image], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    return np.stack([pixels_from_image(frame, preprocessing) for frame in frames])

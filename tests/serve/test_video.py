@@ -1,0 +1,95 @@
+"""Videos through the real server: decoded there, embedded as with the client's own decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+from video_files import write_video
+from video_towers import MERGING
+
+from tome_export.engine import EngineOptions
+from tome_export.errors import InputError
+from tome_export.merge.frames import VideoOptions
+from tome_export.merge.schedule import Schedule
+from tome_export.models.samples import sample_paths
+from tome_export.models.video import load_videos
+from tome_export.pipeline import BuildRequest, build
+from tome_export.pipeline.query import QueryRequest, query
+from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
+from tome_export.serve.server import start
+from tome_export.spec import BatchRange, Preprocessing
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served_video")
+    (folder / "served_video.py").write_text("from video_towers import clip4clip\n")
+    made = BuildRequest(
+        "served_video:clip4clip",
+        folder / "built",
+        Schedule(3),
+        video=VideoOptions(merging=MERGING),
+        engine="none",
+        engine_options=EngineOptions(batch=BatchRange(1, 2, 4)),
+        check=False,
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        yield build(made)
+
+
+def test_a_video_model_is_written_with_its_decoder(artifact, tmp_path):
+    options = ServeOptions(preprocess=True)
+    serve(ServeRequest((artifact.path,), tmp_path / "repository", options=options))
+    folders = sorted(path.name for path in (tmp_path / "repository").iterdir())
+    name = "served_video_clip4clip_r3-across"
+    assert folders == [name, f"{name}_pipeline", f"{name}_preprocess"]
+    config = (tmp_path / "repository" / name / "config.pbtxt").read_text()
+    assert 'name: "video_mask"' in config
+    files = {path.name for path in (tmp_path / "repository" / f"{name}_preprocess" / "1").iterdir()}
+    assert files == {"model.py", "preprocess.py", "frames.py", "preprocessing.json"}
+
+
+@pytest.fixture(scope="module")
+def address(request, artifact, tmp_path_factory):
+    request.getfixturevalue("installation")
+    repository = tmp_path_factory.mktemp("repository")
+    serve(ServeRequest((artifact.path,), repository, options=ServeOptions(preprocess=True)))
+    with start(repository, config_name="cpu") as server:
+        yield server.grpc
+        server.stop(0)
+
+
+def test_a_file_becomes_the_features_of_its_frames(artifact, address, tmp_path):
+    paths = [write_video(tmp_path / f"{n}.mp4", n, size=(64, 48)) for n in (8, 21)]
+    answers = query(QueryRequest(address, [tmp_path])).answers
+    assert [answer.image.name for answer in answers] == ["21.mp4", "8.mp4"]
+    preprocessing = Preprocessing.from_dict(artifact.manifest["preprocessing"])
+    pixels = load_videos(paths[::-1], preprocessing, 8)
+    session = onnxruntime.InferenceSession(
+        str(artifact.model_path), providers=["CPUExecutionProvider"]
+    )
+    ones = np.ones((2, 8), np.float32)
+    expected = session.run(None, {"pixel_values": pixels, "video_mask": ones})[0]
+    for answer, one in zip(answers, expected, strict=True):
+        np.testing.assert_allclose(answer.features["video_features"], one, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_used_is_one_clear_line(address, tmp_path):
+    short = write_video(tmp_path / "short.mp4", 5)
+    with pytest.raises(InputError) as caught:
+        query(QueryRequest(address, [short]))
+    assert str(caught.value).startswith(f"video {short}: ")
+    assert "has 5 frames; expected 8 or more" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"^video .*broken\.mp4 is not a video that can be read"):
+        query(QueryRequest(address, [broken]))
+    picture = sample_paths()[0]
+    with pytest.raises(InputError) as caught:
+        query(QueryRequest(address, [picture]))
+    assert str(caught.value) == (
+        f"{picture} is an image, and model served_video_clip4clip_r3-across_pipeline takes videos"
+    )

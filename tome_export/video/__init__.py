@@ -1,0 +1,1 @@
+"""Frames of video files. Imports nothing of this package: the server runs it as it is."""
