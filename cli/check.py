@@ -65,7 +65,7 @@ def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
             terminal.result(values, _lines(values, manifest))
     terminal.findings = values
     if failed is None:
-        raise OverMergedError(result.entropy, result.reports[0].images)
+        raise OverMergedError(result.entropy, reports[0]["images"], reports[0]["subject"])
     raise ParityFailedError(failed)
 
 

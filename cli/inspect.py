@@ -62,7 +62,9 @@ def _lines(result: InspectResult) -> list[str]:
         *(["dropped"] if drops else []),
     )
     merges = [] if any(manifest["merge"]["r"]) else ["No layer merges: every patch is a token."]
-    prefix = manifest["merge"]["prefix"]
+    video = manifest.get("video")
+    what, frames = ("video", video["frames"]) if video else ("image", 1)
+    prefix = frames * manifest["merge"]["prefix"]
     lost = max(p.patches_in_prefix for p in result.pictures)
     return [
         *warning_lines(manifest),
@@ -71,7 +73,7 @@ def _lines(result: InspectResult) -> list[str]:
         f"Patches: {grid.rows} x {grid.cols}, of {grid.height} x {grid.width} pixels each; a group "
         "is a token of more than one",
         *(["Dropped patches are dark and hatched: nothing is left of them"] if drops else []),
-        f"Prefix tokens (class, distillation, registers) are not in the image: {prefix} of the "
+        f"Prefix tokens (class, distillation, registers) are not in the {what}: {prefix} of the "
         f"tokens, with {lost or 'no'} patches merged into them",
         f"Pictures: {result.output}",
     ]

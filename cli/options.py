@@ -180,7 +180,7 @@ video_options = (
     ),
     click.option(
         "--frame-position/--no-frame-position",
-        default=True,
+        default=None,
         help="Video: add the learned vector of each clip as it is joined.  [default: add]",
     ),
 )

@@ -103,16 +103,23 @@ def _video(given: dict[str, Any]) -> VideoOptions:
 
     Raises:
         InputError: if a list is not one, or they do not belong together.
+        click.UsageError: if the frame position was chosen and nothing is joined.
     """
+    position = given["frame_position"]
     texts = {key: given[key] for key in ("merge_layers", "merge_frames", "merge_proportions")}
     if not any(texts.values()):
+        if position is not None:
+            raise click.UsageError(
+                f"--{'' if position else 'no-'}frame-position is for frames that are joined; give "
+                "--merge-layers too, or leave it out"
+            )
         return VideoOptions(given["frames"])
     published = FrameMerging()
     usual = (published.layers, published.frames, published.proportions)
     lists = [
         text or ",".join(map(str, own)) for text, own in zip(texts.values(), usual, strict=True)
     ]
-    return VideoOptions(given["frames"], FrameMerging.parse(*lists, given["frame_position"]))
+    return VideoOptions(given["frames"], FrameMerging.parse(*lists, position is not False))
 
 
 def _schedule_file(text: str | None) -> Path | None:

@@ -105,6 +105,11 @@ def layer_lines(manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def subject(parity: Mapping[str, Any]) -> str:
+    """What parity was checked on: ``image`` or ``video``."""
+    return str(parity.get("subject", "image"))  # artifacts of before do not say
+
+
 def summary_lines(parity: Mapping[str, Any] | None) -> list[str]:
     """A parity report in short."""
     if parity is None:
@@ -117,7 +122,7 @@ def summary_lines(parity: Mapping[str, Any] | None) -> list[str]:
     agreement = "" if top1 is None else f"top-1 agreement {percent(top1)}, "
     return [
         f"Parity {verdict}: {parity['candidate']}, {parity['precision']}, {parity['images']} "
-        "images against PyTorch fp32",
+        f"{subject(parity)}s against PyTorch fp32",
         f"  merge decisions {parity['decisions']}, disagreements {parity['disagreements']} "
         f"({explained} explained by rounding, {defects} defects)",
         f"  cosine {number(output['cosine'], '.7f')}, {agreement}"
@@ -152,7 +157,7 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
         "bound",
         "score error",
         "allowed",
-        "images diverging",
+        f"{subject(report)}s diverging",
     )
     failures = [f"  failed: {reason}" for reason in report["failures"]]
     lines = table(headers, rows) if rows else ["no layer merges"]

@@ -39,7 +39,8 @@ def measured() -> str:
         for row in cpu
     ]
     lines += ["", *(parity_line(name) for name in ("recipes", "recipes_full")), registry_line()]
-    lines += [families_line(), llava_line(), *serving_lines(), soak_line(), *cascade_lines()]
+    lines += [families_line(), llava_line(), *serving_lines(), soak_line()]
+    lines += [*cascade_lines(), *video_lines()]
     return "\n".join(lines) + "\n"
 
 
@@ -212,6 +213,26 @@ def cascade_lines() -> list[str]:
         f"lower budgets {low:.1%} to {high:.1%}. Budgets by complexity or a learned head save "
         f"{others:.1%} at most."
     ]
+
+
+def video_lines() -> list[str]:
+    """What merging across frames saves and gains."""
+    found = rows("video")[1]
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        mine = {row["variant"]: row for row in found if row["model"] == model}
+        told = "; ".join(
+            f"{name}: {row['macs']['merged'] / 1e9:.1f} G, ratio {row['macs']['ratio']:.2f}, "
+            f"{row['speedup']['p50']:.2f} times as fast"
+            for name, row in mine.items()
+            if name != "unmerged"
+        )
+        lines.append(
+            f"- {model}, {mine['unmerged']['frames']} frames, fp32, random weights, ONNX Runtime "
+            f"(`benchmarks/results/video.json`), {mine['unmerged']['macs']['merged'] / 1e9:.1f} G "
+            f"MACs per video unmerged; merged {told}."
+        )
+    return lines
 
 
 def main() -> None:

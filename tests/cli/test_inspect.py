@@ -40,7 +40,7 @@ def test_the_last_layer_by_default(run, built, tmp_path):
         f"Pictures: {output}",
     ]
     assert pixels(output / "digit-layer05.png").shape == (448, 448, 3)
-    assert ran.err.splitlines() == ["Verify the artifact", "Run vit_digits on 1 images", "Draw"]
+    assert ran.err.splitlines() == ["Verify the artifact", "Run vit_digits on 1 image", "Draw"]
 
 
 def test_all_layers_as_svg_and_json(run, built_random, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from video_files import write_video
 
 from tome_export.cli.main import main
 
@@ -53,6 +54,18 @@ JOINED = (*VIDEO, "--merge-layers", "8,9,10")
         ),
         ((*VIDEO, "--frames", "0"), 3, "0 frames were asked for; expected 1 or more"),
         (
+            (*VIDEO, "--no-frame-position"),
+            2,
+            "--no-frame-position is for frames that are joined; give --merge-layers too, or leave "
+            "it out; see 'tome-export build --help'",
+        ),
+        (
+            ("build", "vit_digits", "--frame-position"),
+            2,
+            "--frame-position is for frames that are joined; give --merge-layers too, or leave it "
+            "out; see 'tome-export build --help'",
+        ),
+        (
             ("build", "vit_digits", "--frames", "8"),
             2,
             "frames were given for vit_digits, which takes images; they are for video towers such "
@@ -101,6 +114,22 @@ def test_the_table_counts_clips(run, tmp_path):
     assert ran.error.startswith("cli_video:clip4clip gives video_features, not classes to count")
     ran = run("inspect", "out", "none.mp4")
     assert (ran.code, ran.error) == (3, "video none.mp4 does not exist; expected a video file")
+    write_video(tmp_path / "grey.mp4", 9)
+    ran = run("inspect", "out", "grey.mp4")
+    assert ran.code == 0, ran.err
+    assert "Run cli_video:clip4clip on 1 video\n" in ran.err
+    # One class token per frame, and 36 tokens of patches: all 44.
+    assert (
+        "Prefix tokens (class, distillation, registers) are not in the video: 8 of the tokens, "
+        "with no patches merged into them"
+    ) in ran.out
+    ran = run("check", "out", "--images", "grey.mp4", "--min-entropy", "1")
+    assert ran.code == 5
+    assert ", fp32, 1 videos against PyTorch fp32\n" in ran.out
+    assert "score error  allowed  videos diverging\n" in ran.out
+    assert "; 1 is 128 tokens\n" in ran.out
+    assert "over-merged: 1 of 1 videos have a token-size entropy under 1 (128.0 " in ran.error
+    assert "images" not in ran.out
 
 
 def test_models_lists_the_video_towers(capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from video_files import grey, write_video
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.models.video import find_videos, load_videos, moving_samples, read_frames
 from tome_export.spec import Preprocessing
-from tome_export.video.frames import _upright, frames_of, sampled
+from tome_export.video.frames import BadVideoError, _upright, frames_of, sampled
 
 PLAIN = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3, 1.0, "bicubic")
 
@@ -87,7 +88,7 @@ def text(tmp_path: Path) -> Path:
         (
             text,
             "is not a video that can be read (Invalid data found when processing input); expected "
-            "MP4, WebM or another format of FFmpeg, whole",
+            "MP4, MOV, WebM, Matroska, AVI or MPEG, whole",
         ),
         (
             lambda t: write_video(t / "short.mp4", 5),
@@ -100,6 +101,52 @@ def test_what_is_no_video_is_one_clear_line(tmp_path, make, message):
     with pytest.raises(InputError) as caught:
         read_frames(path, 8)
     assert str(caught.value) == f"video {path} {message}"
+
+
+SESSION = b"""v=0
+o=- 0 0 IN IP4 127.0.0.1
+s=x
+c=IN IP4 127.0.0.1
+t=0 0
+m=video 5004 RTP/AVP 96
+a=rtpmap:96 H264/90000
+"""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"ffconcat version 1.0\nfile other.mp4\n", SESSION],
+    ids=["ffconcat", "session"],
+)
+def test_a_text_cannot_have_other_files_or_addresses_opened(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "other.mp4", 8)
+    path = tmp_path / "sent.mp4"
+    path.write_bytes(content)
+    for source in (content, path):
+        with pytest.raises(BadVideoError) as caught:
+            frames_of(source, 8)
+        assert str(caught.value) == (
+            "is not a video that can be read (Invalid argument); expected MP4, MOV, WebM, "
+            "Matroska, AVI or MPEG, whole"
+        )
+
+
+def test_a_file_without_permission_is_not_called_damaged(tmp_path):
+    path = write_video(tmp_path / "closed.mp4", 2)
+    path.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(path.stat().st_uid + 65534)  # root may read everything
+    try:
+        with pytest.raises(BadVideoError) as caught:
+            frames_of(path, 2)
+    finally:
+        if root:
+            os.seteuid(0)
+    assert str(caught.value) == (
+        "cannot be opened (Permission denied); expected a file that can be read"
+    )
 
 
 def test_a_file_cut_short_is_one_clear_line(tmp_path):

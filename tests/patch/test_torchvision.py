@@ -166,6 +166,6 @@ def test_multihead_is_the_class_own_forward(batch_first, separate, bias):
     given = [x if batch_first else x.transpose(0, 1) for x in (queries, context, context)]
     with torch.no_grad(), same_arithmetic():
         expected = attn(*given, need_weights=False)[0]
-        found, keys = multihead(attn, queries, context, None)
+        found, attended = multihead(attn, queries, context, None)
     torch.testing.assert_close(found, expected if batch_first else expected.transpose(0, 1))
-    assert keys.shape == (2, 4, 9, 8)
+    assert attended.keys.shape == (2, 4, 9, 8)

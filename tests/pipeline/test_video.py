@@ -12,31 +12,35 @@ import torch
 from PIL import Image
 from video_files import write_video
 from video_reference import Merging, tempme
-from video_towers import MERGING, clip4clip, schedule
+from video_reference import stop as stop_reference
+from video_towers import MERGING, clip4clip, groups, schedule, stop, videos
 
 from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions
 from tome_export.errors import InputError
 from tome_export.merge.frames import VideoOptions
+from tome_export.merge.plan import Across
 from tome_export.merge.schedule import Schedule
 from tome_export.models.video import load_videos, moving_samples
 from tome_export.onnx.files import load
 from tome_export.onnx.merging import merging_of
+from tome_export.onnx.twin import twin_from_model
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.bench import BenchRequest, bench
-from tome_export.pipeline.check import CheckRequest, check
-from tome_export.pipeline.inspect import InspectRequest, inspect, merge_maps
+from tome_export.pipeline.check import CheckRequest, OverMergedError, check
+from tome_export.pipeline.inspect import InspectRequest, chosen_plans, inspect, merge_maps
 from tome_export.pipeline.reference import reference_model
 from tome_export.pipeline.report import ReportRequest, report
 from tome_export.plugins.match import contract
-from tome_export.spec import BatchRange, Preprocessing
+from tome_export.runtime.ort import OrtRunner
+from tome_export.spec import INPUT_NAME, BatchRange, Preprocessing
 
 OWN = "from video_towers import clip4clip, stop\n"
 BATCH = EngineOptions(batch=BatchRange(1, 2, 4))
 
 
-def request(folder, **changes):
-    made = BuildRequest(
+def made(folder, **changes):
+    plain = BuildRequest(
         "own_video:clip4clip",
         folder,
         Schedule(3),
@@ -44,7 +48,7 @@ def request(folder, **changes):
         engine="none",
         engine_options=BATCH,
     )
-    return replace(made, **changes)
+    return replace(plain, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def artifact(tmp_path_factory):
     (folder / "own_video.py").write_text(OWN)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        yield build(request(folder / "built", source_map=True))
+        yield build(made(folder / "built", source_map=True))
 
 
 def test_the_manifest_says_how_frames_are_joined(artifact):
@@ -93,22 +97,61 @@ def test_the_manifest_says_how_frames_are_joined(artifact):
     assert manifest["parity"]["passed"]
 
 
-def test_onnx_runtime_gives_the_references_features(artifact):
-    pixels = moving_samples(Preprocessing.from_dict(artifact.manifest["preprocessing"]), 3, 8)
-    mask = np.ones((3, 8), np.float32)
+@pytest.fixture(scope="module", params=["clip4clip", "stop"])
+def judged(request, artifact, tmp_path_factory):
+    """A tower's artifact, videos for it, their mask, and the independent reading of them."""
+    pixels, _ = videos(3)
+    mask = torch.ones(3, 8)
     mask[1, 5:] = 0
-    session = onnxruntime.InferenceSession(
-        str(artifact.model_path), providers=["CPUExecutionProvider"]
-    )
-    found = session.run(None, {"pixel_values": pixels, "video_mask": mask})[0]
+    mask[2] = 0  # its denominator is 1
     m = Merging(3, (1, 2), (2, 2))
-    state = clip4clip().state_dict()
-    expected, _ = tempme(state, torch.from_numpy(pixels), torch.from_numpy(mask), m)
-    assert np.abs(found - expected.numpy()).max() <= 1e-5 * np.abs(expected.numpy()).max()
-    hidden = pixels.copy()
-    hidden[1, 5:] = 0
-    again = session.run(None, {"pixel_values": hidden, "video_mask": mask})[0]
-    assert np.array_equal(again[0], found[0])
+    if request.param == "clip4clip":
+        expected, records = tempme(clip4clip().state_dict(), pixels, mask, m)
+        return artifact, pixels.numpy(), {"video_mask": mask.numpy()}, expected.numpy(), records
+    folder = tmp_path_factory.mktemp("stop")
+    (folder / "own_video.py").write_text(OWN)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        built = build(made(folder / "built", model="own_video:stop", check=False))
+    expected, records = stop_reference(stop().state_dict(), pixels, m)
+    return built, pixels.numpy(), {}, expected.numpy(), records
+
+
+def test_onnx_runtime_gives_the_references_features(judged):
+    artifact, pixels, further, expected, _ = judged
+    with OrtRunner(load(artifact.model_path)) as runner:
+        output = runner.infer({INPUT_NAME: pixels, **further})["video_features"]
+    assert np.abs(output - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_graph_makes_the_references_plans(judged):
+    artifact, pixels, further, _, records = judged
+    twin = twin_from_model(load(artifact.model_path))
+    with OrtRunner(twin.model) as runner:
+        plans = chosen_plans(twin, runner, pixels, BatchRange(1, 2, 4), further)
+    assert list(plans) == [Across(r.layer) if r.cross else r.layer for r in records]
+    for plan, record in zip(plans.values(), records, strict=True):
+        expected = [clip for of_video in record.groups for clip in of_video]
+        chosen = (plan.keep, plan.src, plan.dst)
+        assert [groups(chosen, row) for row in range(len(plan.keep))] == expected
+
+
+def test_masked_frames_are_left_out_of_the_mean(artifact):
+    pixels = videos(1)[0].numpy()
+    with OrtRunner(load(artifact.model_path)) as runner:
+
+        def features(*counted):
+            mask = np.zeros((1, 8), np.float32)
+            mask[0, list(counted)] = 1
+            return runner.infer({INPUT_NAME: pixels, "video_mask": mask})["video_features"]
+
+        single = [features(frame) for frame in range(8)]
+        some, every = features(0, 1, 2, 3, 4), features(*range(8))
+    np.testing.assert_allclose(some, np.mean(single[:5], axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(every, np.mean(single, axis=0), rtol=0, atol=1e-6)
+    assert np.abs(some - every).max() > 1e-3 * np.abs(every).max()
+    # Each frame has a feature of its own, so that a mask of the wrong frames shows.
+    assert min(np.abs(one - single[0]).max() for one in single[1:]) > 1e-4
 
 
 def test_both_kinds_of_merge_are_one_operator_that_the_kernels_take(artifact):
@@ -132,11 +175,11 @@ def test_the_reference_model_comes_back(artifact):
 
 
 def test_check_takes_the_users_videos(artifact, tmp_path):
-    videos = tmp_path / "videos"
-    videos.mkdir()
+    folder = tmp_path / "videos"
+    folder.mkdir()
     for index in range(2):
-        write_video(videos / f"{index}.mp4", 9 + index)
-    result = check(CheckRequest(artifact.path, images=videos))
+        write_video(folder / f"{index}.mp4", 9 + index)
+    result = check(CheckRequest(artifact.path, images=folder))
     (found,) = result.reports
     assert (found.passed, found.images, found.source_map_defects) == (True, 2, 0)
     assert [(layer.layer, layer.across) for layer in found.layers] == [
@@ -150,12 +193,31 @@ def test_check_takes_the_users_videos(artifact, tmp_path):
     assert found.decisions == 2 * (8 * 8 + 4 * 13 + 4 * 9 + 2 * 16 + 2 * 11 + 2 * 10)
 
 
+def test_an_entropy_is_of_the_patches_of_all_frames(artifact):
+    result = check(CheckRequest(artifact.path, min_entropy=1))
+    found = result.entropy
+    assert found.patches == 8 * 16
+    pixels = moving_samples(Preprocessing.from_dict(artifact.manifest["preprocessing"]), 8, 8)
+    with OrtRunner(load(artifact.model_path)) as runner:
+        given = {INPUT_NAME: pixels, "video_mask": np.ones((8, 8), np.float32)}
+        places = runner.infer(given)["source_map"]
+    # exp(H) of the sizes of the final tokens, and no word of normalising.
+    shares = [np.bincount(video) / 128 for video in places]
+    tokens = [np.exp(-sum(p * np.log(p) for p in share if p)) for share in shares]
+    assert found.tokens(found.least) == pytest.approx(min(tokens))
+    assert found.tokens(found.median) == pytest.approx(np.exp(np.median(np.log(tokens))), rel=1e-6)
+    assert str(OverMergedError(found, 8, result.reports[0].subject)).startswith(
+        "over-merged: 8 of 8 videos have a token-size entropy under 1 (128.0 effective tokens of "
+        "128), the least "
+    )
+
+
 @pytest.mark.parametrize("model", ["own_video:clip4clip", "own_video:stop"])
 def test_half_precision_is_explained_and_an_engine_builds(tmp_path, monkeypatch, model):
     (tmp_path / "own_video.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     engine = _engine()
-    built = build(request(tmp_path / "half", model=model, precision="fp16", engine=engine))
+    built = build(made(tmp_path / "half", model=model, precision="fp16", engine=engine))
     parity = built.manifest["parity"]
     assert (parity["passed"], parity["defects"]) == (True, 0)
     if engine != "none":
@@ -174,15 +236,15 @@ def test_a_fixed_batch_and_plain_tome(tmp_path, monkeypatch):
     (tmp_path / "own_video.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     fixed = EngineOptions(batch=BatchRange(2, 2, 2))
-    built = build(request(tmp_path / "plain", video=VideoOptions(), engine_options=fixed))
+    built = build(made(tmp_path / "plain", video=VideoOptions(), engine_options=fixed))
     assert built.manifest["video"] == {"frames": 8, "merging": None}
     assert built.manifest["tokens"] == [112, 88, 64, 40]
     assert built.manifest["parity"]["passed"]
 
 
 def test_bench_times_it_beside_the_unmerged_tower(artifact):
-    made = BenchRequest(artifact.path, backends=("ort-cpu",), rounds=2, warmup=0)
-    found = bench(replace(made, batches=(1,), profile=False)).bench
+    asked = BenchRequest(artifact.path, backends=("ort-cpu",), rounds=2, warmup=0)
+    found = bench(replace(asked, batches=(1,), profile=False)).bench
     assert [row["backend"] for row in found["rows"]] == ["ort-cpu"]
     assert found["rows"][0]["merged"]["peak_memory_bytes"] > 0
     assert found["images"] == "samples"

@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
+from video_files import write_video
 
 from tome_export.cli.main import main
 from tome_export.errors import InputError, MissingComponentError, UsageError
@@ -102,6 +103,21 @@ def test_query_as_json_over_the_schemes_protocol(image_server, run, image):
         "model": "colour_pipeline",
         "images": [answer, answer],
     }
+
+
+def test_a_stray_video_in_a_folder_of_images(image_server, run, image, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    picture = folder / "camera.png"
+    picture.write_bytes(image.read_bytes())
+    video = write_video(folder / "stray.mp4", 9)
+    asked = ("query", image_server.grpc)
+    code, out, err = run(*asked, folder, "--model", "colour", "--json")
+    assert (code, err) == (0, f"Ask {image_server.grpc} about 1 image\n")
+    assert [answer["image"] for answer in json.loads(out)["images"]] == [str(picture)]
+    code, out, err = run(*asked, folder, video, "--model", "colour")
+    assert (code, out) == (3, "")
+    assert err == f"Error: {video} is a video, and model colour_pipeline takes images\n"
 
 
 def test_query_of_a_tower(image_server, run, image):

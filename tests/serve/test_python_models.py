@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from pathlib import Path
 
@@ -15,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from video_files import write_video
 
 from tome_export.models import RECIPES
 from tome_export.models.preprocess import load_images
 from tome_export.models.samples import sample_paths
-from tome_export.serve.python_models import postprocess, preprocess, router
+from tome_export.serve.python_models import postprocess, preprocess, preprocess_video, router
 from tome_export.serve.python_models.preprocess import BadImageError, pixels_from_bytes
 from tome_export.spec import Preprocessing
+from tome_export.video import frames
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPE_CASES = [
@@ -280,3 +283,27 @@ def test_missing_pillow_is_said(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "has no Pillow, which decodes images; pip install pillow there" in done.stderr
+
+
+class Watched:
+    """The real preprocessing of images, which also counts those that are still held."""
+
+    def __init__(self):
+        self.shown, self.held = [], []
+
+    def pixels_from_image(self, image, settings):
+        self.shown.append(weakref.ref(image))
+        self.held.append(sum(one() is not None for one in self.shown))
+        return preprocess.pixels_from_image(image, settings)
+
+
+def test_one_whole_frame_of_a_video_is_held_at_a_time(tmp_path):
+    data = write_video(tmp_path / "grey.mp4", 12).read_bytes()
+    model = preprocess_video.TritonPythonModel()
+    model.settings = {**TINY, "frames": 6}
+    model.images, model.frames = Watched(), frames
+    pixels = model.pixels(data)
+    assert pixels.shape == (6, 3, 8, 8)
+    assert model.images.held == [1] * 6
+    expected = [preprocess.pixels_from_image(one, TINY) for one in frames.frames_of(data, 6)]
+    np.testing.assert_array_equal(pixels, np.stack(expected))

@@ -128,6 +128,7 @@ def check_parity(
         source_map_defects=source_map_defects(model, free, shown.get(SOURCE_MAP), diverged),
         entropy_defects=entropy_defects(model, free, shown.get(ENTROPY), diverged),
         entropy=tuple(entropies(model, free).tolist()),
+        subject="video" if model.takes_video else "image",
     )
 
 

@@ -99,6 +99,7 @@ class ParityReport:
             model without that output.
         entropy: Token-size entropy of each image, 0 to 1 (``merge.entropy``), counted from the
             plans that the instrumented graph chose for itself.
+        subject: What the images are: ``image``, or ``video`` where the model takes videos.
     """
 
     candidate: str
@@ -114,6 +115,7 @@ class ParityReport:
     source_map_defects: int | None = None
     entropy_defects: int | None = None
     entropy: tuple[float, ...] = ()
+    subject: str = "image"
 
     @property
     def disagreements(self) -> int:
@@ -179,13 +181,13 @@ class ParityReport:
             )
         if self.source_map_defects:
             reasons.append(
-                f"the source map of {self.source_map_defects} of {self.images} images does not "
-                "follow from their merge plans"
+                f"the source map of {self.source_map_defects} of {self.images} {self.subject}s "
+                "does not follow from their merge plans"
             )
         if self.entropy_defects:
             reasons.append(
-                f"the entropy of {self.entropy_defects} of {self.images} images does not follow "
-                "from their merge plans"
+                f"the entropy of {self.entropy_defects} of {self.images} {self.subject}s does not "
+                "follow from their merge plans"
             )
         return reasons
 

@@ -382,6 +382,7 @@ def parity_summary(report: ParityReport) -> dict[str, Any]:
         "candidate",
         "precision",
         "images",
+        "subject",
         "decisions",
         "disagreements",
         "defects",

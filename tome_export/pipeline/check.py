@@ -52,7 +52,8 @@ class EntropyResult:
     """How evenly the images are spread over their tokens, by the decisions of what was checked.
 
     Attributes:
-        patches: Patches of an image: an entropy of 1 is so many effective tokens.
+        patches: Patches of an image, or of all frames of a video: an entropy of 1 is so many
+            effective tokens.
         least: Of all images.
         p5: Their fifth percentile.
         median: Their median.
@@ -75,13 +76,13 @@ class EntropyResult:
 class OverMergedError(ParityError):
     """Images are merged into fewer effective tokens than was asked for."""
 
-    def __init__(self, found: EntropyResult, images: int) -> None:
+    def __init__(self, found: EntropyResult, images: int, subject: str = "image") -> None:
         name, least = found.under[0]
         asked = found.asked or 0.0
         super().__init__(
-            f"over-merged: {len(found.under)} of {images} images have a token-size entropy under "
-            f"{asked:g} ({found.tokens(asked):.1f} effective tokens of {found.patches}), the least "
-            f"{least:.4f} ({found.tokens(least):.1f}, {name}); merge less, or ask for no more"
+            f"over-merged: {len(found.under)} of {images} {subject}s have a token-size entropy "
+            f"under {asked:g} ({found.tokens(asked):.1f} effective tokens of {found.patches}), the "
+            f"least {least:.4f} ({found.tokens(least):.1f}, {name}); merge less, or ask for no more"
         )
 
 
@@ -171,7 +172,9 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     except InputError as error:
         unrecorded = str(error)
     names = image_names(request.images, len(images), videos=model.takes_video)
-    patches = model.tower.tokens - model.prefix
+    # An entropy is of all frames of a video.
+    frames = model.input_size[0] if model.takes_video else 1
+    patches = frames * (model.tower.tokens - model.prefix)
     entropy = _entropy(reports, names, patches, request.min_entropy)
     return CheckResult(artifact, tuple(reports), accuracy, skipped, entropy, unrecorded)
 

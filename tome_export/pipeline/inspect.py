@@ -138,13 +138,15 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
     given = inputs_from_file(shapes, request.query, len(request.images))
     output = request.output or Path(f"{artifact.path.resolve().name}-inspect")
     with staged(output, force=request.force, replaceable=_is_ours) as folder:
-        progress.stage(f"Run {artifact.manifest['model']['name']} on {len(request.images)} images")
+        kind, count = "video" if artifact.manifest.get("video") else "image", len(request.images)
+        on = f"{count} {kind}{'s' * (count != 1)}"
+        progress.stage(f"Run {artifact.manifest['model']['name']} on {on}")
         maps = merge_maps(artifact, request.images, progress, given)
         progress.stage("Draw")
         pictures = []
         names = _names(request.images)
         for index, (path, name, found) in enumerate(zip(request.images, names, maps, strict=True)):
-            progress.detail(f"images: {index + 1}/{len(maps)}")
+            progress.detail(f"{kind}s: {index + 1}/{len(maps)}")
             for layer in layers:
                 file = folder / f"{name}-layer{layer:02d}.{request.format}"
                 if request.format == "svg":

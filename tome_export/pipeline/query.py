@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.errors import InputError, UsageError
+from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.inputs import inputs_from_file
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.serve.client import Protocol, connect
+from tome_export.serve.client import PIPELINE, Protocol, connect
 from tome_export.serve.pipeline_models import IMAGE, VIDEO
+from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from tome_export.serve.client import Client
 
 LABEL_OUTPUTS = {"label", "score", "index"}
 
@@ -26,7 +30,8 @@ class QueryRequest:
 
     Attributes:
         url: See ``tome_export.serve.client.connect``.
-        images: Image or video files, and folders of them.
+        images: Image or video files, as the model takes, and folders: of these, the files of that
+            kind.
         model: Model, router or pipeline; None for the router of pipelines, or the only pipeline.
         protocol: ``grpc``, ``http``, or None for the scheme's, else gRPC.
         top: Labels per image; None for all that the server gives.
@@ -109,11 +114,8 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
     if request.top is not None and request.top < 1:
         raise UsageError(f"top is {request.top}; expected 1 or more")
     parameters = _budget(request.r, request.max_ms)
-    images = _read(request.images)
-    progress.stage(f"Ask {request.url} about {len(images)} image{'s' * (len(images) != 1)}")
     with connect(request.url, request.protocol) as client:
         model = client.pipeline(request.model)
-        progress.detail(f"model {model} over {client.protocol}")
         if parameters and not client.routes(model):
             raise InputError(
                 f"model {model} at {client.address} is no router, which is what --r and --max-ms "
@@ -122,7 +124,9 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
             )
         tensors = client.tensors(model)[0]
         kind = VIDEO if VIDEO in tensors else IMAGE
-        _check_kind(model, kind, images)
+        images = _read(model, kind, request.images, _frames(client, model) if kind == VIDEO else 1)
+        progress.stage(f"Ask {request.url} about {len(images)} {kind}{'s' * (len(images) != 1)}")
+        progress.detail(f"model {model} over {client.protocol}")
         rank = len(tensors[kind]["shape"])
         # What is in front is the batch: -1, or that of a model of fixed batch.
         shapes = {n: tuple(t["shape"][1:]) for n, t in tensors.items() if n != kind}
@@ -138,32 +142,45 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
             except InputError as error:
                 raise InputError(f"{kind} {path}: {error}") from error
             answers.append(_answer(path, outputs, request.top))
-            progress.detail(f"images: {count}/{len(images)}")
+            progress.detail(f"{kind}s: {count}/{len(images)}")
         return QueryResult(client.address, client.protocol, model, answers)
 
 
-def _read(given: Sequence[Path]) -> list[tuple[Path, bytes]]:
-    from tome_export.models.preprocess import find_images, read_image
-    from tome_export.models.video import find_videos, is_video, read_frames
+def _frames(client: Client, model: str) -> int:
+    """Frames of a video that the server takes; 1 where it has no decoder that says so."""
+    one, *_ = client.routes(model) or (model,)
+    decoder = f"{one.removesuffix(PIPELINE)}_preprocess"
+    if decoder not in client.models():
+        return 1
+    # [batch, frames, channels, height, width]
+    frames: int = client.tensors(decoder)[1][INPUT_NAME]["shape"][1]
+    return frames
 
-    paths: list[Path] = []
-    for place in given:
-        videos = place.is_dir() and any(is_video(path) for path in place.rglob("*"))
-        paths += find_videos(place) if videos else find_images(place)
+
+def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tuple[Path, bytes]]:
+    """The files to send: those named, and those of the model's kind in folders."""
+    from tome_export.models.preprocess import find_images, read_image
+    from tome_export.models.video import find_videos, read_frames
+
+    find = find_videos if kind == VIDEO else find_images
+    paths = [path for place in given for path in find(place)]
+    _check_kind(model, kind, paths)
     for path in paths:
         # Says what is wrong with it.
-        if is_video(path):
-            read_frames(path, 1)
-        else:
+        if kind == IMAGE:
             read_image(path)
+            continue
+        # The server decodes: a client needs no decoder of its own.
+        with contextlib.suppress(MissingComponentError):
+            read_frames(path, frames)
     return [(path, path.read_bytes()) for path in paths]
 
 
-def _check_kind(model: str, kind: str, files: Sequence[tuple[Path, bytes]]) -> None:
+def _check_kind(model: str, kind: str, paths: Sequence[Path]) -> None:
     """Refuse images for a model of videos, and the other way round."""
     from tome_export.models.video import is_video
 
-    wrong = next((path for path, _ in files if is_video(path) != (kind == VIDEO)), None)
+    wrong = next((path for path in paths if is_video(path) != (kind == VIDEO)), None)
     if wrong is not None:
         other = IMAGE if kind == VIDEO else VIDEO
         raise InputError(

@@ -52,8 +52,9 @@ def parity_section(report: Mapping[str, Any] | None, folder: str) -> Section:
 def _check(check: Mapping[str, Any], index: int) -> Iterator[Block]:
     verdict = "passes" if check["passed"] else "FAILS"
     explained = check["disagreements"] - sum(layer["defects"] for layer in check["layers"])
+    images = counted(check["images"], _subject(check))
     yield Text(
-        f"On {counted(check['images'], 'image')} {check['candidate']}, {check['precision']}, "
+        f"On {images} {check['candidate']}, {check['precision']}, "
         f"{verdict} against PyTorch in fp32: of {counted(check['decisions'], 'decision')} "
         f"{check['disagreements']:,} differ{_explained(check['disagreements'], explained)}, "
         f"{counted(check['defects'], 'defect')}.",
@@ -69,6 +70,10 @@ def _check(check: Mapping[str, Any], index: int) -> Iterator[Block]:
         yield _layer_table(check)
         yield from _disagreements(check)
     yield _error_table(check)
+
+
+def _subject(check: Mapping[str, Any]) -> str:
+    return str(check.get("subject", "image"))  # reports of before do not say
 
 
 def _explained(disagreements: int, explained: int) -> str:
@@ -161,7 +166,7 @@ def _layer_table(check: Mapping[str, Any]) -> Table:
         "bound",
         "score error",
         "allowed",
-        "images diverging",
+        f"{_subject(check)}s diverging",
     )
     marked = frozenset(index for index, row in enumerate(rows) if row[3])
     return Table("Decisions and scores of every merging layer", headers, rows, marked=marked)
@@ -199,7 +204,7 @@ def _disagreements(check: Mapping[str, Any]) -> Iterator[Block]:
         "Each decision that differs hangs on two cosine scores. If the reference has them closer "
         f"than rounding can move them, the difference is explained. {listed}"
     )
-    headers = ("layer", "image", "token", "decision", "margin", "bound", "explained")
+    headers = ("layer", _subject(check), "token", "decision", "margin", "bound", "explained")
     yield Table("Every listed disagreement", headers, rows, "rrrlrrl", frozenset(marked))
 
 

@@ -8,14 +8,19 @@ of one second each, here all count.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from PIL import Image
 
-EXPECTED = "expected MP4, WebM or another format of FFmpeg"
+EXPECTED = "expected MP4, MOV, WebM, Matroska, AVI or MPEG"
+# FFmpeg goes by the content, and also knows texts that name other files and addresses to open.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo"
+"""FFmpeg's names of the containers that are read; none of them leads out of its own file."""
+
+T = TypeVar("T")
 
 
 class BadVideoError(ValueError):
@@ -51,6 +56,27 @@ def frames_of(source: Path | bytes, count: int, max_pixels: int | None = None) -
         BadVideoError: if it is no such file, damaged, too large, or has fewer frames.
         NoDecoderError: if PyAV is missing.
     """
+    return prepared_frames(source, count, lambda frame: frame, max_pixels)
+
+
+def prepared_frames(
+    source: Path | bytes,
+    count: int,
+    prepare: Callable[[Image.Image], T],
+    max_pixels: int | None = None,
+) -> list[T]:
+    """What ``prepare`` makes of each of ``frames_of``; one whole frame is held at a time.
+
+    Args:
+        source: The file, or its content.
+        count: How many.
+        prepare: Called with each frame, in order, as soon as it is decoded.
+        max_pixels: As in ``frames_of``.
+
+    Raises:
+        BadVideoError: as ``frames_of``.
+        NoDecoderError: as ``frames_of``.
+    """
     with _opened(source) as (container, stream):
         size = stream.codec_context.width, stream.codec_context.height
         if max_pixels is not None and size[0] * size[1] > max_pixels:
@@ -59,10 +85,10 @@ def frames_of(source: Path | bytes, count: int, max_pixels: int | None = None) -
                 "megapixels are accepted, send smaller ones"
             )
         total = sum(packet.size > 0 for packet in container.demux(stream))
-    found, decoded = _decoded(source, _indices(total, count))
+    found, decoded = _decoded(source, _indices(total, count), prepare)
     if len(found) < count:
         # Packets are not always frames; now their number is known.
-        found, _ = _decoded(source, _indices(decoded, count))
+        found, _ = _decoded(source, _indices(decoded, count), prepare)
     return found
 
 
@@ -74,14 +100,16 @@ def _indices(total: int, count: int) -> list[int]:
     return sampled(total, count)
 
 
-def _decoded(source: Path | bytes, wanted: list[int]) -> tuple[list[Image.Image], int]:
-    """The wanted frames that there are, and how many frames were met until the last one."""
-    found: list[Image.Image] = []
+def _decoded(
+    source: Path | bytes, wanted: list[int], prepare: Callable[[Image.Image], T]
+) -> tuple[list[T], int]:
+    """The wanted frames that there are, prepared, and how many were met until the last one."""
+    found: list[T] = []
     met = 0
     with _opened(source) as (container, stream):
         for frame in container.decode(stream):
             while len(found) < len(wanted) and wanted[len(found)] == met:
-                found.append(_upright(frame))
+                found.append(prepare(_upright(frame)))
             met += 1
             if len(found) == len(wanted):
                 break
@@ -109,8 +137,9 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise NoDecoderError("PyAV, which decodes videos, is not installed") from error
+    allowed = {"format_whitelist": FORMATS}
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        with _stream(source) as file, av.open(file, container_options=allowed) as container:
             if not container.streams.video:
                 raise BadVideoError(f"has no pictures, only sound or text; {EXPECTED}")
             stream = container.streams.video[0]
@@ -119,13 +148,25 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Any]]:
     except BadVideoError:
         raise
     # FFmpeg's errors are many classes, all of them also one of Python's.
-    except av.error.InvalidDataError as error:
+    # A format that is not allowed is an argument that is not.
+    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
         raise BadVideoError(
             f"is not a video that can be read ({_line(error)}); {EXPECTED}, whole"
         ) from None
     except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
         raise BadVideoError(
             f"cannot be decoded ({_line(error)}); it is damaged or cut short, replace it"
+        ) from None
+
+
+def _stream(source: Path | bytes) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        return source.open("rb")
+    except OSError as error:
+        raise BadVideoError(
+            f"cannot be opened ({_line(error)}); expected a file that can be read"
         ) from None
 
 

@@ -62,8 +62,11 @@ class TritonPythonModel:
             BadVideoError: if it is no video, damaged, too short or too large; of ``frames``.
         """
         count, most = self.settings["frames"], self.settings["max_pixels"]
-        shown = self.frames.frames_of(bytes(data), count, most)
-        return np.stack([self.images.pixels_from_image(frame, self.settings) for frame in shown])
+
+        def prepare(frame: Any) -> Any:
+            return self.images.pixels_from_image(frame, self.settings)
+
+        return np.stack(self.frames.prepared_frames(bytes(data), count, prepare, most))
 
     def finalize(self) -> None:
         """Let the threads end with the model."""
