@@ -194,6 +194,7 @@ def test_images_that_no_photograph_gives(built):
     other = {
         "model": {"name": "nowhere:model"},
         "preprocessing": {**manifest["preprocessing"], "input_size": [2, 8, 8]},
+        "input": {"shape": ["batch", 2, 8, 8]},
     }
     noise, kind = bench_images(other, 3)
     assert (noise.shape, noise.dtype, kind) == ((3, 2, 8, 8), np.float32, "noise")

@@ -230,7 +230,12 @@ def test_models_describes_one(run):
     assert "r           13 (ToMe README, ViT-B/16; 16 halves the MACs)\n" in ran.out
     found = run("models", "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", "--json").json
     assert found["tokens"] == 197
-    assert found["layers"][0] == {"tokens_in": 197, "r": 13, "tokens_out": 184}
+    assert found["layers"][0] == {
+        "tokens_in": 197,
+        "r": 13,
+        "tokens_out": 184,
+        "behind_block": False,
+    }
     ran = run("models", "nothing_like_it")
     assert ran.code == 3
     assert ran.error.startswith("unknown model 'nothing_like_it'; expected a recipe that ")
