@@ -175,7 +175,7 @@ def digit_metrics():
     loaded = weights.load(RECIPES["vit_digits"], "pretrained", 0, None)
     layers = run_reference(patch(loaded.module, 8), digits_test()[0][:4]).layers
     assert len(layers) > 1
-    return [metric for record in layers.values() for metric in record.metric]
+    return [metric for record in layers.values() for metric in record.signals[0]]
 
 
 @pytest.mark.parametrize("group", [4, 8])

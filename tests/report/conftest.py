@@ -240,9 +240,9 @@ def browser_path() -> str | None:
     return given or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless browser."""
+    """A headless browser, closed after the module: while it is open an event loop runs here."""
     path = browser_path()
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
