@@ -133,6 +133,21 @@ class ClipFrames(nn.Module):
         return functional.normalize(features.to(wide), dim=-1)
 
 
+def frame_positions(positions: Mapping[int, int] | None, width: int) -> nn.ParameterDict:
+    """TempMe's vectors ``[clips, C]`` by layer, zero; none without positions.
+
+    Args:
+        positions: For each layer with a frame position, how many clips enter it.
+        width: C.
+    """
+    return nn.ParameterDict(
+        {
+            str(layer): nn.Parameter(torch.zeros(clips, width))
+            for layer, clips in (positions or {}).items()
+        }
+    )
+
+
 class Clip4ClipTower(ClipFrames):
     """CLIP4Clip with mean pooling ("meanP", section 3.3): no weights beyond CLIP's own.
 
@@ -152,12 +167,7 @@ class Clip4ClipTower(ClipFrames):
             positions: For each layer with a frame position, how many clips enter it.
         """
         super().__init__(sizes, frames)
-        self.frame_positions = nn.ParameterDict(
-            {
-                str(layer): nn.Parameter(torch.zeros(clips, sizes.width))
-                for layer, clips in (positions or {}).items()
-            }
-        )
+        self.frame_positions = frame_positions(positions, sizes.width)
 
     def forward(self, pixel_values: Tensor, video_mask: Tensor) -> Tensor:
         """Embed videos.

@@ -12,7 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tome_export.models.clip4clip import HEAD_WIDTH, ClipBlock, ClipFrames, ClipSizes
+from tome_export.models.clip4clip import (
+    HEAD_WIDTH,
+    ClipBlock,
+    ClipFrames,
+    ClipSizes,
+    frame_positions,
+)
 from tome_export.models.stop_prompts import TemporalPrompt
 
 PROMPTS = 4
@@ -82,12 +88,7 @@ class StopTower(ClipFrames):
         self.prompt_embeddings = nn.Parameter(0.02 * torch.randn(1, PROMPTS, width))
         self.frame_prompts = nn.Parameter(0.02 * torch.randn(sizes.depth, frames, PROMPTS, width))
         self.TemporalPrompt = TemporalPrompt(width, sizes.side**2, PROMPTS)
-        self.frame_positions = nn.ParameterDict(
-            {
-                str(layer): nn.Parameter(torch.zeros(clips, width))
-                for layer, clips in (positions or {}).items()
-            }
-        )
+        self.frame_positions = frame_positions(positions, width)
 
     def make_blocks(self) -> nn.Module:
         """Blocks with adapters."""

@@ -53,6 +53,23 @@ def by_position(index: Tensor) -> Tensor:
     return index.float().sort(dim=-1, stable=True).values.long()
 
 
+def behind_prefix(patches: Tensor, prefix: int) -> Tensor:
+    """The prefix tokens, then the patches, which are counted behind them.
+
+    Args:
+        patches: ``[B, K - P]`` int64.
+        prefix: Protected tokens P at the front.
+
+    Returns:
+        ``[B, K]`` int64.
+    """
+    tokens = patches + prefix
+    if prefix == 0:  # runtimes take badly to empty tensors
+        return tokens
+    first = torch.arange(prefix, device=tokens.device).expand(tokens.shape[0], -1)
+    return torch.cat([first, tokens], dim=1)
+
+
 def spread(dst: Tensor, values: Tensor, kept: int) -> Tensor:
     """What each output token receives of each folded one.
 

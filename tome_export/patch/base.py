@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class MergedModel(nn.Module, ABC):
     """
 
     takes_video = False
+
+    merger_class: ClassVar[type[Merger]] = Merger
+    """What removes tokens in a forward pass."""
 
     def __init__(
         self, model: nn.Module, settings: MergeSettings, depth: int, tokens: int, prefix: int
@@ -254,7 +257,7 @@ class MergedModel(nn.Module, ABC):
             inputs: The model's inputs besides the images, by name.
             layers: Token counts other than the model's own.
         """
-        return Merger(
+        return self.merger_class(
             self.layers if layers is None else layers,
             self.prefix,
             self.class_token,

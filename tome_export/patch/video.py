@@ -16,7 +16,7 @@ from tome_export.merge.plan import Across, Step, StepPlans, step_layer
 from tome_export.merge.schedule import LayerTokens
 from tome_export.patch.base import MergedModel
 from tome_export.patch.clips import ClipMerger, clip_places
-from tome_export.patch.merger import Merger, MergeSettings, Observer, Tokens
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
 
 
@@ -30,6 +30,8 @@ class MergedVideo(MergedModel):
 
     takes_video = True
     clips: tuple[ClipTokens, ...]
+
+    merger_class = ClipMerger
 
     def __init__(self, model: Any, settings: MergeSettings, prefix: int) -> None:
         if settings.dense:
@@ -130,26 +132,6 @@ class MergedVideo(MergedModel):
         """Token counts of every layer without merging."""
         depth, tower = self.sizes.depth, self.tower
         return clip_tokens((0,) * depth, None, self.frames, tower.tokens, tower.prefix)
-
-    def merger(
-        self,
-        forced: StepPlans | None = None,
-        observe: Observer | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
-        layers: Sequence[LayerTokens] | None = None,
-    ) -> Merger:
-        """A fresh merger; see ``MergedModel.merger``."""
-        return ClipMerger(
-            self.layers if layers is None else layers,
-            self.prefix,
-            self.class_token,
-            forced,
-            observe,
-            self.settings.source_map,
-            self.settings.reducer,
-            self.reducer,
-            inputs,
-        )
 
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
         """The forward pass to the features, handing each layer's tokens to ``merger``."""

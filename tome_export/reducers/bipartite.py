@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from tome_export.merge.lowering import by_position, mean_keys, rank, unit_vectors
+from tome_export.merge.lowering import behind_prefix, by_position, mean_keys, rank, unit_vectors
 from tome_export.merge.plan import MergePlan
 from tome_export.reducers.base import Place, ScoredReducer, Seen
 
@@ -30,10 +30,7 @@ def plan_by_position(stay: Tensor, src: Tensor, into: Tensor, prefix: int) -> Me
         into: ``[B, R]`` int64, the patch that each of them goes into; one that stays.
         prefix: Protected tokens P at the front.
     """
-    keep = by_position(stay) + prefix
-    if prefix:  # runtimes take badly to empty tensors
-        first = torch.arange(prefix, device=keep.device).expand(keep.shape[0], -1)
-        keep = torch.cat([first, keep], dim=1)
+    keep = behind_prefix(by_position(stay), prefix)
     # In ascending order a token's position is the number of those below it.
     dst = (keep[:, None, :] < into[..., None] + prefix).sum(dim=-1)
     return MergePlan(keep.int(), (src + prefix).int(), dst.int())

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tome_export.errors import InputError
 from tome_export.merge.lowering import (
     accumulate_dtype,
     gather_tokens,
     spread,
+    unit_vectors,
 )
 from tome_export.merge.ops import merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.merge.spec import NORM_EPS
 from tome_export.reducers.base import (
     Place,
     ScoredReducer,
@@ -153,7 +152,7 @@ class DiffRate(ScoredReducer):
             return kept_tokens(seen, plan)
         x, _ = merge(seen.x, torch.ones_like(seen.size), plan)
         into = plan.keep.gather(1, plan.dst.clamp_min(0).long())
-        unit = functional.normalize(seen.x.to(accumulate_dtype(seen.x)), dim=-1, eps=NORM_EPS)
+        unit = unit_vectors(seen.x.to(accumulate_dtype(seen.x)))
         alike = (gather_tokens(unit, plan.src) * gather_tokens(unit, into)).sum(dim=-1)
         grown = seen.size.gather(1, plan.src.long()) * alike.clamp_min(0).float()
         moved = spread(plan.dst, grown, plan.keep.shape[1]).sum(dim=-1)

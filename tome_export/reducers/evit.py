@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tome_export.merge.lowering import (
     accumulate_dtype,
+    behind_prefix,
     by_position,
     gather_tokens,
     merged_size,
@@ -42,12 +43,11 @@ class EViT(AttentiveReducer):
 
     def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
         """What stays in order of position, then the best of the rest, which takes in the others."""
-        order = rank(signals[0]) + place.prefix
+        order = rank(signals[0])
         left = order.shape[1] - place.r - 1
-        first = torch.arange(place.prefix, device=order.device).expand(order.shape[0], -1)
-        stay = by_position(order[:, :left])
-        keep = torch.cat([first, stay, order[:, left : left + 1]], dim=1).int()
-        src = order[:, left + 1 :].int()
+        patches = torch.cat([by_position(order[:, :left]), order[:, left : left + 1]], dim=1)
+        keep = behind_prefix(patches, place.prefix).int()
+        src = (order[:, left + 1 :] + place.prefix).int()
         return MergePlan(keep, src, torch.full_like(src, place.prefix + left))
 
     def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from tome_export.merge.lowering import accumulate_dtype, by_position, rank
+from tome_export.merge.lowering import (
+    accumulate_dtype,
+    behind_prefix,
+    by_position,
+    rank,
+    unit_vectors,
+)
 from tome_export.merge.plan import MergePlan
-from tome_export.merge.spec import NORM_EPS
 
 
 def ranked_plan(
@@ -25,10 +29,9 @@ def ranked_plan(
             others are dropped.
     """
     order = rank(scores)
-    batch, tokens = order.shape
+    tokens = order.shape[1]
     stay = by_position(order[:, : tokens - r])
-    first = torch.arange(prefix, device=order.device).expand(batch, -1)
-    keep = torch.cat([first, stay + prefix], dim=1).int()
+    keep = behind_prefix(stay, prefix).int()
     src = (order[:, tokens - r :] + prefix).int()
     if alike is None or merging == 0:
         return MergePlan(keep, src, torch.full_like(src, -1))
@@ -43,6 +46,5 @@ def ranked_plan(
 
 def cosines(x: Tensor) -> Tensor:
     """Cosine of every pair of tokens, ``[B, n, D] -> [B, n, n]`` float32 (float64 for float64)."""
-    wide = x.to(accumulate_dtype(x))
-    unit = functional.normalize(wide, dim=-1, eps=NORM_EPS)
+    unit = unit_vectors(x.to(accumulate_dtype(x)))
     return unit @ unit.transpose(1, 2)
