@@ -27,6 +27,8 @@ from tome_export.spec import BatchRange, Precision
 
 BATCH = BatchRange(1, 2, 4)
 
+_EXPORTED: dict[Path, MergedModel] = {}
+
 Plan = tuple[list[int], list[int], list[int]]
 Reference = Callable[[SimpleNamespace], Plan]
 """Of one image in one layer: plain lists in, ``keep``, ``src`` and ``dst`` out."""
@@ -133,8 +135,10 @@ def ort_plans(
 
 
 def exported(model: MergedModel, folder: Path, precision: Precision = "fp32") -> onnx.ModelProto:
-    """The exported graph; its file is ``folder/<precision>.onnx``, written once in a folder."""
+    """The exported graph; its file is ``folder/<precision>.onnx``, of one model in a folder."""
     path = folder / f"{precision}.onnx"
+    known = _EXPORTED.setdefault(path, model)
+    assert known is model, f"{path} is the graph of another model"
     if not path.exists():
         onnx_from_model(model, path, ExportOptions(precision=precision, batch=BATCH), "logits")
     return onnx.load(path)
