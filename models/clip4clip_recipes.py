@@ -7,6 +7,7 @@ from dataclasses import replace
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.frames import VideoOptions
 from tome_export.models.clip4clip_loader import Clip4ClipLoader
+from tome_export.models.clip_sizes import ClipSizes
 from tome_export.models.recipe import Geometry, Recipe
 from tome_export.spec import VIDEO_FEATURES, Preprocessing
 
@@ -28,7 +29,7 @@ def _recipe(name: str, arch: str, patch: int) -> Recipe:
         description=f"CLIP4Clip's mean-pooling video tower on CLIP {arch}, {FRAMES} frames",
         weights_source="a file: CLIP's own, or of video retrieval training",
         licence="that of the file",
-        loader=Clip4ClipLoader(patch=patch, frames=FRAMES),
+        loader=Clip4ClipLoader(ClipSizes(patch=patch), FRAMES),
         geometry=Geometry(768, 12, 3072, patch, head_macs=768 * 512),
         video=VideoOptions(FRAMES),
     )
@@ -49,7 +50,7 @@ _STOP = replace(
     family="stop",
     description=f"STOP's video tower with prompts on CLIP ViT-B/32, {FRAMES} frames",
     weights_source="a file of STOP's training",
-    loader=Clip4ClipLoader(patch=32, frames=FRAMES, prompts=True),
+    loader=Clip4ClipLoader(ClipSizes(patch=32), FRAMES, prompts=True),
     # The adapter beside the MLP is as a wider MLP.
     geometry=Geometry(
         768, 12, 3072 + 32, 32, prefix=5, shared=4, video_macs=_stop_macs(768, 7, 32) + 768 * 512
@@ -86,7 +87,7 @@ def with_video(recipe: Recipe, options: VideoOptions) -> Recipe:
     if isinstance(loader, Clip4ClipLoader):
         loader = replace(loader, frames=video.frames or FRAMES, merging=video.merging)
         if video.merging is not None:
-            video.merging.check(loader.depth, loader.frames)
+            video.merging.check(loader.sizes.depth, loader.frames)
     elif video.frames != recipe.video.frames:
         raise InputError(
             f"{video.frames} frames were asked of {recipe.name}, whose tower is made for "

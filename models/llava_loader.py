@@ -79,14 +79,10 @@ class LlavaLoader:
         import torch
 
         from tome_export.models.hf_weights import fill
-        from tome_export.models.weights import loaded, wake_constants
+        from tome_export.models.weights import loaded, random_model
 
         if weights == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                module = self._tower(depth)
-                wake_constants(module)
-            return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+            return random_model(recipe, seed, lambda: self._tower(depth))
         if depth is not None:
             raise InputError(
                 f"depth {depth} was asked of {recipe.name} with its own weights, which are for "

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.checkpoint import fit, read_eager, sha256, stored_dtype
+from tome_export.models.checkpoint import read_eager
+from tome_export.models.file_loader import FileLoader, filled
 from tome_export.models.hub import ANSWER_S, ask, ask_url
-from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
-from tome_export.models.weights import load_by_file, loaded
+from tome_export.models.recipe import RULE, LoadedModel, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 @dataclass(frozen=True)
-class OpenClipLoader:
+class OpenClipLoader(FileLoader):
     """Makes open_clip's image towers, without the text towers.
 
     Attributes:
@@ -36,26 +36,8 @@ class OpenClipLoader:
     arch: str
     weights: str = ""
 
-    def architecture(self) -> nn.Module:
-        """The tower without memory for its weights."""
-        import torch
-
-        with torch.device("meta"):
-            return self._create()
-
-    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
-        """Make the tower; see ``Recipe.load``."""
-        return load_by_file(
-            recipe,
-            weights,
-            seed,
-            depth,
-            create=self._create,
-            from_file=self._from_file,
-            download=self._download,
-        )
-
-    def _create(self, depth: int | None = None) -> nn.Module:
+    def create(self, depth: int | None = None) -> nn.Module:
+        """See ``FileLoader``."""
         require_open_clip()
         import open_clip
 
@@ -72,16 +54,12 @@ class OpenClipLoader:
             tower.trunk.blocks = tower.trunk.blocks[:depth]
         return cast("nn.Module", tower)
 
-    def _from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
-        module = self._create(depth)
-        state, _ = fit(module, _tower(read_eager(path)), path, "")
-        module.load_state_dict(state, strict=True)
-        info = WeightsInfo(
-            "file", path.name, sha256(path), stored_dtype=stored_dtype(state.values())
-        )
-        return loaded(module, recipe, info)
+    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+        """See ``FileLoader``."""
+        return filled(recipe, self.create(depth), _tower(read_eager(path)), path)
 
-    def _download(self, recipe: Recipe) -> Path:
+    def download(self, recipe: Recipe) -> Path:
+        """See ``FileLoader``."""
         import open_clip
 
         require_open_clip()

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tome_export.models.clip4clip import (
-    HEAD_WIDTH,
     ClipBlock,
     ClipFrames,
-    ClipSizes,
     frame_positions,
 )
+from tome_export.models.clip_sizes import HEAD_WIDTH, ClipSizes
 from tome_export.models.stop_prompts import TemporalPrompt
 
 PROMPTS = 4

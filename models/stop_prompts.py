@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.models.clip4clip import HEAD_WIDTH
+from tome_export.models.clip_sizes import HEAD_WIDTH
 
 STRENGTH = 0.05
 """How much of a prompt is added."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.errors import InputError
-from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
+from tome_export.models.checkpoint import read_state
+from tome_export.models.file_loader import FileLoader, filled
 from tome_export.models.hub import ask, ask_url
-from tome_export.models.recipe import RULE, LoadedModel, Recipe, WeightsInfo, recommended_r
-from tome_export.models.weights import load_by_file, loaded
+from tome_export.models.recipe import RULE, LoadedModel, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _LEGACY = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}
 
 
 @dataclass(frozen=True)
-class TorchvisionLoader:
+class TorchvisionLoader(FileLoader):
     """Makes torchvision's ViTs.
 
     Attributes:
@@ -34,26 +34,8 @@ class TorchvisionLoader:
     arch: str
     weights: str
 
-    def architecture(self) -> nn.Module:
-        """The model without memory for its weights."""
-        import torch
-
-        with torch.device("meta"):
-            return self._create()
-
-    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
-        """Make the model; see ``Recipe.load``."""
-        return load_by_file(
-            recipe,
-            weights,
-            seed,
-            depth,
-            create=self._create,
-            from_file=self._from_file,
-            download=self._download,
-        )
-
-    def _create(self, depth: int | None = None, classes: int = 1000) -> nn.Module:
+    def create(self, depth: int | None = None, classes: int = 1000) -> nn.Module:
+        """See ``FileLoader``."""
         import torch
         from torchvision.models import get_model, get_weight
         from torchvision.models.vision_transformer import VisionTransformer
@@ -71,19 +53,16 @@ class TorchvisionLoader:
             num_classes=classes,
         )
 
-    def _from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+        """See ``FileLoader``."""
         state = _current(read_state(path))
         head = state.get("heads.head.weight")
         classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 1000
-        module = self._create(depth, classes)
-        state, _ = fit(module, state, path, "")
-        module.load_state_dict(state, strict=True)
-        info = WeightsInfo(
-            "file", path.name, sha256(path), stored_dtype=stored_dtype(state.values())
-        )
-        return loaded(module, recipe, info)
+        module = self.create(depth, classes)
+        return filled(recipe, module, state, path)
 
-    def _download(self, recipe: Recipe) -> Path:
+    def download(self, recipe: Recipe) -> Path:
+        """See ``FileLoader``."""
         import torch
         from torchvision.models import get_weight
 

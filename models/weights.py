@@ -54,59 +54,29 @@ def architecture(recipe: Recipe) -> nn.Module:
 
 
 def _random(recipe: Recipe, seed: int, depth: int | None) -> LoadedModel:
-    import torch
-
     if recipe.factory is not None:
         raise InputError(
             f"random weights were asked for {recipe.name}, whose function makes its own; "
             "leave --weights out"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = _create(recipe, depth=depth)
-        wake_constants(module)
-    return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+    return random_model(recipe, seed, lambda: _create(recipe, depth=depth))
 
 
-def load_by_file(
-    recipe: Recipe,
-    weights: str,
-    seed: int,
-    depth: int | None,
-    *,
-    create: Callable[[int | None], nn.Module],
-    from_file: Callable[[Recipe, Path, int | None], LoadedModel],
-    download: Callable[[Recipe], Path],
-) -> LoadedModel:
-    """``Recipe.load`` for a library whose pretrained weights are one file.
+def random_model(recipe: Recipe, seed: int, create: Callable[[], nn.Module]) -> LoadedModel:
+    """A model of random weights that all matter; torch's generator is left as it was.
 
     Args:
-        recipe: What to make.
-        weights: ``pretrained``, ``random`` or a path.
-        seed: Of random weights.
-        depth: Number of blocks; not with pretrained weights.
-        create: Makes the module of that depth, freshly initialised.
-        from_file: Makes the model with the weights of a file.
-        download: Finds or fetches the file of the pretrained weights.
+        recipe: What is made.
+        seed: Of the weights.
+        create: Makes the module, freshly initialised.
     """
     import torch
 
-    if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = create(depth)
-            wake_constants(module)
-        return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
-    if weights != "pretrained":
-        return from_file(recipe, Path(weights), depth)
-    if depth is not None:
-        raise InputError(
-            f"depth {depth} was asked with pretrained weights, which are for all blocks; "
-            "use random weights or leave the depth"
-        )
-    made = from_file(recipe, download(recipe), None)
-    info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
-    return LoadedModel(made.module, recipe, info)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = create()
+        wake_constants(module)
+    return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
 
 
 def wake_constants(module: nn.Module) -> None:

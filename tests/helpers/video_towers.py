@@ -10,7 +10,8 @@ from towers import live
 
 from tome_export.merge.frames import FrameMerging
 from tome_export.merge.schedule import Schedule
-from tome_export.models.clip4clip import Clip4ClipTower, ClipSizes
+from tome_export.models.clip4clip import Clip4ClipTower
+from tome_export.models.clip_sizes import ClipSizes
 from tome_export.models.stop import StopTower
 
 FRAMES, DEPTH = 8, 4

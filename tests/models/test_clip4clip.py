@@ -14,9 +14,10 @@ from tome_export.errors import InputError
 from tome_export.merge.frames import FrameMerging
 from tome_export.models import resolve
 from tome_export.models.clip4clip_loader import Clip4ClipLoader
+from tome_export.models.clip_sizes import ClipSizes
 
 MERGING = FrameMerging((1,), (2,), (30, 10))
-TINY = Clip4ClipLoader(128, 2, 8, 32, 24, frames=4)
+TINY = Clip4ClipLoader(ClipSizes(128, 2, 8, 32, 24), 4)
 
 
 def tiny_recipe(merging: FrameMerging | None = None) -> Any:

@@ -87,7 +87,7 @@ def small(monkeypatch):
     def create(_self, depth=None, classes=1000):
         return VisionTransformer(32, 8, depth or 2, 2, 16, 32, num_classes=classes)
 
-    monkeypatch.setattr(TorchvisionLoader, "_create", create)
+    monkeypatch.setattr(TorchvisionLoader, "create", create)
     return RECIPES["torchvision_b16"]
 
 
@@ -105,7 +105,7 @@ def test_depth_makes_a_smaller_model():
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_weights_of_a_file_bring_their_own_classes(small, tmp_path, legacy):
-    module = small.loader._create(classes=7)
+    module = small.loader.create(classes=7)
     torch.nn.init.normal_(module.heads.head.weight)
     state = module.state_dict()
     if legacy:
@@ -132,7 +132,7 @@ def test_weights_that_do_not_fit_are_refused(small, tmp_path):
 def test_cached_weights_need_no_network(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    state = small.loader._create().state_dict()
+    state = small.loader.create().state_dict()
     torch.save(state, tmp_path / "checkpoints" / "vit_b_16-c867db91.pth")
     made = small.load()
     assert made.weights.kind == "pretrained"

@@ -13,7 +13,7 @@ from tome_export.errors import InputError
 from tome_export.merge.frames import FrameMerging
 from tome_export.merge.ops import merge
 from tome_export.merge.schedule import Schedule
-from tome_export.models.clip4clip import ClipSizes
+from tome_export.models.clip_sizes import ClipSizes
 from tome_export.patch import patch
 from tome_export.patch.clips import joined, joined_places
 from tome_export.reducers import reducer_class

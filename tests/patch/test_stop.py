@@ -133,7 +133,7 @@ def training_state(kind: str) -> dict[str, torch.Tensor]:
 
 
 def recipe(frames: int = 8):
-    loader = Clip4ClipLoader(SIZES.width, SIZES.depth, 8, 32, 24, frames, prompts=True)
+    loader = Clip4ClipLoader(SIZES, frames, prompts=True)
     return replace(resolve("stop_b32"), loader=loader)
 
 
