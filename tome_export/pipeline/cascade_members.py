@@ -9,8 +9,8 @@ from typing import Any
 
 from tome_export.artifact import Artifact
 from tome_export.errors import InputError, UsageError
+from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.pipeline.inputs import refuse_extra_inputs
-from tome_export.pipeline.serve import shared_facts
 from tome_export.serve.source import outputs_of
 
 
@@ -28,7 +28,6 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
             "different r"
         )
     found = sorted((Artifact.open(path.absolute()) for path in paths), key=macs_of)
-    first = found[0]
     for one in found:
         refuse_extra_inputs(one, "cascade")
         name = one.manifest["output"]["name"]
@@ -37,15 +36,7 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
                 f"{one.path} gives {name}, not classes, by which a cascade is calibrated; give "
                 "artifacts of a classifier"
             )
-    expected = _facts(first)
-    for other in found[1:]:
-        facts = _facts(other)
-        differing = next((what for what in expected if facts[what] != expected[what]), None)
-        if differing is not None:
-            raise InputError(
-                f"{first.path} and {other.path} have different {differing}; a cascade is made of "
-                "artifacts of one model, with different r"
-            )
+    check_one_model(found, _facts, "a cascade is made of artifacts of one model, with different r")
     for before, after in itertools.pairwise(found):
         if macs_of(before) == macs_of(after):
             raise InputError(

@@ -12,6 +12,7 @@ from typing import Any
 from tome_export.artifact import Artifact, writing_to
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
+from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.serve.config import check_packages, folder_from_source
 from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
@@ -315,32 +316,18 @@ def _latency_by_backend(artifact: Artifact) -> dict[str, float]:
 
 def _check_alike(artifacts: Sequence[Artifact]) -> None:
     """Behind one router a request may get any of the models."""
+    check_one_model(
+        artifacts,
+        shared_facts,
+        "several artifacts served together must be of one model, with different r",
+    )
     first, *rest = artifacts
-    expected = shared_facts(first)
     for other in rest:
-        found = shared_facts(other)
-        differing = next((what for what in expected if found[what] != expected[what]), None)
-        if differing is not None:
-            raise InputError(
-                f"{first.path} and {other.path} have different {differing}; several artifacts "
-                "served together must be of one model, with different r"
-            )
         if first.manifest["merge"]["r"] == other.manifest["merge"]["r"]:
             raise InputError(
                 f"{first.path} and {other.path} merge the same tokens per layer; several "
                 "artifacts served together must have different r"
             )
-
-
-def shared_facts(artifact: Artifact) -> dict[str, object]:
-    """What artifacts of one model have in common, by what a message calls it."""
-    manifest = artifact.manifest
-    return {
-        "models": manifest["model"]["name"],
-        "weights": manifest["model"]["weights"]["state_sha256"],
-        "preprocessing": manifest["preprocessing"],
-        "labels": manifest.get("labels"),
-    }
 
 
 def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder], repository: Path) -> None:

@@ -11,7 +11,7 @@ import tome_export
 from tome_export.report.numbers import counted, macs, macs_unit, percent, points, span
 from tome_export.report.page import environment, template_file
 from tome_export.report.parts import Drawing, Section, Table, Text
-from tome_export.report.plot import BLUE, INK, VERMILLION, Form, chart, legend, panels
+from tome_export.report.plot import BLUE, VERMILLION, Form, chart, legend, panels, ring
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,16 +93,7 @@ def draw_cascade(form: Form, values: Mapping[str, Any], metric: str) -> Figure:
         label="one artifact for all",
     )
     chosen = values["chosen"]["test"]
-    axes.scatter(
-        [chosen["macs"] / scale],
-        [100 * chosen["share"]],
-        130,
-        facecolors="none",
-        edgecolors=INK,
-        linewidths=1.4,
-        label="chosen",
-        zorder=4,
-    )
+    ring(axes, [chosen["macs"] / scale], [100 * chosen["share"]])
     axes.set_xlabel(f"mean {unit} per image")
     axes.set_ylabel(f"{metric} (%)" if form.wide else "accuracy (%)")
     legend(figure, axes, form)

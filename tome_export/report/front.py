@@ -21,7 +21,6 @@ from tome_export.report.plot import (
     BLUE,
     GREEN,
     GREY,
-    INK,
     ORANGE,
     PURPLE,
     VERMILLION,
@@ -29,6 +28,7 @@ from tome_export.report.plot import (
     chart,
     legend,
     panels,
+    ring,
 )
 
 if TYPE_CHECKING:
@@ -174,15 +174,10 @@ def _scatter(axes: Axes, report: Mapping[str, Any], key: str, scale: float) -> N
         )
     chosen = [point for point in front if point["chosen"]]
     if chosen:
-        axes.scatter(
+        ring(
+            axes,
             [point[key] / scale for point in chosen],
             [100 * point["accuracy"] for point in chosen],
-            130,
-            facecolors="none",
-            edgecolors=INK,
-            linewidths=1.4,
-            label="chosen",
-            zorder=4,
         )
     plain = report["unmerged"]
     if plain.get(key) is not None:

@@ -121,6 +121,20 @@ def legend(figure: Figure, axes: Axes, form: Form, handles: Sequence[Any] | None
         figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
 
 
+def ring(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """A ring around the chosen points."""
+    axes.scatter(
+        x,
+        y,
+        130,
+        facecolors="none",
+        edgecolors=INK,
+        linewidths=1.4,
+        label="chosen",
+        zorder=4,
+    )
+
+
 def whole_numbers(axes: Axes, form: Form, count: int) -> None:
     """Layers 0 to ``count - 1`` along the x axis."""
     step = max(1, -(-count // (12 if form.wide else 8)))

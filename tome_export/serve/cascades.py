@@ -16,6 +16,7 @@ from tome_export.serve.pipeline_models import (
     pipeline_folders,
     python_config,
     python_folder,
+    take_interface,
 )
 from tome_export.serve.repository import CASCADE_SETTINGS
 from tome_export.serve.spec import ModelFolder, ServeOptions
@@ -82,12 +83,7 @@ def cascade_folder(
     config = python_config(name, min(one.config.max_batch_size for one in members), options)
     # As for a router: one that waits for a slow model answers nobody else.
     config.instance_group[0].count = max(ROUTER_INSTANCES, options.instances)
-    for mine, theirs in (
-        (config.input, first.config.input),
-        (config.output, first.config.output),
-    ):
-        for tensor in theirs:
-            mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    take_interface(config, first.config)
     for tensor, kind in OUTPUTS:
         add_tensor(config.output, tensor, kind, [1])
     listed = [{"model": member.model, "macs": member.macs} for member in members]

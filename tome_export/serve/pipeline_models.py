@@ -225,9 +225,7 @@ def router_folder(
     config = python_config(name, min(route.config.max_batch_size for route in ordered), options)
     config.instance_group[0].count = max(ROUTER_INSTANCES, options.instances)
     config.parameters[ROUTES].string_value = ",".join(route.model for route in ordered)
-    for mine, theirs in ((config.input, like.input), (config.output, like.output)):
-        for tensor in theirs:
-            mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    take_interface(config, like)
     listed = [{"model": route.model, "r": route.r, "ms": route.ms} for route in ordered]
     return python_folder(config, "router", "routes.json", {"routes": listed}, options)
 
@@ -318,6 +316,13 @@ def interface_of(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
     """Name, type and dims of every input and output."""
     tensors = (*config.input, *config.output)
     return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
+
+
+def take_interface(config: ModelConfig, like: ModelConfig) -> None:
+    """Give a config the inputs and outputs of another."""
+    for mine, theirs in ((config.input, like.input), (config.output, like.output)):
+        for tensor in theirs:
+            mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
 
 
 def _output_shape(artifact: Artifact) -> list[int]:
