@@ -112,10 +112,15 @@ def assert_plans_are_the_references(
     onnx_plans = ort_plans(model, images, folder)
     for step in found:
         assert_is_plan(step.plan, step.seen.tokens, step.seen.prefix)
-        for image in range(count):
-            expected = [list(part) for part in reference(plain(step.seen, image))]
-            assert [part[image].tolist() for part in step.plan] == expected
-            assert [part[image].tolist() for part in onnx_plans[step.seen.layer]] == expected
+        for plan in (step.plan, onnx_plans[step.seen.layer]):
+            assert_plans(plan, step.seen, reference)
+
+
+def assert_plans(plan: Any, seen: Seen, reference: Reference) -> None:
+    """The plan of every image of a layer is the reference's."""
+    for image in range(len(seen.x)):
+        expected = [list(part) for part in reference(plain(seen, image))]
+        assert [part[image].tolist() for part in plan] == expected
 
 
 def ort_plans(
@@ -267,6 +272,13 @@ def assert_holds(reducer: Reducer, seen: Seen) -> tuple[torch.Tensor, torch.Tens
             assert torch.equal(part[0], whole[image])
         torch.testing.assert_close(reducer.apply(alone, single)[0][0], x[image])
     return x, size
+
+
+def assert_nothing_lost(seen: Seen, x: torch.Tensor, size: torch.Tensor) -> None:
+    """Sizes add up as before, and so do tokens weighed by them: every one is a mean."""
+    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
+    total = (seen.x * seen.size[..., None]).sum(1)
+    torch.testing.assert_close((x * size[..., None]).sum(1), total, rtol=1e-4, atol=1e-4)
 
 
 def assert_macs(model: MergedModel, overhead: float = 0.02) -> None:

@@ -14,6 +14,7 @@ from reducers import (
     assert_holds,
     assert_macs,
     assert_parity,
+    assert_plans,
     assert_plans_are_the_references,
     digit_images,
     digit_model,
@@ -65,10 +66,8 @@ def test_an_explicit_schedule_is_pruned_as_far_as_the_counts_say(tmp_path):
 
 def test_without_counts_all_merge():
     for step in steps(digit_model(DiffRate(), 6), digit_images(2)):
-        for image in range(2):
-            found = [part[image].tolist() for part in step.plan]
-            assert found == [list(part) for part in reference.plan(plain(step.seen, image))]
-            assert min(found[2]) >= 1
+        assert_plans(step.plan, step.seen, reference.plan)
+        assert step.plan.dst.min() >= 1
 
 
 def test_means_and_sizes_are_the_authors():
@@ -103,9 +102,8 @@ def test_what_always_holds(patches, prefix, r, pruned, seed, duplicates):
     assert (size.sum(1) <= seen.size.sum(1) + 1e-3).all()
     plan = reducer.decide(seen).plan
     assert ((plan.dst < 0).sum(1) == min(r, pruned)).all()
-    for image in range(3) if not duplicates else ():
-        wanted = [list(part) for part in reference.plan(plain(seen, image), kept)]
-        assert [part[image].tolist() for part in plan] == wanted
+    if not duplicates:  # the reference's rounding decides ties otherwise
+        assert_plans(plan, seen, lambda one: reference.plan(one, kept))
 
 
 def test_ties_go_to_the_lowest_position():

@@ -14,11 +14,11 @@ from reducers import (
     assert_holds,
     assert_macs,
     assert_parity,
+    assert_plans,
     assert_plans_are_the_references,
     digit_images,
     digit_model,
     options_of,
-    plain,
     random_seen,
     steps,
 )
@@ -73,10 +73,8 @@ def test_what_always_holds(patches, prefix, r, seed):
     with torch.no_grad():
         _, size = assert_holds(RANDOM, seen)
     torch.testing.assert_close(size.sum(1), seen.size.sum(1))
-    for image in range(len(size)):
-        state = lists(module.state_dict())
-        expected = [list(part) for part in reference.plan(plain(seen, image), state)]
-        assert [part[image].tolist() for part in RANDOM.decide(seen).plan] == expected
+    state = lists(module.state_dict())
+    assert_plans(RANDOM.decide(seen).plan, seen, lambda one: reference.plan(one, state))
 
 
 @pytest.mark.parametrize("layout", ["alone", "authors"])
@@ -97,9 +95,7 @@ def test_weights_of_a_file(tmp_path, layout):
     model = digit_model(DTEM(str(path), 8), [5, 5])
     assert set(lists(state)) == set(model.reducer.state_dict())
     for step in steps(model, digit_images(2)):
-        for image in range(2):
-            expected = reference.plan(plain(step.seen, image), lists(state))
-            assert [part[image].tolist() for part in step.plan] == list(map(list, expected))
+        assert_plans(step.plan, step.seen, lambda one: reference.plan(one, lists(state)))
     assert {key for key in model.state_dict() if key.startswith("reducer.")} == {
         f"reducer.{key}" for key in state
     }

@@ -10,12 +10,13 @@ from reducers import (
     assert_engine_builds,
     assert_holds,
     assert_macs,
+    assert_nothing_lost,
     assert_parity,
+    assert_plans,
     assert_plans_are_the_references,
     digit_images,
     digit_model,
     options_of,
-    plain,
     random_seen,
     steps,
 )
@@ -47,9 +48,7 @@ def test_the_option_reaches_the_plan():
     given, default = (steps(digit_model(one, [7, 5]), images) for one in (Kth(2), Kth()))
     assert not torch.equal(given[0].plan.src, default[0].plan.src)
     for step in given:
-        for image in range(2):
-            expected = [list(part) for part in kth(plain(step.seen, image), 2)]
-            assert [part[image].tolist() for part in step.plan] == expected
+        assert_plans(step.plan, step.seen, lambda one: kth(one, 2))
 
 
 @QUICK
@@ -62,14 +61,10 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates):
     r = min(r, reducer.limit(tokens, prefix))
     seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3)
     x, size = assert_holds(reducer, seen)
-    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
-    total = (seen.x * seen.size[..., None]).sum(1)
-    torch.testing.assert_close((x * size[..., None]).sum(1), total, rtol=1e-4, atol=1e-4)
+    assert_nothing_lost(seen, x, size)
     if duplicates:  # of equal cosines the reference's rounding decides otherwise
         return
-    for image in range(3):
-        expected = [list(part) for part in kth(plain(seen, image))]
-        assert [part[image].tolist() for part in reducer.decide(seen).plan] == expected
+    assert_plans(reducer.decide(seen).plan, seen, kth)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
