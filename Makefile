@@ -26,7 +26,8 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	# One thread each: two workers that share two cores wait for each other at every barrier.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

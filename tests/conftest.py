@@ -60,6 +60,11 @@ def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, 0.5 if len(shape) > 1 else 0.1  # tokens and position embeddings; biases
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: begun last, one would keep a worker busy while the others have no more."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def make_vit() -> VitMaker:
     """See ``small_vit``."""

@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_commands_run(folder: Path) -> None:
     """In one test, because a later command uses what an earlier one made."""
     for line in COMMANDS:
