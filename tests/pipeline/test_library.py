@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.build import check_library
+from tome_export.pipeline import BuildRequest, build, library
+from tome_export.pipeline.library import check_library
 
 MODULE = """
 import timm
@@ -37,6 +38,38 @@ def test_bypassed_change_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block, "forward", lambda self, x: plain(self, x) * 1.5)
     merged = patch(model, 4)
     with pytest.raises(InputError, match="without merging differs from the model's own output"):
+        check_library(merged, torch.rand(1, *merged.input_size).numpy())
+
+
+@pytest.mark.parametrize(("change", "passes"), [(2.0, True), (8.0, False)])
+def test_more_than_the_tolerance_is_measured_against_one_rounding_of_the_input(
+    monkeypatch: pytest.MonkeyPatch, change: float, passes: bool
+) -> None:
+    vit = timm.create_model("test_vit").eval()
+    merged = patch(vit, 4)
+    images = torch.rand(1, *merged.input_size)
+    with torch.inference_mode():
+        expected = merged.library(images)
+        towards = torch.full_like(images, torch.inf)
+        towards.view(-1)[1::2] = -torch.inf
+        moved = merged.library(torch.nextafter(images, towards)) - expected
+        scale = float(moved.abs().max() / expected.abs().max())
+    assert 0 < scale < 1e-6
+    monkeypatch.setattr(library, "TOLERANCE", scale / 4)  # too little for rounding
+    plain, unit = merged.library, scale * expected.abs().max()
+    monkeypatch.setattr(merged, "library", lambda pixels: plain(pixels) + change * unit)
+    with contextlib.nullcontext() if passes else pytest.raises(InputError, match="differs from"):
+        check_library(merged, images.numpy())
+
+
+def test_no_rounding_excuses_a_difference_beyond_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    merged = patch(timm.create_model("test_vit").eval(), 4)
+    plain = merged.library
+    monkeypatch.setattr(library, "ROUNDINGS", 1e9)
+    monkeypatch.setattr(merged, "library", lambda pixels: plain(pixels) * (1 + 2 * library.LIMIT))
+    with pytest.raises(InputError, match="expected at most"):
         check_library(merged, torch.rand(1, *merged.input_size).numpy())
 
 

@@ -28,6 +28,7 @@ from tome_export.pipeline.kernels import (
     takes_plugins,
 )
 from tome_export.pipeline.learned import write_learned
+from tome_export.pipeline.library import check_library
 from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
@@ -38,13 +39,8 @@ from tome_export.tune.schedule_file import read_schedule
 if TYPE_CHECKING:
     from tome_export.engine import Selection
     from tome_export.onnx.functions import Lowering
-    from tome_export.parity.decisions import Array
     from tome_export.parity.report import ParityReport
     from tome_export.patch import MergedModel
-
-
-LIBRARY_TOLERANCE = 1e-6
-"""Relative difference allowed between the patched model at r = 0 and the library's own."""
 
 
 @dataclass(frozen=True)
@@ -303,40 +299,6 @@ def _exported(
     exported = onnx_from_model(model, folder / MODEL, options, names, described)
     manifest["onnx"] |= {"nodes": exported.nodes, "simplified": exported.simplified}
     return manifest
-
-
-def check_library(model: MergedModel, images: Array) -> None:
-    """Without merging, the patched model must be the library's own, or parity proves nothing.
-
-    Args:
-        model: The patched model; it is compared without its compressor, which no library has.
-        images: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
-
-    Raises:
-        InputError: if the outputs differ by more than 1e-6 of the largest; of tokens, by more than
-            that of the largest of the same channel, because a few channels of a tower are hundreds
-            of times larger than the others.
-    """
-    import torch
-
-    from tome_export.patch import patched
-
-    settings = replace(model.settings, schedule=Schedule(0), compressor=None)
-    plain = patched(model, settings).eval()
-    with torch.inference_mode():
-        pixel_values = torch.from_numpy(images)
-        expected = model.library(pixel_values)
-        inputs = plain.neutral_inputs(len(images))
-        found = plain.forward_observed(pixel_values, lambda _: None, inputs=inputs)
-    scale = expected.abs()
-    scale = scale.amax(dim=(0, 1)) if scale.ndim == 3 else scale.max()
-    error = float(((found - expected).abs() / scale.clamp_min(1e-30)).max())
-    if not error <= LIBRARY_TOLERANCE:
-        raise InputError(
-            f"the patched model without merging differs from the model's own output by {error:.1e} "
-            f"relative, expected at most {LIBRARY_TOLERANCE:.0e}: its forward is not what its "
-            "classes compute; it is not supported"
-        )
 
 
 def _parity(
