@@ -6,7 +6,7 @@ sizes of its kernels and the factor 0.05.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,50 @@ STRENGTH = 0.05
 
 REGIONS = 6
 """Patch positions of every frame that count as the ones with most motion."""
+
+
+class VideoConv(nn.Conv3d):
+    """``Conv3d`` by ``convolved``; stride 1."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """``[B, C, F, H, W]``."""
+        return convolved(input, self.weight, self.bias, self.around)
+
+    @property
+    def around(self) -> tuple[int, int, int]:
+        """Padding of frames, rows and columns."""
+        return cast("tuple[int, int, int]", self.padding)
+
+
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]
+) -> Tensor:
+    """A 3-d convolution that fits into memory in every precision.
+
+    On CPUs torch has kernels for float32 alone. For other dtypes it writes out the window of every
+    pixel, 31 GB for a video at full size; so float64 goes frame by frame, and half precision is
+    computed in float32 and rounded, which is how its kernels add up, too.
+
+    Args:
+        x: ``[B, C, F, H, W]``.
+        weight: ``[D, C, T, R, S]``.
+        bias: ``[D]``.
+        padding: Of frames, rows and columns.
+    """
+    if x.dtype == torch.float32 or x.device.type != "cpu" or torch.compiler.is_exporting():
+        return functional.conv3d(x, weight, bias, padding=padding)
+    if x.dtype != torch.float64:
+        wide = None if bias is None else bias.float()
+        return functional.conv3d(x.float(), weight.float(), wide, padding=padding).to(x.dtype)
+    time, *around = padding
+    frames, window = x.shape[2] + 2 * time, weight.shape[2]
+    padded = functional.pad(x, (0, 0, 0, 0, time, time))
+    one = [
+        functional.conv3d(padded[n : n + 1, :, t : t + window], weight, bias, padding=(0, *around))
+        for n in range(len(x))
+        for t in range(frames - window + 1)
+    ]
+    return torch.cat(one, dim=2).unflatten(2, (len(x), -1)).squeeze(0).transpose(0, 1)
 
 
 class TemporalPrompt(nn.Module):
@@ -36,24 +80,24 @@ class TemporalPrompt(nn.Module):
         kernel, same = (3, 11, 11), (1, 5, 5)
         # Two convolutions with nothing between them, as published.
         self.Conv = nn.Sequential(
-            nn.Conv3d(3, 9, kernel, padding=same),
-            nn.Conv3d(9, 9, kernel, padding=same),
+            VideoConv(3, 9, kernel, padding=same),
+            VideoConv(9, 9, kernel, padding=same),
             nn.PReLU(),
-            nn.Conv3d(9, 9, kernel, padding=same),
+            VideoConv(9, 9, kernel, padding=same),
             nn.PReLU(),
-            nn.Conv3d(9, 16, kernel, padding=same),
+            VideoConv(9, 16, kernel, padding=same),
         )
         self.MLP = nn.Sequential(nn.Linear(16, 16), nn.PReLU(), nn.Linear(16, 3))
-        self.Cal_Net = nn.Conv3d(3, 1, (5, 11, 11), padding=(2, 5, 5))
+        self.Cal_Net = VideoConv(3, 1, (5, 11, 11), padding=(2, 5, 5))
         self.Attention = nn.MultiheadAttention(width, max(1, width // HEAD_WIDTH), batch_first=True)
         wide, around = (3, 15, 25), (1, 7, 12)
         self.InterConv = nn.Sequential(
-            nn.Conv3d(1, 9, wide, padding=around),
+            VideoConv(1, 9, wide, padding=around),
             nn.PReLU(),
-            nn.Conv3d(9, 1, wide, padding=around),
+            VideoConv(9, 1, wide, padding=around),
         )
         self.InterMLP = nn.Sequential(nn.Linear(patches, 16), nn.PReLU(), nn.Linear(16, prompts))
-        self.Cal_Net_Inter = nn.Conv3d(1, 1, (5, 11, 11), padding=(2, 5, 5))
+        self.Cal_Net_Inter = VideoConv(1, 1, (5, 11, 11), padding=(2, 5, 5))
 
     def forward(self, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Add the prompt inside frames.
@@ -108,8 +152,8 @@ class TemporalPrompt(nn.Module):
         return cast(Tensor, STRENGTH * (x + x * weight[..., None, None]))
 
 
-def _wide(conv: Any, x: Tensor) -> Tensor:
+def _wide(conv: VideoConv, x: Tensor) -> Tensor:
     """The convolution in float32 or wider: what is above the seventh largest hangs on little."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
-    return functional.conv3d(x.to(dtype), weight, bias, padding=conv.padding)
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return convolved(x.to(dtype), conv.weight.to(dtype), bias, conv.around)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import conv3d
 from video_reference import Merging
 from video_reference import stop as reference
 from video_towers import MERGING, SIZES, groups, schedule, stop, videos
@@ -16,6 +17,7 @@ from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.clip4clip_loader import Clip4ClipLoader
 from tome_export.models.stop import folded_prompts
+from tome_export.models.stop_prompts import convolved
 from tome_export.patch import patch
 
 
@@ -176,3 +178,21 @@ def test_prompts_take_their_places_in_joined_clips():
     prompts = torch.arange(8.0)[None, :, None, None].expand(1, 8, 4, 64)
     found = model._with_prompts(x, prompts, 2)[..., 0]
     assert found[1, :12].tolist() == [0, 2, 2, 2, 2, 0, 3, 3, 3, 3, 0, 0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_of_other_precisions_are_torchs(bias):
+    """Frame by frame in float64; half precision in float32, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 5, 9, 8), (4, 3, 3, 5, 3), (4,))
+    x, weight, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    given = (weight, b if bias else None)
+    around = (1, 2, 1)
+    expected = conv3d(x, *given, padding=around)
+    torch.testing.assert_close(convolved(x, *given, around), expected, rtol=1e-12, atol=1e-12)
+    for dtype in (torch.float16, torch.bfloat16):
+        low = [None if part is None else part.to(dtype) for part in (x, *given)]
+        exact = conv3d(*(part if part is None else part.double() for part in low), padding=around)
+        found = convolved(*low, around)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
