@@ -205,25 +205,7 @@ def _tempme_layer(
     else:
         early = not m.layers or layer < m.layers[0]
         r0, r1 = 0, min((n - c) // 2, m.r) if early else wanted_intra(n, c, 1, 0, m.intra)
-    if f > 1:
-        position = state.get(f"frame_positions.{layer}")
-        groups_of_video, after = [], []
-        for start in range(0, len(clips), f):
-            clip = joined(clips[start : start + f])
-            if r0 > 0:
-                groups = soft_matching(clip.x, r0, clip.protected)
-                if m.frame_pos and position is not None:
-                    moved = [
-                        Clip(old.x + position[start + i], old.size, old.protected)
-                        for i, old in enumerate(clips[start : start + f])
-                    ]
-                    clip = joined(moved)
-                clip = average(clip, groups)
-                groups_of_video.append(groups)
-            after.append(clip)
-        clips = after
-        if r0 > 0:
-            record(records, layer, True, groups_of_video)
+    clips = _across(state, layer, clips, f, r0, m, records)
     groups_of_video, after = [], []
     for clip in clips:
         normed = layer_norm(clip.x, state, f"{name}.ln_1")
@@ -238,6 +220,36 @@ def _tempme_layer(
         after.append(Clip(clip.x + hidden, clip.size, clip.protected))
     if r1 > 0:
         record(records, layer, False, groups_of_video)
+    return after
+
+
+def _across(
+    state: dict[str, Tensor],
+    layer: int,
+    clips: list[Clip],
+    f: int,
+    r0: int,
+    m: Merging,
+    records: dict[tuple[int, bool], Record],
+) -> list[Clip]:
+    """Every f neighbouring clips joined, and r0 of their tokens merged by the hidden states."""
+    groups_of_video, after = [], []
+    for start in range(0, len(clips), f):
+        clip = joined(clips[start : start + f])
+        if r0 > 0:
+            groups = soft_matching(clip.x, r0, clip.protected)
+            position = state.get(f"frame_positions.{layer}")
+            if m.frame_pos and position is not None:
+                moved = [
+                    Clip(old.x + position[start + i], old.size, old.protected)
+                    for i, old in enumerate(clips[start : start + f])
+                ]
+                clip = joined(moved)
+            clip = average(clip, groups)
+            groups_of_video.append(groups)
+        after.append(clip)
+    if r0 > 0:
+        record(records, layer, True, groups_of_video)
     return after
 
 
@@ -297,24 +309,7 @@ def _stop_layer(
         r1 = min((n - c) // 2, m.r)
     if layer == depth_of(state) - 1:
         r1 = 0  # the output is a global prompt: behind the last attention nobody reads a clip
-    groups_of_video, after = [], []
-    for start in range(0, len(clips), f):
-        clip = joined(clips[start : start + f])
-        if r0 > 0:
-            groups = soft_matching(clip.x, r0, clip.protected)
-            position = state.get(f"frame_positions.{layer}")
-            if m.frame_pos and position is not None:
-                moved = [
-                    Clip(old.x + position[start + i], old.size, old.protected)
-                    for i, old in enumerate(clips[start : start + f])
-                ]
-                clip = joined(moved)
-            clip = average(clip, groups)
-            groups_of_video.append(groups)
-        after.append(clip)
-    clips = after
-    if r0 > 0:
-        record(records, layer, True, groups_of_video)
+    clips = _across(state, layer, clips, f, r0, m, records)
     prompts = layer_norm(shared, state, f"{name}.ln_1")
     normed = [layer_norm(clip.x, state, f"{name}.ln_1") for clip in clips]
     ones = torch.ones(len(shared), dtype=torch.float64)
