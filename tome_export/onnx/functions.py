@@ -33,7 +33,9 @@ TomeMatch <r, prefix, class_token> (keys) => (keep, src, dst) {
     p = Constant <value_int: int = @prefix> ()
     ct = Constant <value_int: int = @class_token> ()
     by_position = Cast <to: int = 9> (ct)
-    n_ = Shape <start: int = -2, end: int = -1> (keys)
+
+METRIC
+    n_ = Shape <start: int = 1, end: int = 2> (metric)
     n = Squeeze (n_)
     n_plus = Add (n, one)
     na = Div (n_plus, two)
@@ -44,12 +46,6 @@ TomeMatch <r, prefix, class_token> (keys) => (keep, src, dst) {
     rows = Range (zero, na, one)
     columns = Range (zero, nb, one)
 
-    batch_heads = Constant <value_ints: ints = [0, -1]> ()
-    tokens_width = Shape <start: int = -2> (keys)
-    by_head = Concat <axis: int = 0> (batch_heads, tokens_width)
-    keys_4d = Reshape (keys, by_head)
-    keys_f = Cast <to: int = 1> (keys_4d)
-    metric = ReduceMean <keepdims: int = 0> (keys_f, axis1)
     norm = ReduceL2 <keepdims: int = 1> (metric, last)
     eps = Constant <value_float: float = NORM_EPS> ()
     norm_floor = Max (norm, eps)
@@ -126,6 +122,16 @@ TomeMatch <r, prefix, class_token> (keys) => (keep, src, dst) {
     keep64 = Gather <axis: int = 1> (tokens, slot)
     keep = Cast <to: int = 6> (keep64)
 }
+"""
+
+# Keys [B, H, N, D], or a ready metric [B, N, D], to the metric [B, N, D] in fp32.
+_METRIC_FROM_KEYS = """
+    batch_heads = Constant <value_ints: ints = [0, -1]> ()
+    tokens_width = Shape <start: int = -2> (keys)
+    by_head = Concat <axis: int = 0> (batch_heads, tokens_width)
+    keys_4d = Reshape (keys, by_head)
+    keys_f = Cast <to: int = 1> (keys_4d)
+    metric = ReduceMean <keepdims: int = 0> (keys_f, axis1)
 """
 
 _MERGE_HEAD = """
@@ -236,7 +242,7 @@ def match_function(opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
         opset: Of the standard operators.
         plugin: Declare the attributes of nodes meant for TensorRT plugins.
     """
-    return _parse(_MATCH, opset, plugin)
+    return _parse(_MATCH.replace("METRIC", _METRIC_FROM_KEYS), opset, plugin)
 
 
 def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
