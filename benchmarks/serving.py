@@ -30,7 +30,6 @@ from harness import write_rows
 from numpy.typing import NDArray
 from perf_analyzer import Load, PerfAnalyzer
 
-from tome_export.engine import EngineOptions
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
@@ -161,7 +160,6 @@ def main() -> int:
             print(f"Error: {error}", file=sys.stderr)
             return error.exit_code
         artifacts = {kind: folder / kind for kind in KINDS}
-        options = EngineOptions(batch=BatchRange(1, 4, max(BATCH_OF.values())))
         for kind, r in KINDS.items():
             request = BuildRequest(
                 arguments.model,
@@ -169,7 +167,7 @@ def main() -> int:
                 Schedule.of(r),
                 weights="random",
                 engine="none",
-                engine_options=options,
+                batch=BatchRange(1, 4, max(BATCH_OF.values())),
                 check=False,
             )
             build(request)

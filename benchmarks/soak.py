@@ -31,7 +31,6 @@ import numpy as np
 from harness import write_rows
 from numpy.typing import NDArray
 
-from tome_export.engine import EngineOptions
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
@@ -249,8 +248,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         artifacts = [Path(folder, f"r{r}") for r in RS]
         for r, path in zip(RS, artifacts, strict=True):
-            options = EngineOptions(batch=BatchRange(1, 8, 16))
-            build(BuildRequest(MODEL, path, Schedule.of(r), engine="none", engine_options=options))
+            build(
+                BuildRequest(MODEL, path, Schedule.of(r), engine="none", batch=BatchRange(1, 8, 16))
+            )
         expected = expected_logits(artifacts, images)
         repository = Path(folder, "repository")
         deployments = Deployments(repository, artifacts, MODEL)

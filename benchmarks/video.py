@@ -21,7 +21,6 @@ from typing import Any
 from harness import paired, percentiles, write_rows
 
 from tome_export.artifact import Artifact
-from tome_export.engine import EngineOptions
 from tome_export.merge.frames import FrameMerging, VideoOptions
 from tome_export.merge.schedule import Schedule
 from tome_export.models.video import moving_samples
@@ -50,7 +49,7 @@ def built(model: str, variant: str, folder: Path) -> Artifact:
         Schedule(r),
         weights="random",
         engine="none",
-        engine_options=EngineOptions(batch=BatchRange(1, 1, 1)),
+        batch=BatchRange(1, 1, 1),
         video=video,
     )
     return build(replace(request, check=variant != UNMERGED))

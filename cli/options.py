@@ -257,15 +257,20 @@ model_options = grouped(
     click.option(
         "--batch",
         type=Batch(),
-        default="1:8:32",
-        show_default=True,
-        help="Batch sizes; one number fixes it.",
+        help="Batch sizes; one number fixes it.  [default: 1:8:32; 8 with --merge-op plugin]",
+    ),
+    click.option(
+        "--plugin-batch-range",
+        is_flag=True,
+        help="Let --merge-op plugin take several batch sizes, although TensorRT keeps GPU memory "
+        "at every change (NVIDIA/TensorRT issue 4849).",
     ),
     click.option(
         "--merge-op",
         type=click.Choice(MERGE_OPS),
         default="auto",
         show_default=True,
-        help="auto: plugin for a TensorRT engine, else matmul; index_add is for ONNX Runtime only.",
+        help="auto: plugin for a TensorRT engine of one batch size, where it pays, else matmul; "
+        "index_add is for ONNX Runtime only.",
     ),
 )

@@ -33,7 +33,7 @@ def precision_of(given: dict[str, Any]) -> Precision:
     return asked[0] if asked else get_args(Precision)[0]
 
 
-def engine_options_of(given: dict[str, Any], **more: Any) -> EngineOptions:
+def engine_options_of(given: dict[str, Any]) -> EngineOptions:
     """Engine settings from ``options.engine_options``."""
     from tome_export.engine import EngineOptions
 
@@ -45,7 +45,7 @@ def engine_options_of(given: dict[str, Any], **more: Any) -> EngineOptions:
         "hardware_compatible",
         "compute_capabilities",
     )
-    return EngineOptions(**{name: given[name] for name in names}, **more)
+    return EngineOptions(**{name: given[name] for name in names})
 
 
 def build_request(model: str, precision: Precision, given: dict[str, Any]) -> BuildRequest:
@@ -74,7 +74,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
         precision=precision,
         tower=tower,
         video=video,
-        engine_options=engine_options_of(given, batch=given["batch"]),
+        engine_options=engine_options_of(given),
         check=not given["no_check"],
         **{
             name: given[name]
@@ -89,7 +89,9 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
                 "entropy",
                 "compress",
                 "compress_options",
+                "batch",
                 "merge_op",
+                "plugin_batch_range",
                 "engine",
                 "images",
                 "force",

@@ -70,6 +70,7 @@ def model_lines(manifest: Mapping[str, Any]) -> list[str]:
                 ("Batch", manifest["batch"]),
             ]
         ),
+        *([f"  {merge['note']}"] if merge.get("note") else []),
     ]
 
 

@@ -113,7 +113,7 @@ def test_vit_digits(digits):
     ],
 )
 def test_models_of_the_users(models, name, grid, prefix):
-    options = {"engine_options": EngineOptions(batch=BatchRange(2, 2, 2))}
+    options = {"batch": BatchRange(2, 2, 2)}
     artifact = built(f"mymodels_inspect:{name}", models / "out", (6, 0, 5), **options)
     assert artifact.manifest["merge"]["prefix"] == prefix
     size = artifact.manifest["preprocessing"]["input_size"]

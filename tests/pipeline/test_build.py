@@ -182,8 +182,7 @@ def test_index_add_runs_on_onnxruntime_and_says_why_no_engine(tmp_path):
 
 
 def test_static_batch(tmp_path):
-    options = EngineOptions(batch=BatchRange(3, 3, 3))
-    made = build(digits(tmp_path / "out", engine_options=options, check=False))
+    made = build(digits(tmp_path / "out", batch=BatchRange(3, 3, 3), check=False))
     assert made.manifest["input"]["shape"][0] == 3
     session = onnxruntime.InferenceSession(made.model_path, providers=["CPUExecutionProvider"])
     pixels = np.zeros((3, 1, 32, 32), np.float32)

@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 
-from tome_export.engine import EngineOptions
 from tome_export.merge.schedule import Schedule
 from tome_export.models.samples import sample_pixels
 from tome_export.pipeline import BuildRequest, CheckRequest, build, check
@@ -32,7 +31,7 @@ def made():
     return model.eval()
 """
 R = 9
-BATCH = EngineOptions(batch=BatchRange(1, 2, 4))
+BATCH = BatchRange(1, 2, 4)
 
 
 @pytest.fixture(scope="module", params=["DINOv2", "LLaVA"])
@@ -61,7 +60,7 @@ def built(model) -> Any:
             dense=True,
             source_map=True,
             engine="none",
-            engine_options=BATCH,
+            batch=BATCH,
         )
     )
 
@@ -141,7 +140,7 @@ def test_half_precision_with_an_engine_and_served(model, tmp_path):
             dense=True,
             source_map=True,
             engine="tensorrt-rtx",
-            engine_options=BATCH,
+            batch=BATCH,
         )
     )
     manifest = artifact.manifest

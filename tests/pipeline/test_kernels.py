@@ -29,12 +29,15 @@ from tome_export.pipeline import (
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 from tome_export.plugins.store import KernelStore
+from tome_export.spec import BatchRange
 
 # The function of that name is in the way of the module.
 BUILD = sys.modules["tome_export.pipeline.build"]
+FORM = sys.modules["tome_export.pipeline.form"]
 TENSORRT, RTX = BACKENDS
 H200 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H200", (9, 0), 150 << 30),), "NVIDIA H200")
-T4 = gpu.GpuReport((gpu.Gpu(0, "Tesla T4", (7, 5), 16 << 30),), "Tesla T4")
+FIXED = BatchRange(2, 2, 2)
+NO_KERNEL = "use --merge-op matmul, which needs no kernel"
 
 
 def digits(output: Any, **options: Any) -> BuildRequest:
@@ -80,9 +83,10 @@ def test_the_artifact_holds_nodes_for_the_plugin_and_kernels_for_six_gpus(built)
 def test_onnx_runtime_runs_it_with_parity(built, tmp_path):
     assert built.manifest["parity"]["passed"]
     assert built.manifest["parity"]["decisions"] == 528
-    plain = build(digits(tmp_path / "plain", merge_op="matmul", check=False))
-    images = np.random.default_rng(0).standard_normal((3, 1, 32, 32)).astype(np.float32)
-    images = images.reshape(3, *built.manifest["preprocessing"]["input_size"])
+    fixed = BatchRange.parse(built.manifest["batch"])
+    plain = build(digits(tmp_path / "plain", merge_op="matmul", batch=fixed, check=False))
+    images = np.random.default_rng(0).standard_normal((8, 1, 32, 32)).astype(np.float32)
+    images = images.reshape(fixed.max, *built.manifest["preprocessing"]["input_size"])
     outputs = [
         onnxruntime.InferenceSession(artifact.model_path, providers=["CPUExecutionProvider"]).run(
             None, {"pixel_values": images}
@@ -198,14 +202,16 @@ def test_a_model_beyond_the_kernels_limits_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, name, limit)
     with pytest.raises(InputError) as refused:
         build(digits(tmp_path / "x"))
-    assert str(refused.value) == f"{reason}; use --merge-op matmul, which needs no kernel"
+    assert str(refused.value) == f"{reason}; {NO_KERNEL}"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_falls_back_to_plain_operators_beyond_the_limits(tmp_path, monkeypatch):
+def test_auto_falls_back_to_plain_operators_beyond_the_limits(tmp_path, monkeypatch, on):
+    on(H200)
     monkeypatch.setattr(match_contract, "MAX_TOKENS", 64)
-    monkeypatch.setattr(BUILD, "takes_plugins", lambda _: True)
-    artifact = build(digits(tmp_path / "x", merge_op="auto", check=False))
+    monkeypatch.setattr(FORM, "takes_plugins", lambda _: True)
+    artifact = build(digits(tmp_path / "x", merge_op="auto", batch=FIXED, check=False))
+    assert artifact.manifest["merge"]["note"] == f"no plugin: {LIMITS['tokens'][3]}; {NO_KERNEL}"
     assert artifact.manifest["merge"]["merge_op"] == "matmul"
     assert sorted(path.name for path in artifact.path.iterdir()) == ["build.json", "model.onnx"]
     model = onnx.load(artifact.model_path)
@@ -253,11 +259,12 @@ def test_without_the_compiler_nothing_is_begun(tmp_path, monkeypatch, on, case):
 
 
 @pytest.mark.parametrize("merge_op", ["plugin", "auto"])
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, merge_op):
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, on, merge_op):
     """With ``auto`` the artifact does without kernels that cannot be compiled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/no-such-folder")
-    monkeypatch.setattr(BUILD, "takes_plugins", lambda _: True)
-    request = digits(tmp_path / "x", merge_op=merge_op, check=False)
+    monkeypatch.setattr(FORM, "takes_plugins", lambda _: True)
+    on(H200)
+    request = digits(tmp_path / "x", merge_op=merge_op, batch=FIXED, check=False)
     if merge_op == "auto":
         assert build(request).manifest["merge"]["merge_op"] == "matmul"
         assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["build.json", "model.onnx"]
@@ -318,7 +325,7 @@ def test_compute_capabilities_are_not_passed_on_to_tensorrt(tmp_path, monkeypatc
         raise ExportError("far enough")
 
     monkeypatch.setattr(BUILD, "build_engine", build_engine)
-    monkeypatch.setattr(BUILD, "select", lambda _: Selection(TENSORRT, "x"))
+    monkeypatch.setattr(FORM, "select", lambda _: Selection(TENSORRT, "x"))
     options = EngineOptions(compute_capabilities=("9.0",))
     request = digits(tmp_path / "x", engine="tensorrt", engine_options=options, check=False)
     with pytest.raises(ExportError, match="far enough"):

@@ -12,6 +12,7 @@ import pytest
 from tome_export.engine.select import BACKENDS
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, CheckRequest, build, check
+from tome_export.spec import BatchRange
 
 TENSORRT = next(backend for backend in BACKENDS if backend.name == "tensorrt")
 READY = TENSORRT.can_build()
@@ -67,7 +68,7 @@ def test_parity_of_the_engine(built):
 
 
 def test_it_runs_in_a_fresh_process_without_registration(built, tmp_path):
-    pixels = np.random.default_rng(0).standard_normal((5, 1, 32, 32)).astype(np.float32)
+    pixels = np.random.default_rng(0).standard_normal((8, 1, 32, 32)).astype(np.float32)
     np.save(tmp_path / "pixels.npy", pixels)
     arguments = [built.path, tmp_path / "pixels.npy", tmp_path / "logits.npy"]
     subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True)
@@ -77,5 +78,8 @@ def test_it_runs_in_a_fresh_process_without_registration(built, tmp_path):
 
 
 def test_auto_chooses_the_plugin_here(tmp_path):
-    request = BuildRequest("vit_digits", tmp_path / "x", Schedule(8), "fp16", check=False)
+    batch = BatchRange(8, 8, 8)
+    request = BuildRequest(
+        "vit_digits", tmp_path / "x", Schedule(8), "fp16", batch=batch, check=False
+    )
     assert build(request).manifest["merge"]["merge_op"] == "plugin"

@@ -16,7 +16,6 @@ from video_reference import stop as stop_reference
 from video_towers import MERGING, clip4clip, groups, schedule, stop, videos
 
 from tome_export.artifact import Artifact
-from tome_export.engine import EngineOptions
 from tome_export.errors import InputError
 from tome_export.merge.frames import VideoOptions
 from tome_export.merge.plan import Across
@@ -36,7 +35,7 @@ from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange, Preprocessing
 
 OWN = "from video_towers import clip4clip, stop\n"
-BATCH = EngineOptions(batch=BatchRange(1, 2, 4))
+BATCH = BatchRange(1, 2, 4)
 
 
 def made(folder, **changes):
@@ -46,7 +45,7 @@ def made(folder, **changes):
         Schedule(3),
         video=VideoOptions(merging=MERGING),
         engine="none",
-        engine_options=BATCH,
+        batch=BATCH,
     )
     return replace(plain, **changes)
 
@@ -235,8 +234,8 @@ def _engine():
 def test_a_fixed_batch_and_plain_tome(tmp_path, monkeypatch):
     (tmp_path / "own_video.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    fixed = EngineOptions(batch=BatchRange(2, 2, 2))
-    built = build(made(tmp_path / "plain", video=VideoOptions(), engine_options=fixed))
+    fixed = BatchRange(2, 2, 2)
+    built = build(made(tmp_path / "plain", video=VideoOptions(), batch=fixed))
     assert built.manifest["video"] == {"frames": 8, "merging": None}
     assert built.manifest["tokens"] == [112, 88, 64, 40]
     assert built.manifest["parity"]["passed"]

@@ -19,7 +19,6 @@ from PIL import Image
 from timm.data import create_transform
 
 from tome_export.artifact import Artifact
-from tome_export.engine import EngineOptions
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models.preprocess import load_images
@@ -59,8 +58,8 @@ class Served(NamedTuple):
 def artifacts(tmp_path_factory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("artifacts")
     digits = BuildRequest("vit_digits", folder / NAME, schedule=Schedule(r=8))
-    options = EngineOptions(batch=BatchRange(*[TOWER_BATCH] * 3))
-    tower = BuildRequest("serve_tower:made", folder / TOWER, Schedule(r=2), engine_options=options)
+    batch = BatchRange(*[TOWER_BATCH] * 3)
+    tower = BuildRequest("serve_tower:made", folder / TOWER, Schedule(r=2), batch=batch)
     (folder / "serve_tower.py").write_text(TOWER_MODULE)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)

@@ -12,7 +12,6 @@ from video_files import write_video
 from video_towers import MERGING
 
 from tome_export.cli.main import main
-from tome_export.engine import EngineOptions
 from tome_export.errors import InputError
 from tome_export.merge.frames import VideoOptions
 from tome_export.merge.schedule import Schedule
@@ -36,7 +35,7 @@ def artifact(tmp_path_factory):
         Schedule(3),
         video=VideoOptions(merging=MERGING),
         engine="none",
-        engine_options=EngineOptions(batch=BatchRange(1, 2, 4)),
+        batch=BatchRange(1, 2, 4),
         check=False,
     )
     with pytest.MonkeyPatch.context() as patched:

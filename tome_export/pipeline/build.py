@@ -9,36 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
-from tome_export.engine import EngineOptions, select
-from tome_export.errors import (
-    ExportError,
-    InputError,
-    MissingComponentError,
-    ParityError,
-    UsageError,
-)
+from tome_export.engine import EngineOptions
+from tome_export.errors import ExportError, InputError, MissingComponentError, ParityError
 from tome_export.merge.frames import VideoOptions
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
+from tome_export.pipeline.form import MergeForm, choose_form, fit_form
 from tome_export.pipeline.images import BUILD_COUNT, parity_images
-from tome_export.pipeline.kernels import (
-    capabilities_of,
-    compile_kernels,
-    plugins_of,
-    takes_plugins,
-)
+from tome_export.pipeline.kernels import compile_kernels, plugins_of
 from tome_export.pipeline.learned import write_learned
 from tome_export.pipeline.library import check_library
 from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
-from tome_export.spec import MergeOp, Precision, TowerOptions
+from tome_export.spec import BatchRange, MergeOp, Precision, TowerOptions
 from tome_export.tune.schedule_file import NAME as SCHEDULE
 from tome_export.tune.schedule_file import read_schedule
 
 if TYPE_CHECKING:
-    from tome_export.engine import Selection
-    from tome_export.onnx.functions import Lowering
     from tome_export.parity.report import ParityReport
     from tome_export.patch import MergedModel
 
@@ -67,7 +55,9 @@ class BuildRequest:
         video: Frames of one video and how they are joined; none for a model of images.
         merge_op: How the merge is written into the graph.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
-        engine_options: Batch range and engine settings.
+        engine_options: Engine settings; their batch range is replaced by ``batch``.
+        batch: Batch sizes the model takes; None for 1:8:32, and for 8 alone with ``plugin``.
+        plugin_batch_range: Let ``plugin`` take more than one batch size, whose price is memory.
         images: Folder of images for the parity check; None for those that come along.
         check: Whether to check parity; without it the artifact says that it was not checked.
         force: Replace an existing artifact.
@@ -93,6 +83,8 @@ class BuildRequest:
     merge_op: MergeOp = "auto"
     engine: str = "auto"
     engine_options: EngineOptions = field(default_factory=EngineOptions)
+    batch: BatchRange | None = None
+    plugin_batch_range: bool = False
     images: Path | None = None
     check: bool = True
     force: bool = False
@@ -109,66 +101,26 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
         ExportError: if the export or the engine build fails.
     """
     progress = progress or Silent()
-    selection = select(request.engine)
-    form, selection = _merge_form(request, selection)
+    form = choose_form(request)
     with staged(request.output, force=request.force) as folder:
-        manifest = _build_into(folder, request, form, selection, progress)
+        manifest = _build_into(folder, request, form, progress)
     return Artifact(request.output.absolute(), manifest)
-
-
-@dataclass(frozen=True)
-class _MergeForm:
-    """How the merge is written into the graph.
-
-    Attributes:
-        lowering: Body of the merge function.
-        capabilities: GPUs to compile the plugin's kernels for; empty without the plugin.
-        required: Whether to fail where there can be no kernels, and not do without.
-    """
-
-    lowering: Lowering = "matmul"
-    capabilities: tuple[tuple[int, int], ...] = ()
-    required: bool = False
-
-
-def _merge_form(request: BuildRequest, selection: Selection) -> tuple[_MergeForm, Selection]:
-    """The form of the merge, and the engine that can take it."""
-    asked = request.engine_options.compute_capabilities
-    if request.merge_op == "plugin":
-        from tome_export.plugins.aot import require_compiler
-
-        require_compiler()
-        capabilities = capabilities_of(asked, selection.backend)
-        return _MergeForm(capabilities=capabilities, required=True), selection
-    if request.merge_op == "auto" and takes_plugins(selection.backend):
-        return _MergeForm(capabilities=capabilities_of(asked, selection.backend)), selection
-    if request.merge_op != "index_add":
-        return _MergeForm(), selection
-    reason = "TensorRT's parser refuses scatter-add"
-    if request.engine not in ("auto", "none"):
-        raise UsageError(
-            f"--merge-op index_add cannot go into a {request.engine} engine ({reason}); use "
-            "--merge-op matmul, or --engine none"
-        )
-    if selection.backend is not None:
-        line = f"no engine is built: {reason} of --merge-op index_add; use matmul for an engine"
-        selection = replace(selection, backend=None, line=line)
-    return _MergeForm("index_add"), selection
 
 
 def _build_into(
     folder: Path,
     request: BuildRequest,
-    form: _MergeForm,
-    selection: Selection,
+    form: MergeForm,
     progress: Progress,
 ) -> dict[str, Any]:
-    manifest = _export_and_check(folder, request, form, selection, progress)
+    manifest, form = _export_and_check(folder, request, form, progress)
+    selection = form.selection
     if selection.backend is not None:
         # The builder needs gigabytes of its own; the torch model is garbage by now.
         gc.collect()
         progress.stage(f"Build the {selection.backend.name} engine")
-        options, plugins = request.engine_options, plugins_of(manifest)
+        options = replace(request.engine_options, batch=form.batch)
+        plugins = plugins_of(manifest)
         if plugins and selection.backend.name == "tensorrt":
             # They were for the kernels; a TensorRT engine is for the GPU of this machine.
             options = replace(options, compute_capabilities=())
@@ -181,10 +133,10 @@ def _build_into(
 def _export_and_check(
     folder: Path,
     request: BuildRequest,
-    form: _MergeForm,
-    selection: Selection,
+    form: MergeForm,
     progress: Progress,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], MergeForm]:
+    """The manifest so far, and the form as it was written."""
     from tome_export.compressors.options import compressor_from_text
     from tome_export.models import resolve
     from tome_export.onnx.export import ExportOptions
@@ -238,6 +190,7 @@ def _export_and_check(
         given.check_tokens(model.layers[0].tokens_in, [layer.r for layer in model.layers])
         if note := given.note(state_sha256(model)):
             progress.stage(note)
+    form = fit_form(form, model)
     images = None
     if request.check:
         images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)
@@ -247,12 +200,12 @@ def _export_and_check(
     progress.stage(f"Export to ONNX, {request.precision}")
     options = ExportOptions(
         precision=request.precision,
-        batch=request.engine_options.batch,
+        batch=form.batch,
         lowering=form.lowering,
-        attention=attention_form(selection.backend),
+        attention=attention_form(form.selection.backend),
         plugin=bool(form.capabilities) and model.merges,
     )
-    manifest = _exported(folder, loaded, model, options, selection.line)
+    manifest = _exported(folder, loaded, model, options, form)
     if options.plugin:
         try:
             merging = merging_of(load(folder / MODEL, weights=False))
@@ -260,9 +213,9 @@ def _export_and_check(
         except (InputError, MissingComponentError, ExportError) as error:
             if form.required:
                 raise
-            progress.detail(f"no plugins: {error}")
+            form = form.without_plugin(str(error))
             options = replace(options, plugin=False)
-            manifest = _exported(folder, loaded, model, options, selection.line)
+            manifest = _exported(folder, loaded, model, options, form)
 
     if images is not None:
         what = "videos" if model.takes_video else "images"
@@ -270,7 +223,7 @@ def _export_and_check(
         report = _parity(folder, model, images, options, progress)
         manifest["parity"] = parity_summary(report)
         write_json(folder / PARITY, {"checks": [report.to_dict()]})
-    return manifest
+    return manifest, form
 
 
 def _check_precision(request: BuildRequest, stored: str) -> None:
@@ -288,12 +241,14 @@ def _check_precision(request: BuildRequest, stored: str) -> None:
 
 
 def _exported(
-    folder: Path, loaded: Any, model: MergedModel, options: Any, line: str
+    folder: Path, loaded: Any, model: MergedModel, options: Any, form: MergeForm
 ) -> dict[str, Any]:
     """Write the ONNX model; returns the manifest so far."""
     from tome_export.onnx.build import onnx_from_model
 
-    manifest = manifest_of(loaded, model, options, line)
+    manifest = manifest_of(loaded, model, options, form.selection.line)
+    # Only of merges: a model that makes none has no plugin to speak of.
+    manifest["merge"]["note"] = form.note if model.merges else ""
     described = {key: manifest[key] for key in ("model", "merge", "versions")}
     names = [output["name"] for output in manifest["outputs"]]
     exported = onnx_from_model(model, folder / MODEL, options, names, described)

@@ -10,6 +10,7 @@ from typing import Any
 from tome_export.reducers import DEFAULT
 from tome_export.report.numbers import NONE, size
 from tome_export.report.parts import Block, Commands, Section, Table, Text
+from tome_export.spec import BatchRange
 
 TITLE = "Versions, files and how to make this again"
 
@@ -87,6 +88,8 @@ def _build_arguments(manifest: Mapping[str, Any]) -> Iterator[str]:
                 yield from ("--reducer-option", f"{key}={text}")
     yield "--prop-attn" if merge["prop_attn"] else "--no-prop-attn"
     yield from ("--batch", manifest["batch"], "--merge-op", merge["merge_op"])
+    if merge["merge_op"] == "plugin" and not BatchRange.parse(manifest["batch"]).is_static:
+        yield "--plugin-batch-range"
     for capability in (manifest.get("plugins") or {}).get("compute_capabilities", ()):
         yield from ("--compute-capability", capability)
     engines = sorted(manifest["engines"])

@@ -1,0 +1,144 @@
+"""Which form the merge takes: plugins and batch sizes, and what ``auto`` knows of both."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from tome_export.engine import Selection, gpu
+from tome_export.engine.select import BACKENDS
+from tome_export.errors import ExportError, UsageError
+from tome_export.merge.schedule import Schedule
+from tome_export.onnx.files import load
+from tome_export.patch import patch
+from tome_export.pipeline import BuildRequest, build
+from tome_export.pipeline.form import choose_form, fit_form, merges_of
+from tome_export.plugins import choice
+from tome_export.spec import BatchRange
+
+FORM = sys.modules["tome_export.pipeline.form"]
+BUILD = sys.modules["tome_export.pipeline.build"]
+TENSORRT, RTX = BACKENDS
+H100 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H100", (9, 0), 80 << 30),), "NVIDIA H100")
+FIXED = BatchRange(4, 4, 4)
+ISSUE = "NVIDIA/TensorRT issue 4849"
+
+
+def digits(output: Any = "unused", **options: Any) -> BuildRequest:
+    fixed = {"schedule": Schedule(8), "precision": "fp16", "engine": "none", "check": False}
+    return BuildRequest("vit_digits", output, **{**fixed, **options})
+
+
+@pytest.fixture
+def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with TensorRT and a GPU, as far as choices are concerned."""
+    monkeypatch.setattr(gpu, "detect", lambda: H100)
+    monkeypatch.setattr(FORM, "select", lambda _: Selection(TENSORRT, "TensorRT builds"))
+
+
+def test_a_plugin_has_one_batch_size_by_default(tmp_path):
+    artifact = build(digits(tmp_path / "x", merge_op="plugin"))
+    assert artifact.manifest["batch"] == "8:8:8"
+    assert artifact.manifest["merge"]["note"] == (
+        f"one batch size, 8 without --batch: {choice.LEAK}"
+    )
+    assert ISSUE in choice.LEAK
+    model = load(artifact.model_path, weights=False)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 8
+
+
+def test_one_batch_size_that_was_asked_for_needs_no_explanation():
+    form = choose_form(digits(merge_op="plugin", batch=FIXED))
+    assert (form.batch, form.note) == (FIXED, "")
+
+
+def test_a_plugin_for_a_range_is_refused_with_the_reason():
+    with pytest.raises(UsageError) as refused:
+        choose_form(digits(merge_op="plugin", batch=BatchRange(1, 4, 16)))
+    assert str(refused.value) == (
+        "--batch is 1:4:16 with --merge-op plugin; TensorRT keeps GPU memory at every change of "
+        f"the batch of such a plugin ({ISSUE}): give one batch size such as --batch 4, or "
+        "--plugin-batch-range to build it all the same"
+    )
+
+
+@pytest.mark.parametrize("batch", [None, BatchRange(1, 4, 16)])
+def test_a_range_that_was_asked_for_in_so_many_words_is_built_and_says_why_not(batch):
+    form = choose_form(digits(merge_op="plugin", batch=batch, plugin_batch_range=True))
+    assert form.batch == (batch or BatchRange())
+    assert form.capabilities
+    assert form.note == f"a range of batch sizes, as asked: {choice.LEAK}"
+
+
+@pytest.mark.parametrize("merge_op", ["auto", "matmul", "index_add"])
+def test_the_option_goes_with_the_plugin_only(merge_op):
+    with pytest.raises(UsageError, match=f"--merge-op is {merge_op}; leave it out"):
+        choose_form(digits(merge_op=merge_op, plugin_batch_range=True))
+
+
+@pytest.mark.usefixtures("on_h100")
+def test_auto_takes_no_plugin_for_a_range():
+    form = choose_form(digits(merge_op="auto"))
+    assert form.capabilities == ()
+    assert form.note == (
+        f"no plugin: the batch is 1:8:32 and {choice.LEAK}; with one batch size, such as --batch "
+        "8, it is taken"
+    )
+    assert choose_form(digits(merge_op="auto", batch=FIXED)).capabilities
+
+
+@pytest.mark.usefixtures("on_h100")
+@pytest.mark.parametrize(
+    ("name", "options", "tokens"),
+    [
+        ("test_vit", {"img_size": 160, "patch_size": 10}, 257),
+        ("test_vit", {"img_size": 160, "patch_size": 10, "class_token": False}, 256),
+    ],
+)
+def test_auto_takes_the_plugin_as_far_as_it_pays(name, options, tokens):
+    import timm
+
+    if "class_token" in options:
+        options = {**options, "global_pool": "avg"}
+    model = patch(timm.create_model(name, **options).eval(), 8)
+    assert merges_of(model)[0].tokens == tokens
+    form = fit_form(choose_form(digits(merge_op="auto", batch=FIXED)), model)
+    assert bool(form.capabilities) == (tokens <= 256)
+    # Asked for, it is built whatever the table says.
+    assert fit_form(choose_form(digits(merge_op="plugin", batch=FIXED)), model).capabilities
+
+
+def test_the_table_says_where_the_plugin_pays(monkeypatch):
+    assert choice.drawback(256, (9, 0)) is None
+    assert (
+        choice.drawback(257, (9, 0)) == "a layer matches 257 tokens, and the kernels pay up to 256"
+    )
+    monkeypatch.setattr(choice, "PAYS_UP_TO_TOKENS", {choice.ANY: 256, "9.0": 1025})
+    assert choice.drawback(1025, (9, 0)) is None
+    assert choice.drawback(1025, (8, 9)) is not None
+
+
+@pytest.mark.usefixtures("on_h100")
+def test_the_engine_is_built_for_the_same_batch(tmp_path, monkeypatch):
+    seen = []
+
+    def build_engine(_backend, _folder, options, *_, **__):
+        seen.append(options.batch)
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(BUILD, "build_engine", build_engine)
+    for batch in (None, FIXED):
+        with pytest.raises(ExportError, match="far enough"):
+            build(digits(tmp_path / "x", merge_op="plugin", engine="tensorrt", batch=batch))
+    assert seen == [BatchRange(8, 8, 8), FIXED]
+
+
+def test_merges_of_a_model_are_those_of_its_layers():
+    import timm
+
+    model = patch(timm.create_model("test_vit").eval(), [3, 0, 5])
+    expected = [(layer.tokens_in, layer.r) for layer in model.layers if layer.r]
+    assert [(merge.tokens, merge.r) for merge in merges_of(model)] == expected
+    assert merges_of(patch(timm.create_model("test_vit").eval(), 0)) == []
