@@ -44,7 +44,7 @@ def command(terminal: Terminal, artifacts: tuple[Path, ...], **given: Any) -> No
     if given["run"]:
         _run(terminal, done, server, log=given["log"])
     else:
-        how = f"this command with --run, or tritonserver --model-repository={done.repository}"
+        how = f"this command with --run, or {done.launch.command(done.repository)}"
         terminal.result(done.to_dict(), [*_lines(done), f"Serve it: {how}"])
 
 
@@ -61,8 +61,9 @@ def _run(terminal: Terminal, done: ServeResult, request: RunRequest, *, log: boo
         addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
         lines = [*_lines(done), "", "Ready; Ctrl-C ends it", *fields([*addresses.items()])]
         lines += [STAND_IN] if server.stand_in else []
-        described = {"server": {**addresses, "stand_in": server.stand_in}}
-        terminal.result(done.to_dict() | described, lines)
+        given = done.to_dict()
+        given["server"] |= {**addresses, "stand_in": server.stand_in}
+        terminal.result(given, lines)
         try:
             server.wait()
         except Interrupted:

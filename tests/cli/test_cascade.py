@@ -225,17 +225,17 @@ def test_artifacts_that_make_no_cascade(run, digit_members, tmp_path):
     assert not (tmp_path / "cascade.json").exists()
 
 
-def test_a_fixed_batch_cannot_be_served(run, digit_members, tmp_path):
+def test_a_member_of_fixed_batch_is_served_behind_a_front(run, digit_members, tmp_path):
     fixed = edited(digit_members[8], tmp_path / "fixed", lambda m: m.update(batch="4"))
     ran = run(
-        "cascade", digit_members[32], fixed, "--data", "samples", *MACS, "--repository", "models"
+        *("cascade", digit_members[32], fixed, "--data", "samples", *MACS),
+        *("--repository", "models", "--json"),
     )
-    assert ran.code == 3
-    assert ran.error == (
-        f"{fixed} takes batches of exactly 4, and a cascade asks for as many images as need it; "
-        "rebuild the artifact with a batch range such as 1:8:32"
-    )
-    assert not (tmp_path / "models").exists()
+    assert ran.code == 0
+    names = [f"vit_digits_r{end}" for end in ("32", "8_fixed", "8")]
+    assert ran.json["served"]["models"] == [*names, "vit_digits_cascade"]
+    config = (tmp_path / "models" / "vit_digits_cascade" / "config.pbtxt").read_text()
+    assert "max_batch_size: 4\n" in config
 
 
 def test_images_that_cannot_be_read(run, lowest_and_highest, write, tmp_path):

@@ -43,7 +43,7 @@ def test_result(run, built, tmp_path):
         "vit_digits_r8_pipeline     1         written",
         "KServe manifest: k.yaml",
         f"Repository: {tmp_path / 'models'}; ask for vit_digits_r8_pipeline",
-        "Serve it: this command with --run, or tritonserver "
+        "Serve it: this command with --run, or NVIDIA_TF32_OVERRIDE=0 tritonserver "
         f"--model-repository={tmp_path / 'models'}",
     ]
     manifest = (tmp_path / "k.yaml").stat()

@@ -259,7 +259,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
 
     Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
     ``model``, ``seed`` (of the weights), ``ms`` (measured latency, one or by backend), and
-    ``engines`` (name -> batch), whose files are no real engines.
+    ``engines`` (name -> batch), whose files are no real engines and ``version_compatible`` or not.
     """
     import onnx
 
@@ -305,6 +305,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
             "targets": ["8.9"],
             "build_seconds": 1.0,
             "notes": [],
+            "version_compatible": bool(changes.get("version_compatible")),
             "inputs": described[:1],
             "outputs": described[1:],
         }

@@ -362,9 +362,7 @@ def test_a_repository_keeps_other_thresholds(member, tmp_path):
 
 
 def test_members_that_make_no_cascade(member):
-    (low, _), (fixed, _) = member("low", 3), member("fixed", 8, batch="4")
-    with pytest.raises(InputError, match="model fixed takes batches of one size, and a cascade"):
-        cascade_folder("x", [low, fixed], SETTINGS, 0, ServeOptions())
+    low, _ = member("low", 3)
     text = str(low.config).replace('name: "logits"', 'name: "features"')
     other = Member("other", 8, config_from_text(text, "other"))
     with pytest.raises(InputError, match="models low and other have different inputs or outputs"):

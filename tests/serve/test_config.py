@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tome_export.artifact import Artifact
+from tome_export.engine import TensorInfo
 from tome_export.errors import InputError, UsageError
+from tome_export.runtime.ort import CUDA_OPTIONS
 from tome_export.serve.config import (
     config_from_text,
     config_text,
@@ -13,8 +15,11 @@ from tome_export.serve.config import (
     folder_from_source,
     model_config,
 )
+from tome_export.serve.fixed import folders_from_source
 from tome_export.serve.source import check_name, default_name, source_from_artifact
 from tome_export.serve.spec import ServeOptions
+from tome_export.serve.validate import validate
+from tome_export.spec import BatchRange
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -81,6 +86,21 @@ def test_a_limited_queue_has_two_instances(source, given, limits, count):
         assert [group.count for group in config.instance_group] == [count]
 
 
+BACKEND_KEYS = {
+    "max_workspace_size_bytes",
+    "trt_engine_cache_enable",
+    "trt_engine_cache_path",
+    "trt_engine_cache_prefix",
+    "trt_profile_min_shapes",
+    "trt_profile_opt_shapes",
+    "trt_profile_max_shapes",
+    "trt_timing_cache_enable",
+    "trt_timing_cache_path",
+    "trt_builder_optimization_level",
+    "trt_cuda_graph_enable",
+}
+"""Parameters that change no types, of those that the backend's README maps to ONNX Runtime's."""
+
 PROFILE = {
     "trt_profile_min_shapes": "pixel_values:1x3x8x8",
     "trt_profile_opt_shapes": "pixel_values:4x3x8x8",
@@ -90,18 +110,19 @@ PROFILE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("precision", "mode"),
-    [
-        ("fp32", {}),
-        ("fp16", {"precision_mode": "FP16"}),
-        ("bf16", {}),
-    ],
-)
-def test_onnx_with_tensorrt_accelerator(source, precision, mode):
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_onnx_with_tensorrt_accelerator(source, precision):
+    """No key of it says a precision: TensorRT keeps to the types of the model only without one."""
     config = model_config(source(precision=precision), "m", ServeOptions())
-    assert accelerators(config) == {"tensorrt": PROFILE | mode}
+    assert accelerators(config) == {"tensorrt": PROFILE, "cuda": CUDA_OPTIONS}
     assert graphs(config) == []
+
+
+def test_accelerators_have_keys_that_the_backend_hands_on(source):
+    """It refuses others: the model would not load."""
+    found = accelerators(model_config(source(precision="fp16"), "m", ServeOptions()))
+    assert {*found["tensorrt"]} <= BACKEND_KEYS
+    assert found["cuda"] == {"use_tf32": "0"}
 
 
 def test_the_profile_starts_at_one_row_whatever_the_artifact_was_tuned_for(source):
@@ -109,8 +130,9 @@ def test_the_profile_starts_at_one_row_whatever_the_artifact_was_tuned_for(sourc
     assert found["tensorrt"]["trt_profile_min_shapes"] == "pixel_values:1x3x8x8"
 
 
-def test_a_merge_that_tensorrt_refuses_gets_no_accelerator(source):
-    assert accelerators(model_config(source(merge_op="index_add"), "m", ServeOptions())) == {}
+def test_a_merge_that_tensorrt_refuses_gets_no_tensorrt(source):
+    found = accelerators(model_config(source(merge_op="index_add"), "m", ServeOptions()))
+    assert found == {"cuda": CUDA_OPTIONS}
 
 
 def test_cpu_config_differs_in_device_and_accelerator_only(source):
@@ -156,8 +178,48 @@ def test_fixed_batch_is_not_batched_by_the_server(source):
     assert {onnx[f"trt_profile_{w}_shapes"] for w in ("min", "opt", "max")} == {
         "pixel_values:4x3x8x8"
     }
-    with pytest.raises(UsageError, match="fixed batch 4; leave them out"):
+    with pytest.raises(UsageError, match="fixed batch 4; leave them out, that batch is recorded"):
         folder_from_source(served, "m", ServeOptions(cuda_graph_batches=(4,)))
+
+
+def test_an_engine_with_plugins_and_a_range_is_given_one_batch_and_no_cuda_graph(source):
+    served = source(merge_op="plugin", engines={"tensorrt": "1:4:8"})
+    assert served.batch == BatchRange(4, 4, 4)
+    assert served.note.startswith("The engine has plugins and was built for batches of 1:4:8: it")
+    assert "NVIDIA/TensorRT issue 4849" in served.note
+    model, front = folders_from_source(served, "m", ServeOptions())
+    assert (model.config.max_batch_size, front.config.max_batch_size) == (0, 4)
+    assert [list(t.dims) for t in model.config.input] == [[4, 3, 8, 8]]
+    assert not model.config.optimization.cuda.graphs
+    assert graphs(model.config) == []
+    open_ended = [TensorInfo(t.name, (-1, *t.shape[1:]), t.dtype) for t in served.inputs]
+    validate(model, open_ended)
+    with pytest.raises(UsageError, match="with plugins of a range it is not recorded"):
+        folders_from_source(served, "m", ServeOptions(cuda_graph_batches=(4,)))
+    # Built with least 2, it is served all the same.
+    assert source(merge_op="plugin", engines={"tensorrt": "2:4:8"}).batch == BatchRange(4, 4, 4)
+
+
+def test_an_engine_with_plugins_of_one_batch_has_its_cuda_graph(source):
+    served = source(merge_op="plugin", batch="4", engines={"tensorrt": "4"})
+    assert served.note == ""
+    assert graphs(model_config(served, "m", ServeOptions())) == [(0, [4, 3, 8, 8])]
+
+
+def test_onnx_of_an_artifact_with_plugins_keeps_its_range(source):
+    served = source("onnx", merge_op="plugin", engines={"tensorrt": "1:4:8"})
+    assert (served.batch, served.note) == (BatchRange(1, 4, 8), "")
+
+
+def test_a_version_compatible_engine_says_so_in_its_config(source):
+    for choice, compatible, expected in (
+        ("engine", True, "true"),
+        ("engine", False, ""),
+        ("onnx", True, ""),
+    ):
+        served = source(choice, engines=TENSORRT, version_compatible=compatible)
+        config = model_config(served, "m", ServeOptions())
+        assert config.parameters["version_compatible"].string_value == expected
 
 
 def test_text_is_read_back_the_same(source):

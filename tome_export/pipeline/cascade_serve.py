@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import Artifact
 from tome_export.cascade.outcome import Settings
-from tome_export.errors import InputError
 from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.serve.client import ROUTER
 from tome_export.serve.config import check_packages
 from tome_export.serve.repository import (
     cascade_there,
@@ -58,8 +58,7 @@ def check_served(request: CascadeRequest, members: Sequence[Artifact]) -> None:
     Raises:
         UsageError: if the name is none that a user may choose.
         InputError: if the repository is no place for one, a folder of its name is not ours or
-            holds another calibration and is not to be replaced, or a member takes one batch size
-            only.
+            holds another calibration and is not to be replaced.
         MissingComponentError: if the server's schema is not installed.
     """
     check_packages()
@@ -75,12 +74,7 @@ def check_served(request: CascadeRequest, members: Sequence[Artifact]) -> None:
     if versions_of(model) and not request.force:
         raise cascade_there(model)
     for one in members:
-        batch = source_from_artifact(one).batch
-        if batch.is_static:
-            raise InputError(
-                f"{one.path} takes batches of exactly {batch.max}, and a cascade asks for as many "
-                "images as need it; rebuild the artifact with a batch range such as 1:8:32"
-            )
+        source_from_artifact(one)
 
 
 def serve_cascade(
@@ -116,7 +110,8 @@ def serve_cascade(
     done = serve(asking, progress, cascade_of)
     names = [model.name for model in done.models]
     first = names.index(_name(request, members))
-    models = (*names[: len(members)], *names[first:])
+    asked = (name for name in names[:first] if not name.endswith(ROUTER))
+    models = (*asked, *names[first:])
     return ServedCascade(done.repository, models, models[-1], done.notes)
 
 

@@ -14,8 +14,10 @@ from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.serve.config import check_packages, folder_from_source
+from tome_export.serve.config import check_packages
+from tome_export.serve.fixed import folders_from_source
 from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
+from tome_export.serve.launch import Launch, launch_of
 from tome_export.serve.repository import (
     Written,
     check_repository,
@@ -83,6 +85,7 @@ class ServeResult:
         models: What was written, each after the models it needs.
         entry: The model a client asks: the router (of pipelines where there are some), the
             pipeline, or the model itself; the last one's, where there are several and no router.
+        launch: What a server of the repository must be started with.
         kserve: The manifest, if one was asked for.
         random_weights: Whether the model has learned nothing.
         notes: What a user should know.
@@ -91,6 +94,7 @@ class ServeResult:
     repository: Path
     models: tuple[Written, ...]
     entry: str
+    launch: Launch
     kserve: Path | None
     random_weights: bool
     notes: tuple[str, ...]
@@ -101,6 +105,10 @@ class ServeResult:
             "repository": str(self.repository),
             "entry": self.entry,
             "models": [{**vars(model), "versions": list(model.versions)} for model in self.models],
+            "server": {
+                "arguments": list(self.launch.arguments),
+                "environment": dict(self.launch.environment),
+            },
             "kserve": str(self.kserve) if self.kserve else None,
             "random_weights": self.random_weights,
             "notes": list(self.notes),
@@ -109,11 +117,24 @@ class ServeResult:
 
 @dataclass(frozen=True)
 class _Served:
+    """An artifact in the repository.
+
+    Attributes:
+        artifact: It.
+        source: Its file that is served.
+        base: What the names behind its router have in common; None if it is behind none.
+        name: Name of the model that users call.
+        folder: That model.
+        model: The one with the file: the same, or that behind it, which takes one batch size.
+        version: Version of both.
+    """
+
     artifact: Artifact
     source: Source
     base: str | None
     name: str
     folder: ModelFolder
+    model: ModelFolder
     version: int
 
 
@@ -164,9 +185,12 @@ def serve(
     _validate(served, folders, repository)
     progress.stage(f"Write {repository}")
     written = write(repository, folders, force=request.force)
+    launch = launch_of(repository)
     if request.kserve is not None:
-        _write_text(request.kserve, kserve_text(kserve_manifest(entry, request.kserve_options)))
+        manifest = kserve_manifest(entry, request.kserve_options, launch)
+        _write_text(request.kserve, kserve_text(manifest))
     notes = {one.source.note: None for one in served if one.source.note}
+    notes |= {_filled(one): None for one in served if one.model is not one.folder}
     if not routed:
         notes[_unrouted(served)] = None
     notes |= {
@@ -178,6 +202,7 @@ def serve(
         repository,
         tuple(written),
         entry,
+        launch,
         request.kserve,
         any(artifact.manifest["model"]["random_weights"] for artifact in artifacts),
         tuple(notes),
@@ -212,15 +237,10 @@ def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Ser
     source = source_from_artifact(artifact, request.format)
     base, name = _base_and_name(artifact, request, repository)
     check_name(name)
-    if options.preprocess and source.batch.is_static:
-        raise InputError(
-            f"the model takes batches of exactly {source.batch.max}, and images come one by one; "
-            "rebuild the artifact with a batch range such as 1:8:32, or serve it without "
-            "--preprocess"
-        )
-    version = choose_version(repository, folder_from_source(source, name, options), options.version)
-    folder = folder_from_source(source, name, replace(options, version=version))
-    return _Served(artifact, source, base, name, folder, version)
+    model, *_ = folders_from_source(source, name, options)
+    version = choose_version(repository, model, options.version)
+    model, *front = folders_from_source(source, name, replace(options, version=version))
+    return _Served(artifact, source, base, name, [model, *front][-1], model, version)
 
 
 def _base_and_name(
@@ -245,12 +265,13 @@ def _base_and_name(
 
 def _folders(one: _Served, options: ServeOptions) -> list[ModelFolder]:
     """The model, and the models around it."""
+    folders = [one.folder] if one.model is one.folder else [one.model, one.folder]
     if not options.preprocess:
-        return [one.folder]
+        return folders
     from tome_export.serve.pipeline_models import pipeline_folders
 
     options = replace(options, version=one.version)
-    return [one.folder, *pipeline_folders(one.artifact, one.name, options, batch=one.source.batch)]
+    return [*folders, *pipeline_folders(one.artifact, one.name, options, batch=one.source.batch)]
 
 
 def _routers(
@@ -274,6 +295,15 @@ def _routers(
     pipelines = [route(one, group[-1], ms) for one, group, ms in rows if options.preprocess]
     options = replace(options, version=None)
     return router_folders(repository, base, models, pipelines, options)
+
+
+def _filled(one: _Served) -> str:
+    """How a model of one batch size is called."""
+    batch = one.source.batch.max
+    return (
+        f"{one.model.name} takes batches of exactly {batch}; {one.name} takes 1 to {batch} images "
+        "of any number of requests and fills them up for it"
+    )
 
 
 def _unrouted(served: Sequence[_Served]) -> str:
@@ -336,7 +366,7 @@ def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder], reposit
         check_name(name)
         if names.count(name) > 1:
             raise InputError(f"two models would be called {name}; give another --name")
-    actual = {one.name: _actual_tensors(one) for one in served}
+    actual = {one.model.name: _actual_tensors(one) for one in served}
     known = {*names, *models_in(repository)}
     for folder in folders:
         inputs, outputs = actual.get(folder.name, (None, None))

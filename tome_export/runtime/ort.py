@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 Provider = Literal["cpu", "cuda"]
 
-_PROVIDERS: dict[Provider, list[str]] = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-}
+_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+CUDA_OPTIONS = {"use_tf32": "0"}
+"""TF32, which the CUDA provider uses by default, rounds the factors of fp32 products to 10 bits of
+mantissa: an fp32 graph must compute in fp32 to match the reference."""
+
+
+def providers(provider: Provider) -> list[tuple[str, dict[str, str]]]:
+    """What a session is given: providers with their options, the one asked for first."""
+    cpu = (_NAMES["cpu"], dict[str, str]())
+    return [cpu] if provider == "cpu" else [(_NAMES["cuda"], dict(CUDA_OPTIONS)), cpu]
 
 
 def missing(provider: Provider) -> str | None:
@@ -30,10 +37,10 @@ def missing(provider: Provider) -> str | None:
     except ImportError:
         return "onnxruntime is not installed; install tome-export[cpu] or tome-export[gpu]"
     found = onnxruntime.get_available_providers()
-    if _PROVIDERS[provider][0] in found:
+    if _NAMES[provider] in found:
         return None
     return (
-        f"onnxruntime {onnxruntime.__version__} has no {_PROVIDERS[provider][0]} (it has "
+        f"onnxruntime {onnxruntime.__version__} has no {_NAMES[provider]} (it has "
         f"{', '.join(found)}); install onnxruntime-gpu on a machine with an NVIDIA GPU"
     )
 
@@ -86,16 +93,16 @@ class OrtRunner:
         try:
             with _source(model, provider) as source:
                 self._session = onnxruntime.InferenceSession(
-                    source, options, providers=_PROVIDERS[provider]
+                    source, options, providers=providers(provider)
                 )
         except Exception as error:
             raise ExportError(
                 f"onnxruntime {onnxruntime.__version__} cannot load the model: {error}"
             ) from error
         # It falls back to the CPU by itself where a provider fails to load.
-        if self._session.get_providers()[0] != _PROVIDERS[provider][0]:
+        if self._session.get_providers()[0] != _NAMES[provider]:
             raise MissingComponentError(
-                f"onnxruntime {onnxruntime.__version__} could not start {_PROVIDERS[provider][0]}; "
+                f"onnxruntime {onnxruntime.__version__} could not start {_NAMES[provider]}; "
                 "check that the NVIDIA driver, CUDA and cuDNN fit it ('tome-export doctor')"
             )
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]

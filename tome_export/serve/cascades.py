@@ -66,15 +66,10 @@ def cascade_folder(
         options: Instances.
 
     Raises:
-        InputError: if a member takes batches of one size only, or inputs or outputs differ.
+        InputError: if inputs or outputs differ.
     """
     first = members[0]
     for member in members:
-        if member.config.max_batch_size == 0:
-            raise InputError(
-                f"model {member.model} takes batches of one size, and a cascade asks for as many "
-                "images as need it; rebuild the artifact with a batch range such as 1:8:32"
-            )
         if interface_of(member.config) != interface_of(first.config):
             raise InputError(
                 f"models {first.model} and {member.model} have different inputs or outputs; a "

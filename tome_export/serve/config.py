@@ -40,10 +40,21 @@ LEAST_WITH_LIMITS = 2
 requests in a thousand waiting for 500 ms although the instance is free; without limits, or with
 two instances, none of thousands did."""
 
+CUDA_OPTIONS = {"use_tf32": "0"}
+"""For ONNX Runtime's CUDA provider, which by default rounds the factors of fp32 products to 10 bits
+of mantissa: tokens whose scores differ by less would merge otherwise than in the reference. The
+backend hands such keys on since release 24.06."""
+
+LABELS = "labels.txt"
+
 KEPT_VERSIONS = 2
 """Versions that are served at once, the latest ones. With one, a client that names the version it
 was tested with fails as soon as the next appears; with two it has until the one after that, and
 going back is removing a folder."""
+
+VERSION_COMPATIBLE = "version_compatible"
+"""Parameter of an engine's config: it brings a runtime of its own, which a server runs only if it
+is told to (see ``launch``)."""
 
 
 def check_packages() -> None:
@@ -61,7 +72,10 @@ def check_packages() -> None:
 
 
 def folder_from_source(source: Source, name: str, options: ServeOptions) -> ModelFolder:
-    """The model of a repository that serves a file.
+    """The model of a repository that serves a file as it is.
+
+    One of fixed batch takes exactly as many rows: users call the one that
+    ``fixed.folders_from_source`` puts in front of it.
 
     Args:
         source: What is served.
@@ -74,9 +88,7 @@ def folder_from_source(source: Source, name: str, options: ServeOptions) -> Mode
     """
     version = options.version or 1
     files = {f"{version}/{file}": path for file, path in source.files.items()}
-    more: dict[str, bytes] = {}
-    if source.labels:
-        more["labels.txt"] = "".join(f"{label}\n" for label in source.labels).encode()
+    more = {} if source.batch.is_static else label_files(source)
     if source.platform == "onnxruntime_onnx":
         if options.cuda_graph_batches is not None:
             raise UsageError(
@@ -85,11 +97,23 @@ def folder_from_source(source: Source, name: str, options: ServeOptions) -> Mode
             )
         more[f"configs/{CPU}.pbtxt"] = config_text(cpu_config(source, name, options)).encode()
     elif options.cuda_graph_batches is not None and source.batch.is_static:
+        recorded = (
+            "that batch is recorded"
+            if source.cuda_graphs
+            else "with plugins of a range it is not recorded"
+        )
         raise UsageError(
             f"CUDA graph batches are given for a model of fixed batch {source.batch.max}; leave "
-            "them out, that batch is recorded"
+            f"them out, {recorded}"
         )
     return ModelFolder(name, model_config(source, name, options), {**files, **more})
+
+
+def label_files(source: Source) -> dict[str, bytes]:
+    """The file of class names, one a line; none if there are none."""
+    if not source.labels:
+        return {}
+    return {LABELS: "".join(f"{label}\n" for label in source.labels).encode()}
 
 
 def model_config(source: Source, name: str, options: ServeOptions) -> ModelConfig:
@@ -97,13 +121,20 @@ def model_config(source: Source, name: str, options: ServeOptions) -> ModelConfi
     from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
     config = _common(source, name, options)
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_GPU, count=_instances(options))
+    config.instance_group.add(kind=ModelInstanceGroup.KIND_GPU, count=_instances(source, options))
     if source.platform == "tensorrt_plan":
-        _add_cuda_graphs(config, source.batch, options)
-    elif not source.scatters:
+        if source.cuda_graphs:
+            _add_cuda_graphs(config, source.batch, options)
+        if source.version_compatible:
+            config.parameters[VERSION_COMPATIBLE].string_value = "true"
+        return config
+    if not source.scatters:
         _add_tensorrt_accelerator(config, source)
     # TensorRT's parser refuses scatter-add: the accelerator would cut the graph into pieces, and
     # ONNX Runtime's own CUDA kernels run such a model whole.
+    cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+    for key, value in CUDA_OPTIONS.items():
+        cuda.parameters[key] = value
     return config
 
 
@@ -112,7 +143,7 @@ def cpu_config(source: Source, name: str, options: ServeOptions) -> ModelConfig:
     from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
     config = _common(source, name, options)
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=_instances(options))
+    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=_instances(source, options))
     return config
 
 
@@ -153,21 +184,10 @@ def _common(source: Source, name: str, options: ServeOptions) -> ModelConfig:
     # A model of fixed batch is one whose tensors have that many rows: the server cannot fill
     # a batch up, so it must not make any.
     config.max_batch_size = 0 if batch.is_static else batch.max
-    for tensor in source.inputs:
-        _add_tensor(config.input, tensor, batch)
-    for tensor in source.outputs:
-        _add_tensor(config.output, tensor, batch)
-    if source.labels:
-        config.output[0].label_filename = "labels.txt"
+    add_interface(config, source, batched=not batch.is_static)
+    if not batch.is_static:
+        add_batching(config, options)
     config.version_policy.latest.num_versions = KEPT_VERSIONS
-    # No preferred_batch_size: the batcher then takes what is waiting, up to the largest batch.
-    batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = options.max_queue_delay_us
-    if options.limits_queue:
-        queue = batching.default_queue_policy  # its timeout_action is REJECT if none is given
-        queue.max_queue_size = options.max_queue_size or 0  # 0 is the server's «no limit»
-        queue.default_timeout_microseconds = (options.timeout_ms or 0) * 1000
-        queue.allow_timeout_override = True  # clients may ask for less
     for rows in sorted({1, config.max_batch_size or 1}):
         warmup = config.model_warmup.add(name=f"batch_{rows}", batch_size=rows, count=1)
         for tensor in config.input:
@@ -178,11 +198,33 @@ def _common(source: Source, name: str, options: ServeOptions) -> ModelConfig:
     return config
 
 
-def _instances(options: ServeOptions) -> int:
-    return max(options.instances, LEAST_WITH_LIMITS) if options.limits_queue else options.instances
+def add_interface(config: ModelConfig, source: Source, *, batched: bool) -> None:
+    """Inputs and outputs, with labels if users call it: if the server batches it."""
+    for tensors, found in ((config.input, source.inputs), (config.output, source.outputs)):
+        for tensor in found:
+            _add_tensor(tensors, tensor, tensor.shape[1:] if batched else tensor.shape)
+    if source.labels and batched:
+        config.output[0].label_filename = LABELS
 
 
-def _add_tensor(tensors: Any, tensor: TensorInfo, batch: BatchRange) -> None:
+def add_batching(config: ModelConfig, options: ServeOptions) -> None:
+    """How long requests wait for a batch to fill, and how many may wait."""
+    # No preferred_batch_size: the batcher then takes what is waiting, up to the largest batch.
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = options.max_queue_delay_us
+    if options.limits_queue:
+        queue = batching.default_queue_policy  # its timeout_action is REJECT if none is given
+        queue.max_queue_size = options.max_queue_size or 0  # 0 is the server's «no limit»
+        queue.default_timeout_microseconds = (options.timeout_ms or 0) * 1000
+        queue.allow_timeout_override = True  # clients may ask for less
+
+
+def _instances(source: Source, options: ServeOptions) -> int:
+    limited = options.limits_queue and not source.batch.is_static  # else the front's queue is
+    return max(options.instances, LEAST_WITH_LIMITS) if limited else options.instances
+
+
+def _add_tensor(tensors: Any, tensor: TensorInfo, dims: Sequence[int]) -> None:
     from tritonclient.grpc.model_config_pb2 import DataType
 
     if tensor.dtype not in DATA_TYPES:
@@ -190,7 +232,6 @@ def _add_tensor(tensors: Any, tensor: TensorInfo, batch: BatchRange) -> None:
             f"tensor {tensor.name} is {tensor.dtype}; expected one of {', '.join(DATA_TYPES)}, "
             "rebuild the artifact"
         )
-    dims = tensor.shape if batch.is_static else tensor.shape[1:]
     data_type = DataType.Value(DATA_TYPES[tensor.dtype])
     if dims:
         tensors.add(name=tensor.name, data_type=data_type, dims=dims)
@@ -229,10 +270,8 @@ def _add_tensorrt_accelerator(config: ModelConfig, source: Source) -> None:
         "trt_profile_opt_shapes": _shapes(source, batch.opt),
         "trt_profile_max_shapes": _shapes(source, batch.max),
     }
-    if source.precision == "fp16":
-        # The weights are of that type already; without the mode TensorRT would widen them. The
-        # backend documents no mode for bf16.
-        parameters["precision_mode"] = "FP16"
+    # No precision_mode, for any precision: it lets TensorRT choose types by itself. Without it the
+    # network is strongly typed, and computes in the types that the ONNX model has.
     for key, value in parameters.items():
         accelerator.parameters[key] = value
 

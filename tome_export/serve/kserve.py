@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tome_export.errors import UsageError
+from tome_export.serve.launch import Launch
 
 SCHEMES = ("gs", "s3", "hdfs", "webhdfs", "pvc", "http", "https", "hf", "oci")
 """Where KServe's storage initializer takes a repository from."""
@@ -53,12 +54,15 @@ class KServeOptions:
             )
 
 
-def kserve_manifest(model: str, options: KServeOptions, *, gpu: bool = True) -> dict[str, Any]:
+def kserve_manifest(
+    model: str, options: KServeOptions, launch: Launch | None = None, *, gpu: bool = True
+) -> dict[str, Any]:
     """The InferenceService as data.
 
     Args:
         model: The model that it is named after.
         options: See there.
+        launch: What the models of the repository want a server to be started with.
         gpu: Whether it asks for a GPU.
     """
     name = service_name(model)
@@ -68,6 +72,9 @@ def kserve_manifest(model: str, options: KServeOptions, *, gpu: bool = True) -> 
     arguments = ["--disable-auto-complete-config", "--strict-readiness=true"]
     if not gpu:
         arguments.append("--model-config-name=cpu")
+    launch = launch or Launch()
+    arguments += launch.arguments
+    variables = [{"name": name, "value": value} for name, value in launch.environment.items()]
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
@@ -90,6 +97,7 @@ def kserve_manifest(model: str, options: KServeOptions, *, gpu: bool = True) -> 
                     "protocolVersion": "v2",
                     "storageUri": options.storage_uri or f"pvc://{name}",
                     "args": arguments,
+                    **({"env": variables} if variables else {}),
                     "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
                 },
             }

@@ -62,23 +62,6 @@ class Route:
     config: ModelConfig
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The batch, as the server has it.
-
-    Attributes:
-        max_batch: Largest batch; 0 for a model of fixed batch, which has none to the server.
-        fixed: What precedes each tensor's dims: that fixed batch, or nothing.
-    """
-
-    max_batch: int
-    fixed: tuple[int, ...]
-
-    @classmethod
-    def of(cls, batch: BatchRange) -> _Rows:
-        return cls(0, (batch.max,)) if batch.is_static else cls(batch.max, ())
-
-
 def pipeline_folders(
     artifact: Artifact, name: str, options: ServeOptions, batch: BatchRange | None = None
 ) -> list[ModelFolder]:
@@ -97,14 +80,16 @@ def pipeline_folders(
     Raises:
         InputError: if images cannot be given to the model.
     """
-    rows = _Rows.of(batch or BatchRange.parse(artifact.manifest["batch"]))
-    folders = [_preprocess(artifact, name, options, rows)]
+    most = (batch or BatchRange.parse(artifact.manifest["batch"])).max
+    folders = [_preprocess(artifact, name, options, most)]
     if artifact.manifest["output"]["name"] == "logits":
-        folders.append(_postprocess(artifact, name, options, rows))
-    return [*folders, _pipeline(artifact, folders, name, options, rows)]
+        folders.append(_postprocess(artifact, name, options, most))
+    return [*folders, _pipeline(artifact, folders, name, options)]
 
 
-def _preprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Rows) -> ModelFolder:
+def _preprocess(
+    artifact: Artifact, name: str, options: ServeOptions, max_batch: int
+) -> ModelFolder:
     settings = artifact.manifest["preprocessing"]
     channels = settings["input_size"][0]
     if channels not in (1, 3):
@@ -117,19 +102,18 @@ def _preprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Row
             f"{artifact.path} has interpolation {settings['interpolation']!r}; expected one of "
             f"{', '.join(get_args(Interpolation))}, rebuild the artifact"
         )
-    config = python_config(f"{name}_preprocess", rows.max_batch, options)
+    config = python_config(f"{name}_preprocess", max_batch, options)
     settings = {**settings, "max_pixels": MAX_PIXELS}
     video = artifact.manifest.get("video")
     given = VIDEO if video else IMAGE
-    add_tensor(config.input, given, "TYPE_STRING", rows.fixed or [1])
+    add_tensor(config.input, given, "TYPE_STRING", [1])
     frames = [video["frames"]] if video else []
-    shape = [*rows.fixed, *frames, *settings["input_size"]]
-    add_tensor(config.output, INPUT_NAME, "TYPE_FP32", shape)
+    add_tensor(config.output, INPUT_NAME, "TYPE_FP32", [*frames, *settings["input_size"]])
     if not video:
         return python_folder(config, "preprocess", "preprocessing.json", settings, options)
     mask = VIDEO_MASK in {tensor["name"] for tensor in inputs_of(artifact.manifest)}
     if mask:
-        add_tensor(config.output, VIDEO_MASK, "TYPE_FP32", [*rows.fixed, *frames])
+        add_tensor(config.output, VIDEO_MASK, "TYPE_FP32", frames)
     settings |= {"frames": video["frames"], "mask": mask}
     folder = python_folder(config, "preprocess_video", "preprocessing.json", settings, options)
     version = options.version or 1
@@ -138,7 +122,9 @@ def _preprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Row
     return replace(folder, files={**folder.files, **files})
 
 
-def _postprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Rows) -> ModelFolder:
+def _postprocess(
+    artifact: Artifact, name: str, options: ServeOptions, max_batch: int
+) -> ModelFolder:
     shape = _output_shape(artifact)
     classes = shape[-1]
     labels = artifact.manifest.get("labels") or [str(index) for index in range(classes)]
@@ -148,20 +134,16 @@ def _postprocess(artifact: Artifact, name: str, options: ServeOptions, rows: _Ro
             "logit per label, serve it without preprocessing or rebuild the artifact"
         )
     k = min(TOP_K, classes)
-    config = python_config(f"{name}_postprocess", rows.max_batch, options)
-    add_tensor(config.input, "logits", "TYPE_FP32", [*rows.fixed, classes])
+    config = python_config(f"{name}_postprocess", max_batch, options)
+    add_tensor(config.input, "logits", "TYPE_FP32", [classes])
     for tensor, kind in (("label", "STRING"), ("score", "FP32"), ("index", "INT32")):
-        add_tensor(config.output, tensor, f"TYPE_{kind}", [*rows.fixed, k])
+        add_tensor(config.output, tensor, f"TYPE_{kind}", [k])
     settings = {"k": k, "labels": labels}
     return python_folder(config, "postprocess", "postprocessing.json", settings, options)
 
 
 def _pipeline(
-    artifact: Artifact,
-    folders: Sequence[ModelFolder],
-    name: str,
-    options: ServeOptions,
-    rows: _Rows,
+    artifact: Artifact, folders: Sequence[ModelFolder], name: str, options: ServeOptions
 ) -> ModelFolder:
     """The ensemble. It has no queue of its own: that of the model limits it."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -170,24 +152,24 @@ def _pipeline(
     names = [output["name"] for output in outputs]
     first, *last = [folder.config for folder in folders]
     config = ModelConfig(name=f"{name}_pipeline", platform="ensemble")
-    config.max_batch_size = rows.max_batch
+    config.max_batch_size = first.max_batch_size
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     config.input.add().CopyFrom(first.input[0])
     further = inputs_of(artifact.manifest)[1:]
     made = [tensor.name for tensor in first.output]
     for more in (tensor for tensor in further if tensor["name"] not in made):
         kind = DATA_TYPES[more["dtype"]]
-        add_tensor(config.input, more["name"], kind, [*rows.fixed, *more["shape"][1:]])
+        add_tensor(config.input, more["name"], kind, more["shape"][1:])
     taken = [INPUT_NAME, *(more["name"] for more in further)]
     steps = [(first.name, [first.input[0].name], made), (name, taken, names)]
     if last:
         config.output.extend(last[0].output)
         steps.append((last[0].name, names[:1], [tensor.name for tensor in last[0].output]))
     else:
-        add_tensor(config.output, names[0], "TYPE_FP32", [*rows.fixed, *_output_shape(artifact)])
+        add_tensor(config.output, names[0], "TYPE_FP32", _output_shape(artifact))
     for more in outputs[1:]:
         kind = DATA_TYPES[more["dtype"]]
-        dims = [*rows.fixed, *more["shape"][1:]] or [1]  # a number per image, as in ``config``
+        dims = more["shape"][1:] or [1]  # a number per image, as in ``config``
         add_tensor(config.output, more["name"], kind, dims)
     for model, inputs, outputs in steps:
         config.ensemble_scheduling.step.add(

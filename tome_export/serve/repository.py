@@ -170,6 +170,7 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
         return _Change(folder, is_new=True)
     check_ours(model)
     change = _Change(folder, is_new=False)
+    derived = _is_derived(config_of(model))
     versions = {PurePosixPath(name).parts[0] for name in folder.files if _is_versioned(name)}
     for version in sorted(versions):
         target = model / version
@@ -177,7 +178,7 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
             continue
         if target.exists() and not force and f"{version}/{CASCADE_SETTINGS}" in folder.files:
             raise cascade_there(model)
-        if target.exists() and not force and not _is_derived(folder.config):
+        if target.exists() and not force and not (derived and _is_derived(folder.config)):
             raise InputError(
                 f"{target} has other files; give --version {versions_of(model)[-1] + 1} to add a "
                 "version, or --force to replace this one"
@@ -191,6 +192,15 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
         path for path in ours if path.is_file() and path.relative_to(model).as_posix() not in wanted
     ]
     return change
+
+
+def config_of(model: Path) -> ModelConfig:
+    """The config in a model's folder.
+
+    Raises:
+        InputError: if it is none.
+    """
+    return config_from_text((model / CONFIG).read_text(), str(model / CONFIG))
 
 
 def check_ours(model: Path) -> None:
@@ -229,8 +239,7 @@ def _is_like(model: Path, folder: ModelFolder, replaced: set[str]) -> bool:
     Raises:
         InputError: if it does not, and other versions stay.
     """
-    there = config_from_text((model / CONFIG).read_text(), str(model / CONFIG))
-    if _interface(there) == _interface(folder.config):
+    if _interface(config_of(model)) == _interface(folder.config):
         return True
     others = [v for v in versions_of(model) if str(v) not in replaced]
     if others:

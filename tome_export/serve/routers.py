@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tome_export.serve.client import PIPELINE, ROUTER
-from tome_export.serve.config import config_from_text
 from tome_export.serve.pipeline_models import Route, router_folder, routes_from_json
-from tome_export.serve.repository import is_ours, models_in, versions_of
+from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
 from tome_export.serve.spec import ModelFolder, ServeOptions
-
-if TYPE_CHECKING:
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 
 def has_router(repository: Path, base: str) -> bool:
@@ -56,7 +51,7 @@ def router_folders(
         there = models_in(repository)
         # Models that came without a router for images may have pipelines nevertheless.
         older = [
-            Route(pipeline, route.r, route.ms, _config(repository, pipeline))
+            Route(pipeline, route.r, route.ms, config_of(repository / pipeline))
             for route in merged
             if (pipeline := f"{route.model}{PIPELINE}") in there
         ]
@@ -75,14 +70,9 @@ def _existing(repository: Path, router: str) -> list[Route]:
     file = folder / str((*versions_of(folder), 1)[-1]) / "routes.json"
     there = models_in(repository)
     text = file.read_text() if file.is_file() else ""
-    return routes_from_json(text, lambda model: _config(repository, model), there, str(file))
+    return routes_from_json(text, lambda model: config_of(repository / model), there, str(file))
 
 
 def _merged(new: Sequence[Route], old: Sequence[Route]) -> list[Route]:
     """A new route replaces the one to the same model."""
     return [*{route.model: route for route in (*old, *new)}.values()]
-
-
-def _config(repository: Path, model: str) -> ModelConfig:
-    path = repository / model / "config.pbtxt"
-    return config_from_text(path.read_text(), str(path))

@@ -201,6 +201,7 @@ def start(
     load: Sequence[str] = (),
     stand_in: bool | None = None,
     arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
     on_log: Callable[[str], None] | None = None,
     ready_seconds: float | None = READY_SECONDS,
 ) -> Iterator[RunningServer]:
@@ -219,6 +220,7 @@ def start(
         stand_in: Let our stand-in run the models of the ONNX Runtime backend; None where the
             server comes without that backend.
         arguments: More arguments of tritonserver.
+        environment: More variables of its environment; those set already stay.
         on_log: Called with each line of the server's log, from another thread.
         ready_seconds: Wait that long until it is ready; None does not wait.
 
@@ -256,8 +258,8 @@ def start(
             *arguments,
         )
         ports = (http_port, grpc_port, metrics_port)
-        environment = installation.environment(Path(folder, "python"))
-        plan = _Command(command, environment, repository, host, ports)
+        variables = dict(environment or {}) | installation.environment(Path(folder, "python"))
+        plan = _Command(command, variables, repository, host, ports)
         log_path = Path(folder, "log")
         server = RunningServer(plan, log_path, memory, watchdog, stand_in=stands_in)
         if on_log is not None:

@@ -26,7 +26,11 @@ MAX_NAME = 128
 """Longest name of a model: names of the models around it, and of files, are longer."""
 
 
-RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router", "_cascade")
+FIXED = "_fixed"
+"""What is added to the name of a model of one batch size: the model itself takes that name, and the
+one that fills requests up to that size the name without it."""
+
+RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router", "_cascade", FIXED)
 """How the names of the models around a model end."""
 
 
@@ -37,12 +41,14 @@ class Source:
     Attributes:
         platform: What the server loads it as.
         files: Name in the version folder -> file of the artifact.
-        batch: Batch sizes it takes.
+        batch: Batch sizes that it is given.
         inputs: By name, dtype and shape; ``-1`` is the batch.
         outputs: Likewise.
-        precision: Of the artifact.
         scatters: Whether its merge is one that TensorRT's parser refuses.
         labels: Class names, if it has some.
+        version_compatible: Whether it is an engine that brings a runtime of its own, for servers
+            of later TensorRT versions.
+        cuda_graphs: Whether its batches may be recorded as CUDA graphs.
         note: What a user should know of the choice; empty if nothing.
     """
 
@@ -51,16 +57,18 @@ class Source:
     batch: BatchRange
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    precision: str
     scatters: bool
     labels: tuple[str, ...]
+    version_compatible: bool = False
+    cuda_graphs: bool = True
     note: str = ""
 
 
 def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
     """Choose the file to serve.
 
-    ``auto`` takes the TensorRT engine where there is one, else the ONNX model.
+    ``auto`` takes the TensorRT engine where there is one, else the ONNX model. An engine with
+    plugins that was built for a range of batch sizes is given only the one it is tuned for.
 
     Raises:
         UsageError: if the choice is unknown.
@@ -75,6 +83,15 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         raise InputError(_no_engine(artifact))
     use_engine = engine is not None and choice != "onnx"
     batch = BatchRange.parse((engine if use_engine else manifest)["batch"])
+    note = ""
+    leaks = use_engine and manifest["merge"]["merge_op"] == "plugin" and not batch.is_static
+    if leaks:
+        note = (
+            f"The engine has plugins and was built for batches of {batch}: it is given {batch.opt} "
+            "images at a time, as TensorRT keeps memory at every change of the batch of such a "
+            "plugin (NVIDIA/TensorRT issue 4849), and is not recorded as a CUDA graph"
+        )
+        batch = BatchRange(batch.opt, batch.opt, batch.opt)
     if use_engine:
         files = {"model.plan": artifact.path / engine["file"]}
         if batch.min > 1 and not batch.is_static:
@@ -86,7 +103,6 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
     else:
         names = [name for name in manifest["files"] if name in (MODEL, f"{MODEL}.data")]
         files = {name: artifact.path / name for name in names}
-    note = ""
     if not use_engine and choice == "auto" and RTX in manifest["engines"]:
         note = f"{NO_RTX}: the ONNX model is served"
     return Source(
@@ -97,9 +113,10 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         outputs=tuple(
             _tensor(artifact, "output", values, batch) for values in outputs_of(manifest)
         ),
-        precision=manifest["precision"],
         scatters=manifest["merge"]["merge_op"] == "index_add",
         labels=_labels(artifact),
+        version_compatible=use_engine and bool(engine.get("version_compatible")),
+        cuda_graphs=not leaks,
         note=note,
     )
 

@@ -198,7 +198,11 @@ def _like_file(
         dims = shape[1:] if config.max_batch_size else shape
         said = described[name]
         mine = list(said.reshape.shape if said.HasField("reshape") else said.dims)
-        if mine != list(dims):
+        # A file of any batch may be given one size only.
+        fits = len(mine) == len(dims) and all(
+            size in (-1, given) for given, size in zip(mine, dims, strict=True)
+        )
+        if not fits:
             yield f"has {kind} {name} {mine}; the file that is served has {list(dims)}"
         dtype = DataType.Name(described[name].data_type)
         if dtype != DATA_TYPES.get(actual[name].dtype):

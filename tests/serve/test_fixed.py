@@ -1,0 +1,217 @@
+"""Models of one batch size, and what fills requests up to it, on the real server."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tome_export.artifact import Artifact
+from tome_export.errors import InputError, UsageError
+from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.pipeline.server import RunRequest, running
+from tome_export.serve.client import connect
+from tome_export.serve.fixed import folders_from_source
+from tome_export.serve.python_models.fixed import filled_up
+from tome_export.serve.python_models.preprocess import pixels_from_bytes
+from tome_export.serve.repository import write
+from tome_export.serve.server import start
+from tome_export.serve.source import check_free_name, source_from_artifact
+from tome_export.serve.spec import ServeOptions
+
+pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+
+BATCH = 4
+FRONT, MODEL = "small_r8", "small_r8_fixed"
+LABELS = ("a", "b", "c", "d", "e")
+PIXELS = np.random.default_rng(1).standard_normal((50, 3, 8, 8), dtype=np.float32)
+
+
+class Served(NamedTuple):
+    grpc: str
+    versions: list[Path]
+    routed: Path
+
+
+@pytest.fixture(scope="module")
+def served(request, by_hand, tmp_path_factory):
+    """Two versions of one model of batch 4, one with a pipeline, and a router of two others."""
+    request.getfixturevalue("installation")
+    folder = tmp_path_factory.mktemp("fixed")
+    made = [
+        by_hand.write_artifact(folder / str(seed), batch=str(BATCH), labels=LABELS, seed=seed)
+        for seed in (0, 1)
+    ]
+    routed = [
+        by_hand.write_artifact(
+            folder / f"r{r}", batch=str(BATCH), model="two", r=[r], schedule=f"r={r} constant"
+        )
+        for r in (0, 4)
+    ]
+    repository = folder / "repository"
+    for version, artifact in enumerate(made, 1):
+        options = ServeOptions(version=version, preprocess=version == len(made))
+        serve(ServeRequest((artifact,), repository, options))
+    serve(ServeRequest(tuple(routed), repository, ServeOptions(max_queue_delay_us=20_000)))
+    with running(RunRequest(repository, http_port=0, grpc_port=0, metrics_port=0)) as server:
+        yield Served(server.grpc, made, routed[-1])
+        server.stop(0)
+
+
+@pytest.fixture
+def client(served):
+    with connect(served.grpc) as made:
+        yield made
+
+
+@pytest.fixture
+def grpc(served):
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(served.grpc) as made:
+        yield made
+
+
+def ort(artifact, pixels):
+    """What ONNX Runtime gives for full batches."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        artifact / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    padded = np.concatenate([pixels, np.zeros((-len(pixels) % BATCH, 3, 8, 8), np.float32)])
+    batches = padded.reshape(-1, BATCH, 3, 8, 8)
+    logits = [session.run(["logits"], {"pixel_values": batch})[0] for batch in batches]
+    return np.concatenate(logits)[: len(pixels)]
+
+
+def test_single_requests_share_full_batches(served, grpc, counts):
+    names = ("two_r4", "two_r4_fixed")
+    before = {name: counts(grpc, name) for name in names}
+
+    def ask(part):
+        with connect(served.grpc) as client:
+            return client.infer("two_r4", {"pixel_values": part})["logits"]
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, np.split(PIXELS, len(PIXELS))))
+    expected = ort(served.routed, PIXELS)
+    np.testing.assert_allclose(np.concatenate(answers), expected, rtol=1e-6, atol=1e-6)
+    front, model = (counts(grpc, name) - before[name] for name in names)
+    assert front[0] == len(PIXELS)
+    # One request to the model for each batch in front of it, and fewer batches than requests.
+    assert model.tolist() == [front[1], front[1]]
+    assert len(PIXELS) / BATCH <= model[0] < len(PIXELS)
+
+
+def test_the_model_behind_takes_its_batch_only(client):
+    assert client.tensors(MODEL)[0]["pixel_values"]["shape"] == [BATCH, 3, 8, 8]
+    assert client.tensors(FRONT)[0]["pixel_values"]["shape"] == [-1, 3, 8, 8]
+    for rows in (1, 3, 5):
+        with pytest.raises(InputError, match=r"unexpected shape .* Expected \[4,3,8,8\]"):
+            client.infer(MODEL, {"pixel_values": PIXELS[:rows]})
+    with pytest.raises(InputError, match="batch-size must be <= 4"):
+        client.infer(FRONT, {"pixel_values": PIXELS[:5]})
+
+
+@pytest.mark.parametrize("rows", range(1, BATCH + 1))
+def test_requests_of_several_images(served, client, rows):
+    answer = client.infer(FRONT, {"pixel_values": PIXELS[:rows]})["logits"]
+    expected = ort(served.versions[-1], PIXELS[:rows])
+    np.testing.assert_allclose(answer, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_each_version_asks_its_own(served, grpc):
+    import tritonclient.grpc
+
+    given = tritonclient.grpc.InferInput("pixel_values", [1, 3, 8, 8], "FP32")
+    given.set_data_from_numpy(PIXELS[:1])
+    answers = [
+        grpc.infer(FRONT, [given], model_version=version).as_numpy("logits")
+        for version in ("1", "2")
+    ]
+    for artifact, answer in zip(served.versions, answers, strict=True):
+        np.testing.assert_allclose(answer, ort(artifact, PIXELS[:1]), rtol=1e-6, atol=1e-6)
+    assert np.abs(answers[0] - answers[1]).max() > 0.1
+
+
+def test_pipeline_of_single_images(served, client, tmp_path):
+    Image.fromarray((np.arange(192) % 256).astype(np.uint8).reshape(8, 8, 3)).save(
+        tmp_path / "x.png"
+    )
+    data = (tmp_path / "x.png").read_bytes()
+    pipeline = client.pipeline(FRONT)
+    answer = client.infer(pipeline, {"image": np.array([[data]], object)})
+    artifact = served.versions[-1]
+    settings = Artifact.open(artifact).manifest["preprocessing"] | {"max_pixels": 1000}
+    logits = ort(artifact, pixels_from_bytes(data, settings)[None])
+    assert answer["label"][0, 0].decode() == LABELS[int(logits.argmax())]
+
+
+def test_router_over_fixed_batches(client):
+    assert client.routes("two_router") == ("two_r0", "two_r4")
+    for r in (0, 4):
+        routed = client.infer("two_router", {"pixel_values": PIXELS[:3]}, parameters={"r": r})
+        own = client.infer(f"two_r{r}", {"pixel_values": PIXELS[:3]})
+        np.testing.assert_array_equal(routed["logits"], own["logits"])
+
+
+@pytest.mark.usefixtures("installation")
+def test_an_error_of_the_model_is_the_answer(make_artifact, tmp_path):
+    source = source_from_artifact(Artifact.open(make_artifact(batch="4")))
+    write(tmp_path / "repository", folders_from_source(source, "x", ServeOptions()))
+    alone = start(tmp_path / "repository", config_name="cpu", control="explicit", load=["x"])
+    with alone as server, connect(server.grpc) as client:
+        with pytest.raises(InputError, match="x_fixed"):
+            client.infer("x", {"pixel_values": PIXELS[:1]})
+        server.stop(0)
+
+
+def test_rows_are_filled_up_with_the_last():
+    parts = [np.arange(2).reshape(1, 2), np.arange(2, 6).reshape(2, 2)]
+    assert filled_up(parts, 4).tolist() == [[0, 1], [2, 3], [4, 5], [4, 5]]
+    assert filled_up(parts, 3).tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_queue_and_labels_are_those_of_the_front(make_artifact):
+    source = source_from_artifact(Artifact.open(make_artifact(batch="4", labels=LABELS)))
+    options = ServeOptions(instances=2, max_queue_delay_us=70, max_queue_size=9)
+    model, front = folders_from_source(source, "x", options)
+    assert (model.name, front.name) == ("x_fixed", "x")
+    assert [folder.config.max_batch_size for folder in (model, front)] == [0, BATCH]
+    assert not model.config.HasField("dynamic_batching")
+    batching = front.config.dynamic_batching
+    assert batching.max_queue_delay_microseconds == 70
+    assert batching.default_queue_policy.max_queue_size == 9
+    assert [f.config.instance_group[0].count for f in (model, front)] == [2, 3]
+    assert [f.config.output[0].label_filename for f in (model, front)] == ["", "labels.txt"]
+    assert "labels.txt" in front.files
+    assert "labels.txt" not in model.files
+    assert json.loads(front.files["1/fixed.json"]) == {"model": "x_fixed"}
+
+
+def test_what_is_said(make_artifact, tmp_path):
+    done = serve(ServeRequest((make_artifact(batch="4"),), tmp_path / "repository"))
+    assert [model.name for model in done.models] == [MODEL, FRONT]
+    assert done.entry == FRONT
+    assert done.notes == (
+        f"{MODEL} takes batches of exactly 4; {FRONT} takes 1 to 4 images of any number of "
+        "requests and fills them up for it",
+    )
+    with pytest.raises(UsageError, match="names that end in _fixed are given to models made"):
+        check_free_name("mine_fixed")
+
+
+def test_a_front_does_not_replace_a_model_that_holds_a_file(make_artifact, tmp_path):
+    repository = tmp_path / "repository"
+    serve(ServeRequest((make_artifact(),), repository))
+    request = ServeRequest((make_artifact(batch="4"),), repository)
+    with pytest.raises(InputError, match=r"small_r8/1 has other files; give --version 2"):
+        serve(request)
+    assert (repository / FRONT / "1" / "model.onnx").is_file()
+    assert not (repository / MODEL).exists()
