@@ -18,7 +18,7 @@ from tome_export.serve.installation import find
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
 
-def add_engine(artifact: Path, name: str, batch: str = "1:8:32") -> None:
+def add_engine(artifact: Path, name: str, batch: str = "1:8:32", **more: object) -> None:
     """The record of an engine; its file is none."""
     file = "model.engine" if name == "tensorrt" else "model.rtx.engine"
     draft = artifact.with_name(file)
@@ -28,7 +28,7 @@ def add_engine(artifact: Path, name: str, batch: str = "1:8:32") -> None:
         "outputs": [{"name": "logits", "dtype": "float32", "shape": [-1, 10]}],
     }
     record = {"file": file, "version": "10.13", "batch": batch, "targets": ["8.9"]}
-    engine = {**record, **tensors, "build_seconds": 1.0, "notes": []}
+    engine = {**record, **tensors, "build_seconds": 1.0, "notes": [], **more}
     Artifact.open(artifact).with_files({"engines": {name: engine}}, {file: draft})
 
 
@@ -73,6 +73,33 @@ def test_rtx_engines(run, artifact, tmp_path):
     ran = run("serve", artifact, "--repository", "models")
     assert ran.code == 0
     assert "no backend for TensorRT-RTX engines: the ONNX model is served" in ran.out
+
+
+def test_a_version_compatible_engine_says_what_its_server_needs(run, artifact, tmp_path):
+    add_engine(artifact, "tensorrt", version_compatible=True)
+    flag = "--backend-config=tensorrt,version-compatible=true"
+    ran = run("serve", artifact, "--repository", "models", "--kserve", "k.yaml")
+    assert ran.out.splitlines()[-1] == (
+        "Serve it: this command with --run, or tritonserver "
+        f"--model-repository={tmp_path / 'models'} {flag}"
+    )
+    assert f'- "{flag}"\n' in (tmp_path / "k.yaml").read_text()
+    ran = run("serve", artifact, "--repository", "models", "--json")
+    assert ran.json["server"] == {"arguments": [flag], "environment": {}}
+
+
+def test_an_engine_with_plugins_and_a_range_is_served_at_one_batch(run, artifact, tmp_path):
+    build = artifact / "build.json"
+    manifest = json.loads(build.read_text())
+    manifest["merge"]["merge_op"] = "plugin"
+    build.write_text(json.dumps(manifest))
+    add_engine(artifact, "tensorrt", "1:8:32")
+    ran = run("serve", artifact, "--repository", "models")
+    assert ran.code == 0
+    assert "The engine has plugins and was built for batches of 1:8:32: it is given 8" in ran.out
+    assert "vit_digits_r8_fixed takes batches of exactly 8; vit_digits_r8 takes 1 to 8" in ran.out
+    config = (tmp_path / "models" / "vit_digits_r8_fixed" / "config.pbtxt").read_text()
+    assert "graphs" not in config
 
 
 BAD = {

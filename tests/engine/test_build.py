@@ -33,6 +33,7 @@ def test_build_writes_engine_and_describes_it(save_vit, tmp_path, capfd, precisi
     assert info.outputs == (TensorInfo("logits", (-1, 17, 64), "float32"),)
     assert (info.backend, info.file, info.batch) == ("tensorrt-rtx", "model.rtx.engine", "1:4:8")
     assert info.network_layers > 10
+    assert info.to_dict()["version_compatible"] is False
     assert any(note.startswith("attention layers: 2,") for note in info.notes)
     assert json.loads(json.dumps(info.to_dict()))["inputs"][0]["shape"] == [-1, 17, 64]
     assert no_leftovers(tmp_path)

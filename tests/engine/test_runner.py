@@ -1,11 +1,14 @@
-"""What of the runner can be shown without a GPU: how polygraphy is set up."""
+"""What of the runner can be shown without a GPU: how polygraphy and the runtime are set up."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+SHIM = Path(__file__).parents[1] / "plugins"
 
 SETUP = """
 import os, sys
@@ -40,3 +43,58 @@ def test_polygraphy_takes_tensorrt_rtx_and_the_cuda_runtime_of_the_wheels():
     assert (done.returncode, done.stderr) == (0, "")
     assert "run the two in separate commands" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+LOAD = """
+import sys, types
+from pathlib import Path
+import tensorrt_rtx
+from tome_export.engine.runner import load
+from tome_export.errors import InputError
+made = []
+library = types.ModuleType("tensorrt_rtx")
+library.__dict__.update(tensorrt_rtx.__dict__)
+library.Runtime = lambda logger: made.append(tensorrt_rtx.Runtime(logger)) or made[-1]
+for given in ({}, {"version_compatible": True}):
+    try:
+        with load(library, Path(sys.argv[1]), **given):
+            pass
+    except InputError as error:
+        assert "cannot be loaded" in str(error), error
+    print(made[-1].engine_host_code_allowed)
+"""
+
+
+def test_code_of_an_engine_may_run_only_if_it_was_built_version_compatible(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from tome_export.engine.runner import _cuda_wheel_folders
+
+    if not _cuda_wheel_folders():
+        pytest.skip("no CUDA runtime wheel is installed")
+    (tmp_path / "model.engine").write_bytes(b"no engine")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "model.engine")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "False\nTrue\n")
+
+
+TENSORRT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import tensorrt_shim
+try:
+    trt = tensorrt_shim.load(Path(sys.argv[2]))
+except tensorrt_shim.ShimUnavailable as reason:
+    sys.exit(f"skip: {reason}")
+switch = trt.Runtime.engine_host_code_allowed
+print(switch.fget is not None, switch.fset is not None)
+"""
+
+
+def test_tensorrt_has_the_switch_too(tmp_path):
+    """Its real Python layer; a runtime can only be made where TensorRT itself is installed."""
+    command = [sys.executable, "-c", TENSORRT, str(SHIM), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr.startswith("skip: "):
+        pytest.skip(done.stderr.removeprefix("skip: ").strip())
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "True True"), done.stderr

@@ -101,6 +101,7 @@ class EngineInfo:
         targets: Compute capabilities it was built for.
         network_layers: Layers of the parsed network, before the builder fuses them.
         plugin_layers: Those of them that are plugins.
+        version_compatible: Whether it brings a runtime of its own: code that loading it runs.
         layers: The engine's layers as its inspector gives them; None where it could not be read.
         notes: Whatever a user should know: options without effect here, fall-backs, warnings.
     """
@@ -116,6 +117,7 @@ class EngineInfo:
     targets: tuple[str, ...]
     network_layers: int
     plugin_layers: int
+    version_compatible: bool
     layers: tuple[Any, ...] | None
     notes: tuple[str, ...]
 
@@ -192,8 +194,15 @@ class Backend(Protocol):
             ExportError: if the parser or the builder refuses, or the file cannot be written.
         """
 
-    def runner(self, engine_path: Path) -> AbstractContextManager[Runner]:
+    def runner(
+        self, engine_path: Path, *, version_compatible: bool = False
+    ) -> AbstractContextManager[Runner]:
         """Load an engine on the GPU; it is unloaded when the context ends.
+
+        Args:
+            engine_path: The file.
+            version_compatible: Whether it was built so. Only then the code that comes with such an
+                engine may run; it is refused otherwise.
 
         Raises:
             MissingComponentError: if this machine cannot run it.

@@ -28,6 +28,7 @@ from tome_export.engine.base import (
 from tome_export.engine.files import write_atomically
 from tome_export.engine.interrupt import run_interruptibly
 from tome_export.engine.messages import Messages, collect, monitor_for
+from tome_export.engine.runner import load, runtime_for
 from tome_export.errors import ExportError, MissingComponentError
 
 
@@ -163,7 +164,7 @@ class PythonApiBackend(ABC):
                 "use --engine none to keep only the ONNX model"
             )
         notes += self.after_build(trt, config, options)
-        layers = self._layers(trt, logger, plan)
+        layers = self._layers(trt, logger, plan, options)
         if layers is None:
             notes.append("the engine's layers were not recorded: reading them needs a GPU")
         del parser
@@ -179,6 +180,7 @@ class PythonApiBackend(ABC):
             targets=self.targets(options),
             network_layers=int(net.num_layers),
             plugin_layers=network.plugin_layers(trt, net),
+            version_compatible=options.version_compatible,
             layers=layers,
             notes=tuple(notes + messages.warnings),
         )
@@ -192,24 +194,27 @@ class PythonApiBackend(ABC):
             raise MissingComponentError(f"{self.title} does not start here: {reason}") from error
         return builder
 
-    def _layers(self, trt: ModuleType, logger: Any, plan: Any) -> tuple[Any, ...] | None:
+    def _layers(
+        self, trt: ModuleType, logger: Any, plan: Any, options: EngineOptions
+    ) -> tuple[Any, ...] | None:
         if not gpu.detect().gpus:
             return None  # even reading an engine allocates on a GPU
-        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+        runtime = runtime_for(trt, logger, version_compatible=options.version_compatible)
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return None
         inspector = engine.create_engine_inspector()
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return tuple(json.loads(text).get("Layers", ()))
 
-    def runner(self, engine_path: Path) -> AbstractContextManager[Runner]:
+    def runner(
+        self, engine_path: Path, *, version_compatible: bool = False
+    ) -> AbstractContextManager[Runner]:
         """See ``Backend.runner``."""
-        from tome_export.engine.runner import load
-
         ready = self.can_run()
         if not ready.available:
             raise MissingComponentError(ready.reason)
-        return load(self.module(), engine_path)
+        return load(self.module(), engine_path, version_compatible=version_compatible)
 
     @abstractmethod
     def network_flags(self, trt: ModuleType) -> int:

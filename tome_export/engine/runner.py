@@ -76,9 +76,31 @@ class _PolygraphyRunner:
         return {name: np.array(value, copy=True) for name, value in outputs.items()}
 
 
+def runtime_for(trt: ModuleType, logger: Any, *, version_compatible: bool) -> Any:
+    """TensorRT's runtime, which runs code out of an engine only if it is known to hold such.
+
+    Args:
+        trt: The library's module.
+        logger: From ``messages.collect``.
+        version_compatible: Whether the engine was built so: it then brings the runtime of the
+            TensorRT that built it. The default refuses it, as an engine may come from anywhere.
+    """
+    runtime = trt.Runtime(logger)
+    if version_compatible:
+        runtime.engine_host_code_allowed = True
+    return runtime
+
+
 @contextmanager
-def load(trt: ModuleType, engine_path: Path) -> Iterator[Runner]:
+def load(
+    trt: ModuleType, engine_path: Path, *, version_compatible: bool = False
+) -> Iterator[Runner]:
     """Load an engine and keep it on the GPU until the context ends.
+
+    Args:
+        trt: The library's module.
+        engine_path: The file.
+        version_compatible: See ``runtime_for``.
 
     Raises:
         InputError: if the file is missing or is not an engine of this version for this GPU.
@@ -93,7 +115,8 @@ def load(trt: ModuleType, engine_path: Path) -> Iterator[Runner]:
     from polygraphy.logger import G_LOGGER
 
     with collect(trt) as (logger, messages), G_LOGGER.verbosity(_SILENT):
-        engine = trt.Runtime(logger).deserialize_cuda_engine(engine_path.read_bytes())
+        runtime = runtime_for(trt, logger, version_compatible=version_compatible)
+        engine = runtime.deserialize_cuda_engine(engine_path.read_bytes())
         if engine is None:
             raise InputError(
                 f"{engine_path.name} cannot be loaded by {trt.__name__} {trt.__version__} on this "

@@ -41,6 +41,7 @@ class Subject:
         output_name: Of the model's one output.
         batch: Batch sizes it takes.
         engines: Ready engine files by backend.
+        version_compatible: Backends whose ready engine was built so, by the artifact's manifest.
         plugins: Those of the model; None if it has none.
         module: The same in PyTorch, fp32; None where only graphs are to be run.
         further: Inputs besides the images: shape of each without the batch.
@@ -52,6 +53,7 @@ class Subject:
     output_name: str
     batch: BatchRange
     engines: Mapping[str, Path] = field(default_factory=dict)
+    version_compatible: frozenset[str] = frozenset()
     plugins: Plugins | None = None
     module: MergedModel | None = None
     further: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -69,6 +71,9 @@ def subject_of(artifact: Artifact, label: str, module: MergedModel | None = None
         output_name=manifest["output"]["name"],
         batch=BatchRange.parse(manifest["batch"]),
         engines={name: artifact.path / e["file"] for name, e in manifest["engines"].items()},
+        version_compatible=frozenset(
+            name for name, e in manifest["engines"].items() if e.get("version_compatible")
+        ),
         plugins=plugins_of(manifest),
         module=module,
         further=extra_inputs(manifest),
@@ -187,4 +192,5 @@ def open_runner(
                 engine, subject.folder, options, progress, Path(folder), plugins=subject.plugins
             )
             file = Path(folder) / engine.file_name
-        yield stack.enter_context(engine.runner(file))
+        compatible = name in subject.version_compatible
+        yield stack.enter_context(engine.runner(file, version_compatible=compatible))

@@ -55,6 +55,7 @@ def peak_memory(name: str, subject: Subject, batch: int, shape: list[int], folde
         "file": str(file),
         "shape": [batch, *shape],
         "modules": modules,
+        "version_compatible": name in subject.version_compatible,
     }
     request |= {"output": subject.output_name, "further": dict(subject.further)}
     return measure(__name__, request, gpu=gpu)
@@ -65,8 +66,8 @@ def main(argument: str) -> None:
 
     Args:
         argument: JSON: ``backend``, ``file``, ``shape`` of the images, shapes of the ``further``
-            inputs by name, name of the ``output``, and ``modules`` that the classes of a PyTorch
-            model come from.
+            inputs by name, name of the ``output``, ``modules`` that the classes of a PyTorch
+            model come from, and whether an engine is ``version_compatible``.
     """
     request = json.loads(argument)
     name, file = request["backend"], Path(request["file"])
@@ -77,7 +78,8 @@ def main(argument: str) -> None:
 
     images = np.zeros(request["shape"], np.float32)
     further = unit_inputs(request["further"], len(images))
-    open_runner = _opener(name, file, request["output"])
+    compatible = request["version_compatible"]
+    open_runner = _opener(name, file, request["output"], version_compatible=compatible)
     for module in request["modules"]:
         importlib.import_module(module)
 
@@ -90,7 +92,7 @@ def main(argument: str) -> None:
     report(work)
 
 
-def _opener(name: str, file: Path, output_name: str) -> Any:
+def _opener(name: str, file: Path, output_name: str, *, version_compatible: bool) -> Any:
     """What loads the model; libraries are imported here, ahead of the measurement."""
     if name in (ORT_CPU, ORT_CUDA):
         from tome_export.runtime import ort
@@ -108,7 +110,7 @@ def _opener(name: str, file: Path, output_name: str) -> Any:
     engine.can_run()
 
     def load() -> Any:
-        context = engine.runner(file)
+        context = engine.runner(file, version_compatible=version_compatible)
         runner = context.__enter__()
         _OPEN.append(context)
         return runner

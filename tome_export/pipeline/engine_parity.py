@@ -30,6 +30,7 @@ class EngineRunnerFactory:
     def __init__(self, artifact: Artifact, backend: str, progress: Progress) -> None:
         record = artifact.manifest["engines"][backend]
         self._shipped = artifact.path / record["file"]
+        self._compatible = bool(record.get("version_compatible"))
         self._options = EngineOptions(batch=BatchRange.parse(record["batch"]))
         self._artifact = artifact
         self._backend = next(b for b in BACKENDS if b.name == backend)
@@ -43,7 +44,8 @@ class EngineRunnerFactory:
         from tome_export.onnx.twin import is_twin
 
         if not is_twin(model):
-            with self._backend.runner(self._shipped) as runner:
+            compatible = self._compatible
+            with self._backend.runner(self._shipped, version_compatible=compatible) as runner:
                 yield runner
             return
         with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
