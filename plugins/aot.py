@@ -83,6 +83,7 @@ def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
         "num_stages": 1,
         "ptx_version": PTX_VERSIONS[capability],
         "enable_fp_fusion": True,
+        "maxnreg": variant.max_registers,
     }
     target = GPUTarget("cuda", 10 * major + minor, 32)
     try:

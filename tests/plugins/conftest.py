@@ -6,7 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ class Interpreter:
             env={**os.environ, "TRITON_INTERPRET": "1"},
         )
 
-    def __call__(self, function: str, *arguments: Any) -> Any:
+    def __call__(self, function: str, *arguments: Any, **options: Any) -> Any:
         """What the function returns; ``RuntimeError`` with its error's type and message."""
         to, back = self._process.stdin, self._process.stdout
         assert to is not None
         assert back is not None
-        pickle.dump((function, arguments), to)
+        pickle.dump((function, arguments, options), to)
         to.flush()
         done, answer = pickle.load(back)  # noqa: S301 - from our own child
         if not done:
@@ -48,6 +49,27 @@ def interpreter() -> Iterator[Interpreter]:
     worker = Interpreter()
     yield worker
     worker.close()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], Any]:
+    """``compiled(variant, "9.0")``: the kernel, compiled once per session, from nothing.
+
+    The compiler's own cache is elsewhere: it would hide what is not deterministic.
+    """
+    pytest.importorskip("triton", reason="the Triton language compiles the kernels")
+    from tome_export.plugins import aot
+    from tome_export.plugins.store import parse_capability
+
+    folder = tmp_path_factory.mktemp("triton")
+
+    @cache
+    def compile_once(variant: Any, capability: str) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_CACHE_DIR", str(folder))
+            return aot.compile_ptx(variant, parse_capability(capability))
+
+    return compile_once
 
 
 @pytest.fixture(scope="session")
