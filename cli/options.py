@@ -12,7 +12,7 @@ import click
 
 from tome_export.merge.schedule import INFLECTION
 from tome_export.reducers import DEFAULT, REDUCERS
-from tome_export.spec import MERGE_OPS, SELECT_FEATURES, TOWERS, BatchRange
+from tome_export.spec import ATTENTION_FORMS, MERGE_OPS, SELECT_FEATURES, TOWERS, BatchRange
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -272,5 +272,13 @@ model_options = grouped(
         show_default=True,
         help="auto: plugin for a TensorRT engine of one batch size, where it pays, else matmul; "
         "index_add is for ONNX Runtime only.",
+    ),
+    click.option(
+        "--attention",
+        type=click.Choice(ATTENTION_FORMS),
+        default="auto",
+        show_default=True,
+        help="auto: fused for an engine, in parts for fp32 and for ONNX Runtime on a GPU; "
+        "fused-fp32: fp16 with float32 sums, for TensorRT; see docs/attention.md.",
     ),
 )

@@ -91,6 +91,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
                 "compress_options",
                 "batch",
                 "merge_op",
+                "attention",
                 "plugin_batch_range",
                 "engine",
                 "images",

@@ -10,11 +10,13 @@ from tome_export.errors import InputError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 MergeOp = Literal["auto", "index_add", "matmul", "plugin"]
+AttentionForm = Literal["auto", "fused", "fused-fp32", "parts"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 SelectFeature = Literal["patch", "cls_patch"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
+ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 
 TOWERS = ("llava",)
 SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import onnx
 import pytest
 
@@ -67,6 +69,28 @@ def test_builder_accepts_the_twin(export, make_vit, tmp_path, precision, plugin)
     assert outputs["blocks.1.metric"] == ((-1, 60, 32), "float32")
 
 
+KERNEL = re.compile(rb"fmha::\w*Kernel_traits\w*<\s*fmha::(\w+)_traits,\s*fmha::(\w+)_traits,")
+"""A fused attention kernel's two matrix products, in the source that an engine brings along."""
+
+FP16, FP32 = b"Ampere_hmma_fp16", b"Ampere_hmma_fp32"
+
+
+@pytest.mark.parametrize(
+    ("form", "sums"),
+    [("fused", {(FP16, FP16)}), ("fused-fp32", {(FP32, FP32)}), ("parts", {(FP16, FP16)})],
+)
+def test_what_fused_attention_sums_in(export, make_vit, tmp_path, form, sums):
+    """Scores and weighted values of the first two layers: sums in fp16 unless cast up to fp32."""
+    options = ExportOptions(precision="fp16", batch=BATCH, attention=form)
+    made = export(make_vit, "test_vit", 5, options, depth=2)
+    path = tmp_path / "model.rtx.engine"
+    select("tensorrt-rtx").backend.build(made.path, EngineOptions(batch=BATCH), path)
+    found = KERNEL.findall(path.read_bytes())
+    assert len(found) == 2, "an attention is not fused, or this version shows no kernels"
+    assert sums <= set(found)
+    assert form == "parts" or sums == set(found)
+
+
 def test_parser_accepts_a_ready_metric(tmp_path):
     value = onnx.helper.make_tensor_value_info
     attributes = dict(spec.PLUGIN_ATTRIBUTES) | {"r": 3, "prefix": 1, "class_token": 1}
@@ -78,7 +102,7 @@ def test_parser_accepts_a_ready_metric(tmp_path):
     outputs = [value(name, onnx.TensorProto.INT32, ["batch", n]) for name, n in lengths]
     graph = onnx.helper.make_graph([node], "g", inputs, outputs)
     opsets = [onnx.helper.make_opsetid(*pair) for pair in (("", OPSET), (spec.DOMAIN, 1))]
-    functions = [match_function(OPSET, plugin=True)]
+    functions = [match_function(OPSET, class_token=True, plugin=True)]
     path = tmp_path / "model.onnx"
     onnx.save(
         onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11),

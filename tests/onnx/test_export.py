@@ -158,7 +158,8 @@ def test_merge_nodes_carry_their_names_and_static_lengths(export, make_vit):
         ("fp16", "auto", True),
         ("bf16", "auto", True),
         ("fp32", "fused", True),
-        ("fp16", "decomposed", False),
+        ("fp16", "fused-fp32", True),
+        ("fp16", "parts", False),
     ],
 )
 def test_attention_form(export, make_vit, make_images, precision, attention, fused):

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from tome_export.onnx.functions import Lowering
 from tome_export.onnx.names import name_by_module
 from tome_export.onnx.translation import translation_table
 from tome_export.patch import MergedModel
-from tome_export.spec import INPUT_NAME, BatchRange, Precision
+from tome_export.spec import INPUT_NAME, AttentionForm, BatchRange, Precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,8 +31,6 @@ TORCH_DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-
-AttentionForm = Literal["auto", "fused", "decomposed"]
 
 OPSET = 23
 """First opset with Attention and RMSNormalization."""
@@ -47,9 +45,10 @@ class ExportOptions:
             statistics are fp32 in every precision; so are the model's input and output.
         batch: Accepted batch sizes; a static range gives a static batch dimension.
         lowering: Body of ``TomeMerge``: ``matmul`` runs everywhere, ``index_add`` not in TensorRT.
-        attention: ``fused`` is the Attention operator, ``decomposed`` MatMul-Softmax-MatMul;
-            ``auto`` is decomposed for fp32, whose fused form TensorRT has no kernel for.
-        opset: Of the standard operators; the fused form needs 23.
+        attention: ``fused`` is the Attention operator, ``fused-fp32`` the same on queries, keys
+            and values cast to float32, ``parts`` is MatMul, Add, Softmax, MatMul; ``auto`` is in
+            parts for fp32, whose fused form TensorRT has no kernel for. See docs/attention.md.
+        opset: Of the standard operators; the fused forms need 23.
         plugin: Write on every match and merge node which TensorRT plugin may take it. Runtimes
             without plugins run the bodies all the same; needs the ``matmul`` lowering.
 
@@ -72,11 +71,11 @@ class ExportOptions:
             )
 
     @property
-    def fused_attention(self) -> bool:
-        """Whether the Attention operator is written."""
-        if self.attention == "auto":
-            return self.precision != "fp32" and self.opset >= OPSET
-        return self.attention == "fused"
+    def attention_form(self) -> AttentionForm:
+        """The form that is written, which is not ``auto``."""
+        if self.attention != "auto":
+            return self.attention
+        return "fused" if self.precision != "fp32" and self.opset >= OPSET else "parts"
 
 
 class PrecisionBoundary(nn.Module):
@@ -144,7 +143,7 @@ def ir_from_model(
                 input_names=list(inputs),
                 output_names=list(output_names),
                 dynamic_shapes=shapes,
-                custom_translation_table=translation_table(options.fused_attention),
+                custom_translation_table=translation_table(options.attention_form),
                 verbose=False,
             )
     except Exception as error:

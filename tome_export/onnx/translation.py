@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import onnx
 import torch
 
 from tome_export.merge import spec
+from tome_export.spec import AttentionForm
 
 _ATTRIBUTES = {
     spec.MATCH: ("r", "prefix", "class_token"),
@@ -103,11 +105,17 @@ def _fused_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    fp32_sums: bool = False,
 ) -> Any:
     """``scaled_dot_product_attention`` as the Attention operator where TensorRT can fuse it.
 
     That is self-attention with one width for keys and values; attention pooling (one query) and
     differential attention (values twice as wide) are written in their parts.
+
+    With ``fp32_sums`` queries, keys and values are cast to float32 and the result back, which
+    TensorRT reads as «half precision with float32 sums» (release notes of 11.3). The mask stays in
+    half precision: TensorRT-RTX 1.7 fuses that, and cannot build a graph whose mask is cast too.
     """
     from onnxscript import opset23
 
@@ -118,13 +126,35 @@ def _fused_attention(
         and q.shape[-1] in FUSED_HEAD_DIMS
     )
     if not fusible or is_causal or enable_gqa:
-        return _decomposed_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _attention_in_parts(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
-    return op.Attention(*inputs, scale=factor)[0]
+    mask = () if attn_mask is None else (attn_mask,)
+    if not fp32_sums:
+        return op.Attention(q, k, v, *mask, scale=factor)[0]
+    # The match casts the keys too. Were it the same cast, TensorRT-RTX would not find the pattern.
+    exact = 2.0 ** min(math.floor(math.log2(factor)), -1)
+    k = op.Mul(k, op.CastLike(op.Constant(value_float=exact), k))
+    wide = (op.Cast(x, to=onnx.TensorProto.FLOAT) for x in (q, k, v))
+    return op.Cast(op.Attention(*wide, *mask, scale=factor / exact)[0], to=int(q.dtype))
 
 
-def _decomposed_attention(
+def _fused_attention_fp32_sums(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``_fused_attention`` with float32 sums; the exporter binds arguments by this signature."""
+    return _fused_attention(
+        q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, fp32_sums=True
+    )
+
+
+def _attention_in_parts(
     q: Any,
     k: Any,
     v: Any,
@@ -152,12 +182,19 @@ def _decomposed_attention(
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
-def translation_table(fused_attention: bool) -> dict[Any, Callable[..., Any]]:
+_ATTENTION: dict[AttentionForm, Callable[..., Any]] = {
+    "fused": _fused_attention,
+    "fused-fp32": _fused_attention_fp32_sums,
+    "parts": _attention_in_parts,
+}
+
+
+def translation_table(attention: AttentionForm) -> dict[Any, Callable[..., Any]]:
     """Custom translations for ``torch.onnx.export``.
 
     Args:
-        fused_attention: Write the Attention operator (ONNX opset 23) where TensorRT can fuse it;
-            otherwise write attention in its parts.
+        attention: ``fused`` and ``fused-fp32`` write the Attention operator (ONNX opset 23) where
+            TensorRT can fuse it, ``parts`` never.
     """
     # Importing the operators registers them with torch.
     import tome_export.merge.ops  # noqa: F401
@@ -169,7 +206,5 @@ def translation_table(fused_attention: bool) -> dict[Any, Callable[..., Any]]:
         ops.plan.default: _plan,
         ops.signal.default: _signal,
         torch.ops.aten.sort.stable: _rank,
-        torch.ops.aten.scaled_dot_product_attention.default: (
-            _fused_attention if fused_attention else _decomposed_attention
-        ),
+        torch.ops.aten.scaled_dot_product_attention.default: _ATTENTION[attention],
     }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tome_export.onnx.twin import Twin
     from tome_export.patch import MergedModel
-    from tome_export.spec import BatchRange, Precision
+    from tome_export.spec import AttentionForm, BatchRange, Precision
 
 K = 4.0
 """Error allowed as a multiple of PyTorch's own in the same precision.
@@ -51,6 +51,7 @@ def check_parity(
     inputs: Mapping[str, Array] | None = None,
     runner_factory: RunnerFactory = OrtRunner,
     candidate: str = "onnx on ONNX Runtime CPU",
+    engine: bool = False,
     k: float = K,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
@@ -67,6 +68,7 @@ def check_parity(
             ``inputs_of``.
         runner_factory: Makes a runner of a graph: ONNX Runtime, or an engine on a GPU.
         candidate: Name of graph and runtime for the report.
+        engine: Whether the candidate is an engine of TensorRT, and no ONNX runtime.
         k: Error allowed as a multiple of PyTorch's own in the same precision.
         progress: Told what is being run.
 
@@ -129,7 +131,21 @@ def check_parity(
         entropy_defects=entropy_defects(model, free, shown.get(ENTROPY), diverged),
         entropy=tuple(entropies(model, free).tolist()),
         subject="video" if model.takes_video else "image",
+        finer_attention=_finer_attention(graph, precision, engine),
     )
+
+
+def _finer_attention(
+    graph: onnx.ModelProto, precision: Precision, engine: bool
+) -> AttentionForm | None:
+    """The form of attention whose sums are exact where those of a graph may not be."""
+    attentions = [node for node in graph.graph.node if node.op_type == "Attention"]
+    if not attentions or precision == "fp32":
+        return None
+    casts = {node.output[0] for node in graph.graph.node if node.op_type == "Cast"}
+    # Nothing else in the graph casts queries, which are what attention's operator reads first.
+    cast_up = all(node.input[0] in casts for node in attentions)
+    return "fused-fp32" if engine and precision == "fp16" and not cast_up else "parts"
 
 
 def inputs_of(model: MergedModel, count: int) -> dict[str, Array]:

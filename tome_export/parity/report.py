@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tome_export.parity.decisions import Disagreement
+from tome_export.spec import AttentionForm
 
 LISTED = 20
 """Disagreements listed per layer in the JSON; all are counted."""
@@ -100,6 +101,8 @@ class ParityReport:
         entropy: Token-size entropy of each image, 0 to 1 (``merge.entropy``), counted from the
             plans that the instrumented graph chose for itself.
         subject: What the images are: ``image``, or ``video`` where the model takes videos.
+        finer_attention: The value of ``--attention`` that would let the candidate sum more exactly;
+            None where attention is not fused in half precision.
     """
 
     candidate: str
@@ -116,6 +119,7 @@ class ParityReport:
     entropy_defects: int | None = None
     entropy: tuple[float, ...] = ()
     subject: str = "image"
+    finer_attention: AttentionForm | None = None
 
     @property
     def disagreements(self) -> int:
@@ -141,6 +145,9 @@ class ParityReport:
     def failures(self) -> list[str]:
         """Why the check failed, the first failing layer first; empty if it passed."""
         reasons = []
+        advice = ""
+        if self.finer_attention is not None and not self.led_output.max_abs <= self.led_allowed:
+            advice = f"; if fused attention is why, build with --attention {self.finer_attention}"
         if not math.isfinite(self.led_allowed):
             reasons.append(
                 f"PyTorch itself gives infinite or undefined output in {self.precision}; use bf16 "
@@ -167,12 +174,12 @@ class ParityReport:
             if not layer.score_error <= layer.score_error_allowed:
                 reasons.append(
                     f"layer {layer.layer}: score error {layer.score_error:.2e} exceeds "
-                    f"{layer.score_error_allowed:.2e} ({self.k:g} times PyTorch's own)"
+                    f"{layer.score_error_allowed:.2e} ({self.k:g} times PyTorch's own){advice}"
                 )
         if not self.led_output.max_abs <= self.led_allowed:
             reasons.append(
                 f"output error {self.led_output.max_abs:.2e} exceeds {self.led_allowed:.2e} "
-                f"({self.k:g} times PyTorch's own in {self.precision})"
+                f"({self.k:g} times PyTorch's own in {self.precision}){advice}"
             )
         if not self.twin_difference <= self.twin_allowed:
             reasons.append(

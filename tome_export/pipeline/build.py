@@ -22,13 +22,14 @@ from tome_export.pipeline.library import check_library
 from tome_export.pipeline.manifest import manifest_of, state_sha256
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
-from tome_export.spec import BatchRange, MergeOp, Precision, TowerOptions
+from tome_export.spec import AttentionForm, BatchRange, MergeOp, Precision, TowerOptions
 from tome_export.tune.schedule_file import NAME as SCHEDULE
 from tome_export.tune.schedule_file import read_schedule
 
 if TYPE_CHECKING:
     from tome_export.parity.report import ParityReport
     from tome_export.patch import MergedModel
+    from tome_export.pipeline.engine import AttentionDecision
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class BuildRequest:
         tower: Options of a vision tower; none for any other model.
         video: Frames of one video and how they are joined; none for a model of images.
         merge_op: How the merge is written into the graph.
+        attention: How attention is written into the graph; see docs/attention.md.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
         engine_options: Engine settings; their batch range is replaced by ``batch``.
         batch: Batch sizes the model takes; None for 1:8:32, and for 8 alone with ``plugin``.
@@ -81,6 +83,7 @@ class BuildRequest:
     tower: TowerOptions = field(default_factory=TowerOptions)
     video: VideoOptions = field(default_factory=VideoOptions)
     merge_op: MergeOp = "auto"
+    attention: AttentionForm = "auto"
     engine: str = "auto"
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     batch: BatchRange | None = None
@@ -102,8 +105,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
     """
     progress = progress or Silent()
     form = choose_form(request)
+    backend = form.selection.backend
+    attention = attention_form(request.attention, request.precision, backend, form.lowering)
     with staged(request.output, force=request.force) as folder:
-        manifest = _build_into(folder, request, form, progress)
+        manifest = _build_into(folder, request, form, attention, progress)
     return Artifact(request.output.absolute(), manifest)
 
 
@@ -111,9 +116,10 @@ def _build_into(
     folder: Path,
     request: BuildRequest,
     form: MergeForm,
+    attention: AttentionDecision,
     progress: Progress,
 ) -> dict[str, Any]:
-    manifest, form = _export_and_check(folder, request, form, progress)
+    manifest, form = _export_and_check(folder, request, form, attention, progress)
     selection = form.selection
     if selection.backend is not None:
         # The builder needs gigabytes of its own; the torch model is garbage by now.
@@ -134,6 +140,7 @@ def _export_and_check(
     folder: Path,
     request: BuildRequest,
     form: MergeForm,
+    attention: AttentionDecision,
     progress: Progress,
 ) -> tuple[dict[str, Any], MergeForm]:
     """The manifest so far, and the form as it was written."""
@@ -198,11 +205,12 @@ def _export_and_check(
 
     write_learned(model, folder)
     progress.stage(f"Export to ONNX, {request.precision}")
+    progress.detail(f"attention: {attention.form}; {attention.reason}")
     options = ExportOptions(
         precision=request.precision,
         batch=form.batch,
         lowering=form.lowering,
-        attention=attention_form(form.selection.backend),
+        attention=attention.form,
         plugin=bool(form.capabilities) and model.merges,
     )
     manifest = _exported(folder, loaded, model, options, form)
@@ -216,6 +224,7 @@ def _export_and_check(
             form = form.without_plugin(str(error))
             options = replace(options, plugin=False)
             manifest = _exported(folder, loaded, model, options, form)
+    manifest["onnx"]["attention_note"] = attention.reason
 
     if images is not None:
         what = "videos" if model.takes_video else "images"

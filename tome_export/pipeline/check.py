@@ -145,7 +145,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         options: dict[str, Any] = {}
         if name != ORT_CPU:
             factory = EngineRunnerFactory(artifact, name, progress)
-            options = {"runner_factory": factory, "candidate": factory.name}
+            options = {"runner_factory": factory, "candidate": factory.name, "engine": True}
             batch = BatchRange.parse(manifest["engines"][name]["batch"])
         reports.append(
             check_parity(

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 
 from tome_export.artifact import MODEL, Artifact, writing_to
 from tome_export.engine import EngineOptions, select
-from tome_export.errors import InputError, MissingComponentError
+from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
 from tome_export.pipeline.progress import Progress, Silent
-from tome_export.spec import BatchRange
+from tome_export.spec import AttentionForm, BatchRange, Precision
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend, EngineInfo
-    from tome_export.onnx.export import AttentionForm
+    from tome_export.onnx.functions import Lowering
     from tome_export.pipeline.kernels import Plugins
 
 ATTENTION_SINCE = (10, 14)
 """First TensorRT whose parser knows ONNX's Attention operator."""
+
+FP32_SUMS_SINCE = (11, 3)
+"""First TensorRT that fuses half-precision attention cast up to float32 (its release notes)."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
     """Build an engine from an artifact's ONNX model and add it to the artifact.
 
     Raises:
-        InputError: if the artifact is damaged or cannot be written, its merge is one that no engine
-            takes, or the batch range is outside that of its model.
+        InputError: if the artifact is damaged or cannot be written, its merge or attention is one
+            that the engine's parser does not take, or the batch range is outside that of its model.
         MissingComponentError: if no engine can be built here.
         ExportError: if the build fails; the artifact is then as it was.
     """
@@ -60,6 +63,8 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
     selection = select(request.engine)
     if selection.backend is None:
         raise MissingComponentError(selection.line)
+    if refusal := _attention_refusal(artifact.manifest["onnx"]["attention"], selection.backend):
+        raise InputError(f"the artifact's {refusal}")
     built = BatchRange.parse(artifact.manifest["batch"])
     batch = request.batch or built
     if batch.min < built.min or batch.max > built.max:
@@ -120,10 +125,75 @@ def build_engine(
     return info
 
 
-def attention_form(backend: Backend | None) -> AttentionForm:
-    """The form of attention that a backend parses."""
+@dataclass(frozen=True)
+class AttentionDecision:
+    """How attention is written into the graph, and one line that says why."""
+
+    form: AttentionForm
+    reason: str
+
+
+def attention_form(
+    asked: AttentionForm, precision: Precision, backend: Backend | None, lowering: Lowering
+) -> AttentionDecision:
+    """The form of attention for what will run the graph; docs/attention.md says why.
+
+    Args:
+        asked: ``auto`` leaves it to this function.
+        precision: Of the graph.
+        backend: That builds the engine; None for no engine.
+        lowering: Of the merge: a graph with ``index_add`` is for ONNX Runtime alone.
+
+    Raises:
+        UsageError: if what was asked for does not go with the precision or the backend.
+    """
+    if asked == "fused-fp32" and precision != "fp16":
+        raise UsageError(
+            f"--attention fused-fp32 was asked for in {precision}; expected fp16, the precision "
+            "in which fused attention may sum in less than float32: use --attention auto"
+        )
+    if asked != "auto":
+        if refusal := _attention_refusal(asked, backend):
+            raise UsageError(refusal)
+        reason, version = "as asked", _tensorrt_version(backend)
+        if asked == "fused-fp32" and version is not None and version < FP32_SUMS_SINCE:
+            reason += f"; TensorRT older than {_text(FP32_SUMS_SINCE)} computes it unfused"
+        return AttentionDecision(asked, reason)
+    if precision == "fp32":
+        return AttentionDecision("parts", "TensorRT has no fused kernel in fp32")
+    if backend is not None:
+        if _attention_refusal("fused", backend):
+            least = _text(ATTENTION_SINCE)
+            return AttentionDecision("parts", f"TensorRT older than {least} has no such operator")
+        return AttentionDecision("fused", f"{backend.name} has a fused kernel for it")
+    if lowering == "index_add":
+        return AttentionDecision("parts", "only ONNX Runtime takes a graph with index_add")
+    from tome_export.runtime.ort import missing
+
+    if missing("cuda") is None:
+        return AttentionDecision(
+            "parts", "ONNX Runtime's CUDA provider is here, where parts run in every version"
+        )
+    return AttentionDecision("fused", "engines can be built from it elsewhere")
+
+
+def _attention_refusal(form: AttentionForm, backend: Backend | None) -> str | None:
+    """Why a backend's parser does not take a form of attention; None if it does."""
+    version = _tensorrt_version(backend)
+    if form == "parts" or version is None or version >= ATTENTION_SINCE:
+        return None
+    return (
+        f"attention is {form}, an operator that TensorRT {_text(version)} does not know (expected "
+        f"{_text(ATTENTION_SINCE)} or later); build with --attention parts"
+    )
+
+
+def _tensorrt_version(backend: Backend | None) -> tuple[int, ...] | None:
+    """Major and minor version of TensorRT; None for another backend or none."""
     if backend is None or backend.name != "tensorrt":
-        return "auto"
-    version = backend.availability().version or "0.0"
-    parts = tuple(int(part) for part in version.split(".")[:2])
-    return "auto" if parts >= ATTENTION_SINCE else "decomposed"
+        return None
+    return tuple(int(part) for part in (backend.availability().version or "0.0").split(".")[:2])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -83,7 +83,7 @@ def manifest_of(
         "labels": list(labels) if labels else None,
         "onnx": {
             "opset": options.opset,
-            "attention": "fused" if options.fused_attention else "decomposed",
+            "attention": options.attention_form,
         },
         "engines": {},
         "engine_note": engine_note,

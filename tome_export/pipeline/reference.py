@@ -148,12 +148,11 @@ def export_variant(
 
     manifest = artifact.manifest
     plugin = manifest["merge"]["merge_op"] == "plugin" and model.merges
-    onnx = manifest.get("onnx", {})
     options = ExportOptions(
         precision=manifest["precision"],
         batch=BatchRange.parse(manifest["batch"]),
         lowering="index_add" if manifest["merge"]["merge_op"] == "index_add" else "matmul",
-        attention="decomposed" if onnx.get("attention") == "decomposed" else "auto",
+        attention=manifest["onnx"]["attention"],
         plugin=plugin,
     )
     names = output_names(manifest["output"]["name"], model)
