@@ -66,6 +66,15 @@ class TritonPythonModel:
         return [pb_utils.InferenceResponse([pb_utils.Tensor("features", o)]) for o in outputs]
 """
 
+REFUSES = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        errors = [pb_utils.TritonError("not today") for _ in requests]
+        return [pb_utils.InferenceResponse(error=error) for error in errors]
+"""
+
 IMAGE_INPUT = ("image", "STRING", [1])
 LABEL_OUTPUTS = (("label", "STRING", [3]), ("score", "FP32", [3]), ("index", "INT32", [3]))
 
@@ -101,6 +110,12 @@ def write_python(
 
 def write_identity(repository: Path, name: str = "identity", code: str = IDENTITY) -> None:
     write_python(repository, name, code, [("x", "FP32", [4])], [("y", "FP32", [4])])
+
+
+def write_refusing(repository: Path, name: str) -> None:
+    """A model of ``write_onnx``'s interface that answers every request with «not today»."""
+    tensors = [("pixel_values", "FP32", [3, 8, 8])], [("logits", "FP32", [5])]
+    write_python(repository, name, REFUSES, *tensors)
 
 
 def write_onnx(repository: Path, name: str = "small", dims: list[int] | None = None) -> Path:
@@ -163,6 +178,7 @@ def by_hand() -> SimpleNamespace:
         write_model=write_model,
         write_python=write_python,
         write_identity=write_identity,
+        write_refusing=write_refusing,
         write_onnx=write_onnx,
         write_artifact=write_artifact,
         members=members,

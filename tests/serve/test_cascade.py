@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -275,14 +276,9 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
     assert kept(tmp_path) == {theirs: b"mine"}
 
 
-class Refusal:
-    """What a server says of a model that failed."""
-
-
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_is_that_of_the_images_it_is_about(failing, sessions, pixels):
     given = pixels[:8]
-    refusal = Refusal()
     low = policy.confidence(logits_of(sessions[0], given), "max")
     settings = {
         "policy": "confidence",
@@ -294,14 +290,14 @@ def test_an_error_is_that_of_the_images_it_is_about(failing, sessions, pixels):
 
     async def ask(member, part):
         if member == failing:
-            raise served_model.MemberError(refusal)
+            raise served_model.MemberError("not today")
         return {"logits": logits_of(sessions[member], part)}
 
     found, errors = asyncio.run(served_model.cascaded(policy, settings, given, ask))
     unsure = np.flatnonzero(low < np.median(low)).tolist()
     assert 0 < len(unsure) < 8
     assert {*errors} == ({*range(8)} if failing == 0 else {*unsure})
-    assert all(error is refusal for error in errors.values())
+    assert {*errors.values()} == {"not today"}
     sound = [index for index in range(8) if index not in errors]
     assert found["macs"][sound, 0].tolist() == [6] * len(sound)
 
@@ -344,6 +340,29 @@ def test_the_folder_of_a_cascade_is_valid(member):
     assert [t.name for t in around[-1].config.output][-2:] == ["budget", "macs"]
     for one in (folder, *around):
         validate(one, models={"x_cascade", *names})
+
+
+@pytest.mark.usefixtures("installation")
+def test_a_member_that_fails_many_requests_at_once_leaves_the_server(member, by_hand, tmp_path):
+    asked = [member(name, macs)[0] for name, macs in (("low", 3), ("high", 8))]
+    folder = cascade_folder("x_cascade", asked, SETTINGS, 2, ServeOptions())
+    folder.config.instance_group[0].count = 1
+    folder.config.dynamic_batching.max_queue_delay_microseconds = 200_000
+    repository = tmp_path / "repository"
+    write(repository, [folder])
+    for model in ("low", "high"):
+        by_hand.write_refusing(repository, model)
+    with start(repository) as server:
+
+        def ask(part):
+            with connect(server.grpc) as client, pytest.raises(InputError, match="not today"):
+                client.infer("x_cascade", {"pixel_values": part})
+
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                assert len([*pool.map(ask, np.zeros((4, 1, 3, 8, 8), np.float32))]) == 4
+        assert server.is_alive()
+        server.stop(0)
 
 
 def test_a_repository_keeps_other_thresholds(member, tmp_path):

@@ -162,13 +162,22 @@ def test_router_over_fixed_batches(client):
 
 
 @pytest.mark.usefixtures("installation")
-def test_an_error_of_the_model_is_the_answer(make_artifact, tmp_path):
+def test_an_error_of_the_model_is_the_answer_to_every_request(make_artifact, by_hand, tmp_path):
     source = source_from_artifact(Artifact.open(make_artifact(batch="4")))
-    write(tmp_path / "repository", folders_from_source(source, "x", ServeOptions()))
-    alone = start(tmp_path / "repository", config_name="cpu", control="explicit", load=["x"])
-    with alone as server, connect(server.grpc) as client:
-        with pytest.raises(InputError, match="x_fixed"):
-            client.infer("x", {"pixel_values": PIXELS[:1]})
+    options = ServeOptions(max_queue_delay_us=200_000)
+    repository = tmp_path / "repository"
+    write(repository, folders_from_source(source, "x", options)[-1:])
+    by_hand.write_refusing(repository, "x_fixed")
+    with start(repository) as server:
+
+        def ask(part):
+            with connect(server.grpc) as client, pytest.raises(InputError, match="not today"):
+                client.infer("x", {"pixel_values": part})
+
+        with ThreadPoolExecutor(BATCH) as pool:
+            for _ in range(3):
+                assert len([*pool.map(ask, np.split(PIXELS[:BATCH], BATCH))]) == BATCH
+        assert server.is_alive()
         server.stop(0)
 
 

@@ -32,15 +32,7 @@ Ask = Callable[[int, Array], Awaitable[dict[str, Array]]]
 
 
 class MemberError(Exception):
-    """A model's refusal.
-
-    Attributes:
-        error: The server's own object.
-    """
-
-    def __init__(self, error: Any) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """A model's refusal; the message is for the client."""
 
 
 class TritonPythonModel:
@@ -69,7 +61,9 @@ class TritonPythonModel:
             rows = slice(int(end) - len(part), int(end))
             failed = [error for index, error in errors.items() if rows.start <= index < rows.stop]
             if failed:
-                responses.append(pb_utils.InferenceResponse(error=failed[0]))
+                # One error object in several responses ends the server: each has its own.
+                error = pb_utils.TritonError(failed[0])
+                responses.append(pb_utils.InferenceResponse(error=error))
                 continue
             asked = set(request.requested_output_names())
             tensors = [pb_utils.Tensor(n, a[rows]) for n, a in found.items() if n in asked]
@@ -88,7 +82,7 @@ class TritonPythonModel:
         )
         answer = await inner.async_exec()
         if answer.has_error():
-            raise MemberError(answer.error())
+            raise MemberError(answer.error().message())
         return {
             name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy()
             for name in self.outputs
@@ -107,7 +101,7 @@ def policy_from_file(path: Path) -> ModuleType:
 
 async def cascaded(
     policy: ModuleType, settings: Mapping[str, Any], pixels: Array, ask: Ask
-) -> tuple[dict[str, Array], dict[int, Any]]:
+) -> tuple[dict[str, Array], dict[int, str]]:
     """Run a cascade on a batch.
 
     Args:
@@ -126,14 +120,14 @@ async def cascaded(
     budget = policy.first_budgets(settings, pixels)
     macs = np.full(count, settings["policy_macs"], np.int64)
     found: dict[str, Array] = {}
-    errors: dict[int, Any] = {}
+    errors: dict[int, str] = {}
 
     async def visit(member: int, rows: Array) -> None:
         macs[rows] += members[member]["macs"]
         try:
             answer = await ask(member, pixels[rows])
         except MemberError as error:
-            errors.update(dict.fromkeys(rows.tolist(), error.error))
+            errors.update(dict.fromkeys(rows.tolist(), str(error)))
             return
         for name, array in answer.items():
             if name not in found:

@@ -52,7 +52,10 @@ class TritonPythonModel:
         )
         answer = inner.exec()
         if answer.has_error():
-            return [pb_utils.InferenceResponse(error=answer.error()) for _ in requests]
+            # One error object in several responses ends the server: each has its own.
+            message = answer.error().message()
+            errors = [pb_utils.TritonError(message) for _ in requests]
+            return [pb_utils.InferenceResponse(error=error) for error in errors]
         found = {
             name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy()
             for name in self.outputs
