@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,25 @@ from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@contextlib.contextmanager
+def convolutions_without_tf32() -> Iterator[None]:
+    """Let cuDNN convolve float32 in float32; a switch of the whole process.
+
+    By default PyTorch lets it round the factors to the 10 bits of TF32, in convolutions but not in
+    matrix products (``torch.backends.cudnn.allow_tf32``).
+    """
+    from torch.backends import cudnn
+
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        benchmark_limit=cudnn.benchmark_limit,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    ):
+        yield
 
 
 class TorchRunner:
@@ -45,7 +66,7 @@ class TorchRunner:
         """Run one batch; the result is on the host when this returns."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), convolutions_without_tf32():
             pixel_values = torch.from_numpy(inputs[INPUT_NAME]).to(self.device, self._dtype)
             further = (
                 torch.from_numpy(inputs[name]).to(self.device, self._dtype)
