@@ -40,13 +40,16 @@ class Loaded:
 class Driver:
     """The driver API in the current context: torch's, once a tensor is on the GPU.
 
+    Args:
+        library: Name or path of the driver.
+
     Raises:
         OSError: if there is no driver.
         DriverError: if no context is current.
     """
 
-    def __init__(self) -> None:
-        self._lib = ctypes.CDLL(LIBRARY)
+    def __init__(self, library: str = LIBRARY) -> None:
+        self._lib = ctypes.CDLL(library)
         # Handles are pointers: without the types ctypes would cut them to 32 bits.
         pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
         types = {

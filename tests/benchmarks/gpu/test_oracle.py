@@ -17,8 +17,8 @@ CONTENTS = ("normal", "duplicates", "one-hot", "not finite", "huge")
 @pytest.mark.parametrize("heads", [0, 1, 6])
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("tokens", [50, 101, 198])
-def test_torchs_own_plans_pass(bench, tokens, content, heads):
-    oracle = bench("gpu_oracle")
+def test_torchs_own_plans_pass(gpu_bench, tokens, content, heads):
+    oracle = gpu_bench("oracle")
     order = {"prefix": 0, "class_token": False} if tokens == 50 else {}
     case = oracle.Keys(3, heads, tokens, 64, 20, dtype="float32", content=content, **order)
     keys = oracle.make_keys(case)
@@ -32,8 +32,8 @@ def test_torchs_own_plans_pass(bench, tokens, content, heads):
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-def test_both_oracles_agree(bench, monkeypatch, content):
-    oracle = bench("gpu_oracle")
+def test_both_oracles_agree(gpu_bench, monkeypatch, content):
+    oracle = gpu_bench("oracle")
     case = oracle.Keys(2, 4, 51, 8, 12, dtype="float32", content=content)
     exact = oracle.make_keys(case).double()
     loops = oracle._oracle(case, exact)
@@ -48,8 +48,8 @@ def test_both_oracles_agree(bench, monkeypatch, content):
     assert len(loops) == 2
 
 
-def test_wrong_plans_are_defects(bench):
-    oracle = bench("gpu_oracle")
+def test_wrong_plans_are_defects(gpu_bench):
+    oracle = gpu_bench("oracle")
     case = oracle.Keys(2, 4, 101, 16, 20, dtype="float32")
     keys = oracle.make_keys(case)
     keep, src, dst = ops.match(keys, case.r, case.prefix, case.class_token)
@@ -67,8 +67,8 @@ def test_wrong_plans_are_defects(bench):
     assert found["largest_margin"] == np.inf
 
 
-def test_a_tie_decided_the_other_way_fails(bench):
-    oracle = bench("gpu_oracle")
+def test_a_tie_decided_the_other_way_fails(gpu_bench):
+    oracle = gpu_bench("oracle")
     case = oracle.Keys(1, 1, 50, 16, 10, content="one-hot")
     keys = oracle.make_keys(case)
     rows = keys[0, 0].double().tolist()
@@ -80,8 +80,8 @@ def test_a_tie_decided_the_other_way_fails(bench):
     assert not turned["passed"]
 
 
-def test_merges_are_measured_against_torchs_error(bench):
-    oracle = bench("gpu_oracle")
+def test_merges_are_measured_against_torchs_error(gpu_bench):
+    oracle = gpu_bench("oracle")
     inputs = merge_benchmark.make_inputs(MergeCase(2, 51, 32, 9), torch.Generator().manual_seed(0))
     x, size, *plan = inputs
     exact, sizes = ops.merge(x.double(), size, MergePlan(*plan))

@@ -1,7 +1,11 @@
-"""Times on the GPU: CUDA-graph replays between events, with inputs that are not in the cache."""
+"""Times on the GPU: CUDA-graph replays between events, with inputs that are not in the cache.
+
+On a CPU, where parts are tried out, the same calls are timed by the clock.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.harness import paired
 
 Array = np.ndarray[Any, Any]
 GRAPH_BYTES = 4e9
@@ -40,13 +46,17 @@ def rotation(moved_bytes: int, set_bytes: int, l2_bytes: int, free_bytes: int) -
     return Rotation(sets * max(1, calls // sets), sets)
 
 
-def l2_bytes() -> int:
-    """The L2 cache of the GPU; 64 MiB where torch does not say."""
+def l2_bytes(device: str = "cuda") -> int:
+    """The L2 cache of the GPU; 64 MiB where torch does not say, or there is none."""
+    if device == "cpu":
+        return 64 << 20
     return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20)
 
 
-def free_bytes() -> int:
+def free_bytes(device: str = "cuda") -> int:
     """Memory that measurements may take for their inputs: a quarter of what is free."""
+    if device == "cpu":
+        return 64 << 20
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0]) // 4
 
@@ -120,6 +130,9 @@ def timed(
     budget_s: float = 0.2,
 ) -> dict[str, Array]:
     """Seconds per call of each, on the same inputs; see ``captured`` and ``paired_replays``."""
+    if inputs[0][0].device.type == "cpu":
+        sets = itertools.cycle(inputs)
+        return paired({name: lambda run=run: run(*next(sets)) for name, run in runs.items()}, 5)  # type: ignore[misc]
     graphs = {name: (captured(run, inputs, calls), calls) for name, run in runs.items()}
     try:
         return paired_replays(graphs, budget_s)
@@ -139,10 +152,10 @@ def medians_over(seconds: Mapping[str, Array], base: str) -> dict[str, float]:
     }
 
 
-def copy_bandwidth() -> tuple[float, int]:
+def copy_bandwidth(device: str = "cuda") -> tuple[float, int]:
     """Bytes per second, read plus written, of a large copy on the GPU; and the bytes copied."""
-    count = min(2 << 30, free_bytes() // 2)
-    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device="cuda")
+    count = min(2 << 30, free_bytes(device) // 2)
+    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = timed({"copy": lambda a, b: b.copy_(a)}, [(source, target)], 4, 0.3)["copy"]
     return 2 * count / float(np.median(seconds)), count

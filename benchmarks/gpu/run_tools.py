@@ -1,0 +1,81 @@
+"""Other programs that say something on a GPU: the marked tests, and compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import ROOT
+from benchmarks.gpu.parts import Context
+from benchmarks.gpu.rows import attempt, emit
+
+_MARK = re.compile(r"^\s*@?pytest\.mark\.gpu\b", re.MULTILINE)
+_TAIL = 2000
+_WRONG_ACCESS = 99
+
+
+def marked_tests(context: Context) -> None:
+    """Emit what the tests that need a GPU say."""
+    attempt("pytest -m gpu", {}, run_marked_tests, context.seconds)
+
+
+def run_marked_tests(seconds: float) -> dict[str, Any]:
+    """Run them; only their files are read, so that others need not be importable."""
+    files = marked_files(ROOT / "tests")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider"]
+    # The package makes the checkout importable; another version of torch may warn of other things.
+    command += ["-p", "benchmarks.gpu", "-o", "filterwarnings=default", *map(str, files)]
+    found = finished(command, seconds - 5)
+    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", found["said"])
+    return found | {name: int(number) for number, name in counts}
+
+
+def marked_files(folder: Path) -> list[Path]:
+    """Test files that have a test marked so."""
+    return sorted(p for p in folder.rglob("test_*.py") if _MARK.search(p.read_text()))
+
+
+def memcheck(context: Context) -> None:
+    """Emit what compute-sanitizer says of one match and one merge."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        emit("memcheck", skipped="compute-sanitizer is not installed")
+        return
+    attempt("memcheck", {}, run_memcheck, tool, context)
+
+
+def run_memcheck(tool: str, context: Context) -> dict[str, Any]:
+    """Run both kernels under the tool, every tensor in an allocation of its own."""
+    command = [tool, "--tool", "memcheck", "--error-exitcode", str(_WRONG_ACCESS)]
+    command += [sys.executable, "-m", "benchmarks.gpu.run_tools", str(context.prepared.folder)]
+    return finished(command, context.seconds - 5, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def finished(command: list[str], limit_s: float, **variables: str) -> dict[str, Any]:
+    """Exit status, whether that is 0, and the end of what was said."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+        )
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "said": f"not done after {limit_s:.0f} s"}
+    said = (done.stdout[-_TAIL:] + done.stderr[-_TAIL:]).strip()
+    return {"passed": done.returncode == 0, "status": done.returncode, "said": said}
+
+
+if __name__ == "__main__":
+    from benchmarks.gpu import check_kernels
+    from benchmarks.gpu.prepared import Prepared
+
+    check_kernels.memcheck(Context(Prepared(Path(sys.argv[1])), "cuda", 0.0))
