@@ -84,8 +84,15 @@ def _declare(trt: ModuleType) -> None:
 
     @trtp.register(_MATCH_ID)
     def describe_match(
-        keys: Tensor, r: Attribute, prefix: Attribute, class_token: Attribute
+        keys: Tensor,
+        r: Attribute,
+        prefix: Attribute,
+        class_token: Attribute,
+        heads: Attribute,
+        width: Attribute,
+        offset: Attribute,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # In every form of the input the tokens are the last dimension but one.
         batch, tokens = keys.shape_expr[0], keys.shape_expr[keys.ndim - 2]
         merged = int(r[0])
         lengths = (tokens - merged, merged, merged)
@@ -98,20 +105,30 @@ def _declare(trt: ModuleType) -> None:
         r: Attribute,
         prefix: Attribute,
         class_token: Attribute,
+        heads: Attribute,
+        width: Attribute,
+        offset: Attribute,
         outputs: tuple[Tensor],
         tactic: int,
     ) -> Result:
-        *heads, tokens, width = _static_lengths(keys, "keys")
+        lengths = _static_lengths(keys, "keys")
+        view = spec.keys_view(lengths, int(heads[0]), int(width[0]), int(offset[0]))
+        shape = (view.tokens, view.width, _name(trt, keys), view.strides, view.offset)
+        reason = match_contract.refusal(*shape)
+        if reason:
+            raise InputError(f"{reason}; rebuild the artifact with --merge-op matmul")
         launch = match_contract.launch(
             keys.shape_expr[0],
-            heads[0] if heads else 1,
-            tokens,
-            width,
+            view.heads,
+            view.tokens,
+            view.width,
             int(r[0]),
             int(prefix[0]),
             bool(class_token[0]),
+            view.strides,
+            view.offset,
         )
-        return _start(trtp, match_contract.variant(tokens, width, _name(trt, keys)), launch)
+        return _start(trtp, match_contract.variant(*shape), launch)
 
     @trtp.register(_MERGE_ID)
     def describe_merge(

@@ -62,7 +62,7 @@ def match(
     if not 0 <= r <= limit:
         raise ValueError(f"r is {r}; expected 0 to {limit} for {tokens} tokens")
     strides = keys.stride()[:3]
-    variant = match_contract.variant(tokens, width, dtype, strides, dot)
+    variant = match_contract.variant(tokens, width, dtype, strides, dot=dot)
     launch = match_contract.launch(batch, heads, tokens, width, r, prefix, class_token, strides)
     shapes = ((batch, tokens - r), (batch, r), (batch, r))
     outputs = [torch.empty(shape, dtype=torch.int32, device=keys.device) for shape in shapes]

@@ -38,8 +38,9 @@ class MatchCase:
         prefix: Protected tokens.
         class_token: Whether the output order is by position.
         dtype: Of the keys.
-        layout: ``contiguous`` as ``[B, H, N, D]``, what TensorRT hands over, or ``qkv``: a view of
-            the output ``[B, N, 3 H D]`` of the projection, what PyTorch hands over.
+        layout: ``qkv``: a view of the output ``[B, N, 3 H D]`` of the projection, what PyTorch and
+            TensorRT hand over; or ``contiguous`` as ``[B, H, N, D]``, where no product holds the
+            keys.
     """
 
     batch: int

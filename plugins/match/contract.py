@@ -10,7 +10,16 @@ import math
 from typing import Any
 
 from tome_export.merge import spec
-from tome_export.plugins.variants import POINTER_TYPES, Launch, Variant, next_power_of_2
+from tome_export.plugins.variants import (
+    ARCHITECTURES,
+    ITEM_BYTES,
+    MAX_REGISTERS,
+    POINTER_TYPES,
+    Launch,
+    Limits,
+    Variant,
+    next_power_of_2,
+)
 
 OP = spec.MATCH
 INPUTS = ("keys",)
@@ -23,6 +32,7 @@ SCALARS = (
     "image_stride",
     "head_stride",
     "token_stride",
+    "offset",
 )
 OUTPUTS = spec.MATCH_OUTPUTS
 DTYPES = ("float32", "float16", "bfloat16")
@@ -33,18 +43,31 @@ NUM_WARPS = 8
 DOT = "tf32x3"
 """Precision of the product, ``input_precision`` of the Triton language's ``dot``."""
 
+MAX_ELEMENTS = (1 << 31) - 1
+"""From the first to the last key of an image, whose places the kernel counts in 32 bits."""
+
 BLOCK_A, BLOCK_B, BLOCK_D = 128, 64, 32
+UNROLL = 4
+"""Heads whose keys are loaded at a time."""
 # Comparisons that a program makes at a time while ranking.
 _RANK_COMPARISONS = 4096
 
 
-def refusal(tokens: int, width: int, dtype: str) -> str | None:
+def refusal(
+    tokens: int,
+    width: int,
+    dtype: str,
+    strides: tuple[int, ...] | None = None,
+    offset: int = 0,  # noqa: ARG001 - a pointer's, which has 64 bits
+) -> str | None:
     """Why the kernel cannot take such keys, or None.
 
     Args:
         tokens: N, prefix tokens included.
         width: D, numbers per head.
         dtype: Of the keys.
+        strides: As for ``variant``.
+        offset: As for ``variant``.
     """
     if dtype not in DTYPES:
         return f"keys are {dtype}; the TomeMatch kernel takes {', '.join(DTYPES)}"
@@ -52,6 +75,12 @@ def refusal(tokens: int, width: int, dtype: str) -> str | None:
         return f"a layer has {tokens} tokens; the TomeMatch kernel takes at most {MAX_TOKENS}"
     if width > MAX_WIDTH:
         return f"heads are {width} wide; the TomeMatch kernel takes at most {MAX_WIDTH}"
+    reach = max(tokens * (strides or (width,))[-1], (strides or (0,))[0])
+    if reach > MAX_ELEMENTS:
+        return (
+            f"the keys of an image reach over {reach} elements; the TomeMatch kernel counts to "
+            f"{MAX_ELEMENTS}"
+        )
     return None
 
 
@@ -60,6 +89,7 @@ def variant(
     width: int,
     dtype: str,
     strides: tuple[int, ...] | None = None,
+    offset: int = 0,
     dot: str = DOT,
 ) -> Variant:
     """The kernel for keys of N tokens and D numbers per head.
@@ -69,25 +99,55 @@ def variant(
         width: D.
         dtype: Of the keys.
         strides: Of image, head and token in elements; None if the keys are contiguous.
+        offset: Elements before the first key.
         dot: Precision of the product.
     """
+    unit = _stride_unit(strides or (width,), offset)
     tiles = next_power_of_2(-(-((tokens + 1) // 2) // BLOCK_A))
     return Variant(
-        f"{OP}_{dtype}_d{width}_n{2 * tiles * BLOCK_A}",
+        f"{OP}_{dtype}_d{width}_u{unit}_n{2 * tiles * BLOCK_A}",
         OP,
         dtype,
         {
             "WIDTH": width,
-            "STRIDE_UNIT": _stride_unit(strides or (width,)),
+            "STRIDE_UNIT": unit,
             "BLOCK_A": BLOCK_A,
             "BLOCK_B": BLOCK_B,
             "BLOCK_D": BLOCK_D,
             "TILES": tiles,
             "RANK_CHUNK": max(2, _RANK_COMPARISONS // (tiles * BLOCK_A)),
-            "UNROLL": 4,
+            "UNROLL": UNROLL,
             "DOT": dot,
         },
         NUM_WARPS,
+        # One program is all that a multiprocessor gets, unless the batch is large. Left to itself
+        # the assembler saves registers for a second one: some spill, and the keys of four heads
+        # are waited for in two or three turns (plugins/README.md).
+        MAX_REGISTERS,
+    )
+
+
+def limits(variant: Variant, capability: str) -> Limits:
+    """What the machine code may use on a GPU compiled for by default.
+
+    Keys in flight are those of all heads that are loaded at a time, 16 bytes each. The product is
+    three of TF32 numbers per block of D. For 8.0 the assembler lacks a register or two where the
+    loops over the keys begin and end.
+
+    Args:
+        variant: The kernel, for keys in which 16 bytes lie together.
+        capability: Such as ``9.0``.
+    """
+    tensor_core = ARCHITECTURES[capability].tensor_core
+    threads = 32 * variant.num_warps
+    key_bytes = (BLOCK_A + BLOCK_B) * BLOCK_D * ITEM_BYTES[variant.dtype]
+    issuers = variant.num_warps // (tensor_core.warps or variant.num_warps)
+    return Limits(
+        MAX_REGISTERS,
+        spill_bytes=12 if capability == "8.0" else 0,
+        loads_in_flight=UNROLL * key_bytes // (16 * threads),
+        tensor_core=tensor_core.instruction,
+        tensor_core_count=3 * BLOCK_A * BLOCK_B * BLOCK_D // (tensor_core.products * issuers),
     )
 
 
@@ -100,6 +160,7 @@ def launch(
     prefix: int,
     class_token: bool,
     strides: tuple[int, ...] | None = None,
+    offset: int = 0,
 ) -> Launch:
     """One program per image.
 
@@ -112,9 +173,10 @@ def launch(
         prefix: Protected tokens.
         class_token: Whether the output order is by position.
         strides: Of image, head and token in elements; None if the keys are contiguous.
+        offset: Elements before the first key.
     """
     image, head, token = strides or (heads * tokens * width, tokens * width, width)
-    unit = _stride_unit(strides or (width,))
+    unit = _stride_unit(strides or (width,), offset)
     scalars = (
         heads,
         tokens,
@@ -124,6 +186,7 @@ def launch(
         image // unit,
         head // unit,
         token // unit,
+        offset // unit,
     )
     return Launch((batch, 1, 1), scalars)
 
@@ -137,6 +200,6 @@ def signature(dtype: str) -> dict[str, str]:
     }
 
 
-def _stride_unit(strides: tuple[int, ...]) -> int:
-    """The largest power of two up to 16 that divides all strides."""
-    return math.gcd(16, *strides)
+def _stride_unit(strides: tuple[int, ...], offset: int) -> int:
+    """The largest power of two up to 16 that divides all strides and the offset."""
+    return math.gcd(16, offset, *strides)

@@ -22,6 +22,7 @@ NORM_EPS = tl.constexpr(1e-12)
         "image_stride",
         "head_stride",
         "token_stride",
+        "offset",
     ]
 )
 def match_kernel(
@@ -34,6 +35,7 @@ def match_kernel(
     image_stride,
     head_stride,
     token_stride,
+    offset,
     keep,
     src,
     dst,
@@ -56,14 +58,16 @@ def match_kernel(
         r: Tokens to merge.
         prefix: Protected tokens P.
         class_token: 1 if the output order is by position, 0 if by rank.
-        image_stride: In elements, divided by ``STRIDE_UNIT``; so are the next two.
+        image_stride: In elements, divided by ``STRIDE_UNIT``; so are the next three.
         head_stride: As above.
         token_stride: As above.
+        offset: From the pointer to the first key, as above.
         keep: ``[B, N - r]`` int32, written.
         src: ``[B, r]`` int32, written.
         dst: ``[B, r]`` int32, written.
         WIDTH: D.
-        STRIDE_UNIT: Power of two that divides all strides; tells the compiler the alignment.
+        STRIDE_UNIT: Power of two that divides all strides and the offset; tells the compiler the
+            alignment.
         BLOCK_A: Rows of set A held at a time.
         BLOCK_B: Rows of set B held at a time.
         BLOCK_D: Columns of the keys held at a time.
@@ -73,7 +77,7 @@ def match_kernel(
         DOT: Precision of the products, ``input_precision`` of ``tl.dot``.
     """
     image = tl.program_id(0).to(tl.int64)
-    keys += image * image_stride * STRIDE_UNIT
+    keys += (image * image_stride + offset) * STRIDE_UNIT
     rows_a = (tokens + 1) // 2
     rows_b = tokens // 2
     prefix_a = (prefix + 1) // 2
@@ -114,8 +118,6 @@ def match_kernel(
             better = value > best_score
             best = tl.where(better, first_b + index, best)
             best_score = tl.where(better, value, best_score)
-        free = (a_row >= prefix_a) & (a_row < rows_a)
-        best_score = tl.where(free, best_score, float("-inf"))
         scores = tl.where(tile == t, best_score[None, :], scores)
         partners = tl.where(tile == t, best[None, :], partners)
     score = tl.reshape(scores, [TILES * BLOCK_A])

@@ -7,17 +7,19 @@ from functools import cache
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from tome_export.errors import ExportError
 from tome_export.merge import spec
 from tome_export.merge.ops import match, merge
 from tome_export.merge.spec import clamp_r
 from tome_export.onnx.export import OPSET
-from tome_export.onnx.functions import match_function, merge_function
+from tome_export.onnx.functions import functions_for, match_function, merge_function
 
 PREFIXES = [(0, False), (1, True), (2, True), (1, False), (4, False), (5, True)]
 LOWERINGS = ("index_add", "matmul")
@@ -51,7 +53,8 @@ def run_match(keys, r, prefix, class_token, fixed=True):
     return load(model).run(None, {"keys": keys.numpy()})
 
 
-def match_model(keys, r, prefix, class_token, fixed=True):
+def match_model(keys, r, prefix, class_token, fixed=True, **where):
+    """With ``where`` the keys lie in a product, as the attributes of plugin nodes say."""
     heads, (tokens, width) = keys.shape[1:-2], keys.shape[-2:]
     node = helper.make_node(
         spec.MATCH,
@@ -61,11 +64,14 @@ def match_model(keys, r, prefix, class_token, fixed=True):
         r=r,
         prefix=prefix,
         class_token=int(class_token),
+        **where,
     )
     kind = KINDS[keys.dtype]
     inputs = [value("keys", kind, "batch", *heads, tokens if fixed else "n", width)]
     outputs = [value(name, TensorProto.INT32, "batch", None) for name in spec.MATCH_OUTPUTS]
-    return model_of([node], inputs, outputs, [match_function(OPSET)])
+    in_product = bool(where)
+    function = match_function(OPSET, class_token=class_token, plugin=in_product, product=in_product)
+    return model_of([node], inputs, outputs, [function])
 
 
 def exact_metric(batch, tokens, seed):
@@ -117,6 +123,56 @@ def test_match_body_takes_any_number_of_tokens():
             np.testing.assert_array_equal(b, a.numpy())
 
 
+def every_tensor(keys, r, prefix, class_token):
+    """Values of all tensors in the body by name, by ONNX's own evaluator."""
+    model = onnx.inliner.inline_local_functions(match_model(keys, r, prefix, class_token))
+    names = [name for node in model.graph.node for name in node.output]
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    return dict(
+        zip(names, ReferenceEvaluator(model).run(None, {"keys": keys.numpy()}), strict=True)
+    )
+
+
+@pytest.mark.parametrize("tokens", [12, 13])
+@pytest.mark.parametrize(("prefix", "class_token"), PREFIXES)
+def test_no_tensor_is_empty_and_onnxs_own_evaluator_agrees(prefix, class_token, tokens):
+    """Where r takes all that it can; with 12 tokens and no prefix nothing of set A stays."""
+    metric = exact_metric(2, tokens, seed=prefix)
+    for r in (1, clamp_r(tokens, tokens, prefix)):
+        found = every_tensor(metric, r, prefix, class_token)
+        for name, ours in zip(
+            spec.MATCH_OUTPUTS, match(metric, r, prefix, class_token), strict=True
+        ):
+            np.testing.assert_array_equal(found[name], ours.numpy())
+        assert [name for name, tensor in found.items() if np.size(tensor) == 0] == []
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_match_sorts_only_what_its_order_needs(tokens):
+    """By position the r that merge; by rank set A, once. TensorRT's TopK ends at 3,840."""
+    metric = spread_metric(1, tokens, seed=0)
+    for class_token, expected in ((True, [4]), (False, [(tokens + 1) // 2])):
+        model = onnx.inliner.inline_local_functions(match_model(metric, 4, 1, class_token))
+        sorts = [node.output[0] for node in model.graph.node if node.op_type == "TopK"]
+        tensors = every_tensor(metric, 4, 1, class_token)
+        assert [tensors[name].shape[1] for name in sorts] == expected
+
+
+def test_a_graph_has_one_order():
+    def node(class_token):
+        attributes = {"r": 1, "prefix": 1, "class_token": class_token}
+        return helper.make_node(
+            spec.MATCH, spec.MATCH_INPUTS, spec.MATCH_OUTPUTS, domain=spec.DOMAIN, **attributes
+        )
+
+    for class_token in (0, 1):
+        (function,) = functions_for([node(class_token)] * 2, "matmul", OPSET)
+        assert function == match_function(OPSET, class_token=bool(class_token))
+    with pytest.raises(ExportError, match="class_token 0 and 1; expected one for all"):
+        functions_for([node(0), node(1)], "matmul", OPSET)
+
+
 def test_zero_and_duplicate_tokens():
     metric = torch.zeros(2, 12, 16)
     metric[1] = exact_metric(1, 1, seed=0).expand(1, 12, 16)
@@ -138,6 +194,24 @@ def test_match_of_keys_is_torchs(prefix, class_token, heads, dtype):
         theirs = run_match(keys, r, prefix, class_token, fixed)
         for a, b in zip(match(keys, r, prefix, class_token), theirs, strict=True):
             np.testing.assert_array_equal(b, a.numpy())
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize(("prefix", "class_token"), PREFIXES)
+def test_keys_in_a_product_match_as_they_do_outside(prefix, class_token, dtype):
+    """Columns ahead and behind are NaN. All sums are exact, so that their order does not matter."""
+    for heads, tokens, offset, fixed in ((1, 9, 0, True), (3, 17, 5, False), (4, 16, 64, True)):
+        mean = exact_metric(2, tokens, seed=heads)
+        apart = torch.tensor([0.0, 0.5, -0.5, 0.0])[:heads, None, None]
+        keys = (mean[:, None] + apart).to(dtype)
+        product = torch.full((2, tokens, offset + heads * 16 + 3), torch.nan, dtype=dtype)
+        product[..., offset : offset + heads * 16] = keys.transpose(1, 2).flatten(2)
+        r = clamp_r(tokens, 5, prefix)
+        where = {"heads": heads, "width": 16, "offset": offset}
+        model = match_model(product, r, prefix, class_token, fixed, **where)
+        found = load(model).run(None, {"keys": product.numpy()})
+        for a, b in zip(found, run_match(keys, r, prefix, class_token), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
@@ -226,16 +300,18 @@ def test_merge_sums_are_fp32_for_fp16_tokens(lowering):
 
 
 def test_bodies_hold_standard_operators_only():
-    for function in (match_function(OPSET), *(merge_function(lo, OPSET) for lo in LOWERINGS)):
+    matches = [match_function(OPSET, class_token=by_position) for by_position in (True, False)]
+    for function in (*matches, *(merge_function(lo, OPSET) for lo in LOWERINGS)):
         assert {node.domain for node in function.node} <= {""}
         assert function.domain == spec.DOMAIN
-    plain, marked = match_function(OPSET), match_function(OPSET, plugin=True)
+    plain, marked = matches[0], match_function(OPSET, class_token=True, plugin=True)
     assert list(plain.node) == list(marked.node)
     assert list(plain.attribute) == list(marked.attribute) == ["r", "prefix", "class_token"]
     declared = merge_function("matmul", OPSET, plugin=True).attribute_proto
-    for attributes in (marked.attribute_proto, declared):
+    for attributes, own in ((marked.attribute_proto, spec.KEYS_ATTRIBUTES), (declared, ())):
         values = {a.name: helper.get_attribute_value(a) for a in attributes}
-        assert values == {"plugin_namespace": b"tome_export", "plugin_version": b"1", "aot": 1}
+        marks = {"plugin_namespace": b"tome_export", "plugin_version": b"1", "aot": 1}
+        assert values == {**dict(own), **marks}
     assert not plain.attribute_proto
     used = {node.op_type for node in merge_function("matmul", OPSET).node}
     assert not any("Scatter" in name for name in used), "TensorRT's parser refuses scatter-add"

@@ -156,9 +156,8 @@ def test_a_ready_metric_is_shown_as_it_is(name, kind):
         ],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(spec.DOMAIN, spec.VERSION)]
-    proto = helper.make_model(
-        graph, opset_imports=opsets, functions=[match_function(OPSET)], ir_version=11
-    )
+    functions = [match_function(OPSET, class_token=True)]
+    proto = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
     twin = twin_from_model(proto)
     onnx.checker.check_model(twin.model, full_check=True)
     metric = np.random.default_rng(0).standard_normal((2, 13, 8), dtype=np.float32)

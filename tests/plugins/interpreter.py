@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tome_export.merge import spec
 from tome_export.plugins import torch_ops
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
@@ -32,26 +33,48 @@ def guarded(tensor: Tensor, value: float) -> tuple[Tensor, Tensor]:
 
 
 def match_guarded(
-    keys: Tensor, r: int, prefix: int, class_token: bool
+    keys: Tensor, r: int, prefix: int, class_token: bool, **where: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
     """TomeMatch with NaN around the keys and known values in and around the outputs.
+
+    It is started as TensorRT starts it: ``where`` are the attributes of keys in a product.
 
     Returns:
         The plan, and whether all that surrounds it is untouched.
     """
     from tome_export.plugins.match.kernel import match_kernel
 
-    batch, heads, tokens, width = keys.shape
+    batch = len(keys)
+    heads, tokens, width, *lie = spec.keys_view(keys.shape[1:], **where)
     view, _ = guarded(keys, float("nan"))
     shapes = ((batch, tokens - r), (batch, r), (batch, r))
     outputs = [
         guarded(torch.full(shape, GUARD_INDEX, dtype=torch.int32), GUARD_INDEX) for shape in shapes
     ]
-    variant = match_contract.variant(tokens, width, torch_ops._name(keys))
-    launch = match_contract.launch(batch, heads, tokens, width, r, prefix, class_token)
+    variant = match_contract.variant(tokens, width, torch_ops._name(keys), *lie)
+    launch = match_contract.launch(batch, heads, tokens, width, r, prefix, class_token, *lie)
     torch_ops._start(match_kernel, variant, launch, (view,), [out for out, _ in outputs])
     keep, src, dst = (out for out, _ in outputs)
     return (keep, src, dst), _untouched(outputs, GUARD_INDEX)
+
+
+def keys_loaded(keys: Tensor) -> int:
+    """How many numbers TomeMatch loads, each as often as it is loaded."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, count = InterpreterBuilder.create_masked_load, 0
+
+    def counted(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal count
+        count += int(mask.data.sum())
+        return load(self, ptrs, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = counted
+    try:
+        torch_ops.match(keys, 1, 0, False)
+    finally:
+        InterpreterBuilder.create_masked_load = load
+    return count
 
 
 def merge_guarded(
@@ -137,11 +160,12 @@ def dispatched() -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer requests ``(function, arguments)`` on standard input until it closes."""
+    """Answer requests on standard input until it closes: function, arguments, named ones."""
     functions = {
         "match": torch_ops.match,
         "merge": torch_ops.merge,
         "match_guarded": match_guarded,
+        "keys_loaded": keys_loaded,
         "merge_guarded": merge_guarded,
         "dispatched": dispatched,
     }
@@ -149,12 +173,12 @@ def main() -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     while True:
         try:
-            name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 - from our own parent
+            name, arguments, options = pickle.load(sys.stdin.buffer)  # noqa: S301 - from our own parent
         except EOFError:
             return
         answer: tuple[bool, Any]
         try:
-            answer = True, functions[name](*arguments)
+            answer = True, functions[name](*arguments, **options)
         except Exception as error:
             answer = False, (type(error).__name__, str(error))
         pickle.dump(answer, answers)

@@ -37,10 +37,18 @@ def main(folder: Path, artifact: Path) -> None:
     plugins.register(store, CAPABILITY)
     model = onnx.load(artifact / "model.onnx")
     values = {v.name: v for v in (*model.graph.value_info, *model.graph.input)}
+    # The sizes of a fixed batch that has not merged yet are a constant.
+    values |= {
+        tensor.name: onnx.helper.make_tensor_value_info(
+            tensor.name, tensor.data_type, list(tensor.dims)
+        )
+        for tensor in model.graph.initializer
+    }
     nodes = [node for node in model.graph.node if node.domain == "tome_export"]
     ends = {*range(2), len(nodes) - 2, len(nodes) - 1}
     found = [probe(trt, node, values, store, index in ends) for index, node in enumerate(nodes)]
     refused = refusals(trt, plugins, store)
+    refused["heads"] = wrong_heads(trt, nodes[0], values, store)
     print(json.dumps({"version": trt.__version__, "nodes": found, "refused": refused}))
 
 
@@ -58,6 +66,18 @@ def refusals(trt: Any, plugins: Any, store: Any) -> dict[str, str]:
             messages[name] = f"{type(error).__name__}: {error}"
     sys.modules["tensorrt"] = trt
     return messages
+
+
+def wrong_heads(trt: Any, match: onnx.NodeProto, values: dict[str, Any], store: Any) -> str:
+    """Message about a match with more heads than its input can hold."""
+    node = onnx.NodeProto()
+    node.CopyFrom(match)
+    next(a for a in node.attribute if a.name == "heads").i = 1000
+    try:
+        probe(trt, node, values, store, started=False)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def probe(
@@ -183,8 +203,9 @@ def run(
 
     generator = torch.Generator().manual_seed(0)
     given, written = [empty(tensor) for tensor in inputs], [empty(tensor) for tensor in outputs]
-    batch = SIZES["batch"]
+    batch = len(given[0])
     given[0].copy_(torch.randn(given[0].shape, generator=generator))
+    heads, offset = (attributes.get(name, 0) for name in ("heads", "offset"))
     if op == "TomeMerge":
         x, size, keep, src, dst = given
         size.copy_(torch.randint(1, 5, size.shape, generator=generator))
@@ -199,9 +220,15 @@ def run(
     error = 0.0
     for image in range(batch):
         if op == "TomeMatch":
-            metric = given[0][image].double().mean(0).tolist()
+            keys = given[0][image].double()
+            if heads:
+                columns = keys[:, offset : offset + heads * attributes["width"]]
+                keys = columns.unflatten(1, (heads, -1)).transpose(0, 1)
             plan = reference.match(
-                metric, attributes["r"], attributes["prefix"], bool(attributes["class_token"])
+                keys.mean(0).tolist(),
+                attributes["r"],
+                attributes["prefix"],
+                bool(attributes["class_token"]),
             )
             same = [plan.keep, plan.src, plan.dst] == [w[image].tolist() for w in written]
             error = max(error, 0.0 if same else 1.0)

@@ -196,6 +196,98 @@ def test_layouts(interpreter, width, layout):
     assert_equal(result, keys, 9, 1, False)
 
 
+# Columns W of the product and the first of the keys, for H heads of D: the QKV projection's, the
+# keys' own, the keys at the end, and numbers with no common factor.
+PRODUCTS = {
+    "qkv": lambda h, d: (3 * h * d, h * d),
+    "own": lambda h, d: (h * d, 0),
+    "last": lambda h, d: (2 * h * d + 4, h * d + 4),
+    "odd": lambda h, d: (3 * h * d + 5, h * d + 3),
+}
+
+
+def in_product(keys, columns, offset):
+    """A product ``[B, N, W]`` of NaN but for the keys, and the attributes that say where."""
+    batch, heads, tokens, width = keys.shape
+    product = torch.full((batch, tokens, columns), torch.nan, dtype=keys.dtype)
+    product[..., offset : offset + heads * width] = keys.transpose(1, 2).flatten(2)
+    return product, {"heads": heads, "width": width, "offset": offset}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", PRODUCTS)
+def test_keys_in_a_product(interpreter, layout, dtype, prefix):
+    """Ties and duplicates; a column too early or too late would be NaN."""
+    for heads, tokens, width, class_token in ((3, 37, 24, True), (1, 12, 5, False)):
+        keys = lattice(2, heads, tokens, width).to(DTYPES[dtype])
+        product, where = in_product(keys, *PRODUCTS[layout](heads, width))
+        r = amount("half", tokens, prefix)
+        result, untouched = interpreter("match_guarded", product, r, prefix, class_token, **where)
+        assert untouched
+        assert_equal(result, keys, r, prefix, class_token)
+
+
+def test_more_tokens_of_a_product_than_a_tile_holds(interpreter):
+    keys = lattice(2, 2, 2 * contract.BLOCK_A + 3, 16).half()
+    product, where = in_product(keys, *PRODUCTS["qkv"](2, 16))
+    result, _ = interpreter("match_guarded", product, 50, 1, True, **where)
+    assert_equal(result, keys, 50, 1, True)
+
+
+def test_strange_keys_in_a_product(interpreter):
+    for edit in (one_nan, all_nan, infinities, opposite_infinities, overflow, zeros, all_equal):
+        keys = lattice(2, 2, 29, 16)
+        edit(keys)
+        product, where = in_product(keys, *PRODUCTS["qkv"](2, 16))
+        result, _ = interpreter("match_guarded", product, 9, 1, True, **where)
+        assert_equal(result, keys, 9, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "offset", "unit"), [(2304, 768, 16), (2304, 776, 8), (2305, 768, 1), (768, 0, 16)]
+)
+def test_the_unit_divides_offset_and_strides(columns, offset, unit):
+    *_, strides, offset = spec.keys_view((197, columns), 12, 64, offset)
+    variant = contract.variant(197, 64, "float16", strides, offset)
+    assert variant.constants["STRIDE_UNIT"] == unit
+    launch = contract.launch(2, 12, 197, 64, 16, 1, True, strides, offset)
+    scalars = dict(zip(contract.SCALARS, launch.scalars, strict=True))
+    assert scalars["offset"] * unit == offset
+    assert scalars["token_stride"] * unit == columns
+    assert scalars["image_stride"] * unit == 197 * columns
+    assert scalars["head_stride"] * unit == 64
+
+
+def test_keys_that_reach_too_far_are_refused():
+    *_, strides, offset = spec.keys_view((4096, 1 << 19), 12, 64, 0)
+    assert contract.refusal(4096, 64, "float16", strides, offset) == (
+        "the keys of an image reach over 2147483648 elements; the TomeMatch kernel counts to "
+        "2147483647"
+    )
+    *_, strides, offset = spec.keys_view((4095, 1 << 19), 12, 64, 0)
+    assert contract.refusal(4095, 64, "float16", strides, offset) is None
+
+
+def test_keys_outside_their_product_are_refused():
+    with pytest.raises(
+        ValueError, match="3 heads of 8 columns from column 9 on; expected them ins"
+    ):
+        spec.keys_view((5, 32), 3, 8, 9)
+    with pytest.raises(ValueError, match=r"has shape \[B, 2, 5, 32\]; expected 3D"):
+        spec.keys_view((2, 5, 32), 3, 8, 0)
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(197, "1.5"), (577, "4"), (1025, "6.5")])
+def test_keys_are_loaded_as_often_as_the_readme_says(interpreter, tokens, times):
+    heads, width = 1, 8
+    loaded = interpreter("keys_loaded", torch.ones(1, heads, tokens, width))
+    a, b = -(-tokens // 2), tokens // 2
+    tiles_a, tiles_b = -(-a // contract.BLOCK_A), -(-b // contract.BLOCK_B)
+    assert loaded == heads * width * (b * tiles_a + a * tiles_b)
+    assert f"{loaded / (heads * width * tokens):.1f}".removesuffix(".0") == times
+
+
 def all_equal(keys):
     keys[:] = keys[:, :, :1].clone()
 

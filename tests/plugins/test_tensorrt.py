@@ -12,6 +12,8 @@ from typing import Any
 import onnx
 import pytest
 
+from tome_export.merge import spec
+from tome_export.onnx import translation
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 
@@ -79,7 +81,8 @@ def small_artifact(path: Path, case: str) -> list[Any]:
     if case == "distilled":
         vit: Any = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3)
     else:
-        vit = timm.create_model("test_vit", img_size=64)
+        # Keys that are normed lie in no product.
+        vit = timm.create_model("test_vit", img_size=64, qk_norm=case == "bf16")
     model = patch(vit, 3).eval()
     path.mkdir()
     precision = case if case in ("fp32", "bf16") else "fp16"
@@ -101,20 +104,33 @@ def test_every_node_of_the_model_becomes_a_plugin(probed):
 
 def test_the_creators_declare_exactly_the_operators_attributes(probed):
     for node in nodes_of(probed, "TomeMatch"):
-        assert node["creator_fields"] == ["r", "prefix", "class_token"]
+        declared = [*translation._ATTRIBUTES[spec.MATCH], *dict(spec.KEYS_ATTRIBUTES)]
+        assert node["creator_fields"] == declared
     for node in nodes_of(probed, "TomeMerge"):
         assert node["creator_fields"] == []
 
 
-def test_output_types_and_shapes_with_a_dynamic_batch(probed):
+def test_both_layouts_are_among_the_cases(probed, request):
+    forms = {
+        (len(node["inputs"][0][1]), node["attributes"]["heads"] > 0)
+        for node in nodes_of(probed, "TomeMatch")
+    }
+    as_they_are = request.node.callspec.params["probed"] == "bf16"
+    assert forms == {(4, False) if as_they_are else (3, True)}
+
+
+def test_output_types_and_shapes_with_any_batch_or_one(probed, request):
+    size = probed.nodes[0]["inputs"][0][1][0]
+    assert (size > 0) == (request.node.callspec.params["probed"] == "digits")
+    batch = "batch" if size < 0 else str(size)
     for node, layer in zip(nodes_of(probed, "TomeMatch"), probed.layers, strict=True):
         r, kept = str(layer.r), str(layer.tokens_out)
-        assert node["outputs"] == [["INT32", ["batch", length]] for length in (kept, r, r)]
+        assert node["outputs"] == [["INT32", [batch, length]] for length in (kept, r, r)]
         assert node["attributes"]["r"] == layer.r
     for node, layer in zip(nodes_of(probed, "TomeMerge"), probed.layers, strict=True):
         kept, (dtype, shape) = str(layer.tokens_out), node["inputs"][0]
         width = str(shape[2])
-        assert node["outputs"] == [[dtype, ["batch", kept, width]], ["FLOAT", ["batch", kept]]]
+        assert node["outputs"] == [[dtype, [batch, kept, width]], ["FLOAT", [batch, kept]]]
 
 
 def test_the_kernel_handed_over_is_the_compiled_ptx_for_the_gpu(probed):
@@ -131,10 +147,11 @@ def test_the_launch_is_that_of_the_kernel_tests(probed):
         dtype, shape = node["inputs"][0]
         batch, *inner = (3 if size < 0 else size for size in shape)
         if node["op"] == "TomeMatch":
-            heads, tokens, width = inner
+            where = [node["attributes"][key] for key, _ in spec.KEYS_ATTRIBUTES]
+            heads, tokens, width, *lie = spec.keys_view(inner, *where)
             options = [node["attributes"][key] for key in ("r", "prefix", "class_token")]
-            launch = match_contract.launch(batch, heads, tokens, width, *options)
-            variant = match_contract.variant(tokens, width, names[dtype])
+            launch = match_contract.launch(batch, heads, tokens, width, *options, *lie)
+            variant = match_contract.variant(tokens, width, names[dtype], *lie)
         else:
             tokens, width = inner
             launch = merge_contract.launch(batch, tokens, node["inputs"][3][1][1])
@@ -145,7 +162,7 @@ def test_the_launch_is_that_of_the_kernel_tests(probed):
         assert node["kernel"][0][0] == variant.name
         assert node["launch"]["block_x"] == str(32 * variant.num_warps)
         assert (node["launch"]["block_y"], node["launch"]["block_z"]) == ("1", "1")
-        assert "batch" in node["launch"]["grid_x"]
+        assert ("batch" in node["launch"]["grid_x"]) == (node["inputs"][0][1][0] < 0)
         assert (node["launch"]["grid_y"], node["launch"]["grid_z"]) == ("1", "1")
 
 
@@ -161,6 +178,14 @@ def test_the_kernels_started_like_that_give_the_references_results(probed):
 def test_registration_refuses_old_versions_and_gpus_without_a_kernel(probed):
     index = json.loads((probed.artifact / "plugins" / "kernels.json").read_text())
     have = ", ".join(b["compute_capability"] for b in index["kernels"][0]["binaries"])
+    match = nodes_of(probed, "TomeMatch")[0]
+    shape, where = match["inputs"][0][1], match["attributes"]
+    assert probed.refused.pop("heads") == (
+        f"the keys are 1000 heads of {where['width']} columns from column {where['offset']} on; "
+        f"expected them inside a product of {shape[2]} columns"
+        if len(shape) == 3
+        else f"the product has shape [B, {', '.join(map(str, shape[1:]))}]; expected 3D"
+    )
     assert probed.refused == {
         "old": "MissingComponentError: TensorRT 10.12.0.36 is installed; the plugins of this "
         "artifact need 10.13 or later: pip install --upgrade tensorrt, or rebuild the artifact "

@@ -1,12 +1,19 @@
 """The operator contract of match and merge, shared by PyTorch, ONNX and the kernels.
 
-Imports nothing: the ONNX functions, the TensorRT plugins and the tests all read these names.
+Imports the standard library only: the ONNX functions, the TensorRT plugins and the tests all read
+these names.
 
 ``TomeMatch(keys [B, H, N, D]) -> keep [B, K], src [B, r], dst [B, r]`` (int32) with attributes
 ``r``, ``prefix`` and ``class_token``; ``K = N - r``. The keys are of any float type and averaged
 over heads in fp32 inside the operator; a ready metric ``[B, N, D]`` is the same as H = 1. B counts
 sequences, each for itself: images, or the clips of all videos; ``prefix`` counts the protected
 tokens at the front of each, which belong to a set by their positions as all others do.
+
+Nodes meant for TensorRT plugins carry ``KEYS_ATTRIBUTES`` as well, which say where in the input the
+keys lie. ``heads`` = 0 means as above. Otherwise the input is a product ``[B, N, W]``, such as that
+of the QKV projection, and head h of the keys is its ``width`` columns from ``offset + h * width``
+on; ``H = heads``, ``D = width``. So nothing has to write the keys again, one head after the other.
+
 ``TomeMerge(x [B, N, C], size [B, N], keep, src, dst) -> x' [B, K, C], size' [B, K]``; a dst of -1
 drops its token. ``TomePlan(keep, src, dst)`` and ``TomeSignal(x)`` give back what they get: they
 mark the plan of a layer that has no match, and the scores it was decided by, for the parity check.
@@ -15,6 +22,9 @@ Nodes meant for TensorRT plugins also carry ``PLUGIN_ATTRIBUTES``, by which its 
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 DOMAIN = "tome_export"
 VERSION = 1
@@ -52,6 +62,55 @@ PLUGIN_ATTRIBUTES: tuple[tuple[str, str | int], ...] = (
     ("aot", 1),
 )
 """Node attributes: which registered plugin TensorRT takes, in its ahead-of-time form."""
+
+KEYS_ATTRIBUTES: tuple[tuple[str, int], ...] = (("heads", 0), ("width", 0), ("offset", 0))
+"""Attributes of plugin match nodes and their values where the keys are taken as they are."""
+
+
+class KeysView(NamedTuple):
+    """Where the keys ``[B, H, N, D]`` lie in TomeMatch's input, in elements.
+
+    Attributes:
+        heads: H; 1 for a metric.
+        tokens: N.
+        width: D.
+        strides: From image to image, head to head, token to token; 1 within a head.
+        offset: Where the first image's begin.
+    """
+
+    heads: int
+    tokens: int
+    width: int
+    strides: tuple[int, int, int]
+    offset: int
+
+
+def keys_view(lengths: Sequence[int], heads: int = 0, width: int = 0, offset: int = 0) -> KeysView:
+    """Where the keys lie in an input that is contiguous.
+
+    Args:
+        lengths: Of the input without the batch: ``(H, N, D)`` or ``(N, D)``; ``(N, W)`` of a
+            product.
+        heads: As the attribute of that name; so are the next two.
+        width: As above.
+        offset: As above.
+
+    Raises:
+        ValueError: if the product is not one, or lacks the columns.
+    """
+    if heads == 0:
+        *given, tokens, width = lengths
+        heads = given[0] if given else 1
+        return KeysView(heads, tokens, width, (heads * tokens * width, tokens * width, width), 0)
+    if len(lengths) != 2:
+        raise ValueError(f"the product has shape [B, {', '.join(map(str, lengths))}]; expected 3D")
+    tokens, columns = lengths
+    if min(heads, width) < 1 or offset < 0 or offset + heads * width > columns:
+        raise ValueError(
+            f"the keys are {heads} heads of {width} columns from column {offset} on; expected them "
+            f"inside a product of {columns} columns"
+        )
+    return KeysView(heads, tokens, width, (tokens * columns, width, columns), offset)
 
 
 def clamp_r(tokens: int, r: int, prefix: int) -> int:

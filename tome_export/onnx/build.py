@@ -16,6 +16,7 @@ from tome_export.onnx import files
 from tome_export.onnx.export import ExportOptions, ir_from_model
 from tome_export.onnx.functions import functions_for
 from tome_export.onnx.names import name_by_place
+from tome_export.onnx.product import read_keys_from_products
 from tome_export.onnx.simplify import simplified
 from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
@@ -66,13 +67,15 @@ def onnx_from_model(
 
     names = [output_names] if isinstance(output_names, str) else output_names
     proto = serde.serialize_model(ir_from_model(model, options, names))
-    used = {node.op_type for node in proto.graph.node if node.domain == spec.DOMAIN}
-    proto.functions.extend(
-        functions_for(used, options.lowering, options.opset, plugin=options.plugin)
+    functions = functions_for(
+        proto.graph.node, options.lowering, options.opset, plugin=options.plugin
     )
+    proto.functions.extend(functions)
     can_simplify = files.weight_bytes(proto) <= external_data_bytes
     if can_simplify:
         proto = simplified(proto)
+    if options.plugin:
+        read_keys_from_products(proto, options.opset)
     name_by_place(proto.graph)
     name_by_content(proto)
     described = {**(metadata or {}), **_sequences(model)}

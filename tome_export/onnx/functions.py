@@ -4,15 +4,19 @@ A runtime with a plugin of that name takes the plugin; every other one inlines t
 look functions up by name alone, so all layers share one body: the number of tokens is read from
 the shapes and r from the node's attribute. The bodies contain no empty tensors, whatever the
 prefix and however r is clamped, because TensorRT handles those badly.
+
+``TomeMatch`` has a body for either order of the tokens that stay, because only one of them needs
+all of set A sorted, and TensorRT's TopK gives at most 3,840 numbers (``engine.limits``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 import onnx
 
+from tome_export.errors import ExportError
 from tome_export.merge import spec
 
 Lowering = Literal["index_add", "matmul"]
@@ -31,8 +35,6 @@ TomeMatch <r, prefix, class_token> (keys) => (keep, src, dst) {
     end = Constant <value_ints: ints = [9223372036854775807]> ()
     r_ = Constant <value_int: int = @r> ()
     p = Constant <value_int: int = @prefix> ()
-    ct = Constant <value_int: int = @class_token> ()
-    by_position = Cast <to: int = 9> (ct)
 
 METRIC
     n_ = Shape <start: int = 1, end: int = 2> (metric)
@@ -67,61 +69,78 @@ METRIC
     value_all = ReduceMax <keepdims: int = 0> (allowed, last)
     row_protected = Less (rows, pa)
     value = Where (row_protected, lowest, value_all)
-    na_ = Unsqueeze (na, begin)
-    values, rank = TopK <axis: int = 1, largest: int = 1, sorted: int = 1> (value, na_)
-
-    big = Constant <value_float: float = 1048576.0> ()
-    minus_big = Neg (big)
-    minus_two_big = Add (minus_big, minus_big)
-    rank_f = Cast <to: int = 1> (rank)
-    place_f = Cast <to: int = 1> (rows)
-    stay_key = Where (by_position, rank_f, place_f)
-    protected_key = Add (rank_f, minus_big)
-    merged_key = Add (place_f, minus_two_big)
-    protected = Less (rank, pa)
-    rest_key = Where (protected, protected_key, stay_key)
-    is_merged = Less (rows, r_)
-    key = Where (is_merged, merged_key, rest_key)
-    sorted_key, permutation = TopK <axis: int = 1, largest: int = 0, sorted: int = 1> (key, na_)
-    order = GatherElements <axis: int = 1> (rank, permutation)
-
     r_1 = Unsqueeze (r_, begin)
-    merged = Slice (order, begin, r_1, axis1)
-    src64 = Mul (merged, two)
-    src = Cast <to: int = 6> (src64)
+    left = Sub (na, r_)
+
+ORDER
+    two_32 = Cast <to: int = 6> (two)
+    src = Mul (merged_32, two_32)
     to_output = Sub (n, r_)
     offset = Sub (to_output, nb)
     dst_b = GatherElements <axis: int = 1> (best, merged)
     dst64 = Add (dst_b, offset)
     dst = Cast <to: int = 6> (dst64)
 
-    tokens_a = Mul (order, two)
+    tokens_a = Mul (ordered, two_32)
     odd_columns = Mul (columns, two)
-    tokens_b = Add (odd_columns, one)
+    tokens_b64 = Add (odd_columns, one)
+    tokens_b = Cast <to: int = 6> (tokens_b64)
     batch = Shape <start: int = 0, end: int = 1> (keys)
     nb_ = Unsqueeze (nb, begin)
     shape_b = Concat <axis: int = 0> (batch, nb_)
     tokens_b_all = Expand (tokens_b, shape_b)
     tokens = Concat <axis: int = 1> (tokens_a, tokens_b_all)
     outputs = Range (zero, to_output, one)
-    half = Div (outputs, two)
-    twice = Mul (half, two)
-    is_even = Equal (outputs, twice)
-    even_slot = Add (half, r_)
-    odd_slot = Add (half, na)
-    prefix_slot = Where (is_even, even_slot, odd_slot)
-    b_slot = Add (outputs, r_)
-    a_slot = Sub (b_slot, pb)
-    a_left = Sub (na, pa)
-    a_stay = Sub (a_left, r_)
-    a_end = Add (a_stay, p)
+    a_slot = Add (outputs, a_shift)
+    b_slot = Add (outputs, b_shift)
+    a_end = Add (left, pb)
     is_a = Less (outputs, a_end)
-    body_slot = Where (is_a, a_slot, b_slot)
+    wanted = Where (is_a, a_slot, b_slot)
+    slot = Max (wanted, zero)
+    behind = Gather <axis: int = 1> (tokens, slot)
     is_prefix = Less (outputs, p)
-    slot = Where (is_prefix, prefix_slot, body_slot)
-    keep64 = Gather <axis: int = 1> (tokens, slot)
-    keep = Cast <to: int = 6> (keep64)
+    prefix_tokens = Cast <to: int = 6> (outputs)
+    keep = Where (is_prefix, prefix_tokens, behind)
 }
+"""
+
+# The rows of A that stay, in order of position, which sorts r values and counts for the rest. The
+# merged row m_i has c_i merged ones before it, so it is passed by every row that stays from the
+# (m_i - c_i)-th on: the j-th of them is row j + #{i: m_i - c_i <= j}. The protected rows are first
+# by themselves. One place more than rows stay, for A may leave none. Counts are exact in fp32.
+_BY_POSITION = """
+    values, merged = TopK <axis: int = 1, largest: int = 1, sorted: int = 1> (value, r_1)
+    merged_32 = Cast <to: int = 6> (merged)
+    merged_c = Unsqueeze (merged_32, last)
+    merged_r = Unsqueeze (merged_32, axis1)
+    is_earlier = Less (merged_r, merged_c)
+    earlier_f = Cast <to: int = 1> (is_earlier)
+    earlier_sum = ReduceSum <keepdims: int = 0> (earlier_f, last)
+    earlier = Cast <to: int = 6> (earlier_sum)
+    passed_from = Sub (merged_32, earlier)
+    passed_from_r = Unsqueeze (passed_from, axis1)
+    stays_end = Add (left, one)
+    stays64 = Range (zero, stays_end, one)
+    stays = Cast <to: int = 6> (stays64)
+    stays_c = Unsqueeze (stays, last)
+    is_passed = LessOrEqual (passed_from_r, stays_c)
+    passed_f = Cast <to: int = 1> (is_passed)
+    passed_sum = ReduceSum <keepdims: int = 0> (passed_f, last)
+    passed = Cast <to: int = 6> (passed_sum)
+    ordered = Add (stays, passed)
+    a_shift = Neg (pb)
+    b_shift = Identity (one)
+"""
+
+# In order of rank: all of A is sorted, and the protected rows come last.
+_BY_RANK = """
+    na_ = Unsqueeze (na, begin)
+    values, rank = TopK <axis: int = 1, largest: int = 1, sorted: int = 1> (value, na_)
+    merged = Slice (rank, begin, r_1, axis1)
+    merged_32 = Cast <to: int = 6> (merged)
+    ordered = Cast <to: int = 6> (rank)
+    a_shift = Sub (r_, p)
+    b_shift = Identity (r_)
 """
 
 # Keys [B, H, N, D], or a ready metric [B, N, D], to the metric [B, N, D] in fp32.
@@ -132,6 +151,26 @@ _METRIC_FROM_KEYS = """
     keys_4d = Reshape (keys, by_head)
     keys_f = Cast <to: int = 1> (keys_4d)
     metric = ReduceMean <keepdims: int = 0> (keys_f, axis1)
+"""
+
+# Of a product [B, N, W], whose columns from ``offset`` on are the keys, head after head.
+_METRIC_FROM_PRODUCT = """
+    axis2 = Constant <value_ints: ints = [2]> ()
+    heads = Constant <value_int: int = @heads> ()
+    width = Constant <value_int: int = @width> ()
+    first_key = Constant <value_int: int = @offset> ()
+    keys_length = Mul (heads, width)
+    after_keys = Add (first_key, keys_length)
+    keys_begin = Unsqueeze (first_key, begin)
+    keys_end = Unsqueeze (after_keys, begin)
+    keys_3d = Slice (keys, keys_begin, keys_end, axis2)
+    batch_tokens = Constant <value_ints: ints = [0, 0]> ()
+    heads_ = Unsqueeze (heads, begin)
+    width_ = Unsqueeze (width, begin)
+    by_head = Concat <axis: int = 0> (batch_tokens, heads_, width_)
+    keys_4d = Reshape (keys_3d, by_head)
+    keys_f = Cast <to: int = 1> (keys_4d)
+    metric = ReduceMean <keepdims: int = 0> (keys_f, axis2)
 """
 
 _MERGE_HEAD = """
@@ -222,27 +261,36 @@ TomeSignal <layer, index> (x) => (x_out) {
 _BODIES: dict[Lowering, str] = {"index_add": _MERGE_INDEX_ADD, "matmul": _MERGE_MATMUL}
 
 
-def _parse(text: str, opset: int, plugin: bool) -> onnx.FunctionProto:
+def _parse(
+    text: str, opset: int, attributes: Iterable[tuple[str, str | int]] = ()
+) -> onnx.FunctionProto:
+    """A function from its text; attributes with defaults are declared besides."""
     filled = text.replace("OPSET", str(opset)).replace("DOMAIN", spec.DOMAIN)
     for name in ("NORM_EPS", "NORM_LIMIT"):
         filled = filled.replace(name, repr(getattr(spec, name)))
     function = onnx.parser.parse_function(filled)
-    if plugin:
-        # With defaults, because only so can a function's attribute be declared with its type.
-        function.attribute_proto.extend(
-            onnx.helper.make_attribute(name, value) for name, value in spec.PLUGIN_ATTRIBUTES
-        )
+    # With defaults, because only so can a function's attribute be declared with its type.
+    function.attribute_proto.extend(
+        onnx.helper.make_attribute(name, value) for name, value in attributes
+    )
     return function
 
 
-def match_function(opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
+def match_function(
+    opset: int, *, class_token: bool, plugin: bool = False, product: bool = False
+) -> onnx.FunctionProto:
     """``TomeMatch`` in standard operators.
 
     Args:
         opset: Of the standard operators.
+        class_token: The attribute of that name of all match nodes; see ``class_token_of``.
         plugin: Declare the attributes of nodes meant for TensorRT plugins.
+        product: Read the keys from a product; only with ``plugin``, whose attributes say where.
     """
-    return _parse(_MATCH.replace("METRIC", _METRIC_FROM_KEYS), opset, plugin)
+    metric = _METRIC_FROM_PRODUCT if product else _METRIC_FROM_KEYS
+    attributes = (*spec.KEYS_ATTRIBUTES, *spec.PLUGIN_ATTRIBUTES) if plugin else ()
+    order = _BY_POSITION if class_token else _BY_RANK
+    return _parse(_MATCH.replace("METRIC", metric).replace("ORDER", order), opset, attributes)
 
 
 def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
@@ -253,24 +301,50 @@ def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> o
         opset: Of the standard operators.
         plugin: Declare the attributes of nodes meant for TensorRT plugins.
     """
-    return _parse(_MERGE_HEAD + _BODIES[lowering] + _MERGE_TAIL, opset, plugin)
+    body = _MERGE_HEAD + _BODIES[lowering] + _MERGE_TAIL
+    return _parse(body, opset, spec.PLUGIN_ATTRIBUTES if plugin else ())
+
+
+def class_token_of(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """The attribute ``class_token`` that the match nodes of a graph share; true without any.
+
+    Raises:
+        ExportError: if they do not, for all have one body.
+    """
+    found = {
+        bool(attribute.i)
+        for node in nodes
+        for attribute in node.attribute
+        if node.op_type == spec.MATCH and attribute.name == "class_token"
+    }
+    if len(found) > 1:
+        raise ExportError(
+            "the graph has TomeMatch nodes with class_token 0 and 1; expected one for all, which "
+            "share a function: export the parts as models of their own"
+        )
+    return False not in found
 
 
 def functions_for(
-    used: Collection[str], lowering: Lowering, opset: int, *, plugin: bool = False
+    nodes: Collection[onnx.NodeProto], lowering: Lowering, opset: int, *, plugin: bool = False
 ) -> list[onnx.FunctionProto]:
     """The functions that a graph needs.
 
     Args:
-        used: Operators of this package's domain in the graph.
+        nodes: Of the graph.
         lowering: Body of ``TomeMerge``.
         opset: Of the standard operators.
         plugin: Declare the attributes of nodes meant for TensorRT plugins.
+
+    Raises:
+        ExportError: if one body does not do for all match nodes.
     """
+    used = {node.op_type for node in nodes if node.domain == spec.DOMAIN}
+    class_token = class_token_of(nodes)
     makers: dict[str, Callable[[], onnx.FunctionProto]] = {
-        spec.MATCH: lambda: match_function(opset, plugin=plugin),
+        spec.MATCH: lambda: match_function(opset, class_token=class_token, plugin=plugin),
         spec.MERGE: lambda: merge_function(lowering, opset, plugin=plugin),
-        spec.PLAN: lambda: _parse(_PLAN, opset, plugin=False),
-        spec.SIGNAL: lambda: _parse(_SIGNAL, opset, plugin=False),
+        spec.PLAN: lambda: _parse(_PLAN, opset),
+        spec.SIGNAL: lambda: _parse(_SIGNAL, opset),
     }
     return [make() for name, make in makers.items() if name in used]

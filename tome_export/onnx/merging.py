@@ -24,11 +24,15 @@ class MatchShape(NamedTuple):
         tokens: N.
         width: D of a head, or of a metric.
         dtype: Of the keys.
+        strides: From image to image, head to head and token to token, in elements.
+        offset: Elements before the first key.
     """
 
     tokens: int
     width: int
     dtype: str
+    strides: tuple[int, int, int]
+    offset: int
 
 
 class MergeShape(NamedTuple):
@@ -51,11 +55,17 @@ class Merging:
     merges: tuple[MergeShape, ...]
 
 
+def keys_attributes(match: onnx.NodeProto) -> dict[str, int]:
+    """Where in its input a match node finds the keys: ``heads``, ``width`` and ``offset``."""
+    found = dict(spec.KEYS_ATTRIBUTES)
+    return found | {a.name: a.i for a in match.attribute if a.name in found}
+
+
 def merging_of(model: onnx.ModelProto) -> Merging:
     """The merging nodes of a model exported by this package.
 
     Raises:
-        InputError: if a shape is missing.
+        InputError: if a shape is missing, or a product lacks the columns of its keys.
     """
     values = {v.name: v for v in (*model.graph.value_info, *model.graph.input)}
 
@@ -70,7 +80,11 @@ def merging_of(model: onnx.ModelProto) -> Merging:
     for node in model.graph.node:
         if node.op_type == spec.MATCH:
             dtype, keys = described(node.input[0])
-            matches.append(MatchShape(keys[-2], keys[-1], dtype))
+            try:
+                view = spec.keys_view(keys[1:], **keys_attributes(node))
+            except ValueError as error:
+                raise InputError(f"{node.name}: {error}; rebuild the artifact") from error
+            matches.append(MatchShape(view.tokens, view.width, dtype, view.strides, view.offset))
         elif node.op_type == spec.MERGE:
             dtype, x = described(node.input[0])
             merges.append(MergeShape(x[-1], dtype))

@@ -2,9 +2,9 @@
 
 The twin is the shipped graph plus, for each merging layer, outputs for the metric and the chosen
 plan, and a switch that replaces the chosen plan by one given as input. The match takes keys, so the
-metric is made beside it from the same keys. Led by the reference's plans, every layer sees the
-reference's tokens, so each decision can be judged on its own and the numerical error is not mixed
-with the effect of a flipped decision.
+metric is made beside it from the same keys, or from the product that holds them. Led by the
+reference's plans, every layer sees the reference's tokens, so each decision can be judged on its
+own and the numerical error is not mixed with the effect of a flipped decision.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tome_export.errors import InputError
 from tome_export.merge import spec
 from tome_export.merge.plan import Step, step_from_name, step_layer, step_name
+from tome_export.onnx.merging import keys_attributes
 
 METADATA_PREFIX = "tome_export."
 
@@ -120,8 +121,13 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
         signals = tuple(scores.get(step, ()))
         if node.op_type == spec.MATCH:
             metric = f"{step_name(step)}.metric"
-            nodes += _metric_nodes(node.input[0], types[node.input[0]], metric)
-            info = _metric_value(types[node.input[0]], metric, rows)
+            taken = types[node.input[0]]
+            lengths = [dim.dim_value for dim in taken.type.tensor_type.shape.dim][1:]
+            view = spec.keys_view(lengths, **keys_attributes(node))
+            nodes += _metric_nodes(node, len(lengths), metric)
+            info = helper.make_tensor_value_info(
+                metric, TensorProto.FLOAT, [*rows, view.tokens, view.width]
+            )
             if count > 1:
                 target = f"{metric}.rows"
                 nodes += _reshape(metric, target, [-1, *_dims(info)[1:]])
@@ -141,11 +147,20 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
     return Twin(twin, tuple(layers))
 
 
-def _metric_nodes(keys: str, value: onnx.ValueInfoProto, metric: str) -> list[onnx.NodeProto]:
-    """The mean of the keys over heads; an input of rank 3 is the metric itself."""
+def _metric_nodes(match: onnx.NodeProto, lengths: int, metric: str) -> list[onnx.NodeProto]:
+    """The mean of the keys over heads; an input ``[B, N, D]`` without heads is the metric itself.
+
+    Args:
+        match: The node.
+        lengths: Dimensions of its input behind the batch.
+        metric: Name of what is made.
+    """
+    keys, where = match.input[0], keys_attributes(match)
     if keys == metric:  # as graphs of operators without heads name it
         return []
-    if len(value.type.tensor_type.shape.dim) == 3:
+    if where["heads"]:
+        return _metric_from_product(keys, metric, **where)
+    if lengths == 2:
         return [helper.make_node("Cast", [keys], [metric], name=metric, to=TensorProto.FLOAT)]
     wide = f"{metric}.keys"
     return [
@@ -154,11 +169,23 @@ def _metric_nodes(keys: str, value: onnx.ValueInfoProto, metric: str) -> list[on
     ]
 
 
-def _metric_value(
-    keys: onnx.ValueInfoProto, metric: str, rows: list[str | int]
-) -> onnx.ValueInfoProto:
-    shape = [*rows, *_dims(keys)[-2:]]
-    return helper.make_tensor_value_info(metric, TensorProto.FLOAT, shape)
+def _metric_from_product(
+    product: str, metric: str, heads: int, width: int, offset: int
+) -> list[onnx.NodeProto]:
+    """The mean over heads of the columns ``[offset, offset + heads * width)`` of ``[B, N, W]``."""
+    parts = [f"{metric}.{name}" for name in ("columns", "begin", "end", "axis", "heads", "keys")]
+    columns, begin, end, axis, by_head, wide = parts
+    constants = ((begin, offset), (end, offset + heads * width), (axis, 2))
+    return [
+        *(
+            helper.make_node("Constant", [], [name], name=name, value_ints=[value])
+            for name, value in constants
+        ),
+        helper.make_node("Slice", [product, begin, end, axis], [columns], name=columns),
+        *_reshape(columns, by_head, [0, 0, heads, width]),
+        helper.make_node("Cast", [by_head], [wide], name=wide, to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", [wide, axis], [metric], name=metric, keepdims=0),
+    ]
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[str | int]:
