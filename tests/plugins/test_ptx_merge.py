@@ -14,7 +14,6 @@ from ptx_interpreter import PtxError, fma, launch
 from tome_export.plugins.merge import contract
 from tome_export.plugins.store import DEFAULT_CAPABILITIES
 
-NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 WIDTH = 768
 
 
@@ -59,8 +58,14 @@ def run(compiled):
     return run
 
 
-@pytest.mark.parametrize("capability", DEFAULT_CAPABILITIES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [
+        *(("fp16", capability) for capability in DEFAULT_CAPABILITIES),
+        # Both forms of arithmetic: of single numbers, and from 10.0 on of pairs.
+        *((dtype, capability) for dtype in ("fp32", "bf16") for capability in ("9.0", "10.0")),
+    ],
+)
 def test_every_architectures_code_merges(run, dtype, capability):
     x, size, plan = normal(2, 9, WIDTH).to(DTYPES[dtype]), sizes(2, 9), random_plan(2, 9, 5)
     assert_as_good_as_eager(run(x, size, plan, capability), x, size, plan)
