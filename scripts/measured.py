@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- measured by scripts/measured.py -->\n", "<!-- end of measured -->")
 REDUCED = ("<!-- compared by scripts/measured.py -->\n", "<!-- end of compared -->")
+STATUS = ("<!-- status by scripts/measured.py -->\n", "<!-- end of status -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
@@ -20,6 +21,65 @@ def rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Environment and rows of one result file."""
     content = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     return content["environment"], content["rows"]
+
+
+NEVER = "**never**"
+
+STAGES = (
+    (
+        "patching, schedules, export to ONNX",
+        "tested, against the libraries and the paper's code",
+        (),
+    ),
+    (
+        "decisions and outputs of the exported graph in ONNX Runtime",
+        "tested, on the CPU provider",
+        ("ort-fused", "ort-parts", "ort-r13"),
+    ),
+    (
+        "kernels of match and merge",
+        "run by an interpreter; their machine code assembled for six GPU architectures",
+        ("kernels-right", "kernels-fast"),
+    ),
+    (
+        "speed of whole models, merged over unmerged",
+        "measured, in ONNX Runtime and PyTorch",
+        ("models-64", "models-other"),
+    ),
+    (
+        "plugins in TensorRT",
+        "declared to TensorRT's Python layer and plugin registry",
+        (),
+    ),
+    ("TensorRT engines", "cannot be built without a GPU", ()),
+    ("TensorRT-RTX engines", "built", ()),
+    (
+        "Triton Inference Server",
+        "tested, on a server with a stand-in for the ONNX Runtime backend",
+        (),
+    ),
+    ("trained weights", "`vit_digits` alone; all others are random", ()),
+)
+"""What the project does; what of it has run without a GPU; the parts of ``benchmarks/gpu`` that run
+it on one."""
+
+
+def status() -> str:
+    """The README's table of what has run where, between its marks."""
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    lines = ["| | on a CPU | on a GPU |", "|---|---|---|"]
+    lines += [f"| {what} | {cpu} | {on_gpu(found, parts)} |" for what, cpu, parts in STAGES]
+    return "\n".join(lines) + "\n"
+
+
+def on_gpu(found: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
+    """What the rows of some parts of the GPU benchmark say."""
+    own = [row for row in found if row["part"] in parts and row["benchmark"] != "part"]
+    if not own:
+        return NEVER
+    wrong = sum(row.get("passed") is False or "error" in row for row in own)
+    return f"{len(own)} rows in `benchmarks/results/gpu.json`, {wrong} of them failed"
 
 
 def measured() -> str:
@@ -235,17 +295,27 @@ def video_lines() -> list[str]:
     return lines
 
 
-def main() -> None:
-    readme, reducers = ROOT / "README.md", ROOT / "docs" / "reducers.md"
+README, REDUCERS = ROOT / "README.md", ROOT / "docs" / "reducers.md"
+
+
+def pages() -> dict[Path, str]:
+    """The pages with all their marked parts made anew."""
+    texts = {path: path.read_text() for path in (README, REDUCERS)}
     for path, (start, end), made in (
-        (readme, MARKS, measured()),
-        (readme, EVALUATED, evaluated()),
-        (reducers, REDUCED, reducers_lines()),
+        (README, MARKS, measured()),
+        (README, STATUS, status()),
+        (README, EVALUATED, evaluated()),
+        (REDUCERS, REDUCED, reducers_lines()),
     ):
-        text = path.read_text()
         pattern = re.escape(start) + ".*?" + re.escape(end)
         made = start + made.replace("\\", r"\\") + end
-        path.write_text(re.sub(pattern, made, text, flags=re.DOTALL))
+        texts[path] = re.sub(pattern, made, texts[path], flags=re.DOTALL)
+    return texts
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

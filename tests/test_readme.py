@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -70,3 +71,9 @@ def test_measured_figures_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch)
     )
     for path, (start, end), text in made:
         assert start + text + end in path.read_text()
+
+
+def test_figures_are_those_of_the_rows() -> None:
+    measured = run_path(str(README.parent / "scripts" / "measured.py"))
+    for path, text in measured["pages"]().items():
+        assert path.read_text() == text, f"python scripts/measured.py writes another {path.name}"
