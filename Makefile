@@ -18,6 +18,11 @@ $(VENV)/installed: pyproject.toml
 	{ $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps nvidia-pytriton==0.7.0 && \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/share/tome-export/tritonserver 'numpy<2'; } || \
 	  echo "No tritonserver for this machine: the tests that need one are skipped"
+	@# ONNX Runtime for NVIDIA's GPUs as benchmarks/gpu carries it, and a CUDA library that torch lacks, for
+	@# a test that loads them. Not in the environment, where the first would replace the package for CPUs.
+	{ $(BIN)/python scripts/thin_onnxruntime_gpu.py $(VENV)/share/tome-export/onnxruntime-gpu && \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/share/tome-export/curand 'nvidia-curand==10.*'; } || \
+	  echo "No onnxruntime-gpu for this machine: the test that loads it is skipped"
 	touch $@
 
 demo: $(VENV)/installed
@@ -46,9 +51,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/registry.py
 
-# On a machine with an NVIDIA GPU.
+# On a machine with an NVIDIA GPU and a network; benchmarks/gpu/README.md says how to do without one.
 bench-gpu: $(VENV)/installed
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu.prepare --python $$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+	status=0; for step in 1 2 3; do $(BIN)/python -m benchmarks.gpu.step$$step || status=1; done; exit $$status
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ CAPABILITIES = ("9.0", "8.0")
 """Of the GPU to plan for, and what any later one falls back on."""
 PACKAGES: dict[int, tuple[str, ...]] = {
     1: ("timm",),
-    2: ("onnx", "ml-dtypes", "onnx-ir", "onnxscript", "onnxsim", "polygraphy"),
+    2: ("onnx", "ml-dtypes"),
     3: (
         "pytest",
         "pluggy",

@@ -213,28 +213,29 @@ class OrtRunner:
         return run
 
 
-def load_cuda_libraries(provider: Path) -> list[str]:
-    """Load the CUDA libraries that the provider is linked with, wherever pip put them.
+def load_cuda_libraries(provider: Path) -> None:
+    """Load the CUDA libraries that the provider is linked with.
+
+    Raises:
+        OSError: if one is nowhere.
+    """
+    for library in cuda_libraries(provider):
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+def cuda_libraries(provider: Path) -> list[str]:
+    """CUDA libraries that the provider is linked with, wherever pip put them.
 
     Args:
         provider: The library; what it needs is read from it.
 
     Returns:
-        What was loaded: paths, or plain names of what the system's loader found.
-
-    Raises:
-        OSError: if one is nowhere.
+        Their paths; plain names of those that only the system's loader may know.
     """
-    loaded = []
+    found = []
     for name in linked_libraries(provider.read_bytes()):
-        if not name.startswith("libcu"):
-            continue
-        found = [
-            path
-            for folder in (*site.getsitepackages(), *sys.path)
-            for path in sorted(Path(folder).glob(f"nvidia/*/lib/{name}"))
-        ]
-        library = str(found[0]) if found else name
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-        loaded.append(library)
-    return loaded
+        if name.startswith("libcu"):
+            folders = map(Path, (*site.getsitepackages(), *sys.path))
+            paths = [path for folder in folders for path in folder.glob(f"nvidia/*/lib/{name}")]
+            found.append(str(paths[0]) if paths else name)
+    return found

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT
+from benchmarks.gpu import ROOT, run_onnxruntime
 from benchmarks.gpu.parts import Context
+from benchmarks.gpu.prepared import Prepared
 from benchmarks.gpu.rows import attempt, emit
+from scripts.thin_onnxruntime_gpu import PROVIDER
 
 _MARK = re.compile(r"^\s*@?pytest\.mark\.gpu\b", re.MULTILINE)
 _TAIL = 2000
@@ -21,18 +23,34 @@ _WRONG_ACCESS = 99
 
 def marked_tests(context: Context) -> None:
     """Emit what the tests that need a GPU say."""
-    attempt("pytest -m gpu", {}, run_marked_tests, context.seconds)
+    attempt("pytest -m gpu", {}, run_marked_tests, context)
 
 
-def run_marked_tests(seconds: float) -> dict[str, Any]:
+def run_marked_tests(context: Context) -> dict[str, Any]:
     """Run them; only their files are read, so that others need not be importable."""
     files = marked_files(ROOT / "tests")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider"]
     # The package makes the checkout importable; another version of torch may warn of other things.
     command += ["-p", "benchmarks.gpu", "-o", "filterwarnings=default", *map(str, files)]
-    found = finished(command, seconds - 5)
+    found = finished(command, context.seconds - 5, **with_onnxruntime(context.prepared))
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", found["said"])
     return found | {name: int(number) for number, name in counts}
+
+
+def with_onnxruntime(prepared: Prepared) -> dict[str, str]:
+    """Variables with which Python finds the carried ONNX Runtime and that its CUDA libraries.
+
+    None where step 2 has not unpacked it.
+    """
+    tree = prepared.onnxruntime
+    if not tree.exists():
+        return {}
+    libraries = map(Path, run_onnxruntime.cuda_libraries(tree / PROVIDER))
+    folders = dict.fromkeys(str(library.parent) for library in libraries if library.is_absolute())
+    return {
+        name: os.pathsep.join(filter(None, [*values, os.environ.get(name, "")]))
+        for name, values in {"PYTHONPATH": [str(tree)], "LD_LIBRARY_PATH": folders}.items()
+    }
 
 
 def marked_files(folder: Path) -> list[Path]:
@@ -76,6 +94,5 @@ def finished(command: list[str], limit_s: float, **variables: str) -> dict[str, 
 
 if __name__ == "__main__":
     from benchmarks.gpu import check_kernels
-    from benchmarks.gpu.prepared import Prepared
 
     check_kernels.memcheck(Context(Prepared(Path(sys.argv[1])), "cuda", 0.0))

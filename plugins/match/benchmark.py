@@ -1,28 +1,16 @@
-"""How TomeMatch is measured: shapes, bytes that must move, and what the kernel is held against.
-
-``benchmarks/gpu.py`` runs it.
-"""
+"""How TomeMatch is measured: shapes, and bytes that must move. ``benchmarks/gpu`` runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-
-from tome_export.plugins import torch_ops
-from tome_export.plugins.match.contract import DOT
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    Plan = tuple[Tensor, Tensor, Tensor]
-    Match = Callable[[Tensor, int, int, bool], Plan]
-
 Layout = Literal["contiguous", "qkv"]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-PRECISIONS = (DOT, "ieee")
-"""Forms of the product that the kernel can be compiled with; the first is the contract's."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +67,3 @@ def make_keys(case: MatchCase, generator: torch.Generator) -> Tensor:
         return torch.randn((b, h, n, d), **kind)
     qkv = torch.randn((b, n, 3 * h * d), **kind)
     return qkv.chunk(3, dim=-1)[1].reshape(b, n, h, d).transpose(1, 2)
-
-
-def candidates(case: MatchCase, eager: Match) -> dict[str, Callable[[Tensor], Plan]]:
-    """What is timed on the same keys, by name.
-
-    Args:
-        case: Gives r, prefix and order.
-        eager: ``tome_export::match`` by PyTorch's own operations.
-    """
-    import torch
-
-    rest = (case.r, case.prefix, case.class_token)
-    runs: dict[str, Callable[[Tensor], Plan]] = {
-        f"kernel {precision}": lambda keys, precision=precision: torch_ops.match(  # type: ignore[misc]
-            keys, *rest, precision
-        )
-        for precision in PRECISIONS
-    }
-    runs["mean by torch, then kernel"] = lambda keys: torch_ops.match(
-        keys.mean(1, dtype=torch.float32), *rest
-    )
-    runs["eager"] = lambda keys: eager(keys, *rest)
-    return runs

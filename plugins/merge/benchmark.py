@@ -1,19 +1,13 @@
-"""How TomeMerge is measured: shapes, bytes that must move, and what the kernel is held against.
-
-``benchmarks/gpu.py`` runs it.
-"""
+"""How TomeMerge is measured: shapes, and bytes that must move. ``benchmarks/gpu`` runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -41,25 +35,10 @@ class MergeCase:
 
 def bytes_moved(case: MergeCase) -> int:
     """Bytes that must move: x, size and the plan once, x' and size' once."""
-    return _rows(case, 2 * case.tokens - case.r) + _sizes_and_plan(case)
-
-
-def bytes_moved_fused(case: MergeCase) -> int:
-    """The same for one kernel that adds the residual before and normalises after.
-
-    It reads x and what is added to it, and writes x', which the next residual needs, and the
-    normalised x'. A LayerNorm's weights stay in the cache.
-    """
-    return _rows(case, 2 * case.tokens + 2 * (case.tokens - case.r)) + _sizes_and_plan(case)
-
-
-def _rows(case: MergeCase, count: int) -> int:
-    return case.batch * count * case.width * ITEM_BYTES[case.dtype]
-
-
-def _sizes_and_plan(case: MergeCase) -> int:
-    sizes = 4 * case.batch * (2 * case.tokens - case.r)
-    return sizes + 4 * case.batch * (case.tokens + case.r)
+    read_and_written = 2 * case.tokens - case.r
+    per_token = case.width * ITEM_BYTES[case.dtype] + 4
+    plan = 4 * (case.tokens + case.r)
+    return case.batch * (read_and_written * per_token + plan)
 
 
 def make_inputs(case: MergeCase, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -89,14 +68,3 @@ def make_inputs(case: MergeCase, generator: torch.Generator) -> tuple[Tensor, ..
     keep = torch.cat([front, stays, last], 1)
     dst = torch.randint(first_b, rows_b, (b, r), **kind) + (n - r - rows_b)
     return x, size, keep.int(), src.int(), dst.int()
-
-
-def candidates(eager: Merge) -> dict[str, Merge]:
-    """What is timed on the same tokens and plan, by name.
-
-    Args:
-        eager: ``tome_export::merge`` by PyTorch's own operations.
-    """
-    from tome_export.plugins import torch_ops
-
-    return {"kernel": torch_ops.merge, "eager": eager}

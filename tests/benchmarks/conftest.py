@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,31 @@ def stub(stub_library: Path) -> StubDriver:
     driver = StubDriver(stub_library)
     driver.reset()
     return driver
+
+
+@pytest.fixture(scope="session")
+def thinned_onnxruntime() -> tuple[Path, Path]:
+    """The thinned onnxruntime-gpu for this Python, and a folder with cuRAND, which torch lacks.
+
+    ``make`` puts both beside the environment; where it did not, they are made here, once.
+    """
+    from filelock import FileLock
+
+    shared = Path(sys.prefix) / "share" / "tome-export"
+    shared.mkdir(parents=True, exist_ok=True)
+    tree, curand = shared / "onnxruntime-gpu", shared / "curand"
+    script = ROOT / "scripts" / "thin_onnxruntime_gpu.py"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+    makers = {
+        tree: [sys.executable, str(script), str(tree)],
+        curand: [*pip, "--target", str(curand), "nvidia-curand==10.*"],
+    }
+    with FileLock(shared / ".lock"):
+        for folder, command in makers.items():
+            if folder.exists():
+                continue
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+                pytest.skip(f"{folder.name} cannot be had here: {last}")
+    return tree, curand
