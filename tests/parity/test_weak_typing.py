@@ -148,7 +148,7 @@ def test_parity_sees_that_a_model_was_computed_in_half(
     assert model.class_token == class_token
     path = tmp_path / "model.onnx"
     onnx_from_model(model, path, ExportOptions(precision="fp16", batch=BATCH), "logits")
-    images = make_images(model, 24)
+    images = make_images(model, 64)
 
     def check(runner_factory):
         proto = onnx.load(path)
