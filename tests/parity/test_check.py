@@ -15,7 +15,8 @@ from tome_export.cli.text import summary_lines
 from tome_export.errors import ExportError, InputError
 from tome_export.onnx import files
 from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.functions import match_function
 from tome_export.parity.check import check_parity
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner
@@ -167,10 +168,13 @@ def swap_the_last_pair(proto):
     rewrite(
         proto,
         "TomeMatch",
-        "is_merged = Less (rows, r_)",
-        "is_before = Less (rows, r_)\n   r_less = Sub (r_, one)\n"
-        "   is_last = Equal (rows, r_less)\n   is_next = Equal (rows, r_)\n"
-        "   without = Xor (is_before, is_last)\n   is_merged = Or (without, is_next)",
+        "values, merged = TopK <axis: int = 1, largest: int = 1, sorted: int = 1> (value, r_1)",
+        "one_1 = Unsqueeze (one, begin)\n   r_next = Add (r_1, one_1)\n"
+        "   values, best_rows = TopK <axis: int = 1, largest: int = 1, sorted: int = 1>"
+        " (value, r_next)\n"
+        "   ranks = Range (zero, r_, one)\n   r_less = Sub (r_, one)\n"
+        "   is_last = Equal (ranks, r_less)\n   taken = Where (is_last, r_, ranks)\n"
+        "   merged = Gather <axis: int = 1> (best_rows, taken)",
     )
 
 
@@ -223,12 +227,8 @@ def second_best_destination(proto):
 
 def break_stays_order(proto):
     """Tokens that stay in rank order although there is a class token."""
-    rewrite(
-        proto,
-        "TomeMatch",
-        "stay_key = Where (by_position, rank_f, place_f)",
-        "stay_key = Identity (place_f)",
-    )
+    (function,) = (f for f in proto.functions if f.name == "TomeMatch")
+    function.CopyFrom(match_function(OPSET, class_token=False))
 
 
 # Layers 0, 1 and 3 merge. A wrong match shows in its own layer, in every layer. A wrong merge of
