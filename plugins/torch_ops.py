@@ -117,6 +117,7 @@ def _start(kernel: Any, variant: Any, launch: Any, inputs: Any, outputs: Any) ->
             **variant.constants,
             num_warps=variant.num_warps,
             num_stages=1,
+            maxnreg=variant.max_registers,
         )
 
 
