@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tome_export.engine import Selection, gpu
+from tome_export.engine import Selection, gpu, limits
 from tome_export.engine.select import BACKENDS
-from tome_export.errors import ExportError, UsageError
+from tome_export.errors import ExportError, InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load
 from tome_export.patch import patch
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.form import choose_form, fit_form, merges_of
+from tome_export.pipeline import BuildRequest, EngineRequest, add_engine, build
+from tome_export.pipeline.form import choose_form, fit_form
 from tome_export.plugins import choice
 from tome_export.spec import BatchRange
 
@@ -103,11 +103,12 @@ def test_auto_takes_the_plugin_as_far_as_it_pays(name, options, tokens):
     if "class_token" in options:
         options = {**options, "global_pool": "avg"}
     model = patch(timm.create_model(name, **options).eval(), 8)
-    assert merges_of(model)[0].tokens == tokens
-    form = fit_form(choose_form(digits(merge_op="auto", batch=FIXED)), model)
+    assert model.layers[0].tokens_in == tokens
+    form = fit_form(choose_form(digits(merge_op="auto", batch=FIXED)), model, "auto")
     assert bool(form.capabilities) == (tokens <= 256)
     # Asked for, it is built whatever the table says.
-    assert fit_form(choose_form(digits(merge_op="plugin", batch=FIXED)), model).capabilities
+    asked = choose_form(digits(merge_op="plugin", batch=FIXED))
+    assert fit_form(asked, model, "auto").capabilities
 
 
 def test_the_table_says_where_the_plugin_pays(monkeypatch):
@@ -135,10 +136,22 @@ def test_the_engine_is_built_for_the_same_batch(tmp_path, monkeypatch):
     assert seen == [BatchRange(8, 8, 8), FIXED]
 
 
-def test_merges_of_a_model_are_those_of_its_layers():
-    import timm
+TOO_LONG = (
+    "blocks.0 merges r = 8 of 65 tokens and sorts the merged ones by one TopK of 8; TensorRT-RTX "
+    "takes at most 7: use a smaller r, or --engine none"
+)
 
-    model = patch(timm.create_model("test_vit").eval(), [3, 0, 5])
-    expected = [(layer.tokens_in, layer.r) for layer in model.layers if layer.r]
-    assert [(merge.tokens, merge.r) for merge in merges_of(model)] == expected
-    assert merges_of(patch(timm.create_model("test_vit").eval(), 0)) == []
+
+def test_an_engine_that_cannot_sort_so_many_tokens_is_refused(tmp_path, monkeypatch):
+    """Whoever asks for it is told before the export; ``auto`` does without."""
+    monkeypatch.setattr(limits, "TOPK_MAX", 7)
+    with pytest.raises(InputError) as refused:
+        build(digits(tmp_path / "x", engine="tensorrt-rtx"))
+    assert str(refused.value) == TOO_LONG
+    assert list(tmp_path.iterdir()) == []
+    artifact = build(digits(tmp_path / "x", engine="auto"))
+    assert artifact.manifest["engines"] == {}
+    assert artifact.manifest["engine_note"] == f"no engine is built: {TOO_LONG}"
+    with pytest.raises(InputError) as refused:
+        add_engine(EngineRequest(tmp_path / "x", engine="tensorrt-rtx"))
+    assert str(refused.value) == f"the artifact cannot become an engine: {TOO_LONG}"

@@ -197,7 +197,7 @@ def _export_and_check(
         given.check_tokens(model.layers[0].tokens_in, [layer.r for layer in model.layers])
         if note := given.note(state_sha256(model)):
             progress.stage(note)
-    form = fit_form(form, model)
+    form = fit_form(form, model, request.engine)
     images = None
     if request.check:
         images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, Artifact, writing_to
-from tome_export.engine import EngineOptions, select
+from tome_export.engine import EngineOptions, limits, select
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
 from tome_export.pipeline.progress import Progress, Silent
@@ -65,6 +66,8 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         raise MissingComponentError(selection.line)
     if refusal := _attention_refusal(artifact.manifest["onnx"]["attention"], selection.backend):
         raise InputError(f"the artifact's {refusal}")
+    if refusal := _length_refusal(artifact.manifest, selection.backend):
+        raise InputError(f"the artifact cannot become an engine: {refusal}")
     built = BatchRange.parse(artifact.manifest["batch"])
     batch = request.batch or built
     if batch.min < built.min or batch.max > built.max:
@@ -88,6 +91,18 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         )
         changes = {"engines": {info.backend: info.to_dict()}, "engine_note": selection.line}
         return artifact.with_files(changes, {info.file: Path(folder) / info.file})
+
+
+def _length_refusal(manifest: Mapping[str, Any], backend: Backend) -> str | None:
+    """Why a model's sequences are too long for the operators of a backend; None if they are not."""
+    merge = manifest["merge"]
+    return limits.refusal(
+        backend.name,
+        limits.merges_of(manifest["layers"], merge["prefix"]),
+        class_token=merge["class_token"],
+        scored=merge["scored"],
+        plugin=merge["merge_op"] == "plugin",
+    )
 
 
 def build_engine(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from tome_export.engine import Selection, gpu, select
-from tome_export.errors import UsageError
+from tome_export.engine import Selection, gpu, limits, select
+from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.kernels import capabilities_of, takes_plugins
 from tome_export.plugins.choice import LEAK, drawback
 from tome_export.spec import BatchRange
@@ -115,40 +115,36 @@ def _scattering(request: BuildRequest, form: MergeForm) -> MergeForm:
     return replace(form, selection=selection, lowering="index_add")
 
 
-def fit_form(form: MergeForm, model: MergedModel) -> MergeForm:
-    """What has to change now that the model's token counts are known."""
+def fit_form(form: MergeForm, model: MergedModel, engine: str) -> MergeForm:
+    """What has to change now that the model's token counts are known.
+
+    Args:
+        form: From ``choose_form``.
+        model: The patched model.
+        engine: As it was asked for; ``auto`` does without one that cannot take the model.
+
+    Raises:
+        InputError: if an engine that was asked for cannot take the model.
+    """
+    merges = limits.merges_of([asdict(layer) for layer in model.layers], model.prefix)
     if form.capabilities and not form.required:
-        tokens = [merge.tokens for merge in merges_of(model)]
-        reason = drawback(max(tokens, default=0), gpu.detect().gpus[0].compute_capability)
+        tokens = max((merge.tokens for merge in merges), default=0)
+        reason = drawback(tokens, gpu.detect().gpus[0].compute_capability)
         if reason:
             form = form.without_plugin(reason)
-    return form
-
-
-@dataclass(frozen=True)
-class MergeSize:
-    """Sizes of one merge of a model.
-
-    Attributes:
-        tokens: N of one sequence.
-        r: Tokens removed.
-    """
-
-    tokens: int
-    r: int
-
-
-def merges_of(model: MergedModel) -> list[MergeSize]:
-    """The sizes of every merge in order, found by running the model without data."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    found: list[MergeSize] = []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = {name: torch.zeros(1, *shape) for name, shape in model.extra_inputs.items()}
-        model.forward_observed(
-            torch.zeros(1, *model.input_size),
-            lambda seen: found.append(MergeSize(seen.keys.shape[-2], seen.plan.src.shape[1])),
-            inputs=inputs,
-        )
-    return found
+    backend = form.selection.backend
+    if backend is None:
+        return form
+    refused = limits.refusal(
+        backend.name,
+        merges,
+        class_token=model.class_token,
+        scored=model.settings.reducer.scored,
+        plugin=bool(form.capabilities),
+    )
+    if refused is None:
+        return form
+    if engine != "auto":
+        raise InputError(refused)
+    line = f"no engine is built: {refused}"
+    return replace(form, selection=replace(form.selection, backend=None, line=line))

@@ -55,6 +55,7 @@ def manifest_of(
             "prop_attn": model.settings.prop_attn,
             "prefix": model.prefix,
             "class_token": model.class_token,
+            "scored": model.settings.reducer.scored,
             "merge_op": "plugin" if options.plugin else options.lowering,
         },
         "tokens": [layer.total_out for layer in model.layers],
