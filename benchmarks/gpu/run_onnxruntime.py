@@ -30,6 +30,8 @@ CASES = tuple(GraphCase(r, form) for form in ("fused", "parts") for r in (0, 16,
 CUDA = "CUDAExecutionProvider"
 SPEED_BATCH = {"cuda": 64, "cpu": 8}
 IMAGES = 4
+OPENED_BY_NAME = "libcudnn.so.9"
+"""What the provider opens itself for convolutions: where pip put it, it finds it once loaded."""
 
 
 def fused(context: Context) -> None:
@@ -224,7 +226,7 @@ def load_cuda_libraries(provider: Path) -> None:
 
 
 def cuda_libraries(provider: Path) -> list[str]:
-    """CUDA libraries that the provider is linked with, wherever pip put them.
+    """CUDA libraries that the provider needs, wherever pip put them.
 
     Args:
         provider: The library; what it needs is read from it.
@@ -232,10 +234,11 @@ def cuda_libraries(provider: Path) -> list[str]:
     Returns:
         Their paths; plain names of those that only the system's loader may know.
     """
+    linked = [name for name in linked_libraries(provider.read_bytes()) if name.startswith("libcu")]
     found = []
-    for name in linked_libraries(provider.read_bytes()):
-        if name.startswith("libcu"):
-            folders = map(Path, (*site.getsitepackages(), *sys.path))
-            paths = [path for folder in folders for path in folder.glob(f"nvidia/*/lib/{name}")]
+    for name in (*linked, OPENED_BY_NAME):
+        folders = map(Path, (*site.getsitepackages(), *sys.path))
+        paths = [path for folder in folders for path in folder.glob(f"nvidia/*/lib/{name}")]
+        if paths or name in linked:
             found.append(str(paths[0]) if paths else name)
     return found
