@@ -205,6 +205,10 @@ def test_plugin_nodes_run_as_plain_ones_do(export, make_vit, make_images, name, 
             r = made.model.layers[int(node.name.split(".")[1])].r
             class_token = int(made.model.class_token)
             own = {"r": r, "prefix": made.model.prefix, "class_token": class_token}
+            # In the QKV product the keys stand behind the queries, which are as many.
+            attn = made.model.model.blocks[0].attn
+            columns = attn.num_heads * attn.head_dim
+            own |= {"heads": attn.num_heads, "width": attn.head_dim, "offset": columns}
             assert values == marks | own
         elif node.op_type == spec.MERGE:
             assert values == marks
