@@ -79,10 +79,13 @@ def prepare(prepared: Prepared, python: str, wheel: Path | None) -> None:
     """
     shutil.rmtree(prepared.folder, ignore_errors=True)
     prepared.folder.mkdir(parents=True)
+    print("kernels, wheels", file=sys.stderr)
     write_kernels(prepared)
     for step in STEPS:
         get_wheels(prepared.wheels(step), PACKAGES[step], python)
+    print("ONNX Runtime", file=sys.stderr)
     write_onnxruntime(prepared, python, wheel)
+    print("graphs", file=sys.stderr)
     graphs.write_graphs(prepared.graphs, run_onnxruntime.MODEL, run_onnxruntime.CASES)
     prepared.write(About(python, harness.environment()["commit"], compiler()))
     report(prepared)
