@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -119,17 +120,18 @@ def thinned_onnxruntime() -> tuple[Path, Path]:
     shared.mkdir(parents=True, exist_ok=True)
     tree, curand = shared / "onnxruntime-gpu", shared / "curand"
     script = ROOT / "scripts" / "thin_onnxruntime_gpu.py"
+    version = runpy.run_path(str(script))["VERSION"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
     makers = {
-        tree: [sys.executable, str(script), str(tree)],
+        tree / f"onnxruntime_gpu-{version}.dist-info": [sys.executable, str(script), str(tree)],
         curand: [*pip, "--target", str(curand), "nvidia-curand==10.*"],
     }
     with FileLock(shared / ".lock"):
-        for folder, command in makers.items():
-            if folder.exists():
+        for made, command in makers.items():
+            if made.exists():
                 continue
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-                pytest.skip(f"{folder.name} cannot be had here: {last}")
+                pytest.skip(f"{made.name} cannot be had here: {last}")
     return tree, curand
