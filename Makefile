@@ -30,9 +30,10 @@ demo: $(VENV)/installed
 	$(BIN)/tome-export check $(OUT)
 
 test: $(VENV)/installed
-	# One thread each: two workers that share two cores wait for each other at every barrier.
+	# One thread each: workers that share two cores wait for each other at every barrier. Three, for
+	# a quarter of the time a test waits for a server or a process of its own.
 	# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

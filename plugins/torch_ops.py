@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def match(
-    keys: Tensor, r: int, prefix: int, class_token: bool, dot: str = match_contract.DOT
-) -> Plan:
+def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
     """Run the TomeMatch kernel.
 
     Args:
@@ -34,7 +32,6 @@ def match(
         r: Tokens to merge, ``0 <= r <= (N - prefix) // 2``.
         prefix: Protected tokens.
         class_token: Whether the output order is by position.
-        dot: Precision of the product; another than the contract's is for measurements.
 
     Returns:
         ``keep [B, N - r]``, ``src [B, r]``, ``dst [B, r]``, int32.
@@ -62,7 +59,7 @@ def match(
     if not 0 <= r <= limit:
         raise ValueError(f"r is {r}; expected 0 to {limit} for {tokens} tokens")
     strides = keys.stride()[:3]
-    variant = match_contract.variant(tokens, width, dtype, strides, dot=dot)
+    variant = match_contract.variant(tokens, width, dtype, strides)
     launch = match_contract.launch(batch, heads, tokens, width, r, prefix, class_token, strides)
     shapes = ((batch, tokens - r), (batch, r), (batch, r))
     outputs = [torch.empty(shape, dtype=torch.int32, device=keys.device) for shape in shapes]
