@@ -140,7 +140,7 @@ def test_random_weights_are_not_overlooked(built):
     assert "<strong>RANDOM WEIGHTS</strong>" in render(Content("x", manifest))
 
 
-BUILD = "--prop-attn --batch 1:8:32 --merge-op matmul --engine none"
+BUILD = "--prop-attn --batch 1:8:32 --merge-op matmul --attention fused --engine none"
 
 MANIFESTS = {
     "as built": ({}, f"build vit_digits --r 8 --fp16 {BUILD} -o x"),
@@ -163,7 +163,12 @@ MANIFESTS = {
     "otherwise": (
         {"merge": {"prop_attn": False}, "precision": "bf16", "batch": "4:4:4", "parity": None},
         "build vit_digits --r 8 --bf16 --no-prop-attn --batch 4:4:4 --merge-op matmul "
-        "--engine none --no-check -o x",
+        "--attention fused --engine none --no-check -o x",
+    ),
+    "plugin for a range": (
+        {"merge": {"merge_op": "plugin"}, "onnx": {"attention": "parts"}},
+        "build vit_digits --r 8 --fp16 --prop-attn --batch 1:8:32 --merge-op plugin "
+        "--plugin-batch-range --attention parts --engine none -o x",
     ),
 }
 

@@ -90,6 +90,7 @@ def _build_arguments(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield from ("--batch", manifest["batch"], "--merge-op", merge["merge_op"])
     if merge["merge_op"] == "plugin" and not BatchRange.parse(manifest["batch"]).is_static:
         yield "--plugin-batch-range"
+    yield from ("--attention", manifest["onnx"]["attention"])
     for capability in (manifest.get("plugins") or {}).get("compute_capabilities", ()):
         yield from ("--compute-capability", capability)
     engines = sorted(manifest["engines"])
