@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tome_export.errors import InputError
-from tome_export.spec import PRECISIONS, BatchRange
+from tome_export.spec import ATTENTION_FORMS, PRECISIONS, BatchRange
 
 FORMAT = 1
 """Version of ``build.json``; raised when a reader of the old form would misread the new."""
@@ -60,8 +60,18 @@ SHAPE: dict[str, Any] = {
         "random_weights": bool,
         "weights": {"kind": str, "source": str, "seed": OrNull(int), "state_sha256": str},
     },
-    "merge": {"schedule": str, "r": [int], "prop_attn": bool, "merge_op": str},
+    "merge": {
+        "schedule": str,
+        "r": [int],
+        "prop_attn": bool,
+        "prefix": int,
+        "class_token": bool,
+        "scored": bool,
+        "merge_op": str,
+    },
     "tokens": [int],
+    "layers": [{"tokens_in": int, "r": int}],
+    "onnx": {"attention": OneOf(ATTENTION_FORMS)},
     "precision": OneOf(PRECISIONS),
     "batch": Batch,
     "preprocessing": {
@@ -144,8 +154,7 @@ def _wrong(value: Any, shape: Any, where: str) -> Iterator[str]:
     """What in a value is not of a shape."""
     kind = dict if isinstance(shape, dict | Each) else list if isinstance(shape, list) else None
     if kind is not None and not isinstance(value, kind):
-        expected = "an object" if kind is dict else f"a list, each entry {_NAMES[shape[0]]}"
-        yield f"has {where} {_short(value)}, expected {expected}"
+        yield f"has {where} {_short(value)}, expected {_expected(shape)}"
     elif isinstance(shape, dict):
         for name, inner in shape.items():
             inside = f"{where}.{name}" if where else name
@@ -165,7 +174,14 @@ def _wrong(value: Any, shape: Any, where: str) -> Iterator[str]:
         if value not in shape.words:
             yield f"has {where} {_short(value)}, expected one of {', '.join(shape.words)}"
     elif not _is(value, shape):
-        yield f"has {where} {_short(value)}, expected {_NAMES[shape]}"
+        yield f"has {where} {_short(value)}, expected {_expected(shape)}"
+
+
+def _expected(shape: Any) -> str:
+    """A shape in words."""
+    if isinstance(shape, list):
+        return f"a list, each entry {_expected(shape[0])}"
+    return "an object" if isinstance(shape, dict | Each) else _NAMES[shape]
 
 
 def _is(value: Any, shape: Any) -> bool:
