@@ -29,7 +29,7 @@ STAGES = (
     (
         "patching, schedules, export to ONNX",
         "tested, against the libraries and the paper's code",
-        (),
+        ("models-64", "models-other"),
     ),
     (
         "decisions and outputs of the exported graph in ONNX Runtime",

@@ -131,8 +131,8 @@ def limits(variant: Variant, capability: str) -> Limits:
     """What the machine code may use on a GPU compiled for by default.
 
     Keys in flight are those of all heads that are loaded at a time, 16 bytes each. The product is
-    three of TF32 numbers per block of D. For 8.0 the assembler lacks a register or two where the
-    loops over the keys begin and end.
+    three of TF32 numbers per block of D. For 8.0 the assembler lacks a register or two in the
+    shortest variant, where the loops over the keys begin and end.
 
     Args:
         variant: The kernel, for keys in which 16 bytes lie together.
@@ -144,7 +144,7 @@ def limits(variant: Variant, capability: str) -> Limits:
     issuers = variant.num_warps // (tensor_core.warps or variant.num_warps)
     return Limits(
         MAX_REGISTERS,
-        spill_bytes=12 if capability == "8.0" else 0,
+        spill_bytes=12 if capability == "8.0" and variant.constants["TILES"] == 1 else 0,
         loads_in_flight=UNROLL * key_bytes // (16 * threads),
         tensor_core=tensor_core.instruction,
         tensor_core_count=3 * BLOCK_A * BLOCK_B * BLOCK_D // (tensor_core.products * issuers),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tome_export.engine import Selection, gpu, limits
+from tome_export.engine import EngineOptions, Selection, gpu, limits
 from tome_export.engine.select import BACKENDS
 from tome_export.errors import ExportError, InputError, UsageError
 from tome_export.merge.schedule import Schedule
@@ -16,6 +16,7 @@ from tome_export.patch import patch
 from tome_export.pipeline import BuildRequest, EngineRequest, add_engine, build
 from tome_export.pipeline.form import choose_form, fit_form
 from tome_export.plugins import choice
+from tome_export.runtime import ort
 from tome_export.spec import BatchRange
 
 FORM = sys.modules["tome_export.pipeline.form"]
@@ -76,6 +77,16 @@ def test_a_range_that_was_asked_for_in_so_many_words_is_built_and_says_why_not(b
 def test_the_option_goes_with_the_plugin_only(merge_op):
     with pytest.raises(UsageError, match=f"--merge-op is {merge_op}; leave it out"):
         choose_form(digits(merge_op=merge_op, plugin_batch_range=True))
+
+
+def test_a_range_that_is_none_is_refused():
+    with pytest.raises(UsageError, match="--batch is 4:4:4, one batch size; leave one of them out"):
+        choose_form(digits(merge_op="plugin", batch=FIXED, plugin_batch_range=True))
+
+
+def test_the_batch_has_one_place():
+    with pytest.raises(UsageError, match="have the batch range 4:4:4; give the request's own"):
+        digits(engine_options=EngineOptions(batch=FIXED))
 
 
 @pytest.mark.usefixtures("on_h100")
@@ -145,6 +156,7 @@ TOO_LONG = (
 def test_an_engine_that_cannot_sort_so_many_tokens_is_refused(tmp_path, monkeypatch):
     """Whoever asks for it is told before the export; ``auto`` does without."""
     monkeypatch.setattr(limits, "TOPK_MAX", 7)
+    monkeypatch.setattr(ort, "missing", lambda _: None)  # as with ONNX Runtime's CUDA provider
     with pytest.raises(InputError) as refused:
         build(digits(tmp_path / "x", engine="tensorrt-rtx"))
     assert str(refused.value) == TOO_LONG
@@ -152,6 +164,8 @@ def test_an_engine_that_cannot_sort_so_many_tokens_is_refused(tmp_path, monkeypa
     artifact = build(digits(tmp_path / "x", engine="auto"))
     assert artifact.manifest["engines"] == {}
     assert artifact.manifest["engine_note"] == f"no engine is built: {TOO_LONG}"
+    # So it is written for what runs it then, and not for the engine that there is not.
+    assert artifact.manifest["onnx"]["attention"] == "parts"
     with pytest.raises(InputError) as refused:
         add_engine(EngineRequest(tmp_path / "x", engine="tensorrt-rtx"))
     assert str(refused.value) == f"the artifact cannot become an engine: {TOO_LONG}"

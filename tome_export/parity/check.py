@@ -131,11 +131,11 @@ def check_parity(
         entropy_defects=entropy_defects(model, free, shown.get(ENTROPY), diverged),
         entropy=tuple(entropies(model, free).tolist()),
         subject="video" if model.takes_video else "image",
-        finer_attention=_finer_attention(graph, precision, engine),
+        suggested_attention=_suggested_attention(graph, precision, engine),
     )
 
 
-def _finer_attention(
+def _suggested_attention(
     graph: onnx.ModelProto, precision: Precision, engine: bool
 ) -> AttentionForm | None:
     """The form of attention whose sums are exact where those of a graph may not be."""

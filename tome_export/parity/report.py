@@ -101,7 +101,7 @@ class ParityReport:
         entropy: Token-size entropy of each image, 0 to 1 (``merge.entropy``), counted from the
             plans that the instrumented graph chose for itself.
         subject: What the images are: ``image``, or ``video`` where the model takes videos.
-        finer_attention: The value of ``--attention`` that would let the candidate sum more exactly;
+        suggested_attention: The value of ``--attention`` that would let the candidate sum more exactly;
             None where attention is not fused in half precision.
     """
 
@@ -119,7 +119,7 @@ class ParityReport:
     entropy_defects: int | None = None
     entropy: tuple[float, ...] = ()
     subject: str = "image"
-    finer_attention: AttentionForm | None = None
+    suggested_attention: AttentionForm | None = None
 
     @property
     def disagreements(self) -> int:
@@ -146,8 +146,10 @@ class ParityReport:
         """Why the check failed, the first failing layer first; empty if it passed."""
         reasons = []
         advice = ""
-        if self.finer_attention is not None and not self.led_output.max_abs <= self.led_allowed:
-            advice = f"; if fused attention is why, build with --attention {self.finer_attention}"
+        if self.suggested_attention is not None and not self.led_output.max_abs <= self.led_allowed:
+            advice = (
+                f"; if fused attention is why, build with --attention {self.suggested_attention}"
+            )
         if not math.isfinite(self.led_allowed):
             reasons.append(
                 f"PyTorch itself gives infinite or undefined output in {self.precision}; use bf16 "

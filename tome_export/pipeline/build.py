@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
 from tome_export.engine import EngineOptions
-from tome_export.errors import ExportError, InputError, MissingComponentError, ParityError
+from tome_export.errors import (
+    ExportError,
+    InputError,
+    MissingComponentError,
+    ParityError,
+    UsageError,
+)
 from tome_export.merge.frames import VideoOptions
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.engine import attention_form, build_engine
@@ -57,13 +63,16 @@ class BuildRequest:
         merge_op: How the merge is written into the graph.
         attention: How attention is written into the graph; see docs/attention.md.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
-        engine_options: Engine settings; their batch range is replaced by ``batch``.
+        engine_options: Engine settings, without a batch range.
         batch: Batch sizes the model takes; None for 1:8:32, and for 8 alone with ``plugin``.
         plugin_batch_range: Let ``plugin`` take more than one batch size, whose price is memory.
         images: Folder of images for the parity check; None for those that come along.
         check: Whether to check parity; without it the artifact says that it was not checked.
         force: Replace an existing artifact.
         schedule_file: What ``tune`` wrote; it then gives the schedule, and goes into the artifact.
+
+    Raises:
+        UsageError: if the batch range stands in the engine options.
     """
 
     model: str
@@ -93,6 +102,14 @@ class BuildRequest:
     force: bool = False
     schedule_file: Path | None = None
 
+    def __post_init__(self) -> None:
+        given = self.engine_options.batch
+        if given != BatchRange():
+            raise UsageError(
+                f"engine options have the batch range {given}; give the request's own batch, which "
+                "the model and its engine share"
+            )
+
 
 def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
     """Build an artifact; nothing is left behind unless it is complete and its parity holds.
@@ -105,21 +122,25 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
     """
     progress = progress or Silent()
     form = choose_form(request)
-    backend = form.selection.backend
-    attention = attention_form(request.attention, request.precision, backend, form.lowering)
+    _attention(request, form)  # refuses here what is asked for in vain, before any work
     with staged(request.output, force=request.force) as folder:
-        manifest = _build_into(folder, request, form, attention, progress)
+        manifest = _build_into(folder, request, form, progress)
     return Artifact(request.output.absolute(), manifest)
+
+
+def _attention(request: BuildRequest, form: MergeForm) -> AttentionDecision:
+    """The form of attention for what runs the graph in the end."""
+    backend = form.selection.backend
+    return attention_form(request.attention, request.precision, backend, form.lowering)
 
 
 def _build_into(
     folder: Path,
     request: BuildRequest,
     form: MergeForm,
-    attention: AttentionDecision,
     progress: Progress,
 ) -> dict[str, Any]:
-    manifest, form = _export_and_check(folder, request, form, attention, progress)
+    manifest, form = _export_and_check(folder, request, form, progress)
     selection = form.selection
     if selection.backend is not None:
         # The builder needs gigabytes of its own; the torch model is garbage by now.
@@ -140,7 +161,6 @@ def _export_and_check(
     folder: Path,
     request: BuildRequest,
     form: MergeForm,
-    attention: AttentionDecision,
     progress: Progress,
 ) -> tuple[dict[str, Any], MergeForm]:
     """The manifest so far, and the form as it was written."""
@@ -205,6 +225,7 @@ def _export_and_check(
 
     write_learned(model, folder)
     progress.stage(f"Export to ONNX, {request.precision}")
+    attention = _attention(request, form)
     progress.detail(f"attention: {attention.form}; {attention.reason}")
     options = ExportOptions(
         precision=request.precision,

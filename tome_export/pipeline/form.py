@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tome_export.patch import MergedModel
     from tome_export.pipeline.build import BuildRequest
 
-USUAL = BatchRange()
+DEFAULT_BATCH = BatchRange()
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MergeForm:
     """
 
     selection: Selection
-    batch: BatchRange = USUAL
+    batch: BatchRange = DEFAULT_BATCH
     lowering: Lowering = "matmul"
     capabilities: tuple[tuple[int, int], ...] = ()
     required: bool = False
@@ -57,7 +57,7 @@ def choose_form(request: BuildRequest) -> MergeForm:
     """
     selection = select(request.engine)
     asked = request.engine_options.compute_capabilities
-    batch = request.batch or USUAL
+    batch = request.batch or DEFAULT_BATCH
     if request.plugin_batch_range and request.merge_op != "plugin":
         raise UsageError(
             f"--plugin-batch-range goes with --merge-op plugin, and --merge-op is "
@@ -86,10 +86,15 @@ def choose_form(request: BuildRequest) -> MergeForm:
 def _plugin_batch(request: BuildRequest) -> tuple[BatchRange, str]:
     """The batch sizes of a model with plugins, and what to say of them."""
     if request.batch is None:
-        size = USUAL.opt
+        size = DEFAULT_BATCH.opt
         if request.plugin_batch_range:
-            return USUAL, f"a range of batch sizes, as asked: {LEAK}"
+            return DEFAULT_BATCH, f"a range of batch sizes, as asked: {LEAK}"
         return BatchRange(size, size, size), f"one batch size, {size} without --batch: {LEAK}"
+    if request.batch.is_static and request.plugin_batch_range:
+        raise UsageError(
+            f"--plugin-batch-range is given and --batch is {request.batch}, one batch size; leave "
+            "one of them out"
+        )
     if request.batch.is_static:
         return request.batch, ""
     if not request.plugin_batch_range:
