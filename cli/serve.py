@@ -44,7 +44,7 @@ def command(terminal: Terminal, artifacts: tuple[Path, ...], **given: Any) -> No
     if given["run"]:
         _run(terminal, done, server, log=given["log"])
     else:
-        how = f"this command with --run, or {done.launch.command(done.repository)}"
+        how = f"this command with --run, or {done.server.command(done.repository)}"
         terminal.result(done.to_dict(), [*_lines(done), f"Serve it: {how}"])
 
 

@@ -274,8 +274,9 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     """An artifact of ``logits = pixel_values [B, 3, 8, 8] @ weights``.
 
     Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
-    ``model``, ``seed`` (of the weights), ``ms`` (measured latency, one or by backend), and
-    ``engines`` (name -> batch), whose files are no real engines and ``version_compatible`` or not.
+    ``model``, ``attention``, ``seed`` (of the weights), ``ms`` (measured latency, one or by
+    backend), and ``engines`` (name -> batch), whose files are no real engines and
+    ``version_compatible`` or not.
     """
     import onnx
 
@@ -353,7 +354,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
             },
             "tokens": [4],
             "layers": [{"tokens_in": 12, "r": 8}],
-            "onnx": {"attention": "parts"},
+            "onnx": {"attention": changes.get("attention", "parts")},
             "precision": changes.get("precision", "fp32"),
             "batch": batch,
             "input": {**described[0], "shape": [size, 3, 8, 8]},

@@ -185,10 +185,11 @@ def test_fixed_batch_is_not_batched_by_the_server(source):
 def test_an_engine_with_plugins_and_a_range_is_given_one_batch_and_no_cuda_graph(source):
     served = source(merge_op="plugin", engines={"tensorrt": "1:4:8"})
     assert served.batch == BatchRange(4, 4, 4)
-    assert served.note.startswith("The engine has plugins and was built for batches of 1:4:8: it")
-    assert "NVIDIA/TensorRT issue 4849" in served.note
-    model, front = folders_from_source(served, "m", ServeOptions())
-    assert (model.config.max_batch_size, front.config.max_batch_size) == (0, 4)
+    (note,) = served.notes
+    assert note.startswith("The engine has plugins and was built for batches of 1:4:8: it is given")
+    assert "NVIDIA/TensorRT issue 4849" in note
+    model, batching = folders_from_source(served, "m", ServeOptions())
+    assert (model.config.max_batch_size, batching.config.max_batch_size) == (0, 4)
     assert [list(t.dims) for t in model.config.input] == [[4, 3, 8, 8]]
     assert not model.config.optimization.cuda.graphs
     assert graphs(model.config) == []
@@ -202,24 +203,43 @@ def test_an_engine_with_plugins_and_a_range_is_given_one_batch_and_no_cuda_graph
 
 def test_an_engine_with_plugins_of_one_batch_has_its_cuda_graph(source):
     served = source(merge_op="plugin", batch="4", engines={"tensorrt": "4"})
-    assert served.note == ""
+    assert served.notes == ()
     assert graphs(model_config(served, "m", ServeOptions())) == [(0, [4, 3, 8, 8])]
 
 
 def test_onnx_of_an_artifact_with_plugins_keeps_its_range(source):
     served = source("onnx", merge_op="plugin", engines={"tensorrt": "1:4:8"})
-    assert (served.batch, served.note) == (BatchRange(1, 4, 8), "")
+    assert (served.batch, served.notes) == (BatchRange(1, 4, 8), ())
 
 
-def test_a_version_compatible_engine_says_so_in_its_config(source):
+def test_a_version_compatible_engine_says_so_in_its_version(source):
     for choice, compatible, expected in (
-        ("engine", True, "true"),
-        ("engine", False, ""),
-        ("onnx", True, ""),
+        ("engine", True, {"2/model.plan", "2/version_compatible"}),
+        ("engine", False, {"2/model.plan"}),
+        ("onnx", True, {"2/model.onnx", "configs/cpu.pbtxt"}),
     ):
         served = source(choice, engines=TENSORRT, version_compatible=compatible)
-        config = model_config(served, "m", ServeOptions())
-        assert config.parameters["version_compatible"].string_value == expected
+        assert {*folder_from_source(served, "m", ServeOptions(version=2)).files} == expected
+
+
+@pytest.mark.parametrize(
+    ("artifact", "parts"),
+    [
+        ({"attention": "parts"}, ()),
+        ({"attention": "fused", "engines": TENSORRT}, ()),
+        ({"attention": "fused"}, ("What TensorRT leaves of it", "1.27 or later", "--attention")),
+        ({"attention": "fused", "merge_op": "index_add"}, ("runs all of this", "1.27 or later")),
+        ({"attention": "fused-fp32"}, ("summed in float32", "does not take that: rebuild")),
+        (
+            {"attention": "fused", "engines": {"tensorrt-rtx": "1:4:8"}},
+            ("no backend for TensorRT-RTX", "1.27 or later"),
+        ),
+    ],
+)
+def test_fused_attention_that_falls_to_onnx_runtime_is_said(source, artifact, parts):
+    text = "\n".join(source(**artifact).notes)
+    assert all(part in text for part in parts)
+    assert bool(text) == bool(parts)
 
 
 def test_text_is_read_back_the_same(source):
@@ -241,11 +261,11 @@ def test_which_file_is_served(source):
     assert source().platform == "onnxruntime_onnx"
     assert source(engines=TENSORRT).platform == "tensorrt_plan"
     assert source("onnx", engines=TENSORRT).platform == "onnxruntime_onnx"
-    assert source(engines=TENSORRT | {"tensorrt-rtx": "1:4:8"}).note == ""
+    assert source(engines=TENSORRT | {"tensorrt-rtx": "1:4:8"}).notes == ()
     rtx = source(engines={"tensorrt-rtx": "1:4:8"})
     assert rtx.platform == "onnxruntime_onnx"
-    assert rtx.note == (
-        "Triton Inference Server has no backend for TensorRT-RTX engines: the ONNX model is served"
+    assert rtx.notes == (
+        "Triton Inference Server has no backend for TensorRT-RTX engines: the ONNX model is served",
     )
 
 

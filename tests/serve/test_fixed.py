@@ -27,7 +27,7 @@ from tome_export.serve.spec import ServeOptions
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
 BATCH = 4
-FRONT, MODEL = "small_r8", "small_r8_fixed"
+NAME, MODEL = "small_r8", "small_r8_fixed"
 LABELS = ("a", "b", "c", "d", "e")
 PIXELS = np.random.default_rng(1).standard_normal((50, 3, 8, 8), dtype=np.float32)
 
@@ -77,15 +77,15 @@ def grpc(served):
         yield made
 
 
-def ort(artifact, pixels):
+def ort(artifact, pixels, batch=BATCH):
     """What ONNX Runtime gives for full batches."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
         artifact / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    padded = np.concatenate([pixels, np.zeros((-len(pixels) % BATCH, 3, 8, 8), np.float32)])
-    batches = padded.reshape(-1, BATCH, 3, 8, 8)
+    padded = np.concatenate([pixels, np.zeros((-len(pixels) % batch, 3, 8, 8), np.float32)])
+    batches = padded.reshape(-1, batch, 3, 8, 8)
     logits = [session.run(["logits"], {"pixel_values": batch})[0] for batch in batches]
     return np.concatenate(logits)[: len(pixels)]
 
@@ -102,26 +102,26 @@ def test_single_requests_share_full_batches(served, grpc, counts):
         answers = list(pool.map(ask, np.split(PIXELS, len(PIXELS))))
     expected = ort(served.routed, PIXELS)
     np.testing.assert_allclose(np.concatenate(answers), expected, rtol=1e-6, atol=1e-6)
-    front, model = (counts(grpc, name) - before[name] for name in names)
-    assert front[0] == len(PIXELS)
-    # One request to the model for each batch in front of it, and fewer batches than requests.
-    assert model.tolist() == [front[1], front[1]]
+    batching, model = (counts(grpc, name) - before[name] for name in names)
+    assert batching[0] == len(PIXELS)
+    # One request to the model for each batch, and fewer batches than requests.
+    assert model.tolist() == [batching[1], batching[1]]
     assert len(PIXELS) / BATCH <= model[0] < len(PIXELS)
 
 
 def test_the_model_behind_takes_its_batch_only(client):
     assert client.tensors(MODEL)[0]["pixel_values"]["shape"] == [BATCH, 3, 8, 8]
-    assert client.tensors(FRONT)[0]["pixel_values"]["shape"] == [-1, 3, 8, 8]
+    assert client.tensors(NAME)[0]["pixel_values"]["shape"] == [-1, 3, 8, 8]
     for rows in (1, 3, 5):
         with pytest.raises(InputError, match=r"unexpected shape .* Expected \[4,3,8,8\]"):
             client.infer(MODEL, {"pixel_values": PIXELS[:rows]})
     with pytest.raises(InputError, match="batch-size must be <= 4"):
-        client.infer(FRONT, {"pixel_values": PIXELS[:5]})
+        client.infer(NAME, {"pixel_values": PIXELS[:5]})
 
 
 @pytest.mark.parametrize("rows", range(1, BATCH + 1))
 def test_requests_of_several_images(served, client, rows):
-    answer = client.infer(FRONT, {"pixel_values": PIXELS[:rows]})["logits"]
+    answer = client.infer(NAME, {"pixel_values": PIXELS[:rows]})["logits"]
     expected = ort(served.versions[-1], PIXELS[:rows])
     np.testing.assert_allclose(answer, expected, rtol=1e-6, atol=1e-6)
 
@@ -132,7 +132,7 @@ def test_each_version_asks_its_own(served, grpc):
     given = tritonclient.grpc.InferInput("pixel_values", [1, 3, 8, 8], "FP32")
     given.set_data_from_numpy(PIXELS[:1])
     answers = [
-        grpc.infer(FRONT, [given], model_version=version).as_numpy("logits")
+        grpc.infer(NAME, [given], model_version=version).as_numpy("logits")
         for version in ("1", "2")
     ]
     for artifact, answer in zip(served.versions, answers, strict=True):
@@ -145,7 +145,7 @@ def test_pipeline_of_single_images(served, client, tmp_path):
         tmp_path / "x.png"
     )
     data = (tmp_path / "x.png").read_bytes()
-    pipeline = client.pipeline(FRONT)
+    pipeline = client.pipeline(NAME)
     answer = client.infer(pipeline, {"image": np.array([[data]], object)})
     artifact = served.versions[-1]
     settings = Artifact.open(artifact).manifest["preprocessing"] | {"max_pixels": 1000}
@@ -187,40 +187,110 @@ def test_rows_are_filled_up_with_the_last():
     assert filled_up(parts, 3).tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_queue_and_labels_are_those_of_the_front(make_artifact):
+def test_queue_and_labels_are_those_of_the_batching_model(make_artifact):
     source = source_from_artifact(Artifact.open(make_artifact(batch="4", labels=LABELS)))
     options = ServeOptions(instances=2, max_queue_delay_us=70, max_queue_size=9)
-    model, front = folders_from_source(source, "x", options)
-    assert (model.name, front.name) == ("x_fixed", "x")
-    assert [folder.config.max_batch_size for folder in (model, front)] == [0, BATCH]
+    model, batching = folders_from_source(source, "x", options)
+    assert (model.name, batching.name) == ("x_fixed", "x")
+    assert [folder.config.max_batch_size for folder in (model, batching)] == [0, BATCH]
     assert not model.config.HasField("dynamic_batching")
-    batching = front.config.dynamic_batching
-    assert batching.max_queue_delay_microseconds == 70
-    assert batching.default_queue_policy.max_queue_size == 9
-    assert [f.config.instance_group[0].count for f in (model, front)] == [2, 3]
-    assert [f.config.output[0].label_filename for f in (model, front)] == ["", "labels.txt"]
-    assert "labels.txt" in front.files
+    queue = batching.config.dynamic_batching
+    assert queue.max_queue_delay_microseconds == 70
+    assert queue.default_queue_policy.max_queue_size == 9
+    assert [f.config.instance_group[0].count for f in (model, batching)] == [2, 3]
+    assert [f.config.output[0].label_filename for f in (model, batching)] == ["", "labels.txt"]
+    assert "labels.txt" in batching.files
     assert "labels.txt" not in model.files
-    assert json.loads(front.files["1/fixed.json"]) == {"model": "x_fixed"}
+    assert json.loads(batching.files["1/fixed.json"]) == {"model": "x_fixed"}
 
 
 def test_what_is_said(make_artifact, tmp_path):
     done = serve(ServeRequest((make_artifact(batch="4"),), tmp_path / "repository"))
-    assert [model.name for model in done.models] == [MODEL, FRONT]
-    assert done.entry == FRONT
+    assert [model.name for model in done.models] == [MODEL, NAME]
+    assert done.entry == NAME
     assert done.notes == (
-        f"{MODEL} takes batches of exactly 4; {FRONT} takes 1 to 4 images of any number of "
+        f"{MODEL} takes batches of exactly 4; {NAME} takes 1 to 4 images of any number of "
         "requests and fills them up for it",
     )
     with pytest.raises(UsageError, match="names that end in _fixed are given to models made"):
         check_free_name("mine_fixed")
 
 
-def test_a_front_does_not_replace_a_model_that_holds_a_file(make_artifact, tmp_path):
+RANGE, ONE_SIZE = {}, {"batch": "4"}
+FILES = {NAME: "model.onnx"}, {NAME: "model.py", MODEL: "model.onnx"}
+
+
+@pytest.mark.parametrize(("first", "then"), [(0, 1), (1, 0)])
+def test_from_a_range_to_one_size_and_back(make_artifact, tmp_path, first, then):
+    """What is said first is what helps, and nothing is left that nobody asks."""
     repository = tmp_path / "repository"
-    serve(ServeRequest((make_artifact(),), repository))
-    request = ServeRequest((make_artifact(batch="4"),), repository)
-    with pytest.raises(InputError, match=r"small_r8/1 has other files; give --version 2"):
-        serve(request)
-    assert (repository / FRONT / "1" / "model.onnx").is_file()
-    assert not (repository / MODEL).exists()
+    made = [make_artifact(**changes) for changes in (RANGE, ONE_SIZE)]
+
+    def served():
+        return {
+            path.name: next(
+                name for name in ("model.onnx", "model.py") if (path / "1" / name).exists()
+            )
+            for path in repository.iterdir()
+        }
+
+    serve(ServeRequest((made[first],), repository))
+    said = (
+        r"small_r8 has version 1 with another platform, batch, inputs or outputs, and versions "
+        r"share one config; give another --name, or --version 1 --force to replace that one"
+    )
+    for version in (None, 2):
+        with pytest.raises(InputError, match=said):
+            serve(ServeRequest((made[then],), repository, ServeOptions(version=version)))
+    assert served() == FILES[first]
+    request = ServeRequest((made[then],), repository, ServeOptions(version=1), force=True)
+    done = serve(request)
+    assert served() == FILES[then]
+    said = f"{NAME} holds its file itself now: {MODEL} is removed"
+    assert (said in done.notes) == (then == 0)
+    assert serve(request).notes == (() if then == 0 else done.notes)
+
+
+def test_a_model_that_another_asks_is_not_removed(make_artifact, tmp_path):
+    repository = tmp_path / "repository"
+    serve(ServeRequest((make_artifact(batch="4"),), repository))
+    theirs = repository / "theirs" / "config.pbtxt"
+    theirs.parent.mkdir()
+    theirs.write_text(f"ensemble_scheduling {{ step {{ model_name: '{MODEL}' }} }}")
+    request = ServeRequest((make_artifact(),), repository, ServeOptions(version=1), force=True)
+    kept = f"{NAME} holds its file itself now, and servers go on loading {MODEL}: another model's"
+    assert any(note.startswith(kept) for note in serve(request).notes)
+    assert (repository / MODEL / "1" / "model.onnx").is_file()
+
+
+@pytest.mark.usefixtures("installation")
+def test_a_batch_of_one_is_the_file_itself_until_models_ask_it(by_hand, tmp_path):
+    repository = tmp_path / "repository"
+    artifacts = [
+        by_hand.write_artifact(tmp_path / name, batch="1", model=name, labels=LABELS)
+        for name in ("alone", "asked")
+    ]
+    options = ServeOptions(max_queue_size=9)
+    alone = serve(ServeRequest((artifacts[0],), repository, options))
+    assert [model.name for model in alone.models] == ["alone_r8"]
+    assert alone.notes == ()
+    asked = serve(ServeRequest((artifacts[1],), repository, ServeOptions(preprocess=True)))
+    assert asked.notes == (
+        "asked_r8_fixed takes one image at a time; asked_r8 hands them on to it for pipelines, "
+        "routers and cascades, which can ask only models that the server batches",
+    )
+    again = serve(ServeRequest((artifacts[1],), repository))  # its pipeline is there
+    assert [(m.name, m.status) for m in again.models] == [
+        ("asked_r8_fixed", "unchanged"),
+        ("asked_r8", "unchanged"),
+    ]
+    with start(repository, config_name="cpu") as server:
+        with connect(server.grpc) as client:
+            for model in ("alone_r8", "asked_r8"):
+                answer = client.infer(model, {"pixel_values": PIXELS[:1]})["logits"]
+                expected = ort(artifacts[0], PIXELS[:1], batch=1)
+                np.testing.assert_allclose(answer, expected, rtol=1e-6, atol=1e-6)
+            with pytest.raises(InputError, match=r"Expected \[1,3,8,8\]"):
+                client.infer("alone_r8", {"pixel_values": PIXELS[:2]})
+            assert client.pipeline() == "asked_r8_pipeline"
+        server.stop(0)

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from tome_export.errors import TomeExportError
+from tome_export.errors import InputError, TomeExportError
 from tome_export.pipeline import server as servers
 from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.pipeline.server import RunRequest, running
 from tome_export.serve.kserve import KServeOptions, kserve_manifest
-from tome_export.serve.launch import Launch, launch_of
+from tome_export.serve.launch import ServerOptions, server_options_from_repository
 from tome_export.serve.process import GroupProcess
+from tome_export.serve.spec import ServeOptions
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -31,18 +32,67 @@ ENGINE = {"engines": {"tensorrt": "1:4:8"}}
         ({"merge_op": "index_add"}, (), {}),
     ],
 )
-def test_launch(make_artifact, tmp_path, artifact, arguments, environment):
+def test_options(make_artifact, tmp_path, artifact, arguments, environment):
     repository = tmp_path / "a repository"
     done = serve(ServeRequest((make_artifact(**artifact),), repository))
-    assert done.launch == launch_of(repository) == Launch(arguments, environment)
-    manifest = kserve_manifest("m", KServeOptions(), done.launch)
+    expected = ServerOptions(arguments, environment)
+    assert done.server == server_options_from_repository(repository) == expected
+    manifest = kserve_manifest("m", KServeOptions(), done.server)
     model = manifest["spec"]["predictor"]["model"]
     assert (FLAG in model["args"]) == bool(arguments)
     assert model.get("env", []) == [{"name": n, "value": v} for n, v in environment.items()]
-    assert shlex.split(done.launch.command(repository)) == [
+    assert shlex.split(done.server.command(repository)) == [
         *(f"{name}={value}" for name, value in environment.items()),
         *("tritonserver", f"--model-repository={repository}", *arguments),
     ]
+
+
+def test_each_version_has_its_own(make_artifact, tmp_path):
+    repository = tmp_path / "repository"
+
+    def arguments(version, *, compatible, force=False):
+        artifact = make_artifact(**ENGINE, version_compatible=compatible, seed=version)
+        options = ServeOptions(version=version)
+        done = serve(ServeRequest((artifact,), repository, options, force=force))
+        assert done.server == server_options_from_repository(repository)
+        return done.server.arguments
+
+    assert arguments(1, compatible=True) == (FLAG,)
+    assert arguments(2, compatible=False) == (FLAG,)  # both versions are served
+    assert arguments(3, compatible=False) == ()  # the latest two are
+    assert arguments(2, compatible=True, force=True) == (FLAG,)
+    assert arguments(2, compatible=False, force=True) == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'name: "theirs"\nfield_of_a_later_server: 1\n',
+        b'name: "theirs"\n# caf\xe9\n',
+        b'optimization{execution_accelerators{gpu_execution_accelerator{name:"tensorrt"}}}',
+    ],
+)
+def test_models_of_other_people_are_not_looked_at(make_artifact, tmp_path, content):
+    config = tmp_path / "repository" / "theirs" / "config.pbtxt"
+    config.parent.mkdir(parents=True)
+    config.write_bytes(content)
+    manifest = tmp_path / "kserve.yaml"
+    request = ServeRequest((make_artifact(**ENGINE),), config.parents[1], kserve=manifest)
+    assert serve(request).server == ServerOptions()
+    assert config.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [b"field_of_a_later_server: 1\n", b"# caf\xe9\n"])
+def test_a_damaged_config_of_ours_is_found_before_anything_is_written(
+    make_artifact, tmp_path, damage
+):
+    repository = tmp_path / "repository"
+    serve(ServeRequest((make_artifact(model="first"),), repository))
+    config = repository / "first_r8" / "config.pbtxt"
+    config.write_bytes(config.read_bytes() + damage)
+    with pytest.raises(InputError, match=r"first_r8/config\.pbtxt is not a model config \("):
+        serve(ServeRequest((make_artifact(model="second"),), repository))
+    assert [path.name for path in repository.iterdir()] == ["first_r8"]
 
 
 @pytest.mark.usefixtures("installation")

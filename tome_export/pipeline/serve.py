@@ -17,16 +17,19 @@ from tome_export.pipeline.progress import Progress, Silent
 from tome_export.serve.config import check_packages
 from tome_export.serve.fixed import folders_from_source
 from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
-from tome_export.serve.launch import Launch, launch_of
+from tome_export.serve.launch import ServerOptions, server_options_from_repository
 from tome_export.serve.repository import (
     Written,
     check_repository,
     choose_version,
+    is_named_elsewhere,
+    is_ours,
     models_in,
     write,
 )
 from tome_export.serve.routers import has_router, router_folders
 from tome_export.serve.source import (
+    FIXED,
     TENSORRT,
     Source,
     check_free_name,
@@ -85,7 +88,7 @@ class ServeResult:
         models: What was written, each after the models it needs.
         entry: The model a client asks: the router (of pipelines where there are some), the
             pipeline, or the model itself; the last one's, where there are several and no router.
-        launch: What a server of the repository must be started with.
+        server: What a server of the repository must be started with.
         kserve: The manifest, if one was asked for.
         random_weights: Whether the model has learned nothing.
         notes: What a user should know.
@@ -94,7 +97,7 @@ class ServeResult:
     repository: Path
     models: tuple[Written, ...]
     entry: str
-    launch: Launch
+    server: ServerOptions
     kserve: Path | None
     random_weights: bool
     notes: tuple[str, ...]
@@ -106,8 +109,8 @@ class ServeResult:
             "entry": self.entry,
             "models": [{**vars(model), "versions": list(model.versions)} for model in self.models],
             "server": {
-                "arguments": list(self.launch.arguments),
-                "environment": dict(self.launch.environment),
+                "arguments": list(self.server.arguments),
+                "environment": dict(self.server.environment),
             },
             "kserve": str(self.kserve) if self.kserve else None,
             "random_weights": self.random_weights,
@@ -125,7 +128,7 @@ class _Served:
         base: What the names behind its router have in common; None if it is behind none.
         name: Name of the model that users call.
         folder: That model.
-        model: The one with the file: the same, or that behind it, which takes one batch size.
+        model: The one with the file: the same, or that of one batch size, which it asks.
         version: Version of both.
     """
 
@@ -183,14 +186,17 @@ def serve(
     if further is not None:
         folders += further([one.folder for one in served])
     _validate(served, folders, repository)
+    stale = [name for one in served if (name := _stale(one, repository))]
+    removed = [n for n in stale if request.force and not is_named_elsewhere(repository, n)]
+    server = server_options_from_repository(repository, folders, removed)
     progress.stage(f"Write {repository}")
-    written = write(repository, folders, force=request.force)
-    launch = launch_of(repository)
+    written = write(repository, folders, force=request.force, remove=removed)
     if request.kserve is not None:
-        manifest = kserve_manifest(entry, request.kserve_options, launch)
+        manifest = kserve_manifest(entry, request.kserve_options, server)
         _write_text(request.kserve, kserve_text(manifest))
-    notes = {one.source.note: None for one in served if one.source.note}
-    notes |= {_filled(one): None for one in served if one.model is not one.folder}
+    notes = {note: None for one in served for note in one.source.notes}
+    notes |= {_batching(one): None for one in served if one.model is not one.folder}
+    notes |= {_left(name, removed, force=request.force): None for name in stale}
     if not routed:
         notes[_unrouted(served)] = None
     notes |= {
@@ -202,7 +208,7 @@ def serve(
         repository,
         tuple(written),
         entry,
-        launch,
+        server,
         request.kserve,
         any(artifact.manifest["model"]["random_weights"] for artifact in artifacts),
         tuple(notes),
@@ -237,10 +243,18 @@ def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Ser
     source = source_from_artifact(artifact, request.format)
     base, name = _base_and_name(artifact, request, repository)
     check_name(name)
-    model, *_ = folders_from_source(source, name, options)
+    asked = (
+        options.preprocess
+        or len(request.artifacts) > 1
+        or (base is not None and has_router(repository, base))
+        # Models that were served with it may be there, and go on asking it.
+        or is_ours(repository / f"{name}{FIXED}")
+    )
+    model, *_ = folders_from_source(source, name, options, asked_by_models=asked)
     version = choose_version(repository, model, options.version)
-    model, *front = folders_from_source(source, name, replace(options, version=version))
-    return _Served(artifact, source, base, name, [model, *front][-1], model, version)
+    options = replace(options, version=version)
+    model, *batching = folders_from_source(source, name, options, asked_by_models=asked)
+    return _Served(artifact, source, base, name, [model, *batching][-1], model, version)
 
 
 def _base_and_name(
@@ -297,9 +311,29 @@ def _routers(
     return router_folders(repository, base, models, pipelines, options)
 
 
-def _filled(one: _Served) -> str:
+def _stale(one: _Served, repository: Path) -> str:
+    """Name of the model of one batch size that nobody asks any more; empty if there is none."""
+    name = f"{one.name}{FIXED}"
+    return name if one.model is one.folder and is_ours(repository / name) else ""
+
+
+def _left(name: str, removed: Sequence[str], *, force: bool) -> str:
+    """What became of such a model."""
+    now = f"{name.removesuffix(FIXED)} holds its file itself now"
+    if name in removed:
+        return f"{now}: {name} is removed"
+    why = "another model's config names it" if force else "give --force to remove it"
+    return f"{now}, and servers go on loading {name}: {why}"
+
+
+def _batching(one: _Served) -> str:
     """How a model of one batch size is called."""
     batch = one.source.batch.max
+    if batch == 1:
+        return (
+            f"{one.model.name} takes one image at a time; {one.name} hands them on to it for "
+            "pipelines, routers and cascades, which can ask only models that the server batches"
+        )
     return (
         f"{one.model.name} takes batches of exactly {batch}; {one.name} takes 1 to {batch} images "
         "of any number of requests and fills them up for it"

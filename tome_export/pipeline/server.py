@@ -12,7 +12,7 @@ from tome_export.engine.gpu import detect
 from tome_export.errors import MissingComponentError, UsageError
 from tome_export.pipeline.progress import Progress, Silent
 from tome_export.serve.config import CPU
-from tome_export.serve.launch import launch_of
+from tome_export.serve.launch import server_options_from_repository
 from tome_export.serve.ports import check_ports
 from tome_export.serve.repository import models_in
 from tome_export.serve.server import READY_SECONDS, RunningServer, start
@@ -63,7 +63,7 @@ def running(request: RunRequest, progress: Progress | None = None) -> Iterator[R
     gpus = detect().gpus
     if not gpus:
         _check_runs_on_cpu(request.repository)
-    launch = launch_of(request.repository)
+    options = server_options_from_repository(request.repository)
     (progress or Silent()).stage("Start tritonserver")
     with start(
         request.repository,
@@ -72,8 +72,8 @@ def running(request: RunRequest, progress: Progress | None = None) -> Iterator[R
         grpc_port=request.grpc_port,
         metrics_port=request.metrics_port,
         config_name=None if gpus else CPU,
-        arguments=launch.arguments,
-        environment=launch.environment,
+        arguments=options.arguments,
+        environment=options.environment,
         on_log=request.on_log,
         ready_seconds=request.ready_seconds,
     ) as server:

@@ -53,8 +53,8 @@ was tested with fails as soon as the next appears; with two it has until the one
 going back is removing a folder."""
 
 VERSION_COMPATIBLE = "version_compatible"
-"""Parameter of an engine's config: it brings a runtime of its own, which a server runs only if it
-is told to (see ``launch``)."""
+"""File beside an engine that brings a runtime of its own, which a server runs only if it is told to
+(see ``launch``): what is true of one version is not of another, and they share one config."""
 
 
 def check_packages() -> None:
@@ -71,16 +71,18 @@ def check_packages() -> None:
         ) from error
 
 
-def folder_from_source(source: Source, name: str, options: ServeOptions) -> ModelFolder:
+def folder_from_source(
+    source: Source, name: str, options: ServeOptions, *, behind: bool = False
+) -> ModelFolder:
     """The model of a repository that serves a file as it is.
 
-    One of fixed batch takes exactly as many rows: users call the one that
-    ``fixed.folders_from_source`` puts in front of it.
+    One of fixed batch takes exactly as many rows: see ``fixed.folders_from_source``.
 
     Args:
         source: What is served.
         name: Of the model on the server.
         options: How; None as version stands for 1.
+        behind: Whether a batching model asks it: that one has the queue and the labels.
 
     Raises:
         UsageError: if a CUDA graph is asked for that the server cannot record: of an ONNX model,
@@ -88,14 +90,17 @@ def folder_from_source(source: Source, name: str, options: ServeOptions) -> Mode
     """
     version = options.version or 1
     files = {f"{version}/{file}": path for file, path in source.files.items()}
-    more = {} if source.batch.is_static else label_files(source)
+    more = {} if behind else label_files(source)
+    if source.version_compatible:
+        more[f"{version}/{VERSION_COMPATIBLE}"] = _COMPATIBLE_NOTE
     if source.platform == "onnxruntime_onnx":
         if options.cuda_graph_batches is not None:
             raise UsageError(
                 "CUDA graph batches are given and the ONNX model is served; leave them out, or "
                 "serve a TensorRT engine with --format engine"
             )
-        more[f"configs/{CPU}.pbtxt"] = config_text(cpu_config(source, name, options)).encode()
+        cpu = config_text(cpu_config(source, name, options, behind=behind))
+        more[f"configs/{CPU}.pbtxt"] = cpu.encode()
     elif options.cuda_graph_batches is not None and source.batch.is_static:
         recorded = (
             "that batch is recorded"
@@ -106,7 +111,14 @@ def folder_from_source(source: Source, name: str, options: ServeOptions) -> Mode
             f"CUDA graph batches are given for a model of fixed batch {source.batch.max}; leave "
             f"them out, {recorded}"
         )
-    return ModelFolder(name, model_config(source, name, options), {**files, **more})
+    config = model_config(source, name, options, behind=behind)
+    return ModelFolder(name, config, {**files, **more})
+
+
+_COMPATIBLE_NOTE = b"""\
+The engine beside this file is version-compatible: it brings a runtime of its own. Servers load it
+with --backend-config=tensorrt,version-compatible=true only.
+"""
 
 
 def label_files(source: Source) -> dict[str, bytes]:
@@ -116,17 +128,18 @@ def label_files(source: Source) -> dict[str, bytes]:
     return {LABELS: "".join(f"{label}\n" for label in source.labels).encode()}
 
 
-def model_config(source: Source, name: str, options: ServeOptions) -> ModelConfig:
+def model_config(
+    source: Source, name: str, options: ServeOptions, *, behind: bool = False
+) -> ModelConfig:
     """The config for servers with a GPU."""
     from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
-    config = _common(source, name, options)
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_GPU, count=_instances(source, options))
+    config = _common(source, name, options, behind=behind)
+    count = _instances(options, behind=behind)
+    config.instance_group.add(kind=ModelInstanceGroup.KIND_GPU, count=count)
     if source.platform == "tensorrt_plan":
         if source.cuda_graphs:
             _add_cuda_graphs(config, source.batch, options)
-        if source.version_compatible:
-            config.parameters[VERSION_COMPATIBLE].string_value = "true"
         return config
     if not source.scatters:
         _add_tensorrt_accelerator(config, source)
@@ -138,12 +151,15 @@ def model_config(source: Source, name: str, options: ServeOptions) -> ModelConfi
     return config
 
 
-def cpu_config(source: Source, name: str, options: ServeOptions) -> ModelConfig:
+def cpu_config(
+    source: Source, name: str, options: ServeOptions, *, behind: bool = False
+) -> ModelConfig:
     """The config of an ONNX model for servers without a GPU."""
     from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
-    config = _common(source, name, options)
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=_instances(source, options))
+    config = _common(source, name, options, behind=behind)
+    count = _instances(options, behind=behind)
+    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=count)
     return config
 
 
@@ -176,7 +192,7 @@ def config_from_text(text: str, where: str) -> ModelConfig:
         ) from error
 
 
-def _common(source: Source, name: str, options: ServeOptions) -> ModelConfig:
+def _common(source: Source, name: str, options: ServeOptions, *, behind: bool) -> ModelConfig:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     batch = source.batch
@@ -184,8 +200,8 @@ def _common(source: Source, name: str, options: ServeOptions) -> ModelConfig:
     # A model of fixed batch is one whose tensors have that many rows: the server cannot fill
     # a batch up, so it must not make any.
     config.max_batch_size = 0 if batch.is_static else batch.max
-    add_interface(config, source, batched=not batch.is_static)
-    if not batch.is_static:
+    add_interface(config, source, batched=not batch.is_static, labelled=not behind)
+    if not behind:
         add_batching(config, options)
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     for rows in sorted({1, config.max_batch_size or 1}):
@@ -198,12 +214,12 @@ def _common(source: Source, name: str, options: ServeOptions) -> ModelConfig:
     return config
 
 
-def add_interface(config: ModelConfig, source: Source, *, batched: bool) -> None:
-    """Inputs and outputs, with labels if users call it: if the server batches it."""
+def add_interface(config: ModelConfig, source: Source, *, batched: bool, labelled: bool) -> None:
+    """Inputs and outputs, without the batch if the server batches; with labels if users call it."""
     for tensors, found in ((config.input, source.inputs), (config.output, source.outputs)):
         for tensor in found:
             _add_tensor(tensors, tensor, tensor.shape[1:] if batched else tensor.shape)
-    if source.labels and batched:
+    if source.labels and labelled:
         config.output[0].label_filename = LABELS
 
 
@@ -211,7 +227,9 @@ def add_batching(config: ModelConfig, options: ServeOptions) -> None:
     """How long requests wait for a batch to fill, and how many may wait."""
     # No preferred_batch_size: the batcher then takes what is waiting, up to the largest batch.
     batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = options.max_queue_delay_us
+    batching.SetInParent()
+    if config.max_batch_size > 1:  # of one image, there is nothing to wait for
+        batching.max_queue_delay_microseconds = options.max_queue_delay_us
     if options.limits_queue:
         queue = batching.default_queue_policy  # its timeout_action is REJECT if none is given
         queue.max_queue_size = options.max_queue_size or 0  # 0 is the server's «no limit»
@@ -219,8 +237,8 @@ def add_batching(config: ModelConfig, options: ServeOptions) -> None:
         queue.allow_timeout_override = True  # clients may ask for less
 
 
-def _instances(source: Source, options: ServeOptions) -> int:
-    limited = options.limits_queue and not source.batch.is_static  # else the front's queue is
+def _instances(options: ServeOptions, *, behind: bool) -> int:
+    limited = options.limits_queue and not behind
     return max(options.instances, LEAST_WITH_LIMITS) if limited else options.instances
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tome_export.errors import UsageError
-from tome_export.serve.launch import Launch
+from tome_export.serve.launch import ServerOptions
 
 SCHEMES = ("gs", "s3", "hdfs", "webhdfs", "pvc", "http", "https", "hf", "oci")
 """Where KServe's storage initializer takes a repository from."""
@@ -55,14 +55,14 @@ class KServeOptions:
 
 
 def kserve_manifest(
-    model: str, options: KServeOptions, launch: Launch | None = None, *, gpu: bool = True
+    model: str, options: KServeOptions, server: ServerOptions | None = None, *, gpu: bool = True
 ) -> dict[str, Any]:
     """The InferenceService as data.
 
     Args:
         model: The model that it is named after.
         options: See there.
-        launch: What the models of the repository want a server to be started with.
+        server: What the models of the repository want a server to be started with.
         gpu: Whether it asks for a GPU.
     """
     name = service_name(model)
@@ -72,9 +72,9 @@ def kserve_manifest(
     arguments = ["--disable-auto-complete-config", "--strict-readiness=true"]
     if not gpu:
         arguments.append("--model-config-name=cpu")
-    launch = launch or Launch()
-    arguments += launch.arguments
-    variables = [{"name": name, "value": value} for name, value in launch.environment.items()]
+    server = server or ServerOptions()
+    arguments += server.arguments
+    variables = [{"name": name, "value": value} for name, value in server.environment.items()]
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,8 @@ def choose_version(repository: Path, folder: ModelFolder, asked: int | None) -> 
     same = [v for v in there if _is_same_version(model / str(v), folder, version)]
     if same:
         return same[-1]
+    if _interface(config_of(model)) != _interface(folder.config):
+        raise _unlike(model, there[-1])
     raise InputError(
         f"{model} has version {there[-1]} of other files; give --version {there[-1] + 1} to add "
         f"one, --version {there[-1]} --force to replace it, or another --name"
@@ -123,7 +126,11 @@ def choose_version(repository: Path, folder: ModelFolder, asked: int | None) -> 
 
 
 def write(
-    repository: Path, folders: Sequence[ModelFolder], *, force: bool = False
+    repository: Path,
+    folders: Sequence[ModelFolder],
+    *,
+    force: bool = False,
+    remove: Sequence[str] = (),
 ) -> list[Written]:
     """Add models, or versions of models, to a repository.
 
@@ -136,6 +143,7 @@ def write(
         force: Replace a version that has other files. Without it only the models around a model
             (decoding, labels, ensemble, router) are replaced, which hold nothing of their own; a
             cascade does.
+        remove: Names of models of ours to take away, after the others are there.
 
     Returns:
         What became of each, in their order.
@@ -148,12 +156,17 @@ def write(
     repository = check_repository(repository)
     with writing_to(repository), locked(repository):
         changes = [_change(repository / folder.name, folder, force) for folder in folders]
-        if any(changes):
-            with staging(repository, models_in(repository)) as made:
+        for name in remove:
+            check_ours(repository / name)
+        if any(changes) or remove:
+            kept = [name for name in models_in(repository) if name not in remove]
+            with staging(repository, kept) as made:
                 for change in changes:
                     _stage(made / change.folder.name, change)
                 for change in changes:
                     _publish(made / change.folder.name, repository, change)
+                for name in remove:
+                    (repository / name).rename(made / name)
     return [
         Written(
             change.folder.name,
@@ -170,7 +183,8 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
         return _Change(folder, is_new=True)
     check_ours(model)
     change = _Change(folder, is_new=False)
-    derived = _is_derived(config_of(model))
+    old = config_of(model)
+    derived = _is_derived(old)
     versions = {PurePosixPath(name).parts[0] for name in folder.files if _is_versioned(name)}
     for version in sorted(versions):
         target = model / version
@@ -179,6 +193,8 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
         if target.exists() and not force and f"{version}/{CASCADE_SETTINGS}" in folder.files:
             raise cascade_there(model)
         if target.exists() and not force and not (derived and _is_derived(folder.config)):
+            if _interface(old) != _interface(folder.config):
+                raise _unlike(model, int(version))
             raise InputError(
                 f"{target} has other files; give --version {versions_of(model)[-1] + 1} to add a "
                 "version, or --force to replace this one"
@@ -200,7 +216,19 @@ def config_of(model: Path) -> ModelConfig:
     Raises:
         InputError: if it is none.
     """
-    return config_from_text((model / CONFIG).read_text(), str(model / CONFIG))
+    file = model / CONFIG
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not a model config ({error}); correct or remove it") from error
+    return config_from_text(text, str(file))
+
+
+def is_named_elsewhere(repository: Path, name: str) -> bool:
+    """Whether the config of another model has this one's name in it, as that of an ensemble has."""
+    quoted = re.compile(rb"""(["'])%s\1""" % re.escape(name.encode()))
+    others = (repository / other / CONFIG for other in models_in(repository) if other != name)
+    return any(quoted.search(file.read_bytes()) for file in others)
 
 
 def check_ours(model: Path) -> None:
@@ -243,11 +271,18 @@ def _is_like(model: Path, folder: ModelFolder, replaced: set[str]) -> bool:
         return True
     others = [v for v in versions_of(model) if str(v) not in replaced]
     if others:
-        raise InputError(
-            f"{model} has version {others[-1]} with another platform, batch, inputs or outputs, "
-            "and versions share one config; give another --name"
-        )
+        raise _unlike(model, others[-1])
     return False
+
+
+def _unlike(model: Path, version: int) -> InputError:
+    """What is said of a version that the new config does not fit."""
+    only = versions_of(model) == (version,)
+    cure = f", or --version {version} --force to replace that one" if only else ""
+    return InputError(
+        f"{model} has version {version} with another platform, batch, inputs or outputs, "
+        f"and versions share one config; give another --name{cure}"
+    )
 
 
 def _interface(config: ModelConfig) -> object:

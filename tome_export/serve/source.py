@@ -28,7 +28,7 @@ MAX_NAME = 128
 
 FIXED = "_fixed"
 """What is added to the name of a model of one batch size: the model itself takes that name, and the
-one that fills requests up to that size the name without it."""
+batching model, which fills requests up to that size, the name without it."""
 
 RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router", "_cascade", FIXED)
 """How the names of the models around a model end."""
@@ -49,7 +49,7 @@ class Source:
         version_compatible: Whether it is an engine that brings a runtime of its own, for servers
             of later TensorRT versions.
         cuda_graphs: Whether its batches may be recorded as CUDA graphs.
-        note: What a user should know of the choice; empty if nothing.
+        notes: What a user should know of the choice.
     """
 
     platform: Platform
@@ -61,7 +61,7 @@ class Source:
     labels: tuple[str, ...]
     version_compatible: bool = False
     cuda_graphs: bool = True
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
@@ -83,12 +83,12 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         raise InputError(_no_engine(artifact))
     use_engine = engine is not None and choice != "onnx"
     batch = BatchRange.parse((engine if use_engine else manifest)["batch"])
-    note = ""
+    notes = []
     leaks = use_engine and manifest["merge"]["merge_op"] == "plugin" and not batch.is_static
     if leaks:
-        note = (
-            f"The engine has plugins and was built for batches of {batch}: it is given {batch.opt} "
-            "images at a time, as TensorRT keeps memory at every change of the batch of such a "
+        notes.append(
+            f"The engine has plugins and was built for batches of {batch}: it is given batches of "
+            f"exactly {batch.opt}, as TensorRT keeps memory at every change of the batch of such a "
             "plugin (NVIDIA/TensorRT issue 4849), and is not recorded as a CUDA graph"
         )
         batch = BatchRange(batch.opt, batch.opt, batch.opt)
@@ -104,7 +104,9 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         names = [name for name in manifest["files"] if name in (MODEL, f"{MODEL}.data")]
         files = {name: artifact.path / name for name in names}
     if not use_engine and choice == "auto" and RTX in manifest["engines"]:
-        note = f"{NO_RTX}: the ONNX model is served"
+        notes.append(f"{NO_RTX}: the ONNX model is served")
+    if not use_engine and (attention := _attention_note(artifact)):
+        notes.append(attention)
     return Source(
         platform="tensorrt_plan" if use_engine else "onnxruntime_onnx",
         files=files,
@@ -117,7 +119,32 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         labels=_labels(artifact),
         version_compatible=use_engine and bool(engine.get("version_compatible")),
         cuda_graphs=not leaks,
-        note=note,
+        notes=tuple(notes),
+    )
+
+
+def _attention_note(artifact: Artifact) -> str:
+    """Which servers with GPUs run the attention of an ONNX model right; empty if all do.
+
+    Source: docs/attention.md.
+    """
+    form = artifact.manifest["onnx"]["attention"]
+    if form == "parts":
+        return ""
+    if artifact.manifest["merge"]["merge_op"] == "index_add":
+        where = "ONNX Runtime runs all of this model on a GPU"
+    else:
+        where = "What TensorRT leaves of it on a GPU (all before 10.14) ONNX Runtime runs"
+    if form == "fused-fp32":
+        return (
+            f"The ONNX model has fused attention summed in float32. {where}, whose CUDA provider "
+            "does not take that: rebuild the artifact with --attention parts if the server's "
+            "TensorRT does not"
+        )
+    return (
+        f"The ONNX model has fused attention. {where}: before 1.25 on the CPU, and 1.25 and 1.26 "
+        "may crash where a layer has N % 8 = 4 tokens; let the server have ONNX Runtime 1.27 or "
+        "later, or rebuild the artifact with --attention parts"
     )
 
 
