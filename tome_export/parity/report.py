@@ -101,8 +101,8 @@ class ParityReport:
         entropy: Token-size entropy of each image, 0 to 1 (``merge.entropy``), counted from the
             plans that the instrumented graph chose for itself.
         subject: What the images are: ``image``, or ``video`` where the model takes videos.
-        suggested_attention: The value of ``--attention`` that would let the candidate sum more exactly;
-            None where attention is not fused in half precision.
+        suggested_attention: The value of ``--attention`` with which the candidate would sum more
+            exactly; None where attention is not fused in half precision.
     """
 
     candidate: str
