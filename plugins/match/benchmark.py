@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from tome_export.plugins.variants import ITEM_BYTES
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Layout = Literal["contiguous", "qkv"]
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
