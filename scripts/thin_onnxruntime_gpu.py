@@ -37,6 +37,10 @@ SHA256 = {
     "cp313": "f659529e07c21ec6b6179fd1bfaf82ffb7c3dc9c0916e18f6f313f9a690891be",
 }
 """Of the wheels for Linux on x86-64, by Python version."""
+ARCHITECTURES = (75, 80, 86, 89, 90, 120)
+"""GPU architectures that the wheels hold machine code for."""
+PYTHONS = tuple(f"{tag[2]}.{tag[3:]}" for tag in SHA256)
+"""Versions of Python that there are wheels for."""
 PLATFORM = "manylinux_2_28_x86_64"
 
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
@@ -186,10 +190,9 @@ def get_wheel(python: str, folder: Path) -> Path:
     Raises:
         ThinningError: if there is none for it, or pip cannot get it.
     """
-    tag = "cp" + python.replace(".", "")
-    if tag not in SHA256:
+    if python not in PYTHONS:
         raise ThinningError(
-            f"{NAME} {VERSION} has no wheel for Python {python}; it has {', '.join(SHA256)}"
+            f"{NAME} {VERSION} has no wheel for Python {python}; it has {', '.join(PYTHONS)}"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--python-version", python]

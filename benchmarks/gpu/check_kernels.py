@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.driver import Driver
-from benchmarks.gpu.kernels import CarriedKernels
+from benchmarks.gpu.kernels import PrecompiledKernels
 from benchmarks.gpu.oracle import Keys, judge_match, judge_merge, make_keys
 from benchmarks.gpu.parts import Context
-from benchmarks.gpu.rows import attempt
+from benchmarks.gpu.rows import Row, attempt
 from tome_export.merge import ops
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import benchmark as merge_benchmark
@@ -77,9 +77,15 @@ def cases() -> list[Case]:
     ]
 
 
+def memcheck_cases() -> list[Case]:
+    """One match and one merge only, for a tool that watches every access and is slow."""
+    return [Case(Keys(2, 12, 197, 64, 16), QKV), Case(MergeCase(2, 197, 768, 16))]
+
+
 def variants() -> list[Variant]:
-    """Kernels that the cases need."""
-    return list({case.variant.name: case.variant for case in cases()}.values())
+    """Kernels that all the cases need."""
+    every = (*cases(), *memcheck_cases())
+    return list({case.variant.name: case.variant for case in every}.values())
 
 
 def _places(keys: Keys) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def _places(keys: Keys) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelRun:
     """One launch.
 
     Attributes:
@@ -106,14 +112,14 @@ class Work:
     shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
-def work_from_case(case: Case, device: str) -> Work:
+def kernel_run_from_case(case: Case, device: str) -> KernelRun:
     """The inputs on the device, and the launch by the contract."""
     data = case.data
     if isinstance(data, MergeCase):
         generator = torch.Generator(device).manual_seed(0)
         inputs = merge_benchmark.make_inputs(data, generator)
         kept = (data.batch, data.tokens - data.r)
-        return Work(
+        return KernelRun(
             case,
             merge_contract.launch(data.batch, data.tokens, data.r),
             tuple(tensor.contiguous() for tensor in inputs),
@@ -128,7 +134,7 @@ def work_from_case(case: Case, device: str) -> Work:
         keys = parts.reshape(data.batch, data.tokens, -1)
     sizes = (data.batch, max(1, data.heads), data.tokens, data.width)
     counts = (data.tokens - data.r, data.r, data.r)
-    return Work(
+    return KernelRun(
         case,
         match_contract.launch(*sizes, data.r, data.prefix, data.class_token, **where),
         (keys.to(device).contiguous(),),
@@ -138,32 +144,34 @@ def work_from_case(case: Case, device: str) -> Work:
 
 def main(context: Context) -> None:
     """Emit a row per case and code."""
-    emit_rows(cases(), carried_kernels(context), context.device)
+    emit_rows(cases(), precompiled_kernels(context), context.device)
 
 
-def memcheck(context: Context) -> None:
-    """One match and one merge only, for a tool that watches every access and is slow."""
-    emit_rows(
-        (Case(Keys(2, 12, 197, 64, 16), QKV), Case(MergeCase(2, 197, 768, 16))),
-        carried_kernels(context),
-        context.device,
-    )
+def memcheck(context: Context) -> bool:
+    """Emit the rows of the cases for such a tool, and say whether every kernel ran and was right.
+
+    The tool sees no wrong access of a kernel that never ran.
+    """
+    found = emit_rows(memcheck_cases(), precompiled_kernels(context), context.device)
+    return all(row.get("passed") is True for row in found)
 
 
-def emit_rows(chosen: Iterable[Case], kernels: CarriedKernels, device: str) -> None:
-    """A row per case, and per code where every one is asked for."""
+def emit_rows(chosen: Iterable[Case], kernels: PrecompiledKernels, device: str) -> list[Row]:
+    """Emit and return a row per case, and per code where every one is asked for."""
+    found = []
     for case in chosen:
         binaries = kernels.binaries(case.variant)
         for binary in binaries if case.every_code else binaries[:1]:
             about = described(case) | {"target": binary.target}
-            attempt(case.variant.op, about, checked, case, kernels, binary, device)
+            found += attempt(case.variant.op, about, checked, case, kernels, binary, device)
+    return found
 
 
-def carried_kernels(context: Context) -> CarriedKernels:
+def precompiled_kernels(context: Context) -> PrecompiledKernels:
     """The kernels that were brought, on the GPU of this process."""
     torch.zeros(1, device=context.device)  # makes torch's context current
     store = KernelStore.read(context.prepared.kernels)
-    return CarriedKernels(store, Driver(), torch.cuda.get_device_capability())
+    return PrecompiledKernels(store, Driver(), torch.cuda.get_device_capability())
 
 
 def described(case: Case) -> dict[str, Any]:
@@ -174,15 +182,15 @@ def described(case: Case) -> dict[str, Any]:
     return about | ({"layout": case.layout} if isinstance(data, Keys) else {})
 
 
-def checked(case: Case, kernels: CarriedKernels, binary: Binary, device: str) -> dict[str, Any]:
+def checked(case: Case, kernels: PrecompiledKernels, binary: Binary, device: str) -> dict[str, Any]:
     """Run one code twice and judge what it wrote."""
-    work = work_from_case(case, device)
-    (first, untouched), (second, _) = (run(kernels, binary, work) for _ in range(2))
+    kernel_run = kernel_run_from_case(case, device)
+    (first, untouched), (second, _) = (run(kernels, binary, kernel_run) for _ in range(2))
     repeatable = all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, second, strict=True))
     if isinstance(case.data, Keys):
         verdict = judge_match(case.data, make_keys(case.data), first)
     else:
-        verdict = judge_merge(work.inputs, first, ops.eager_merge(*work.inputs))
+        verdict = judge_merge(kernel_run.inputs, first, ops.eager_merge(*kernel_run.inputs))
     kernel = kernels.loaded(binary)
     return {
         "threads": binary.threads,
@@ -197,20 +205,22 @@ def checked(case: Case, kernels: CarriedKernels, binary: Binary, device: str) ->
     }
 
 
-def run(kernels: CarriedKernels, binary: Binary, work: Work) -> tuple[tuple[Tensor, ...], bool]:
+def run(
+    kernels: PrecompiledKernels, binary: Binary, kernel_run: KernelRun
+) -> tuple[tuple[Tensor, ...], bool]:
     """Run one code.
 
     Returns:
         The outputs, and whether the memory around them is as it was.
     """
-    device = work.inputs[0].device
-    buffers = list(_poisoned(work, device))
+    device = kernel_run.inputs[0].device
+    buffers = list(_poisoned(kernel_run, device))
     before = [_bits(buffer).clone() for buffer in buffers]
     outputs = tuple(
         buffer[GUARD:-GUARD].view(shape)
-        for buffer, (shape, _) in zip(buffers, work.shapes, strict=True)
+        for buffer, (shape, _) in zip(buffers, kernel_run.shapes, strict=True)
     )
-    kernels.start(binary, work.launch, work.inputs, outputs)
+    kernels.start(binary, kernel_run.launch, kernel_run.inputs, outputs)
     if device.type == "cuda":
         torch.cuda.synchronize()
     untouched = all(
@@ -221,9 +231,9 @@ def run(kernels: CarriedKernels, binary: Binary, work: Work) -> tuple[tuple[Tens
     return outputs, untouched
 
 
-def _poisoned(work: Work, device: torch.device) -> Iterator[Tensor]:
+def _poisoned(kernel_run: KernelRun, device: torch.device) -> Iterator[Tensor]:
     """Memory full of values that no kernel writes, so that what stays unwritten is seen."""
-    for shape, dtype in work.shapes:
+    for shape, dtype in kernel_run.shapes:
         value = torch.nan if dtype.is_floating_point else -1 << 30
         count = int(torch.Size(shape).numel()) + 2 * GUARD
         yield torch.full((count,), value, dtype=dtype, device=device)

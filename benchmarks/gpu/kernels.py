@@ -28,7 +28,7 @@ def current_stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-class CarriedKernels:
+class PrecompiledKernels:
     """Kernels of a store on one GPU.
 
     Args:
@@ -126,7 +126,7 @@ def dtype_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-_switch: dict[str, CarriedKernels | None] = {"kernels": None}
+_switch: dict[str, PrecompiledKernels | None] = {"kernels": None}
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def _register(device: str) -> None:
 
 
 @contextlib.contextmanager
-def behind_the_operators(kernels: CarriedKernels | None, device: str = "cuda") -> Iterator[None]:
+def use_kernels(kernels: PrecompiledKernels | None, device: str = "cuda") -> Iterator[None]:
     """Inside, the custom operators run these kernels; None: PyTorch's own operations.
 
     The switch is the whole process's.

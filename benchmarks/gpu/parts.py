@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.gpu import ROOT, rows
-from benchmarks.gpu.prepared import Prepared
+from benchmarks.gpu.prepared import COMPUTE_CAPABILITIES, Prepared, PreparedInfo
 
 DEFAULT_PREPARED = ROOT / "out" / "gpu"
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu.json"
+INCOMPLETE = 3
 NOTHING_MEASURED = 4
 SHORTEST_S = 8.0
 """A part is not begun with less time than this: torch alone takes as long to start."""
@@ -33,6 +34,8 @@ class Part:
         expected_s: Seconds it should take with a cold start.
         limit_s: Seconds after which it is ended.
         question: What it answers.
+        exact_gpu: Whether it needs a GPU of the very compute capability that was prepared for, as
+            ONNX Runtime's machine code does.
     """
 
     name: str
@@ -40,10 +43,11 @@ class Part:
     expected_s: float
     limit_s: float
     question: str
+    exact_gpu: bool = False
 
 
 @dataclass(frozen=True)
-class Step:
+class BenchmarkStep:
     """Parts that belong to one command.
 
     Attributes:
@@ -73,7 +77,7 @@ class Context:
 
 
 def run_step(
-    step: Step,
+    step: BenchmarkStep,
     left: tuple[Part, ...] = (),
     arguments: list[str] | None = None,
     program: tuple[str, ...] | None = None,
@@ -87,7 +91,9 @@ def run_step(
         program: What a part's process runs, if not the step's own module; it calls this function.
 
     Returns:
-        Exit status: 0 all passed, 1 something failed (its row says what), 2 usage, 4 no GPU.
+        Exit status: 0 all passed, 1 something failed (its row says what), 2 usage, 3 nothing
+        failed, but there was no time or no code for some parts, 4 no GPU that it can run on, or no
+        prepared folder.
     """
     parts = {part.name: part for part in (*step.parts, *left)}
     options = _options(step, parts, arguments)
@@ -102,7 +108,11 @@ def run_step(
     if problem is not None:
         print(f"nothing was measured: {problem}", file=sys.stderr)
         return NOTHING_MEASURED
-    about = prepared.read()
+    info = prepared.read()
+    other_gpu = unfit_gpu(info) if options.device == "cuda" else None
+    if other_gpu is not None and all(part.exact_gpu for part in step.parts):
+        print(f"nothing was measured: {other_gpu}", file=sys.stderr)
+        return NOTHING_MEASURED
     unpacked = prepared.unpack_wheels()
     print(f"from the prepared folder: {', '.join(unpacked) or 'no package'}", flush=True)
     results = rows.Results(options.out, options.earlier or options.out)
@@ -111,14 +121,17 @@ def run_step(
     if options.only:
         wanted = [part for part in wanted if part.name in options.only]
     environment = {
-        **rows.environment(options.commit or _commit(about.commit)),
-        "prepared": {"python": about.python, "commit": about.commit, "compiler": about.compiler},
+        **rows.environment(options.commit or _commit(info.commit)),
+        "prepared": asdict(info),
     }
     print(f"{environment['gpu']}, driver {environment['driver']}", flush=True)
     results.begin(f"step {step.number}", environment, [part.name for part in wanted])
     program = program or ("-m", f"benchmarks.gpu.step{step.number}")
     for part in wanted:
-        _run_part(part, program, options, end, prepared, results)
+        if other_gpu is not None and part.exact_gpu:
+            _leave_out(part, other_gpu, results)
+        else:
+            _run_part(part, program, options, end, prepared, results)
     own = [row for row in results.rows if row["run"] == f"step {step.number}"]
     print("\n".join(["", *rows.table(own)]))
     wrong = [row for row in own if rows.failed(row)]
@@ -127,10 +140,12 @@ def run_step(
         print(f"  {rows.text(row)}")
     undone = [part.name for part in wanted if part.name not in results.done()]
     print(f"left out or cut short: {', '.join(undone) or 'nothing'}")
-    return int(bool(wrong))
+    return 1 if wrong else INCOMPLETE if undone else 0
 
 
-def _options(step: Step, parts: dict[str, Part], arguments: list[str] | None) -> argparse.Namespace:
+def _options(
+    step: BenchmarkStep, parts: dict[str, Part], arguments: list[str] | None
+) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         found = [name.strip() for name in text.split(",")]
         unknown = [name for name in found if name not in parts]
@@ -160,19 +175,31 @@ def missing(prepared: Prepared, device: str) -> str | None:
     if device == "cuda" and rows.gpu_state() is None:
         return "nvidia-smi finds no NVIDIA GPU"
     try:
-        about = prepared.read()
+        info = prepared.read()
     except OSError as error:
         return (
             f"{prepared.folder} is not a prepared folder ({error.strerror}); run 'python -m "
             "benchmarks.gpu.prepare' where there are a network and the Triton language"
         )
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if own != about.python and device == "cuda":
+    if own != info.python and device == "cuda":
         return (
-            f"this is Python {own}; {prepared.folder} was prepared for {about.python}: use "
+            f"this is Python {own}; {prepared.folder} was prepared for {info.python}: use "
             f"'python -m benchmarks.gpu.prepare --python {own}'"
         )
     return None
+
+
+def unfit_gpu(info: PreparedInfo) -> str | None:
+    """Why ONNX Runtime's code is not for this GPU and what to do, or None if it is."""
+    state = rows.gpu_state() or {}
+    own, prepared = state.get("compute_cap"), info.compute_capability
+    if own == prepared:
+        return None
+    fix = f"use 'python -m benchmarks.gpu.prepare --compute-capability {own}'"
+    if own not in COMPUTE_CAPABILITIES:
+        fix = f"there is code for {', '.join(COMPUTE_CAPABILITIES)}; steps 1 and 3 need none"
+    return f"this GPU has compute capability {own}; ONNX Runtime was prepared for {prepared}: {fix}"
 
 
 def _commit(prepared: str) -> str | None:
@@ -190,11 +217,12 @@ def _run_part(
 ) -> None:
     """Run one part and collect its rows as they come.
 
-    A part that fails, or is not done in time, adds a row that says so.
+    A part that fails, or is not done in time, adds a row that says so. One that the whole step's
+    limit cuts short has not failed.
     """
     limit_s = min(part.limit_s, end - time.monotonic())
     if limit_s < min(SHORTEST_S, part.limit_s):
-        results.add(part.name, {"benchmark": "part", "done": False, "skipped": "no time was left"})
+        _leave_out(part, "no time was left", results)
         return
     command = [sys.executable, *program, "--worker", part.name]
     command += ["--prepared", str(prepared.folder), "--device", options.device]
@@ -231,12 +259,22 @@ def _run_part(
     seconds = time.monotonic() - started
     about = {"wall_s": seconds, "state": rows.gpu_state()}
     if status != 0:
-        reason = f"was ended after {limit_s:.0f} s" if seconds >= limit_s else "see its traceback"
-        about["error"] = f"the process ended with status {status}: {reason}"
+        ended = seconds >= limit_s
+        reason = f"was ended after {limit_s:.0f} s" if ended else "see its traceback"
+        if ended and limit_s < part.limit_s:
+            about["skipped"] = f"{reason}, when the step's time was over"
+        else:
+            about["error"] = f"the process ended with status {status}: {reason}"
     print(
         rows.text(results.add(part.name, {"benchmark": "part", "done": status == 0, **about})),
         flush=True,
     )
+
+
+def _leave_out(part: Part, reason: str, results: rows.Results) -> None:
+    """Add the row of a part that is not run, and show it."""
+    row = results.add(part.name, {"benchmark": "part", "done": False, "skipped": reason})
+    print(rows.text(row), flush=True)
 
 
 def _end(leader: int) -> None:

@@ -1,6 +1,6 @@
 """The folder that is prepared on one machine and used on another: what lies where.
 
-    prepared.json            Python version, commit and compilers
+    prepared.json            Python version, commit, compiler and compute capability
     step1/kernels/           PTX of every kernel variant, with its launch parameters
     step1/wheels/            packages that the other machine may lack
     step1/onnxruntime-gpu.tar.xz.0, step2/onnxruntime-gpu.tar.xz.1
@@ -20,26 +20,38 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from scripts import thin_onnxruntime_gpu
+
 STEPS = (1, 2, 3)
 LIMIT_BYTES = 60 << 20
 """What a step may bring beside the repository."""
+OLDEST_CAPABILITY = "8.0"
+"""What the kernels are compiled for besides the GPU's own: code that every later GPU runs too."""
+COMPUTE_CAPABILITIES = tuple(
+    f"{architecture // 10}.{architecture % 10}"
+    for architecture in thin_onnxruntime_gpu.ARCHITECTURES
+    if architecture >= int(OLDEST_CAPABILITY.replace(".", ""))
+)
+"""GPUs that a folder can be prepared for: the wheels have machine code for each."""
 KERNELS_LIMIT_BYTES = 3 << 20
 ARCHIVE = "onnxruntime-gpu.tar.xz"
 
 
 @dataclass(frozen=True)
-class About:
+class PreparedInfo:
     """What ``prepared.json`` says.
 
     Attributes:
         python: Version that the wheels are for, such as 3.12.
         commit: Of the checkout that prepared the folder.
         compiler: What compiled the kernels.
+        compute_capability: That of the GPU that ONNX Runtime's code is for, such as 9.0.
     """
 
     python: str
     commit: str
     compiler: str
+    compute_capability: str
 
 
 class Prepared:
@@ -64,17 +76,17 @@ class Prepared:
         """One half of the archive of ONNX Runtime."""
         return self.folder / f"step{index + 1}" / f"{ARCHIVE}.{index}"
 
-    def write(self, about: About) -> None:
+    def write(self, info: PreparedInfo) -> None:
         """Write ``prepared.json``."""
-        (self.folder / "prepared.json").write_text(json.dumps(asdict(about), indent=1) + "\n")
+        (self.folder / "prepared.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
 
-    def read(self) -> About:
+    def read(self) -> PreparedInfo:
         """Read ``prepared.json``.
 
         Raises:
             OSError: if it is not there.
         """
-        return About(**json.loads((self.folder / "prepared.json").read_text()))
+        return PreparedInfo(**json.loads((self.folder / "prepared.json").read_text()))
 
     def sizes(self, step: int) -> dict[Path, int]:
         """Bytes of every file that a step brings, by its path in the folder."""

@@ -31,7 +31,7 @@ def emit(benchmark: str, **values: Any) -> None:
 
 def attempt(
     benchmark: str, about: Row, measure: Callable[..., Row | list[Row]], *arguments: object
-) -> None:
+) -> list[Row]:
     """Emit what a measurement found, or its error: the run goes on either way.
 
     Args:
@@ -39,6 +39,9 @@ def attempt(
         about: Values of every row.
         measure: Returns a row's values, or a list of such.
         *arguments: Of ``measure``.
+
+    Returns:
+        The rows that were emitted.
     """
     try:
         found = measure(*arguments)
@@ -48,8 +51,10 @@ def attempt(
         else:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
-    for row in found if isinstance(found, list) else [found]:
-        emit(benchmark, **{**about, **row})
+    rows = [{**about, **row} for row in (found if isinstance(found, list) else [found])]
+    for row in rows:
+        emit(benchmark, **row)
+    return rows
 
 
 def row_from_line(line: str) -> Row | None:
@@ -180,6 +185,7 @@ def _findings(row: Row) -> str:
     if "skipped" in row:
         return f"skipped: {row['skipped']}"
     parts = [] if "passed" not in row else ["pass" if row["passed"] else "FAIL"]
+    parts += [f"{count} {name}" for name, count in row.get("tests", {}).items()]
     counts = ("decisions", "disagreements", "explained", "defects", "registers", "local_bytes")
     parts += [f"{key} {row[key]}" for key in counts if key in row]
     numbers = ("gigabytes_per_s", "error_over_eager", "macs_ratio", "wall_s")

@@ -18,6 +18,7 @@ from benchmarks.gpu.prepared import Prepared
 from benchmarks.gpu.rows import attempt
 from benchmarks.harness import paired, percentiles
 from scripts.thin_onnxruntime_gpu import PROVIDER, linked_libraries
+from tome_export.runtime import ort
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 MODEL = "vit_b16"
 CASES = tuple(GraphCase(r, form) for form in ("fused", "parts") for r in (0, 16, 13))
-CUDA = "CUDAExecutionProvider"
 SPEED_BATCH = {"cuda": 64, "cpu": 8}
 IMAGES = 4
 OPENED_BY_NAME = "libcudnn.so.9"
@@ -51,7 +51,7 @@ def r_13(context: Context) -> None:
 
 
 def tf32(context: Context) -> None:
-    """Emit r = 16 in parts with TF32 on, which is the provider's own default."""
+    """Emit r = 16 in parts with TF32 on: the provider's own default, and not the project's."""
     emit_row(context, 16, "parts", tf32=True)
 
 
@@ -72,7 +72,7 @@ def measured(context: Context, r: int, form: Form, tf32: bool) -> dict[str, Any]
     images = _images(graphs, SPEED_BATCH[context.device])
     report = parity(graphs, r, merged, images[:IMAGES], context.device, tf32)
     runners = {"unmerged": unmerged, "merged": merged}
-    opened = {n: OrtRunner(graph, context.device, tf32) for n, graph in runners.items()}
+    opened = {n: BoundSession(graph, context.device, tf32) for n, graph in runners.items()}
     on_cpu = {n: runner.nodes_on_cpu() for n, runner in opened.items()}
     runs = {n: runner.bound(images) for n, runner in opened.items()}
     seconds = paired(runs, 20, warmup=5)
@@ -120,7 +120,7 @@ def parity(
     r: int,
     graph: onnx.ModelProto,
     images: np.ndarray[Any, Any],
-    device: str,
+    device: ort.Provider,
     tf32: bool,
 ) -> ParityReport:
     """The project's own check against PyTorch."""
@@ -132,7 +132,7 @@ def parity(
         images,
         "fp16",
         BATCH,
-        runner_factory=lambda model: OrtRunner(model, device, tf32),
+        runner_factory=lambda model: BoundSession(model, device, tf32),
         candidate=f"onnx on ONNX Runtime {device}",
     )
 
@@ -150,36 +150,50 @@ def _version() -> str:
     return str(onnxruntime.__version__)
 
 
-class OrtRunner:
-    """A graph in ONNX Runtime; what the provider has no kernel for runs on the CPU.
+def providers(device: ort.Provider, tf32: bool) -> list[tuple[str, dict[str, str]]]:
+    """The project's own providers and options; TF32, if asked for, is all that deviates from them.
+
+    Args:
+        device: Of the first provider.
+        tf32: Whether fp32 products may be rounded to TF32 on a GPU: the provider's own default.
+    """
+    found = ort.providers(device)
+    if tf32 and device == "cuda":
+        found[0][1]["use_tf32"] = "1"
+    return found
+
+
+class BoundSession:
+    """A graph in ONNX Runtime, for inputs that lie on the device and nodes counted by provider.
+
+    What the CUDA provider has no kernel for runs on the CPU.
 
     Args:
         model: The graph.
         device: ``cuda`` or ``cpu``.
-        tf32: Whether fp32 products may be rounded to TF32.
+        tf32: As in ``providers``.
 
     Raises:
-        RuntimeError: if the CUDA provider did not start.
+        RuntimeError: if the device's provider did not start.
     """
 
-    def __init__(self, model: onnx.ModelProto, device: str, tf32: bool) -> None:
+    def __init__(self, model: onnx.ModelProto, device: ort.Provider, tf32: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        wanted: list[Any] = ["CPUExecutionProvider"]
-        if device == "cuda":
-            wanted = [(CUDA, {"use_tf32": str(int(tf32))}), *wanted]
+        wanted = providers(device, tf32)
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=wanted
         )
-        if device == "cuda" and self._session.get_providers()[0] != CUDA:
-            raise RuntimeError(f"{CUDA} did not start; ONNX Runtime took the CPU instead")
+        first, _ = wanted[0]
+        if self._session.get_providers()[0] != first:
+            raise RuntimeError(f"{first} did not start; ONNX Runtime took the CPU instead")
         self._device = device
         self._outputs = [value.name for value in self._session.get_outputs()]
 
-    def __enter__(self) -> OrtRunner:
+    def __enter__(self) -> BoundSession:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,6 +17,8 @@ from benchmarks.gpu.rows import attempt, emit
 from scripts.thin_onnxruntime_gpu import PROVIDER
 
 _MARK = re.compile(r"^\s*@?pytest\.mark\.gpu\b", re.MULTILINE)
+_SUMMARY = re.compile(r"^=*\s*(\d+ [a-z]+(?:, \d+ [a-z]+)*) in [\d.]+s", re.MULTILINE)
+_OUTCOME = re.compile(r"(\d+) (passed|failed|skipped|error)")
 _TAIL = 2000
 _WRONG_ACCESS = 99
 
@@ -26,15 +28,26 @@ def marked_tests(context: Context) -> None:
     attempt("pytest -m gpu", {}, run_marked_tests, context)
 
 
-def run_marked_tests(context: Context) -> dict[str, Any]:
-    """Run them; only their files are read, so that others need not be importable."""
-    files = marked_files(ROOT / "tests")
+def run_marked_tests(context: Context, folder: Path = ROOT / "tests") -> dict[str, Any]:
+    """Run those in a folder; only their files are read, so that others need not be importable.
+
+    Returns:
+        As ``finished``, with pytest's own counts as ``tests``; where all were skipped, nothing
+        passed.
+    """
+    files = marked_files(folder)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider"]
     # The package makes the checkout importable; another version of torch may warn of other things.
     command += ["-p", "benchmarks.gpu", "-o", "filterwarnings=default", *map(str, files)]
     found = finished(command, context.seconds - 5, **with_onnxruntime(context.prepared))
-    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", found["said"])
-    return found | {name: int(number) for number, name in counts}
+    return found | judged_tests(found)
+
+
+def judged_tests(found: dict[str, Any]) -> dict[str, Any]:
+    """Counts of what pytest said last, and whether tests passed and none did not."""
+    (last,) = _SUMMARY.findall(found["said"])[-1:] or [""]
+    counts = {name: int(number) for number, name in _OUTCOME.findall(last)}
+    return {"tests": counts, "passed": found["passed"] and counts.get("passed", 0) > 0}
 
 
 def with_onnxruntime(prepared: Prepared) -> dict[str, str]:
@@ -68,7 +81,11 @@ def memcheck(context: Context) -> None:
 
 
 def run_memcheck(tool: str, context: Context) -> dict[str, Any]:
-    """Run both kernels under the tool, every tensor in an allocation of its own."""
+    """Run both kernels under the tool, every tensor in an allocation of its own.
+
+    Returns:
+        As ``finished``: status 99 for a wrong access, 1 if a kernel did not run or was wrong.
+    """
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(_WRONG_ACCESS)]
     command += [sys.executable, "-m", "benchmarks.gpu.run_tools", str(context.prepared.folder)]
     return finished(command, context.seconds - 5, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -92,7 +109,20 @@ def finished(command: list[str], limit_s: float, **variables: str) -> dict[str, 
     return {"passed": done.returncode == 0, "status": done.returncode, "said": said}
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """What the sanitizer watches.
+
+    Args:
+        arguments: The prepared folder, and the device if not ``cuda``.
+
+    Returns:
+        Exit status: 0 if every kernel ran and was right, else 1.
+    """
     from benchmarks.gpu import check_kernels
 
-    check_kernels.memcheck(Context(Prepared(Path(sys.argv[1])), "cuda", 0.0))
+    folder, device = [*arguments, "cuda"][:2]
+    return int(not check_kernels.memcheck(Context(Prepared(Path(folder)), device, 0.0)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

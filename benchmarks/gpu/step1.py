@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.gpu.parts import Part, Step, run_step
+from benchmarks.gpu.parts import BenchmarkStep, Part, run_step
 
-STEP = Step(
+STEP = BenchmarkStep(
     1,
     270.0,
     (

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.gpu.parts import Part, Step, run_step
+from benchmarks.gpu.parts import BenchmarkStep, Part, run_step
 
-STEP = Step(
+STEP = BenchmarkStep(
     2,
     165.0,
     (
@@ -19,6 +19,7 @@ STEP = Step(
             60,
             85,
             "Does the provider load; ViT-B/16 r = 16 with the Attention operator: right, how fast?",
+            exact_gpu=True,
         ),
         Part(
             "ort-parts",
@@ -26,6 +27,7 @@ STEP = Step(
             30,
             50,
             "The same with attention in parts?",
+            exact_gpu=True,
         ),
         Part(
             "ort-r13",
@@ -33,6 +35,7 @@ STEP = Step(
             40,
             60,
             "r = 13, where layers have 132 tokens, in both forms?",
+            exact_gpu=True,
         ),
         Part(
             "ort-tf32",
@@ -40,6 +43,7 @@ STEP = Step(
             25,
             40,
             "What does TF32, the provider's default, change?",
+            exact_gpu=True,
         ),
     ),
 )

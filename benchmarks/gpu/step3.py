@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from benchmarks.gpu import step1, step2
-from benchmarks.gpu.parts import Part, Step, run_step
+from benchmarks.gpu.parts import BenchmarkStep, Part, run_step
 
-STEP = Step(
+STEP = BenchmarkStep(
     3,
     165.0,
     (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.check_kernels import carried_kernels
+from benchmarks.gpu.check_kernels import precompiled_kernels
 from benchmarks.gpu.parts import Context
 from benchmarks.gpu.rows import attempt, emit
 from benchmarks.harness import percentiles
@@ -81,7 +81,7 @@ def variants() -> list[Variant]:
 
 def main(context: Context) -> None:
     """Emit the copy bandwidth, then the rows of every shape and batch."""
-    kernels = carried_kernels(context)
+    kernels = precompiled_kernels(context)
     found = {"kernels": Operations(kernels.match, kernels.merge), "eager": EAGER}
     emit_rows(found, SHAPES, BATCHES, context.device)
 

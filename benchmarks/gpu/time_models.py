@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.check_kernels import carried_kernels
-from benchmarks.gpu.kernels import CarriedKernels, behind_the_operators
+from benchmarks.gpu.check_kernels import precompiled_kernels
+from benchmarks.gpu.kernels import PrecompiledKernels, use_kernels
 from benchmarks.gpu.parts import Context
 from benchmarks.gpu.rows import attempt
 from benchmarks.harness import percentiles
@@ -57,17 +57,17 @@ OTHER_BATCHES = (
 
 def batch_64(context: Context) -> None:
     """Emit the rows of the two models that have goals, at the batch that they are for."""
-    emit_rows(BATCH_64, carried_kernels(context), context.device)
+    emit_rows(BATCH_64, precompiled_kernels(context), context.device)
 
 
 def other_batches(context: Context) -> None:
     """Emit the rows of other batches and of a larger image."""
-    emit_rows(OTHER_BATCHES, carried_kernels(context), context.device)
+    emit_rows(OTHER_BATCHES, precompiled_kernels(context), context.device)
 
 
 def profile_64(context: Context) -> None:
     """Emit what takes the time inside the first two models."""
-    emit_profiles(BATCH_64, carried_kernels(context), context.device)
+    emit_profiles(BATCH_64, precompiled_kernels(context), context.device)
 
 
 def variants(cases: Iterable[ModelCase] = (*BATCH_64, *OTHER_BATCHES)) -> list[Variant]:
@@ -95,7 +95,7 @@ def without_weights(case: ModelCase) -> nn.Module:
     return model
 
 
-def emit_rows(cases: Iterable[ModelCase], kernels: CarriedKernels | None, device: str) -> None:
+def emit_rows(cases: Iterable[ModelCase], kernels: PrecompiledKernels | None, device: str) -> None:
     """A row per model and batch."""
     for case in cases:
         model, merged = half_precision(case, device)
@@ -107,14 +107,16 @@ def emit_rows(cases: Iterable[ModelCase], kernels: CarriedKernels | None, device
         _free(device)
 
 
-def emit_profiles(cases: Iterable[ModelCase], kernels: CarriedKernels | None, device: str) -> None:
+def emit_profiles(
+    cases: Iterable[ModelCase], kernels: PrecompiledKernels | None, device: str
+) -> None:
     """Two rows per model: unmerged, and merged with the kernels."""
     for case in cases:
         model, merged = half_precision(case, device)
         images = _images(merged, case.batches[0], device)
         for label, module in (("unmerged", model), ("merged", merged)):
             about = {"model": case.name, "batch": len(images), "r": case.r, "case": label}
-            with behind_the_operators(kernels, device):
+            with use_kernels(kernels, device):
                 attempt("profile", about, profiled, module, images)
         del model, merged, images, module
         _free(device)
@@ -150,7 +152,7 @@ def _free(device: str) -> None:
 
 @torch.inference_mode()
 def end_to_end(
-    model: nn.Module, merged: MergedModel, images: Tensor, kernels: CarriedKernels | None
+    model: nn.Module, merged: MergedModel, images: Tensor, kernels: PrecompiledKernels | None
 ) -> dict[str, Any]:
     """Times of the variants, in turn, and what they are of each other.
 
@@ -161,9 +163,9 @@ def end_to_end(
         kernels: None where there are none, so that all is PyTorch's own.
     """
 
-    def with_kernels(chosen: CarriedKernels | None) -> Callable[[Tensor], object]:
+    def with_kernels(chosen: PrecompiledKernels | None) -> Callable[[Tensor], object]:
         def run(pixels: Tensor) -> object:
-            with behind_the_operators(chosen, pixels.device.type):
+            with use_kernels(chosen, pixels.device.type):
                 return merged(pixels)
 
         return run

@@ -117,7 +117,7 @@ def store():
 
 def make_carried(gpu_bench, stub, store, capability=(9, 0)):
     driver = gpu_bench("driver").Driver(stub.path)
-    return gpu_bench("kernels").CarriedKernels(store, driver, capability, lambda: STREAM)
+    return gpu_bench("kernels").PrecompiledKernels(store, driver, capability, lambda: STREAM)
 
 
 def test_match_is_started_as_its_contract_says(gpu_bench, stub, store):
@@ -180,6 +180,24 @@ def test_a_tensor_at_an_odd_place_is_refused(gpu_bench, stub, store):
     assert stub.named("cuLaunchKernel") == []
 
 
+def test_no_kernel_that_ran_fails_the_memory_check(gpu_bench, stub, monkeypatch, tmp_path, capsys):
+    """The sanitizer sees no wrong access of a kernel that the driver refused to start."""
+    pytest.importorskip("triton", reason="the Triton language compiles the kernels")
+    from tome_export.plugins.aot import compile_ptx
+
+    check, tools = gpu_bench("check_kernels"), gpu_bench("run_tools")
+    store = KernelStore(
+        Kernel(case.variant, (compile_ptx(case.variant, (9, 0)),))
+        for case in check.memcheck_cases()
+    )
+    carried = make_carried(gpu_bench, stub, store)
+    monkeypatch.setattr(check, "precompiled_kernels", lambda _: carried)
+    stub.fail("cuLaunchKernel", 700)
+    assert tools.main([str(tmp_path), "cpu"]) == 1
+    assert len(stub.named("cuLaunchKernel")) == 2
+    assert "cuLaunchKernel returned 700" in capsys.readouterr().out
+
+
 def test_the_operators_run_the_carried_kernels_only_inside(gpu_bench, stub, store):
     """On the CPU, where the recording driver starts nothing: its plans are left unwritten."""
     from tome_export.merge import ops
@@ -187,10 +205,10 @@ def test_the_operators_run_the_carried_kernels_only_inside(gpu_bench, stub, stor
     kernels = gpu_bench("kernels")
     carried = make_carried(gpu_bench, stub, store)
     keys = torch.randn(2, 12, 197, 64, generator=torch.Generator().manual_seed(0)).half()
-    with kernels.behind_the_operators(carried, device="cpu"):
+    with kernels.use_kernels(carried, device="cpu"):
         ops.match(keys, 16, 1, True)
     assert len(stub.named("cuLaunchKernel")) == 1
-    with kernels.behind_the_operators(None, device="cpu"):
+    with kernels.use_kernels(None, device="cpu"):
         plan = ops.match(keys, 16, 1, True)
     assert all(map(torch.equal, plan, ops.eager_match(keys, 16, 1, True)))
     assert all(map(torch.equal, ops.match(keys, 16, 1, True), plan))

@@ -15,8 +15,10 @@ import torch
 from tome_export.merge import ops
 from tome_export.merge.plan import MergePlan
 from tome_export.plugins.match import benchmark as match_benchmark
+from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.match.benchmark import MatchCase
 from tome_export.plugins.merge import benchmark as merge_benchmark
+from tome_export.plugins.merge import contract as merge_contract
 from tome_export.plugins.merge.benchmark import MergeCase
 from tome_export.plugins.store import Binary, Kernel, KernelStore
 
@@ -40,7 +42,7 @@ class OnTheCpu:
     """Does with PyTorch's operations what a started kernel would do with the same parameters."""
 
     def __init__(self, kernels, edit=lambda _: None):
-        class Torch(kernels.CarriedKernels):
+        class Torch(kernels.PrecompiledKernels):
             def binaries(self, variant):
                 self.variant = variant
                 return super().binaries(variant)
@@ -130,19 +132,38 @@ def test_wrong_kernels_fail(gpu_bench, capsys, edit, wrong):
         assert row[wrong] is False, row
 
 
-def test_all_variants_of_the_cases_are_carried(gpu_bench):
-    """What a part starts is what it says that it needs."""
-    check, kernels = gpu_bench("check_kernels"), gpu_bench("time_kernels")
-    needed = {variant.name for variant in check.variants()}
-    assert needed >= {case.variant.name for case in check.cases()}
-    timed = {variant.name for variant in kernels.variants()}
-    for shape in kernels.SHAPES:
+def test_only_right_kernels_that_ran_pass_the_memory_check(gpu_bench, monkeypatch, tmp_path):
+    check, tools = gpu_bench("check_kernels"), gpu_bench("run_tools")
+    for edit, status in ((lambda _: None, 0), (beside, 1)):
+        on_the_cpu = OnTheCpu(gpu_bench("kernels"), edit)
+        kernels = on_the_cpu.made([case.variant for case in check.memcheck_cases()])
+        monkeypatch.setattr(check, "precompiled_kernels", lambda _, kernels=kernels: kernels)
+        assert tools.main([str(tmp_path), "cpu"]) == status
+
+
+def test_every_kernel_that_a_part_starts_is_carried(gpu_bench, monkeypatch, tmp_path):
+    """All but the compiler's work, which takes minutes: the store that is written, read again."""
+    prepare, check, timed = map(gpu_bench, ("prepare", "check_kernels", "time_kernels"))
+
+    def compiled(_, capability):
+        major, minor = capability
+        ptx = f".target sm_{major}{minor}\n.entry k("
+        return Binary(f"{major}.{minor}", f"sm_{major}{minor}", "k", 1, 0, ptx)
+
+    monkeypatch.setattr(prepare, "compile_ptx", compiled)
+    prepared = gpu_bench("prepared").Prepared(tmp_path)
+    prepare.write_kernels(prepared, "8.9")
+    store = KernelStore.read(prepared.kernels)
+    needed = [case.variant for case in (*check.cases(), *check.memcheck_cases())]
+    for shape in timed.SHAPES:
         case = shape.match_case(2)
-        keys = match_benchmark.make_keys(case, generator())
-        variant = kernels.match_contract.variant(
-            case.tokens, case.width, case.dtype, keys.stride()[:3]
-        )
-        assert variant.name in timed
+        strides = match_benchmark.make_keys(case, generator()).stride()[:3]
+        needed.append(match_contract.variant(case.tokens, case.width, case.dtype, strides))
+        needed.append(merge_contract.variant(shape.merge_case(2).width, "float16"))
+    for variant in needed:
+        found = [binary.compute_capability for binary in store.kernel(variant).binaries]
+        assert found == ["8.9", "8.0"]
+    assert len(store.kernels) > len({variant.name for variant in needed})  # the models' layers
 
 
 def test_layers_of_the_models_are_carried(gpu_bench):
@@ -263,6 +284,12 @@ def test_nothing_in_a_captured_graph_waits_for_the_gpu(gpu_bench):
 # Bytes and inputs of the operators
 
 
+def test_the_sizes_of_elements_are_written_once():
+    from tome_export.plugins import variants
+
+    assert match_benchmark.ITEM_BYTES is merge_benchmark.ITEM_BYTES is variants.ITEM_BYTES
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "qkv"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_match_bytes_are_those_of_its_tensors(layout, dtype):
@@ -299,13 +326,13 @@ def prepared(tmp_path_factory):
     """Two graphs of a small model without their weights, in a prepared folder."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.gpu import graphs
-    from benchmarks.gpu.prepared import About, Prepared
+    from benchmarks.gpu.prepared import Prepared, PreparedInfo
 
     sys.path.remove(str(ROOT))
     folder = Prepared(tmp_path_factory.mktemp("prepared"))
     cases = [graphs.GraphCase(r, "parts") for r in (0, 16)]
     graphs.write_graphs(folder.graphs, "vit_digits", cases, depth=2)
-    folder.write(About("3.12", "a commit", "triton"))
+    folder.write(PreparedInfo("3.12", "a commit", "triton", "9.0"))
     return folder
 
 
@@ -353,6 +380,19 @@ def test_a_whole_step_on_the_cpu(prepared, tmp_path):
     assert row["nodes_on_cpu"]["merged"]["TopK"] == 2
     assert "vit_digits 16 8 " in done.stdout
     assert done.stdout.endswith("left out or cut short: nothing\n")
+
+
+def test_only_tf32_deviates_from_the_projects_options(gpu_bench, monkeypatch):
+    from tome_export.runtime import ort
+
+    monkeypatch.setitem(ort.CUDA_OPTIONS, "an_option", "of the project")
+    providers = gpu_bench("run_onnxruntime").providers
+    assert providers("cpu", True) == providers("cpu", False) == ort.providers("cpu")
+    assert providers("cuda", False) == ort.providers("cuda")
+    (name, options), cpu = providers("cuda", True)
+    assert options == {"use_tf32": "1", "an_option": "of the project"}
+    assert [name, cpu] == [ort.providers("cuda")[0][0], *ort.providers("cpu")]
+    assert ort.CUDA_OPTIONS["use_tf32"] == "0"
 
 
 def test_cuda_libraries_that_are_nowhere_are_named(gpu_bench, monkeypatch):

@@ -182,10 +182,55 @@ def test_another_wheel_is_refused(thin, wheel, tmp_path, capsys):
 
 def test_a_python_without_a_wheel_is_refused(thin, tmp_path, capsys):
     assert thin.main([str(tmp_path / "tree"), "--python", "3.9"]) == 1
-    assert "has no wheel for Python 3.9; it has cp311" in capsys.readouterr().err
+    assert "has no wheel for Python 3.9; it has 3.11, 3.12, 3.13" in capsys.readouterr().err
 
 
 # The folder that is carried
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--python", "3.10"), "Python is '3.10'; expected one that {} is for: 3.11, 3.12, 3.13"),
+        (
+            ("--compute-capability", "10.0"),
+            "compute capability is '10.0'; expected one that {} has code for: "
+            "8.0, 8.6, 8.9, 9.0, 12.0",
+        ),
+    ],
+)
+def test_a_machine_without_an_onnxruntime_is_refused_before_any_work(
+    thin, gpu_bench, tmp_path, capsys, arguments, problem
+):
+    kept = tmp_path / "kept"
+    kept.touch()
+    assert gpu_bench("prepare").main([str(tmp_path), *arguments]) == 2
+    whose = f"{thin.NAME} {thin.VERSION}"
+    assert capsys.readouterr().err == f"nothing was prepared: {problem.format(whose)}\n"
+    assert kept.exists()
+
+
+def test_the_readme_names_every_machine_that_can_be_prepared_for(thin, gpu_bench):
+    text = " ".join((ROOT / "benchmarks" / "gpu" / "README.md").read_text().split())
+    for what, known in (
+        ("Python", thin.PYTHONS),
+        ("compute capabilities", gpu_bench("prepared").COMPUTE_CAPABILITIES),
+    ):
+        assert f"{what} {', '.join(known[:-1])} and {known[-1]}" in text
+
+
+def test_onnxruntime_is_made_for_the_gpu_that_is_asked_for(
+    thin, gpu_bench, wheel, monkeypatch, tmp_path
+):
+    """From a wheel with little inside, whose digest is taken for the public one's."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(thin, "SHA256", {"cp312": digest})
+    for capability, kept in (("9.0", b"hopper! "), ("8.0", b"older")):
+        prepared = gpu_bench("prepared").Prepared(tmp_path / capability)
+        gpu_bench("prepare").write_onnxruntime(prepared, "3.12", capability, wheel)
+        prepared.join_onnxruntime()
+        library = (prepared.onnxruntime / thin.PROVIDER).read_bytes()
+        assert {text for text in (b"hopper! ", b"older") if text in library} == {kept}
 
 
 def test_only_packages_that_are_missing_or_older_are_unpacked(gpu_bench, tmp_path):
@@ -235,6 +280,8 @@ def test_the_real_library_keeps_hoppers_code_alone(thin, thinned_onnxruntime):
             kept += part.size * (part in hopper)
             gone += part.size * (part not in hopper)
     assert gone > kept > 50e6
+    code = [e for found in thin.entries(library) for e in found if e.kind == thin.MACHINE_CODE]
+    assert {e.architecture for e in code} == set(thin.ARCHITECTURES)
     assert not list(tree.rglob("*tensorrt*"))
     assert (tree / "onnxruntime" / "LICENSE").read_text().startswith("MIT License")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ def prepared(gpu_bench, tmp_path):
     module = gpu_bench("prepared")
     folder = module.Prepared(tmp_path / "prepared")
     folder.folder.mkdir()
-    folder.write(module.About("3.12", "a commit", "triton 3.9.0"))
+    folder.write(module.PreparedInfo("3.12", "a commit", "triton 3.9.0", "9.0"))
     return folder
 
 
@@ -46,8 +49,45 @@ def test_a_folder_that_was_not_prepared_is_named(gpu_bench, tmp_path, capsys):
 
 def test_a_folder_for_another_python_is_refused(gpu_bench, monkeypatch, prepared):
     monkeypatch.setattr(gpu_bench("rows"), "gpu_state", dict)
-    prepared.write(gpu_bench("prepared").About("3.99", "a commit", "triton"))
+    prepared.write(gpu_bench("prepared").PreparedInfo("3.99", "a commit", "triton", "9.0"))
     assert "was prepared for 3.99" in gpu_bench("parts").missing(prepared, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("own", "fix"),
+    [
+        ("8.9", "use 'python -m benchmarks.gpu.prepare --compute-capability 8.9'"),
+        ("10.0", "there is code for 8.0, 8.6, 8.9, 9.0, 12.0; steps 1 and 3 need none"),
+    ],
+)
+def test_step_2_refuses_a_gpu_that_its_code_is_not_for(
+    gpu_bench, monkeypatch, prepared, tmp_path, capsys, own, fix
+):
+    parts = gpu_bench("parts")
+    monkeypatch.setattr(parts.rows, "gpu_state", lambda: {"compute_cap": own})
+    info = prepared.read()
+    prepared.write(replace(info, python=f"{sys.version_info.major}.{sys.version_info.minor}"))
+    out = tmp_path / "gpu.json"
+    arguments = ["--prepared", str(prepared.folder), "--out", str(out)]
+    assert parts.run_step(gpu_bench("step2").STEP, (), arguments) == 4
+    assert capsys.readouterr().err == (
+        f"nothing was measured: this GPU has compute capability {own}; ONNX Runtime was prepared "
+        f"for 9.0: {fix}\n"
+    )
+    assert not out.exists()
+    # A step of other parts leaves out what that one could not run.
+    left = gpu_bench("step2").STEP.parts[:1]
+    arguments += ["--only", left[0].name]
+    assert parts.run_step(gpu_bench("step3").STEP, left, arguments) == 3
+    said = capsys.readouterr().out
+    assert "skipped: this GPU has compute capability" in said
+    assert said.endswith("left out or cut short: ort-fused\n")
+
+
+def test_the_gpu_that_was_prepared_for_is_not_refused(gpu_bench, monkeypatch, prepared):
+    parts = gpu_bench("parts")
+    monkeypatch.setattr(parts.rows, "gpu_state", lambda: {"compute_cap": "9.0"})
+    assert parts.unfit_gpu(prepared.read()) is None
 
 
 def test_unknown_part_is_named(gpu_bench, capsys):
@@ -105,10 +145,11 @@ def run_script(gpu_bench, tmp_path, prepared):
         (folder / "step7.py").write_text(
             "import sys\nimport benchmarks.gpu\n"
             f"benchmarks.gpu.__path__.append({str(folder)!r})\n"
-            "from benchmarks.gpu.parts import Part, Step, run_step\n"
-            f"sys.exit(run_step(Step(7, 60.0, {chosen!r}), {tuple(made[n] for n in left)!r}))\n"
+            "from benchmarks.gpu.parts import BenchmarkStep, Part, run_step\n"
+            f"step, left = BenchmarkStep(7, 60.0, {chosen!r}), {tuple(made[n] for n in left)!r}\n"
+            "sys.exit(run_step(step, left))\n"
         )
-        step = parts.Step(7, 60.0, chosen)
+        step = parts.BenchmarkStep(7, 60.0, chosen)
         options = ["--prepared", str(prepared.folder), "--device", "cpu"]
         options += ["--out", str(tmp_path / "out" / "gpu.json"), *arguments]
         later = tuple(made[name] for name in left)
@@ -152,10 +193,54 @@ def test_a_part_that_fails_leaves_its_rows_and_the_next_runs(
 
 def test_what_there_is_no_time_for_is_said(run_script, tmp_path, capsys):
     bodies = {"first": "emit('match', passed=True)"}
-    assert run_script(bodies, "--limit", "0.5") == 0
+    assert run_script(bodies, "--limit", "0.5") == 3
     (row,) = rows_in(tmp_path)["rows"]
     assert (row["done"], row["skipped"]) == (False, "no time was left")
     assert capsys.readouterr().out.endswith("left out or cut short: first\n")
+
+
+@pytest.mark.parametrize(("passed", "status"), [(True, 3), (False, 1)])
+def test_what_the_whole_limit_cuts_short_has_not_failed(
+    run_script, gpu_bench, monkeypatch, tmp_path, capsys, passed, status
+):
+    """But a wrong result of it counts."""
+    monkeypatch.setattr(gpu_bench("parts"), "SHORTEST_S", 0.1)
+    bodies = {"first": f"emit('match', passed={passed})\ntime.sleep(60)"}
+    assert run_script(bodies, "--limit", "4") == status
+    match, end = rows_in(tmp_path)["rows"]
+    assert match["passed"] == passed
+    assert (end["done"], "error" in end) == (False, False)
+    assert end["skipped"].endswith("when the step's time was over")
+    assert capsys.readouterr().out.endswith("left out or cut short: first\n")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ends_well"),
+    [("0 0 0", True), ("3 3 0", True), ("0 0 3", False), ("1 0 0", False), ("0 4 0", False)],
+)
+def test_make_runs_all_steps_and_fails_with_them(tmp_path, statuses, ends_well):
+    """With programs in place of Python's and NVIDIA's, which note how they are called."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    programs = {
+        "python": f'set -- "$@"; echo "$@" >> {tmp_path}/calls\n'
+        'case "$2" in *.step?) n=${2#*.step}; set -- ' + statuses + "; shift $((n-1)); exit $1;; *)"
+        " echo 3.13;; esac",
+        "nvidia-smi": "echo 8.9",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "installed").touch()
+    command = ["make", "bench-gpu", f"VENV={tmp_path}", f"BIN={tmp_path}"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env={"PATH": path}
+    )
+    assert (done.returncode == 0) == ends_well, done.stdout + done.stderr
+    prepare, *steps = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert prepare == "-m benchmarks.gpu.prepare --python 3.13 --compute-capability 8.9"
+    assert steps == [f"-m benchmarks.gpu.{step}" for step in STEPS]
 
 
 def test_a_later_step_runs_what_earlier_ones_left(run_script, gpu_bench, tmp_path):
@@ -233,6 +318,51 @@ def test_only_files_with_a_marked_test_are_read(gpu_bench, tmp_path):
     tools = gpu_bench("run_tools")
     assert [p.name for p in tools.marked_files(tmp_path)] == ["test_a.py", "test_c.py"]
     assert tools.marked_files(ROOT / "tests")
+
+
+MARKED = """
+import pytest
+
+
+@pytest.mark.gpu
+def test_right():
+    pass
+
+
+@pytest.mark.gpu
+def test_skipped():
+    pytest.skip("9 failed before")
+"""
+FAILING = """
+
+@pytest.mark.gpu
+def test_wrong():
+    assert False
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "passed", "counts"),
+    [
+        (MARKED + FAILING, False, {"passed": 1, "failed": 1, "skipped": 1}),
+        (MARKED, True, {"passed": 1, "skipped": 1}),
+        (MARKED.replace("pass\n", "pytest.skip('no GPU')\n"), False, {"skipped": 2}),
+    ],
+    ids=["one fails", "none fails", "all are skipped"],
+)
+def test_marked_tests_that_fail_fail_the_row(gpu_bench, prepared, tmp_path, text, passed, counts):
+    (tmp_path / "marked").mkdir()
+    (tmp_path / "marked" / "test_marked.py").write_text(text)
+    tools, rows = gpu_bench("run_tools"), gpu_bench("rows")
+    context = gpu_bench("parts").Context(prepared, "cpu", 60.0)
+    row = tools.run_marked_tests(context, tmp_path / "marked")
+    assert row["passed"] is passed, row
+    assert row["tests"] == counts
+    assert rows.failed(row) is not passed
+    assert all(
+        f"{n} {name}" in rows.text({"part": "t", "benchmark": "b", **row})
+        for name, n in counts.items()
+    )
 
 
 def test_a_program_that_fails_or_hangs_says_so(gpu_bench):
