@@ -43,7 +43,7 @@ def test_a_plugin_has_one_batch_size_by_default(tmp_path):
     artifact = build(digits(tmp_path / "x", merge_op="plugin"))
     assert artifact.manifest["batch"] == "8:8:8"
     assert artifact.manifest["merge"]["note"] == (
-        f"one batch size, 8 without --batch: {choice.LEAK}"
+        f"the batch is fixed at 8, another with --batch: {choice.LEAK}"
     )
     assert ISSUE in choice.LEAK
     model = load(artifact.model_path, weights=False)

@@ -89,7 +89,9 @@ def _plugin_batch(request: BuildRequest) -> tuple[BatchRange, str]:
         size = DEFAULT_BATCH.opt
         if request.plugin_batch_range:
             return DEFAULT_BATCH, f"a range of batch sizes, as asked: {LEAK}"
-        return BatchRange(size, size, size), f"one batch size, {size} without --batch: {LEAK}"
+        return BatchRange(
+            size, size, size
+        ), f"the batch is fixed at {size}, another with --batch: {LEAK}"
     if request.batch.is_static and request.plugin_batch_range:
         raise UsageError(
             f"--plugin-batch-range is given and --batch is {request.batch}, one batch size; leave "
