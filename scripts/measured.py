@@ -1,4 +1,4 @@
-"""Write the README's measured figures from the rows in benchmarks/results.
+"""Write the measured figures of README and docs from the rows in benchmarks/results.
 
 python scripts/measured.py
 """
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- measured by scripts/measured.py -->\n", "<!-- end of measured -->")
 REDUCED = ("<!-- compared by scripts/measured.py -->\n", "<!-- end of compared -->")
 STATUS = ("<!-- status by scripts/measured.py -->\n", "<!-- end of status -->")
+ATTENTION = ("<!-- attention by scripts/measured.py -->\n", "<!-- end of attention -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
@@ -275,6 +276,31 @@ def cascade_lines() -> list[str]:
     ]
 
 
+def attention_lines() -> str:
+    """What the log-size bias costs and loses as a mask and as channels, for docs/attention.md."""
+    found = rows("attention")[1]
+    biases = ("mask", "one channel", "two channels")
+    errors = {
+        (row["library"], row["bias"]): f"{row['rms_error']:.1e}"
+        for row in found
+        if row["question"] == "exactness" and row["precision"] == "fp16"
+    }
+    exact = "; ".join(
+        f"{library}: " + ", ".join(f"{bias} {errors[library, bias]}" for bias in biases)
+        for library in ("PyTorch", "ONNX Runtime")
+    )
+    timed = [row["over_mask"] for row in found if row["question"] == "time"]
+    folded = [ratio for row in timed for bias, ratio in row.items() if "channel" in bias]
+    bare = [row["none"] for row in timed]
+    return (
+        f"- **Exactness** (sizes 1 to 197, fp16, rms error against float64). {exact}. Two channels "
+        "hold the rounded\n  value and the rest, and are better because what rounds is log(size) "
+        "itself; parity does not need it.\n"
+        f"- **Time** (ONNX Runtime's CPU): {min(folded):.2f} to {max(folded):.2f} times the "
+        f"mask's; no bias at all takes {min(bare):.2f} to {max(bare):.2f} of it.\n"
+    )
+
+
 def video_lines() -> list[str]:
     """What merging across frames saves and gains."""
     found = rows("video")[1]
@@ -296,16 +322,18 @@ def video_lines() -> list[str]:
 
 
 README, REDUCERS = ROOT / "README.md", ROOT / "docs" / "reducers.md"
+ATTENTION_PAGE = ROOT / "docs" / "attention.md"
 
 
 def pages() -> dict[Path, str]:
     """The pages with all their marked parts made anew."""
-    texts = {path: path.read_text() for path in (README, REDUCERS)}
+    texts = {path: path.read_text() for path in (README, REDUCERS, ATTENTION_PAGE)}
     for path, (start, end), made in (
         (README, MARKS, measured()),
         (README, STATUS, status()),
         (README, EVALUATED, evaluated()),
         (REDUCERS, REDUCED, reducers_lines()),
+        (ATTENTION_PAGE, ATTENTION, attention_lines()),
     ):
         pattern = re.escape(start) + ".*?" + re.escape(end)
         made = start + made.replace("\\", r"\\") + end

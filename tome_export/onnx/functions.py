@@ -108,8 +108,8 @@ ORDER
 # merged row m_i has c_i merged ones before it, so it is passed by every row that stays from the
 # (m_i - c_i)-th on: the j-th of them is row j + #{i: m_i - c_i <= j}. The protected rows are first
 # by themselves. One place more than rows stay, for A may leave none. Counts are exact in fp32.
-# (A scatter and a running sum save a CPU up to 8 % of a match, benchmarks/long_sequences.py; on a
-# GPU they are more kernels, where comparisons and their sums fuse into two.)
+# (A scatter and a running sum save a CPU up to a tenth of a match, benchmarks/long_sequences.py; on
+# a GPU they should be more kernels, as comparisons and their sums can fuse. Not measured there.)
 _BY_POSITION = """
     values, merged = TopK <axis: int = 1, largest: int = 1, sorted: int = 1> (value, r_1)
     merged_32 = Cast <to: int = 6> (merged)
