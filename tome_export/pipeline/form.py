@@ -85,26 +85,24 @@ def choose_form(request: BuildRequest) -> MergeForm:
 
 def _plugin_batch(request: BuildRequest) -> tuple[BatchRange, str]:
     """The batch sizes of a model with plugins, and what to say of them."""
-    if request.batch is None:
-        size = DEFAULT_BATCH.opt
-        if request.plugin_batch_range:
-            return DEFAULT_BATCH, f"a range of batch sizes, as asked: {LEAK}"
-        return BatchRange(
-            size, size, size
-        ), f"the batch is fixed at {size}, another with --batch: {LEAK}"
-    if request.batch.is_static and request.plugin_batch_range:
+    batch, ranged = request.batch or DEFAULT_BATCH, request.plugin_batch_range
+    if request.batch is None and not ranged:
+        size = batch.opt
+        note = f"the batch is fixed at {size}, another with --batch: {LEAK}"
+        return BatchRange(size, size, size), note
+    if batch.is_static and ranged:
         raise UsageError(
-            f"--plugin-batch-range is given and --batch is {request.batch}, one batch size; leave "
-            "one of them out"
+            f"--plugin-batch-range is given and --batch is {batch}, one batch size; leave one of "
+            "them out"
         )
-    if request.batch.is_static:
-        return request.batch, ""
-    if not request.plugin_batch_range:
+    if batch.is_static:
+        return batch, ""
+    if not ranged:
         raise UsageError(
-            f"--batch is {request.batch} with --merge-op plugin; {LEAK}: give one batch size such "
-            f"as --batch {request.batch.opt}, or --plugin-batch-range to build it all the same"
+            f"--batch is {batch} with --merge-op plugin; {LEAK}: give one batch size such as "
+            f"--batch {batch.opt}, or --plugin-batch-range to build it all the same"
         )
-    return request.batch, f"a range of batch sizes, as asked: {LEAK}"
+    return batch, f"a range of batch sizes, as asked: {LEAK}"
 
 
 def _scattering(request: BuildRequest, form: MergeForm) -> MergeForm:
