@@ -18,8 +18,11 @@ $(VENV)/installed: pyproject.toml
 	{ $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps nvidia-pytriton==0.7.0 && \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/share/tome-export/tritonserver 'numpy<2'; } || \
 	  echo "No tritonserver for this machine: the tests that need one are skipped"
-	@# ONNX Runtime for NVIDIA's GPUs as benchmarks/gpu carries it, and a CUDA library that torch lacks, for
-	@# a test that loads them. Not in the environment, where the first would replace the package for CPUs.
+	touch $@
+
+# ONNX Runtime for NVIDIA's GPUs as benchmarks/gpu carries it, and a CUDA library that torch lacks, for a
+# test that loads them. Not in the environment, where the first would replace the package for CPUs.
+$(VENV)/onnxruntime-gpu: scripts/thin_onnxruntime_gpu.py $(VENV)/installed
 	{ $(BIN)/python scripts/thin_onnxruntime_gpu.py $(VENV)/share/tome-export/onnxruntime-gpu && \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/share/tome-export/curand 'nvidia-curand==10.*'; } || \
 	  echo "No onnxruntime-gpu for this machine: the test that loads it is skipped"
@@ -29,7 +32,7 @@ demo: $(VENV)/installed
 	$(BIN)/tome-export build vit_digits --r 8 --fp16 --force --output $(OUT)
 	$(BIN)/tome-export check $(OUT)
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/onnxruntime-gpu
 	# One thread each: workers that share two cores wait for each other at every barrier. Three, for
 	# a quarter of the time a test waits for a server or a process of its own.
 	# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.
