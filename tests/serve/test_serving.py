@@ -8,6 +8,7 @@ import queue
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import numpy as np
 import pytest
@@ -102,11 +103,11 @@ def test_no_request_stalls(served, options, requests):
                     seconds += part
             return [round(value, 3) for value in seconds if value > STALL_S]
 
-        # Where other tests take the processors, more hiccup for once; a stalling queue always does.
+        # Where other tests take the processors, more hiccup for once; a stalling queue goes on.
         tries = [stalled()]
         if len(tries[0]) > HICCUPS:
-            tries.append(stalled())
-    assert len(tries[-1]) <= HICCUPS, tries
+            tries = [stalled() for _ in range(3)]
+    assert median(map(len, tries)) <= HICCUPS, tries
 
 
 def test_full_queue_rejects_at_once(served):
