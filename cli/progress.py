@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tome_export.cli.quiet import quiet
 from tome_export.cli.signals import raise_if_interrupted
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from tome_export.cli.output import Terminal
-    from tome_export.pipeline.progress import Progress
-
-_STEPS = re.compile(r"(?P<text>.*): (?P<done>\d+)/(?P<total>\d+)")
-
+    from tome_export.progress import Progress
 
 ETA_INTERVAL_S = 30.0
 """Seconds between lines that say how far a long stage is, where there is no live display."""
-
-
-class Eta:
-    """How long the steps of a stage will still take, from those seen so far."""
-
-    def __init__(self) -> None:
-        self._title = ""
-        self._first = (0, 0.0)
-
-    def left_s(self, title: str, done: int, total: int) -> float | None:
-        """Seconds left; None until two steps have been seen.
-
-        Args:
-            title: What is counted; another title begins anew.
-            done: Steps done; the first that is seen may have been done earlier.
-            total: Steps in all.
-        """
-        now = time.monotonic()
-        if title != self._title or done < self._first[0]:
-            self._title, self._first = title, (done, now)
-        before, since = self._first
-        return (now - since) / (done - before) * (total - done) if done > before else None
 
 
 def duration(seconds: float) -> str:
@@ -70,9 +46,16 @@ class Plain:
     """One line per stage and every while in a long one; with ``verbose`` all that happens."""
 
     def __init__(self, stream: TextIO, verbose: bool) -> None:
+        from rich.progress import Progress
+
         self._stream = stream
         self._verbose = verbose
-        self._eta = Eta()
+        # Draws nothing, and knows how long the rest will take.
+        self._steps = Progress(
+            disable=True, get_time=lambda: time.monotonic(), speed_estimate_period=float("inf")
+        )
+        self._label: str | None = None
+        self._task = self._steps.add_task("")
         self._told = time.monotonic()
 
     def __enter__(self) -> Plain:
@@ -84,23 +67,31 @@ class Plain:
     def stage(self, title: str) -> None:
         """See ``Progress``."""
         raise_if_interrupted()
-        self._eta, self._told = Eta(), time.monotonic()
-        self._stream.write(f"{title}\n")
-        self._stream.flush()
+        self._label, self._told = None, time.monotonic()
+        self._write(title)
 
     def detail(self, text: str) -> None:
         """See ``Progress``."""
-        steps = _STEPS.fullmatch(text)
-        left = None
-        if steps is not None:
-            left = self._eta.left_s(steps["text"], int(steps["done"]), int(steps["total"]))
+        if self._verbose:
+            self._write(f"  {text}")
+
+    def step(self, label: str, done: int, total: int) -> None:
+        """See ``Progress``."""
+        if label != self._label:
+            self._label = label
+            self._steps.reset(self._task)
+        self._steps.update(self._task, completed=done, total=total)
+        left = self._steps.tasks[0].time_remaining
         due = left is not None and time.monotonic() - self._told >= ETA_INTERVAL_S
-        if self._verbose or due:
-            more = f", about {duration(left)} left" if due and left is not None else ""
-            self._stream.write(f"  {text}{more}\n")
-            self._stream.flush()
         if due:
             self._told = time.monotonic()
+        if self._verbose or due:
+            more = f", about {duration(left)} left" if due and left is not None else ""
+            self._write(f"  {label}: {done}/{total}{more}")
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
 
 
 class Live:
@@ -114,6 +105,7 @@ class Live:
             SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
 
         self._console = Console(file=stream, highlight=False)
@@ -124,15 +116,17 @@ class Live:
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
+            speed_estimate_period=float("inf"),
         )
-        self._task: Any = None
+        self._task: TaskID | None = None
         self._title = ""
+        self._label: str | None = None
         self._since = 0.0
-        self._eta = Eta()
 
     def __enter__(self) -> Live:
         self._display.start()
@@ -146,23 +140,28 @@ class Live:
         """See ``Progress``."""
         raise_if_interrupted()
         self._end("✓")
-        self._title, self._since, self._eta = title, time.monotonic(), Eta()
+        self._title, self._since, self._label = title, time.monotonic(), None
         self._task = self._display.add_task(title, total=None, detail="")
 
     def detail(self, text: str) -> None:
         """See ``Progress``."""
         if self._verbose:
             self._console.print(f"  {text}", markup=False)
+        if self._task is not None:
+            self._display.update(self._task, detail=text)
+
+    def step(self, label: str, done: int, total: int) -> None:
+        """See ``Progress``."""
+        shown = f"{label}: {done}/{total}"
+        if self._verbose:
+            self._console.print(f"  {shown}", markup=False)
         if self._task is None:
             return
-        steps = _STEPS.fullmatch(text)
-        if steps is None:
-            self._display.update(self._task, detail=text)
-            return
-        done, total = int(steps["done"]), int(steps["total"])
-        left = self._eta.left_s(steps["text"], done, total)
-        shown = steps["text"] if left is None else f"{steps['text']}, {duration(left)} left"
-        self._display.update(self._task, detail=shown, completed=done, total=total)
+        if label != self._label:
+            self._label = label
+            self._display.reset(self._task, detail=shown)
+            self._display.tasks[0].start_time = self._since  # the time shown is the stage's
+        self._display.update(self._task, completed=done, total=total, detail=shown)
 
     def _end(self, mark: str) -> None:
         if self._task is None:

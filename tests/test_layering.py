@@ -96,7 +96,7 @@ MAY_IMPORT = {
     "cli": {"pipeline", "artifact", "files", "engine", "models", "merge", "reducers"},
 }
 
-COMMON = {"errors", "spec", ""}
+COMMON = {"errors", "spec", "progress", ""}
 
 
 class Import(NamedTuple):

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from tome_export.cli import progress
-from tome_export.cli.progress import Eta, Plain, duration
+from tome_export.cli.progress import Plain, duration
 
 
 @pytest.fixture
@@ -18,11 +18,17 @@ def clock(monkeypatch):
 
 
 def test_the_rate_is_of_what_was_done_here(clock):
-    eta = Eta()
-    assert eta.left_s("images", 500, 1000) is None  # done before a restart, in no time
-    clock[0] += 10
-    assert eta.left_s("images", 600, 1000) == pytest.approx(40)
-    assert eta.left_s("layers", 1, 4) is None
+    stream = io.StringIO()
+    with Plain(stream, verbose=True) as shown:
+        shown.stage("Classify")
+        shown.step("images", 500, 1000)  # done before a restart, in no time
+        clock[0] += 40
+        shown.step("images", 600, 1000)
+        clock[0] += 40
+        shown.step("layers", 1, 4)
+    assert stream.getvalue() == (
+        "Classify\n  images: 500/1000\n  images: 600/1000, about 3 min left\n  layers: 1/4\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ def test_plain_output_tells_now_and_then(clock):
     with Plain(stream, verbose=False) as shown:
         shown.stage("Classify")
         for done in range(1, 8):
-            shown.detail(f"images: {done}/10")
+            shown.step("images", done, 10)
             clock[0] += 12
     assert stream.getvalue() == (
         "Classify\n  images: 4/10, about 72 s left\n  images: 7/10, about 36 s left\n"

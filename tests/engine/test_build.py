@@ -12,6 +12,7 @@ import pytest
 from tome_export.engine import EngineOptions, TensorInfo, gpu
 from tome_export.engine.tensorrt_rtx import TensorRTRTX
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
+from tome_export.progress import Silent
 from tome_export.spec import BatchRange
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -158,18 +159,31 @@ def test_option_out_of_range(options):
 
 
 def test_progress_reports_outer_phases_and_its_failure_ends_the_build(save_vit, tmp_path):
-    lines: list[str] = []
+    class Heard(Silent):
+        def __init__(self):
+            self.phases, self.steps = [], []
+
+        def detail(self, text):
+            self.phases.append(text)
+
+        def step(self, label, done, total):
+            self.steps.append((label, done, total))
+
+    heard = Heard()
     model, output = save_vit(), tmp_path / "model.rtx.engine"
-    TensorRTRTX().build(model, OPTIONS, output, lines.append)
-    assert lines[0] == "Building engine"
-    assert any(line.startswith("Building engine: 1/") for line in lines)
+    TensorRTRTX().build(model, OPTIONS, output, heard)
+    assert heard.phases[0] == "Building engine"
+    done, total = heard.steps[0][1:]
+    assert heard.steps[0][0] == "Building engine"
+    assert done == 1 <= total
     output.unlink()
 
-    def fail(line: str) -> None:
-        raise OSError(f"terminal closed at {line}")
+    class Closed(Silent):
+        def detail(self, text):
+            raise OSError(f"terminal closed at {text}")
 
     with pytest.raises(OSError, match="terminal closed at Building engine"):
-        TensorRTRTX().build(model, OPTIONS, output, fail)
+        TensorRTRTX().build(model, OPTIONS, output, Closed())
     assert not output.exists()
 
 

@@ -108,8 +108,8 @@ def test_a_variant_has_the_artifacts_form(fused, tmp_path):
     """What bench and tune export again is written as the artifact was."""
     import onnx
 
-    from tome_export.pipeline.progress import Silent
     from tome_export.pipeline.reference import export_variant, reference_model
+    from tome_export.progress import Silent
 
     model, _ = reference_model(fused)
     assert export_variant(fused, model, tmp_path, Silent()) is None

@@ -46,6 +46,9 @@ class Heard:
     def detail(self, text: str) -> None:
         assert "\n" not in text
 
+    def step(self, label: str, done: int, total: int) -> None:
+        assert 0 <= done <= total, label
+
 
 def digits(output: Path, **options: object) -> BuildRequest:
     return BuildRequest("vit_digits", output, **{"engine": "none", **options})

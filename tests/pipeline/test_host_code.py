@@ -12,7 +12,7 @@ from tome_export.engine.tensorrt import TensorRT
 from tome_export.pipeline import bench_memory
 from tome_export.pipeline.backends import open_runner, subject_of
 from tome_export.pipeline.engine_parity import EngineRunnerFactory
-from tome_export.pipeline.progress import Silent
+from tome_export.progress import Silent
 
 
 @pytest.fixture

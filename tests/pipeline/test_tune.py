@@ -13,10 +13,10 @@ from tome_export.errors import UsageError
 from tome_export.models import resolve
 from tome_export.patch import patch
 from tome_export.pipeline import tune_images
-from tome_export.pipeline.progress import Silent
 from tome_export.pipeline.tune_images import TuneImages
 from tome_export.pipeline.tune_result import _estimate
 from tome_export.pipeline.tune_score import Scorer
+from tome_export.progress import Silent
 
 R = (5, 0, 4)
 

@@ -75,7 +75,7 @@ def small_artifact(path: Path, case: str) -> list[Any]:
     from tome_export.onnx.merging import merging_of
     from tome_export.patch import patch
     from tome_export.pipeline.kernels import compile_kernels
-    from tome_export.pipeline.progress import Silent
+    from tome_export.progress import Silent
 
     torch.manual_seed(0)
     if case == "distilled":

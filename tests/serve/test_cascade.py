@@ -20,7 +20,7 @@ from tome_export.models.samples import digits_test
 from tome_export.pipeline.cascade import CascadeRequest, cascade
 from tome_export.pipeline.cascade_members import macs_of, members_of
 from tome_export.pipeline.cascade_serve import serve_cascade
-from tome_export.pipeline.progress import Silent
+from tome_export.progress import Silent
 from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
 from tome_export.serve.config import config_from_text, folder_from_source

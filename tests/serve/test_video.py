@@ -18,9 +18,9 @@ from tome_export.merge.schedule import Schedule
 from tome_export.models.samples import sample_paths
 from tome_export.models.video import load_videos
 from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.progress import Silent
 from tome_export.pipeline.query import QueryRequest, query
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
+from tome_export.progress import Silent
 from tome_export.serve.server import start
 from tome_export.spec import BatchRange, Preprocessing
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tome_export.errors import UsageError
+from tome_export.progress import Progress
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Backend(Protocol):
             onnx_path: The model; external data is looked up beside it.
             options: How to build.
             output_path: The engine file; its folder must exist.
-            progress: Called with one line per builder phase, from another thread.
+            progress: Told of the builder's phases and their steps, from another thread.
 
         Raises:
             MissingComponentError: if it cannot build on this machine.

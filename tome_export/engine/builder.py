@@ -22,7 +22,6 @@ from tome_export.engine.base import (
     BackendName,
     EngineInfo,
     EngineOptions,
-    Progress,
     Runner,
 )
 from tome_export.engine.files import write_atomically
@@ -30,6 +29,7 @@ from tome_export.engine.interrupt import run_interruptibly
 from tome_export.engine.messages import Messages, collect, monitor_for
 from tome_export.engine.runner import load, runtime_for
 from tome_export.errors import ExportError, MissingComponentError
+from tome_export.progress import Progress
 
 
 class PythonApiBackend(ABC):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from tome_export.engine.base import Progress
+from tome_export.progress import Progress
 
 # Said of every node of a function body that is inlined a second time; nothing queries those nodes.
 _INLINED_AGAIN = "already exists, the output tensors of this new instance will not be queryable"
@@ -103,11 +103,14 @@ def monitor_for(trt: ModuleType, progress: Progress | None, cancel: threading.Ev
             self.failure: BaseException | None = None
             self._steps: dict[str, int] = {}
 
-        def _report(self, line: str) -> None:
+        def _report(self, phase_name: str, done: int = 0) -> None:
             if progress is None or self.failure is not None:
                 return
             try:
-                progress(line)
+                if done:
+                    progress.step(phase_name, done, self._steps[phase_name])
+                else:
+                    progress.detail(phase_name)
             except BaseException as error:  # handed to the caller once the builder has returned
                 self.failure = error
                 cancel.set()
@@ -123,7 +126,7 @@ def monitor_for(trt: ModuleType, progress: Progress | None, cancel: threading.Ev
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._steps:
-                self._report(f"{phase_name}: {step + 1}/{self._steps[phase_name]}")
+                self._report(phase_name, step + 1)
             return not cancel.is_set()
 
     return Monitor()

@@ -16,8 +16,8 @@ from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.engine import build_engine
 from tome_export.pipeline.inputs import extra_inputs
 from tome_export.pipeline.kernels import Plugins
-from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.reference import export_variant
+from tome_export.progress import Progress
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:

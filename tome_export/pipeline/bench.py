@@ -21,7 +21,7 @@ from tome_export.pipeline.bench_subjects import (
     with_engine,
 )
 from tome_export.pipeline.inputs import asked_inputs
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class _Bench:
                 self._progress.stage(f"Time {rounds} rounds on {name}, batch {batch}")
 
                 def told(done: int) -> None:
-                    self._progress.detail(f"round: {done}/{rounds}")
+                    self._progress.step("round", done, rounds)
 
                 images = self._images[:batch]
                 row = compare(runners, images, self._ratio, rounds, warmup, told)

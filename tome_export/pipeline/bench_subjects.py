@@ -24,8 +24,8 @@ from tome_export.pipeline.backends import (
 )
 from tome_export.pipeline.engine import build_engine
 from tome_export.pipeline.images import parity_images
-from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
+from tome_export.progress import Progress
 from tome_export.spec import BatchRange, Preprocessing
 
 if TYPE_CHECKING:

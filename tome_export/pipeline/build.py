@@ -26,7 +26,7 @@ from tome_export.pipeline.kernels import compile_kernels, plugins_of
 from tome_export.pipeline.learned import write_learned
 from tome_export.pipeline.library import check_library
 from tome_export.pipeline.manifest import manifest_of, state_sha256
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import AttentionForm, BatchRange, MergeOp, Precision, TowerOptions
 from tome_export.tune.schedule_file import NAME as SCHEDULE

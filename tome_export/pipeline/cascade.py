@@ -23,7 +23,7 @@ from tome_export.pipeline.cascade_result import Found, goal_text, values_of
 from tome_export.pipeline.cascade_serve import ServedCascade, check_served, serve_cascade
 from tome_export.pipeline.cascade_settings import embedding_of, policy_macs_of, trial_of
 from tome_export.pipeline.eval import SAMPLES, EvalRequest, classes_of, source_of
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.tune.goal import Goal
 from tome_export.tune.schedule_file import check_writable
 

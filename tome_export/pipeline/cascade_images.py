@@ -20,7 +20,7 @@ from tome_export.evaluation.decode import decoded_chunks
 from tome_export.evaluation.records import Task
 from tome_export.pipeline.backends import open_runner, subject_of
 from tome_export.pipeline.eval import selection
-from tome_export.pipeline.progress import Progress
+from tome_export.progress import Progress
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME, BatchRange, Preprocessing
 
@@ -110,7 +110,7 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
                 known = None if labels is None else labels[rows][readable[rows]]
                 parts.append(_seen(decoded.pixels, known, runners, looks, batch))
             done = min(len(chosen), (decoded.chunk + 1) * batch)
-            progress.detail(f"images: {done}/{len(chosen)}")
+            progress.step("images", done, len(chosen))
     if not parts:
         name, reason = unreadable[0]
         raise InputError(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import Artifact
 from tome_export.cascade.outcome import Settings
-from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.progress import Progress
 from tome_export.serve.client import ROUTER
 from tome_export.serve.config import check_packages
 from tome_export.serve.repository import (

@@ -14,8 +14,8 @@ from tome_export.merge.entropy import effective_tokens
 from tome_export.pipeline.build import parity_summary
 from tome_export.pipeline.engine_parity import EngineRunnerFactory
 from tome_export.pipeline.images import CHECK_COUNT, image_names, parity_images
-from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import reference_model
+from tome_export.progress import Progress, Silent
 from tome_export.spec import BatchRange, Preprocessing
 
 if TYPE_CHECKING:

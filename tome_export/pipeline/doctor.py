@@ -17,7 +17,7 @@ import tome_export
 from tome_export.bench.environment import cores
 from tome_export.engine import gpu
 from tome_export.engine.select import BACKENDS
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend

@@ -12,7 +12,7 @@ from tome_export.artifact import MODEL, Artifact, writing_to
 from tome_export.engine import EngineOptions, limits, select
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.spec import AttentionForm, BatchRange, Precision
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def build_engine(
     if plugins:
         register_plugins(backend, artifact, plugins.kernels, options)
     output = (folder or artifact) / backend.file_name
-    info = backend.build(artifact / MODEL, options, output, progress.detail)
+    info = backend.build(artifact / MODEL, options, output, progress)
     if plugins:
         check_plugin_layers(info, plugins.nodes)
     for note in info.notes:

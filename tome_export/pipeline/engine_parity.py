@@ -12,7 +12,7 @@ from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions
 from tome_export.engine.select import BACKENDS
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
-from tome_export.pipeline.progress import Progress
+from tome_export.progress import Progress
 from tome_export.runtime.runner import Runner
 from tome_export.spec import BatchRange
 
@@ -55,7 +55,7 @@ class EngineRunnerFactory:
             plugins = plugins_of(self._artifact.manifest)
             if plugins:
                 register_plugins(self._backend, self._artifact.path, plugins.kernels, self._options)
-            info = self._backend.build(path, self._options, engine, self._progress.detail)
+            info = self._backend.build(path, self._options, engine, self._progress)
             if plugins:
                 check_plugin_layers(info, plugins.nodes)
             with self._backend.runner(engine) as runner:

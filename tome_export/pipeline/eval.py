@@ -19,8 +19,8 @@ from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
 from tome_export.pipeline.eval_work import evaluated
 from tome_export.pipeline.inputs import refuse_extra_inputs, refuse_videos
 from tome_export.pipeline.manifest import output_shape
-from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
+from tome_export.progress import Progress, Silent
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:

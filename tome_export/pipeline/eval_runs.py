@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import Artifact
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.backends import TORCH, Subject, open_runner, subject_of, variant
-from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.reference import rescheduled
+from tome_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel

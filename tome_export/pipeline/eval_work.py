@@ -17,7 +17,7 @@ from tome_export.evaluation.records import Record, Table, Task
 from tome_export.evaluation.source import Source
 from tome_export.pipeline.eval_runs import Candidate, open_runs, shipment_of
 from tome_export.pipeline.manifest import versions
-from tome_export.pipeline.progress import Progress
+from tome_export.progress import Progress
 from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def evaluated(
                     if journal is not None:
                         journal.append(record)
                     table.add(record)
-                    progress.detail(f"images: {table.images_done}/{len(chosen)}")
+                    progress.step("images", table.images_done, len(chosen))
         try:
             table.require_images()
             yield table

@@ -20,7 +20,7 @@ from tome_export.pipeline.inputs import (
     refuse_extra_inputs,
 )
 from tome_export.pipeline.inspect_video import video_maps
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid, Preprocessing
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
         pictures = []
         names = _names(request.images)
         for index, (path, name, found) in enumerate(zip(request.images, names, maps, strict=True)):
-            progress.detail(f"{kind}s: {index + 1}/{len(maps)}")
+            progress.step(f"{kind}s", index + 1, len(maps))
             for layer in layers:
                 file = folder / f"{name}-layer{layer:02d}.{request.format}"
                 if request.format == "svg":

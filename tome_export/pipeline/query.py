@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.inputs import inputs_from_file
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.serve.client import PIPELINE, Protocol, connect
 from tome_export.serve.pipeline_models import IMAGE, VIDEO
 from tome_export.spec import INPUT_NAME
@@ -142,7 +142,7 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
             except InputError as error:
                 raise InputError(f"{kind} {path}: {error}") from error
             answers.append(_answer(path, outputs, request.top))
-            progress.detail(f"{kind}s: {count}/{len(images)}")
+            progress.step(f"{kind}s", count, len(images))
         return QueryResult(client.address, client.protocol, model, answers)
 
 

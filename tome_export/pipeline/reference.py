@@ -14,7 +14,7 @@ from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
 from tome_export.pipeline.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.pipeline.manifest import learned_sha256, output_names, state_sha256
-from tome_export.pipeline.progress import Progress
+from tome_export.progress import Progress
 from tome_export.spec import BatchRange, TowerOptions
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from tome_export.artifact import Artifact, writing_to
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.files import utf8, write_whole
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tome_export.artifact import Artifact, writing_to
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.pipeline.alike import check_one_model, shared_facts
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.serve.config import check_packages
 from tome_export.serve.fixed import folders_from_source
 from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text

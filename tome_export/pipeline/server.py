@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tome_export.engine.gpu import detect
 from tome_export.errors import MissingComponentError, UsageError
-from tome_export.pipeline.progress import Progress, Silent
+from tome_export.progress import Progress, Silent
 from tome_export.serve.config import CPU
 from tome_export.serve.launch import server_options_from_repository
 from tome_export.serve.ports import check_ports

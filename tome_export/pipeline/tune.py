@@ -11,11 +11,11 @@ from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.check import check_entropy_option
 from tome_export.pipeline.manifest import output_shape, state_sha256
-from tome_export.pipeline.progress import Progress, Silent
 from tome_export.pipeline.tune_images import SAMPLES, TuneImages, sized, tune_images
 from tome_export.pipeline.tune_result import values_of
 from tome_export.pipeline.tune_run import TuneRun
 from tome_export.pipeline.tune_score import Scorer
+from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import Precision
 from tome_export.tune.goal import Goal

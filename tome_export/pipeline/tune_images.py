@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.progress import Progress
+from tome_export.progress import Progress
 
 if TYPE_CHECKING:
     from tome_export.evaluation.source import Source
@@ -172,7 +172,7 @@ def _read(
             continue
         pixels[len(index)] = data
         index.append(place)
-        progress.detail(f"images: {len(index)}/{wanted}")
+        progress.step("images", len(index), wanted)
     return pixels[: len(index)], index, unreadable, reason
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tome_export.artifact import MODEL
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline.progress import Progress
+from tome_export.progress import Progress
 from tome_export.spec import INPUT_NAME, BatchRange, Precision
 from tome_export.tune.space import Rs, Space
 from tome_export.tune.table import CostTable, Measurement, fit
@@ -71,7 +71,7 @@ class Stopwatch:
             layers = tuple(profile.layers_ms)
             inside = sum(sum(groups.values()) for groups in layers)
             measured.append(Measurement(r, layers, profile.total_ms - inside, run_ms))
-            progress.detail(f"schedules profiled: {done + 1}/{len(schedules)}")
+            progress.step("schedules profiled", done + 1, len(schedules))
         return fit(space, measured)
 
     def latency_ms(self, schedules: Sequence[Rs]) -> list[float]:

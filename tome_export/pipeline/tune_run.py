@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
-from tome_export.pipeline.progress import Progress
 from tome_export.pipeline.tune_latency import Stopwatch
 from tome_export.pipeline.tune_score import Scorer, space_of
+from tome_export.progress import Progress
 from tome_export.tune.choose import Finalist, Jury, best_within, cheapest, shown
 from tome_export.tune.front import BASELINES, Point
 from tome_export.tune.search import Search
@@ -160,7 +160,7 @@ class TuneRun:
             seed=seed,
             min_entropy=self._min_entropy,
             deadline=self._start + SEARCH_SHARE * self._limit,
-            told=lambda method, done, count: self._progress.detail(f"{method}: {done}/{count}"),
+            told=self._progress.step,
         )
         self._progress.stage(f"Search on {count} images")
         search.measure(self._unmerged, "constant")
