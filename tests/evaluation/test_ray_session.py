@@ -83,7 +83,7 @@ def test_processes_that_use_the_folder_are_ended(tmp_path):
         named = subprocess.Popen([*sleep, f"--log={folder}/x"])
         writing = subprocess.Popen(sleep, stdout=log)
         other = subprocess.Popen([*sleep, f"{folder}-other/x"])
-    assert set(sessions._using(folder)) == {named.pid, writing.pid}
+    assert {process.pid for process in sessions._using(folder)} == {named.pid, writing.pid}
     started = time.monotonic()
     sessions._end(folder)
     assert time.monotonic() - started < sessions.END_S

@@ -7,7 +7,7 @@ import pytest
 
 from tome_export.merge.macs import BlockCost
 from tome_export.tune.space import Space, table_of
-from tome_export.tune.table import Measurement, fit, nnls
+from tome_export.tune.table import Measurement, fit
 
 KNOWN = {"attention": (0.5, 0.02, 3e-4), "mlp": (0.2, 0.07), "match": (0.1, 0.0, 1e-4)}
 
@@ -67,13 +67,16 @@ def test_to_dict_is_plain(space):
     assert groups["mlp"]["of"] == "tokens_out"
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_nnls_is_that_of_scipy(seed):
-    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
-    rng = np.random.default_rng(seed)
-    a, b = rng.normal(size=(12, 5)) * 10.0 ** rng.integers(-3, 4, 5), rng.normal(size=12)
-    expected, norm = optimize.nnls(a, b)
-    found = nnls(a, b)
-    assert (found >= 0).all()
-    assert np.linalg.norm(a @ found - b) == pytest.approx(norm, rel=1e-9)
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+def test_what_falls_with_more_tokens_is_taken_for_constant(space):
+    """No coefficient is below zero, where the unconstrained fit has one."""
+    rows = []
+    for r in SCHEDULES:
+        rows.append(measured(space, r))
+        tokens = space.tokens
+        for groups, merged in zip(rows[-1].layers, r, strict=True):
+            groups["mlp"] = 20.0 - 0.05 * (tokens - merged)
+            tokens -= merged
+    for (_, group), values in fit(space, rows).coefficients.items():
+        assert (values >= 0).all(), group
+        if group == "mlp":
+            assert values[1] == 0 < values[0]

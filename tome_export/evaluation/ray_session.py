@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.evaluation.decode import reason_of
 
@@ -159,30 +161,27 @@ def _end(folder: Path) -> None:
     until = time.monotonic() + END_S
     while (found := _using(folder)) and time.monotonic() < until:
         for process in found:
-            with contextlib.suppress(OSError):
-                os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         time.sleep(0.05)
 
 
-def _using(folder: Path) -> list[int]:
+def _using(folder: Path) -> list[psutil.Process]:
     """Processes that name the folder in their command line, or have a file in it open."""
     own, inside = os.getpid(), f"{folder}/"
     return [
-        int(process.name)
-        for process in Path("/proc").glob("[0-9]*")
-        if int(process.name) != own and _uses(process, inside)
+        process
+        for process in psutil.process_iter()
+        if process.pid != own and _uses(process, inside)
     ]
 
 
-def _uses(process: Path, inside: str) -> bool:
+def _uses(process: psutil.Process, inside: str) -> bool:
     # It may end meanwhile, or be another user's.
-    with contextlib.suppress(OSError):
-        if os.fsencode(inside) in (process / "cmdline").read_bytes():
-            return True
-        for link in (process / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                if str(link.readlink()).startswith(inside):
-                    return True
+    with contextlib.suppress(psutil.Error):
+        return any(inside in word for word in process.cmdline()) or any(
+            file.path.startswith(inside) for file in process.open_files()
+        )
     return False
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 import tome_export
 from tome_export.bench.environment import cores
 from tome_export.engine import gpu
@@ -132,27 +134,18 @@ def _disk() -> Finding:
 
 def _memory() -> Finding:
     available = _available_memory()
-    if available is None:
-        return Finding("memory", True, "free memory is not known on this system")
     enough = available >= ROOM_BYTES
     found = f"{available / 2**30:.1f} GiB available, {cores()} CPU cores usable"
     fix = "" if enough else "close programs: a build of vit_b16 needs up to 4 GiB"
     return Finding("memory", enough, found, fix)
 
 
-def _available_memory() -> int | None:
+def _available_memory() -> int:
     """Bytes, by the kernel's estimate; a container's own limit counts where it is lower."""
+    available = int(psutil.virtual_memory().available)
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    if kib is None:
-        return None
-    available = int(kib) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no control groups, or "max": no limit
         return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+    return min(available, max(0, limit - used))

@@ -121,7 +121,7 @@ def fit(space: Space, measurements: Sequence[Measurement]) -> CostTable:
                 features[block, group].append(_features(group, tokens, tokens - r))
                 times[block, group].append(ms)
     coefficients = {
-        key: nnls(np.array(rows), np.array(times[key])) for key, rows in features.items()
+        key: _not_negative(np.array(rows), np.array(times[key])) for key, rows in features.items()
     }
     outside = float(np.mean([measured.outside_ms for measured in measurements]))
     raw = CostTable(space, coefficients, outside, 1.0, 0.0, len(measurements))
@@ -149,41 +149,10 @@ def _nodes_ms(table: CostTable, r: Table) -> NDArray[np.float64]:
     return np.asarray(total)
 
 
-def nnls(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The x >= 0 with the smallest ``|a x - b|``, by the active set method of Lawson and Hanson.
+def _not_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The x >= 0 with the smallest ``|a x - b|``; columns may be of any scale."""
+    from scipy.optimize import nnls
 
-    Args:
-        a: ``[M, N]``, columns of any scale.
-        b: ``[M]``.
-    """
     scale = np.linalg.norm(a, axis=0)
     scale[scale == 0] = 1.0
-    a = a / scale
-    count = a.shape[1]
-    x, passive = np.zeros(count), np.zeros(count, dtype=bool)
-    tolerance = 1e-12 * max(1.0, float(np.abs(a.T @ b).max(initial=0.0)))
-    # Each round frees one column; three rounds per column are the textbook's bound in practice.
-    for _ in range(3 * count):
-        slope = np.where(passive, -np.inf, a.T @ (b - a @ x))
-        if passive.all() or slope.max() <= tolerance:
-            break
-        passive[int(slope.argmax())] = True
-        trial = _least_squares(a, b, passive)
-        while (trial[passive] <= 0).any():
-            falling = passive & (trial <= 0)
-            step = float((x[falling] / (x[falling] - trial[falling] + 1e-300)).min())
-            x = x + step * (trial - x)
-            passive &= x > 1e-15
-            x[~passive] = 0.0
-            trial = _least_squares(a, b, passive)
-        x = trial
-    return np.asarray(x / scale)
-
-
-def _least_squares(
-    a: NDArray[np.float64], b: NDArray[np.float64], passive: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    x = np.zeros(a.shape[1])
-    if passive.any():
-        x[passive] = np.linalg.lstsq(a[:, passive], b, rcond=None)[0]
-    return x
+    return np.asarray(nnls(a / scale, b)[0] / scale)
