@@ -86,20 +86,20 @@ def family_row(family: Family, engine: bool) -> dict[str, Any]:
             "fp16": parity_of(half),
             "served": [model.name for model in served(half).models],
         }
-        built = half.manifest["engines"].get("tensorrt-rtx")
+        built = half.manifest.engines.get("tensorrt-rtx")
     manifest = merged.manifest
     row = {
         "benchmark": "families",
         "family": family.name,
         "library": family.library,
         "model": name,
-        "class": manifest["model"]["description"].partition(";")[0],
+        "class": manifest.model.description.partition(";")[0],
         "form": {key: getattr(value, "given", value) for key, value in family.form.items()},
-        "outputs": {out["name"]: out["shape"] for out in manifest["outputs"]},
-        "tokens": [manifest["tokens_in"], *manifest["tokens"]],
-        "r": manifest["merge"]["r"],
-        "prefix": manifest["merge"]["prefix"],
-        "macs_ratio": manifest["macs"]["ratio"],
+        "outputs": {out["name"]: out["shape"] for out in manifest.outputs},
+        "tokens": [manifest.tokens_in, *manifest.tokens],
+        "r": manifest.merge.r,
+        "prefix": manifest.merge.prefix,
+        "macs_ratio": manifest.macs.ratio,
         "images": IMAGES,
         **found,
         "engine_bytes": built and built["size_bytes"],
@@ -128,7 +128,7 @@ def unmerged_errors(artifact: Artifact, untouched: Any) -> dict[str, float]:
         patched = rescheduled(model, Schedule())(pixel_values)
     patched = patched[0] if isinstance(patched, tuple) else patched
     with OrtRunner(artifact.model_path) as runner:
-        exported = runner.infer({INPUT_NAME: images})[artifact.manifest["output"]["name"]]
+        exported = runner.infer({INPUT_NAME: images})[artifact.manifest.output.name]
     errors = {}
     for key, found in (("patched", patched.numpy()), ("onnx", exported)):
         if found.shape != expected.shape:
@@ -181,7 +181,7 @@ def parity_of(artifact: Artifact) -> dict[str, Any]:
 
 def served(artifact: Artifact) -> Any:
     """What the repository writer makes of an artifact; it checks every config before writing."""
-    options = ServeOptions(preprocess=artifact.manifest["input"]["shape"][1] in (1, 3))
+    options = ServeOptions(preprocess=artifact.manifest.input.shape[1] in (1, 3))
     return serve(ServeRequest((artifact.path,), Path("repository"), options))
 
 

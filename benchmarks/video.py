@@ -21,8 +21,7 @@ from typing import Any
 from harness import paired, percentiles, write_rows
 
 from tome_export.artifact import Artifact
-from tome_export.merge.frames import FrameMerging, VideoOptions
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import FrameMerging, Schedule, VideoOptions
 from tome_export.models.video import moving_samples
 from tome_export.onnx.files import load
 from tome_export.pipeline import BuildRequest, build
@@ -70,9 +69,9 @@ def measured(model: str, rounds: int) -> list[dict[str, Any]]:
             "variant": variant,
             "frames": FRAMES,
             "batch": 1,
-            "tokens": [manifest["tokens_in"], *manifest["tokens"]],
-            "macs": manifest["macs"],
-            "parity": manifest["parity"],
+            "tokens": [manifest.tokens_in, *manifest.tokens],
+            "macs": manifest.macs,
+            "parity": manifest.parity,
             "rounds": rounds,
             "latency_ms": percentiles(1e3 * seconds[variant]),
             "speedup": percentiles(seconds[UNMERGED] / seconds[variant]),
@@ -82,9 +81,9 @@ def measured(model: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def _run(artifact: Artifact) -> Callable[[], object]:
-    preprocessing = Preprocessing.from_dict(artifact.manifest["preprocessing"])
+    preprocessing = artifact.manifest.preprocessing
     pixels = moving_samples(preprocessing, 1, FRAMES)
-    more = {i["name"]: i["shape"][1:] for i in artifact.manifest["inputs"][1:]}
+    more = {i["name"]: i["shape"][1:] for i in artifact.manifest.inputs[1:]}
     runner = Fed(OrtRunner(load(artifact.model_path)), more)
     return lambda: runner.infer({INPUT_NAME: pixels})
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from tome_export.merge.frames import FrameMerging, VideoOptions
-from tome_export.merge.schedule import INFLECTION, Schedule
+from tome_export.merge.schedule import INFLECTION, FrameMerging, Schedule, VideoOptions
 from tome_export.reducers import DEFAULT, reducer_class
 from tome_export.spec import PRECISIONS, Precision, TowerOptions
 

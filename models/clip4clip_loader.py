@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
-from tome_export.merge.frames import FrameMerging
+from tome_export.merge.schedule import FrameMerging
 from tome_export.models.clip_sizes import ClipSizes
 from tome_export.models.file_loader import FileLoader, filled
 from tome_export.models.recipe import LoadedModel, Recipe

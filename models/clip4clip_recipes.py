@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tome_export.errors import InputError, UsageError
-from tome_export.merge.frames import VideoOptions
+from tome_export.merge.schedule import VideoOptions
 from tome_export.models.clip4clip_loader import Clip4ClipLoader
 from tome_export.models.clip_sizes import ClipSizes
 from tome_export.models.recipe import Geometry, Recipe

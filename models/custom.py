@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, TomeExportError
-from tome_export.merge.frames import VideoOptions
+from tome_export.merge.schedule import VideoOptions
 from tome_export.models.recipe import RULE, OutputName, Recipe, recommended_r
 from tome_export.spec import VIDEO_FEATURES, Preprocessing
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tome_export.merge.frames import VideoOptions
+    from tome_export.merge.schedule import VideoOptions
     from tome_export.spec import Preprocessing, TowerOptions
 
 OutputName = Literal["logits", "features", "video_features"]

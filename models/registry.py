@@ -6,7 +6,7 @@ import difflib
 from types import MappingProxyType
 
 from tome_export.errors import InputError
-from tome_export.merge.frames import VideoOptions
+from tome_export.merge.schedule import VideoOptions
 from tome_export.models.clip4clip_recipes import CLIP4CLIP, with_video
 from tome_export.models.hf_recipes import HF
 from tome_export.models.llava_recipes import llava15_tower, with_tower

@@ -20,7 +20,7 @@ from tome_export.engine.limits import (
 )
 from tome_export.errors import ExportError
 from tome_export.merge import spec
-from tome_export.merge.frames import FrameMerging, clip_tokens
+from tome_export.merge.schedule import FrameMerging, clip_tokens
 from tome_export.models import RECIPES
 from tome_export.onnx.export import OPSET
 from tome_export.onnx.functions import match_function

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from towers import live
 
-from tome_export.merge.frames import FrameMerging
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import FrameMerging, Schedule
 from tome_export.models.clip4clip import Clip4ClipTower
 from tome_export.models.clip_sizes import ClipSizes
 from tome_export.models.stop import StopTower

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from video_reference import Merging, tempme
 
 from tome_export.errors import InputError
-from tome_export.merge.frames import FrameMerging
+from tome_export.merge.schedule import FrameMerging
 from tome_export.models import resolve
 from tome_export.models.clip4clip_loader import Clip4ClipLoader
 from tome_export.models.clip_sizes import ClipSizes

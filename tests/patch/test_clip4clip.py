@@ -10,9 +10,8 @@ from video_reference import Merging, tempme
 from video_towers import MERGING, clip4clip, groups, schedule, videos
 
 from tome_export.errors import InputError
-from tome_export.merge.frames import FrameMerging
 from tome_export.merge.ops import merge
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import FrameMerging, Schedule
 from tome_export.models.clip_sizes import ClipSizes
 from tome_export.patch import patch
 from tome_export.patch.clips import joined, joined_places

@@ -17,9 +17,8 @@ from video_towers import MERGING, clip4clip, groups, schedule, stop, videos
 
 from tome_export.artifact import Artifact
 from tome_export.errors import InputError
-from tome_export.merge.frames import VideoOptions
 from tome_export.merge.plan import Across
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.models.video import load_videos, moving_samples
 from tome_export.onnx.files import load
 from tome_export.onnx.merging import merging_of

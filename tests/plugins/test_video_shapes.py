@@ -7,8 +7,8 @@ import torch
 from video_reference import Clip, average, soft_matching
 from video_towers import groups
 
-from tome_export.merge.frames import FrameMerging, clip_tokens
 from tome_export.merge.ops import match, merge
+from tome_export.merge.schedule import FrameMerging, clip_tokens
 
 LAYERS = clip_tokens([2] * 12, FrameMerging(), 12, 50, 1)
 CASES = {

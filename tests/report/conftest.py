@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tome_export.artifact import Artifact
-from tome_export.files import json_bytes
+from tome_export.artifact.files import json_bytes
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.report import ReportRequest, report

@@ -13,8 +13,7 @@ from video_towers import MERGING
 
 from tome_export.cli.main import main
 from tome_export.errors import InputError
-from tome_export.merge.frames import VideoOptions
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.models.samples import sample_paths
 from tome_export.models.video import load_videos
 from tome_export.pipeline import BuildRequest, build

@@ -6,8 +6,8 @@ import pytest
 from video_reference import Merging, token_counts
 
 from tome_export.errors import InputError
-from tome_export.merge.frames import FrameMerging, VideoOptions, clip_tokens
 from tome_export.merge.macs import BlockCost, total_macs
+from tome_export.merge.schedule import FrameMerging, VideoOptions, clip_tokens
 
 B32 = [(12, 50 - 2 * i, 48 - 2 * i) for i in range(8)]
 B32 += [(6, 48, 44), (3, 62, 56), (1, 118, 107), (1, 107, 97)]

@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tome_export.merge.frames import ClipTokens
 from tome_export.merge.ops import match, merge
 from tome_export.merge.plan import Across, StepPlans, composed
+from tome_export.merge.schedule import ClipTokens
 from tome_export.patch.merger import LayerTrace, Merger, Tokens
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.merge.frames import unmerged_end
 from tome_export.merge.macs import BlockCost, SharedCost
+from tome_export.merge.schedule import unmerged_end
 from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import Zeros, check_plain, counted_macs
 from tome_export.patch.clips import ClipMerger

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from tome_export.errors import InputError
-from tome_export.merge.frames import ClipTokens, clip_tokens
 from tome_export.merge.macs import total_macs
 from tome_export.merge.plan import Across, Step, StepPlans, step_layer
-from tome_export.merge.schedule import LayerTokens
+from tome_export.merge.schedule import ClipTokens, LayerTokens, clip_tokens
 from tome_export.patch.base import MergedModel
 from tome_export.patch.clips import ClipMerger, clip_places
 from tome_export.patch.merger import Merger, MergeSettings, Tokens

@@ -52,8 +52,8 @@ def bench_images(manifest: Mapping[str, Any], batch: int) -> tuple[Array, str]:
     """
     from tome_export.models import resolve
 
-    preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
-    shape = tuple(manifest["input"]["shape"][1:])
+    preprocessing = manifest.preprocessing
+    shape = tuple(manifest.input.shape[1:])
     try:
         recipe = replace(resolve(model_name(manifest)), preprocessing=preprocessing)
         samples = parity_images(recipe, shape, None, COUNT)
@@ -85,7 +85,7 @@ def open_subjects(
 
     module = None
     if other is None or TORCH in backends:
-        progress.stage(f"Load {artifact.manifest['model']['name']}")
+        progress.stage(f"Load {artifact.manifest.model.name}")
         module, _ = reference_model(artifact, weights)
     merged = subject_of(artifact, MERGED, module)
     if other is not None:
@@ -116,7 +116,7 @@ def choose_backends(
     if asked:
         return asked, {}
     reasons: dict[str, str | None] = {engine.name: missing(engine.name) for engine in ENGINES}
-    built = [name for name in reasons if name in artifact.manifest["engines"]]
+    built = [name for name in reasons if name in artifact.manifest.engines]
     skipped = {name: reason for name in built if (reason := reasons[name]) is not None}
     return (ORT_CPU, *(name for name in built if name not in skipped)), skipped
 
@@ -129,11 +129,11 @@ def choose_batches(
     Raises:
         InputError: if one is outside what a model or an engine takes.
     """
-    takes = BatchRange.parse(artifact.manifest["batch"])
+    takes = artifact.manifest.batch
     chosen = tuple(dict.fromkeys(asked or (max(1, takes.min), takes.opt)))
     for one in (artifact, *([other] if other else [])):
-        ranges = {"model": one.manifest["batch"]}
-        engines = one.manifest["engines"]
+        ranges = {"model": one.manifest.batch}
+        engines = one.manifest.engines
         ranges |= {f"{b} engine": engines[b]["batch"] for b in backends if b in engines}
         for what, text in ranges.items():
             limits = BatchRange.parse(text)

@@ -17,8 +17,7 @@ from tome_export.errors import (
     ParityError,
     UsageError,
 )
-from tome_export.merge.frames import VideoOptions
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.pipeline.engine import attention_form, build_engine
 from tome_export.pipeline.form import MergeForm, choose_form, fit_form
 from tome_export.pipeline.images import BUILD_COUNT, parity_images

@@ -67,9 +67,9 @@ def values_of(request: CascadeRequest, found: Found) -> dict[str, Any]:
     members = [
         {
             "artifact": str(one.path),
-            "schedule": one.manifest["merge"]["schedule"],
-            "r": list(one.manifest["merge"]["r"]),
-            "precision": one.manifest["precision"],
+            "schedule": one.manifest.merge.schedule,
+            "r": list(one.manifest.merge.r),
+            "precision": one.manifest.precision,
             "macs": count,
             "calibration": share_of(calibrated).to_dict(),
             "test": share_of(right).to_dict(),

@@ -6,9 +6,8 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tome_export.merge.frames import clip_tokens, unmerged_end
 from tome_export.merge.macs import BlockCost, SharedCost, total_macs
-from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.merge.schedule import LayerTokens, Schedule, clip_tokens, unmerged_end
 from tome_export.models.recipe import Geometry
 
 if TYPE_CHECKING:

@@ -111,7 +111,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     classes = classes_of(artifact)
     source = source_of(artifact, request, classes)
     chosen = selection(len(source), request.limit)
-    progress.stage(f"Load {artifact.manifest['model']['name']}")
+    progress.stage(f"Load {artifact.manifest.model.name}")
     model, _ = reference_model(artifact, request.weights)
     if classes is None:
         _check_comparable(artifact, model)
@@ -127,7 +127,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
             )
         classifier = Classifier(
             batch,
-            artifact.manifest["output"]["name"],
+            artifact.manifest.output.name,
             classes is not None,
             plain.run if plain else "",
         )
@@ -157,10 +157,10 @@ def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
 
 def classes_of(artifact: Artifact) -> Classes | None:
     """The classes of an artifact; None if it gives features."""
-    output = artifact.manifest["output"]
+    output = artifact.manifest.output
     if output["name"] != "logits":
         return None
-    names = artifact.manifest.get("labels")
+    names = artifact.manifest.labels
     count = int(output["shape"][-1])
     return Classes(count, tuple(names) if names and len(names) == count else None)
 
@@ -172,7 +172,7 @@ def selection(count: int, limit: int | None) -> np.ndarray[Any, np.dtype[np.int6
 
 
 def _batch(artifact: Artifact, request: EvalRequest) -> int:
-    engine = artifact.manifest["engines"].get(request.backend)
+    engine = artifact.manifest.engines.get(request.backend)
     able = BatchRange.parse((engine or artifact.manifest)["batch"])
     batch = able.opt if request.batch is None else request.batch
     if not able.min <= batch <= able.max:
@@ -200,7 +200,7 @@ def source_of(artifact: Artifact, request: EvalRequest, classes: Classes | None)
         return find_data(request.data, IMAGE_SUFFIXES, classes, request.labels)
     if request.labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
-    name = artifact.manifest["model"]["name"]
+    name = artifact.manifest.model.name
     found = labelled_samples(resolve(model_name(artifact.manifest, request.weights)))
     if found is None:
         raise InputError(f"no labelled images come with {name}; give a folder of them with --data")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tome_export
-from tome_export.merge.frames import VideoOptions
+from tome_export.merge.schedule import VideoOptions
 from tome_export.spec import ENTROPY, FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, Artifact
 from tome_export.errors import InputError
-from tome_export.merge.frames import VideoOptions
-from tome_export.merge.schedule import Schedule
+from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
 from tome_export.pipeline.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.pipeline.manifest import learned_sha256, output_names, state_sha256
@@ -38,10 +37,10 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     from tome_export.reducers.options import reducer_from_json
 
     manifest = artifact.manifest
-    recorded = manifest["model"]["weights"]
+    recorded = manifest.model.weights
     kind, source = recorded["kind"], recorded["source"]
     name = model_name(manifest, weights)
-    if manifest["model"].get("folder") and weights is not None and Path(weights).is_dir():
+    if manifest.model.get("folder") and weights is not None and Path(weights).is_dir():
         weights = None  # that of the checkpoint, which is in the name now
     if weights is None and kind == "file":
         weights = source.partition(";")[0]
@@ -52,14 +51,14 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             )
     if weights is None:
         weights = "random" if kind == "random" else "pretrained"
-    video = VideoOptions.from_dict(manifest.get("video"))
-    recipe = resolve(name, TowerOptions.of(manifest.get("tower")), video)
-    merge = manifest["merge"]
+    video = VideoOptions.from_dict(manifest.video)
+    recipe = resolve(name, TowerOptions.of(manifest.tower), video)
+    merge = manifest.merge
     reducer = with_own_weights(reducer_from_json(merge.get("reducer")), artifact.path / REDUCER)
-    compressor = compressor_from_json(manifest.get("compressor"))
+    compressor = compressor_from_json(manifest.compressor)
     if compressor is not None:
         compressor = with_own_weights(compressor, artifact.path / COMPRESSOR)
-    recipe = replace(recipe, name=manifest["model"]["name"], reducer_keys=reducer.own_keys)
+    recipe = replace(recipe, name=manifest.model.name, reducer_keys=reducer.own_keys)
     loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
     # Behind the first layer that joins frames, proportions say how many tokens merge.
     own = merge["r"] if video.merging is None else merge["r"][: video.merging.layers[0]]
@@ -80,7 +79,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             f"({kind}: {source}); give the same ones with --weights"
         )
     # Artifacts of before do not say.
-    if learned_sha256(model) != manifest["model"].get("learned_sha256"):
+    if learned_sha256(model) != manifest.model.get("learned_sha256"):
         raise InputError(
             f"the learned weights of reducer {reducer.name} or of the compressor are not those of "
             "the build; rebuild the artifact"
@@ -98,7 +97,7 @@ def model_name(manifest: Mapping[str, Any], weights: str | None = None) -> str:
     Raises:
         InputError: if the model was a folder's, and the folder is no more.
     """
-    model = manifest["model"]
+    model = manifest.model
     folder = model.get("folder")  # artifacts of before have none
     if folder is None:
         return str(model["name"])
@@ -147,21 +146,21 @@ def export_variant(
     from tome_export.onnx.merging import merging_of
 
     manifest = artifact.manifest
-    plugin = manifest["merge"]["merge_op"] == "plugin" and model.merges
+    plugin = manifest.merge.merge_op == "plugin" and model.merges
     options = ExportOptions(
-        precision=manifest["precision"],
-        batch=BatchRange.parse(manifest["batch"]),
-        lowering="index_add" if manifest["merge"]["merge_op"] == "index_add" else "matmul",
-        attention=manifest["onnx"]["attention"],
+        precision=manifest.precision,
+        batch=manifest.batch,
+        lowering="index_add" if manifest.merge.merge_op == "index_add" else "matmul",
+        attention=manifest.onnx.attention,
         plugin=plugin,
     )
-    names = output_names(manifest["output"]["name"], model)
+    names = output_names(manifest.output.name, model)
     onnx_from_model(model, folder / MODEL, options, names)
     if not plugin:
         return None
     from tome_export.plugins.aot import require_compiler
 
     require_compiler()
-    capabilities = capabilities_of(manifest["plugins"]["compute_capabilities"], None)
+    capabilities = capabilities_of(manifest.plugins.compute_capabilities, None)
     merging = merging_of(load(folder / MODEL, weights=False))
     return compile_kernels(merging, capabilities, folder, progress)

@@ -434,4 +434,4 @@ def test_the_parts_need_no_installation_and_few_packages():
     """The checkout is made importable where it is not installed, with what it may lack there."""
     command = [sys.executable, "-c", BARE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.stdout.strip() == str(ROOT / "plugins" / "__init__.py"), done.stderr
+    assert done.stdout.strip() == str(ROOT / "tome_export" / "plugins" / "__init__.py"), done.stderr
