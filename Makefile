@@ -48,12 +48,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/cpu.py
-	$(BIN)/python benchmarks/recipes.py
-	$(BIN)/python benchmarks/families.py
-	$(BIN)/python benchmarks/llava.py
-	$(BIN)/python benchmarks/digits.py
-	$(BIN)/python benchmarks/registry.py
+	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.recipes
+	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.llava
+	$(BIN)/python -m benchmarks.digits
+	$(BIN)/python -m benchmarks.registry
 
 # On a machine with an NVIDIA GPU and a network; benchmarks/gpu/README.md says how to do without one.
 bench-gpu: $(VENV)/installed

@@ -12,7 +12,7 @@ Three questions, a kind of row each:
 - time: CPU seconds of ONNX Runtime on one core, from queries, keys, values and sizes to the output;
   rounds of all, each in an order drawn anew; ratios are medians of the per-round ratios.
 
-    python benchmarks/attention.py [--repeats 80] [--no-write]     # on Linux
+    python -m benchmarks.attention [--repeats 80] [--no-write]     # on Linux
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx
 import torch
-from harness import percentiles, write_rows
 from onnx import TensorProto, helper
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.harness import percentiles, write_rows
 from tome_export.engine import EngineOptions, select
 from tome_export.onnx.export import OPSET, TORCH_DTYPES
 from tome_export.patch.attention import log_size_bias

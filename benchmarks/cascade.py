@@ -14,7 +14,7 @@ against the cheapest that is at least as accurate, nothing interpolated. It is p
 images that are reported, which favours the baseline. Rows ``seeds`` repeat ``halves`` for other
 splits without a server, from the sweep that the command writes.
 
-    python benchmarks/cascade.py [--seeds 5] [--no-write]
+    python -m benchmarks.cascade [--seeds 5] [--no-write]
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import torch
 import tritonclient.grpc as grpc
-from harness import write_rows
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.harness import write_rows
 from tome_export.evaluation.metrics import share_of
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve

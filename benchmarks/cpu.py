@@ -5,7 +5,7 @@ divided by the ratio of their MACs (1.0 = merging costs nothing), at batch 8 and
 PyTorch eager, merged and not, on the same images. All are timed in turn; ratios are medians of
 the per-round ratios.
 
-    python benchmarks/cpu.py [--repeats 15] [--no-write]
+    python -m benchmarks.cpu [--repeats 15] [--no-write]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from harness import paired, percentiles, write_rows
 
+from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.models import resolve
 from tome_export.models.samples import sample_pixels
 from tome_export.onnx.build import onnx_from_model

@@ -2,7 +2,7 @@
 
 vit_digits on its 450 test images, by ``tome-export eval``: top-1 of constant schedules.
 
-    python benchmarks/digits.py [--no-write]
+    python -m benchmarks.digits [--no-write]
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from harness import write_rows
-
+from benchmarks.harness import write_rows
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.eval import SAMPLES, EvalRequest, evaluate

@@ -7,7 +7,7 @@ merging at the recommended r, the plans of PyTorch are compared with those of
 PyTorch's in fp32 and fp16; a TensorRT-RTX engine is built, and the artifact is written into a
 model repository, with preprocessing. Prints a table; writes benchmarks/results/families.json.
 
-    python benchmarks/families.py [--family TEXT ...] [--no-engine] [--no-write]
+    python -m benchmarks.families [--family TEXT ...] [--no-engine] [--no-write]
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from family_models import FAMILIES, Family
-from harness import write_rows
 
+from benchmarks.family_models import FAMILIES, Family
+from benchmarks.harness import write_rows
 from tome_export.artifact import PARITY, Artifact
 from tome_export.merge import reference
 from tome_export.merge.schedule import Schedule

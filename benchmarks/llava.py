@@ -5,7 +5,7 @@ merged and the unmerged tower with the command line, each in a process of its ow
 is taken, and times both on ONNX Runtime's CPU provider at batch 1 in turn. Prints the rows; writes
 them to benchmarks/results/llava.json.
 
-    python benchmarks/llava.py [--rounds 7] [--precision fp32]
+    python -m benchmarks.llava [--rounds 7] [--precision fp32]
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import paired, percentiles, write_rows
 
+from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.artifact import Artifact
 from tome_export.onnx.files import load
 from tome_export.runtime.ort import OrtRunner
@@ -88,11 +88,11 @@ def row(rounds: int, precision: str) -> dict[str, Any]:
             "weights": "random",
             "r": R,
             "precision": precision,
-            "tokens_in": manifest["tokens_in"],
-            "tower": manifest["tower"],
-            "output": manifest["output"],
-            "macs": manifest["macs"],
-            "parity": manifest["parity"],
+            "tokens_in": manifest.tokens_in,
+            "tower": manifest.tower,
+            "output": manifest.output,
+            "macs": manifest.macs,
+            "parity": manifest.parity,
             "build": built,
             **timed(merged, plain, rounds),
         }

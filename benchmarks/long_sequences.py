@@ -8,7 +8,7 @@ Two questions about the operators that TomeMatch and TomeMerge are written in:
 - One match and one merge of 8,192 and 16,384 tokens: through ONNX Runtime's CPU against an oracle
   in NumPy, and through TensorRT-RTX's parser and builder, beside what ``engine.limits`` says.
 
-    python benchmarks/long_sequences.py [--no-write]
+    python -m benchmarks.long_sequences [--no-write]
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from harness import paired, percentiles, write_rows
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.engine import EngineOptions, select
 from tome_export.engine.limits import MergeCounts, refusal
 from tome_export.errors import ExportError

@@ -4,7 +4,7 @@ Every recipe at reduced depth with random weights (``vit_digits`` with its own),
 photographs that come with the package: fp32 under five schedules, fp16 under the first. The first
 is also built by TensorRT-RTX in both precisions. ``--full`` names recipes to run at full depth.
 
-    python benchmarks/recipes.py [--recipe NAME ...] [--full NAME ...] [--no-engine] [--no-write]
+    python -m benchmarks.recipes [--recipe NAME ...] [--full NAME ...] [--no-engine] [--no-write]
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from harness import write_rows
 
+from benchmarks.harness import write_rows
 from tome_export.engine import EngineOptions, select
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve

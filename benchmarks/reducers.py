@@ -5,7 +5,7 @@ range of budgets. No model is trained for its reducer, and the parts that some l
 Speed: deit_tiny (random weights) in
 fp32 on ONNX Runtime CPU, each reducer beside ToMe at the same MACs, timed in turn.
 
-    python benchmarks/reducers.py [--part accuracy|speed] [--no-write]
+    python -m benchmarks.reducers [--part accuracy|speed] [--no-write]
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, paired, percentiles, write_rows
 
+from benchmarks.harness import RESULTS, paired, percentiles, write_rows
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
 from tome_export.models.samples import digits_test

@@ -5,7 +5,7 @@ at reduced depth and width with live random weights, and compares the patched mo
 timm's own output. Prints one row per entry that does not pass, then the table; writes JSON rows to
 benchmarks/results/registry.json.
 
-    python benchmarks/registry.py [NAME_PART]
+    python -m benchmarks.registry [NAME_PART]
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import timm
 import torch
-from harness import write_rows
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+from benchmarks.harness import write_rows
 from tome_export.errors import InputError
 from tome_export.models.weights import wake_constants
 from tome_export.patch import patch

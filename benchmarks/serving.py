@@ -7,7 +7,7 @@ the server's sessions have (its default: the cores). Served and alone take turns
 unmerged too; ratios are medians of the rounds' ratios. A concurrency is held against the batch that
 the server makes of it: 1, 4, and 8, the largest.
 
-    python benchmarks/serving.py --perf-analyzer TOOLS [--rounds 5] [--seconds 9] [--no-write]
+    python -m benchmarks.serving --perf-analyzer TOOLS [--rounds 5] [--seconds 9] [--no-write]
 
 What TOOLS is and how to get it: ``benchmarks/perf_analyzer.py``.
 """
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import write_rows
 from numpy.typing import NDArray
-from perf_analyzer import Load, PerfAnalyzer
 
+from benchmarks.harness import write_rows
+from benchmarks.perf_analyzer import Load, PerfAnalyzer
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve

@@ -7,7 +7,7 @@ the newest when the request was sent, or of one whose deployment was under way u
 came: an old version that still answers is wrong too. Requests go on until there have been as many
 as asked for and at least 3 deployments.
 
-    python benchmarks/soak.py [--requests 10000] [--concurrency 16] [--every 5] [--no-write]
+    python -m benchmarks.soak [--requests 10000] [--concurrency 16] [--every 5] [--no-write]
 
 Exit code 1 if an answer was wrong, a request lost or a deployment failed.
 """
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import write_rows
 from numpy.typing import NDArray
 
+from benchmarks.harness import write_rows
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve

@@ -6,7 +6,7 @@ join 2, 2 and 3 clips at 30 and 10 %). Parity is checked on moving samples, and 
 turn on ONNX Runtime's CPU provider at batch 1. Prints the rows; writes them to
 benchmarks/results/video.json.
 
-    python benchmarks/video.py [--models clip4clip_b32] [--rounds 7] [--no-write]
+    python -m benchmarks.video [--models clip4clip_b32] [--rounds 7] [--no-write]
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import paired, percentiles, write_rows
-
+from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.artifact import Artifact
 from tome_export.merge.schedule import FrameMerging, Schedule, VideoOptions
 from tome_export.models.video import moving_samples
@@ -27,7 +26,7 @@ from tome_export.onnx.files import load
 from tome_export.pipeline import BuildRequest, build
 from tome_export.runtime.inputs import Fed
 from tome_export.runtime.ort import OrtRunner
-from tome_export.spec import INPUT_NAME, BatchRange, Preprocessing
+from tome_export.spec import INPUT_NAME, BatchRange
 
 MODELS = ("clip4clip_b32", "clip4clip_b16", "stop_b32")
 FRAMES, R = 12, 2

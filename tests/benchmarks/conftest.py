@@ -19,16 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Loads a module of ``benchmarks``; they import each other by name, as scripts do."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
+    """Loads a module of ``benchmarks``."""
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture
-def gpu_bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Loads a module of the package ``benchmarks.gpu``."""
-    monkeypatch.syspath_prepend(ROOT)
-    return lambda name: importlib.import_module(f"benchmarks.gpu.{name}")
+def gpu_bench(bench: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Loads a module of ``benchmarks.gpu``."""
+    return lambda name: bench(f"gpu.{name}")
 
 
 @pytest.fixture(scope="session")

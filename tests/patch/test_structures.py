@@ -206,8 +206,8 @@ def test_parallel_branches_give_all_their_heads(make_vit, make_images):
 @pytest.mark.slow
 def test_whole_registry(monkeypatch):
     """Every plain ViT of timm: r = 0 is its own output, or it is refused by name."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    registry = importlib.import_module("registry")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    registry = importlib.import_module("benchmarks.registry")
     rows = registry.sweep()
     assert len(rows) >= 150
     assert [row for row in rows if row.verdict == "WRONG"] == []

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("installation")
 
 @pytest.fixture
 def soak(monkeypatch):
-    """``benchmarks/soak.py``, which imports its neighbours by name, as a script does."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("soak")
+    """``benchmarks/soak.py``."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    return importlib.import_module("benchmarks.soak")
 
 
 @pytest.fixture
