@@ -48,11 +48,11 @@ class Clip4ClipLoader(FileLoader):
 
     def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
         """See ``FileLoader``."""
-        from tome_export.models.checkpoint import read_eager, stored_dtype
         from tome_export.models.clip4clip_weights import stop_state, tower_state
+        from tome_export.weights.files import read_state, stored_dtype
 
         module = self.create(depth)
-        state = read_eager(path)
+        state = read_state(path)
         if self.prompts:
             state = stop_state(state, path, self.frames, self.sizes.width)
         else:

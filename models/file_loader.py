@@ -83,10 +83,15 @@ def filled(
     Raises:
         InputError: if names or shapes are not those of the module.
     """
-    from tome_export.models.checkpoint import fit, sha256, stored_dtype
     from tome_export.models.weights import loaded
+    from tome_export.weights.files import check_fit, sha256, stored_dtype
 
-    state, _ = fit(module, state, path, "")
+    check_fit(
+        state,
+        module.state_dict(),
+        f"weights file {path} does not fit the model",
+        "the checkpoint of this architecture",
+    )
     module.load_state_dict(state, strict=True)
     info = WeightsInfo(
         "file",

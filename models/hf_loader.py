@@ -132,10 +132,10 @@ class HfLoader:
 
     def _filled(self, weights: str) -> tuple[Any, WeightsInfo]:
         """The model with the tensors of its checkpoint, or of another file."""
-        from tome_export.models.checkpoint import read_state, sha256
         from tome_export.models.hf_files import snapshot
         from tome_export.models.hf_weights import fill
-        from tome_export.models.shards import pick
+        from tome_export.weights.files import read_state, sha256
+        from tome_export.weights.shards import pick
 
         def rename(key: str) -> str | None:
             name = canonical(key)

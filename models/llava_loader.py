@@ -117,7 +117,7 @@ class LlavaLoader:
         return tower_key(key, self.layers, bool(self.config.options.projector))
 
     def _from_file(self, path: Path) -> tuple[State, WeightsInfo]:
-        from tome_export.models.checkpoint import read_state, sha256
+        from tome_export.weights.files import read_state, sha256
 
         found = read_state(path)
         state = {new: value for key, value in found.items() if (new := self._rename(key))}
@@ -125,7 +125,7 @@ class LlavaLoader:
 
     def _state(self) -> tuple[State, WeightsInfo]:
         """The tensors of the checkpoint, and of the CLIP model where it leaves those out."""
-        from tome_export.models.shards import pick
+        from tome_export.weights.shards import pick
 
         if self.config.options.projector and not self.config.folder:
             raise InputError(

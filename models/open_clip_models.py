@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.checkpoint import read_eager
 from tome_export.models.file_loader import FileLoader, filled
 from tome_export.models.hub import ANSWER_S, ask, ask_url
 from tome_export.models.recipe import RULE, LoadedModel, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
+from tome_export.weights.files import read_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,7 +56,7 @@ class OpenClipLoader(FileLoader):
 
     def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
         """See ``FileLoader``."""
-        return filled(recipe, self.create(depth), _tower(read_eager(path)), path)
+        return filled(recipe, self.create(depth), _tower(read_state(path)), path)
 
     def download(self, recipe: Recipe) -> Path:
         """See ``FileLoader``."""

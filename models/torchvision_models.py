@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.errors import InputError
-from tome_export.models.checkpoint import read_state
 from tome_export.models.file_loader import FileLoader, filled
 from tome_export.models.hub import ask, ask_url
 from tome_export.models.recipe import RULE, LoadedModel, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
+from tome_export.weights.files import read_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

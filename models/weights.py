@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
-from tome_export.models.checkpoint import fit, read_state, sha256, stored_dtype
+from tome_export.models.checkpoint import fit
 from tome_export.models.hub import pretrained_overlay, recorded_file
 from tome_export.models.recipe import DATA, LoadedModel, Recipe, WeightsInfo
+from tome_export.weights.files import read_state, sha256, stored_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable

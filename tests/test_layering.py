@@ -50,11 +50,11 @@ MAY_IMPORT = {
     "merge": set(),
     "plugins": {"merge.spec"},
     # Their weights are read as those of models.
-    "reducers": {"merge", "models.checkpoint"},
+    "reducers": {"merge", "weights"},
     # Options are read as those of reducers, weights as those of models.
     "compressors": {"merge", "reducers.options", "reducers.learned"},
     "patch": {"merge", "plugins", "reducers", "compressors"},
-    "models": {"patch", "merge", "video"},
+    "models": {"patch", "merge", "video", "weights"},
     "onnx": {"patch", "merge", "reducers"},
     "engine": set(),
     "runtime": {"onnx"},
@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "cascade": set(),
     "inspect": set(),
     "video": set(),
+    "weights": set(),
     "report": {"inspect", "files", "reducers"},
     "serve": {"engine", "artifact", "cascade", "video"},
     "artifact": {"staging", "schema", "files"},

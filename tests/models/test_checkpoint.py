@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, hub, weights
-from tome_export.models.checkpoint import stored_dtype
+from tome_export.weights.files import stored_dtype
 
 TI = RECIPES["deit_ti16"]
 DEPTH = 2

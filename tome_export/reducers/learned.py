@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tome_export.errors import InputError
+from tome_export.weights.files import read_state
 
 RANDOM = "random"
 """What an option ``weights`` is for random weights, always the same ones."""
@@ -37,10 +38,7 @@ def state_of_file(weights: str) -> dict[str, Tensor]:
     Raises:
         InputError: if it cannot be read.
     """
-    from tome_export.models.checkpoint import read_state
-
-    state: dict[str, Tensor] = read_state(Path(weights))
-    return state
+    return read_state(Path(weights))
 
 
 def filled(module: nn.Module, state: Mapping[str, Tensor], where: str, reducer: str) -> nn.Module:

@@ -97,7 +97,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
     """The names of a file's tensors, and how to get one; a tensor that is not asked for stays."""
-    from tome_export.models.checkpoint import read_torch
+    from tome_export.weights.files import read_torch
 
     if path.suffix != ".safetensors":
         held: Any = read_torch(path, mmap=True)
