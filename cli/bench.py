@@ -65,8 +65,8 @@ def command(terminal: Terminal, artifact: Path, **options: Any) -> None:
     manifest = result.artifact.manifest
     values = {
         "artifact": str(result.artifact.path),
-        "model": manifest["model"]["name"],
-        "random_weights": manifest["model"]["random_weights"],
+        "model": manifest.model.name,
+        "random_weights": manifest.model.random_weights,
         **result.bench,
         "unrecorded": result.unrecorded,
     }

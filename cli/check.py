@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from tome_export.artifact import Manifest
 from tome_export.cli.options import FILE, images_option, output_options
 from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.progress import working
@@ -47,8 +48,8 @@ def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
     reports = [report.to_dict() for report in result.reports]
     values = {
         "artifact": str(result.artifact.path),
-        "model": manifest["model"]["name"],
-        "random_weights": manifest["model"]["random_weights"],
+        "model": manifest.model.name,
+        "random_weights": manifest.model.random_weights,
         "passed": result.passed,
         "reports": reports,
         "accuracy": result.accuracy,
@@ -69,7 +70,7 @@ def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
     raise ParityFailedError(failed)
 
 
-def _lines(values: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+def _lines(values: dict[str, Any], manifest: Manifest) -> list[str]:
     lines = model_lines(manifest)
     for report in values["reports"]:
         lines += ["", *parity_lines(report)]

@@ -41,10 +41,10 @@ def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
     manifest = done.manifest
     values = {
         "artifact": str(done.path),
-        "random_weights": manifest["model"]["random_weights"],
-        "engines": manifest["engines"],
-        "engine_note": manifest["engine_note"],
-        "files": manifest["files"],
+        "random_weights": manifest.model.random_weights,
+        "engines": manifest.engines,
+        "engine_note": manifest.engine_note,
+        "files": manifest.files,
     }
     lines = [
         *warning_lines(manifest),

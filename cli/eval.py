@@ -29,8 +29,8 @@ def command(terminal: Terminal, **options: Any) -> None:
     manifest = result.artifact.manifest
     values = {
         "artifact": str(result.artifact.path),
-        "model": manifest["model"]["name"],
-        "random_weights": manifest["model"]["random_weights"],
+        "model": manifest.model.name,
+        "random_weights": manifest.model.random_weights,
         **result.values,
         "unrecorded": result.unrecorded,
     }

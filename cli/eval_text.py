@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tome_export.artifact import Manifest
 from tome_export.cli.output import macs, percent, table
 from tome_export.cli.text import model_lines
 
@@ -12,7 +13,7 @@ SHOWN = 20
 """Most unreadable images that are listed; JSON has all."""
 
 
-def eval_lines(values: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+def eval_lines(values: Mapping[str, Any], manifest: Manifest) -> list[str]:
     """Model, one row per candidate, how to read it, and what could not be read."""
     data = values["data"]
     lines = [

@@ -61,10 +61,10 @@ def _lines(result: InspectResult) -> list[str]:
         "largest group",
         *(["dropped"] if drops else []),
     )
-    merges = [] if any(manifest["merge"]["r"]) else ["No layer merges: every patch is a token."]
-    video = manifest.get("video")
+    merges = [] if any(manifest.merge.r) else ["No layer merges: every patch is a token."]
+    video = manifest.video
     what, frames = ("video", video["frames"]) if video else ("image", 1)
-    prefix = frames * manifest["merge"]["prefix"]
+    prefix = frames * manifest.merge.prefix
     lost = max(p.patches_in_prefix for p in result.pictures)
     return [
         *warning_lines(manifest),

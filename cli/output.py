@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from tome_export.files import json_bytes
+from tome_export.artifact.files import json_bytes
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -55,7 +56,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     """
     from tome_export.pipeline import BuildRequest
 
-    tower = TowerOptions.of(given)
+    tower = TowerOptions(**{field.name: given[field.name] for field in fields(TowerOptions)})
     file = _schedule_file(given["schedule"])
     own = given["reducer"] != DEFAULT and reducer_class(given["reducer"]).own_counts
     counts_given = given["r"] is not None or given["schedule"] is not None

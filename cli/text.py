@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tome_export.artifact import Manifest
 from tome_export.cli.output import fields, macs, number, percent, size, table
 from tome_export.merge.entropy import effective_tokens
 
@@ -34,28 +35,28 @@ VIDEO_COLUMNS = {
 VIDEO_NOTE = "Tokens of one clip; all clips together: {} in front of the first layer, {} in the end"
 
 
-def artifact_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
+def artifact_lines(manifest: Manifest, path: Path) -> list[str]:
     """All a person wants to know of a build."""
     return [
         *model_lines(manifest),
         "",
         *layer_lines(manifest),
         "",
-        *summary_lines(manifest["parity"]),
+        *summary_lines(manifest.parity),
         *engine_lines(manifest),
         "",
         *file_lines(manifest, path),
     ]
 
 
-def warning_lines(manifest: Mapping[str, Any]) -> list[str]:
+def warning_lines(manifest: Manifest) -> list[str]:
     """What must not be overlooked."""
-    return [RANDOM] if manifest["model"]["random_weights"] else []
+    return [RANDOM] if manifest.model.random_weights else []
 
 
-def model_lines(manifest: Mapping[str, Any]) -> list[str]:
+def model_lines(manifest: Manifest) -> list[str]:
     """Model, weights and how it merges."""
-    model, merge = manifest["model"], manifest["merge"]
+    model, merge = manifest.model, manifest.merge
     weights = model["weights"]
     prop_attn = "on" if merge["prop_attn"] else "off"
     return [
@@ -66,26 +67,26 @@ def model_lines(manifest: Mapping[str, Any]) -> list[str]:
                 ("Weights", f"{weights['kind']}: {weights['source']}"),
                 ("Merging", f"{merge['schedule']}, proportional attention {prop_attn}"),
                 ("Merge op", merge_op(manifest)),
-                ("Precision", manifest["precision"]),
-                ("Batch", manifest["batch"]),
+                ("Precision", manifest.precision),
+                ("Batch", manifest.batch),
             ]
         ),
         *([f"  {merge['note']}"] if merge.get("note") else []),
     ]
 
 
-def merge_op(manifest: Mapping[str, Any]) -> str:
+def merge_op(manifest: Manifest) -> str:
     """How the merge is written into the graph, and for which GPUs its kernels are compiled."""
-    plugins = manifest.get("plugins")
-    name = str(manifest["merge"]["merge_op"])
+    plugins = manifest.plugins
+    name = str(manifest.merge.merge_op)
     if not plugins:
         return name
     return f"{name}, kernels for compute capability {', '.join(plugins['compute_capabilities'])}"
 
 
-def layer_lines(manifest: Mapping[str, Any]) -> list[str]:
+def layer_lines(manifest: Manifest) -> list[str]:
     """Tokens, r and MACs of each layer, and the ratio."""
-    video = manifest.get("video") is not None
+    video = manifest.video is not None
     columns = VIDEO_COLUMNS if video else COLUMNS
     rows = [
         (
@@ -94,10 +95,10 @@ def layer_lines(manifest: Mapping[str, Any]) -> list[str]:
             macs(layer["macs_unmerged"]),
             macs(layer["macs"]),
         )
-        for index, layer in enumerate(manifest["layers"])
+        for index, layer in enumerate(manifest.layers)
     ]
-    total = manifest["macs"]
-    each = [] if not video else [VIDEO_NOTE.format(manifest["tokens_in"], manifest["tokens"][-1])]
+    total = manifest.macs
+    each = [] if not video else [VIDEO_NOTE.format(manifest.tokens_in, manifest.tokens[-1])]
     return [
         *table(("layer", *columns, "MACs unmerged", "MACs merged"), rows),
         *each,
@@ -165,11 +166,11 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     return [*summary_lines(report), *failures, "", *lines]
 
 
-def engine_lines(manifest: Mapping[str, Any]) -> list[str]:
+def engine_lines(manifest: Manifest) -> list[str]:
     """The engines, or why there is none."""
-    engines = manifest["engines"]
+    engines = manifest.engines
     if not engines:
-        return [f"Engine: none; {manifest['engine_note']}"]
+        return [f"Engine: none; {manifest.engine_note}"]
     lines = []
     for name, engine in engines.items():
         targets = ", ".join(engine["targets"])
@@ -181,10 +182,10 @@ def engine_lines(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def file_lines(manifest: Mapping[str, Any], path: Path) -> list[str]:
+def file_lines(manifest: Manifest, path: Path) -> list[str]:
     """Files with their sizes, and where they are."""
     folders: dict[str, int] = {}
-    for name, record in manifest["files"].items():
+    for name, record in manifest.files.items():
         folder, slash, _ = name.partition("/")
         folders[folder + slash] = folders.get(folder + slash, 0) + record["bytes"]
     rows = [(name, size(total)) for name, total in folders.items()]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from tome_export.errors import InputError
 
@@ -93,21 +92,14 @@ class Preprocessing:
     crop_pct: float
     interpolation: Interpolation
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Inverse of ``to_dict``."""
-        channels, height, width = (int(v) for v in values["input_size"])
-        return cls(
-            input_size=(channels, height, width),
-            mean=tuple(float(v) for v in values["mean"]),
-            std=tuple(float(v) for v in values["std"]),
-            crop_pct=float(values["crop_pct"]),
-            interpolation=cast(Interpolation, values["interpolation"]),
-        )
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of an engine or a served model; ``-1`` in the shape is the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -150,12 +142,6 @@ class TowerOptions:
     select_layer: int | None = None
     select_feature: SelectFeature | None = None
     projector: bool | None = None
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any] | None) -> TowerOptions:
-        """Those of a manifest, whose entry has more to it; none for None."""
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: values[name] for name in names if name in values} if values else {})
 
     @property
     def given(self) -> dict[str, Any]:

@@ -41,16 +41,7 @@ def compressor_from_text(text: str | None, options: Iterable[str] = ()) -> Compr
     return cls(**values)
 
 
-def compressor_from_json(entry: Mapping[str, Any] | None) -> Compressor | None:
-    """The compressor of a manifest's entry ``{"name", "options"}``; None for None."""
-    if entry is None:
-        return None
-    cls = compressor_class(entry["name"])
-    return cls(**values_from_json(cls, f"compressor {cls.name}", entry["options"]))
-
-
-def json_from_compressor(compressor: Compressor | None) -> dict[str, Any] | None:
-    """Inverse of ``compressor_from_json``."""
-    if compressor is None:
-        return None
-    return {"name": compressor.name, "options": compressor.options()}
+def compressor_from_entry(name: str, options: Mapping[str, Any]) -> Compressor:
+    """The compressor that a manifest names, with the options that it records."""
+    cls = compressor_class(name)
+    return cls(**values_from_json(cls, f"compressor {cls.name}", options))

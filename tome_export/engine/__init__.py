@@ -4,15 +4,10 @@ Adding a backend is one module that subclasses ``builder.PythonApiBackend`` (or 
 ``base.Backend``) and one line in ``select.BACKENDS``.
 """
 
-from tome_export.engine.base import (
-    Availability,
-    Backend,
-    EngineInfo,
-    EngineOptions,
-    Runner,
-    TensorInfo,
-)
+from tome_export.artifact.manifest import EngineInfo
+from tome_export.engine.base import Availability, Backend, EngineOptions, Runner
 from tome_export.engine.select import Choice, Selection, backend_for_file, select
+from tome_export.spec import TensorInfo
 
 __all__ = [
     "Availability",

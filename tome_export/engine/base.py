@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from tome_export.artifact.manifest import BackendName, EngineInfo
 from tome_export.errors import UsageError
 from tome_export.progress import Progress
 from tome_export.spec import BatchRange
@@ -16,8 +17,6 @@ from tome_export.spec import BatchRange
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-BackendName = Literal["tensorrt", "tensorrt-rtx"]
 
 
 @dataclass(frozen=True)
@@ -73,60 +72,6 @@ class Availability:
     available: bool
     version: str | None
     reason: str
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input or output of an engine; ``-1`` in the shape is the batch."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What was built, for the manifest.
-
-    Attributes:
-        backend: Name of the backend.
-        version: Version of its library; an engine runs with exactly this one unless it was built
-            ``version_compatible``.
-        file: Name of the engine file.
-        size_bytes: Its size.
-        build_seconds: Wall time of parsing and building.
-        batch: The optimisation profile, ``MIN:OPT:MAX``.
-        inputs: Inputs by name.
-        outputs: Outputs by name.
-        targets: Compute capabilities it was built for.
-        network_layers: Layers of the parsed network, before the builder fuses them.
-        plugin_layers: Those of them that are plugins.
-        version_compatible: Whether it brings a runtime of its own: code that loading it runs.
-        layers: The engine's layers as its inspector gives them; None where it could not be read.
-        notes: Whatever a user should know: options without effect here, fall-backs, warnings.
-    """
-
-    backend: BackendName
-    version: str
-    file: str
-    size_bytes: int
-    build_seconds: float
-    batch: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    targets: tuple[str, ...]
-    network_layers: int
-    plugin_layers: int
-    version_compatible: bool
-    layers: tuple[Any, ...] | None
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        values = asdict(self)
-        for key in ("inputs", "outputs"):
-            values[key] = [{**tensor, "shape": list(tensor["shape"])} for tensor in values[key]]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 class Runner(Protocol):

@@ -16,14 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tome_export.artifact.manifest import BackendName, EngineInfo
 from tome_export.engine import gpu, network
-from tome_export.engine.base import (
-    Availability,
-    BackendName,
-    EngineInfo,
-    EngineOptions,
-    Runner,
-)
+from tome_export.engine.base import Availability, EngineOptions, Runner
 from tome_export.engine.files import write_atomically
 from tome_export.engine.interrupt import run_interruptibly
 from tome_export.engine.messages import Messages, collect, monitor_for
@@ -174,7 +169,7 @@ class PythonApiBackend(ABC):
             file=output_path.name,
             size_bytes=int(plan.nbytes),
             build_seconds=round(time.monotonic() - started, 3),
-            batch=str(options.batch),
+            batch=options.batch,
             inputs=network.tensors(net, outputs=False),
             outputs=network.tensors(net, outputs=True),
             targets=self.targets(options),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
-from tome_export.engine.base import BackendName
+from tome_export.artifact.manifest import BackendName
+
+if TYPE_CHECKING:
+    from tome_export.artifact.manifest import Layer
+    from tome_export.merge.schedule import LayerTokens
 
 TOPK_MAX = 3840
 """Most numbers that TensorRT's TopK gives (documentation of ``ITopKLayer``).
@@ -63,25 +67,26 @@ class MergeCounts(NamedTuple):
         return self.tokens - self.prefix
 
 
-def merges_of(layers: Iterable[Mapping[str, int]], prefix: int) -> list[MergeCounts]:
+def merges_of(layers: Iterable[LayerTokens | Layer], prefix: int) -> list[MergeCounts]:
     """The merges of a model.
 
     Args:
-        layers: Token counts of every layer as ``build.json`` lists them, or ``asdict`` of those of
-            a patched model.
+        layers: Token counts of every layer, as ``build.json`` or a patched model has them.
         prefix: Protected tokens of one image.
     """
     found = []
     for index, layer in enumerate(layers):
-        tokens = layer["tokens_in"] * layer.get("joined", 1)
-        first, sequences = layer.get("prefix", prefix), layer.get("clips", 1)
-        cross = layer.get("cross", 0)
+        # Those of videos have more to them.
+        tokens = layer.tokens_in * (getattr(layer, "joined", None) or 1)
+        first = getattr(layer, "prefix", None)
+        first = prefix if first is None else first
+        sequences, cross = getattr(layer, "clips", None) or 1, getattr(layer, "cross", None) or 0
         if cross:
             name = f"blocks.{index}.across"
             found.append(MergeCounts(name, tokens, cross, first, sequences))
-        if layer["r"]:
+        if layer.r:
             name = f"blocks.{index}"
-            found.append(MergeCounts(name, tokens - cross, layer["r"], first, sequences))
+            found.append(MergeCounts(name, tokens - cross, layer.r, first, sequences))
     return found
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tome_export.engine.base import TensorInfo
 from tome_export.engine.messages import Messages
 from tome_export.errors import ExportError, InputError
-from tome_export.spec import BatchRange
+from tome_export.spec import BatchRange, TensorInfo
 
 _SHOWN_ERRORS = 3
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
-from tome_export.engine.base import BackendName, EngineOptions
+from tome_export.engine.base import EngineOptions
 from tome_export.engine.builder import PythonApiBackend
 from tome_export.engine.files import write_atomically
 from tome_export.errors import InputError, UsageError

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_export.artifact import Manifest
 from tome_export.errors import InputError
 from tome_export.spec import PatchGrid, Preprocessing
 
 
-def grid_from_manifest(manifest: Mapping[str, Any], where: Path) -> tuple[PatchGrid, int]:
+def grid_from_manifest(manifest: Manifest, where: Path) -> tuple[PatchGrid, int]:
     """Where a model's patches lie in an image, and the number of its prefix tokens.
 
     Artifacts of earlier versions do not say so; then patches are taken to be square, and there is
@@ -26,15 +25,15 @@ def grid_from_manifest(manifest: Mapping[str, Any], where: Path) -> tuple[PatchG
     Raises:
         InputError: if it cannot be told.
     """
-    _, height, width = manifest["preprocessing"]["input_size"]
-    prefix, tokens = manifest["merge"].get("prefix"), manifest.get("tokens_in")
+    _, height, width = manifest.preprocessing.input_size
+    prefix, tokens = manifest.merge.get("prefix"), manifest.tokens_in
     if not isinstance(prefix, int) or not isinstance(tokens, int):
         raise InputError(
             f"{where} does not say how many tokens are patches; rebuild it with this version"
         )
-    if manifest.get("video"):
-        tokens = manifest["layers"][0]["tokens_in"]  # of one frame
-    recorded = manifest.get("patches")
+    if manifest.video:
+        tokens = manifest.layers[0].tokens_in  # of one frame
+    recorded = manifest.patches
     try:
         grid = PatchGrid(**recorded) if recorded else None
     except TypeError:

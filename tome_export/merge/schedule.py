@@ -5,9 +5,8 @@ Those of videos too, whose frames are joined on the way (TempMe, arXiv 2409.0115
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from tome_export.errors import InputError
 from tome_export.merge.spec import clamp_r
@@ -210,24 +209,6 @@ class VideoOptions:
     def __post_init__(self) -> None:
         if self.frames is not None and self.frames < 1:
             raise InputError(f"{self.frames} frames were asked for; expected 1 or more")
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | None) -> VideoOptions:
-        """Inverse of ``to_dict``; no options for None."""
-        if values is None:
-            return cls()
-        given = values["merging"]
-        merging = None
-        if given is not None:
-            layers, frames, parts = (
-                tuple(given[name]) for name in ("layers", "frames", "proportions")
-            )
-            merging = FrameMerging(layers, frames, (parts[0], parts[1]), bool(given["position"]))
-        return cls(values["frames"], merging)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ def shared_facts(artifact: Artifact) -> dict[str, object]:
     """What artifacts of one model have in common, by what a message calls it."""
     manifest = artifact.manifest
     return {
-        "models": manifest["model"]["name"],
-        "weights": manifest["model"]["weights"]["state_sha256"],
-        "preprocessing": manifest["preprocessing"],
-        "labels": manifest.get("labels"),
+        "models": manifest.model.name,
+        "weights": manifest.model.weights.state_sha256,
+        "preprocessing": manifest.preprocessing,
+        "labels": manifest.labels,
     }
 
 

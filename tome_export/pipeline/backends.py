@@ -67,12 +67,12 @@ def subject_of(artifact: Artifact, label: str, module: MergedModel | None = None
     return Subject(
         label=label,
         folder=artifact.path,
-        precision=manifest["precision"],
-        output_name=manifest["output"]["name"],
-        batch=BatchRange.parse(manifest["batch"]),
-        engines={name: artifact.path / e["file"] for name, e in manifest["engines"].items()},
+        precision=manifest.precision,
+        output_name=manifest.output.name,
+        batch=manifest.batch,
+        engines={name: artifact.path / e["file"] for name, e in manifest.engines.items()},
         version_compatible=frozenset(
-            name for name, e in manifest["engines"].items() if e.get("version_compatible")
+            name for name, e in manifest.engines.items() if e.get("version_compatible")
         ),
         plugins=plugins_of(manifest),
         module=module,
@@ -102,9 +102,9 @@ def variant(
         yield Subject(
             label=label,
             folder=folder,
-            precision=manifest["precision"],
-            output_name=manifest["output"]["name"],
-            batch=BatchRange.parse(manifest["batch"]),
+            precision=manifest.precision,
+            output_name=manifest.output.name,
+            batch=manifest.batch,
             plugins=plugins,
             module=module,
             further=module.extra_inputs,

@@ -108,23 +108,23 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
         check_comparable(artifact, other)
     batches = choose_batches(request.batches, artifact, other, backends)
     notes = [f"Skipped {name}: {reason}" for name, reason in skipped.items()]
-    if other is None and not any(artifact.manifest["merge"]["r"]):
+    if other is None and not any(artifact.manifest.merge.r):
         notes.append(
             "This artifact does not merge: it is compared with itself, so the speed-up is noise"
         )
-    if ORT_CPU in backends and artifact.manifest["precision"] == "bf16":
+    if ORT_CPU in backends and artifact.manifest.precision == "bf16":
         notes.append(EMULATED)
     if request.profile:
         notes += [NO_PROFILE.format(name) for name in backends if name != ORT_CPU]
     if extra := asked_inputs(artifact.manifest):
         notes.append(f"Given for {', '.join(extra)}: random vectors of unit length")
-    theirs = (other or artifact).manifest["macs"]
-    ratio = theirs["unmerged" if other is None else "merged"] / artifact.manifest["macs"]["merged"]
+    theirs = (other or artifact).manifest.macs
+    ratio = theirs["unmerged" if other is None else "merged"] / artifact.manifest.macs.merged
     images, kind = bench_images(artifact.manifest, max(*batches, 1))
     with open_subjects(artifact, other, request.weights, backends, progress) as subjects:
         bencher = _Bench(request, subjects, images, ratio, progress)
         for name in backends:
-            takes = artifact.manifest["engines"].get(name, artifact.manifest)["batch"]
+            takes = artifact.manifest.engines.get(name, artifact.manifest)["batch"]
             bencher.measure(name, batches, BatchRange.parse(takes).min == 1)
     found = {
         "latency_ms": bencher.latency_ms,

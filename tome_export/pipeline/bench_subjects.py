@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tome_export.artifact import Artifact
+from tome_export.artifact import Artifact, Manifest
 from tome_export.engine import EngineOptions
 from tome_export.engine.select import BACKENDS as ENGINES
 from tome_export.errors import InputError
@@ -26,11 +26,9 @@ from tome_export.pipeline.engine import build_engine
 from tome_export.pipeline.images import parity_images
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.progress import Progress
-from tome_export.spec import BatchRange, Preprocessing
+from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from tome_export.parity.decisions import Array
 
 UNMERGED = "unmerged"
@@ -39,7 +37,7 @@ COUNT = 24
 """Sample images, repeated up to the batch."""
 
 
-def bench_images(manifest: Mapping[str, Any], batch: int) -> tuple[Array, str]:
+def bench_images(manifest: Manifest, batch: int) -> tuple[Array, str]:
     """Images to time a model on: the recipe's samples, repeated; noise where they do not fit.
 
     Args:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.artifact import MODEL, PARITY, Artifact, staged, write_json, write_manifest
+from tome_export.artifact import (
+    MODEL,
+    PARITY,
+    Artifact,
+    Manifest,
+    staged,
+    write_json,
+    write_manifest,
+)
 from tome_export.engine import EngineOptions
 from tome_export.errors import (
     ExportError,
@@ -24,7 +32,14 @@ from tome_export.pipeline.images import BUILD_COUNT, parity_images
 from tome_export.pipeline.kernels import compile_kernels, plugins_of
 from tome_export.pipeline.learned import write_learned
 from tome_export.pipeline.library import check_library
-from tome_export.pipeline.manifest import manifest_of, state_sha256
+from tome_export.pipeline.manifest import (
+    manifest_of,
+    merge_info,
+    model_info,
+    output_names,
+    state_sha256,
+    versions,
+)
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import AttentionForm, BatchRange, MergeOp, Precision, TowerOptions
@@ -32,6 +47,8 @@ from tome_export.tune.schedule_file import NAME as SCHEDULE
 from tome_export.tune.schedule_file import read_schedule
 
 if TYPE_CHECKING:
+    from tome_export.models import LoadedModel
+    from tome_export.onnx.export import ExportOptions
     from tome_export.parity.report import ParityReport
     from tome_export.patch import MergedModel
     from tome_export.pipeline.engine import AttentionDecision
@@ -138,7 +155,7 @@ def _build_into(
     request: BuildRequest,
     form: MergeForm,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Manifest:
     manifest, form = _export_and_check(folder, request, form, progress)
     selection = form.selection
     if selection.backend is not None:
@@ -151,7 +168,7 @@ def _build_into(
             # They were for the kernels; a TensorRT engine is for the GPU of this machine.
             options = replace(options, compute_capabilities=())
         info = build_engine(selection.backend, folder, options, progress, plugins=plugins)
-        manifest["engines"] = {info.backend: info.to_dict()}
+        manifest = manifest.model_copy(update={"engines": {info.backend: info}})
     progress.stage("Write the artifact")
     return write_manifest(folder, manifest)
 
@@ -161,13 +178,11 @@ def _export_and_check(
     request: BuildRequest,
     form: MergeForm,
     progress: Progress,
-) -> tuple[dict[str, Any], MergeForm]:
+) -> tuple[Manifest, MergeForm]:
     """The manifest so far, and the form as it was written."""
     from tome_export.compressors.options import compressor_from_text
     from tome_export.models import resolve
     from tome_export.onnx.export import ExportOptions
-    from tome_export.onnx.files import load
-    from tome_export.onnx.merging import merging_of
     from tome_export.patch import patch
     from tome_export.reducers.options import json_from_reducer, reducer_from_text
 
@@ -233,24 +248,14 @@ def _export_and_check(
         attention=attention.form,
         plugin=bool(form.capabilities) and model.merges,
     )
-    manifest = _exported(folder, loaded, model, options, form)
-    if options.plugin:
-        try:
-            merging = merging_of(load(folder / MODEL, weights=False))
-            manifest["plugins"] = compile_kernels(merging, form.capabilities, folder, progress)
-        except (InputError, MissingComponentError, ExportError) as error:
-            if form.required:
-                raise
-            form = form.without_plugin(str(error))
-            options = replace(options, plugin=False)
-            manifest = _exported(folder, loaded, model, options, form)
-    manifest["onnx"]["attention_note"] = attention.reason
+    manifest, form = _exported(folder, loaded, model, options, form, attention.reason, progress)
+    options = replace(options, plugin=manifest.plugins is not None)
 
     if images is not None:
         what = "videos" if model.takes_video else "images"
         progress.stage(f"Check parity on {len(images)} {what}")
         report = _parity(folder, model, images, options, progress)
-        manifest["parity"] = parity_summary(report)
+        manifest = manifest.model_copy(update={"parity": parity_summary(report)})
         write_json(folder / PARITY, {"checks": [report.to_dict()]})
     return manifest, form
 
@@ -270,19 +275,49 @@ def _check_precision(request: BuildRequest, stored: str) -> None:
 
 
 def _exported(
-    folder: Path, loaded: Any, model: MergedModel, options: Any, form: MergeForm
-) -> dict[str, Any]:
-    """Write the ONNX model; returns the manifest so far."""
+    folder: Path,
+    loaded: LoadedModel,
+    model: MergedModel,
+    options: ExportOptions,
+    form: MergeForm,
+    attention_note: str,
+    progress: Progress,
+) -> tuple[Manifest, MergeForm]:
+    """Write the ONNX model and its kernels; returns the manifest so far, and the form it has."""
     from tome_export.onnx.build import onnx_from_model
+    from tome_export.onnx.files import load
+    from tome_export.onnx.merging import merging_of
 
-    manifest = manifest_of(loaded, model, options, form.selection.line)
     # Only of merges: a model that makes none has no plugin to speak of.
-    manifest["merge"]["note"] = form.note if model.merges else ""
-    described = {key: manifest[key] for key in ("model", "merge", "versions")}
-    names = [output["name"] for output in manifest["outputs"]]
+    merge_note = form.note if model.merges else ""
+    described = {
+        "model": model_info(loaded, model).model_dump(mode="json"),
+        "merge": merge_info(model, options, merge_note).model_dump(mode="json"),
+        "versions": versions(),
+    }
+    names = output_names(loaded.recipe.output_name, model)
     exported = onnx_from_model(model, folder / MODEL, options, names, described)
-    manifest["onnx"] |= {"nodes": exported.nodes, "simplified": exported.simplified}
-    return manifest
+    plugins = None
+    if options.plugin:
+        try:
+            merging = merging_of(load(folder / MODEL, weights=False))
+            plugins = compile_kernels(merging, form.capabilities, folder, progress)
+        except (InputError, MissingComponentError, ExportError) as error:
+            if form.required:
+                raise
+            form, options = form.without_plugin(str(error)), replace(options, plugin=False)
+            return _exported(folder, loaded, model, options, form, attention_note, progress)
+    manifest = manifest_of(
+        loaded,
+        model,
+        options,
+        exported,
+        plugins=plugins,
+        merge_note=merge_note,
+        attention_note=attention_note,
+        engine_note=form.selection.line,
+    )
+    return manifest, form
 
 
 def _parity(

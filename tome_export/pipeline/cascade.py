@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from tome_export.artifact import Artifact
+from tome_export.artifact.files import json_bytes, write_whole, writing_to
 from tome_export.cascade.calibrate import Point, best_within, cheapest, check_budget, front_of
 from tome_export.cascade.outcome import Observations
 from tome_export.cascade.policy import MEASURES, POLICIES
 from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.find import shared_path
-from tome_export.files import json_bytes, write_whole, writing_to
 from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.cascade_images import Looks, Seen, observed
 from tome_export.pipeline.cascade_members import macs_of, members_of

@@ -22,7 +22,7 @@ from tome_export.pipeline.backends import open_runner, subject_of
 from tome_export.pipeline.eval import selection
 from tome_export.progress import Progress
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME, BatchRange, Preprocessing
+from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
     from tome_export.evaluation.source import Source
@@ -82,7 +82,7 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
     from tome_export.models.preprocess import pixels_from_bytes
 
     chosen = selection(len(source), limit or LIMIT)
-    preprocessing = Preprocessing.from_dict(looks.members[0].manifest["preprocessing"])
+    preprocessing = looks.members[0].manifest.preprocessing
     decode = partial(pixels_from_bytes, preprocessing=preprocessing)
     batch = _batch(looks.members)
     starts = range(0, len(chosen), batch)
@@ -172,10 +172,10 @@ def _joined(parts: Sequence[Observations]) -> Observations:
 
 def _batch(members: Sequence[Artifact]) -> int:
     """A batch size that all members take, near to what they are tuned for."""
-    ranges = [BatchRange.parse(one.manifest["batch"]) for one in members]
+    ranges = [one.manifest.batch for one in members]
     least, most = max(r.min for r in ranges), min(r.max for r in ranges)
     if least > most:
-        texts = ", ".join(one.manifest["batch"] for one in members)
+        texts = ", ".join(one.manifest.batch for one in members)
         raise InputError(
             f"the artifacts take batches of {texts}, which have no size in common; rebuild them "
             "with one --batch"

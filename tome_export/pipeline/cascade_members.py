@@ -30,7 +30,7 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
     found = sorted((Artifact.open(path.absolute()) for path in paths), key=macs_of)
     for one in found:
         refuse_extra_inputs(one, "cascade")
-        name = one.manifest["output"]["name"]
+        name = one.manifest.output.name
         if name != "logits":
             raise InputError(
                 f"{one.path} gives {name}, not classes, by which a cascade is calibrated; give "
@@ -53,7 +53,7 @@ def macs_of(artifact: Artifact) -> int:
         InputError: if the manifest does not say.
     """
     try:
-        return int(artifact.manifest["macs"]["merged"])
+        return int(artifact.manifest.macs.merged)
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{artifact.path} has no usable macs in its build.json; rebuild the artifact"

@@ -62,7 +62,7 @@ def policy_macs_of(artifact: Artifact, members: int, embedding: Embedding | None
     average patch, one addition per pixel, and the folded matrix on it. ``confidence``: none, a
     softmax is not counted in the models either.
     """
-    pixels: int = math.prod(artifact.manifest["preprocessing"]["input_size"])
+    pixels: int = math.prod(artifact.manifest.preprocessing.input_size)
     if name == "complexity":
         return 4 * pixels
     if embedding is None:

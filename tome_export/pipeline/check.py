@@ -16,7 +16,7 @@ from tome_export.pipeline.engine_parity import EngineRunnerFactory
 from tome_export.pipeline.images import CHECK_COUNT, image_names, parity_images
 from tome_export.pipeline.reference import reference_model
 from tome_export.progress import Progress, Silent
-from tome_export.spec import BatchRange, Preprocessing
+from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend
@@ -131,12 +131,12 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
     manifest = artifact.manifest
-    progress.stage(f"Load {manifest['model']['name']}")
+    progress.stage(f"Load {manifest.model.name}")
     model, recipe = reference_model(artifact, request.weights)
-    recipe = replace(recipe, preprocessing=Preprocessing.from_dict(manifest["preprocessing"]))
+    recipe = replace(recipe, preprocessing=manifest.preprocessing)
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT)
     exported = load(artifact.model_path)
-    batch = BatchRange.parse(manifest["batch"])
+    batch = manifest.batch
     reports: list[ParityReport] = []
     backends, skipped = _backends(artifact, request.backends)
     for name in backends:
@@ -146,13 +146,13 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         if name != ORT_CPU:
             factory = EngineRunnerFactory(artifact, name, progress)
             options = {"runner_factory": factory, "candidate": factory.name, "engine": True}
-            batch = BatchRange.parse(manifest["engines"][name]["batch"])
+            batch = BatchRange.parse(manifest.engines[name].batch)
         reports.append(
             check_parity(
                 model,
                 exported,
                 images,
-                manifest["precision"],
+                manifest.precision,
                 batch,
                 progress=progress.detail,
                 **options,
@@ -164,7 +164,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         labelled = None  # an accuracy would be that of the random inputs that parity is checked on
     if labelled is not None:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
-        accuracy = _accuracy(model, exported, BatchRange.parse(manifest["batch"]), *labelled)
+        accuracy = _accuracy(model, exported, manifest.batch, *labelled)
     unrecorded = None
     try:
         artifact = _record(artifact, reports)
@@ -208,7 +208,7 @@ def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ..
     from tome_export.engine.select import BACKENDS
 
     engines: dict[str, Backend] = {
-        b.name: b for b in BACKENDS if b.name in artifact.manifest["engines"]
+        b.name: b for b in BACKENDS if b.name in artifact.manifest.engines
     }
     for name in asked:
         if name != ORT_CPU and name not in {b.name for b in BACKENDS}:

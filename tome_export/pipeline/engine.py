@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tome_export.artifact import MODEL, Artifact, writing_to
+from tome_export.artifact import MODEL, Artifact, Manifest, writing_to
 from tome_export.engine import EngineOptions, limits, select
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
@@ -56,7 +55,7 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
     progress = progress or Silent()
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
-    if artifact.manifest["merge"]["merge_op"] == "index_add":
+    if artifact.manifest.merge.merge_op == "index_add":
         raise InputError(
             "the artifact was built with --merge-op index_add, which TensorRT's parser refuses; "
             "rebuild it with --merge-op matmul"
@@ -64,11 +63,11 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
     selection = select(request.engine)
     if selection.backend is None:
         raise MissingComponentError(selection.line)
-    if refusal := _attention_refusal(artifact.manifest["onnx"]["attention"], selection.backend):
+    if refusal := _attention_refusal(artifact.manifest.onnx.attention, selection.backend):
         raise InputError(f"the artifact's {refusal}")
     if refusal := _length_refusal(artifact.manifest, selection.backend):
         raise InputError(f"the artifact cannot become an engine: {refusal}")
-    built = BatchRange.parse(artifact.manifest["batch"])
+    built = artifact.manifest.batch
     batch = request.batch or built
     if batch.min < built.min or batch.max > built.max:
         raise InputError(
@@ -89,19 +88,18 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
             Path(folder),
             plugins=plugins_of(artifact.manifest),
         )
-        changes = {"engines": {info.backend: info.to_dict()}, "engine_note": selection.line}
-        return artifact.with_files(changes, {info.file: Path(folder) / info.file})
+        return artifact.with_engine(info, Path(folder) / info.file, selection.line)
 
 
-def _length_refusal(manifest: Mapping[str, Any], backend: Backend) -> str | None:
+def _length_refusal(manifest: Manifest, backend: Backend) -> str | None:
     """Why a model's sequences are too long for the operators of a backend; None if they are not."""
-    merge = manifest["merge"]
+    merge = manifest.merge
     return limits.refusal(
         backend.name,
-        limits.merges_of(manifest["layers"], merge["prefix"]),
-        class_token=merge["class_token"],
-        scored=merge["scored"],
-        plugin=merge["merge_op"] == "plugin",
+        limits.merges_of(manifest.layers, merge.prefix),
+        class_token=merge.class_token,
+        scored=merge.scored,
+        plugin=merge.merge_op == "plugin",
     )
 
 

@@ -18,7 +18,6 @@ from tome_export.evaluation.source import Source
 from tome_export.pipeline.eval_runs import Candidate, open_runs, shipment_of
 from tome_export.pipeline.manifest import versions
 from tome_export.progress import Progress
-from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:
     from tome_export.pipeline.eval import EvalRequest
@@ -56,14 +55,14 @@ def evaluated(
     """
     from tome_export.models.preprocess import pixels_from_bytes
 
-    preprocessing = Preprocessing.from_dict(artifact.manifest["preprocessing"])
+    preprocessing = artifact.manifest.preprocessing
     decode = partial(pixels_from_bytes, preprocessing=preprocessing)
     batch = classifier.batch
     runs = list(dict.fromkeys(candidate.run for candidate in candidates))
     table = Table(len(chosen), batch, runs, classes=classifier.classes)
     key = {
-        "files": artifact.manifest["files"],
-        "weights": artifact.manifest["model"]["weights"]["state_sha256"],
+        "files": artifact.manifest.files,
+        "weights": artifact.manifest.model.weights.state_sha256,
         "data": source.digest,
         "limit": len(chosen),
         "batch": batch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tome_export.engine import Selection, gpu, limits, select
@@ -131,7 +131,7 @@ def fit_form(form: MergeForm, model: MergedModel, engine: str) -> MergeForm:
     Raises:
         InputError: if an engine that was asked for cannot take the model.
     """
-    merges = limits.merges_of([asdict(layer) for layer in model.layers], model.prefix)
+    merges = limits.merges_of(model.layers, model.prefix)
     if form.capabilities and not form.required:
         tokens = max((merge.tokens for merge in merges), default=0)
         reason = drawback(tokens, gpu.detect().gpus[0].compute_capability)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tome_export.artifact import Manifest
 from tome_export.errors import InputError
 from tome_export.spec import Preprocessing
 
@@ -60,7 +61,7 @@ def parity_images(
     return loaded
 
 
-def load_inputs(manifest: Mapping[str, Any], paths: Sequence[Path]) -> Array:
+def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
     """Image files, or the video files of an artifact that takes videos, as it takes them.
 
     Returns:
@@ -73,8 +74,8 @@ def load_inputs(manifest: Mapping[str, Any], paths: Sequence[Path]) -> Array:
     from tome_export.models.preprocess import load_images
     from tome_export.models.video import load_videos
 
-    preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
-    video = manifest.get("video")
+    preprocessing = manifest.preprocessing
+    video = manifest.video
     loaded: Array
     if video:
         loaded = load_videos(paths, preprocessing, video["frames"])

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tome_export.artifact import Manifest
 from tome_export.errors import InputError, UsageError
 from tome_export.spec import VIDEO_MASK
 
@@ -21,23 +22,12 @@ if TYPE_CHECKING:
     from tome_export.artifact import Artifact
 
 
-def extra_inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of each input besides the images, without the batch; artifacts of before have none.
-
-    Raises:
-        InputError: if the manifest was edited into something unusable.
-    """
-    entries = manifest.get("inputs", ())
-    try:
-        return {
-            str(entry["name"]): tuple(int(size) for size in entry["shape"][1:])
-            for entry in entries[1:]
-        }
-    except (KeyError, TypeError, ValueError):
-        raise InputError("build.json has no usable inputs; rebuild the artifact") from None
+def extra_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Shape of each input besides the images, without the batch."""
+    return {one.name: tuple(int(size) for size in one.shape[1:]) for one in manifest.inputs[1:]}
 
 
-def asked_inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def asked_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Those of ``extra_inputs`` that a user has to give: not which frames of a video count."""
     return {name: shape for name, shape in extra_inputs(manifest).items() if name != VIDEO_MASK}
 
@@ -48,7 +38,7 @@ def refuse_videos(artifact: Artifact, command: str) -> None:
     Raises:
         InputError: if the model takes videos.
     """
-    if artifact.manifest.get("video"):
+    if artifact.manifest.video:
         raise InputError(
             f"the model of {artifact.path} takes videos, and 'tome-export {command}' is for models "
             "of images; use check, bench, inspect, report or serve"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import Artifact, staged, write_json
+from tome_export.artifact import Artifact, Manifest, staged, write_json
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.images import load_inputs
 from tome_export.pipeline.inputs import (
@@ -21,7 +21,7 @@ from tome_export.pipeline.inputs import (
 )
 from tome_export.pipeline.inspect_video import video_maps
 from tome_export.progress import Progress, Silent
-from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid, Preprocessing
+from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,7 +106,7 @@ class InspectResult:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``inspect.json`` says: nothing of where the files lie."""
-        model = self.artifact.manifest["model"]
+        model = self.artifact.manifest.model
         return {
             "model": model["name"],
             "random_weights": model["random_weights"],
@@ -133,14 +133,14 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
         raise UsageError(f"size is {size}; expected 1 to {MAX_SIZE} pixels")
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
-    layers = layers_from_text(request.layer, len(artifact.manifest["merge"]["r"]))
+    layers = layers_from_text(request.layer, len(artifact.manifest.merge.r))
     shapes = asked_inputs(artifact.manifest)
     given = inputs_from_file(shapes, request.query, len(request.images))
     output = request.output or Path(f"{artifact.path.resolve().name}-inspect")
     with staged(output, force=request.force, replaceable=_is_ours) as folder:
-        kind, count = "video" if artifact.manifest.get("video") else "image", len(request.images)
+        kind, count = "video" if artifact.manifest.video else "image", len(request.images)
         on = f"{count} {kind}{'s' * (count != 1)}"
-        progress.stage(f"Run {artifact.manifest['model']['name']} on {on}")
+        progress.stage(f"Run {artifact.manifest.model.name} on {on}")
         maps = merge_maps(artifact, request.images, progress, given)
         progress.stage("Draw")
         pictures = []
@@ -192,28 +192,28 @@ def merge_maps(
     if inputs is None:
         refuse_extra_inputs(artifact, "report")
     manifest = artifact.manifest
-    preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
+    preprocessing = manifest.preprocessing
     grid, prefix = grid_from_manifest(manifest, artifact.path)
-    video = manifest.get("video")
+    video = manifest.video
     pixels = images if isinstance(images, np.ndarray) else load_inputs(manifest, images)
     plans: dict[Step, Plans] = {}
-    if any(manifest["merge"]["r"]) or (video and video["merging"]):
+    if any(manifest.merge.r) or (video and video["merging"]):
         progress.detail("reading the model")
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
         masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
         with OrtRunner(twin.model) as runner:
-            batch = BatchRange.parse(manifest["batch"])
+            batch = manifest.batch
             plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})
     # The manifest may have been edited though the files are whole.
-    if not _agree(plans, manifest["layers"] if video else _layers(manifest, prefix + grid.patches)):
+    if not _agree(plans, manifest.layers if video else _layers(manifest, prefix + grid.patches)):
         raise InputError(
             f"model.onnx of {artifact.path} merges other tokens than its build.json says; rebuild "
             "the artifact"
         )
     if video:
         return video_maps(manifest, plans, pixels, grid, prefix)
-    tokens = tuple(manifest["tokens"])
+    tokens = tuple(manifest.tokens)
     own = {step_layer(step): plan for step, plan in plans.items()}
     positions = groups_by_layer(own, len(tokens), prefix + grid.patches, len(pixels))
     return [
@@ -266,9 +266,9 @@ def chosen_plans(
     }
 
 
-def _layers(manifest: Mapping[str, Any], first: int) -> list[dict[str, int]]:
+def _layers(manifest: Manifest, first: int) -> list[dict[str, int]]:
     """Token counts of the layers of a model of images."""
-    tokens = manifest["tokens"]
+    tokens = manifest.tokens
     before = [first, *tokens[:-1]]
     return [{"tokens_in": n, "tokens_out": k} for n, k in zip(before, tokens, strict=True)]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tome_export.spec import PatchGrid, Preprocessing
+from tome_export.artifact import Manifest
+from tome_export.spec import PatchGrid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def video_maps(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     plans: Mapping[Step, Plans],
     pixels: NDArray[np.float32],
     grid: PatchGrid,
@@ -37,10 +38,10 @@ def video_maps(
     from tome_export.inspect.image import image_from_pixels
     from tome_export.merge.plan import Across, step_layer
 
-    preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
-    frames = manifest["video"]["frames"]
+    preprocessing = manifest.preprocessing
+    frames = manifest.video.frames
     keyed = {(step_layer(s), isinstance(s, Across)): plan for s, plan in plans.items()}
-    ids = clip_groups(keyed, manifest["layers"], frames, len(pixels))
+    ids = clip_groups(keyed, manifest.layers, frames, len(pixels))
     # What lies beyond the last whole patch would part the frames' grids.
     cut = pixels[..., : grid.rows * grid.height, : grid.cols * grid.width]
     beside = mosaic_side(frames)
@@ -49,7 +50,7 @@ def video_maps(
         MergeMap(
             mosaic(np.stack([image_from_pixels(frame, preprocessing) for frame in shown])),
             whole,
-            video_layers(one, manifest["tokens"], prefix, grid),
+            video_layers(one, manifest.tokens, prefix, grid),
         )
         for shown, one in zip(cut, ids, strict=True)
     ]

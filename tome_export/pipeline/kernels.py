@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tome_export.artifact import MANIFEST
+from tome_export.artifact import MANIFEST, Manifest
+from tome_export.artifact.manifest import PluginInfo
 from tome_export.engine import gpu
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.plugins import store
@@ -87,7 +88,7 @@ def compile_kernels(
     capabilities: Sequence[tuple[int, int]],
     folder: Path,
     progress: Progress,
-) -> dict[str, Any]:
+) -> PluginInfo:
     """Compile what the merging nodes need into ``folder/plugins``.
 
     Returns:
@@ -114,11 +115,11 @@ def compile_kernels(
         binaries = tuple(compile_ptx(variant, capability) for capability in capabilities)
         kernels.append(store.Kernel(variant, binaries))
     store.KernelStore(kernels).write(folder / store.FOLDER, compiler())
-    return {
-        "kernels": list(variants),
-        "compute_capabilities": [f"{major}.{minor}" for major, minor in capabilities],
-        "compiler": compiler(),
-    }
+    return PluginInfo(
+        kernels=tuple(variants),
+        compute_capabilities=tuple(f"{major}.{minor}" for major, minor in capabilities),
+        compiler=compiler(),
+    )
 
 
 @dataclass(frozen=True)
@@ -134,22 +135,18 @@ class Plugins:
     kernels: tuple[str, ...]
 
 
-def plugins_of(manifest: Mapping[str, Any]) -> Plugins | None:
+def plugins_of(manifest: Manifest) -> Plugins | None:
     """The plugins of an artifact, or None if its model has none.
 
     Raises:
         InputError: if the manifest does not list the kernels.
     """
-    merge = manifest["merge"]
-    if merge["merge_op"] != "plugin":
+    merge = manifest.merge
+    if merge.merge_op != "plugin":
         return None
-    try:
-        names = tuple(str(name) for name in manifest["plugins"]["kernels"])
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            "build.json lists no kernels of its plugins: rebuild the artifact"
-        ) from error
-    return Plugins(2 * sum(r > 0 for r in merge["r"]), names)
+    if manifest.plugins is None:
+        raise InputError("build.json lists no kernels of its plugins: rebuild the artifact")
+    return Plugins(2 * sum(r > 0 for r in merge.r), manifest.plugins.kernels)
 
 
 def register_plugins(

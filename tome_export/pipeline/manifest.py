@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tome_export
+from tome_export.artifact.manifest import (
+    FORMAT,
+    Component,
+    Graph,
+    Layer,
+    Macs,
+    Manifest,
+    MergeInfo,
+    ModelInfo,
+    OutputForm,
+    PluginInfo,
+    Tensor,
+    Tower,
+    Weights,
+)
 from tome_export.merge.schedule import VideoOptions
 from tome_export.spec import ENTROPY, FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
 
@@ -16,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tome_export.models import LoadedModel
+    from tome_export.onnx.build import OnnxFiles
     from tome_export.onnx.export import ExportOptions
     from tome_export.patch import MergedModel
 
@@ -23,74 +39,106 @@ PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-g
 
 
 def manifest_of(
-    loaded: LoadedModel, model: MergedModel, options: ExportOptions, engine_note: str
-) -> dict[str, Any]:
-    """The manifest of a build, before its files, engines and parity are known."""
-    from tome_export.compressors.options import json_from_compressor
-    from tome_export.reducers.options import json_from_reducer
+    loaded: LoadedModel,
+    model: MergedModel,
+    options: ExportOptions,
+    exported: OnnxFiles,
+    *,
+    plugins: PluginInfo | None = None,
+    merge_note: str = "",
+    attention_note: str = "",
+    engine_note: str = "",
+) -> Manifest:
+    """The manifest of a build, before its files, engines and parity are known.
 
-    recipe, weights = loaded.recipe, loaded.weights
+    Args:
+        loaded: The model and where it is from.
+        model: The same, patched.
+        options: How it was exported.
+        exported: What was written.
+        plugins: The kernels of its plugin nodes; None without any.
+        merge_note: Why the merge is written so.
+        attention_note: Why attention is written so.
+        engine_note: Which engines can be had here.
+    """
+    recipe = loaded.recipe
     merged, unmerged = model.macs(), model.macs(merged=False)
     batch = options.batch.max if options.batch.is_static else "batch"
-    preprocessing = recipe.preprocessing.to_dict() | {"input_size": list(model.image_size)}
+    inputs = tuple(
+        Tensor(name=name, dtype="float32", shape=(batch, *shape))
+        for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
+    )
     outputs = _outputs(recipe.output_name, model, batch)
-    labels = None
-    if outputs[0]["name"] == LOGITS:
-        labels = recipe.label_names(outputs[0]["shape"][-1])
-    return {
-        "model": {
-            "name": recipe.name,
-            "folder": checkpoint_folder(recipe.name),
-            "family": recipe.family,
-            "timm_name": recipe.timm_name,
-            "description": recipe.description,
-            "weights": {**asdict(weights), "state_sha256": state_sha256(model)},
-            "learned_sha256": learned_sha256(model),
-            "random_weights": weights.kind == "random",
-        },
-        "merge": {
-            "reducer": json_from_reducer(model.settings.reducer),
-            "schedule": str(model.settings.schedule),
-            "r": [layer.r for layer in model.layers],
-            "prop_attn": model.settings.prop_attn,
-            "prefix": model.prefix,
-            "class_token": model.class_token,
-            "scored": model.settings.reducer.scored,
-            "merge_op": "plugin" if options.plugin else options.lowering,
-        },
-        "tokens": [layer.total_out for layer in model.layers],
-        "tokens_in": model.layers[0].total_in if model.layers else 0,
-        "patches": asdict(model.patch_grid) if model.patch_grid else None,
-        "layers": _layers(model),
-        "video": _video(model),
-        "macs": {"merged": merged, "unmerged": unmerged, "ratio": unmerged / merged},
-        "precision": options.precision,
-        "batch": str(options.batch),
-        "input": {
-            "name": INPUT_NAME,
-            "dtype": "float32",
-            "shape": [batch, *model.input_size],
-        },
-        "inputs": [
-            {"name": name, "dtype": "float32", "shape": [batch, *shape]}
-            for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
-        ],
-        "output": outputs[0],
-        "outputs": outputs,
-        "form": {name: getattr(model.settings, name) for name in ("dense", SOURCE_MAP, ENTROPY)},
-        "compressor": json_from_compressor(model.settings.compressor),
-        "tower": _tower(loaded, model, outputs[0]["shape"]),
-        "preprocessing": preprocessing,
-        "labels": list(labels) if labels else None,
-        "onnx": {
-            "opset": options.opset,
-            "attention": options.attention_form,
-        },
-        "engines": {},
-        "engine_note": engine_note,
-        "parity": None,
-        "versions": versions(),
-    }
+    shape = tuple(int(size) for size in outputs[0].shape[1:])
+    channels, height, width = model.image_size
+    compressor, settings = model.settings.compressor, model.settings
+    return Manifest(
+        format=FORMAT,
+        model=model_info(loaded, model),
+        merge=merge_info(model, options, merge_note),
+        tokens=tuple(layer.total_out for layer in model.layers),
+        tokens_in=model.layers[0].total_in if model.layers else 0,
+        patches=model.patch_grid,
+        layers=_layers(model),
+        video=_video(model),
+        macs=Macs(merged=merged, unmerged=unmerged, ratio=unmerged / merged),
+        precision=options.precision,
+        batch=options.batch,
+        input=inputs[0],
+        inputs=inputs,
+        output=outputs[0],
+        outputs=outputs,
+        form=OutputForm(
+            dense=settings.dense, source_map=settings.source_map, entropy=settings.entropy
+        ),
+        compressor=None
+        if compressor is None
+        else Component(name=compressor.name, options=compressor.options()),
+        tower=_tower(loaded, model, shape),
+        preprocessing=replace(recipe.preprocessing, input_size=(channels, height, width)),
+        labels=recipe.label_names(shape[-1]) if outputs[0].name == LOGITS else None,
+        onnx=Graph(
+            opset=options.opset,
+            attention=options.attention_form,
+            attention_note=attention_note,
+            nodes=exported.nodes,
+            simplified=exported.simplified,
+        ),
+        plugins=plugins,
+        engine_note=engine_note,
+        versions=versions(),
+    )
+
+
+def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
+    """What the manifest says of a model and its weights."""
+    recipe, weights = loaded.recipe, loaded.weights
+    return ModelInfo(
+        name=recipe.name,
+        folder=checkpoint_folder(recipe.name),
+        family=recipe.family,
+        timm_name=recipe.timm_name,
+        description=recipe.description,
+        weights=Weights(**asdict(weights), state_sha256=state_sha256(model)),
+        learned_sha256=learned_sha256(model),
+        random_weights=weights.kind == "random",
+    )
+
+
+def merge_info(model: MergedModel, options: ExportOptions, note: str) -> MergeInfo:
+    """What the manifest says of how a model merges."""
+    reducer = model.settings.reducer
+    return MergeInfo(
+        reducer=Component(name=reducer.name, options=reducer.options()),
+        schedule=str(model.settings.schedule),
+        r=tuple(layer.r for layer in model.layers),
+        prop_attn=model.settings.prop_attn,
+        prefix=model.prefix,
+        class_token=model.class_token,
+        scored=reducer.scored,
+        merge_op="plugin" if options.plugin else options.lowering,
+        note=note,
+    )
 
 
 def checkpoint_folder(name: str) -> str | None:
@@ -107,40 +155,35 @@ def checkpoint_folder(name: str) -> str | None:
     return str(folder.resolve()) if kind == "hf" and where and folder.is_dir() else None
 
 
-def _tower(
-    loaded: LoadedModel, model: MergedModel, shape: list[int | str]
-) -> dict[str, Any] | None:
+def _tower(loaded: LoadedModel, model: MergedModel, shape: tuple[int, ...]) -> Tower | None:
     """What the side of the language model is to be configured with; None for no tower."""
     tower = loaded.recipe.tower
     if tower is None:
         return None
     grid, compressor = model.patch_grid, model.settings.compressor
+    cells = (grid.rows, grid.cols) if grid else None
     if compressor is not None:
-        found = compressor.cells()
-    else:
-        found = (grid.rows, grid.cols) if grid else None
-    cells = None if found is None else list(found)
-    return {**tower.given, "tokens": shape[1], "width": shape[2], "grid": cells}
+        cells = compressor.cells()
+    return Tower(**tower.given, tokens=shape[0], width=shape[1], grid=cells)
 
 
-def _video(model: MergedModel) -> dict[str, Any] | None:
+def _video(model: MergedModel) -> VideoOptions | None:
     """Frames of one video, and where they are joined; None for a model of images."""
     if not model.takes_video:
         return None
     schedule = model.settings.schedule
-    merging = None if schedule is None else schedule.frames
-    return VideoOptions(model.input_size[0], merging).to_dict()
+    return VideoOptions(model.input_size[0], None if schedule is None else schedule.frames)
 
 
-def _layers(model: MergedModel) -> list[dict[str, int]]:
+def _layers(model: MergedModel) -> tuple[Layer, ...]:
     rows = zip(model.layers, model.unmerged_layers, model.block_costs, strict=True)
-    return [
-        {**asdict(layer), "macs": cost.macs(layer), "macs_unmerged": cost.macs(plain)}
+    return tuple(
+        Layer(**asdict(layer), macs=cost.macs(layer), macs_unmerged=cost.macs(plain))
         for layer, plain, cost in rows
-    ]
+    )
 
 
-def _outputs(name: str, model: MergedModel, batch: int | str) -> list[dict[str, Any]]:
+def _outputs(name: str, model: MergedModel, batch: int | str) -> tuple[Tensor, ...]:
     """Name, dtype and shape of every output, found by running the model without data."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -149,19 +192,19 @@ def _outputs(name: str, model: MergedModel, batch: int | str) -> list[dict[str, 
         extra = (torch.zeros(1, *shape) for shape in model.extra_inputs.values())
         found = model(torch.zeros(1, *model.input_size), *extra)
     given = found if isinstance(found, tuple) else (found,)
-    return [
-        {
-            "name": output,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": [batch, *tensor.shape[1:]],
-        }
+    return tuple(
+        Tensor(
+            name=output,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=(batch, *tensor.shape[1:]),
+        )
         for output, tensor in zip(output_names(name, model), given, strict=True)
-    ]
+    )
 
 
 def output_shape(model: MergedModel) -> tuple[int, ...]:
     """Shape of the main output for one image."""
-    return tuple(_outputs(FEATURES, model, 1)[0]["shape"][1:])
+    return tuple(int(size) for size in _outputs(FEATURES, model, 1)[0].shape[1:])
 
 
 def output_names(name: str, model: MergedModel) -> list[str]:

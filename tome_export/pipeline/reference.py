@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.artifact import MODEL, Artifact
+from tome_export.artifact import MODEL, Artifact, Manifest
+from tome_export.artifact.manifest import PluginInfo
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.pipeline.kernels import capabilities_of, compile_kernels
 from tome_export.pipeline.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.pipeline.manifest import learned_sha256, output_names, state_sha256
 from tome_export.progress import Progress
-from tome_export.spec import BatchRange, TowerOptions
+from tome_export.spec import TowerOptions
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -31,16 +31,16 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     Raises:
         InputError: if the weights cannot be found, or are others than at the build.
     """
-    from tome_export.compressors.options import compressor_from_json
+    from tome_export.compressors.options import compressor_from_entry
     from tome_export.models import resolve
     from tome_export.patch import patch
-    from tome_export.reducers.options import reducer_from_json
+    from tome_export.reducers.options import reducer_from_entry
 
     manifest = artifact.manifest
     recorded = manifest.model.weights
-    kind, source = recorded["kind"], recorded["source"]
+    kind, source = recorded.kind, recorded.source
     name = model_name(manifest, weights)
-    if manifest.model.get("folder") and weights is not None and Path(weights).is_dir():
+    if manifest.model.folder and weights is not None and Path(weights).is_dir():
         weights = None  # that of the checkpoint, which is in the name now
     if weights is None and kind == "file":
         weights = source.partition(";")[0]
@@ -51,35 +51,39 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             )
     if weights is None:
         weights = "random" if kind == "random" else "pretrained"
-    video = VideoOptions.from_dict(manifest.video)
-    recipe = resolve(name, TowerOptions.of(manifest.tower), video)
+    video = manifest.video or VideoOptions()
+    tower = TowerOptions() if manifest.tower is None else manifest.tower.options
+    recipe = resolve(name, tower, video)
     merge = manifest.merge
-    reducer = with_own_weights(reducer_from_json(merge.get("reducer")), artifact.path / REDUCER)
-    compressor = compressor_from_json(manifest.compressor)
-    if compressor is not None:
+    reducer = with_own_weights(
+        reducer_from_entry(merge.reducer.name, merge.reducer.options), artifact.path / REDUCER
+    )
+    compressor = None
+    if (entry := manifest.compressor) is not None:
+        compressor = compressor_from_entry(entry.name, entry.options)
         compressor = with_own_weights(compressor, artifact.path / COMPRESSOR)
     recipe = replace(recipe, name=manifest.model.name, reducer_keys=reducer.own_keys)
-    loaded = recipe.load(weights=weights, seed=recorded["seed"] or 0)
+    loaded = recipe.load(weights=weights, seed=recorded.seed or 0)
     # Behind the first layer that joins frames, proportions say how many tokens merge.
-    own = merge["r"] if video.merging is None else merge["r"][: video.merging.layers[0]]
-    schedule = Schedule(per_layer=tuple(own), frames=video.merging)
-    form = manifest.get("form", {})  # artifacts of before have one form
+    own = merge.r if video.merging is None else merge.r[: video.merging.layers[0]]
+    schedule = Schedule(per_layer=own, frames=video.merging)
     model = patch(
         loaded.module,
         schedule,
-        prop_attn=merge["prop_attn"],
+        prop_attn=merge.prop_attn,
         reducer=reducer,
         compressor=compressor,
         learned=loaded.learned,
-        **form,
+        dense=manifest.form.dense,
+        source_map=manifest.form.source_map,
+        entropy=manifest.form.entropy,
     ).eval()
-    if state_sha256(model) != recorded["state_sha256"]:
+    if state_sha256(model) != recorded.state_sha256:
         raise InputError(
             f"the weights found now ({loaded.weights.source}) are not those of the build "
             f"({kind}: {source}); give the same ones with --weights"
         )
-    # Artifacts of before do not say.
-    if learned_sha256(model) != manifest.model.get("learned_sha256"):
+    if learned_sha256(model) != manifest.model.learned_sha256:
         raise InputError(
             f"the learned weights of reducer {reducer.name} or of the compressor are not those of "
             "the build; rebuild the artifact"
@@ -87,7 +91,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     return model, loaded.recipe
 
 
-def model_name(manifest: Mapping[str, Any], weights: str | None = None) -> str:
+def model_name(manifest: Manifest, weights: str | None = None) -> str:
     """What ``resolve`` finds an artifact's model by, from any current folder.
 
     Args:
@@ -98,9 +102,9 @@ def model_name(manifest: Mapping[str, Any], weights: str | None = None) -> str:
         InputError: if the model was a folder's, and the folder is no more.
     """
     model = manifest.model
-    folder = model.get("folder")  # artifacts of before have none
+    folder = model.folder
     if folder is None:
-        return str(model["name"])
+        return model.name
     if weights is not None and Path(weights).is_dir():
         return f"hf:{weights}"
     if not Path(folder).is_dir():
@@ -124,7 +128,7 @@ def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:
 
 def export_variant(
     artifact: Artifact, model: MergedModel, folder: Path, progress: Progress
-) -> dict[str, Any] | None:
+) -> PluginInfo | None:
     """Export a model as the artifact's was: same precision, batch, operators, merge op.
 
     Args:
@@ -156,7 +160,7 @@ def export_variant(
     )
     names = output_names(manifest.output.name, model)
     onnx_from_model(model, folder / MODEL, options, names)
-    if not plugin:
+    if not plugin or manifest.plugins is None:
         return None
     from tome_export.plugins.aot import require_compiler
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import Artifact, writing_to
+from tome_export.artifact import Artifact, Manifest, writing_to
+from tome_export.artifact.files import utf8, write_whole
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.files import utf8, write_whole
 from tome_export.progress import Progress, Silent
 from tome_export.spec import Preprocessing
 
@@ -70,7 +70,7 @@ class ReportResult:
         """JSON-ready."""
         return {
             "artifact": str(self.artifact.path),
-            "random_weights": self.artifact.manifest["model"]["random_weights"],
+            "random_weights": self.artifact.manifest.model.random_weights,
             "report": str(self.path),
             "bytes": self.size,
             "pictures": list(self.pictures),
@@ -149,7 +149,7 @@ def _check_output(request: ReportRequest) -> None:
 def _reports(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
     from tome_export.report.contract import CONTRACTS, read_report
 
-    listed = artifact.manifest["files"]
+    listed = artifact.manifest.files
     found = {name: read_report(artifact.path / name) for name in CONTRACTS if name in listed}
     return {name: values for name, values in found.items() if values is not None}
 
@@ -161,7 +161,7 @@ def _maps(
     from tome_export.pipeline.images import load_inputs
     from tome_export.pipeline.inspect import merge_maps
 
-    preprocessing = Preprocessing.from_dict(artifact.manifest["preprocessing"])
+    preprocessing = artifact.manifest.preprocessing
     pixels, names = _samples(artifact.manifest, preprocessing, request.samples)
     names = [*(path.name for path in request.images), *names]
     if not names:
@@ -179,7 +179,7 @@ def _maps(
 
 
 def _samples(
-    manifest: Mapping[str, Any], preprocessing: Preprocessing, count: int
+    manifest: Manifest, preprocessing: Preprocessing, count: int
 ) -> tuple[NDArray[np.float32], list[str]]:
     """The first of the images that come along, as the model takes them, and their names.
 
@@ -190,7 +190,7 @@ def _samples(
     from tome_export.models.samples import digits_test, sample_paths
     from tome_export.models.video import moving_samples
 
-    if manifest["model"]["name"] == "vit_digits":
+    if manifest.model.name == "vit_digits":
         digits, labels = digits_test()
         return digits[:count], [f"digit {n}, test image {i}" for i, n in enumerate(labels[:count])]
     paths = sample_paths()
@@ -199,7 +199,7 @@ def _samples(
             f"{count} samples were asked for; there are {len(paths)} photographs, lower --samples"
         )
     names = [path.stem.replace("_", " ") for path in paths[:count]]
-    video = manifest.get("video")
+    video = manifest.video
     shape = (*([video["frames"]] if video else []), *preprocessing.input_size)
     if not count:
         return np.empty((0, *shape), np.float32), []

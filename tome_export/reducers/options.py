@@ -77,12 +77,10 @@ def values_from_json(cls: type[Any], what: str, options: Mapping[str, Any]) -> d
     return {_field(cls, what, key).name: _tuples(value) for key, value in options.items()}
 
 
-def reducer_from_json(entry: Mapping[str, Any] | None) -> Reducer:
-    """The reducer of a manifest's entry ``{"name", "options"}``; the default one for None."""
-    if entry is None:  # artifacts of before have one reducer
-        return reducer_class(DEFAULT)()
-    cls = reducer_class(entry["name"])
-    return cls(**values_from_json(cls, f"reducer {cls.name}", entry["options"]))
+def reducer_from_entry(name: str, options: Mapping[str, Any]) -> Reducer:
+    """The reducer that a manifest names, with the options that it records."""
+    cls = reducer_class(name)
+    return cls(**values_from_json(cls, f"reducer {cls.name}", options))
 
 
 def json_from_reducer(reducer: Reducer) -> dict[str, Any]:

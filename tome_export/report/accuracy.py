@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tome_export.files import utf8
+from tome_export.artifact.files import utf8
 from tome_export.report.accuracy_chart import Measure, draw_accuracy
 from tome_export.report.numbers import NONE, counted, fixed, macs, percent, points, span
 from tome_export.report.parts import Block, Drawing, Section, Table, Text

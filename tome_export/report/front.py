@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tome_export.artifact import Manifest
 from tome_export.report.numbers import (
     counted,
     fixed,
@@ -50,10 +51,10 @@ METRICS = {"top1": "top-1 accuracy", "agreement": "agreement with the unmerged m
 Point = Mapping[str, Any]
 
 
-def front_section(report: Mapping[str, Any] | None, manifest: Mapping[str, Any]) -> Section:
+def front_section(report: Mapping[str, Any] | None, manifest: Manifest) -> Section:
     """Accuracy against MACs, and latency where it is known, of the schedules that were tried."""
     if report is None or not report["front"]:
-        name = manifest["model"]["name"]
+        name = manifest.model.name
         return Section(
             "front",
             TITLE,
@@ -76,7 +77,7 @@ def front_section(report: Mapping[str, Any] | None, manifest: Mapping[str, Any])
         "layers; the line joins the front, a ring marks the schedule that was chosen, a square "
         "the unmerged model."
     )
-    own = list(manifest["merge"]["r"])
+    own = list(manifest.merge.r)
     matches = own == list(report["schedule"])
     note = (
         "This artifact has the schedule that was chosen."

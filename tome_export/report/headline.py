@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tome_export.artifact import Manifest
 from tome_export.report.accuracy import AGREEMENT, COSINE, candidate, change_of, measure_of
 from tome_export.report.numbers import TIMES, counted, fixed, percent, points, span, times
 from tome_export.report.speed import against
@@ -52,14 +53,14 @@ class Headline:
     random: str | None
 
 
-def headline(manifest: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) -> Headline:
+def headline(manifest: Manifest, reports: Mapping[str, Mapping[str, Any]]) -> Headline:
     """The head of the page.
 
     Args:
         manifest: The content of ``build.json``.
         reports: Reports by command.
     """
-    model, merge = manifest["model"], manifest["merge"]
+    model, merge = manifest.model, manifest.merge
     per_layer = ", ".join(map(str, merge["r"]))
     schedule = merge["schedule"]
     if schedule.replace(",", ", ") != per_layer:
@@ -68,24 +69,24 @@ def headline(manifest: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any
         schedule = per_layer
     facts = (
         ("Tokens merged per layer", schedule),
-        ("Precision", manifest["precision"]),
+        ("Precision", manifest.precision),
         ("Weights", f"{model['weights']['kind']}: {model['weights']['source']}"),
         ("Proportional attention", "on" if merge["prop_attn"] else "off"),
         ("Merge op", merge["merge_op"]),
-        ("Batch", manifest["batch"]),
+        ("Batch", manifest.batch),
     )
     figures = (
         _macs(manifest),
         _speed(reports.get("bench")),
-        _parity(reports.get("check"), manifest.get("parity")),
+        _parity(reports.get("check"), manifest.parity),
         _accuracy(reports.get("eval")),
     )
     random = RANDOM if model["random_weights"] else None
     return Headline(model["name"], model["description"], facts, figures, random)
 
 
-def _macs(manifest: Mapping[str, Any]) -> Figure:
-    total = manifest.get("macs")
+def _macs(manifest: Manifest) -> Figure:
+    total = manifest.macs
     if not total:
         return Figure("MACs", "unknown", "not in the artifact", "none")
     return Figure("MACs, unmerged over merged", times(total["ratio"]), "counted per image")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tome_export.artifact import Manifest
 from tome_export.report.numbers import counted, fixed, macs, macs_unit
 from tome_export.report.parts import Drawing, Section, Table, Text
 from tome_export.report.plot import BLUE, GREY, Form, chart, legend, panels, whole_numbers
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 TITLE = "Tokens and MACs per layer"
 
 
-def layers_section(manifest: Mapping[str, Any]) -> Section:
+def layers_section(manifest: Manifest) -> Section:
     """Tokens in and out, r and MACs of every layer, drawn and as a table."""
-    layers, total = manifest.get("layers") or [], manifest.get("macs")
+    layers, total = manifest.layers or [], manifest.macs
     if not layers or not total:
         return Section("layers", TITLE, (Text("This artifact does not say."),))
-    what = "video" if manifest.get("video") else "image"
+    what = "video" if manifest.video else "image"
     layers = [_whole(layer) for layer in layers]
     first, last = layers[0]["tokens_in"], layers[-1]["tokens_out"]
     lead = (

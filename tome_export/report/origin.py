@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tome_export.artifact import Manifest
 from tome_export.reducers import DEFAULT
 from tome_export.report.numbers import NONE, size
 from tome_export.report.parts import Block, Commands, Section, Table, Text
-from tome_export.spec import BatchRange
 
 TITLE = "Versions, files and how to make this again"
 
@@ -19,7 +19,7 @@ _INFLECTED = re.compile(r"r=(\d+) (constant|decreasing|increasing)")
 
 
 def origin_section(
-    manifest: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]], folder: str
+    manifest: Manifest, reports: Mapping[str, Mapping[str, Any]], folder: str
 ) -> Section:
     """Commands, versions, machines, weights and the digest of every file.
 
@@ -36,7 +36,7 @@ def origin_section(
     blocks: list[Block] = [
         Commands(commands(manifest, folder, reports)),
         _weights(manifest),
-        _versions(manifest["versions"], machines),
+        _versions(manifest.versions, machines),
     ]
     if machines:
         blocks.append(_machines(machines))
@@ -45,7 +45,7 @@ def origin_section(
 
 
 def commands(
-    manifest: Mapping[str, Any], folder: str, reports: Mapping[str, Mapping[str, Any]]
+    manifest: Manifest, folder: str, reports: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """The command line that builds this artifact, and those that measure it.
 
@@ -56,7 +56,7 @@ def commands(
     """
     quoted = shlex.quote(folder)
     lines = [shlex.join(["tome-export", "build", *_build_arguments(manifest), "-o", folder])]
-    engines = sorted(manifest["engines"])
+    engines = sorted(manifest.engines)
     lines += [f"tome-export engine {quoted} --engine {name}" for name in engines[1:]]
     lines.append(f"tome-export check {quoted}")
     lines.append(shlex.join(["tome-export", "bench", folder, *_bench(reports.get("bench"))]))
@@ -64,9 +64,9 @@ def commands(
     return [*lines, f"tome-export report {quoted}"]
 
 
-def _build_arguments(manifest: Mapping[str, Any]) -> Iterator[str]:
-    merge, weights = manifest["merge"], manifest["model"]["weights"]
-    yield manifest["model"]["name"]
+def _build_arguments(manifest: Manifest) -> Iterator[str]:
+    merge, weights = manifest.merge, manifest.model.weights
+    yield manifest.model.name
     named = _INFLECTED.fullmatch(merge["schedule"])
     if named:
         yield from ("--r", named[1])
@@ -74,7 +74,7 @@ def _build_arguments(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield from ("--schedule", named[2])
     else:
         yield from ("--schedule", ",".join(map(str, merge["r"])))
-    yield f"--{manifest['precision']}"
+    yield f"--{manifest.precision}"
     if weights["kind"] == "random":
         yield from ("--weights", "random", "--seed", str(weights["seed"] or 0))
     elif weights["kind"] == "file":
@@ -87,15 +87,15 @@ def _build_arguments(manifest: Mapping[str, Any]) -> Iterator[str]:
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
                 yield from ("--reducer-option", f"{key}={text}")
     yield "--prop-attn" if merge["prop_attn"] else "--no-prop-attn"
-    yield from ("--batch", manifest["batch"], "--merge-op", merge["merge_op"])
-    if merge["merge_op"] == "plugin" and not BatchRange.parse(manifest["batch"]).is_static:
+    yield from ("--batch", manifest.batch, "--merge-op", merge["merge_op"])
+    if merge["merge_op"] == "plugin" and not manifest.batch.is_static:
         yield "--plugin-batch-range"
-    yield from ("--attention", manifest["onnx"]["attention"])
-    for capability in (manifest.get("plugins") or {}).get("compute_capabilities", ()):
+    yield from ("--attention", manifest.onnx.attention)
+    for capability in (manifest.plugins or {}).get("compute_capabilities", ()):
         yield from ("--compute-capability", capability)
-    engines = sorted(manifest["engines"])
+    engines = sorted(manifest.engines)
     yield from ("--engine", engines[0] if engines else "none")
-    if manifest.get("parity") is None:
+    if manifest.parity is None:
         yield "--no-check"
 
 
@@ -123,8 +123,8 @@ def _eval(report: Mapping[str, Any] | None) -> Iterator[str]:
         yield from ("--r", ",".join(others))
 
 
-def _weights(manifest: Mapping[str, Any]) -> Table:
-    weights = manifest["model"]["weights"]
+def _weights(manifest: Manifest) -> Table:
+    weights = manifest.model.weights
     rows = [
         ("weights", f"{weights['kind']}: {weights['source']}"),
         ("sha256 of all weights", weights["state_sha256"]),
@@ -159,10 +159,10 @@ def _plain(value: Any) -> str:
     return NONE if value is None else str(value)
 
 
-def _engines(manifest: Mapping[str, Any]) -> Block:
-    engines = manifest["engines"]
+def _engines(manifest: Manifest) -> Block:
+    engines = manifest.engines
     if not engines:
-        return Text(f"Engine: none; {manifest['engine_note']}.")
+        return Text(f"Engine: none; {manifest.engine_note}.")
     rows = [
         (name, one["file"], one["version"], one["batch"], ", ".join(one["targets"]))
         for name, one in engines.items()
@@ -171,12 +171,12 @@ def _engines(manifest: Mapping[str, Any]) -> Block:
     return Table("Engines", headers, rows, "lllll")
 
 
-def _files(manifest: Mapping[str, Any]) -> Table:
+def _files(manifest: Manifest) -> Table:
     from tome_export.report.page import NAME
 
     rows = [
         (name, size(record["bytes"]), record["sha256"])
-        for name, record in manifest["files"].items()
+        for name, record in manifest.files.items()
         if name != NAME  # which cannot hold its own digest
     ]
     return Table("Files of the artifact", ("file", "size", "sha256"), rows, "lrl")

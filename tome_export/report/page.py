@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from tome_export.artifact import Manifest
 from tome_export.report.accuracy import accuracy_section
 from tome_export.report.contract import CONTRACTS
 from tome_export.report.front import front_section
@@ -49,7 +50,7 @@ class Content:
     """
 
     folder: str
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     maps: Sequence[MergeMap] = ()
     names: Sequence[str] = ()
@@ -85,7 +86,7 @@ def render(content: Content) -> str:
             style=template_file("report.css"),
             script=script,
             script_sha256=digest,
-            version=content.manifest["versions"].get("tome-export", ""),
+            version=content.manifest.versions.get("tome-export", ""),
         )
     )
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tome_export.artifact import Manifest
 from tome_export.inspect.colours import (
     DARK,
     HATCH,
@@ -72,7 +73,7 @@ class Picture:
 
 
 def pictures_section(
-    maps: Sequence[MergeMap], names: Sequence[str], manifest: Mapping[str, Any], reason: str | None
+    maps: Sequence[MergeMap], names: Sequence[str], manifest: Manifest, reason: str | None
 ) -> Section:
     """Pictures of every layer.
 
@@ -85,7 +86,7 @@ def pictures_section(
     if not maps:
         why = reason or "none were asked for; give images, or --samples above 0"
         return Section("pictures", TITLE, (Text(f"No pictures: {why}."),))
-    tokens = [manifest["layers"][0]["tokens_in"], *manifest["tokens"]]
+    tokens = [manifest.layers[0].tokens_in, *manifest.tokens]
     encoded = _hrefs([one.image for one in maps])
     pictures = [
         _picture(index, *of) for index, of in enumerate(zip(maps, names, encoded, strict=True))
@@ -96,7 +97,7 @@ def pictures_section(
         "dropped": [DROPPED_GROUP, hex_colour(DARK), hex_colour(HATCH)],
         "images": [_data(one) for one in maps],
     }
-    depth = len(manifest["tokens"])
+    depth = len(manifest.tokens)
     lead = (
         "A token of several patches is filled with their mean colour and outlined; patches far "
         "apart may be one token, and then have one colour. A patch that is still a token by "

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tome_export.artifact.files import draft_of, json_bytes, write_whole, writing_to
 from tome_export.errors import InputError
-from tome_export.files import draft_of, json_bytes, write_whole, writing_to
 
 FORMAT = 1
 """Version of the file; raised when a reader of the old form would misread the new."""

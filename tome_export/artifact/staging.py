@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from tome_export.artifact.files import is_open_as, writing_to
+from tome_export.artifact.manifest import MANIFEST, RESULTS, listed_files
 from tome_export.errors import InputError
-from tome_export.files import is_open_as, writing_to
-from tome_export.schema import MANIFEST, RESULTS, load_manifest
 
 _WRITTEN = "|".join(re.escape(name) for name in (MANIFEST, *RESULTS))
 
@@ -101,11 +101,8 @@ def _check_ours(output: Path) -> None:
     entries = sorted(output.iterdir())
     if not entries:
         return
-    try:
-        files = load_manifest(output).get("files")
-    except InputError:
-        files = None
-    if not isinstance(files, dict):
+    files = listed_files(output)
+    if files is None:
         raise InputError(
             f"{output} exists and its {MANIFEST} is not that of an artifact; --force replaces "
             "artifacts only, give another directory"

@@ -32,6 +32,11 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
     return utf8(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file as every file of ours is written."""
+    path.write_bytes(json_bytes(values))
+
+
 def draft_of(path: Path) -> Path:
     """A hidden sibling that no other command has, to be renamed when it is whole."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

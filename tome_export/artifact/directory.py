@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from tome_export.artifact.document import Document
+from tome_export.artifact.files import draft_of, locked, shared, writing_to
+from tome_export.artifact.manifest import (
+    MANIFEST,
+    MODEL,
+    RESULTS,
+    EngineInfo,
+    FileRecord,
+    Manifest,
+    read_manifest,
+)
+from tome_export.artifact.parity import ParitySummary
+from tome_export.artifact.staging import DRAFT
 from tome_export.errors import InputError
-from tome_export.files import draft_of, json_bytes, locked, shared, writing_to
-from tome_export.schema import FORMAT, MANIFEST, MODEL, RESULTS, read_manifest
-from tome_export.staging import DRAFT, staged
-
-__all__ = [
-    "FORMAT",
-    "MANIFEST",
-    "MODEL",
-    "PARITY",
-    "Artifact",
-    "locked",
-    "sha256_of",
-    "staged",
-    "write_json",
-    "write_manifest",
-    "writing_to",
-]
-
-PARITY = "parity.json"
 
 PATIENCE_S = 10.0
 """Seconds to wait for a command that is recording into the artifact, which takes far less."""
@@ -46,7 +38,7 @@ class Artifact:
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     stale: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +62,7 @@ class Artifact:
     def _verified(cls, path: Path) -> Artifact:
         manifest = read_manifest(path)
         stale: dict[str, str] = {}
-        for name, recorded in manifest["files"].items():
+        for name, recorded in manifest.files.items():
             file = path / name
             fault = _fault(file, recorded)
             if fault and name not in RESULTS:
@@ -82,8 +74,9 @@ class Artifact:
         return cls(path, manifest)._without(stale)
 
     def _without(self, stale: Mapping[str, str]) -> Artifact:
-        files = {n: r for n, r in self.manifest["files"].items() if n not in stale}
-        return Artifact(self.path, {**self.manifest, "files": files}, stale)
+        files = {n: r for n, r in self.manifest.files.items() if n not in stale}
+        manifest = self.manifest.model_copy(update={"files": files})
+        return replace(self, manifest=manifest, stale=stale)
 
     @property
     def model_path(self) -> Path:
@@ -91,35 +84,53 @@ class Artifact:
         return self.path / MODEL
 
     def record(
-        self,
-        name: str,
-        content: bytes | Mapping[str, Any],
-        changes: Mapping[str, Any] | None = None,
+        self, name: str, content: bytes | Document, parity: ParitySummary | None = None
     ) -> Artifact:
         """Add or replace a result, whoever else is recording.
 
         Args:
             name: Of ``RESULTS``.
-            content: Of the file; a mapping is written as JSON.
-            changes: Top-level manifest entries that go with it.
+            content: Of the file.
+            parity: What the manifest is to say of parity from now on; None to leave that.
 
         Raises:
             InputError: as ``with_files``.
         """
-        whole = content if isinstance(content, bytes) else json_bytes(content)
-        return self.with_files(changes or {}, {name: whole})
+        whole = content if isinstance(content, bytes) else content.json_bytes()
+        update = {} if parity is None else {"parity": parity}
+        return self.with_files({name: whole}, lambda fresh: fresh.model_copy(update=update))
 
-    def with_files(self, changes: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> Artifact:
-        """Add or replace files and manifest entries; the manifest is replaced last, in one step.
-
-        The changes go into the manifest as it is by now: others may have added to the artifact
-        since it was opened. A command that is killed meanwhile leaves a whole artifact, if
-        perhaps without what it replaces.
+    def with_engine(self, engine: EngineInfo, file: Path, note: str) -> Artifact:
+        """Add or replace an engine.
 
         Args:
-            changes: Top-level manifest entries; ``engines`` adds to those that are there.
+            engine: What the manifest says of it.
+            file: The finished file, which is moved here (same filesystem).
+            note: Which engines can be had on this machine.
+
+        Raises:
+            InputError: as ``with_files``.
+        """
+
+        def added(fresh: Manifest) -> Manifest:
+            engines = {**fresh.engines, engine.backend: engine}
+            return fresh.model_copy(update={"engines": engines, "engine_note": note})
+
+        return self.with_files({engine.file: file}, added)
+
+    def with_files(
+        self, files: Mapping[str, Path | bytes], edit: Callable[[Manifest], Manifest]
+    ) -> Artifact:
+        """Add or replace files and edit the manifest, which is replaced last, in one step.
+
+        The edit is of the manifest as it is by now: others may have added to the artifact since it
+        was opened. A command that is killed meanwhile leaves a whole artifact, if perhaps without
+        what it replaces.
+
+        Args:
             files: File name in the artifact -> its content, or a finished file to move there (same
                 filesystem).
+            edit: Returns the manifest with whatever else changes.
 
         Raises:
             InputError: if the artifact cannot be written (read-only, disk full), another command
@@ -129,11 +140,9 @@ class Artifact:
         with writing_to(self.path), locked(self.path, PATIENCE_S):
             _clear_drafts(self.path)
             fresh = read_manifest(self.path)
-            if fresh["files"][MODEL] != self.manifest["files"][MODEL]:
+            if fresh.files[MODEL] != self.manifest.files[MODEL]:
                 raise InputError(f"{self.path} was rebuilt meanwhile; repeat this command")
-            manifest = {**fresh, **changes, "files": {**fresh["files"], **records}}
-            if "engines" in changes:
-                manifest["engines"] = {**fresh["engines"], **changes["engines"]}
+            manifest = edit(fresh).model_copy(update={"files": {**fresh.files, **records}})
             with contextlib.ExitStack() as stack:
 
                 def drafted(name: str, content: bytes) -> Path:
@@ -147,27 +156,26 @@ class Artifact:
                     name: drafted(name, source) if isinstance(source, bytes) else source
                     for name, source in files.items()
                 }
-                last = drafted(MANIFEST, json_bytes(manifest))
+                last = drafted(MANIFEST, manifest.json_bytes())
                 if (without := _without_replaced(fresh, records)) != fresh:
-                    drafted(MANIFEST, json_bytes(without)).replace(self.path / MANIFEST)
+                    drafted(MANIFEST, without.json_bytes()).replace(self.path / MANIFEST)
                 for name, source in sources.items():
                     source.replace(self.path / name)
                 last.replace(self.path / MANIFEST)
         stale = {name: why for name, why in self.stale.items() if name not in files}
-        # As a reader will find it: tuples are lists.
-        return Artifact(self.path, json.loads(json_bytes(manifest)))._without(stale)
+        return Artifact(self.path, manifest)._without(stale)
 
 
-def _without_replaced(fresh: dict[str, Any], records: Mapping[str, Any]) -> dict[str, Any]:
+def _without_replaced(fresh: Manifest, records: Mapping[str, FileRecord]) -> Manifest:
     """The manifest for as long as a file that the model may need is neither the old nor the new."""
     old = {
         name
         for name, record in records.items()
-        if name not in RESULTS and fresh["files"].get(name, record) != record
+        if name not in RESULTS and fresh.files.get(name, record) != record
     }
-    files = {name: record for name, record in fresh["files"].items() if name not in old}
-    engines = {name: one for name, one in fresh["engines"].items() if one["file"] not in old}
-    return {**fresh, "files": files, "engines": engines}
+    files = {name: record for name, record in fresh.files.items() if name not in old}
+    engines = {name: one for name, one in fresh.engines.items() if one.file not in old}
+    return fresh.model_copy(update={"files": files, "engines": engines})
 
 
 def _clear_drafts(folder: Path) -> None:
@@ -177,17 +185,17 @@ def _clear_drafts(folder: Path) -> None:
             entry.unlink()
 
 
-def _fault(file: Path, recorded: Mapping[str, Any]) -> str | None:
+def _fault(file: Path, recorded: FileRecord) -> str | None:
     """What is wrong with a file of an artifact, and what to do."""
     if not file.is_file():
         return "is missing; rebuild the artifact or copy it whole"
     size = file.stat().st_size
-    if size != recorded["bytes"]:
+    if size != recorded.bytes:
         return (
-            f"has {size} bytes; {MANIFEST} records {recorded['bytes']}: the file is truncated or "
+            f"has {size} bytes; {MANIFEST} records {recorded.bytes}: the file is truncated or "
             "was changed, rebuild the artifact or copy it again"
         )
-    if sha256_of(file) != recorded["sha256"]:
+    if sha256_of(file) != recorded.sha256:
         return (
             f"does not match the sha256 in {MANIFEST}: the file is corrupted or was changed, "
             "rebuild the artifact or copy it again"
@@ -195,7 +203,7 @@ def _fault(file: Path, recorded: Mapping[str, Any]) -> str | None:
     return None
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write ``build.json`` with the size and sha256 of every other file in the folder and below.
 
     Returns:
@@ -203,22 +211,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """
     found = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
     files = {name: _record(file) for name, file in found.items() if name != MANIFEST}
-    whole = {"format": FORMAT, **manifest, "files": files}
-    (folder / MANIFEST).write_bytes(json_bytes(whole))
-    # As a reader will find it: tuples are lists.
-    written: dict[str, Any] = json.loads(json_bytes(whole))
-    return written
+    whole = manifest.model_copy(update={"files": files})
+    (folder / MANIFEST).write_bytes(whole.json_bytes())
+    return whole
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as every file of the artifact is written."""
-    path.write_bytes(json_bytes(values))
-
-
-def _record(source: Path | bytes) -> dict[str, Any]:
+def _record(source: Path | bytes) -> FileRecord:
     if isinstance(source, bytes):
-        return {"bytes": len(source), "sha256": hashlib.sha256(source).hexdigest()}
-    return {"bytes": source.stat().st_size, "sha256": sha256_of(source)}
+        return FileRecord(bytes=len(source), sha256=hashlib.sha256(source).hexdigest())
+    return FileRecord(bytes=source.stat().st_size, sha256=sha256_of(source))
 
 
 def sha256_of(file: Path) -> str:

@@ -1,0 +1,165 @@
+"""The base of every JSON file that leaves a process: one typed model writes, reads and checks it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from tome_export.artifact.files import json_bytes
+from tome_export.errors import InputError
+from tome_export.spec import BatchRange
+
+Read = TypeVar("Read", bound="Document")
+
+_EXPECTED = {
+    "string_type": "text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "an object",
+    "dataclass_type": "an object",
+    "dict_type": "an object",
+}
+"""Pydantic's type of an error -> what is expected, in the words of all other messages."""
+
+
+def _plain(text: Any) -> Any:
+    r"""File names of another encoding hold lone surrogates, which JSON's text has none of."""
+    if isinstance(text, str):
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text
+
+
+Text = Annotated[str, BeforeValidator(_plain)]
+r"""Text that may come from a file's name: what is no text in it becomes ``\udcff``."""
+
+Measured = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+    WithJsonSchema({"type": ["number", "null"]}),
+]
+"""A number that may be infinite or undefined; JSON has neither, and says null."""
+
+Batch = Annotated[
+    BatchRange,
+    BeforeValidator(lambda value: _batch(value)),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+(:\d+:\d+)?$", "examples": ["1:8:32"]}),
+]
+"""Batch sizes as ``MIN:OPT:MAX``."""
+
+
+def _batch(value: Any) -> BatchRange:
+    try:
+        return value if isinstance(value, BatchRange) else BatchRange.parse(value)
+    except (InputError, AttributeError):
+        raise ValueError("a batch range such as 1:8:32") from None
+
+
+class Part(BaseModel):
+    """An object inside a document. Further entries, such as a user's notes, are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Document(Part):
+    """A JSON file.
+
+    Attributes:
+        remedy: What to do about a file that cannot be used, for messages.
+    """
+
+    remedy: ClassVar[str]
+
+    def json_bytes(self) -> bytes:
+        """The file's content."""
+        return json_bytes(self.model_dump(mode="json"))
+
+    @classmethod
+    def parse(cls: type[Read], content: bytes, file: Path) -> Read:
+        """Read a file's content.
+
+        Args:
+            content: The content.
+            file: Where it is from, for messages.
+
+        Raises:
+            InputError: in one line, if it is no JSON, or not of this kind.
+        """
+        try:
+            return cls.model_validate_json(content, strict=True)
+        except ValidationError as error:
+            fault = _fault(error, content)
+            raise InputError(f"{file} {fault}; {cls.remedy}") from error
+        except InputError as error:  # of a value that is read into a type of ours
+            raise InputError(f"{file}: {error}; {cls.remedy}") from error
+
+    @classmethod
+    def read(cls: type[Read], file: Path) -> Read:
+        """Read a file.
+
+        Raises:
+            InputError: if it cannot be read, is no JSON, or not of this kind.
+        """
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error.strerror}); {cls.remedy}") from error
+        return cls.parse(content, file)
+
+
+def _fault(error: ValidationError, content: bytes) -> str:
+    """The first thing that is wrong, such as ``has merge.r[1] '8', expected a whole number``."""
+    first = error.errors(include_url=False)[0]
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "json_invalid":
+        return f"is not valid JSON ({context['error']})"
+    where = _place(first["loc"], content)
+    if kind == "missing":
+        return f"has no {where}"
+    if kind == "value_error":
+        # Raised by a validator of ours: of one value it says what is expected, of all what is wrong.
+        reason = str(context["error"])
+        return f"has {where} {short(first['input'])}, expected {reason}" if where else reason
+    if kind == "literal_error":
+        words = context["expected"].replace("'", "").replace(" or ", ", ")
+        expected = words if ", " not in words else f"one of {words}"
+    else:
+        expected = _EXPECTED.get(kind, first["msg"].removeprefix("Input should be "))
+    return f"has {where} {short(first['input'])}, expected {expected}"
+
+
+def _place(location: tuple[int | str, ...], content: bytes) -> str:
+    """Where in a document, such as ``engines['a'].file``, without the branches of a union."""
+    value, text = json.loads(content), ""
+    for part in location:
+        inside = isinstance(value, dict) and part in value
+        if isinstance(value, list) and isinstance(part, int):
+            text += f"[{part}]"
+            value = value[part]
+        elif inside or isinstance(value, dict):
+            plain = str(part).isidentifier()
+            text += (f".{part}" if text else str(part)) if plain else f"[{part!r}]"
+            value = value[part] if inside else None
+    return text
+
+
+def short(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,143 @@
+"""``eval.json``: accuracy of an artifact, against the unmerged model and PyTorch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import FiniteFloat
+
+from tome_export.artifact.document import Document, Part, Text
+from tome_export.artifact.environment import Environment
+
+EVAL = "eval.json"
+
+
+class Share(Part):
+    """A share of images with its interval.
+
+    Attributes:
+        correct: Images that count.
+        images: All images.
+        share: ``correct / images``.
+        low: Lower limit.
+        high: Upper limit.
+    """
+
+    correct: int
+    images: int
+    share: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class Difference(Part):
+    """A difference of two shares of the same images, with its interval.
+
+    Attributes:
+        share: First minus second.
+        low: Lower limit.
+        high: Upper limit.
+        gained: Images that only the first has right.
+        lost: Images that only the second has right.
+    """
+
+    share: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    gained: int
+    lost: int
+
+
+class Cosines(Part):
+    """Mean and smallest cosine of some images' features to those of another model."""
+
+    mean: FiniteFloat
+    min: FiniteFloat
+
+
+class UnreadableImage(Part):
+    """An image that was left out, and why."""
+
+    name: Text
+    reason: Text
+
+
+class EvaluationData(Part):
+    """What was evaluated on.
+
+    Attributes:
+        source: As it was given.
+        kind: ``folder``, ``shards``, ``samples``, ...
+        images: Images that could be read.
+        labelled: Whether they have labels.
+        unreadable: Those that could not be read.
+        unreadable_count: How many these are.
+        notes: What a reader should know of the images or labels.
+    """
+
+    source: Text
+    kind: str
+    images: int
+    labelled: bool
+    unreadable: tuple[UnreadableImage, ...]
+    unreadable_count: int
+    notes: tuple[Text, ...]
+
+
+class CandidateResult(Part):
+    """What was found of one model; what was not asked or cannot be told is None.
+
+    Attributes:
+        name: ``merged``, ``unmerged``, ``torch`` or ``r=4``.
+        r: Tokens merged per layer.
+        backend: What ran it.
+        macs: Multiply-accumulates per image.
+        top1: Images whose best class is their label.
+        top5: Images whose label is among the best five.
+        agreement_with_unmerged: Images whose best class is that of the unmerged model.
+        difference_to_unmerged: Top-1 minus that of the unmerged model.
+        cosine_to_unmerged: Cosines to the features of the unmerged model.
+        not_finite: Images for which it gave no finite numbers.
+    """
+
+    name: str
+    r: tuple[int, ...]
+    backend: str
+    macs: int
+    top1: Share | None = None
+    top5: Share | None = None
+    agreement_with_unmerged: Share | None = None
+    difference_to_unmerged: Difference | None = None
+    cosine_to_unmerged: Cosines | None = None
+    not_finite: int
+
+
+class Methods(Part):
+    """How the intervals were made, of shares and of differences."""
+
+    share: str
+    difference: str
+
+
+class Evaluation(Document):
+    """The content of ``eval.json``.
+
+    Attributes:
+        data: What was evaluated on.
+        classes: Classes of the model; None if it gives features.
+        candidates: The models, the artifact first.
+        confidence: Level of the intervals.
+        methods: How these were made.
+        batch: Images per run.
+        environment: Where it was evaluated.
+    """
+
+    remedy: ClassVar[str] = "run 'tome-export eval' of this version again"
+
+    data: EvaluationData
+    classes: int | None
+    candidates: tuple[CandidateResult, ...]
+    confidence: FiniteFloat
+    methods: Methods
+    batch: int
+    environment: Environment
