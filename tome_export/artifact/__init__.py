@@ -3,6 +3,7 @@
 from tome_export.artifact.directory import Artifact, sha256_of, write_manifest
 from tome_export.artifact.files import locked, write_json, writing_to
 from tome_export.artifact.manifest import FORMAT, MANIFEST, MODEL, Manifest
+from tome_export.artifact.parity import PARITY
 from tome_export.artifact.staging import staged
 
 __all__ = [
@@ -19,5 +20,3 @@ __all__ = [
     "write_manifest",
     "writing_to",
 ]
-
-PARITY = "parity.json"

@@ -141,7 +141,8 @@ def _fault(error: ValidationError, content: bytes) -> str:
         expected = words if ", " not in words else f"one of {words}"
     else:
         expected = _EXPECTED.get(kind, first["msg"].removeprefix("Input should be "))
-    return f"has {where} {short(first['input'])}, expected {expected}"
+    what = f"has {where}" if where else "is"
+    return f"{what} {short(first['input'])}, expected {expected}"
 
 
 def _place(location: tuple[int | str, ...], content: bytes) -> str:

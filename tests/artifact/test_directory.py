@@ -15,54 +15,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from manifests import engine_values, manifest
 
-from tome_export import artifact
-from tome_export.artifact import Artifact, staged, write_json, write_manifest
+from tome_export.artifact import Artifact, directory, staged, write_manifest
+from tome_export.artifact.document import Document, Text
+from tome_export.artifact.manifest import MANIFEST, EngineInfo
 from tome_export.errors import ExportError, InputError
 
-MANIFEST = {
-    "model": {
-        "name": "m",
-        "description": "a model",
-        "random_weights": False,
-        "weights": {"kind": "file", "source": "w.pth", "seed": None, "state_sha256": "00"},
-    },
-    "merge": {
-        "schedule": "r=1",
-        "r": [1, 1],
-        "prop_attn": True,
-        "prefix": 1,
-        "class_token": True,
-        "scored": False,
-        "merge_op": "matmul",
-    },
-    "tokens": [4, 3],
-    "layers": [{"tokens_in": 5, "r": 1}, {"tokens_in": 4, "r": 1}],
-    "onnx": {"attention": "parts"},
-    "precision": "fp32",
-    "batch": "1:8:32",
-    "preprocessing": {
-        "input_size": [1, 8, 8],
-        "mean": [0.5],
-        "std": [0.5],
-        "crop_pct": 1,
-        "interpolation": "bicubic",
-    },
-    "output": {"name": "logits"},
-    "engines": {},
-    "engine_note": "none",
-}
+
+def engine(file: str, backend: str = "tensorrt") -> EngineInfo:
+    return EngineInfo.model_validate(engine_values(file, backend))
 
 
-def engine(file: str) -> dict[str, object]:
-    fixed = {"version": "1", "batch": "1:1:1", "targets": ["8.9"], "build_seconds": 1, "notes": []}
-    return {"file": file, **fixed}
+class Result(Document):
+    """Any result."""
+
+    remedy = "run the command again"
+    value: Text | float = ""
 
 
 def write(output: Path, content: str = "x", *, force: bool = False) -> None:
     with staged(output, force=force) as folder:
         (folder / "model.onnx").write_text(content)
-        write_manifest(folder, MANIFEST)
+        write_manifest(folder, manifest())
 
 
 def names(folder: Path) -> list[str]:
@@ -77,7 +52,7 @@ def test_written_whole(tmp_path):
     write(tmp_path / "deep" / "out")
     assert names(tmp_path / "deep") == ["out"]
     opened = Artifact.open(tmp_path / "deep" / "out")
-    assert opened.manifest["files"]["model.onnx"]["bytes"] == 1
+    assert opened.manifest.files["model.onnx"].bytes == 1
 
 
 def stop_halfway(output: Path, *, force: bool) -> None:
@@ -204,7 +179,7 @@ def test_an_output_that_leads_back_makes_no_folder(tmp_path, monkeypatch):
 
 def test_two_at_once(tmp_path):
     with staged(tmp_path / "out", force=False) as folder:
-        write_manifest(folder, {})
+        write_manifest(folder, manifest())
         with pytest.raises(InputError, match="another build is writing"):
             write(tmp_path / "out")
         assert folder.is_dir()
@@ -254,37 +229,37 @@ def test_other_failures_keep_their_class(tmp_path):
 def test_files_are_added_and_recorded(tmp_path):
     write(tmp_path / "out")
     (tmp_path / "e").write_text("engine")
-    added = Artifact.open(tmp_path / "out").with_files(
-        {"engines": {"a": engine("model.engine")}}, {"model.engine": tmp_path / "e"}
-    )
+    found = engine("model.engine")
+    added = Artifact.open(tmp_path / "out").with_engine(found, tmp_path / "e", "one")
     assert names(tmp_path / "out") == ["build.json", "model.engine", "model.onnx"]
     assert Artifact.open(tmp_path / "out").manifest == added.manifest
-    assert added.manifest["engines"] == {"a": engine("model.engine")}
+    assert added.manifest.engines == {"tensorrt": found}
+    assert added.manifest.engine_note == "one"
 
 
 def test_what_others_added_meanwhile_is_kept(tmp_path):
     write(tmp_path / "out")
     opened = [Artifact.open(tmp_path / "out") for _ in range(2)]
-    for name, mine in zip("ab", opened, strict=True):
+    for name, mine in zip(("tensorrt", "tensorrt-rtx"), opened, strict=True):
         (tmp_path / name).write_text(name)
-        mine.with_files({"engines": {name: engine(name)}}, {name: tmp_path / name})
-    manifest = Artifact.open(tmp_path / "out").manifest
-    assert set(manifest["engines"]) == {"a", "b"}
-    assert set(manifest["files"]) == {"a", "b", "model.onnx"}
+        mine.with_engine(engine(name, name), tmp_path / name, "")
+    found = Artifact.open(tmp_path / "out").manifest
+    assert set(found.engines) == {"tensorrt", "tensorrt-rtx"}
+    assert set(found.files) == {"tensorrt", "tensorrt-rtx", "model.onnx"}
 
 
 def test_two_commands_do_not_write_an_artifact_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(directory, "PATIENCE_S", 0.1)
     write(tmp_path / "out")
     opened = Artifact.open(tmp_path / "out")
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another command is writing"):
-            opened.with_files({"parity": None}, {})
+            opened.record("eval.json", b"{}")
     finally:
         os.close(descriptor)
-    assert "parity" in opened.with_files({"parity": None}, {}).manifest
+    assert "eval.json" in opened.record("eval.json", b"{}").manifest.files
 
 
 def test_a_command_waits_for_one_that_is_recording(tmp_path):
@@ -293,7 +268,7 @@ def test_a_command_waits_for_one_that_is_recording(tmp_path):
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     threading.Timer(0.3, os.close, (descriptor,)).start()
     before = time.monotonic()
-    Artifact.open(output).record("bench.json", {})
+    Artifact.open(output).record("bench.json", Result())
     assert time.monotonic() - before > 0.25
 
 
@@ -302,7 +277,7 @@ def test_nothing_is_added_to_an_artifact_rebuilt_meanwhile(tmp_path):
     opened = Artifact.open(tmp_path / "out")
     write(tmp_path / "out", "y", force=True)
     with pytest.raises(InputError, match="was rebuilt meanwhile"):
-        opened.with_files({"parity": None}, {})
+        opened.record("eval.json", b"{}")
 
 
 def test_an_artifact_without_room_for_its_manifest_is_as_it_was(tmp_path, monkeypatch):
@@ -317,7 +292,7 @@ def test_an_artifact_without_room_for_its_manifest_is_as_it_was(tmp_path, monkey
     monkeypatch.setattr(Path, "write_bytes", full)
     for files in ({"model.engine": tmp_path / "e"}, {"eval.json": b"{}"}):
         with pytest.raises(InputError, match="no space is left"):
-            opened.with_files({}, files)
+            opened.with_files(files, lambda fresh: fresh)
     assert Artifact.open(tmp_path / "out").manifest == opened.manifest
     assert names(tmp_path / "out") == ["build.json", "model.onnx"]
 
@@ -329,20 +304,19 @@ def recorded(tmp_path: Path) -> Path:
         (folder / "model.onnx").write_text("x")
         (folder / "model.engine").write_text("old engine")
         (folder / "schedule.json").write_text("{}")
-        write_manifest(folder, {**MANIFEST, "engines": {"a": engine("model.engine")}})
-    Artifact.open(output).record("eval.json", {"top1": 0.5})
+        write_manifest(folder, manifest(engines={"tensorrt": engine_values("model.engine")}))
+    Artifact.open(output).record("eval.json", Result(value=0.5))
     return output
 
 
 def test_a_result_is_recorded(tmp_path):
     output = recorded(tmp_path)
-    added = Artifact.open(output).record("report.html", b"<p>", {"seen": True})
+    added = Artifact.open(output).record("report.html", b"<p>")
     assert (output / "report.html").read_bytes() == b"<p>"
-    assert json.loads((output / "eval.json").read_text()) == {"top1": 0.5}
+    assert json.loads((output / "eval.json").read_text()) == {"value": 0.5}
     opened = Artifact.open(output)
     assert (opened.manifest, opened.stale) == (added.manifest, {})
-    assert opened.manifest["seen"] is True
-    assert {"eval.json", "report.html"} <= opened.manifest["files"].keys()
+    assert {"eval.json", "report.html"} <= opened.manifest.files.keys()
 
 
 CHANGES = {
@@ -361,11 +335,11 @@ def test_a_result_that_was_changed_is_none_but_the_model_is_usable(tmp_path, con
     else:
         file.write_text(content)
     opened = Artifact.open(output)
-    assert "eval.json" not in opened.manifest["files"]
+    assert "eval.json" not in opened.manifest.files
     assert opened.stale == {"eval.json": f"eval.json {why}: run 'tome-export eval' again"}
-    after = opened.record("bench.json", {})
+    after = opened.record("bench.json", Result())
     assert after.stale == Artifact.open(output).stale == opened.stale
-    assert Artifact.open(output).record("eval.json", {"top1": 0.9}).stale == {}
+    assert Artifact.open(output).record("eval.json", Result(value=0.9)).stale == {}
     assert Artifact.open(output).stale == {}
     file.unlink()
     write(output, force=True)
@@ -402,9 +376,9 @@ Path.replace = dying
 draft = Path(sys.argv[1]).with_name("draft")
 draft.write_text("new engine")
 if sys.argv[3] == "model.engine":
-    opened.with_files({"engines": opened.manifest["engines"]}, {"model.engine": draft})
+    opened.with_engine(opened.manifest.engines["tensorrt"], draft, "")
 else:
-    opened.record(sys.argv[3], {"top1": 1.0})
+    opened.record(sys.argv[3], b"{}")
 """
 
 
@@ -430,10 +404,10 @@ def test_an_artifact_opens_after_a_kill_while_something_was_recorded(
     assert opened.stale.keys() == left
     if name == "model.engine":
         # An engine that is there is the one that is recorded; at worst there is none.
-        found = opened.manifest["engines"]
-        assert (found == {}) == ("model.engine" not in opened.manifest["files"])
+        found = opened.manifest.engines
+        assert (found == {}) == ("model.engine" not in opened.manifest.files)
     else:
-        assert opened.record(name, {"top1": 0.1}).stale == {}
+        assert opened.record(name, b"[]").stale == {}
         assert [n for n in names(output) if n.startswith(".")] == []
     write(output, force=True)
     assert names(output) == ["build.json", "model.onnx"]
@@ -449,7 +423,7 @@ def test_readers_see_nothing_half_recorded(tmp_path):
     with ThreadPoolExecutor() as pool:
         readers = [pool.submit(read) for _ in range(2)]
         for n in range(150):
-            Artifact.open(output).record("eval.json", {"n": "x" * n})
+            Artifact.open(output).record("eval.json", Result(value="x" * n))
         ended.set()
     for reader in readers:
         reader.result()
@@ -460,7 +434,7 @@ def test_commands_that_record_the_same_wait_for_each_other(tmp_path):
     output = recorded(tmp_path)
     opened = Artifact.open(output)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda n: opened.record("eval.json", {"n": "x" * n}), range(40)))
+        list(pool.map(lambda n: opened.record("eval.json", Result(value="x" * n)), range(40)))
     assert Artifact.open(output).stale == {}
     assert [name for name in names(output) if name.startswith(".")] == []
 
@@ -481,7 +455,7 @@ def test_recording_clears_what_killed_commands_left(tmp_path):
         (output / name).write_text("half")
     (output / ".engine-x1").mkdir()  # perhaps of a build that is running
     (output / ".notes.json.partial").write_text("not ours")
-    Artifact.open(output).record("bench.json", {})
+    Artifact.open(output).record("bench.json", Result())
     assert [name for name in names(output) if name.startswith(".")] == [
         ".engine-x1",
         ".notes.json.partial",
@@ -509,27 +483,25 @@ def test_a_reader_does_without_a_lock_where_there_are_none(tmp_path, monkeypatch
 
 
 def test_names_that_are_no_text_are_escaped(tmp_path):
-    values = {"name": "odd\udcff.png", "more": "\u4e2d\u00e9"}
-    write_json(tmp_path / "a.json", values)
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values
-    assert b"odd\\udcff.png" in (tmp_path / "a.json").read_bytes()
     output = recorded(tmp_path)
-    Artifact.open(output).record("bench.json", values, {"note": "\udcff"})
-    assert Artifact.open(output).manifest["note"] == "\udcff"
+    Artifact.open(output).record("bench.json", Result(value="\u4e2d odd\udcff.png"))
+    found = json.loads((output / "bench.json").read_text(encoding="utf-8"))
+    assert found == {"value": "\u4e2d odd\\udcff.png"}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "has format None; this version reads format 1, rebuild the artifact"),
-        ('{"format": 2}', "has format 2; this version reads format 1, rebuild the artifact"),
-        ('{"format": 1}', "lists no files; rebuild the artifact"),
+        ("[]", r"is \[\], expected an object; rebuild the artifact"),
+        ("{}", "has no format; rebuild the artifact"),
+        ('{"format": 2}', "has format 2, expected 1; rebuild the artifact"),
+        ('{"format": 1}', "has no model; rebuild the artifact"),
         ("{", "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
     ],
 )
 def test_manifests_that_are_none(tmp_path, content, message):
-    manifest = tmp_path / artifact.MANIFEST
+    manifest = tmp_path / MANIFEST
     manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         Artifact.open(tmp_path)
@@ -547,14 +519,14 @@ DROP = object()
         ("model.weights", None, r"has model\.weights None, expected an object;"),
         ("model.weights.seed", "1", r"has model\.weights\.seed '1', expected a whole number;"),
         ("model.weights.state_sha256", 3, r"state_sha256 3, expected text;"),
-        ("merge.r", "8", r"has merge\.r '8', expected a list, each entry a whole number;"),
+        ("merge.r", "8", r"has merge\.r '8', expected a list;"),
         ("merge.r", [8, "8"], r"has merge\.r\[1\] '8', expected a whole number;"),
         ("merge.r", [True], r"has merge\.r\[0\] True, expected a whole number;"),
         ("merge.prop_attn", "yes", r"has merge\.prop_attn 'yes', expected true or false;"),
         ("merge.merge_op", DROP, r"has no merge\.merge_op;"),
         ("merge.scored", DROP, r"has no merge\.scored;"),
         ("tokens", 3, "has tokens 3, expected a list"),
-        ("layers", 3, "has layers 3, expected a list, each entry an object;"),
+        ("layers", 3, "has layers 3, expected a list;"),
         ("layers", [{"r": 1}], r"has no layers\[0\]\.tokens_in;"),
         ("onnx.attention", "fast", "has onnx.attention 'fast', expected one of auto, fused, fus"),
         ("precision", "int8", "has precision 'int8', expected one of fp32, fp16, bf16;"),
@@ -564,8 +536,12 @@ DROP = object()
         ("preprocessing", DROP, "has no preprocessing;"),
         ("output", None, "has output None, expected an object;"),
         ("engines", [], r"has engines \[\], expected an object;"),
-        ("engines", {"a": {}}, r"has no engines\['a'\]\.file;"),
-        ("engines", {"a": engine("gone")}, "does not list 'gone', the file of its a engine;"),
+        ("engines", {"a-b": {}}, r"has no engines\['a-b'\]\.backend;"),
+        (
+            "engines",
+            {"a": engine_values("gone")},
+            "does not list 'gone', the file of its a engine;",
+        ),
         ("files", {}, r"does not list model\.onnx;"),
         ("files", {"model.onnx": 1}, r"has files\['model\.onnx'\] 1, expected an object;"),
         ("files", {"model.onnx": {"bytes": "1", "sha256": ""}}, r"bytes '1', expected a whole"),
