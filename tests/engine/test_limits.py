@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import onnx
 import pytest
 import torch
@@ -20,7 +18,7 @@ from tome_export.engine.limits import (
 )
 from tome_export.errors import ExportError
 from tome_export.merge import spec
-from tome_export.merge.schedule import FrameMerging, clip_tokens
+from tome_export.merge.schedule import FrameMerging, LayerTokens, clip_tokens
 from tome_export.models import RECIPES
 from tome_export.onnx.export import OPSET
 from tome_export.onnx.functions import match_function
@@ -141,8 +139,7 @@ def test_a_refusal_says_what_was_got_and_what_to_do(tokens, r, class_token, expe
 
 
 def test_the_first_merge_that_is_too_long_is_named():
-    layers = [{"tokens_in": 9000, "r": 0, "tokens_out": 9000}]
-    layers += [{"tokens_in": 9000, "r": 8, "tokens_out": 8992}]
+    layers = [LayerTokens(9000, 0, 9000), LayerTokens(9000, 8, 8992)]
     merges = merges_of(layers, 1)
     assert merges == [MergeCounts("blocks.1", 9000, 8, 1)]
     assert refusal("tensorrt", merges, class_token=False).startswith("blocks.1 merges r = 8 of")
@@ -151,7 +148,7 @@ def test_the_first_merge_that_is_too_long_is_named():
 def test_merges_across_clips_are_counted_per_clip():
     merging = FrameMerging((1,), (2,), (50, 50), False)
     layers = clip_tokens((4, 0, 0), merging, 4, 17, 1)
-    found = merges_of(map(asdict, layers), 1)
+    found = merges_of(layers, 1)
     inside, across = layers[0], layers[1]
     joined = 2 * across.tokens_in
     assert found[:3] == [
@@ -182,7 +179,7 @@ def test_reducers_that_score_sort_no_more_than_is_counted(name):
     assert reducer.scored
     schedule = None if reducer.own_counts else [6, 5]
     model = patch(RECIPES["vit_digits"].load().module, schedule, reducer=reducer).eval()
-    counts = [merge.sorted_by_scores for merge in merges_of(map(asdict, model.layers), 1)]
+    counts = [merge.sorted_by_scores for merge in merges_of(model.layers, 1)]
     with torch.inference_mode(), SortLengths() as sorts:
         model(torch.zeros(1, *model.input_size))
     assert len(sorts.found) >= len(counts)

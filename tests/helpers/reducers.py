@@ -314,8 +314,8 @@ def options_of(reducer: Reducer) -> Mapping[str, Any]:
     """Its options after a round trip through the manifest's JSON."""
     import json
 
-    from tome_export.reducers.options import json_from_reducer, reducer_from_json
+    from tome_export.reducers.options import json_from_reducer, reducer_from_entry
 
-    again = reducer_from_json(json.loads(json.dumps(json_from_reducer(reducer))))
+    again = reducer_from_entry(**json.loads(json.dumps(json_from_reducer(reducer))))
     assert again == reducer
     return again.options()

@@ -80,9 +80,9 @@ def check_against_torch(artifact, pixels):
     maps = merge_maps(artifact, pixels)
     found = np.stack([[layer.ids.ravel() for layer in one.layers] for one in maps])
     np.testing.assert_array_equal(found, groups_of_torch(artifact, pixels))
-    prefix = artifact.manifest["merge"]["prefix"]
+    prefix = artifact.manifest.merge.prefix
     for one in maps:
-        for layer, tokens in zip(one.layers, artifact.manifest["tokens"], strict=True):
+        for layer, tokens in zip(one.layers, artifact.manifest.tokens, strict=True):
             assert layer.patches_in_prefix == 0
             assert layer.tokens == tokens == len(np.unique(layer.ids)) + prefix
     return maps
@@ -96,7 +96,7 @@ def digits(tmp_path_factory) -> Artifact:
 
 def test_vit_digits(digits):
     artifact = digits
-    assert artifact.manifest["patches"] == {"rows": 8, "cols": 8, "height": 4, "width": 4}
+    assert artifact.manifest.patches == PatchGrid(8, 8, 4, 4)
     pixels = digits_test()[0][:40]  # more than one batch, the last not full
     maps = check_against_torch(artifact, pixels)
     assert maps[0].grid == PatchGrid(8, 8, 4, 4)
@@ -115,8 +115,8 @@ def test_vit_digits(digits):
 def test_models_of_the_users(models, name, grid, prefix):
     options = {"batch": BatchRange(2, 2, 2)}
     artifact = built(f"mymodels_inspect:{name}", models / "out", (6, 0, 5), **options)
-    assert artifact.manifest["merge"]["prefix"] == prefix
-    size = artifact.manifest["preprocessing"]["input_size"]
+    assert artifact.manifest.merge.prefix == prefix
+    size = artifact.manifest.preprocessing.input_size
     pixels = np.random.default_rng(0).standard_normal((3, *size)).astype(np.float32)
     maps = check_against_torch(artifact, pixels)
     assert maps[0].grid == grid

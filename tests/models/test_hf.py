@@ -301,7 +301,7 @@ def test_a_siglip_without_a_head(tmp_path, keeps_head):
     with pytest.raises(InputError, match=r"has no pooling head .*; use dense outputs$"):
         build(BuildRequest(output=tmp_path / "out", **request))
     manifest = build(BuildRequest(output=tmp_path / "out", dense=True, **request)).manifest
-    assert manifest["output"]["shape"] == ["batch", 64, 32]
+    assert manifest.output.shape == ("batch", 64, 32)
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "ViT", "DINOv2"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tome_export.artifact.manifest import Tower
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.models import resolve
 from tome_export.models.clip_config import KNOWN
@@ -573,8 +574,8 @@ def test_a_tower_of_another_kind_is_named(make_llava, tmp_path):
 
 def test_options_of_a_manifest_come_back():
     options = TowerOptions("llava", -3, "cls_patch", True)
-    assert TowerOptions.of({**options.given, "tokens": 4}) == options
-    assert TowerOptions.of(None).given == {}
+    assert Tower(**options.given, tokens=4, width=8, grid=None).options == options
+    assert TowerOptions().given == {}
     assert (
         replace(options, select_layer=None).over(TowerOptions(select_layer=-1)).select_layer == -1
     )

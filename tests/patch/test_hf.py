@@ -178,20 +178,20 @@ def test_siglip_without_a_head_gives_dense_features_only():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["CLIP, projection", "SigLIP", "DeiT, teacher", "registers"])
 def test_a_real_build_keeps_parity(tmp_path, monkeypatch, kind, precision):
-    parity = built(make(kind), tmp_path, monkeypatch, precision).manifest["parity"]
-    assert parity["passed"]
+    parity = built(make(kind), tmp_path, monkeypatch, precision).manifest.parity
+    assert parity.passed
     if precision == "fp32":
-        assert parity["disagreements"] == 0
+        assert parity.disagreements == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_real_build_of_eager_attention(tmp_path, monkeypatch, precision):
     made = built(make("DINOv2", "eager"), tmp_path, monkeypatch, precision)
-    assert made.manifest["parity"]["passed"]
+    assert made.manifest.parity.passed
 
 
 @pytest.mark.parametrize("kind", ["CLIP, projection", "SigLIP", "registers, classifier"])
 def test_tensorrt_rtx_takes_it(tmp_path, monkeypatch, kind):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     made = built(make(kind), tmp_path, monkeypatch, "fp16", "tensorrt-rtx")
-    assert made.manifest["engines"]["tensorrt-rtx"]["size_bytes"] > 50_000
+    assert made.manifest.engines["tensorrt-rtx"].size_bytes > 50_000

@@ -125,21 +125,21 @@ def test_it_is_encode_image_of_the_whole_model():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("structure", ["attentional pooler", "custom block"])
 def test_a_real_build_keeps_parity(tmp_path, monkeypatch, structure, precision):
-    parity = built(make(structure), tmp_path, monkeypatch, precision).manifest["parity"]
-    assert parity["passed"]
+    parity = built(make(structure), tmp_path, monkeypatch, precision).manifest.parity
+    assert parity.passed
     if precision == "fp32":
-        assert parity["disagreements"] == 0
+        assert parity.disagreements == 0
 
 
 def test_a_real_build_of_a_timm_trunk(tmp_path, monkeypatch):
     model = make_timm(monkeypatch, *TRUNKS["EVA-CLIP"])
-    assert built(model, tmp_path, monkeypatch, "fp32").manifest["parity"]["passed"]
+    assert built(model, tmp_path, monkeypatch, "fp32").manifest.parity.passed
 
 
 def test_tensorrt_rtx_takes_it(tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     made = built(make("class token"), tmp_path, monkeypatch, "fp16", "tensorrt-rtx")
-    assert made.manifest["engines"]["tensorrt-rtx"]["size_bytes"] > 50_000
+    assert made.manifest.engines["tensorrt-rtx"].size_bytes > 50_000
 
 
 @pytest.mark.parametrize(

@@ -108,16 +108,16 @@ def turned(x, sine, cosine, halves):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("structure", ["DINOv3", "rope per layer and head"])
 def test_a_real_build_keeps_parity(tmp_path, monkeypatch, structure, precision):
-    parity = built(make(structure), tmp_path, monkeypatch, precision).manifest["parity"]
-    assert parity["passed"]
+    parity = built(make(structure), tmp_path, monkeypatch, precision).manifest.parity
+    assert parity.passed
     if precision == "fp32":
-        assert parity["disagreements"] == 0
+        assert parity.disagreements == 0
 
 
 def test_tensorrt_rtx_takes_it(tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     made = built(make("EVA-02"), tmp_path, monkeypatch, "fp16", "tensorrt-rtx")
-    assert made.manifest["engines"]["tensorrt-rtx"]["size_bytes"] > 50_000
+    assert made.manifest.engines["tensorrt-rtx"].size_bytes > 50_000
 
 
 def test_other_blocks_are_named():

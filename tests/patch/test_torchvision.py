@@ -51,16 +51,16 @@ def test_duplicates_count():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_real_build_keeps_parity(tmp_path, monkeypatch, precision):
-    parity = built(make(), tmp_path, monkeypatch, precision).manifest["parity"]
-    assert parity["passed"]
+    parity = built(make(), tmp_path, monkeypatch, precision).manifest.parity
+    assert parity.passed
     if precision == "fp32":
-        assert parity["disagreements"] == 0
+        assert parity.disagreements == 0
 
 
 def test_tensorrt_rtx_takes_it(tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     made = built(make(), tmp_path, monkeypatch, "fp16", "tensorrt-rtx")
-    assert made.manifest["engines"]["tensorrt-rtx"]["size_bytes"] > 50_000
+    assert made.manifest.engines["tensorrt-rtx"].size_bytes > 50_000
 
 
 class MyAttention(nn.MultiheadAttention):

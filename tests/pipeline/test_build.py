@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tome_export.artifact import Artifact
+from tome_export.artifact.manifest import Tensor
 from tome_export.engine import EngineOptions
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
@@ -63,46 +64,46 @@ def built(tmp_path_factory):
 def test_manifest_tells_the_token_counts_and_macs(built):
     model = patch(RECIPES["vit_digits"].load().module, Schedule(8, -1.0))
     manifest = built.manifest
-    assert manifest["tokens_in"] == 65
-    assert manifest["tokens"] == [layer.tokens_out for layer in model.layers]
-    assert manifest["merge"]["r"] == [16, 12, 9, 6, 3, 0]
-    assert manifest["tokens"] == [49, 37, 28, 22, 19, 19]
-    assert manifest["macs"]["merged"] == model.macs()
-    assert manifest["macs"]["unmerged"] == model.macs(merged=False)
-    blocks = sum(layer["macs_unmerged"] - layer["macs"] for layer in manifest["layers"])
-    assert blocks == manifest["macs"]["unmerged"] - manifest["macs"]["merged"]
+    assert manifest.tokens_in == 65
+    assert manifest.tokens == tuple(layer.tokens_out for layer in model.layers)
+    assert manifest.merge.r == (16, 12, 9, 6, 3, 0)
+    assert manifest.tokens == (49, 37, 28, 22, 19, 19)
+    assert manifest.macs.merged == model.macs()
+    assert manifest.macs.unmerged == model.macs(merged=False)
+    blocks = sum(layer.macs_unmerged - layer.macs for layer in manifest.layers)
+    assert blocks == manifest.macs.unmerged - manifest.macs.merged
 
 
 def test_manifest_tells_the_digest_of_every_other_file(built):
     files = {path.name: path for path in built.path.iterdir() if path.name != "build.json"}
-    assert set(files) == set(built.manifest["files"]) == {"model.onnx", "parity.json"}
+    assert set(files) == set(built.manifest.files) == {"model.onnx", "parity.json"}
     for name, path in files.items():
         content = path.read_bytes()
         record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        assert built.manifest["files"][name] == record
+        assert built.manifest.files[name].model_dump() == record
 
 
 def test_manifest_tells_names_shapes_and_preprocessing(built):
     session = onnxruntime.InferenceSession(built.model_path, providers=["CPUExecutionProvider"])
     (given,), (found,) = session.get_inputs(), session.get_outputs()
     manifest = built.manifest
-    assert manifest["input"] == {"name": given.name, "dtype": "float32", "shape": given.shape}
-    assert manifest["output"] == {"name": found.name, "dtype": "float32", "shape": found.shape}
+    assert manifest.input == Tensor(name=given.name, dtype="float32", shape=tuple(given.shape))
+    assert manifest.output == Tensor(name=found.name, dtype="float32", shape=tuple(found.shape))
     assert (given.name, found.name) == ("pixel_values", "logits")
     assert given.type == found.type == "tensor(float)"
-    assert manifest["labels"] == list("0123456789")
-    assert manifest["preprocessing"] == RECIPES["vit_digits"].preprocessing.to_dict()
+    assert manifest.labels == tuple("0123456789")
+    assert manifest.preprocessing == RECIPES["vit_digits"].preprocessing
     pixels = sample_pixels(RECIPES["vit_digits"], 3)
     assert session.run(None, {"pixel_values": pixels})[0].shape == (3, 10)
 
 
 def test_manifest_tells_weights_and_parity(built):
-    weights = built.manifest["model"]["weights"]
-    assert (weights["kind"], built.manifest["model"]["random_weights"]) == ("bundled", False)
+    weights = built.manifest.model.weights
+    assert (weights.kind, built.manifest.model.random_weights) == ("bundled", False)
     content = (DATA / "vit_digits.safetensors").read_bytes()
-    assert weights["sha256"] == hashlib.sha256(content).hexdigest()
+    assert weights.sha256 == hashlib.sha256(content).hexdigest()
     parity = json.loads((built.path / "parity.json").read_text())["checks"][0]
-    summary = built.manifest["parity"]
+    summary = built.manifest.parity.model_dump(mode="json")
     assert summary == {key: parity[key] for key in summary}
     assert summary["passed"] is True
     assert summary["precision"] == "fp16"
@@ -113,7 +114,7 @@ def test_manifest_tells_weights_and_parity(built):
 def test_the_model_describes_itself(built):
     props = {p.key: p.value for p in onnx.load(built.model_path).metadata_props}
     merge = json.loads(props["tome_export.merge"])
-    assert merge == built.manifest["merge"]
+    assert merge == built.manifest.merge.model_dump(mode="json")
 
 
 def test_a_checked_artifact_is_still_verified(built):
@@ -133,11 +134,11 @@ def test_engine_is_added_and_the_artifact_still_verified(built, tmp_path):
     before = Artifact.open(copy).manifest
     request = EngineRequest(copy, "tensorrt-rtx", EngineOptions(), BatchRange(1, 2, 4))
     done = add_engine(request)
-    engine = done.manifest["engines"]["tensorrt-rtx"]
-    assert engine["batch"] == "1:2:4"
-    assert engine["size_bytes"] == (copy / "model.rtx.engine").stat().st_size
+    engine = done.manifest.engines["tensorrt-rtx"]
+    assert engine.batch == BatchRange(1, 2, 4)
+    assert engine.size_bytes == (copy / "model.rtx.engine").stat().st_size
     assert Artifact.open(copy).manifest == done.manifest
-    assert done.manifest["parity"] == before["parity"]
+    assert done.manifest.parity == before.parity
 
 
 def test_weights_from_a_file_are_asked_for_again(tmp_path, monkeypatch):
@@ -145,14 +146,14 @@ def test_weights_from_a_file_are_asked_for_again(tmp_path, monkeypatch):
     save_file(state, tmp_path / "mine.safetensors")
     request = digits(tmp_path / "out", weights=str(tmp_path / "mine.safetensors"), check=False)
     made = build(request)
-    assert made.manifest["model"]["weights"]["kind"] == "file"
-    assert made.manifest["parity"] is None
+    assert made.manifest.model.weights.kind == "file"
+    assert made.manifest.parity is None
     monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(InputError, match=r"weights file mine\.safetensors, which is not in the"):
         check(CheckRequest(made.path))
     result = check(CheckRequest(made.path, weights=str(tmp_path / "mine.safetensors")))
     assert result.passed
-    assert result.artifact.manifest["parity"]["passed"] is True
+    assert result.artifact.manifest.parity.passed is True
     state["norm.bias"] = state["norm.bias"] + torch.ones(64)
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="are not those of the build"):
@@ -162,7 +163,7 @@ def test_weights_from_a_file_are_asked_for_again(tmp_path, monkeypatch):
 def test_the_same_seed_gives_the_same_random_weights(tmp_path):
     options = {"weights": "random", "check": False, "schedule": Schedule(2)}
     first, second = (
-        build(digits(tmp_path / f"{seed}", seed=seed, **options)).manifest["model"]["weights"]
+        build(digits(tmp_path / f"{seed}", seed=seed, **options)).manifest.model.weights
         for seed in (7, 8)
     )
     again = RECIPES["vit_digits"].load("random", seed=7).module
@@ -173,9 +174,9 @@ def test_the_same_seed_gives_the_same_random_weights(tmp_path):
 def test_index_add_runs_on_onnxruntime_and_says_why_no_engine(tmp_path):
     request = digits(tmp_path / "out", merge_op="index_add", engine="auto", precision="fp16")
     made = build(request)
-    assert made.manifest["merge"]["merge_op"] == "index_add"
-    assert made.manifest["engines"] == {}
-    assert made.manifest["parity"]["passed"] is True
+    assert made.manifest.merge.merge_op == "index_add"
+    assert made.manifest.engines == {}
+    assert made.manifest.parity.passed is True
     with pytest.raises(InputError, match="index_add, which TensorRT's parser refuses; rebuild it"):
         add_engine(EngineRequest(made.path))
     operators = {
@@ -186,7 +187,7 @@ def test_index_add_runs_on_onnxruntime_and_says_why_no_engine(tmp_path):
 
 def test_static_batch(tmp_path):
     made = build(digits(tmp_path / "out", batch=BatchRange(3, 3, 3), check=False))
-    assert made.manifest["input"]["shape"][0] == 3
+    assert made.manifest.input.shape[0] == 3
     session = onnxruntime.InferenceSession(made.model_path, providers=["CPUExecutionProvider"])
     pixels = np.zeros((3, 1, 32, 32), np.float32)
     assert session.run(None, {"pixel_values": pixels})[0].shape == (3, 10)

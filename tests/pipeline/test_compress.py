@@ -48,14 +48,14 @@ def test_a_tower_gives_a_fixed_number_of_tokens(
         )
     )
     manifest = artifact.manifest
-    assert manifest["parity"]["passed"]
-    tower = manifest["tower"]
-    assert (tower["tokens"], tower["width"], tower["grid"]) == (tokens, 48, grid)
-    shapes = {o["name"]: o["shape"] for o in manifest["outputs"]}
-    assert shapes == {"features": ["batch", tokens, 48], "entropy": ["batch"]}
-    for built in manifest["engines"].values():
-        assert [o["name"] for o in built["outputs"]] == ["features", "entropy"]
-    assert manifest["compressor"]["name"] == compress.partition(":")[0]
+    assert manifest.parity.passed
+    tower = manifest.tower
+    assert (tower.tokens, tower.width, tower.grid) == (tokens, 48, grid)
+    shapes = {o.name: o.shape for o in manifest.outputs}
+    assert shapes == {"features": ("batch", tokens, 48), "entropy": ("batch",)}
+    for built in manifest.engines.values():
+        assert [o.name for o in built.outputs] == ["features", "entropy"]
+    assert manifest.compressor.name == compress.partition(":")[0]
     if precision == "fp32":
         assert check(CheckRequest(artifact.path, backends=("ort-cpu",))).passed
         model, _ = reference_model(artifact)
@@ -84,7 +84,7 @@ def test_macs_are_those_of_torch(checkpoint, tmp_path):
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         x = torch.zeros(1, tokens, model.width, requires_grad=True)
         model.compressor(Final(x, torch.ones(1, tokens), None, model.patch_grid))
-    extra = compressed.manifest["macs"]["merged"] - plain.manifest["macs"]["merged"]
+    extra = compressed.manifest.macs.merged - plain.manifest.macs.merged
     assert extra == counter.get_total_flops() // 2 > 0
 
 
@@ -97,9 +97,7 @@ def test_reducers_that_drop_go_with_a_resampler(checkpoint, tmp_path):
         "engine": "none",
     }
     more = {"compress": "resampler", "compress_options": RESAMPLER}
-    assert build(BuildRequest(output=tmp_path / "a", **more, **request)).manifest["parity"][
-        "passed"
-    ]
+    assert build(BuildRequest(output=tmp_path / "a", **more, **request)).manifest.parity.passed
     with pytest.raises(InputError) as failure:
         build(BuildRequest(output=tmp_path / "b", compress="avgpool:2x2", **request))
     assert str(failure.value) == (
@@ -180,5 +178,5 @@ def test_dense_outputs_of_any_model_can_be_pooled(tmp_path):
         engine="none",
     )
     manifest = build(request).manifest
-    assert manifest["output"]["shape"][1] == 4
-    assert manifest["parity"]["passed"]
+    assert manifest.output.shape[1] == 4
+    assert manifest.parity.passed

@@ -66,7 +66,7 @@ def built(model) -> Any:
 
 
 def images_of(artifact: Any, count: int = 3) -> Any:
-    shape = artifact.manifest["input"]["shape"][1:]
+    shape = artifact.manifest.input.shape[1:]
     return np.random.default_rng(5).standard_normal((count, *shape), dtype=np.float32)
 
 
@@ -84,13 +84,13 @@ def groups_are_constant(features: Any, mapping: Any) -> bool:
 
 
 def test_the_manifest_describes_both_outputs(built):
-    patches = built.manifest["outputs"][0]["shape"][1]
-    assert [(o["name"], o["dtype"], o["shape"][0]) for o in built.manifest["outputs"]] == [
+    patches = built.manifest.outputs[0].shape[1]
+    assert [(o.name, o.dtype, o.shape[0]) for o in built.manifest.outputs] == [
         ("features", "float32", "batch"),
         ("source_map", "int32", "batch"),
     ]
-    assert built.manifest["outputs"][1]["shape"] == ["batch", patches] == ["batch", 64]
-    assert built.manifest["parity"]["passed"]
+    assert built.manifest.outputs[1].shape == ("batch", patches) == ("batch", 64)
+    assert built.manifest.parity.passed
 
 
 def test_onnx_unmerges_exactly(built):
@@ -144,9 +144,9 @@ def test_half_precision_with_an_engine_and_served(model, tmp_path):
         )
     )
     manifest = artifact.manifest
-    assert manifest["parity"]["passed"]
-    engine = manifest["engines"]["tensorrt-rtx"]
-    assert [(o["name"], o["dtype"]) for o in engine["outputs"]] == [
+    assert manifest.parity.passed
+    engine = manifest.engines["tensorrt-rtx"]
+    assert [(o.name, o.dtype) for o in engine.outputs] == [
         ("features", "float32"),
         ("source_map", "int32"),
     ]
@@ -155,7 +155,7 @@ def test_half_precision_with_an_engine_and_served(model, tmp_path):
     served = serve(ServeRequest((artifact.path,), tmp_path / "repository", ServeOptions()))
     config = tmp_path / "repository" / served.models[0].name / "config.pbtxt"
     text = " ".join(config.read_text().split())
-    width = manifest["outputs"][0]["shape"][2]
+    width = manifest.outputs[0].shape[2]
     assert f'name: "features" data_type: TYPE_FP32 dims: 64 dims: {width} ' in text
     assert 'name: "source_map" data_type: TYPE_INT32 dims: 64 }' in text
 

@@ -72,9 +72,9 @@ def test_from_the_library_to_the_repository(maker, make_llava, tmp_path, monkeyp
     name, untouched, form = maker(make_llava)
     request = {"model": name, "engine": "none", **form}
     artifact = build(BuildRequest(output=Path("merged"), schedule=Schedule(11), **request))
-    parity = artifact.manifest["parity"]
-    assert parity["passed"]
-    assert parity["disagreements"] == 0
+    parity = artifact.manifest.parity
+    assert parity.passed
+    assert parity.disagreements == 0
     assert parity["decisions"] > 0
 
     plain = build(BuildRequest(output=Path("plain"), schedule=Schedule(), check=False, **request))
@@ -84,13 +84,13 @@ def test_from_the_library_to_the_repository(maker, make_llava, tmp_path, monkeyp
         unmerged = rescheduled(reference_model(artifact)[0], Schedule())
         patched = unmerged(torch.from_numpy(images)).numpy()
     with OrtRunner(plain.model_path) as runner:
-        exported = runner.infer({INPUT_NAME: images})[plain.manifest["output"]["name"]]
+        exported = runner.infer({INPUT_NAME: images})[plain.manifest.output.name]
     np.testing.assert_allclose(patched, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     np.testing.assert_allclose(exported, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     options = ServeOptions(preprocess=True)
     result = serve(ServeRequest((artifact.path,), tmp_path / "repository", options))
-    kinds = ["postprocess"] if artifact.manifest["output"]["name"] == "logits" else []
+    kinds = ["postprocess"] if artifact.manifest.output.name == "logits" else []
     written = {model.name.removeprefix(f"{result.models[0].name}_") for model in result.models[1:]}
     assert written == {"preprocess", *kinds, "pipeline"}
     for model in result.models:

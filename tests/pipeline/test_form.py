@@ -42,8 +42,8 @@ def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plugin_has_one_batch_size_by_default(tmp_path):
     artifact = build(digits(tmp_path / "x", merge_op="plugin", engine_options=ONE_GPU))
-    assert artifact.manifest["batch"] == "8:8:8"
-    assert artifact.manifest["merge"]["note"] == (
+    assert artifact.manifest.batch == BatchRange(8, 8, 8)
+    assert artifact.manifest.merge.note == (
         f"the batch is fixed at 8, another with --batch: {choice.LEAK}"
     )
     assert ISSUE in choice.LEAK
@@ -163,10 +163,10 @@ def test_an_engine_that_cannot_sort_so_many_tokens_is_refused(tmp_path, monkeypa
     assert str(refused.value) == TOO_LONG
     assert list(tmp_path.iterdir()) == []
     artifact = build(digits(tmp_path / "x", engine="auto"))
-    assert artifact.manifest["engines"] == {}
-    assert artifact.manifest["engine_note"] == f"no engine is built: {TOO_LONG}"
+    assert artifact.manifest.engines == {}
+    assert artifact.manifest.engine_note == f"no engine is built: {TOO_LONG}"
     # So it is written for what runs it then, and not for the engine that there is not.
-    assert artifact.manifest["onnx"]["attention"] == "parts"
+    assert artifact.manifest.onnx.attention == "parts"
     with pytest.raises(InputError) as refused:
         add_engine(EngineRequest(tmp_path / "x", engine="tensorrt-rtx"))
     assert str(refused.value) == f"the artifact cannot become an engine: {TOO_LONG}"

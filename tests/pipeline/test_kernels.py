@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import triton
+from manifests import manifest
 
 from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions, Selection, gpu
@@ -74,19 +75,19 @@ def test_the_artifact_holds_nodes_for_the_plugin_and_kernels_for_six_gpus(built)
     for kernel in store.kernels.values():
         capabilities = [binary.compute_capability for binary in kernel.binaries]
         assert capabilities == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-    assert built.manifest["merge"]["merge_op"] == "plugin"
+    assert built.manifest.merge.merge_op == "plugin"
     files = {f"plugins/{path.name}" for path in (built.path / "plugins").iterdir()}
-    assert files | {"model.onnx", "parity.json"} == set(built.manifest["files"])
+    assert files | {"model.onnx", "parity.json"} == set(built.manifest.files)
     assert Artifact.open(built.path).manifest == built.manifest
 
 
 def test_onnx_runtime_runs_it_with_parity(built, tmp_path):
-    assert built.manifest["parity"]["passed"]
-    assert built.manifest["parity"]["decisions"] == 528
-    fixed = BatchRange.parse(built.manifest["batch"])
+    assert built.manifest.parity.passed
+    assert built.manifest.parity.decisions == 528
+    fixed = built.manifest.batch
     plain = build(digits(tmp_path / "plain", merge_op="matmul", batch=fixed, check=False))
     images = np.random.default_rng(0).standard_normal((8, 1, 32, 32)).astype(np.float32)
-    images = images.reshape(fixed.max, *built.manifest["preprocessing"]["input_size"])
+    images = images.reshape(fixed.max, *built.manifest.preprocessing.input_size)
     outputs = [
         onnxruntime.InferenceSession(artifact.model_path, providers=["CPUExecutionProvider"]).run(
             None, {"pixel_values": images}
@@ -100,9 +101,9 @@ def test_tensorrt_rtx_takes_the_function_bodies(built, tmp_path):
     copy = tmp_path / "digits"
     shutil.copytree(built.path, copy)
     changed = add_engine(EngineRequest(copy, engine="tensorrt-rtx"))
-    engine = changed.manifest["engines"]["tensorrt-rtx"]
-    assert engine["plugin_layers"] == 0
-    assert "plugins/kernels.json" in changed.manifest["files"]
+    engine = changed.manifest.engines["tensorrt-rtx"]
+    assert engine.plugin_layers == 0
+    assert "plugins/kernels.json" in changed.manifest.files
 
 
 def test_a_damaged_kernel_is_found(built, tmp_path):
@@ -123,13 +124,13 @@ def test_it_is_replaced_whole_and_notes_in_its_folder_are_spared(built, tmp_path
     (copy / "plugins" / "notes.txt").unlink()
     replaced = build(digits(copy, force=True, merge_op="matmul", check=False))
     assert sorted(path.name for path in copy.iterdir()) == ["build.json", "model.onnx"]
-    assert replaced.manifest["merge"]["merge_op"] == "matmul"
+    assert replaced.manifest.merge.merge_op == "matmul"
 
 
 def test_kernels_are_compiled_for_the_gpus_asked_for(tmp_path):
     options = EngineOptions(compute_capabilities=("9.0", "8.9", "9.0"))
     artifact = build(digits(tmp_path / "two", engine_options=options, check=False))
-    assert artifact.manifest["plugins"]["compute_capabilities"] == ["8.9", "9.0"]
+    assert artifact.manifest.plugins.compute_capabilities == ("8.9", "9.0")
     index = json.loads((artifact.path / "plugins" / "kernels.json").read_text())
     targets = [b["target"] for kernel in index["kernels"] for b in kernel["binaries"]]
     assert targets == ["sm_89", "sm_90a"] * 2
@@ -211,8 +212,8 @@ def test_auto_falls_back_to_plain_operators_beyond_the_limits(tmp_path, monkeypa
     monkeypatch.setattr(match_contract, "MAX_TOKENS", 64)
     monkeypatch.setattr(FORM, "takes_plugins", lambda _: True)
     artifact = build(digits(tmp_path / "x", merge_op="auto", batch=FIXED, check=False))
-    assert artifact.manifest["merge"]["note"] == f"no plugin: {LIMITS['tokens'][3]}; {NO_KERNEL}"
-    assert artifact.manifest["merge"]["merge_op"] == "matmul"
+    assert artifact.manifest.merge.note == f"no plugin: {LIMITS['tokens'][3]}; {NO_KERNEL}"
+    assert artifact.manifest.merge.merge_op == "matmul"
     assert sorted(path.name for path in artifact.path.iterdir()) == ["build.json", "model.onnx"]
     model = onnx.load(artifact.model_path)
     nodes = [node for node in model.graph.node if node.domain == "tome_export"]
@@ -266,7 +267,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, on, merge_op):
     on(H200)
     request = digits(tmp_path / "x", merge_op=merge_op, batch=FIXED, check=False)
     if merge_op == "auto":
-        assert build(request).manifest["merge"]["merge_op"] == "matmul"
+        assert build(request).manifest.merge.merge_op == "matmul"
         assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["build.json", "model.onnx"]
         return
     with pytest.raises(ExportError, match=r"cannot write its cache .*: set TRITON_CACHE_DIR to"):
@@ -276,14 +277,14 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, on, merge_op):
 
 def test_a_model_that_does_not_merge_needs_no_plugin(tmp_path):
     artifact = build(digits(tmp_path / "x", schedule=Schedule(0), check=False))
-    assert "plugins" not in artifact.manifest
+    assert artifact.manifest.plugins is None
     assert sorted(path.name for path in artifact.path.iterdir()) == ["build.json", "model.onnx"]
 
 
 def test_registration_wants_a_gpu_and_a_kernel_for_it(built, on):
     on(gpu.GpuReport((), "none"))
     names = kernels.plugins_of(built.manifest).kernels
-    assert names == tuple(built.manifest["plugins"]["kernels"])
+    assert names == built.manifest.plugins.kernels
     with pytest.raises(InputError, match="no GPU is visible; a TensorRT engine with plugins"):
         kernels.register_plugins(TENSORRT, built.path, names, EngineOptions())
     # Other backends run the function bodies, whatever the GPU.
@@ -295,8 +296,8 @@ def test_kernels_that_the_manifest_lists_must_be_there(built, on):
     with pytest.raises(InputError, match=r"plugins lacks TomeMatch_x, which build.json lists: reb"):
         kernels.register_plugins(TENSORRT, built.path, ("TomeMatch_x",), EngineOptions())
     with pytest.raises(InputError, match=r"build\.json lists no kernels of its plugins: rebuild"):
-        kernels.plugins_of({"merge": built.manifest["merge"]})
-    assert kernels.plugins_of({"merge": {"merge_op": "matmul"}}) is None
+        kernels.plugins_of(built.manifest.model_copy(update={"plugins": None}))
+    assert kernels.plugins_of(manifest()) is None
 
 
 def test_a_parser_that_passes_the_plugins_over_is_noticed():

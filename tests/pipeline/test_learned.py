@@ -54,7 +54,7 @@ def test_the_artifact_needs_no_other_file(artifact):
     found = model.reducer.state_dict()
     assert found.keys() == metric_layers().keys()
     assert all(torch.equal(found[key], value) for key, value in metric_layers().items())
-    assert REDUCER in artifact.manifest["files"]
+    assert REDUCER in artifact.manifest.files
 
 
 def test_the_model_has_the_weights_of_the_model_without_it(artifact, tmp_path):

@@ -97,7 +97,7 @@ def test_weights_of_a_function_are_called_so(
     monkeypatch.chdir(tmp_path)
     request = BuildRequest("own_models:made", tmp_path / "out", engine="none", check=False)
     artifact = build(request)
-    weights = artifact.manifest["model"]["weights"]
-    assert weights["kind"] == "function"
-    assert "own_models:made" in weights["source"]
+    weights = artifact.manifest.model.weights
+    assert weights.kind == "function"
+    assert "own_models:made" in weights.source
     assert json.loads((tmp_path / "out" / "build.json").read_text()) == artifact.manifest

@@ -43,7 +43,7 @@ def built(checkpoint) -> Any:
 
 def test_the_manifest_tells_the_language_model_what_it_gets(built):
     manifest = built.manifest
-    assert manifest["tower"] == {
+    assert manifest.tower.model_dump(mode="json") == {
         "kind": "llava",
         "select_layer": -2,
         "select_feature": "cls_patch",
@@ -52,13 +52,13 @@ def test_the_manifest_tells_the_language_model_what_it_gets(built):
         "width": 48,
         "grid": [8, 8],
     }
-    assert manifest["output"] == {
+    assert manifest.output.model_dump(mode="json") == {
         "name": "features",
         "dtype": "float32",
         "shape": ["batch", 32, 48],
     }
-    assert manifest["parity"]["passed"]
-    assert manifest["model"]["family"] == "llava"
+    assert manifest.parity.passed
+    assert manifest.model.family == "llava"
 
 
 def test_onnx_gives_the_merged_towers_features(built):
@@ -121,5 +121,5 @@ def test_a_language_model_that_needs_the_grid_gets_dense_features(
     )
     assert not (tmp_path / "a").exists()
     artifact = build(BuildRequest(output=tmp_path / "b", dense=True, **request))
-    assert artifact.manifest["tower"]["tokens"] == 64
-    assert artifact.manifest["output"]["shape"] == ["batch", 64, 32]
+    assert artifact.manifest.tower.tokens == 64
+    assert artifact.manifest.output.shape == ("batch", 64, 32)

@@ -24,8 +24,8 @@ def test_a_relative_checkpoint_folder_is_found_from_elsewhere(tmp_path, monkeypa
         "hf:models/m", tmp_path / "out", schedule=Schedule(3), engine="none", check=False
     )
     artifact = build(request)
-    model = artifact.manifest["model"]
-    assert (model["name"], model["folder"]) == ("hf:models/m", str(checkpoint))
+    model = artifact.manifest.model
+    assert (model.name, model.folder) == ("hf:models/m", str(checkpoint))
 
     # Were it asked for by name, the hub would be.
     monkeypatch.chdir(tmp_path / "there")

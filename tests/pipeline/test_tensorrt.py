@@ -56,9 +56,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_the_engine_holds_every_plugin(built):
-    engine = built.manifest["engines"]["tensorrt"]
-    assert engine["plugin_layers"] == 12
-    assert engine["layers"]
+    engine = built.manifest.engines["tensorrt"]
+    assert engine.plugin_layers == 12
+    assert engine.layers
 
 
 def test_parity_of_the_engine(built):
@@ -82,4 +82,4 @@ def test_auto_chooses_the_plugin_here(tmp_path):
     request = BuildRequest(
         "vit_digits", tmp_path / "x", Schedule(8), "fp16", batch=batch, check=False
     )
-    assert build(request).manifest["merge"]["merge_op"] == "plugin"
+    assert build(request).manifest.merge.merge_op == "plugin"

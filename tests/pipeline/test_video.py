@@ -31,7 +31,7 @@ from tome_export.pipeline.reference import reference_model
 from tome_export.pipeline.report import ReportRequest, report
 from tome_export.plugins.match import contract
 from tome_export.runtime.ort import OrtRunner
-from tome_export.spec import INPUT_NAME, BatchRange, Preprocessing
+from tome_export.spec import INPUT_NAME, BatchRange
 
 OWN = "from video_towers import clip4clip, stop\n"
 BATCH = BatchRange(1, 2, 4)
@@ -59,7 +59,7 @@ def artifact(tmp_path_factory):
 
 
 def test_the_manifest_says_how_frames_are_joined(artifact):
-    manifest = artifact.manifest
+    manifest = json.loads((artifact.path / "build.json").read_text())
     assert manifest["video"] == {
         "frames": 8,
         "merging": {
@@ -169,7 +169,7 @@ def test_the_reference_model_comes_back(artifact):
     model, recipe = reference_model(artifact)
     assert recipe.video.merging == MERGING
     assert model.layers == reference_model(artifact)[0].layers
-    assert [layer.total_out for layer in model.layers] == artifact.manifest["tokens"]
+    assert tuple(layer.total_out for layer in model.layers) == artifact.manifest.tokens
 
 
 def test_check_takes_the_users_videos(artifact, tmp_path):
@@ -195,7 +195,7 @@ def test_an_entropy_is_of_the_patches_of_all_frames(artifact):
     result = check(CheckRequest(artifact.path, min_entropy=1))
     found = result.entropy
     assert found.patches == 8 * 16
-    pixels = moving_samples(Preprocessing.from_dict(artifact.manifest["preprocessing"]), 8, 8)
+    pixels = moving_samples(artifact.manifest.preprocessing, 8, 8)
     with OrtRunner(load(artifact.model_path)) as runner:
         given = {INPUT_NAME: pixels, "video_mask": np.ones((8, 8), np.float32)}
         places = runner.infer(given)["source_map"]
@@ -216,10 +216,10 @@ def test_half_precision_is_explained_and_an_engine_builds(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     engine = _engine()
     built = build(made(tmp_path / "half", model=model, precision="fp16", engine=engine))
-    parity = built.manifest["parity"]
-    assert (parity["passed"], parity["defects"]) == (True, 0)
+    parity = built.manifest.parity
+    assert (parity.passed, parity.defects) == (True, 0)
     if engine != "none":
-        assert built.manifest["engines"][engine]["batch"] == "1:2:4"
+        assert built.manifest.engines[engine].batch == BatchRange(1, 2, 4)
 
 
 def _engine():
@@ -235,9 +235,9 @@ def test_a_fixed_batch_and_plain_tome(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fixed = BatchRange(2, 2, 2)
     built = build(made(tmp_path / "plain", video=VideoOptions(), batch=fixed))
-    assert built.manifest["video"] == {"frames": 8, "merging": None}
-    assert built.manifest["tokens"] == [112, 88, 64, 40]
-    assert built.manifest["parity"]["passed"]
+    assert built.manifest.video == VideoOptions(8)
+    assert built.manifest.tokens == (112, 88, 64, 40)
+    assert built.manifest.parity.passed
 
 
 def test_bench_times_it_beside_the_unmerged_tower(artifact):
@@ -246,7 +246,7 @@ def test_bench_times_it_beside_the_unmerged_tower(artifact):
     assert [row["backend"] for row in found["rows"]] == ["ort-cpu"]
     assert found["rows"][0]["merged"]["peak_memory_bytes"] > 0
     assert found["images"] == "samples"
-    assert found["macs_ratio"] == artifact.manifest["macs"]["ratio"]
+    assert found["macs_ratio"] == artifact.manifest.macs.ratio
 
 
 def test_pictures_show_groups_across_frames(artifact, tmp_path):
@@ -256,7 +256,7 @@ def test_pictures_show_groups_across_frames(artifact, tmp_path):
     assert (result.grid.rows, result.grid.cols) == (8, 16)
     with Image.open(tmp_path / "out" / result.pictures[-1].file) as image:
         assert image.size[0] / image.size[1] == result.grid.cols / result.grid.rows
-    pixels = load_videos([video], Preprocessing.from_dict(artifact.manifest["preprocessing"]), 8)
+    pixels = load_videos([video], artifact.manifest.preprocessing, 8)
     (found,) = merge_maps(artifact, pixels)
     session = onnxruntime.InferenceSession(
         str(artifact.model_path), providers=["CPUExecutionProvider"]

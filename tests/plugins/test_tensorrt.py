@@ -61,8 +61,8 @@ def digits_artifact(path: Path, _: str) -> list[Any]:
     request = BuildRequest(
         "vit_digits", path, Schedule(8), "fp16", merge_op="plugin", engine="none", check=False
     )
-    layers = build(request).manifest["layers"]
-    return [LayerTokens(layer["tokens_in"], layer["r"], layer["tokens_out"]) for layer in layers]
+    layers = build(request).manifest.layers
+    return [LayerTokens(layer.tokens_in, layer.r, layer.tokens_out) for layer in layers]
 
 
 def small_artifact(path: Path, case: str) -> list[Any]:

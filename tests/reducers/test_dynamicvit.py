@@ -144,7 +144,7 @@ def test_one_file_has_the_model_and_its_predictors(tmp_path):
             "vit_digits", tmp_path / "a", weights=str(file), reducer="dynamicvit", engine="none"
         )
     )
-    assert artifact.manifest["merge"]["reducer"]["options"]["weights"] is None
+    assert artifact.manifest.merge.reducer.options["weights"] is None
     model, _ = reference_model(artifact, str(file))
     for key, value in own.items():
         assert torch.equal(model.reducer.state_dict()[key], value)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from manifests import manifest
 from video_reference import Merging, token_counts
 
+from tome_export.artifact import Manifest
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.schedule import FrameMerging, VideoOptions, clip_tokens
@@ -103,6 +107,6 @@ def test_what_does_not_fit_is_one_clear_line(made, message):
 
 def test_options_survive_the_manifest():
     for options in (VideoOptions(), VideoOptions(8, FrameMerging((1,), (4,), (12.5, 0), False))):
-        assert VideoOptions.from_dict(options.to_dict()) == options
-    assert VideoOptions.from_dict(None) == VideoOptions()
+        entry = manifest(video=options).json_bytes()
+        assert Manifest.parse(entry, Path("build.json")).video == options
     assert str(FrameMerging()) == "layers 8,9,10 join 2,2,3 clips, 30,10 %"
