@@ -25,7 +25,7 @@ from tome_export.models.samples import sample_pixels
 from tome_export.onnx.build import onnx_from_model
 from tome_export.onnx.export import ExportOptions
 from tome_export.parity.check import check_parity
-from tome_export.parity.report import ParityReport
+from tome_export.artifact.parity import ParityReport
 from tome_export.patch import patch
 from tome_export.spec import BatchRange
 

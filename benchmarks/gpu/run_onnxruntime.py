@@ -24,7 +24,7 @@ from tome_export.spec import INPUT_NAME
 if TYPE_CHECKING:
     import onnx
 
-    from tome_export.parity.report import ParityReport
+    from tome_export.artifact.parity import ParityReport
 
 MODEL = "vit_b16"
 CASES = tuple(GraphCase(r, form) for form in ("fused", "parts") for r in (0, 16, 13))

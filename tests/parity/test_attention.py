@@ -43,7 +43,7 @@ def test_every_form_is_pytorchs(exported, make_vit, make_images, name, precision
     model, proto = exported(make_vit, name, precision, form)
     assert any(node.op_type == "Attention" for node in proto.graph.node) == (form != "parts")
     report = check_parity(model, proto, make_images(model, 4), precision, BATCH)
-    assert report.failures == []
+    assert report.failures == ()
 
 
 def summed_in_eight_bits(model: onnx.ModelProto, *, cast_up: bool = False) -> onnx.ModelProto:
@@ -134,12 +134,12 @@ def test_coarse_sums_fail_and_the_option_is_named(exported, make_vit, make_image
     assert failed.led_output.max_abs > failed.led_allowed
     assert failed.failures[0].endswith(f"{ADVICE}fused-fp32"), failed.failures
     _, cast_up = exported(make_vit, "test_vit", "fp16", "fused-fp32")
-    assert check(cast_up, runner_factory=engine, engine=True).failures == []
+    assert check(cast_up, runner_factory=engine, engine=True).failures == ()
 
     elsewhere = check(fused, runner_factory=engine)
     assert elsewhere.failures[0].endswith(f"{ADVICE}parts")
     _, parts = exported(make_vit, "test_vit", "fp16", "parts")
-    assert check(parts, runner_factory=engine).failures == []
+    assert check(parts, runner_factory=engine).failures == ()
 
     def coarser(graph):
         return OrtRunner(summed_in_eight_bits(graph, cast_up=True))

@@ -60,7 +60,7 @@ def check(model, proto, images, precision="fp32", **options):
 def test_right_exports_pass(exported, make_vit, make_images, name, precision):
     model, proto = exported(make_vit, name, precision)
     report = check(model, proto, make_images(model, 6), precision)
-    assert report.failures == []
+    assert report.failures == ()
     assert report.passed
     assert report.defects == 0
     assert [layer.layer for layer in report.layers] == [0, 1, 3]
@@ -98,7 +98,7 @@ def test_flips_of_rounding_are_explained_and_shown(exported, make_vit, make_imag
 def test_report_is_json(exported, make_vit, make_images):
     model, proto = exported(make_vit, "test_vit", "bf16")
     report = check(model, proto, make_images(model, 8), "bf16")
-    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    values = json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))
     assert values["passed"] is True
     assert (
         values["disagreements"]
@@ -344,7 +344,7 @@ def test_nan_is_caught(exported, make_vit, make_images):
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     report = check(model, proto, make_images(model, 2))
     assert not report.passed
-    json.dumps(report.to_dict(), allow_nan=False)
+    json.dumps(report.model_dump(mode="json"), allow_nan=False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -371,7 +371,7 @@ def test_keys_that_are_not_finite_fail_although_the_plan_is_well_formed(
     assert math.isfinite(report.output.max_abs)
     assert [layer.layer for layer in report.layers if not layer.passed] == [3]
     assert report.layers[-1].op_defects > 0
-    json.dumps(report.to_dict(), allow_nan=False)
+    json.dumps(report.model_dump(mode="json"), allow_nan=False)
 
 
 def test_unsound_plans_are_reported_as_json_too(exported, make_vit, make_images):
@@ -379,7 +379,7 @@ def test_unsound_plans_are_reported_as_json_too(exported, make_vit, make_images)
     merge_the_class_token(proto)
     report = check(model, proto, make_images(model, 24))
     assert any(math.isinf(layer.largest_margin) for layer in report.layers)
-    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    values = json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))
     assert values["passed"] is False
 
 
@@ -395,7 +395,8 @@ def test_defect_of_the_shipped_graph_that_the_twin_lacks(exported, make_vit, mak
             return results
 
     report = check(model, proto, make_images(model, 3), runner_factory=Biased)
-    assert [f for f in report.failures if "instrumented twin" in f] == report.failures != []
+    assert report.failures
+    assert all("instrumented twin" in failure for failure in report.failures)
 
 
 class Shifted(OrtRunner):
@@ -442,14 +443,14 @@ def test_source_map_of_shipped_graph_and_twin_are_checked(make_vit, make_images,
     for runner in (Shifted, ShiftedTwin, Short, Without):
         report = check(model, path, images, runner_factory=runner)
         assert report.source_map_defects == 3
-        assert report.failures == [
-            "the source map of 3 of 3 images does not follow from their merge plans"
-        ]
+        assert report.failures == (
+            "the source map of 3 of 3 images does not follow from their merge plans",
+        )
     report = check(model, path, images)
-    assert (report.source_map_defects, report.failures) == (0, [])
+    assert (report.source_map_defects, report.failures) == (0, ())
     # Which of the features is the largest says nothing.
     assert report.output.top1_agreement is report.led_output.top1_agreement is None
-    summary = "\n".join(summary_lines(report.to_dict()))
+    summary = "\n".join(summary_lines(report.summary()))
     assert "top-1" not in summary
     assert "cosine 1.0000000, output error" in summary
 
@@ -525,4 +526,4 @@ def test_output_that_overflows_fp16_fails_and_says_so(make_vit, make_images, tmp
     assert report.failures[0].startswith(
         "PyTorch itself gives infinite or undefined output in fp16"
     )
-    json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tome_export.artifact.parity import Disagreement
 from tome_export.merge import reference
-from tome_export.parity.decisions import Disagreement, Plan, cosine_scores, disagreements
+from tome_export.parity.decisions import Plan, cosine_scores, disagreements
 
 # 10 tokens, one class token: set A is 0 (protected), 2, 4, 6, 8; set B is 1, 3, 5, 7, 9.
 # Row maxima: token 2 0.9 (to 3), token 4 0.8 (to 5), token 6 0.7 (to 1), token 8 0.6 (to 9).
@@ -104,7 +105,9 @@ def unsound():
 
 @pytest.mark.parametrize("case", unsound())
 def test_what_no_rounding_can_do_is_structure(case):
-    assert compare(unsound()[case]) == [Disagreement(7, -1, "structure", np.inf)]
+    assert compare(unsound()[case]) == [
+        Disagreement(image=7, token=-1, kind="structure", margin=np.inf)
+    ]
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])

@@ -155,7 +155,7 @@ def test_parity_sees_that_a_model_was_computed_in_half(
         return check_parity(model, proto, images, "fp16", BATCH, runner_factory=runner_factory)
 
     right, wrong = check(OrtRunner), check(runner_in_half)
-    assert right.failures == []
+    assert right.failures == ()
     assert right.defects == 0
     assert not wrong.passed
     assert wrong.defects > 0

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tome_export.artifact.parity import (
+    LISTED,
+    Comparison,
+    LayerParity,
+    OutputParity,
+    ParityReport,
+)
 from tome_export.errors import InputError
 from tome_export.merge.plan import Across, Step, step_layer, step_number
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
 from tome_export.parity.extras import entropies, entropy_defects, source_map_defects
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
-from tome_export.parity.report import LISTED, LayerParity, OutputParity, ParityReport
 from tome_export.parity.scores import judge_scores
 from tome_export.runtime.inputs import unit_inputs
 from tome_export.runtime.ort import OrtRunner
@@ -116,7 +122,7 @@ def check_parity(
     # The output is float32 in every precision: a few units in its last place are always allowed.
     rounding = 8 * float(np.finfo(np.float32).eps * np.abs(reference.output).max())
     allowed = k * float(np.abs(yardstick.output - reference.output).max()) + rounding
-    return ParityReport(
+    return Comparison(
         candidate=candidate,
         precision=precision,
         images=len(images),
@@ -132,7 +138,7 @@ def check_parity(
         entropy=tuple(entropies(model, free).tolist()),
         subject="video" if model.takes_video else "image",
         suggested_attention=_suggested_attention(graph, precision, engine),
-    )
+    ).judged()
 
 
 def _suggested_attention(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from tome_export.artifact.parity import Disagreement, Kind
+
 Array = np.ndarray[Any, Any]
-Kind = Literal["selection", "destination", "order", "structure"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +41,6 @@ class Plan:
         return np.array_equal(self.keep, other.keep) and self.targets == other.targets
 
     __hash__ = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """One decision that differs from the reference's.
-
-    Attributes:
-        image: Index of the image.
-        token: Input index of the set-A token concerned.
-        kind: ``selection`` (merged or not), ``destination`` (into which token), ``order`` (of
-            the tokens that stay), ``structure`` (what no rounding can change).
-        margin: Difference of the two cosine scores, in the reference, that the decision hangs on.
-    """
-
-    image: int
-    token: int
-    kind: Kind
-    margin: float
 
 
 def cosine_scores(metric: Array, prefix: int) -> Array:
@@ -97,7 +80,7 @@ def disagreements(
     found: list[Disagreement] = []
 
     def add(token: int, kind: Kind, margin: float) -> None:
-        found.append(Disagreement(image, token, kind, float(margin)))
+        found.append(Disagreement(image=image, token=token, kind=kind, margin=float(margin)))
 
     if not _is_sound(candidate, reference, prefix, class_token):
         add(-1, "structure", np.inf)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from tome_export.artifact.parity import LISTED, Disagreement, Kind, LayerParity
 from tome_export.merge.plan import step_number
-from tome_export.parity.decisions import Array, Disagreement, Kind, Plan
+from tome_export.parity.decisions import Array, Plan
 from tome_export.parity.reference import LayerRecord, Pass
-from tome_export.parity.report import LISTED, LayerParity
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -147,13 +147,15 @@ def _differences(
     sound = np.array_equal(tokens, np.arange(len(expected.keep) + len(expected.src)))
     sound &= bool((plan.dst < len(plan.keep)).all() and (plan.dst >= -1).all())
     sound &= np.array_equal(plan.keep[:prefix], np.arange(prefix))
-    if not sound:
-        return [Disagreement(image, -1, "structure", np.inf)]
-    ours, theirs = expected.targets, plan.targets
     found = []
 
-    def add(token: int, kind: Kind) -> None:
-        found.append(Disagreement(image, token, kind, error))
+    def add(token: int, kind: Kind, margin: float = error) -> None:
+        found.append(Disagreement(image=image, token=token, kind=kind, margin=margin))
+
+    if not sound:
+        add(-1, "structure", np.inf)
+        return found
+    ours, theirs = expected.targets, plan.targets
 
     for token in sorted(ours.keys() | theirs.keys()):
         if (token in ours) != (token in theirs):
@@ -161,6 +163,6 @@ def _differences(
         elif ours[token] != theirs[token]:
             add(token, "destination")
     if not found and not np.array_equal(plan.keep, expected.keep):
-        moved = np.flatnonzero(plan.keep != expected.keep)
-        found += [Disagreement(image, int(plan.keep[i]), "order", error) for i in moved]
+        for moved in np.flatnonzero(plan.keep != expected.keep):
+            add(int(plan.keep[moved]), "order")
     return found

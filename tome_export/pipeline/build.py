@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.artifact import (
-    MODEL,
-    PARITY,
-    Artifact,
-    Manifest,
-    staged,
-    write_json,
-    write_manifest,
-)
+from tome_export.artifact import MODEL, Artifact, Manifest, staged, write_manifest
+from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
 from tome_export.engine import EngineOptions
 from tome_export.errors import (
     ExportError,
@@ -49,7 +41,6 @@ from tome_export.tune.schedule_file import read_schedule
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
     from tome_export.onnx.export import ExportOptions
-    from tome_export.parity.report import ParityReport
     from tome_export.patch import MergedModel
     from tome_export.pipeline.engine import AttentionDecision
 
@@ -255,8 +246,8 @@ def _export_and_check(
         what = "videos" if model.takes_video else "images"
         progress.stage(f"Check parity on {len(images)} {what}")
         report = _parity(folder, model, images, options, progress)
-        manifest = manifest.model_copy(update={"parity": parity_summary(report)})
-        write_json(folder / PARITY, {"checks": [report.to_dict()]})
+        manifest = manifest.model_copy(update={"parity": report.summary()})
+        (folder / PARITY).write_bytes(ParityFile(checks=(report,)).json_bytes())
     return manifest, form
 
 
@@ -353,23 +344,3 @@ class ParityFailedError(ParityError):
             "PyTorch's results as far as rounding allows"
         )
         self.report = report
-
-
-def parity_summary(report: ParityReport) -> dict[str, Any]:
-    """The part of a parity report that the manifest keeps."""
-    whole = json.loads(json.dumps(report.to_dict()))
-    keys = (
-        "passed",
-        "candidate",
-        "precision",
-        "images",
-        "subject",
-        "decisions",
-        "disagreements",
-        "defects",
-        "first_diverging_layer",
-        "output",
-        "led_output",
-        "led_allowed",
-    )
-    return {key: whole[key] for key in keys}

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import PARITY, Artifact
-from tome_export.errors import InputError, MissingComponentError, ParityError, UsageError
+from tome_export.artifact import Artifact
+from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
+from tome_export.errors import InputError, ParityError, UsageError
 from tome_export.merge.entropy import effective_tokens
-from tome_export.pipeline.build import parity_summary
-from tome_export.pipeline.engine_parity import EngineRunnerFactory
 from tome_export.pipeline.images import CHECK_COUNT, image_names, parity_images
 from tome_export.pipeline.reference import reference_model
+from tome_export.pipeline.subject import Subject, open_runner, subject_of
 from tome_export.progress import Progress, Silent
-from tome_export.spec import BatchRange
+from tome_export.runtime.registry import TORCH, backend_of, require, usual_backends
+from tome_export.runtime.runner import Runner, infer_in_batches
+from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
-    from tome_export.engine import Backend
-    from tome_export.parity.decisions import Array
-    from tome_export.parity.report import ParityReport
-    from tome_export.patch import MergedModel
+    import onnx
 
-ORT_CPU = "ort-cpu"
+    from tome_export.parity.decisions import Array
+    from tome_export.patch import MergedModel
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class CheckRequest:
     Attributes:
         artifact: The artifact directory.
         images: Folder of images; None for the samples that come along.
-        backends: ``ort-cpu``, ``tensorrt``, ``tensorrt-rtx``; empty for ONNX Runtime plus every
-            engine of the artifact that this machine can run.
+        backends: By name, all but ``torch``; empty for ONNX Runtime plus every engine of the
+            artifact that this machine can run.
         weights: Where the weights are now, if not where they were at the build.
         min_entropy: Least token-size entropy of any image (``merge.entropy``); None for any.
     """
@@ -94,7 +96,8 @@ class CheckResult:
         artifact: The artifact, with the new result in its manifest.
         reports: One per backend.
         accuracy: Top-1 on labelled sample images, ``unmerged`` (PyTorch, fp32) and ``merged``
-            (the ONNX model on ONNX Runtime), where the recipe brings such images; else None.
+            (on the first backend checked, ``backend``), where the recipe brings such images; else
+            None.
         skipped: Backends that could not run here, with the reason.
         entropy: Of the images, the least of all reports.
         unrecorded: Why the result is not in the artifact, as when that is read-only; else None.
@@ -131,31 +134,36 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
     manifest = artifact.manifest
+    backends, skipped = _backends(artifact, request.backends)
     progress.stage(f"Load {manifest.model.name}")
     model, recipe = reference_model(artifact, request.weights)
     recipe = replace(recipe, preprocessing=manifest.preprocessing)
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT)
     exported = load(artifact.model_path)
-    batch = manifest.batch
+    subjects: dict[str, Subject] = {}
     reports: list[ParityReport] = []
-    backends, skipped = _backends(artifact, request.backends)
     for name in backends:
         what = "videos" if model.takes_video else "images"
         progress.stage(f"Check parity on {len(images)} {what}, {name}")
-        options: dict[str, Any] = {}
-        if name != ORT_CPU:
-            factory = EngineRunnerFactory(artifact, name, progress)
-            options = {"runner_factory": factory, "candidate": factory.name, "engine": True}
-            batch = BatchRange.parse(manifest.engines[name].batch)
+        subject, engine = subject_of(artifact, str(artifact.path)), manifest.engines.get(name)
+        if engine is not None:
+            subject = replace(subject, batch=engine.batch)
+        subjects[name] = subject
         reports.append(
             check_parity(
                 model,
                 exported,
                 images,
                 manifest.precision,
-                batch,
+                subject.batch,
+                runner_factory=partial(_opened, name, subject, progress),
+                candidate=(
+                    f"onnx on {backend_of(name).title}"
+                    if engine is None
+                    else f"{engine.file} on {name}"
+                ),
+                engine=engine is not None,
                 progress=progress.detail,
-                **options,
             )
         )
     accuracy = None
@@ -164,7 +172,12 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         labelled = None  # an accuracy would be that of the random inputs that parity is checked on
     if labelled is not None:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
-        accuracy = _accuracy(model, exported, manifest.batch, *labelled)
+        name, subject = next(iter(subjects.items()))
+        with open_runner(name, subject, progress) as runner:
+            accuracy = {
+                "backend": backend_of(name).title,
+                **_accuracy(model, runner, subject, *labelled),
+            }
     unrecorded = None
     try:
         artifact = _record(artifact, reports)
@@ -204,45 +217,44 @@ def _entropy(
     )
 
 
-def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
-    from tome_export.engine.select import BACKENDS
+def _opened(
+    name: str, subject: Subject, progress: Progress, graph: onnx.ModelProto
+) -> AbstractContextManager[Runner]:
+    """A runner of the shipped graph, or of its twin, which an engine has to be built of first."""
+    from tome_export.onnx.twin import is_twin
 
-    engines: dict[str, Backend] = {
-        b.name: b for b in BACKENDS if b.name in artifact.manifest.engines
-    }
+    engines = {} if is_twin(graph) else subject.engines
+    return open_runner(name, replace(subject, graph=graph, engines=engines), progress)
+
+
+def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    engines = artifact.manifest.engines
+    if not asked:
+        return usual_backends(engines)
     for name in asked:
-        if name != ORT_CPU and name not in {b.name for b in BACKENDS}:
-            known = ", ".join([ORT_CPU, *(b.name for b in BACKENDS)])
-            raise UsageError(f"backend is {name!r}; expected one of {known}")
-        if name != ORT_CPU and name not in engines:
+        if name == TORCH:
+            raise UsageError(
+                f"backend is {name!r}, which is what the others are checked against; choose another"
+            )
+        if backend_of(name).opens == "engine" and name not in engines:
             raise InputError(
                 f"the artifact has no {name} engine; build one with 'tome-export engine "
                 f"{artifact.path} --engine {name}'"
             )
-        if name in engines and not (run := engines[name].can_run()).available:
-            raise MissingComponentError(run.reason)
-    if asked:
-        return asked, {}
-    able = {name: backend.can_run() for name, backend in engines.items()}
-    skipped = {name: run.reason for name, run in able.items() if not run.available}
-    return (ORT_CPU, *(n for n in engines if n not in skipped)), skipped
+    require(asked)
+    return asked, {}
 
 
 def _accuracy(
-    model: MergedModel, exported: Any, batch: BatchRange, pixels: Array, labels: Array
+    model: MergedModel, runner: Runner, subject: Subject, pixels: Array, labels: Array
 ) -> dict[str, Any]:
     """Top-1 of the unmerged model in PyTorch, fp32, and of the exported one."""
     import torch
 
-    from tome_export.runtime.ort import OrtRunner
-    from tome_export.runtime.runner import infer_in_batches
-    from tome_export.spec import INPUT_NAME
-
     with torch.inference_mode():
         plain = model.library(torch.from_numpy(pixels)).numpy()
-    output = exported.graph.output[0].name
-    runner = OrtRunner(exported)
-    merged = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch.max)[output]
+    outputs = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), subject.batch.max)
+    merged = outputs[subject.output_name]
     return {
         "images": len(labels),
         "unmerged": float((np.argmax(plain, axis=1) == labels).mean()),
@@ -251,6 +263,5 @@ def _accuracy(
 
 
 def _record(artifact: Artifact, reports: list[ParityReport]) -> Artifact:
-    summary = parity_summary(min(reports, key=lambda report: report.passed))
-    checks = {"checks": [report.to_dict() for report in reports]}
-    return artifact.record(PARITY, checks, {"parity": summary})
+    worst = min(reports, key=lambda report: report.passed)
+    return artifact.record(PARITY, ParityFile(checks=tuple(reports)), worst.summary())
