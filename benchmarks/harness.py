@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         check=True,
     )
     made = commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
-    return {"commit": made, **environments.environment()}
+    return {"commit": made, **dict(environments.environment())}
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from tome_export.bench import environment as bench_environment
 from tome_export.bench.environment import nvidia_smi
 
 Row = dict[str, Any]
@@ -91,7 +92,7 @@ def environment(commit: str | None) -> Row:
         found = harness.environment()
     # A copy without a history, or no git.
     except (OSError, subprocess.CalledProcessError):
-        found = {"commit": None, **harness.environments.environment()}
+        found = {"commit": None, **dict(bench_environment.environment())}
     timing = "CUDA events around replays of CUDA graphs, variants in turn; medians"
     about: Row = plain(
         {

@@ -8,7 +8,8 @@ import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from tome_export.artifact.environment import Environment
 
 PACKAGES = (
     "tome-export",
@@ -24,24 +25,20 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and date, ready for JSON.
-
-    Returns:
-        ``cpu`` (its model), ``cores`` that this process may use, ``gpu`` and ``driver`` (None
-        without one), ``machine`` (architecture), ``python``, ``versions`` by package, ``date``
-        (ISO 8601, UTC).
-    """
+def environment() -> Environment:
+    """Hardware, versions and date, here and now."""
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
-    return {
-        "cpu": cpu_name(),
-        "cores": cores(),
-        **_gpu(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: installed[name] for name in PACKAGES if name in installed},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    gpu, driver = (nvidia_smi("--query-gpu=name,driver_version") or [[None, None]])[0]
+    return Environment(
+        cpu=cpu_name(),
+        cores=cores(),
+        gpu=gpu,
+        driver=driver,
+        machine=platform.machine(),
+        python=platform.python_version(),
+        versions={name: installed[name] for name in PACKAGES if name in installed},
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
 
 def cpu_name() -> str:
@@ -64,13 +61,6 @@ def nvidia_smi(*query: str) -> list[list[str]] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines()]
-
-
-def _gpu() -> dict[str, str | None]:
-    """The first GPU that this process sees, and the driver."""
-    rows = nvidia_smi("--query-gpu=name,driver_version")
-    name, driver = rows[0] if rows else (None, None)
-    return {"gpu": name, "driver": driver}
 
 
 def cores() -> int:

@@ -3,72 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_export.artifact.evaluation import Difference, Methods, Share
+
 CONFIDENCE = 0.95
 
-METHODS = {
-    "share": "Wilson 1927, score interval",
-    "difference": "Newcombe 1998, paired score interval (method 10)",
-}
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of images with its interval.
-
-    Attributes:
-        correct: Images that count.
-        images: All images.
-        share: ``correct / images``.
-        low: Lower limit.
-        high: Upper limit.
-    """
-
-    correct: int
-    images: int
-    share: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two shares of the same images, with its interval.
-
-    Attributes:
-        share: First minus second.
-        low: Lower limit.
-        high: Upper limit.
-        gained: Images that only the first has right.
-        lost: Images that only the second has right.
-    """
-
-    share: float
-    low: float
-    high: float
-    gained: int
-    lost: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        return dict(vars(self))
+METHODS = Methods(
+    share="Wilson 1927, score interval",
+    difference="Newcombe 1998, paired score interval (method 10)",
+)
 
 
 def share_of(right: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Share:
     """The share of images that are right, ``right [B]``."""
     correct, images = int(np.count_nonzero(right)), len(right)
     low, high = wilson(correct, images, confidence)
-    return Share(correct, images, correct / images, low, high)
+    return Share(correct=correct, images=images, share=correct / images, low=low, high=high)
 
 
 def wilson(correct: int, images: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -122,4 +76,4 @@ def difference_of_counts(
     share = (gained - lost) / images
     low = share - joined(p - p_low, q_high - q)
     high = share + joined(p_high - p, q - q_low)
-    return Difference(share, low, high, gained, lost)
+    return Difference(share=share, low=low, high=high, gained=gained, lost=lost)

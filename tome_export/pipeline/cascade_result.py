@@ -71,8 +71,8 @@ def values_of(request: CascadeRequest, found: Found) -> dict[str, Any]:
             "r": list(one.manifest.merge.r),
             "precision": one.manifest.precision,
             "macs": count,
-            "calibration": share_of(calibrated).to_dict(),
-            "test": share_of(right).to_dict(),
+            "calibration": share_of(calibrated).model_dump(),
+            "test": share_of(right).model_dump(),
         }
         for one, count, calibrated, right in zip(
             found.members, found.macs, found.trial.seen.right, test_right, strict=True
@@ -97,9 +97,9 @@ def values_of(request: CascadeRequest, found: Found) -> dict[str, Any]:
             },
             "test": {
                 "macs": mean,
-                **share_of(chosen.right).to_dict(),
+                **share_of(chosen.right).model_dump(),
                 "budgets": np.bincount(chosen.budget, minlength=len(members)).tolist(),
-                "difference_to_highest": paired_difference(chosen.right, test_right[-1]).to_dict(),
+                "difference_to_highest": paired_difference(chosen.right, test_right[-1]).model_dump(),
                 "met": _met(goal, chosen, found),
             },
         },
@@ -120,8 +120,8 @@ def values_of(request: CascadeRequest, found: Found) -> dict[str, Any]:
         },
         "backend": request.backend,
         "confidence": CONFIDENCE,
-        "methods": METHODS,
-        "environment": environment(),
+        "methods": METHODS.model_dump(),
+        "environment": environment().model_dump(),
     }
 
 

@@ -127,7 +127,7 @@ def values_of(
         },
         "confidence": CONFIDENCE,
         "seconds": seconds,
-        "environment": environment(),
+        "environment": environment().model_dump(),
     }
 
 
@@ -164,9 +164,9 @@ def _estimate(r: Rs, images: TuneImages, scorer: Scorer) -> dict[str, Any] | Non
     right, unmerged = scorer.right(r, first, last), scorer.unmerged_right[first:last]
     return {
         "on": "held out" if held_out else "validation",
-        **share_of(right).to_dict(),
-        "unmerged": share_of(unmerged).to_dict(),
-        "change": paired_difference(right, unmerged).to_dict(),
+        **share_of(right).model_dump(),
+        "unmerged": share_of(unmerged).model_dump(),
+        "change": paired_difference(right, unmerged).model_dump(),
     }
 
 
