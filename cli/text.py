@@ -199,7 +199,7 @@ def accuracy_lines(accuracy: Mapping[str, Any] | None) -> list[str]:
     return [
         f"Top-1 on {accuracy['images']} labelled test images: unmerged "
         f"{percent(accuracy['unmerged'])} (PyTorch fp32), merged {percent(accuracy['merged'])} "
-        "(ONNX Runtime CPU)"
+        f"({accuracy['backend']})"
     ]
 
 

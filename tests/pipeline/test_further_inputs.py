@@ -21,7 +21,7 @@ from tome_export.pipeline.inspect import InspectRequest, inspect
 from tome_export.pipeline.query import QueryRequest, query
 from tome_export.pipeline.report import ReportRequest, report
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
-from tome_export.runtime.torch_runner import TorchRunner
+from tome_export.runtime.torch import TorchRunner
 from tome_export.serve.config import config_from_text
 from tome_export.spec import INPUT_NAME
 

@@ -12,7 +12,7 @@ import pytest
 from tome_export.artifact import Artifact, write_json
 from tome_export.evaluation.records import TOP, Record, Table
 from tome_export.evaluation.source import ArraySource, Classes
-from tome_export.pipeline.backends import Subject
+from tome_export.pipeline.subject import Subject
 from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import Candidate
 from tome_export.report.contract import read_report

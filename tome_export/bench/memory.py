@@ -1,4 +1,4 @@
-"""Peak memory of a model, measured in a process of its own.
+"""Peak memory of a model, measured in a process of its own: this module, run with a JSON argument.
 
 The process loads the model and runs it, then says what it took and waits until it is let go, so
 that the driver can be asked what it holds on a GPU.
@@ -6,6 +6,7 @@ that the driver can be asked what it holds on a GPU.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,15 +14,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tome_export.bench.environment import nvidia_smi
+from tome_export.runtime.registry import backend_of
+from tome_export.runtime.runner import EngineFile, Runnable
+from tome_export.spec import INPUT_NAME
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 TIMEOUT_S = 600.0
+RUNS = 2
 
 _START = """
 import sys
@@ -159,3 +164,90 @@ def _device_bytes(pid: int) -> int | None:
     found = [cells[1] for cells in rows if len(cells) == 2 and cells[0] == str(pid)]
     known = [int(mib) << 20 for mib in found if mib.isdigit()]
     return sum(known) if known else None
+
+
+def peak_memory(
+    name: str, runnable: Runnable, further: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
+) -> Memory:
+    """Peak memory of a model on a backend, in a fresh process.
+
+    Args:
+        name: Of the backend.
+        runnable: The model; its graph is a file.
+        further: Inputs besides the images: shape of each without the batch.
+        shape: ``[B, C, H, W]`` of the images.
+    """
+    backend = backend_of(name)
+    if name == "ort-cpu" and runnable.precision == "bf16":
+        return Memory(None, "bfloat16 is emulated in float32 on the CPU")
+    request: dict[str, Any] = {"backend": name, "shape": shape, "further": dict(further)}
+    request |= {"output_name": runnable.output_name, "precision": runnable.precision}
+    if backend.opens == "engine":
+        engine = runnable.engines[name]
+        request["engine"] = {**asdict(engine), "path": str(engine.path)}
+    if backend.opens != "module":
+        request["graph"] = str(runnable.graph)
+        return measure(__name__, request, gpu=backend.on_gpu())
+    import torch
+
+    from tome_export.onnx.export import in_precision
+
+    if runnable.module is None:
+        return Memory(None, "the model is not at hand in PyTorch")
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+        # What is stored is in its precision, and need not be copied to get there.
+        request |= {"module": f"{folder}/module.pt", "precision": "fp32"}
+        request["classes_of"] = sorted(
+            {type(part).__module__ for part in runnable.module.modules()}
+        )
+        try:
+            torch.save(in_precision(runnable.module, runnable.precision), request["module"])
+        # Models of a user's own function may hold what cannot be stored.
+        except Exception as error:
+            return Memory(None, f"the PyTorch model cannot be stored: {error}")
+        return measure(__name__, request, gpu=backend.on_gpu())
+
+
+def main(argument: str) -> None:
+    """Measure the model of a request of ``peak_memory``; libraries are imported ahead of it."""
+    import numpy as np
+
+    from tome_export.runtime.inputs import unit_inputs
+
+    request = json.loads(argument)
+    name = request["backend"]
+    images = np.zeros(request["shape"], np.float32)
+    further = unit_inputs(request["further"], len(images))
+    runnable = Runnable(
+        label="it",
+        precision=request["precision"],
+        output_name=request["output_name"],
+        graph=Path(request["graph"]) if "graph" in request else None,
+        engines={name: _engine(request["engine"])} if "engine" in request else {},
+    )
+    backend = backend_of(name)
+    backend.missing()
+    for module in request.get("classes_of", ()):
+        importlib.import_module(module)
+
+    def work() -> object:
+        loaded = runnable
+        if "module" in request:
+            import torch
+
+            loaded = replace(runnable, module=torch.load(request["module"], weights_only=False))
+        context = backend.open(loaded)
+        runner = context.__enter__()
+        for _ in range(RUNS):
+            runner.infer({**further, INPUT_NAME: images})
+        return context, runner
+
+    report(work)
+
+
+def _engine(values: Mapping[str, Any]) -> EngineFile:
+    return EngineFile(Path(values["path"]), values["version_compatible"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

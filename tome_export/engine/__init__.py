@@ -5,7 +5,7 @@ Adding a backend is one module that subclasses ``builder.PythonApiBackend`` (or 
 """
 
 from tome_export.artifact.manifest import EngineInfo
-from tome_export.engine.base import Availability, Backend, EngineOptions, Runner
+from tome_export.engine.base import Availability, Backend, EngineOptions
 from tome_export.engine.select import Choice, Selection, backend_for_file, select
 from tome_export.spec import TensorInfo
 
@@ -15,7 +15,6 @@ __all__ = [
     "Choice",
     "EngineInfo",
     "EngineOptions",
-    "Runner",
     "Selection",
     "TensorInfo",
     "backend_for_file",

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from tome_export.artifact.manifest import BackendName, EngineInfo
 from tome_export.errors import UsageError
 from tome_export.progress import Progress
 from tome_export.spec import BatchRange
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -74,27 +68,8 @@ class Availability:
     reason: str
 
 
-class Runner(Protocol):
-    """A loaded engine."""
-
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
-        """Run the engine once.
-
-        Args:
-            inputs: Every input by name, in host memory, of the engine's dtype and a batch inside
-                its profile.
-
-        Returns:
-            Every output by name, copied to host memory.
-
-        Raises:
-            InputError: if a name, dtype or shape does not fit the engine.
-            ExportError: if the engine fails.
-        """
-
-
 class Backend(Protocol):
-    """A compiler from ONNX to an engine, and the runtime of what it builds."""
+    """A compiler from ONNX to an engine; what it builds is run by ``runtime``."""
 
     name: BackendName
     file_name: str
@@ -137,19 +112,4 @@ class Backend(Protocol):
             MissingComponentError: if it cannot build on this machine.
             UsageError: if an option cannot be honoured by this backend.
             ExportError: if the parser or the builder refuses, or the file cannot be written.
-        """
-
-    def runner(
-        self, engine_path: Path, *, version_compatible: bool = False
-    ) -> AbstractContextManager[Runner]:
-        """Load an engine on the GPU; it is unloaded when the context ends.
-
-        Args:
-            engine_path: The file.
-            version_compatible: Whether it was built so. Only then the code that comes with such an
-                engine may run; it is refused otherwise.
-
-        Raises:
-            MissingComponentError: if this machine cannot run it.
-            InputError: if the file is not an engine of this backend and version.
         """

@@ -11,18 +11,16 @@ import json
 import threading
 import time
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tome_export.artifact.manifest import BackendName, EngineInfo
 from tome_export.engine import gpu, network
-from tome_export.engine.base import Availability, EngineOptions, Runner
+from tome_export.engine.base import Availability, EngineOptions
 from tome_export.engine.files import write_atomically
 from tome_export.engine.interrupt import run_interruptibly
 from tome_export.engine.messages import Messages, collect, monitor_for
-from tome_export.engine.runner import load, runtime_for
 from tome_export.errors import ExportError, MissingComponentError
 from tome_export.progress import Progress
 
@@ -202,15 +200,6 @@ class PythonApiBackend(ABC):
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return tuple(json.loads(text).get("Layers", ()))
 
-    def runner(
-        self, engine_path: Path, *, version_compatible: bool = False
-    ) -> AbstractContextManager[Runner]:
-        """See ``Backend.runner``."""
-        ready = self.can_run()
-        if not ready.available:
-            raise MissingComponentError(ready.reason)
-        return load(self.module(), engine_path, version_compatible=version_compatible)
-
     @abstractmethod
     def network_flags(self, trt: ModuleType) -> int:
         """Flags of ``create_network``: the network must be strongly typed."""
@@ -226,3 +215,18 @@ class PythonApiBackend(ABC):
     @abstractmethod
     def targets(self, options: EngineOptions) -> tuple[str, ...]:
         """Compute capabilities the engine is built for."""
+
+
+def runtime_for(trt: ModuleType, logger: Any, *, version_compatible: bool) -> Any:
+    """TensorRT's runtime, which runs code out of an engine only if it is known to hold such.
+
+    Args:
+        trt: The library's module.
+        logger: From ``messages.collect``.
+        version_compatible: Whether the engine was built so: it then brings the runtime of the
+            TensorRT that built it. The default refuses it, as an engine may come from anywhere.
+    """
+    runtime = trt.Runtime(logger)
+    if version_compatible:
+        runtime.engine_host_code_allowed = True
+    return runtime

@@ -16,7 +16,6 @@ from tome_export.cascade.outcome import Observations
 from tome_export.cascade.policy import MEASURES, POLICIES
 from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.find import shared_path
-from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.cascade_images import Looks, Seen, observed
 from tome_export.pipeline.cascade_members import macs_of, members_of
 from tome_export.pipeline.cascade_result import Found, goal_text, values_of
@@ -24,6 +23,7 @@ from tome_export.pipeline.cascade_serve import ServedCascade, check_served, serv
 from tome_export.pipeline.cascade_settings import embedding_of, policy_macs_of, trial_of
 from tome_export.pipeline.eval import SAMPLES, EvalRequest, classes_of, source_of
 from tome_export.progress import Progress, Silent
+from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.tune.goal import Goal
 from tome_export.tune.schedule_file import check_writable
 

@@ -18,8 +18,8 @@ from tome_export.errors import ExportError, InputError
 from tome_export.evaluation.classify import best
 from tome_export.evaluation.decode import decoded_chunks
 from tome_export.evaluation.records import Task
-from tome_export.pipeline.backends import open_runner, subject_of
 from tome_export.pipeline.eval import selection
+from tome_export.pipeline.subject import open_runner, subject_of
 from tome_export.progress import Progress
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME

@@ -111,6 +111,7 @@ def build_engine(
     folder: Path | None = None,
     *,
     plugins: Plugins | None = None,
+    model: Path | None = None,
 ) -> EngineInfo:
     """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself).
 
@@ -121,6 +122,7 @@ def build_engine(
         progress: Told the notes.
         folder: Where the engine goes.
         plugins: Those of the model; None if it has none.
+        model: Another graph to build from.
 
     Raises:
         InputError: if no kernel of the artifact runs on this machine's GPU.
@@ -130,7 +132,7 @@ def build_engine(
     if plugins:
         register_plugins(backend, artifact, plugins.kernels, options)
     output = (folder or artifact) / backend.file_name
-    info = backend.build(artifact / MODEL, options, output, progress)
+    info = backend.build(model or artifact / MODEL, options, output, progress)
     if plugins:
         check_plugin_layers(info, plugins.nodes)
     for note in info.notes:

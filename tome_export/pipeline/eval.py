@@ -13,7 +13,6 @@ from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.classify import Classifier
 from tome_export.evaluation.source import Classes, Source
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline.backends import ORT_CPU, TORCH, require
 from tome_export.pipeline.eval_result import results_of
 from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
 from tome_export.pipeline.eval_work import evaluated
@@ -21,6 +20,7 @@ from tome_export.pipeline.inputs import refuse_extra_inputs, refuse_videos
 from tome_export.pipeline.manifest import output_shape
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.progress import Progress, Silent
+from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tome_export.artifact import Artifact
+from tome_export.artifact import MODEL, Artifact
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline.backends import TORCH, Subject, open_runner, subject_of, variant
 from tome_export.pipeline.reference import rescheduled
+from tome_export.pipeline.subject import Subject, open_runner, subject_of, variant
 from tome_export.progress import Progress, Silent
+from tome_export.runtime.registry import TORCH
+from tome_export.runtime.runner import EngineFile
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -130,8 +132,13 @@ class Shipment:
                 for path, content in self.files[candidate.run].items():
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
                     (folder / path).write_bytes(content)
-                engines = {n: folder / p.name for n, p in candidate.subject.engines.items()}
-                subject = replace(candidate.subject, folder=folder, engines=engines)
+                engines = {
+                    name: replace(engine, path=folder / engine.path.name)
+                    for name, engine in candidate.subject.engines.items()
+                }
+                subject = replace(
+                    candidate.subject, folder=folder, graph=folder / MODEL, engines=engines
+                )
                 arrived.append(replace(candidate, subject=subject))
             with open_runs(arrived, Silent()) as runners:
                 yield runners
@@ -156,6 +163,6 @@ def shipment_of(candidates: Sequence[Candidate]) -> Shipment:
     return Shipment(tuple(shipped), files, torch.get_num_threads())
 
 
-def _files(folder: Path, engine: Path | None) -> list[Path]:
+def _files(folder: Path, engine: EngineFile | None) -> list[Path]:
     wanted = [*folder.glob("model.onnx*"), *folder.glob("plugins/**/*")]
-    return [p for p in (*wanted, *([engine] if engine is not None else [])) if p.is_file()]
+    return [p for p in (*wanted, *([engine.path] if engine is not None else [])) if p.is_file()]

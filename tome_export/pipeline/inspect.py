@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from tome_export.pipeline.inputs import (
     refuse_extra_inputs,
 )
 from tome_export.pipeline.inspect_video import video_maps
+from tome_export.pipeline.subject import open_runner, subject_of
 from tome_export.progress import Progress, Silent
+from tome_export.runtime.registry import ORT_CPU
 from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid
 
 if TYPE_CHECKING:
@@ -186,7 +188,6 @@ def merge_maps(
     from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
     from tome_export.runtime.inputs import unit_inputs
-    from tome_export.runtime.ort import OrtRunner
 
     progress = progress or Silent()
     if inputs is None:
@@ -202,7 +203,8 @@ def merge_maps(
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
         masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
-        with OrtRunner(twin.model) as runner:
+        subject = replace(subject_of(artifact, str(artifact.path)), graph=twin.model)
+        with open_runner(ORT_CPU, subject, progress) as runner:
             batch = manifest.batch
             plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})
     # The manifest may have been edited though the files are whole.

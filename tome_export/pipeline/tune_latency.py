@@ -13,6 +13,8 @@ import numpy as np
 from tome_export.artifact import MODEL
 from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress
+from tome_export.runtime.registry import ORT_CPU, backend_of
+from tome_export.runtime.runner import Runnable
 from tome_export.spec import INPUT_NAME, BatchRange, Precision
 from tome_export.tune.space import Rs, Space
 from tome_export.tune.table import CostTable, Measurement, fit
@@ -98,14 +100,23 @@ class Stopwatch:
         onnx_from_model(model, folder / MODEL, options, self._output_name)
         return folder / MODEL
 
+    def _runnable(self, path: Path) -> Runnable:
+        return Runnable(
+            label=path.parent.name,
+            precision=self._precision,
+            output_name=self._output_name,
+            graph=path,
+        )
+
     def _times(self, paths: Sequence[Path]) -> list[float]:
         from tome_export.bench.timing import paired
-        from tome_export.onnx.files import load
-        from tome_export.runtime.ort import OrtRunner
 
         inputs = {INPUT_NAME: self._images}
         with ExitStack() as stack:
-            runners = [stack.enter_context(OrtRunner(load(path))) for path in paths]
+            runners = [
+                stack.enter_context(backend_of(ORT_CPU).open(self._runnable(path)))
+                for path in paths
+            ]
             runs = {
                 str(index): lambda runner=runner: runner.infer(inputs)
                 for index, runner in enumerate(runners)

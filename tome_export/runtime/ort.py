@@ -1,27 +1,32 @@
-"""ONNX Runtime, on the CPU or on an NVIDIA GPU."""
+"""ONNX Runtime, whatever provider computes: what the backends ``ort_*`` share."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from tome_export.errors import ExportError, MissingComponentError
-from tome_export.runtime.runner import Arrays
+from tome_export.errors import ExportError, InputError, MissingComponentError
+from tome_export.runtime.runner import Arrays, Runnable
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
-Provider = Literal["cpu", "cuda"]
+Provider = Literal["cpu", "cuda", "rtx"]
 
-_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NAMES: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 CUDA_OPTIONS = {"use_tf32": "0"}
 """TF32, which the CUDA provider uses by default, rounds the factors of fp32 products to 10 bits of
 mantissa: an fp32 graph must compute in fp32 to match the reference."""
+
+NOT_INSTALLED = "onnxruntime is not installed; install tome-export[cpu] or tome-export[gpu]"
 
 
 def providers(provider: Provider) -> list[tuple[str, dict[str, str]]]:
@@ -31,11 +36,11 @@ def providers(provider: Provider) -> list[tuple[str, dict[str, str]]]:
 
 
 def missing(provider: Provider) -> str | None:
-    """Why ONNX Runtime cannot run on this provider here, and what to do; None if it can."""
+    """Why ONNX Runtime cannot run on one of its own providers here, and what to do; else None."""
     try:
         import onnxruntime
     except ImportError:
-        return "onnxruntime is not installed; install tome-export[cpu] or tome-export[gpu]"
+        return NOT_INSTALLED
     found = onnxruntime.get_available_providers()
     if _NAMES[provider] in found:
         return None
@@ -45,8 +50,19 @@ def missing(provider: Provider) -> str | None:
     )
 
 
+def graph_of(runnable: Runnable) -> onnx.ModelProto | Path:
+    """The graph of a runnable.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if runnable.graph is None:
+        raise InputError(f"{runnable.label} has no ONNX graph; choose another backend")
+    return runnable.graph
+
+
 @contextlib.contextmanager
-def _source(model: onnx.ModelProto | Path, provider: Provider) -> Iterator[bytes | str]:
+def _loadable(model: onnx.ModelProto | Path, provider: Provider) -> Iterator[bytes | str]:
     """What a session is made from; a file needs none of the packages that edit graphs."""
     if isinstance(model, Path):
         yield str(model)
@@ -56,8 +72,8 @@ def _source(model: onnx.ModelProto | Path, provider: Provider) -> Iterator[bytes
 
     if provider == "cpu" and uses_bfloat16(model):
         model = emulate_bfloat16(model)
-    with serialized(model) as source:
-        yield source
+    with serialized(model) as loadable:
+        yield loadable
 
 
 class OrtRunner:
@@ -67,6 +83,7 @@ class OrtRunner:
         model: The model, or its file, which takes less memory; bfloat16 cannot be emulated then.
         provider: Where it runs.
         profile: Prefix of a file for the runtime's own profile, written by ``end_profiling``.
+        devices: Those of the provider, as ONNX Runtime lists them, for one that was registered.
 
     Raises:
         MissingComponentError: if onnxruntime, or its provider, is not here.
@@ -79,8 +96,9 @@ class OrtRunner:
         provider: Provider = "cpu",
         *,
         profile: Path | None = None,
+        devices: Sequence[Any] = (),
     ) -> None:
-        reason = missing(provider)
+        reason = None if devices else missing(provider)
         if reason is not None:
             raise MissingComponentError(reason)
         import onnxruntime
@@ -90,10 +108,12 @@ class OrtRunner:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        if devices:
+            options.add_provider_for_devices(devices, {})
         try:
-            with _source(model, provider) as source:
+            with _loadable(model, provider) as loadable:
                 self._session = onnxruntime.InferenceSession(
-                    source, options, providers=providers(provider)
+                    loadable, options, providers=None if devices else providers(provider)
                 )
         except Exception as error:
             raise ExportError(
@@ -114,7 +134,7 @@ class OrtRunner:
         del self._session
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """Run one batch."""
+        """See ``Runner.infer``."""
         results = self._session.run(None, dict(inputs))
         return dict(zip(self.output_names, results, strict=True))
 

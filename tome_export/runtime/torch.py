@@ -6,13 +6,42 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from tome_export.runtime.runner import Arrays
+from tome_export.errors import InputError
+from tome_export.runtime.runner import Arrays, Backend, Runnable, Runner
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
+
+
+class Torch(Backend):
+    """Runs the model itself, in its precision, without any export."""
+
+    name = "torch"
+    title = "PyTorch"
+    opens = "module"
+
+    def missing(self) -> str | None:
+        """See ``Backend.missing``."""
+        return None
+
+    @contextlib.contextmanager
+    def open(self, runnable: Runnable) -> Iterator[Runner]:
+        """See ``Backend.open``."""
+        from tome_export.onnx.export import in_precision
+
+        if runnable.module is None:
+            raise InputError(f"{runnable.label} has no PyTorch model; choose another backend")
+        module = in_precision(runnable.module, runnable.precision)
+        with TorchRunner(module, runnable.output_name) as runner:
+            yield runner
+
+    def on_gpu(self) -> bool:
+        """See ``Backend.on_gpu``."""
+        import torch
+
+        return torch.cuda.is_available()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tome_export.runtime.torch_runner import TorchRunner
+from tome_export.runtime.torch import TorchRunner
 
 
 class Recorder(nn.Module):

@@ -1,4 +1,4 @@
-"""Running engines on a GPU with polygraphy's TrtRunner: numpy in, numpy out, no torch.
+"""Engines on a GPU, run with polygraphy's TrtRunner: what ``tensorrt`` and ``tensorrt_rtx`` share.
 
 TrtRunner does device buffers, streams and dynamic output shapes for both libraries, and is what
 NVIDIA's own tools compare engines with; writing that again would be untested on every machine
@@ -12,21 +12,53 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tome_export.engine.base import Runner
+from tome_export.engine.builder import PythonApiBackend, runtime_for
 from tome_export.engine.messages import collect
 from tome_export.errors import ExportError, InputError, MissingComponentError
+from tome_export.runtime.runner import Arrays, Backend, EngineFile, Runnable, Runner
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    import numpy as np
 
 _POLYGRAPHY_TRT = "polygraphy.backend.trt"
 _SILENT = 100  # above polygraphy's CRITICAL: its exceptions say what its log would
+
+
+class EngineBackend(Backend):
+    """Runs the engines of one library."""
+
+    opens = "engine"
+    builder: PythonApiBackend
+
+    def missing(self) -> str | None:
+        """See ``Backend.missing``."""
+        run = self.builder.can_run()
+        return None if run.available else run.reason
+
+    @contextmanager
+    def open(self, runnable: Runnable) -> Iterator[Runner]:
+        """See ``Backend.open``.
+
+        Raises:
+            MissingComponentError: also if the CUDA runtime is not found, or this process already
+                ran an engine of the other library.
+        """
+        reason = self.missing()
+        if reason is not None:
+            raise MissingComponentError(reason)
+        engine = runnable.engines.get(self.name)
+        if engine is None:
+            raise InputError(
+                f"{runnable.label} has no {self.name} engine; build one with tome-export engine"
+            )
+        with _load(self.builder.module(), engine) as runner:
+            yield runner
 
 
 class _PolygraphyRunner:
@@ -43,7 +75,7 @@ class _PolygraphyRunner:
                 dtype = trt.nptype(engine.get_tensor_dtype(name))
                 self._limits[name] = (tuple(least), tuple(most), dtype)
 
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See ``Runner.infer``."""
         import numpy as np
         from polygraphy.exception import PolygraphyException
@@ -76,37 +108,9 @@ class _PolygraphyRunner:
         return {name: np.array(value, copy=True) for name, value in outputs.items()}
 
 
-def runtime_for(trt: ModuleType, logger: Any, *, version_compatible: bool) -> Any:
-    """TensorRT's runtime, which runs code out of an engine only if it is known to hold such.
-
-    Args:
-        trt: The library's module.
-        logger: From ``messages.collect``.
-        version_compatible: Whether the engine was built so: it then brings the runtime of the
-            TensorRT that built it. The default refuses it, as an engine may come from anywhere.
-    """
-    runtime = trt.Runtime(logger)
-    if version_compatible:
-        runtime.engine_host_code_allowed = True
-    return runtime
-
-
 @contextmanager
-def load(
-    trt: ModuleType, engine_path: Path, *, version_compatible: bool = False
-) -> Iterator[Runner]:
-    """Load an engine and keep it on the GPU until the context ends.
-
-    Args:
-        trt: The library's module.
-        engine_path: The file.
-        version_compatible: See ``runtime_for``.
-
-    Raises:
-        InputError: if the file is missing or is not an engine of this version for this GPU.
-        MissingComponentError: if the CUDA runtime is not found, or this process already ran an
-            engine of the other library.
-    """
+def _load(trt: ModuleType, engine_file: EngineFile) -> Iterator[Runner]:
+    engine_path = engine_file.path
     if not engine_path.is_file():
         raise InputError(f"no engine at {engine_path}; build one with tome-export engine")
     _prepare_polygraphy(trt)
@@ -115,7 +119,7 @@ def load(
     from polygraphy.logger import G_LOGGER
 
     with collect(trt) as (logger, messages), G_LOGGER.verbosity(_SILENT):
-        runtime = runtime_for(trt, logger, version_compatible=version_compatible)
+        runtime = runtime_for(trt, logger, version_compatible=engine_file.version_compatible)
         engine = runtime.deserialize_cuda_engine(engine_path.read_bytes())
         if engine is None:
             raise InputError(
@@ -135,11 +139,7 @@ def load(
 
 
 def _prepare_polygraphy(trt: ModuleType) -> None:
-    """Point polygraphy to this library and to the CUDA runtime.
-
-    Raises:
-        MissingComponentError: see ``load``.
-    """
+    """Point polygraphy to this library and to the CUDA runtime."""
     from polygraphy import config
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER

@@ -1,0 +1,95 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.errors import ExportError, InputError, MissingComponentError
+from tome_export.runtime.ort import graph_of
+from tome_export.runtime.runner import Arrays, Backend, Runnable, Runner
+from tome_export.spec import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class OpenVino(Backend):
+    """Computes in float32 whatever the precision of the graph: on many CPUs bfloat16 is default."""
+
+    name = "openvino"
+    title = "OpenVINO CPU"
+
+    def missing(self) -> str | None:
+        """See ``Backend.missing``."""
+        if importlib.util.find_spec("openvino") is None:
+            return "openvino is not installed; install tome-export[openvino]"
+        try:
+            import openvino  # noqa: F401
+        except (ImportError, OSError) as error:
+            reason = " ".join(str(error).split())
+            return f"openvino does not load ({reason}); reinstall it with pip install openvino"
+        return None
+
+    @contextlib.contextmanager
+    def open(self, runnable: Runnable) -> Iterator[Runner]:
+        """See ``Backend.open``."""
+        reason = self.missing()
+        if reason is not None:
+            raise MissingComponentError(reason)
+        import openvino
+        from openvino.properties import hint
+
+        settings = {
+            hint.inference_precision(): openvino.Type.f32,
+            hint.execution_mode(): hint.ExecutionMode.ACCURACY,
+            hint.performance_mode(): hint.PerformanceMode.LATENCY,
+        }
+        graph = graph_of(runnable)
+        with contextlib.ExitStack() as stack:
+            if isinstance(graph, Path):
+                loadable: bytes | str = str(graph)
+            else:
+                from tome_export.onnx.files import serialized
+
+                loadable = stack.enter_context(serialized(graph))
+            try:
+                core = openvino.Core()
+                compiled = core.compile_model(core.read_model(loadable), "CPU", settings)
+            except RuntimeError as error:
+                raise ExportError(
+                    f"openvino {openvino.__version__} cannot load the model: {_line(error)}"
+                ) from error
+            del graph, loadable
+            yield _OpenVinoRunner(compiled)
+
+    def computes(self, precision: Precision) -> Precision:  # noqa: ARG002
+        """See ``Backend.computes``."""
+        return "fp32"
+
+    def on_gpu(self) -> bool:
+        """See ``Backend.on_gpu``."""
+        return False
+
+
+class _OpenVinoRunner:
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._names = {name for port in compiled.inputs for name in port.get_names()}
+
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """See ``Runner.infer``."""
+        if not set(inputs) <= self._names:
+            raise InputError(f"inputs are {sorted(inputs)}; the model takes {sorted(self._names)}")
+        try:
+            results = self._request.infer(dict(inputs))
+        except RuntimeError as error:
+            raise ExportError(f"openvino failed to run the model: {_line(error)}") from error
+        return {name: value for port, value in results.items() for name in port.get_names()}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
