@@ -19,7 +19,7 @@ from tome_export.cli.text import RANDOM, STAND_IN
 
 if TYPE_CHECKING:
     from tome_export.pipeline.serve import ServeResult
-    from tome_export.pipeline.server import RunRequest
+    from tome_export.serve.server import RunRequest
 
 
 @click.command("serve", short_help="Write a model repository for Triton Inference Server.")
@@ -51,7 +51,7 @@ def command(terminal: Terminal, artifacts: tuple[Path, ...], **given: Any) -> No
 def _run(terminal: Terminal, done: ServeResult, request: RunRequest, *, log: bool) -> None:
     """Serve until Ctrl-C, which is how this ends well."""
     from tome_export.cli.serve_options import logged_to
-    from tome_export.pipeline.server import running
+    from tome_export.serve.server import running
 
     with contextlib.ExitStack() as stack:
         if log:  # to a stream of its own: standard error is led away while a library call runs

@@ -12,7 +12,7 @@ from tome_export.cli.options import FILE, grouped
 
 if TYPE_CHECKING:
     from tome_export.pipeline.serve import ServeRequest
-    from tome_export.pipeline.server import RunRequest
+    from tome_export.serve.server import RunRequest
 
 
 class Batches(click.ParamType):
@@ -148,7 +148,7 @@ def run_request(given: dict[str, Any]) -> RunRequest:
     Raises:
         UsageError: if a value is out of its range.
     """
-    from tome_export.pipeline.server import RunRequest
+    from tome_export.serve.server import RunRequest
 
     return RunRequest(
         given["repository"].absolute(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import textwrap
 import time
@@ -13,11 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from manifests import engine_values, manifest
 
+from tome_export.artifact import write_manifest
+from tome_export.artifact.bench import BENCH, Bench
+from tome_export.artifact.environment import Environment
 from tome_export.errors import MissingComponentError
 from tome_export.serve.installation import Installation, find
 from tome_export.serve.server import SHARED_MEMORY, RunningServer, start
+from tome_export.spec import Preprocessing
 
 IDENTITY = """
 import triton_python_backend_utils as pb_utils
@@ -146,23 +151,21 @@ def write_onnx(repository: Path, name: str = "small", dims: list[int] | None = N
 def members(group: int) -> list[int]:
     """Processes of a group that run; ended ones wait for whoever collects them."""
     found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (OSError, ValueError):
-            continue
-        if int(fields[2]) == group and fields[0] not in "ZX":
-            found.append(int(entry.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            if not ended and os.getpgid(process.pid) == group:
+                found.append(process.pid)
     return found
 
 
 def naming(text: str) -> list[int]:
     """Processes other than this one whose command line has ``text`` in it."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and any(text in word for word in process.cmdline()):
+                found.append(process.pid)
     return found
 
 
@@ -274,13 +277,11 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     """An artifact of ``logits = pixel_values [B, 3, 8, 8] @ weights``.
 
     Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
-    ``model``, ``attention``, ``seed`` (of the weights), ``ms`` (measured latency, one or by
-    backend), and ``engines`` (name -> batch), whose files are no real engines and
+    ``model``, ``attention``, ``seed`` (of the weights), ``ms`` (measured latency, of any backend
+    or by backend), and ``engines`` (name -> batch), whose files are no real engines and
     ``version_compatible`` or not.
     """
     import onnx
-
-    from tome_export.artifact import write_manifest
 
     batch = str(changes.get("batch", "1:4:8"))
     rows = batch.split(":")
@@ -307,63 +308,62 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     ]
     if "ms" in changes:
         ms = changes["ms"]
-        # A number stands for any backend; as text it is written as that number alone.
-        latency_ms = {"ort-cpu": ms, "tensorrt": ms} if isinstance(ms, int | float) else ms
-        latency_ms = float(latency_ms) if isinstance(latency_ms, str) else latency_ms
-        (folder / "bench.json").write_text(json.dumps({"latency_ms": latency_ms}))
+        measured = Bench(
+            latency_ms={"ort-cpu": ms, "tensorrt": ms} if isinstance(ms, int | float) else ms,
+            environment=Environment(
+                cpu="c",
+                cores=1,
+                gpu=None,
+                driver=None,
+                machine="m",
+                python="3",
+                versions={},
+                date="",
+            ),
+            against="unmerged",
+            macs_ratio=1.0,
+            rounds=1,
+            warmup=0,
+            images="noise",
+            notes=(),
+            rows=(),
+            profile=(),
+        )
+        (folder / BENCH).write_bytes(measured.json_bytes())
     engines = {}
     for name, profile in dict(changes.get("engines", {})).items():  # type: ignore[call-overload]
         file = "model.engine" if name == "tensorrt" else "model.rtx.engine"
         (folder / file).write_bytes(f"engine {seed}".encode())
         engines[name] = {
-            "file": file,
-            "version": "10.13",
+            **engine_values(file, name),
             "batch": profile,
-            "targets": ["8.9"],
-            "build_seconds": 1.0,
-            "notes": [],
             "version_compatible": bool(changes.get("version_compatible")),
             "inputs": described[:1],
             "outputs": described[1:],
         }
-    schedule = changes.get("schedule", "r=8 constant")
-    preprocessing = {
-        "input_size": [3, 8, 8],
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-    }
+    plain = manifest()
+    pixels, logits = ({**t, "shape": [size, *t["shape"][1:]]} for t in described)
+    weights = plain.model.weights.model_copy(update={"seed": seed, "state_sha256": "0"})
+    named = {"name": changes.get("model", "small"), "random_weights": True, "weights": weights}
+    merge = {"schedule": "r=8 constant", "r": (8,), "merge_op": "matmul"}
+    merge |= {name: changes[name] for name in merge if name in changes}
+    merge["r"] = tuple(merge["r"])
     write_manifest(
         folder,
-        {
-            "model": {
-                "name": changes.get("model", "small"),
-                "description": "one layer",
-                "random_weights": True,
-                "weights": {"kind": "random", "source": "", "seed": seed, "state_sha256": "0"},
-            },
-            "merge": {
-                "schedule": schedule,
-                "r": changes.get("r", [8]),
-                "prop_attn": True,
-                "prefix": 1,
-                "class_token": True,
-                "scored": False,
-                "merge_op": changes.get("merge_op", "matmul"),
-            },
-            "tokens": [4],
-            "layers": [{"tokens_in": 12, "r": 8}],
-            "onnx": {"attention": changes.get("attention", "parts")},
-            "precision": changes.get("precision", "fp32"),
-            "batch": batch,
-            "input": {**described[0], "shape": [size, 3, 8, 8]},
-            "output": {**described[1], "shape": [size, 5]},
-            "preprocessing": preprocessing,
-            "labels": changes.get("labels"),
-            "engines": engines,
-            "engine_note": "none",
-        },
+        manifest(
+            model=plain.model.model_copy(update=named),
+            merge=plain.merge.model_copy(update=merge),
+            onnx=plain.onnx.model_copy(update={"attention": changes.get("attention", "parts")}),
+            precision=changes.get("precision", "fp32"),
+            batch=batch,
+            input=pixels,
+            inputs=[pixels],
+            output=logits,
+            outputs=[logits],
+            preprocessing=Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"),
+            labels=changes.get("labels"),
+            engines=engines,
+        ),
     )
     return folder
 

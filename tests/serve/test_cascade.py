@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from server_rules import problems
 
 from tome_export.artifact import Artifact
 from tome_export.cascade import policy
@@ -23,12 +24,11 @@ from tome_export.pipeline.cascade_serve import serve_cascade
 from tome_export.progress import Silent
 from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
-from tome_export.serve.config import config_from_text, folder_from_source
+from tome_export.serve.config import ServeOptions, config_from_text, folder_from_source
 from tome_export.serve.python_models import cascade as served_model
 from tome_export.serve.repository import write
 from tome_export.serve.server import start
 from tome_export.serve.source import check_free_name, source_from_artifact
-from tome_export.serve.spec import ServeOptions
 from tome_export.serve.validate import validate
 from tome_export.tune.goal import Goal
 
@@ -339,7 +339,8 @@ def test_the_folder_of_a_cascade_is_valid(member):
     assert names == [f"x_cascade_{end}" for end in ("preprocess", "postprocess", "pipeline")]
     assert [t.name for t in around[-1].config.output][-2:] == ["budget", "macs"]
     for one in (folder, *around):
-        validate(one, models={"x_cascade", *names})
+        validate(one)
+        assert [*problems(one.config, one, {"x_cascade", *names})] == []
 
 
 @pytest.mark.usefixtures("installation")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from manifests import manifest
 
 from tome_export.artifact import Artifact
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError, UsageError
 from tome_export.runtime.ort import CUDA_OPTIONS
 from tome_export.serve.config import (
+    ServeOptions,
     config_from_text,
     config_text,
-    cpu_config,
     folder_from_source,
+    folders_from_source,
     model_config,
 )
-from tome_export.serve.fixed import folders_from_source
 from tome_export.serve.source import check_name, default_name, source_from_artifact
-from tome_export.serve.spec import ServeOptions
 from tome_export.serve.validate import validate
 from tome_export.spec import BatchRange
 
@@ -77,8 +77,8 @@ def test_what_every_config_has(source):
     ],
 )
 def test_a_limited_queue_has_two_instances(source, given, limits, count):
-    for make in (model_config, cpu_config):
-        config = make(source(), "m", ServeOptions(**given))
+    for gpu in (True, False):
+        config = model_config(source(), "m", ServeOptions(**given), gpu=gpu)
         queue = config.dynamic_batching.default_queue_policy
         assert (queue.max_queue_size, queue.default_timeout_microseconds) == limits
         assert queue.timeout_action == queue.REJECT
@@ -138,7 +138,7 @@ def test_a_merge_that_tensorrt_refuses_gets_no_tensorrt(source):
 def test_cpu_config_differs_in_device_and_accelerator_only(source):
     served = source()
     gpu = model_config(served, "m", ServeOptions(instances=2))
-    cpu = cpu_config(served, "m", ServeOptions(instances=2))
+    cpu = model_config(served, "m", ServeOptions(instances=2), gpu=False)
     (group,) = cpu.instance_group
     assert (group.kind, group.count) == (group.KIND_CPU, 2)
     assert accelerators(cpu) == {}
@@ -291,8 +291,10 @@ def test_engines_that_cannot_be_served(source):
     ],
 )
 def test_default_name(model, schedule, name):
-    manifest = {"model": {"name": model}, "merge": {"schedule": schedule}}
-    assert default_name(manifest) == name
+    plain = manifest()
+    merge = plain.merge.model_copy(update={"schedule": schedule})
+    named = manifest(model=plain.model.model_copy(update={"name": model}), merge=merge)
+    assert default_name(named) == name
     check_name(name)
 
 

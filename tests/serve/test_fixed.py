@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +15,13 @@ from PIL import Image
 from tome_export.artifact import Artifact
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.serve import ServeRequest, serve
-from tome_export.pipeline.server import RunRequest, running
 from tome_export.serve.client import connect
-from tome_export.serve.fixed import folders_from_source
+from tome_export.serve.config import ServeOptions, folders_from_source
 from tome_export.serve.python_models.fixed import filled_up
 from tome_export.serve.python_models.preprocess import pixels_from_bytes
 from tome_export.serve.repository import write
-from tome_export.serve.server import start
+from tome_export.serve.server import RunRequest, running, start
 from tome_export.serve.source import check_free_name, source_from_artifact
-from tome_export.serve.spec import ServeOptions
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -148,7 +147,7 @@ def test_pipeline_of_single_images(served, client, tmp_path):
     pipeline = client.pipeline(NAME)
     answer = client.infer(pipeline, {"image": np.array([[data]], object)})
     artifact = served.versions[-1]
-    settings = Artifact.open(artifact).manifest["preprocessing"] | {"max_pixels": 1000}
+    settings = asdict(Artifact.open(artifact).manifest.preprocessing) | {"max_pixels": 1000}
     logits = ort(artifact, pixels_from_bytes(data, settings)[None])
     assert answer["label"][0, 0].decode() == LABELS[int(logits.argmax())]
 

@@ -8,13 +8,17 @@ from types import SimpleNamespace
 import pytest
 
 from tome_export.errors import InputError, TomeExportError
-from tome_export.pipeline import server as servers
 from tome_export.pipeline.serve import ServeRequest, serve
-from tome_export.pipeline.server import RunRequest, running
+from tome_export.serve import server as servers
+from tome_export.serve.config import ServeOptions
 from tome_export.serve.kserve import KServeOptions, kserve_manifest
-from tome_export.serve.launch import ServerOptions, server_options_from_repository
 from tome_export.serve.process import GroupProcess
-from tome_export.serve.spec import ServeOptions
+from tome_export.serve.server import (
+    RunRequest,
+    ServerOptions,
+    running,
+    server_options_from_repository,
+)
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 

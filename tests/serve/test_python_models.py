@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ RECIPE_CASES = [
 
 def settings_of(preprocessing, max_pixels=64_000_000):
     # As they arrive: through JSON.
-    return json.loads(json.dumps({**preprocessing.to_dict(), "max_pixels": max_pixels}))
+    return json.loads(json.dumps({**asdict(preprocessing), "max_pixels": max_pixels}))
 
 
 TINY = settings_of(Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, 1.0, "bilinear"))

@@ -15,12 +15,9 @@ import pytest
 
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
-from tome_export.pipeline.server import RunRequest, running
 from tome_export.serve import repository as repository_module
-from tome_export.serve import staging
-from tome_export.serve.repository import versions_of
-from tome_export.serve.server import start
-from tome_export.serve.staging import STAGING
+from tome_export.serve.repository import STAGING, versions_of
+from tome_export.serve.server import RunRequest, running, start
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -309,10 +306,10 @@ def test_the_exchange_where_the_kernel_has_none(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    staging.exchange(tmp_path / "a", tmp_path / "b")
+    repository_module.exchange(tmp_path / "a", tmp_path / "b")
     assert files(tmp_path) == {"a/b", "b/a"}
-    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *_, **__: None)
-    staging.exchange(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(repository_module.ctypes, "CDLL", lambda *_, **__: None)
+    repository_module.exchange(tmp_path / "a", tmp_path / "b")
     assert files(tmp_path) == {"a/a", "b/b"}
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.serve import installation as installations
+from tome_export.serve import process as processes
 from tome_export.serve import server as servers
-from tome_export.serve import watchdog as watchdogs
 from tome_export.serve.client import connect
 from tome_export.serve.log import LIMIT, failed_models, last_words
 from tome_export.serve.server import start
@@ -336,7 +336,7 @@ def test_a_server_goes_on_without_its_watchdog(repository, by_hand):
 
 
 def test_no_shell_to_watch_with(repository, monkeypatch, tmp_path):
-    monkeypatch.setattr(watchdogs, "SHELL", str(tmp_path / "sh"))
+    monkeypatch.setattr(processes, "SHELL", str(tmp_path / "sh"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ExportError, match=r"cannot start .*sh, .*No such file.*; install a shell"):
         start(repository).__enter__()

@@ -16,11 +16,9 @@ from PIL import Image
 
 from tome_export.errors import MissingComponentError, UsageError
 from tome_export.pipeline.serve import ServeRequest, serve
-from tome_export.pipeline.server import RunRequest
-from tome_export.serve.config import CPU
+from tome_export.serve.config import CPU, ServeOptions
 from tome_export.serve.installation import find
-from tome_export.serve.server import start
-from tome_export.serve.spec import ServeOptions
+from tome_export.serve.server import RunRequest, start
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 

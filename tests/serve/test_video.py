@@ -21,7 +21,7 @@ from tome_export.pipeline.query import QueryRequest, query
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.progress import Silent
 from tome_export.serve.server import start
-from tome_export.spec import BatchRange, Preprocessing
+from tome_export.spec import BatchRange
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_file_becomes_the_features_of_its_frames(artifact, address, tmp_path):
     paths = [write_video(tmp_path / f"{n}.mp4", n, size=(64, 48)) for n in (8, 21)]
     answers = query(QueryRequest(address, [tmp_path])).answers
     assert [answer.image.name for answer in answers] == ["21.mp4", "8.mp4"]
-    preprocessing = Preprocessing.from_dict(artifact.manifest["preprocessing"])
+    preprocessing = artifact.manifest.preprocessing
     pixels = load_videos(paths[::-1], preprocessing, 8)
     session = onnxruntime.InferenceSession(
         str(artifact.model_path), providers=["CPUExecutionProvider"]

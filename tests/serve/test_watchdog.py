@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tome_export.serve.process import GroupProcess
-from tome_export.serve.watchdog import Watchdog
+from tome_export.serve.process import GroupProcess, Watchdog
 
 # Two processes that SIGTERM does not end, as a server that hangs would be.
 STUBBORN = "trap '' TERM; echo ready; sleep 60 & wait; sleep 60"

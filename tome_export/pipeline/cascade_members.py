@@ -11,7 +11,7 @@ from tome_export.artifact import Artifact
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.pipeline.inputs import refuse_extra_inputs
-from tome_export.serve.source import outputs_of
+from tome_export.serve.source import sizes
 
 
 def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
@@ -61,5 +61,5 @@ def macs_of(artifact: Artifact) -> int:
 
 
 def _facts(artifact: Artifact) -> dict[str, Any]:
-    outputs = [(o["name"], o["dtype"], o["shape"][1:]) for o in outputs_of(artifact.manifest)]
+    outputs = [(o.name, o.dtype, sizes(o)) for o in artifact.manifest.outputs]
     return {**shared_facts(artifact), "outputs": outputs}

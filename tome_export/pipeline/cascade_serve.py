@@ -12,7 +12,7 @@ from tome_export.cascade.outcome import Settings
 from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.progress import Progress
 from tome_export.serve.client import ROUTER
-from tome_export.serve.config import check_packages
+from tome_export.serve.config import ModelFolder, ServeOptions, check_packages
 from tome_export.serve.repository import (
     cascade_there,
     check_ours,
@@ -20,7 +20,6 @@ from tome_export.serve.repository import (
     versions_of,
 )
 from tome_export.serve.source import check_free_name, plain_name, source_from_artifact
-from tome_export.serve.spec import ModelFolder, ServeOptions
 
 if TYPE_CHECKING:
     from tome_export.pipeline.cascade import CascadeRequest
@@ -118,5 +117,5 @@ def serve_cascade(
 def _name(request: CascadeRequest, members: Sequence[Artifact]) -> str:
     from tome_export.serve.cascades import CASCADE
 
-    base = request.name or plain_name(members[-1].manifest["model"]["name"])
+    base = request.name or plain_name(members[-1].manifest.model.name)
     return f"{base}{CASCADE}"

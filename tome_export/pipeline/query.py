@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.inputs import inputs_from_file
 from tome_export.progress import Progress, Silent
-from tome_export.serve.client import PIPELINE, Protocol, connect
-from tome_export.serve.pipeline_models import IMAGE, VIDEO
+from tome_export.serve.client import IMAGE, PIPELINE, VIDEO, Protocol, connect
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:

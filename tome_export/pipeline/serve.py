@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tome_export.artifact import Artifact, writing_to
+from tome_export.artifact.bench import BENCH, Bench
+from tome_export.artifact.files import draft_of, write_whole
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.progress import Progress, Silent
-from tome_export.serve.config import check_packages
-from tome_export.serve.fixed import folders_from_source
+from tome_export.serve.config import (
+    ModelFolder,
+    ServeOptions,
+    check_packages,
+    folders_from_source,
+)
 from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
-from tome_export.serve.launch import ServerOptions, server_options_from_repository
+from tome_export.serve.pipeline_models import pipeline_folders
 from tome_export.serve.repository import (
     Written,
     check_repository,
@@ -27,7 +31,14 @@ from tome_export.serve.repository import (
     models_in,
     write,
 )
-from tome_export.serve.routers import has_router, router_folders
+from tome_export.serve.routers import (
+    Route,
+    has_router,
+    of_one_shape,
+    route_of,
+    router_folders,
+)
+from tome_export.serve.server import ServerOptions, server_options_from_repository
 from tome_export.serve.source import (
     FIXED,
     TENSORRT,
@@ -38,7 +49,6 @@ from tome_export.serve.source import (
     plain_name,
     source_from_artifact,
 )
-from tome_export.serve.spec import ModelFolder, ServeOptions
 from tome_export.serve.validate import validate
 
 __all__ = [
@@ -49,11 +59,6 @@ __all__ = [
     "serve",
     "tensors_of_onnx",
 ]
-
-BENCH = "bench.json"
-
-# TensorProto.DataType of ONNX.
-ONNX_TYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,6 @@ def serve(
     """
     progress = progress or Silent()
     check_packages()
-    from tome_export.serve.pipeline_models import of_one_shape
-
     repository = check_repository(request.repository)
     _check_kserve(request.kserve)
     if request.options.name is not None:
@@ -185,7 +188,7 @@ def serve(
         entry = routers[-1].name
     if further is not None:
         folders += further([one.folder for one in served])
-    _validate(served, folders, repository)
+    _validate(served, folders)
     stale = [name for one in served if (name := _stale(one, repository))]
     removed = [n for n in stale if request.force and not is_named_elsewhere(repository, n)]
     server = server_options_from_repository(repository, folders, removed)
@@ -210,7 +213,7 @@ def serve(
         entry,
         server,
         request.kserve,
-        any(artifact.manifest["model"]["random_weights"] for artifact in artifacts),
+        any(artifact.manifest.model.random_weights for artifact in artifacts),
         tuple(notes),
     )
 
@@ -221,21 +224,18 @@ def tensors_of_onnx(path: Path) -> tuple[tuple[TensorInfo, ...], tuple[TensorInf
     Raises:
         InputError: if the file is not an ONNX model.
     """
+    import onnx
+
     from tome_export.onnx.files import load
 
-    graph = load(path, weights=False).graph
-    weights = {tensor.name for tensor in graph.initializer}
-
-    def described(value: Any) -> TensorInfo:
+    def described(value: onnx.ValueInfoProto) -> TensorInfo:
         tensor = value.type.tensor_type
-        shape = tuple(
-            dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim
-        )
-        dtype = ONNX_TYPES.get(tensor.elem_type, f"ONNX type {tensor.elem_type}")
-        return TensorInfo(value.name, shape, dtype)
+        shape = (d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return TensorInfo(value.name, tuple(shape), dtype)
 
-    inputs = tuple(described(value) for value in graph.input if value.name not in weights)
-    return inputs, tuple(described(value) for value in graph.output)
+    graph = load(path, weights=False).graph
+    return tuple(map(described, graph.input)), tuple(map(described, graph.output))
 
 
 def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Served:
@@ -268,7 +268,7 @@ def _base_and_name(
     end = f"_{default.rpartition('_')[2]}"
     name = request.options.name
     if name is None:
-        return plain_name(artifact.manifest["model"]["name"]), default
+        return plain_name(artifact.manifest.model.name), default
     is_base = len(request.artifacts) > 1 or (
         has_router(repository, name) and name not in models_in(repository)
     )
@@ -282,8 +282,6 @@ def _folders(one: _Served, options: ServeOptions) -> list[ModelFolder]:
     folders = [one.folder] if one.model is one.folder else [one.model, one.folder]
     if not options.preprocess:
         return folders
-    from tome_export.serve.pipeline_models import pipeline_folders
-
     options = replace(options, version=one.version)
     return [*folders, *pipeline_folders(one.artifact, one.name, options, batch=one.source.batch)]
 
@@ -298,7 +296,6 @@ def _routers(
     base = served[0].base
     if base is None:
         return []
-    from tome_export.serve.pipeline_models import Route, route_of
 
     def route(one: _Served, folder: ModelFolder, ms: float | None) -> Route:
         return route_of(one.artifact, folder.name, folder.config, ms)
@@ -355,7 +352,12 @@ def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
     Figures of different backends do not compare: unless one backend was measured for all, none
     counts as measured.
     """
-    measured = [_latency_by_backend(one.artifact) for one in served]
+    measured: list[Mapping[str, float]] = [
+        Bench.read(one.artifact.path / BENCH).latency_ms
+        if BENCH in one.artifact.manifest.files
+        else {}
+        for one in served
+    ]
     platforms = {one.source.platform for one in served}
     backends = (TENSORRT,) if platforms == {"tensorrt_plan"} else ("ort-cuda", "ort-cpu")
     if len(platforms) == 1:
@@ -363,19 +365,6 @@ def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
             if all(backend in latency for latency in measured):
                 return [latency[backend] for latency in measured]
     return [None] * len(served)
-
-
-def _latency_by_backend(artifact: Artifact) -> dict[str, float]:
-    """``latency_ms`` of ``bench.json``: of one image, by backend, as far as it was measured."""
-    if BENCH not in artifact.manifest["files"]:
-        return {}
-    try:
-        found = json.loads((artifact.path / BENCH).read_text())["latency_ms"]
-        pairs = list(found.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    # Of one number, nobody knows which backend it is of.
-    return {name: float(ms) for name, ms in pairs if isinstance(ms, int | float)}
 
 
 def _check_alike(artifacts: Sequence[Artifact]) -> None:
@@ -387,41 +376,31 @@ def _check_alike(artifacts: Sequence[Artifact]) -> None:
     )
     first, *rest = artifacts
     for other in rest:
-        if first.manifest["merge"]["r"] == other.manifest["merge"]["r"]:
+        if first.manifest.merge.r == other.manifest.merge.r:
             raise InputError(
                 f"{first.path} and {other.path} merge the same tokens per layer; several "
                 "artifacts served together must have different r"
             )
 
 
-def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder], repository: Path) -> None:
+def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder]) -> None:
     names = [folder.name for folder in folders]
     for name in names:
         check_name(name)
         if names.count(name) > 1:
             raise InputError(f"two models would be called {name}; give another --name")
     actual = {one.model.name: _actual_tensors(one) for one in served}
-    known = {*names, *models_in(repository)}
     for folder in folders:
         inputs, outputs = actual.get(folder.name, (None, None))
-        validate(folder, inputs, outputs, known)
+        validate(folder, inputs, outputs)
 
 
-def _actual_tensors(
-    one: _Served,
-) -> tuple[Sequence[TensorInfo] | None, Sequence[TensorInfo] | None]:
+def _actual_tensors(one: _Served) -> tuple[Sequence[TensorInfo], Sequence[TensorInfo]]:
     """What the file takes and gives; an engine can only be asked on its GPU, at its build."""
     if one.source.platform == "onnxruntime_onnx":
         return tensors_of_onnx(one.source.files["model.onnx"])
-    engine = one.artifact.manifest["engines"][TENSORRT]
-    try:
-        inputs, outputs = (
-            tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in engine[key])
-            for key in ("inputs", "outputs")
-        )
-    except (KeyError, TypeError):
-        return None, None
-    return inputs, outputs
+    engine = one.artifact.manifest.engines[TENSORRT]
+    return engine.inputs, engine.outputs
 
 
 def _check_kserve(path: Path | None) -> None:
@@ -434,26 +413,17 @@ def _check_kserve(path: Path | None) -> None:
         raise InputError(f"{path.parent} does not exist; make it, or give another file")
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is a device, pipe or socket; give a file for the KServe manifest")
+    draft = draft_of(path)
     try:
-        _draft(path).touch()
-        _draft(path).unlink()
+        draft.touch()
+        draft.unlink()
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror}; give another file for the KServe manifest"
         ) from error
 
 
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def _write_text(path: Path, text: str) -> None:
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    sibling = _draft(path)
-    with writing_to(path):
-        try:
-            sibling.write_text(text)
-            sibling.replace(path)
-        finally:
-            sibling.unlink(missing_ok=True)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        with writing_to(path):
+            write_whole(path, text.encode())

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.cascade import policy
 from tome_export.errors import InputError
-from tome_export.serve.pipeline_models import (
-    ROUTER_INSTANCES,
+from tome_export.serve.config import (
+    ModelFolder,
+    ServeOptions,
     add_tensor,
     interface_of,
-    pipeline_folders,
     python_config,
     python_folder,
     take_interface,
 )
+from tome_export.serve.pipeline_models import pipeline_folders
 from tome_export.serve.repository import CASCADE_SETTINGS
-from tome_export.serve.spec import ModelFolder, ServeOptions
+from tome_export.serve.routers import ROUTER_INSTANCES
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 CASCADE = "_cascade"
 """What is added to what the names of several models have in common, for a cascade of them."""
 
-OUTPUTS = (("budget", "TYPE_INT32"), ("macs", "TYPE_INT64"))
+OUTPUTS = (("budget", "int32"), ("macs", "int64"))
 """What a cascade gives besides the models' outputs, each ``[B, 1]``."""
 
 
@@ -84,7 +85,7 @@ def cascade_folder(
     listed = [{"model": member.model, "macs": member.macs} for member in members]
     content = {**settings, "policy_macs": policy_macs, "members": listed}
     folder = python_folder(config, "cascade", CASCADE_SETTINGS, content, options)
-    files = {**folder.files, f"{options.version or 1}/policy.py": Path(policy.__file__)}
+    files = {**folder.files, f"{options.folder}/policy.py": Path(policy.__file__)}
     return ModelFolder(name, config, files)
 
 

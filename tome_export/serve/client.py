@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tome_export.errors import InputError, MissingComponentError, TomeExportError, UsageError
-from tome_export.serve.pipeline_models import IMAGE, ROUTES, VIDEO
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -19,6 +18,15 @@ Protocol = Literal["grpc", "http"]
 
 PORTS = {"grpc": 8001, "http": 8000}
 """The server's own defaults."""
+
+IMAGE = "image"
+"""The input of a model that takes encoded images: BYTES, a JPEG or PNG file."""
+
+VIDEO = "video"
+"""The input of a model that takes video files: BYTES."""
+
+ROUTES = "routes"
+"""Parameter of a router's config: names of the models behind it, with commas, for clients."""
 
 PIPELINE = "_pipeline"
 """What ``tome-export serve`` adds to the name of a model, or of a router, for such a model."""

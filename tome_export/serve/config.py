@@ -1,4 +1,4 @@
-"""The server's model config, made from what is served.
+"""The server's model config and files of a model, made from what is served.
 
 Source of the fields: model_config.proto of Triton Inference Server, and the documentation of its
 TensorRT and ONNX Runtime backends.
@@ -6,13 +6,15 @@ TensorRT and ONNX Runtime backends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.engine import TensorInfo
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.serve.source import Source
-from tome_export.serve.spec import ModelFolder, ServeOptions
+from tome_export.serve.source import FIXED, Source
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ DATA_TYPES = {
     "bfloat16": "TYPE_BF16",
     "int64": "TYPE_INT64",
     "int32": "TYPE_INT32",
+    "bytes": "TYPE_STRING",
 }
+"""Type of a tensor -> what the server calls it."""
 
 LEAST_WITH_LIMITS = 2
 """Instances that a limited queue takes. With one, the batcher of tritonserver 2.51 leaves a few
@@ -54,7 +58,92 @@ going back is removing a folder."""
 
 VERSION_COMPATIBLE = "version_compatible"
 """File beside an engine that brings a runtime of its own, which a server runs only if it is told to
-(see ``launch``): what is true of one version is not of another, and they share one config."""
+(see ``server``): what is true of one version is not of another, and they share one config."""
+
+PYTHON_MODELS = Path(__file__).parent / "python_models"
+"""Models of the python backend, as they are copied into a repository."""
+
+MOST = 2**31 - 1
+"""Largest number of the options: most are of 32 bits in the server's schema."""
+
+MOST_VERSION = 2**63 - 1
+"""Largest version: the server reads the name of a version folder as a signed 64-bit number."""
+
+
+def is_version(folder: str) -> bool:
+    """Whether the server takes a folder of that name for a version."""
+    return re.fullmatch(r"[1-9][0-9]{0,18}", folder) is not None and int(folder) <= MOST_VERSION
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How an artifact is served.
+
+    Attributes:
+        name: Name of the model in the repository; None for the artifact's model and r.
+        version: Version folder, at least 1; None for 1, or the version that already has the same
+            files.
+        preprocess: Also write the models that take encoded images and give labels or features.
+        instances: Copies of the model per device; a limited queue takes two or more.
+        max_queue_delay_us: How long the server may hold a request back to fill a batch.
+        max_queue_size: Requests that may wait; further ones are rejected at once. None sets no
+            limit.
+        timeout_ms: How long a request may wait in the queue before it is rejected; None for any
+            time.
+        cuda_graph_batches: Batch sizes recorded as CUDA graphs (TensorRT plans); None for the
+            least, tuned and largest batch of the engine.
+
+    Raises:
+        UsageError: if a value is out of its range.
+    """
+
+    name: str | None = None
+    version: int | None = None
+    preprocess: bool = False
+    instances: int = 1
+    max_queue_delay_us: int = 2000
+    max_queue_size: int | None = None
+    timeout_ms: int | None = None
+    cuda_graph_batches: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        ranges = [
+            ("version", self.version, 1, MOST_VERSION),
+            ("instances", self.instances, 1, MOST),
+            ("queue delay", self.max_queue_delay_us, 0, MOST),
+            ("queue size", self.max_queue_size, 1, MOST),
+            ("queue timeout", self.timeout_ms, 1, MOST),
+            *(("CUDA graph batch", batch, 1, MOST) for batch in self.cuda_graph_batches or ()),
+        ]
+        for what, value, least, most in ranges:
+            if value is not None and not least <= value <= most:
+                raise UsageError(f"{what} is {value}; expected {least} to {most}")
+
+    @property
+    def folder(self) -> str:
+        """Name of the version folder; 1 where no version was chosen."""
+        return str(self.version or 1)
+
+    @property
+    def limits_queue(self) -> bool:
+        """Whether requests may be rejected instead of waiting."""
+        return self.max_queue_size is not None or self.timeout_ms is not None
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model of a repository, before it is written.
+
+    Attributes:
+        name: Its folder, and its name on the server.
+        config: What becomes ``config.pbtxt``.
+        files: Path inside the folder (``1/model.onnx``, ``labels.txt``) -> the file to copy, or
+            its content.
+    """
+
+    name: str
+    config: ModelConfig
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
 
 
 def check_packages() -> None:
@@ -71,37 +160,84 @@ def check_packages() -> None:
         ) from error
 
 
+def folders_from_source(
+    source: Source, name: str, options: ServeOptions, *, asked_by_models: bool = True
+) -> list[ModelFolder]:
+    """The model with the file, and last what users call: the same one, or a batching model.
+
+    A batch size of 1 leaves nothing to fill up: users call the file itself, and the wire is spared
+    a copy through another process. Pipelines, routers and cascades cannot: the server batches
+    them, and lets them ask only models that it batches as well.
+
+    Args:
+        source: What is served.
+        name: What users call.
+        options: How.
+        asked_by_models: Whether a pipeline, router or cascade may ask it.
+
+    Raises:
+        UsageError: see ``folder_from_source``.
+    """
+    batch = source.batch
+    if not batch.is_static or (batch.max == 1 and not asked_by_models):
+        return [folder_from_source(source, name, options)]
+    model = folder_from_source(source, f"{name}{FIXED}", options, behind=True)
+    return [model, batching_folder(source, name, options)]
+
+
+def batching_folder(source: Source, name: str, options: ServeOptions) -> ModelFolder:
+    """A model that collects requests, fills them up to the batch, and asks ``<name>_fixed``.
+
+    The queue is its own: the model behind it is given one full batch after the other.
+
+    Args:
+        source: What the model behind it is; of one batch size.
+        name: What users call.
+        options: Version, queue and instances. There is one process more than instances of the
+            model: it collects the next batch while they run.
+    """
+    config = python_config(name, source.batch.max, options)
+    config.instance_group[0].count = options.instances + 1
+    add_interface(config, source, batched=True, labelled=True)
+    add_batching(config, options)
+    folder = python_folder(config, "fixed", "fixed.json", {"model": f"{name}{FIXED}"}, options)
+    return ModelFolder(name, config, {**folder.files, **label_files(source)})
+
+
 def folder_from_source(
     source: Source, name: str, options: ServeOptions, *, behind: bool = False
 ) -> ModelFolder:
     """The model of a repository that serves a file as it is.
 
-    One of fixed batch takes exactly as many rows: see ``fixed.folders_from_source``.
+    One of fixed batch takes exactly as many rows: see ``folders_from_source``.
 
     Args:
         source: What is served.
         name: Of the model on the server.
-        options: How; None as version stands for 1.
+        options: How.
         behind: Whether a batching model asks it: that one has the queue and the labels.
 
     Raises:
         UsageError: if a CUDA graph is asked for that the server cannot record: of an ONNX model,
             or of a model of fixed batch.
     """
-    version = options.version or 1
-    files = {f"{version}/{file}": path for file, path in source.files.items()}
-    more = {} if behind else label_files(source)
+    files: dict[str, Path | bytes] = {
+        f"{options.folder}/{file}": path for file, path in source.files.items()
+    }
+    files |= {} if behind else label_files(source)
     if source.version_compatible:
-        more[f"{version}/{VERSION_COMPATIBLE}"] = _COMPATIBLE_NOTE
+        files[f"{options.folder}/{VERSION_COMPATIBLE}"] = _COMPATIBLE_NOTE
+    config = model_config(source, name, options, behind=behind)
+    asked = options.cuda_graph_batches is not None
     if source.platform == "onnxruntime_onnx":
-        if options.cuda_graph_batches is not None:
+        if asked:
             raise UsageError(
                 "CUDA graph batches are given and the ONNX model is served; leave them out, or "
                 "serve a TensorRT engine with --format engine"
             )
-        cpu = config_text(cpu_config(source, name, options, behind=behind))
-        more[f"configs/{CPU}.pbtxt"] = cpu.encode()
-    elif options.cuda_graph_batches is not None and source.batch.is_static:
+        cpu = model_config(source, name, options, behind=behind, gpu=False)
+        files[f"configs/{CPU}.pbtxt"] = config_text(cpu).encode()
+    elif asked and source.batch.is_static:
         recorded = (
             "that batch is recorded"
             if source.cuda_graphs
@@ -111,8 +247,7 @@ def folder_from_source(
             f"CUDA graph batches are given for a model of fixed batch {source.batch.max}; leave "
             f"them out, {recorded}"
         )
-    config = model_config(source, name, options, behind=behind)
-    return ModelFolder(name, config, {**files, **more})
+    return ModelFolder(name, config, files)
 
 
 _COMPATIBLE_NOTE = b"""\
@@ -129,37 +264,44 @@ def label_files(source: Source) -> dict[str, bytes]:
 
 
 def model_config(
-    source: Source, name: str, options: ServeOptions, *, behind: bool = False
+    source: Source, name: str, options: ServeOptions, *, behind: bool = False, gpu: bool = True
 ) -> ModelConfig:
-    """The config for servers with a GPU."""
-    from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
+    """The config for servers with a GPU, or of an ONNX model for those without."""
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-    config = _common(source, name, options, behind=behind)
-    count = _instances(options, behind=behind)
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_GPU, count=count)
+    batch = source.batch
+    config = ModelConfig(name=name, platform=source.platform)
+    # A model of fixed batch is one whose tensors have that many rows: the server cannot fill
+    # a batch up, so it must not make any.
+    config.max_batch_size = 0 if batch.is_static else batch.max
+    add_interface(config, source, batched=not batch.is_static, labelled=not behind)
+    count = options.instances
+    if not behind:
+        add_batching(config, options)
+        count = max(count, LEAST_WITH_LIMITS) if options.limits_queue else count
+    config.version_policy.latest.num_versions = KEPT_VERSIONS
+    for rows in sorted({1, config.max_batch_size or 1}):
+        warmup = config.model_warmup.add(name=f"batch_{rows}", batch_size=rows, count=1)
+        for tensor in config.input:
+            # Zeros: tokens still differ by their positions, so merging has what to decide.
+            warmup.inputs[tensor.name].CopyFrom(
+                type(warmup).Input(data_type=tensor.data_type, dims=tensor.dims, zero_data=True)
+            )
+    kind = ModelInstanceGroup.KIND_GPU if gpu else ModelInstanceGroup.KIND_CPU
+    config.instance_group.add(kind=kind, count=count)
+    if not gpu:
+        return config
     if source.platform == "tensorrt_plan":
         if source.cuda_graphs:
-            _add_cuda_graphs(config, source.batch, options)
+            _add_cuda_graphs(config, batch, options)
         return config
-    if not source.scatters:
-        _add_tensorrt_accelerator(config, source)
     # TensorRT's parser refuses scatter-add: the accelerator would cut the graph into pieces, and
     # ONNX Runtime's own CUDA kernels run such a model whole.
+    if not source.scatters:
+        _add_tensorrt_accelerator(config, source)
     cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
     for key, value in CUDA_OPTIONS.items():
         cuda.parameters[key] = value
-    return config
-
-
-def cpu_config(
-    source: Source, name: str, options: ServeOptions, *, behind: bool = False
-) -> ModelConfig:
-    """The config of an ONNX model for servers without a GPU."""
-    from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
-
-    config = _common(source, name, options, behind=behind)
-    count = _instances(options, behind=behind)
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=count)
     return config
 
 
@@ -192,35 +334,31 @@ def config_from_text(text: str, where: str) -> ModelConfig:
         ) from error
 
 
-def _common(source: Source, name: str, options: ServeOptions, *, behind: bool) -> ModelConfig:
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    batch = source.batch
-    config = ModelConfig(name=name, platform=source.platform)
-    # A model of fixed batch is one whose tensors have that many rows: the server cannot fill
-    # a batch up, so it must not make any.
-    config.max_batch_size = 0 if batch.is_static else batch.max
-    add_interface(config, source, batched=not batch.is_static, labelled=not behind)
-    if not behind:
-        add_batching(config, options)
-    config.version_policy.latest.num_versions = KEPT_VERSIONS
-    for rows in sorted({1, config.max_batch_size or 1}):
-        warmup = config.model_warmup.add(name=f"batch_{rows}", batch_size=rows, count=1)
-        for tensor in config.input:
-            # Zeros: tokens still differ by their positions, so merging has what to decide.
-            warmup.inputs[tensor.name].CopyFrom(
-                type(warmup).Input(data_type=tensor.data_type, dims=tensor.dims, zero_data=True)
-            )
-    return config
-
-
 def add_interface(config: ModelConfig, source: Source, *, batched: bool, labelled: bool) -> None:
     """Inputs and outputs, without the batch if the server batches; with labels if users call it."""
     for tensors, found in ((config.input, source.inputs), (config.output, source.outputs)):
         for tensor in found:
-            _add_tensor(tensors, tensor, tensor.shape[1:] if batched else tensor.shape)
+            dims = tensor.shape[1:] if batched else tensor.shape
+            add_tensor(tensors, tensor.name, tensor.dtype, dims)
+            if not dims:  # the file's is ``[batch]``
+                tensors[-1].reshape.SetInParent()
     if source.labels and labelled:
         config.output[0].label_filename = LABELS
+
+
+def add_tensor(tensors: Any, name: str, dtype: str, dims: Sequence[int]) -> None:
+    """Add a tensor of a type such as ``float32`` to a config's inputs or outputs.
+
+    The server has no tensors without dims: a number per image is ``[1]``.
+    """
+    from tritonclient.grpc.model_config_pb2 import DataType
+
+    if dtype not in DATA_TYPES:
+        raise InputError(
+            f"tensor {name} is {dtype}; expected one of {', '.join(DATA_TYPES)}, rebuild the "
+            "artifact"
+        )
+    tensors.add(name=name, data_type=DataType.Value(DATA_TYPES[dtype]), dims=dims or [1])
 
 
 def add_batching(config: ModelConfig, options: ServeOptions) -> None:
@@ -235,28 +373,6 @@ def add_batching(config: ModelConfig, options: ServeOptions) -> None:
         queue.max_queue_size = options.max_queue_size or 0  # 0 is the server's «no limit»
         queue.default_timeout_microseconds = (options.timeout_ms or 0) * 1000
         queue.allow_timeout_override = True  # clients may ask for less
-
-
-def _instances(options: ServeOptions, *, behind: bool) -> int:
-    limited = options.limits_queue and not behind
-    return max(options.instances, LEAST_WITH_LIMITS) if limited else options.instances
-
-
-def _add_tensor(tensors: Any, tensor: TensorInfo, dims: Sequence[int]) -> None:
-    from tritonclient.grpc.model_config_pb2 import DataType
-
-    if tensor.dtype not in DATA_TYPES:
-        raise InputError(
-            f"tensor {tensor.name} is {tensor.dtype}; expected one of {', '.join(DATA_TYPES)}, "
-            "rebuild the artifact"
-        )
-    data_type = DataType.Value(DATA_TYPES[tensor.dtype])
-    if dims:
-        tensors.add(name=tensor.name, data_type=data_type, dims=dims)
-        return
-    # A number per image, ``[batch]`` in the file: the server has no tensors without dims, and takes
-    # it as ``[batch, 1]`` if it is told that the file's is another shape.
-    tensors.add(name=tensor.name, data_type=data_type, dims=[1]).reshape.SetInParent()
 
 
 def _add_cuda_graphs(config: ModelConfig, batch: BatchRange, options: ServeOptions) -> None:
@@ -298,3 +414,43 @@ def _shapes(source: Source, rows: int) -> str:
     return ",".join(
         f"{tensor.name}:{'x'.join(map(str, (rows, *tensor.shape[1:])))}" for tensor in source.inputs
     )
+
+
+def python_config(name: str, max_batch: int, options: ServeOptions) -> ModelConfig:
+    """A model of the python backend on the CPU, batched without waiting.
+
+    Its queue has no limits, whatever the options say: the model of pixels is what is slow, and a
+    limit would want more processes (see ``LEAST_WITH_LIMITS``).
+    """
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+    config = ModelConfig(name=name, backend="python", max_batch_size=max_batch)
+    config.version_policy.latest.num_versions = KEPT_VERSIONS
+    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=options.instances)
+    config.dynamic_batching.SetInParent()
+    return config
+
+
+def python_folder(
+    config: ModelConfig, source: str, file: str, settings: dict[str, Any], options: ServeOptions
+) -> ModelFolder:
+    """A model of ``python_models`` with its settings beside it."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    files: dict[str, Path | bytes] = {
+        f"{options.folder}/model.py": PYTHON_MODELS / f"{source}.py",
+        f"{options.folder}/{file}": text.encode(),
+    }
+    return ModelFolder(config.name, config, files)
+
+
+def interface_of(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Name, type and dims of every input and output."""
+    tensors = (*config.input, *config.output)
+    return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
+
+
+def take_interface(config: ModelConfig, like: ModelConfig) -> None:
+    """Give a config the inputs and outputs of another."""
+    for mine, theirs in ((config.input, like.input), (config.output, like.output)):
+        for tensor in theirs:
+            mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)

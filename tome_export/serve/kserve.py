@@ -5,14 +5,13 @@ Source of the fields: the InferenceService definition of KServe, ``serving.kserv
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tome_export.errors import UsageError
-from tome_export.serve.launch import ServerOptions
+from tome_export.serve.server import ServerOptions
 
 SCHEMES = ("gs", "s3", "hdfs", "webhdfs", "pvc", "http", "https", "hf", "oci")
 """Where KServe's storage initializer takes a repository from."""
@@ -34,8 +33,8 @@ class KServeOptions:
 
     Attributes:
         storage_uri: Where the cluster finds the repository; None for a volume claim of its name.
-        min_replicas: Least replicas.
-        max_replicas: Most replicas.
+        min_replicas: Replicas that are always there.
+        max_replicas: Replicas under the highest load.
 
     Raises:
         UsageError: if the URI is none that KServe takes.
@@ -115,20 +114,6 @@ def service_name(model: str) -> str:
 
 def kserve_text(manifest: Mapping[str, Any]) -> str:
     """The manifest as YAML, with what to know of scaling."""
-    return NOTE + "".join(f"{line}\n" for line in _yaml(manifest))
+    import yaml
 
-
-def _yaml(value: Any, indent: str = "") -> Iterator[str]:
-    """Block style; scalars as JSON, which is YAML too, and so never mistaken for another type."""
-    items = value.items() if isinstance(value, Mapping) else [(None, item) for item in value]
-    for key, item in items:
-        lead = f"{indent}- " if key is None else f"{indent}{_key(key)}: "
-        if isinstance(item, Mapping | list) and item:
-            yield lead.rstrip()
-            yield from _yaml(item, f"{indent}  ")
-        else:
-            yield lead + json.dumps(item, ensure_ascii=False)
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z][A-Za-z0-9./_-]*", key) else json.dumps(key)
+    return NOTE + str(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True, width=100))

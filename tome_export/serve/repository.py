@@ -8,20 +8,30 @@ exchange of two folders.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import filecmp
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
+from tome_export import artifact
 from tome_export.artifact import MANIFEST, writing_to
 from tome_export.errors import InputError
-from tome_export.serve.config import HEADER, config_from_text, config_text
-from tome_export.serve.spec import ModelFolder, is_version
-from tome_export.serve.staging import exchange, locked, staging
+from tome_export.serve.config import (
+    HEADER,
+    LABELS,
+    ModelFolder,
+    config_from_text,
+    config_text,
+    interface_of,
+    is_version,
+)
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -30,6 +40,12 @@ CONFIG = "config.pbtxt"
 
 CASCADE_SETTINGS = "cascade.json"
 """In a version of a cascade: the calibrated policy, and the models that it asks."""
+
+STAGING = ".tome-export-staging"
+"""Ends the name of the folder where models are made."""
+
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100  # fcntl.h
 
 Status = Literal["written", "unchanged"]
 
@@ -154,13 +170,13 @@ def write(
             or cannot be written.
     """
     repository = check_repository(repository)
-    with writing_to(repository), locked(repository):
+    with writing_to(repository), _locked(repository):
         changes = [_change(repository / folder.name, folder, force) for folder in folders]
         for name in remove:
             check_ours(repository / name)
         if any(changes) or remove:
             kept = [name for name in models_in(repository) if name not in remove]
-            with staging(repository, kept) as made:
+            with _staging(repository, kept) as made:
                 for change in changes:
                     _stage(made / change.folder.name, change)
                 for change in changes:
@@ -203,7 +219,7 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
     change.replaces_all = not _is_like(model, folder, versions)
     wanted = {name: content for name, content in _files(folder).items() if not _is_versioned(name)}
     change.files = [name for name, content in wanted.items() if not _holds(model / name, content)]
-    ours = [model / "labels.txt", *filter(_is_ours, model.glob("configs/*.pbtxt"))]
+    ours = [model / LABELS, *filter(_is_ours, model.glob("configs/*.pbtxt"))]
     change.stale = [
         path for path in ours if path.is_file() and path.relative_to(model).as_posix() not in wanted
     ]
@@ -286,9 +302,7 @@ def _unlike(model: Path, version: int) -> InputError:
 
 
 def _interface(config: ModelConfig) -> object:
-    tensors = (*config.input, *config.output)
-    described = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
-    return config.platform, config.max_batch_size, described
+    return config.platform, config.max_batch_size, interface_of(config)
 
 
 def _is_derived(config: ModelConfig) -> bool:
@@ -358,3 +372,86 @@ def _publish(staged: Path, repository: Path, change: _Change) -> None:
             (staged / version).rename(model / version)
     for path in change.stale:
         path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(repository: Path) -> Iterator[None]:
+    """Make the repository if it is missing and keep other writers out."""
+    made = not repository.exists()
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # /proc
+        raise InputError(f"cannot make the folder {repository}; give another directory") from error
+    try:
+        with artifact.locked(repository):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it has models now
+                repository.rmdir()
+
+
+@contextlib.contextmanager
+def _staging(repository: Path, models: Sequence[str]) -> Iterator[Path]:
+    """A folder on the same filesystem that no server looks into; what a killed command left goes.
+
+    Best beside the repository. Where that is another filesystem or not ours to write, inside a
+    model, where folders that are no numbers are ignored; in an empty repository, at its top.
+
+    Args:
+        repository: The directory; ``_locked``.
+        models: Names of the models in it.
+    """
+    places = [repository.with_name(f".{repository.name}{STAGING}")]
+    inside = [repository / name / STAGING for name in models]
+    places += [*inside[:1], repository / STAGING]
+    for place in (*places, *inside):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(place)
+    for place in places:
+        try:
+            place.mkdir()
+        except OSError as error:
+            if place is places[-1] or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            continue
+        try:
+            if not _renames_into(place, repository):
+                continue
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return
+
+
+def _renames_into(place: Path, repository: Path) -> bool:
+    """Whether one is on the mount of the other, which device numbers do not tell."""
+    probe, landed = place / "probe", repository / f"{STAGING}-probe"
+    probe.touch()
+    try:
+        probe.rename(landed)  # a file, which servers do not look at
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    finally:
+        landed.unlink(missing_ok=True)
+    return True
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swap two folders; in one step where the kernel and the filesystem know how."""
+    library = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(library, "renameat2", None)
+    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if rename is not None and rename(*arguments) == 0:
+        return
+    aside = first.with_name(f"{first.name}.old")
+    second.rename(aside)
+    try:
+        first.rename(second)
+    except BaseException:
+        if not second.exists():
+            aside.rename(second)
+        raise
+    aside.rename(first)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
 import secrets
+import shlex
 import signal
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tome_export.errors import ExportError, InputError, TomeExportError, UsageError
+from tome_export.engine.gpu import detect
+from tome_export.errors import (
+    ExportError,
+    InputError,
+    MissingComponentError,
+    TomeExportError,
+    UsageError,
+)
+from tome_export.progress import Progress, Silent
 from tome_export.serve import log as server_log
+from tome_export.serve.config import CPU, KEPT_VERSIONS, VERSION_COMPATIBLE, ModelFolder
 from tome_export.serve.installation import find
-from tome_export.serve.ports import free_ports, is_open
-from tome_export.serve.process import POLL_SECONDS, GroupProcess
-from tome_export.serve.watchdog import Watchdog
+from tome_export.serve.process import POLL_SECONDS, GroupProcess, Watchdog
+from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
 
 Control = Literal["none", "explicit", "poll"]
 
@@ -33,6 +44,141 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (POSIX shared memory on Linux, no
 
 _ATTEMPTS = 5
 _REACHED_AT = {"0.0.0.0": "127.0.0.1"}  # noqa: S104 (a server that listens on every address)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a server must be started with for the models of a repository.
+
+    Attributes:
+        arguments: Of tritonserver.
+        environment: Variables by name.
+    """
+
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, repository: Path) -> str:
+        """The server's command line, for a shell."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        argument = f"--model-repository={shlex.quote(str(repository))}"
+        return " ".join([*variables, "tritonserver", argument, *self.arguments])
+
+
+def server_options_from_repository(
+    repository: Path, folders: Sequence[ModelFolder] = (), removed: Collection[str] = ()
+) -> ServerOptions:
+    """What our own models of a repository need to load and to compute right.
+
+    - A version-compatible engine brings a runtime of its own, code that the TensorRT backend runs
+      only if it is told that all engines of the server are trusted.
+    - ONNX Runtime's TensorRT accelerator has no key for TF32, which TensorRT's builder allows by
+      default; NVIDIA's libraries read one variable that forbids it.
+
+    Args:
+        repository: The directory.
+        folders: What will be written into it.
+        removed: Names of the models that will be removed from it.
+
+    Raises:
+        InputError: if a config of ours is damaged.
+    """
+    new = {folder.name: folder for folder in folders}
+    there = [
+        name
+        for name in models_in(repository)
+        if name not in {*new, *removed} and is_ours(repository / name)
+    ]
+    arguments, environment = [], {}
+    if any(_has_version_compatible(repository / name, new.get(name)) for name in (*there, *new)):
+        arguments.append("--backend-config=tensorrt,version-compatible=true")
+    configs = [config_of(repository / name) for name in there]
+    configs += [folder.config for folder in folders]
+    if any(
+        accelerator.name == "tensorrt"
+        for config in configs
+        for accelerator in config.optimization.execution_accelerators.gpu_execution_accelerator
+    ):
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
+    return ServerOptions(tuple(arguments), environment)
+
+
+def _has_version_compatible(model: Path, folder: ModelFolder | None) -> bool:
+    """Whether a served version of a model, with what will be written into it, is such an engine."""
+    new = {name.split("/")[0] for name in folder.files} if folder else set()
+    versions = {*map(str, versions_of(model)), *filter(str.isdecimal, new)}
+    return any(
+        f"{version}/{VERSION_COMPATIBLE}" in folder.files
+        if folder and version in new
+        else (model / version / VERSION_COMPATIBLE).is_file()
+        for version in sorted(versions, key=int)[-KEPT_VERSIONS:]
+    )
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A server to start.
+
+    Attributes:
+        repository: What it serves.
+        host: Address to listen on.
+        http_port: Port; 0 for a free one, as for the next two.
+        grpc_port: Of gRPC.
+        metrics_port: Of the metrics.
+        ready_seconds: Most time until it is ready. The first start of an ONNX model on a GPU
+            builds TensorRT engines, which takes minutes.
+        on_log: Called with each line of the server's log, from another thread; None drops them.
+
+    Raises:
+        UsageError: if a port is none or given twice, or the time is none.
+    """
+
+    repository: Path
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    ready_seconds: float = READY_SECONDS
+    on_log: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_ports((self.http_port, self.grpc_port, self.metrics_port))
+        if not 0 < self.ready_seconds < math.inf:
+            raise UsageError(f"ready timeout is {self.ready_seconds:g}; expected seconds above 0")
+
+
+@contextlib.contextmanager
+def running(request: RunRequest, progress: Progress | None = None) -> Iterator[RunningServer]:
+    """Run a server on a repository while the block lasts; on a machine without a GPU on the CPU.
+
+    Raises:
+        MissingComponentError: if no server is at hand, or a model needs a GPU and there is none.
+        InputError: if the server cannot load a model.
+        UsageError: if a port is taken.
+        ExportError: if it does not start otherwise, or is not ready in time.
+    """
+    gpus = detect().gpus
+    plans = () if gpus else sorted(request.repository.glob("*/*/model.plan"))
+    if plans:
+        raise MissingComponentError(
+            f"{plans[0]} is a TensorRT engine and this machine has no GPU that CUDA sees; run "
+            "the server on a machine with one, or serve the ONNX model with --format onnx"
+        )
+    options = server_options_from_repository(request.repository)
+    (progress or Silent()).stage("Start tritonserver")
+    with start(
+        request.repository,
+        host=request.host,
+        http_port=request.http_port,
+        grpc_port=request.grpc_port,
+        metrics_port=request.metrics_port,
+        config_name=None if gpus else CPU,
+        arguments=options.arguments,
+        environment=options.environment,
+        on_log=request.on_log,
+        ready_seconds=request.ready_seconds,
+    ) as server:
+        yield server
 
 
 @dataclass(frozen=True)
@@ -143,18 +289,16 @@ class RunningServer:
             region.unlink(missing_ok=True)
 
     def _answers(self) -> bool:
-        host, _, port = self.http.rpartition(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=1)
+        connection = http.client.HTTPConnection(self.http, timeout=1)
         try:
             connection.request("GET", "/v2/health/ready")
-            if connection.getresponse().status != http.client.OK:
-                return False
+            ready = connection.getresponse().status == http.client.OK
         except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()
         # The metrics port opens last. What answers must be ours, not who took our port.
-        return is_open(self.grpc) and is_open(self.metrics) and self.is_alive()
+        return ready and all(map(_is_open, (self.grpc, self.metrics))) and self.is_alive()
 
     def _lost_a_free_port(self) -> bool:
         taken = server_log.port_in_use(self._process.log())
@@ -211,8 +355,8 @@ def start(
         repository: The model repository.
         host: Address to listen on; only this machine reaches the default.
         http_port: Port, or 0 for a free one.
-        grpc_port: Likewise.
-        metrics_port: Likewise.
+        grpc_port: Port of gRPC, or 0.
+        metrics_port: Port of the metrics, or 0.
         config_name: Take ``configs/<config_name>.pbtxt`` of the models that have it.
         control: ``none`` serves what is there; ``explicit`` loads ``load`` and then on request;
             ``poll`` looks for changes every second.
@@ -280,3 +424,54 @@ def _check(repository: Path, control: Control) -> None:
             f"{repository} has no model (no folder with a config.pbtxt); write one with "
             f"'tome-export serve ARTIFACT --repository {repository}'"
         )
+
+
+def check_ports(ports: Sequence[int]) -> None:
+    """Whether a server could listen on all of these; 0 stands for any free one.
+
+    Raises:
+        UsageError: if one is none, or two are the same.
+    """
+    for port in ports:
+        if not 0 <= port <= 65535:
+            raise UsageError(f"port is {port}; expected 0 to 65535, 0 for a free one")
+        if port and ports.count(port) > 1:
+            raise UsageError(f"port {port} is given twice; give different ones, or 0 for free ones")
+
+
+def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
+    """The ports asked for, with free ones in place of 0.
+
+    A free port may be taken before it is used: whoever uses it must be ready to try again.
+
+    Raises:
+        UsageError: if the host is not an address of this machine, or a port is taken, given
+            twice or none.
+    """
+    check_ports(wanted)
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for port in wanted:
+            # Held until all are chosen, so that none comes twice.
+            held = stack.enter_context(socket.socket())
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                held.bind((host, port))
+            except OSError as error:
+                fix = "give an IPv4 address or a name of this machine"
+                if port:
+                    fix = "choose another port, or 0 for a free one"
+                raise UsageError(
+                    f"cannot listen on {host}:{port}: {error.strerror or error}; {fix}"
+                ) from error
+            ports.append(held.getsockname()[1])
+        return ports
+
+
+def _is_open(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True

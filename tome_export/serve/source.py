@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from tome_export.artifact import MODEL, Artifact
+from tome_export.artifact import MODEL, Artifact, Manifest
+from tome_export.artifact.manifest import Tensor
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError, UsageError
 from tome_export.spec import BatchRange
@@ -24,7 +25,6 @@ NO_RTX = "Triton Inference Server has no backend for TensorRT-RTX engines"
 
 MAX_NAME = 128
 """Longest name of a model: names of the models around it, and of files, are longer."""
-
 
 FIXED = "_fixed"
 """What is added to the name of a model of one batch size: the model itself takes that name, and the
@@ -78,13 +78,12 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
     if choice not in FORMATS:
         raise UsageError(f"format is {choice!r}; expected one of {', '.join(FORMATS)}")
     manifest = artifact.manifest
-    engine = manifest["engines"].get(TENSORRT)
+    engine = None if choice == "onnx" else manifest.engines.get(TENSORRT)
     if choice == "engine" and engine is None:
         raise InputError(_no_engine(artifact))
-    use_engine = engine is not None and choice != "onnx"
-    batch = BatchRange.parse((engine if use_engine else manifest)["batch"])
+    batch = engine.batch if engine else manifest.batch
     notes = []
-    leaks = use_engine and manifest["merge"]["merge_op"] == "plugin" and not batch.is_static
+    leaks = engine is not None and manifest.merge.merge_op == "plugin" and not batch.is_static
     if leaks:
         notes.append(
             f"The engine has plugins and was built for batches of {batch}: it is given batches of "
@@ -92,8 +91,8 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
             "plugin (NVIDIA/TensorRT issue 4849), and is not recorded as a CUDA graph"
         )
         batch = BatchRange(batch.opt, batch.opt, batch.opt)
-    if use_engine:
-        files = {"model.plan": artifact.path / engine["file"]}
+    if engine:
+        files = {"model.plan": artifact.path / engine.file}
         if batch.min > 1 and not batch.is_static:
             raise InputError(
                 f"the engine in {artifact.path} takes batches of {batch.min} or more, and a server "
@@ -101,37 +100,45 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
                 f"1:{batch.opt}:{batch.max}, or serve the ONNX model with --format onnx"
             )
     else:
-        names = [name for name in manifest["files"] if name in (MODEL, f"{MODEL}.data")]
+        names = [name for name in manifest.files if name in (MODEL, f"{MODEL}.data")]
         files = {name: artifact.path / name for name in names}
-    if not use_engine and choice == "auto" and RTX in manifest["engines"]:
-        notes.append(f"{NO_RTX}: the ONNX model is served")
-    if not use_engine and (attention := _attention_note(artifact)):
-        notes.append(attention)
+        if choice == "auto" and RTX in manifest.engines:
+            notes.append(f"{NO_RTX}: the ONNX model is served")
+        notes += filter(None, [_attention_note(manifest)])
     return Source(
-        platform="tensorrt_plan" if use_engine else "onnxruntime_onnx",
+        platform="tensorrt_plan" if engine else "onnxruntime_onnx",
         files=files,
         batch=batch,
-        inputs=tuple(_tensor(artifact, "input", values, batch) for values in inputs_of(manifest)),
-        outputs=tuple(
-            _tensor(artifact, "output", values, batch) for values in outputs_of(manifest)
-        ),
-        scatters=manifest["merge"]["merge_op"] == "index_add",
-        labels=_labels(artifact),
-        version_compatible=use_engine and bool(engine.get("version_compatible")),
+        inputs=_served(manifest.inputs, batch),
+        outputs=_served(manifest.outputs, batch),
+        scatters=manifest.merge.merge_op == "index_add",
+        # One line each: a name with a line end in it would shift all those after it.
+        labels=tuple(" ".join(label.split()) for label in manifest.labels or ()),
+        version_compatible=engine is not None and engine.version_compatible,
         cuda_graphs=not leaks,
         notes=tuple(notes),
     )
 
 
-def _attention_note(artifact: Artifact) -> str:
+def _served(tensors: Sequence[Tensor], batch: BatchRange) -> tuple[TensorInfo, ...]:
+    rows = batch.max if batch.is_static else -1
+    return tuple(TensorInfo(t.name, (rows, *sizes(t)), t.dtype) for t in tensors)
+
+
+def sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor for one image or video."""
+    return tuple(int(size) for size in tensor.shape[1:])
+
+
+def _attention_note(manifest: Manifest) -> str:
     """Which servers with GPUs run the attention of an ONNX model right; empty if all do.
 
     Source: docs/attention.md.
     """
-    form = artifact.manifest["onnx"]["attention"]
+    form = manifest.onnx.attention
     if form == "parts":
         return ""
-    if artifact.manifest["merge"]["merge_op"] == "index_add":
+    if manifest.merge.merge_op == "index_add":
         where = "ONNX Runtime runs all of this model on a GPU"
     else:
         where = "What TensorRT leaves of it on a GPU (all before 10.14) ONNX Runtime runs"
@@ -148,16 +155,16 @@ def _attention_note(artifact: Artifact) -> str:
     )
 
 
-def default_name(manifest: Mapping[str, Any]) -> str:
+def default_name(manifest: Manifest) -> str:
     """``<model>_r<r>``, with r as the schedule has it, such as ``vit_digits_r8``."""
-    schedule, _, frames = manifest["merge"]["schedule"].partition("; ")
+    schedule, _, frames = manifest.merge.schedule.partition("; ")
     merged = re.fullmatch(r"r=(\d+) (.+)", schedule)
     if merged is None:
         r = schedule.replace(",", "-")
     else:
         r = merged[1] if merged[2] == "constant" else f"{merged[1]}-{merged[2]}"
     r = f"{r}-across" if frames else r
-    return f"{plain_name(manifest['model']['name'])}_r{plain_name(r)}"
+    return f"{plain_name(manifest.model.name)}_r{plain_name(r)}"
 
 
 def plain_name(text: str) -> str:
@@ -198,44 +205,10 @@ def check_free_name(name: str) -> None:
 
 
 def _no_engine(artifact: Artifact) -> str:
-    if RTX in artifact.manifest["engines"]:
-        return (
-            f"the only engine in {artifact.path} is of TensorRT-RTX: {NO_RTX}; build one with "
-            f"'tome-export engine {artifact.path} --engine tensorrt' on the GPU that will serve "
-            "it, or serve the ONNX model with --format onnx"
-        )
-    return (
-        f"{artifact.path} has no engine; build one with 'tome-export engine {artifact.path} "
-        "--engine tensorrt' on the GPU that will serve it, or serve the ONNX model with --format "
-        "onnx"
+    fix = (
+        f"build one with 'tome-export engine {artifact.path} --engine tensorrt' on the GPU that "
+        "will serve it, or serve the ONNX model with --format onnx"
     )
-
-
-def inputs_of(manifest: Mapping[str, Any]) -> list[Any]:
-    """The inputs in the order of the model, images or videos first; those of before list one."""
-    inputs = manifest.get("inputs", [manifest.get("input")])
-    return inputs if isinstance(inputs, list) else [None]
-
-
-def outputs_of(manifest: Mapping[str, Any]) -> list[Any]:
-    """The outputs in the model's order, the main one first; artifacts of before list only that."""
-    outputs = manifest.get("outputs", [manifest.get("output")])
-    return outputs if isinstance(outputs, list) else [None]
-
-
-def _tensor(artifact: Artifact, key: str, values: Any, batch: BatchRange) -> TensorInfo:
-    """From the manifest, which later commands may read without opening the model."""
-    try:
-        name, dtype = str(values["name"]), str(values["dtype"])
-        dims = tuple(int(size) for size in values["shape"][1:])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{artifact.path} has no usable {key} in its build.json; rebuild the artifact"
-        ) from None
-    return TensorInfo(name, (batch.max if batch.is_static else -1, *dims), dtype)
-
-
-def _labels(artifact: Artifact) -> tuple[str, ...]:
-    """One line each: a name with a line end in it would shift all those after it."""
-    labels = artifact.manifest.get("labels") or ()
-    return tuple(" ".join(str(label).split()) for label in labels)
+    if RTX in artifact.manifest.engines:
+        return f"the only engine in {artifact.path} is of TensorRT-RTX: {NO_RTX}; {fix}"
+    return f"{artifact.path} has no engine; {fix}"
