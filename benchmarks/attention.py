@@ -182,7 +182,8 @@ def attention_graph(
         return constant(values, TensorProto.INT64)
 
     q, k, v = (add("Cast", name, to=kind) for name in "qkv")
-    log, mask = add("Log", "s"), ()
+    log = add("Log", "s")
+    mask: tuple[str, ...] = ()
     if bias == "mask":
         rows = add("Unsqueeze", add("Cast", log, to=kind), ints(1, 2))
         mask = (add("Expand", rows, ints(1, 1, TOKENS, 1)),)
@@ -192,9 +193,9 @@ def attention_graph(
         parts = 1 if bias == "one channel" else 2
         columns = []
         for _ in range(parts):
-            value = add("Cast", rest, to=kind)
-            rest = add("Sub", rest, add("Cast", value, to=TensorProto.FLOAT))
-            columns.append(add("Unsqueeze", value, ints(1, 3)))
+            rounded = add("Cast", rest, to=kind)
+            rest = add("Sub", rest, add("Cast", rounded, to=TensorProto.FLOAT))
+            columns.append(add("Unsqueeze", rounded, ints(1, 3)))
         padding = ints(0, 0, 0, 0, 0, 0, 0, 8 - parts)
         extra = add("Pad", add("Concat", *columns, axis=3), padding)
         extra = add("Expand", extra, ints(1, HEADS, 1, 1))

@@ -122,7 +122,8 @@ def halves(folder: Path, seed: int) -> list[Fold]:
 def request(
     artifacts: Sequence[Path], fold: Fold, policy: tuple[str, str], output: Path, **more: Any
 ) -> CascadeRequest:
-    given = {"measure": policy[1]} if policy[0] == "confidence" else {}
+    if policy[0] == "confidence":
+        more["measure"] = policy[1]
     return CascadeRequest(
         tuple(artifacts),
         (str(fold.data),),
@@ -130,7 +131,6 @@ def request(
         output=output,
         test=(str(fold.test),),
         force=True,
-        **given,
         **more,
     )
 
@@ -145,9 +145,10 @@ def server_of(
     def calibrated(policy: tuple[str, str], share: int) -> str:
         goal = Goal.target_macs(f"{share}%")
         more = {"goal": goal, "repository": repository, "preprocess": True}
-        return str(
-            cascade(request(artifacts, fold, policy, folder / "c.json", **more)).served.entry
-        )
+        served = cascade(request(artifacts, fold, policy, folder / "c.json", **more)).served
+        if served is None:
+            raise SystemExit(f"nothing was served from {repository}")
+        return str(served.entry)
 
     paths = sorted(fold.test.rglob("*.png"))
     truth = np.array([path.parent.name.encode() for path in paths], np.object_)
@@ -191,7 +192,7 @@ def single_rows() -> list[dict[str, Any]]:
                 "r": r,
                 "per_layer": [layer.r for layer in model.layers],
                 "macs": model.macs(),
-                "top1": share_of(best == labels).to_dict(),
+                "top1": share_of(best == labels).model_dump(),
             }
         )
     return rows
@@ -219,7 +220,7 @@ def served_rows(
                 right = np.concatenate([one.right for one in found])
                 macs = np.concatenate([one.macs for one in found])
                 budget = np.concatenate([one.budget for one in found])
-                mean, top1 = float(macs.mean()), share_of(right).to_dict()
+                mean, top1 = float(macs.mean()), share_of(right).model_dump()
                 rows.append(
                     {
                         "benchmark": "cascade",

@@ -95,14 +95,14 @@ def family_row(family: Family, engine: bool) -> dict[str, Any]:
         "model": name,
         "class": manifest.model.description.partition(";")[0],
         "form": {key: getattr(value, "given", value) for key, value in family.form.items()},
-        "outputs": {out["name"]: out["shape"] for out in manifest.outputs},
+        "outputs": {out.name: out.shape for out in manifest.outputs},
         "tokens": [manifest.tokens_in, *manifest.tokens],
         "r": manifest.merge.r,
         "prefix": manifest.merge.prefix,
         "macs_ratio": manifest.macs.ratio,
         "images": IMAGES,
         **found,
-        "engine_bytes": built and built["size_bytes"],
+        "engine_bytes": built and built.size_bytes,
     }
     return {**row, "failures": breaches(row, engine)}
 

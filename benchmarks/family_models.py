@@ -26,8 +26,20 @@ from towers import live
 Plain = Callable[[Any], Any]
 """``pixel_values [B, C, H, W]`` to the library model's own output of the form that is built."""
 
-TIMM = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
-OPEN_CLIP = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "heads": 2}
+TIMM: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 3,
+    "num_heads": 2,
+}
+OPEN_CLIP: dict[str, Any] = {
+    "image_size": 64,
+    "patch_size": 8,
+    "width": 64,
+    "layers": 3,
+    "heads": 2,
+}
 OPEN_CLIP |= {"mlp_ratio": 2, "output_dim": 32}
 VISION = {**hf_models.SMALL, **hf_models.MLP, "num_hidden_layers": 4}
 LANGUAGE = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -143,7 +155,8 @@ def _transformers() -> Any:
     """The library, without its progress bars."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    bars: Any = transformers.utils.logging
+    bars.disable_progress_bar()
     return transformers
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def timed(merged: Path, plain: Path, rounds: int) -> dict[str, Any]:
     runs: dict[str, Callable[[], object]] = {}
     for name, folder in (("unmerged", plain), ("merged", merged)):
         runner = OrtRunner(load(folder / "model.onnx"))
-        runs[name] = lambda runner=runner: runner.infer({INPUT_NAME: pixels})
+        runs[name] = partial(runner.infer, {INPUT_NAME: pixels})
     seconds = paired(runs, rounds)
     return {
         "rounds": rounds,

@@ -143,7 +143,11 @@ def model_of(
     if order:
         text = functions._MATCH.replace("METRIC", functions._METRIC_FROM_KEYS)
         used = [functions._parse(text.replace("ORDER", order), OPSET)]
-    attributes = {"r": r, "prefix": int(class_token), "class_token": int(class_token)}
+    attributes: dict[str, Any] = {
+        "r": r,
+        "prefix": int(class_token),
+        "class_token": int(class_token),
+    }
     nodes = [
         helper.make_node(
             spec.MATCH, ["metric"], spec.MATCH_OUTPUTS, domain=spec.DOMAIN, **attributes

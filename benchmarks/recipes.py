@@ -96,7 +96,7 @@ def case(
             if backend is None:
                 raise SystemExit("TensorRT-RTX is not here; give --no-engine")
             output = Path(folder) / backend.file_name
-            built = backend.build(path, EngineOptions(batch=options.batch), output).to_dict()
+            built = backend.build(path, EngineOptions(batch=options.batch), output)
     return {
         "benchmark": "recipes",
         "recipe": name,
@@ -117,8 +117,8 @@ def case(
         "led_relative_error": report.led_output.relative,
         "cosine": report.output.cosine,
         "top1_agreement": report.output.top1_agreement,
-        "engine_bytes": built and built["size_bytes"],
-        "engine_seconds": built and built["build_seconds"],
+        "engine_bytes": built and built.size_bytes,
+        "engine_seconds": built and built.build_seconds,
     }
 
 

@@ -30,7 +30,7 @@ from tome_export.patch import patch
 TOLERANCE = 1e-6
 CLASSES = (VisionTransformer, VisionTransformerDistilled)
 HEAD_WIDTH = 32
-NARROW = {"embed_dim": 2 * HEAD_WIDTH, "num_heads": 2, "depth": 2}
+NARROW: dict[str, Any] = {"embed_dim": 2 * HEAD_WIDTH, "num_heads": 2, "depth": 2}
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def compare(name: str) -> Row:
     images = torch.randn(1, *merged.input_size, generator=generator)
     with torch.no_grad():
         expected, output = model(images), merged(images)
-    error = float((output - expected).abs().max() / expected.abs().max())
-    if output.shape == expected.shape and error <= TOLERANCE:
-        return Row(name, kind, "equal", "", error)
-    return Row(name, kind, "WRONG", f"relative error {error:.1e}", error)
+    difference = float((output - expected).abs().max() / expected.abs().max())
+    if output.shape == expected.shape and difference <= TOLERANCE:
+        return Row(name, kind, "equal", "", difference)
+    return Row(name, kind, "WRONG", f"relative error {difference:.1e}", difference)
 
 
 def sweep(part: str = "") -> list[Row]:

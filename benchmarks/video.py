@@ -82,7 +82,7 @@ def measured(model: str, rounds: int) -> list[dict[str, Any]]:
 def _run(artifact: Artifact) -> Callable[[], object]:
     preprocessing = artifact.manifest.preprocessing
     pixels = moving_samples(preprocessing, 1, FRAMES)
-    more = {i["name"]: i["shape"][1:] for i in artifact.manifest.inputs[1:]}
+    more = {i.name: [int(n) for n in i.shape[1:]] for i in artifact.manifest.inputs[1:]}
     runner = Fed(OrtRunner(load(artifact.model_path)), more)
     return lambda: runner.infer({INPUT_NAME: pixels})
 

@@ -75,8 +75,8 @@ def _declare(trt: ModuleType) -> None:
     """Register descriptors and implementations; TensorRT knows them for the life of the process."""
     import numpy as np
     import tensorrt.plugin as trtp
+    from tensorrt.plugin import TensorDesc
 
-    Tensor = trtp.TensorDesc
     Result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
     # Not int, whose conversion fails under NumPy 2.4 before TensorRT 11.4, and not NDArray, which
     # NumPy 2.5 makes an alias that TensorRT's checks before 11.4 do not take for a type.
@@ -84,14 +84,14 @@ def _declare(trt: ModuleType) -> None:
 
     @trtp.register(_MATCH_ID)
     def describe_match(
-        keys: Tensor,
+        keys: TensorDesc,
         r: Attribute,
         prefix: Attribute,
         class_token: Attribute,
         heads: Attribute,
         width: Attribute,
         offset: Attribute,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[TensorDesc, TensorDesc, TensorDesc]:
         # In every form of the input the tokens are the last dimension but one.
         batch, tokens = keys.shape_expr[0], keys.shape_expr[keys.ndim - 2]
         merged = int(r[0])
@@ -101,14 +101,14 @@ def _declare(trt: ModuleType) -> None:
 
     @trtp.aot_impl(_MATCH_ID)
     def start_match(
-        keys: Tensor,
+        keys: TensorDesc,
         r: Attribute,
         prefix: Attribute,
         class_token: Attribute,
         heads: Attribute,
         width: Attribute,
         offset: Attribute,
-        outputs: tuple[Tensor],
+        outputs: tuple[TensorDesc],
         tactic: int,
     ) -> Result:
         lengths = _static_lengths(keys, "keys")
@@ -132,20 +132,20 @@ def _declare(trt: ModuleType) -> None:
 
     @trtp.register(_MERGE_ID)
     def describe_merge(
-        x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        x: TensorDesc, size: TensorDesc, keep: TensorDesc, src: TensorDesc, dst: TensorDesc
+    ) -> tuple[TensorDesc, TensorDesc]:
         batch, kept = keep.shape_expr
         x_out = trtp.from_shape_expr((batch, kept, x.shape_expr[2]), x.dtype)
         return x_out, trtp.from_shape_expr((batch, kept), trt.float32)
 
     @trtp.aot_impl(_MERGE_ID)
     def start_merge(
-        x: Tensor,
-        size: Tensor,
-        keep: Tensor,
-        src: Tensor,
-        dst: Tensor,
-        outputs: tuple[Tensor],
+        x: TensorDesc,
+        size: TensorDesc,
+        keep: TensorDesc,
+        src: TensorDesc,
+        dst: TensorDesc,
+        outputs: tuple[TensorDesc],
         tactic: int,
     ) -> Result:
         tokens, width = _static_lengths(x, "x")
@@ -167,7 +167,7 @@ def _name(trt: ModuleType, tensor: Any) -> str:
     return names.get(tensor.dtype, str(tensor.dtype))
 
 
-def _start(trtp: Any, variant: Variant, launch: Launch) -> Any:
+def _start(trtp: Any, variant: Variant, launch: Launch) -> tuple[str, str, Any, Any]:
     """What TensorRT stores in the engine: name, PTX, grid, block, shared memory, scalars."""
     binary = _registration.binary(variant)
     parameters = trtp.KernelLaunchParams()

@@ -106,7 +106,7 @@ def _start(kernel: Any, variant: Any, launch: Any, inputs: Any, outputs: Any) ->
     import torch
 
     # A launch goes to the current GPU, which need not be that of the tensors.
-    with torch.cuda.device_of(inputs[0]):
+    with torch.cuda.device(inputs[0].get_device()):
         kernel[launch.grid](
             *inputs,
             *launch.scalars,

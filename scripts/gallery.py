@@ -210,7 +210,7 @@ def speed_svg(results: dict[str, Any]) -> str:
         axes.axhline(limit, color="#555555", linestyle="--", linewidth=1, zorder=0)
         axes.axhline(1, color="#555555", linestyle=":", linewidth=1, zorder=0)
         right = len(rows) - 0.42
-        style = {"ha": "left", "va": "center", "fontsize": 9, "color": "#333333"}
+        style: dict[str, Any] = {"ha": "left", "va": "center", "fontsize": 9, "color": "#333333"}
         axes.text(right, limit, f"MACs ratio\n{limit:.2f}", **style)
         axes.text(right, 1, "unmerged", **style)
         axes.set_xlim(-0.5, right - 0.02)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -124,8 +124,10 @@ def figures(binary: Binary, folder: Path) -> Figures:
     )
 
 
-def _run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+def _run(command: Sequence[object], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*map(str, command)], cwd=folder, capture_output=True, text=True, check=True
+    )
 
 
 def _parameters(elf: str) -> tuple[tuple[int, int], ...]:

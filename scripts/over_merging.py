@@ -67,7 +67,9 @@ def entropies(r: int) -> tuple[np.ndarray, float, int, int]:
     from tome_export.patch import patch
 
     recipe = resolve("vit_digits")
-    pixels, labels = labelled_samples(recipe)
+    samples = labelled_samples(recipe)
+    assert samples is not None, "vit_digits has images of its own"  # noqa: S101
+    pixels, labels = samples
     model = patch(recipe.load(weights="pretrained", seed=0).module, r, entropy=True).eval()
     with torch.inference_mode():
         logits, entropy = model(torch.from_numpy(pixels))

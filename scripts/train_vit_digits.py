@@ -78,7 +78,7 @@ def train(x: Tensor, y: Tensor, epochs: int, batch: int) -> nn.Module:
             logits = model(augment(x[rows], generator))
             loss = functional.cross_entropy(logits, y[rows], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -91,7 +91,7 @@ def train(x: Tensor, y: Tensor, epochs: int, batch: int) -> nn.Module:
 
 @torch.inference_mode()
 def top1(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model(x).argmax(dim=1) == y).float().mean().item()
+    return float((model(x).argmax(dim=1) == y).float().mean())
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.gpu import ROOT, rows
 from benchmarks.gpu.prepared import COMPUTE_CAPABILITIES, Prepared, PreparedInfo
@@ -72,7 +73,7 @@ class Context:
     """
 
     prepared: Prepared
-    device: str
+    device: Literal["cuda", "cpu"]
     seconds: float
 
 
@@ -257,7 +258,7 @@ def _run_part(
             timer.cancel()
             _end(process.pid)
     seconds = time.monotonic() - started
-    about = {"wall_s": seconds, "state": rows.gpu_state()}
+    about: rows.Row = {"wall_s": seconds, "state": rows.gpu_state()}
     if status != 0:
         ended = seconds >= limit_s
         reason = f"was ended after {limit_s:.0f} s" if ended else "see its traceback"

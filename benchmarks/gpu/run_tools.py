@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.gpu import ROOT, run_onnxruntime
 from benchmarks.gpu.parts import Context
@@ -120,8 +120,8 @@ def main(arguments: list[str]) -> int:
     """
     from benchmarks.gpu import check_kernels
 
-    folder, device = [*arguments, "cuda"][:2]
-    return int(not check_kernels.memcheck(Context(Prepared(Path(folder)), device, 0.0)))
+    device: Literal["cuda", "cpu"] = "cpu" if arguments[1:] == ["cpu"] else "cuda"
+    return int(not check_kernels.memcheck(Context(Prepared(Path(arguments[0])), device, 0.0)))
 
 
 if __name__ == "__main__":

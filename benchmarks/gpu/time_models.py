@@ -74,9 +74,10 @@ def variants(cases: Iterable[ModelCase] = (*BATCH_64, *OTHER_BATCHES)) -> list[V
     """Kernels that the layers of the models need."""
     found = {}
     for case in cases:
-        merged = patch(without_weights(case), case.r)
-        width = merged.model.embed_dim
-        head = width // merged.model.blocks[0].attn.num_heads
+        model = without_weights(case)
+        merged = patch(model, case.r)
+        width = model.embed_dim
+        head = width // model.blocks[0].attn.num_heads
         for layer in merged.layers:
             if layer.r:
                 match = match_contract.variant(layer.tokens_in, head, "float16")
@@ -86,13 +87,12 @@ def variants(cases: Iterable[ModelCase] = (*BATCH_64, *OTHER_BATCHES)) -> list[V
     return list(found.values())
 
 
-def without_weights(case: ModelCase) -> nn.Module:
+def without_weights(case: ModelCase) -> Any:
     """The library's model, whose parameters take no memory yet."""
     import timm
 
     with torch.device("meta"):
-        model: nn.Module = timm.create_model(case.name, **case.options).eval()
-    return model
+        return timm.create_model(case.name, **case.options).eval()
 
 
 def emit_rows(cases: Iterable[ModelCase], kernels: PrecompiledKernels | None, device: str) -> None:
@@ -170,7 +170,8 @@ def end_to_end(
 
         return run
 
-    runs = {"unmerged": model, "merged": with_kernels(kernels), "eager": with_kernels(None)}
+    runs: dict[str, Callable[..., object]] = {"unmerged": model}
+    runs |= {"merged": with_kernels(kernels), "eager": with_kernels(None)}
     seconds = timing.timed(runs, [(images,)], 1, 1.5)
     return end_to_end_row(seconds, merged.macs(merged=False) / merged.macs())
 
