@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import write_rows
+from tome_export.data.find import SAMPLES
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
-from tome_export.data.find import SAMPLES
 from tome_export.pipeline.eval import EvalRequest, evaluate
 
 MODEL, R = "vit_digits", 8

@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
+from tome_export.data.decode import Decode, Task, decode_task, reason_of
+from tome_export.data.source import printable
 from tome_export.errors import ExportError, InputError, MissingComponentError, TomeExportError
-from tome_export.evaluation.classify import Classifier
-from tome_export.evaluation.decode import Decode, decode_task, reason_of
 from tome_export.evaluation.ray_session import ray_session
-from tome_export.evaluation.records import Record, Task
-from tome_export.evaluation.source import printable
+from tome_export.evaluation.records import Classifier, Record
 from tome_export.runtime.runner import Runner
 
 Opener = Callable[[], AbstractContextManager[dict[str, Runner]]]
@@ -61,7 +60,7 @@ def ray_records(
         InputError: if the cluster cannot be reached, or a machine does not see the data.
         ExportError: if a runner or Ray itself fails.
     """
-    ray = _ray()
+    ray = require_ray()
     with ray_session(ray, address, cores) as signals:
         with signals.inside():
             rows = _rows(ray, tasks, decode, opener, classifier, roots)
@@ -74,22 +73,18 @@ def ray_records(
                 raise _told(error) from error
             if row is None:
                 return
-            outcome = pickle.loads(row["outcome"])  # noqa: S301 (from our own actors)
+            outcome: Record | TomeExportError = pickle.loads(row["outcome"])  # noqa: S301 (ours)
             if isinstance(outcome, TomeExportError):
                 raise outcome
-            yield Record.from_bytes(outcome)
+            yield outcome
 
 
-def require_ray() -> None:
-    """Check that Ray is installed, before any work is done.
+def require_ray() -> Any:
+    """The package.
 
     Raises:
-        MissingComponentError: if it is not.
+        MissingComponentError: if it is not installed.
     """
-    _ray()
-
-
-def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Else a thread of its own that outlives a session starts another, which nobody ends.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -210,7 +205,7 @@ class _Inference:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         return {"outcome": [pickle.dumps(self._outcome(data)) for data in batch["decoded"]]}
 
-    def _outcome(self, data: bytes) -> bytes | TomeExportError:
+    def _outcome(self, data: bytes) -> Record | TomeExportError:
         """A record, or the error to be told: Ray would wrap what is raised in its own."""
         decoded = pickle.loads(data)  # noqa: S301 (from our own tasks)
         if isinstance(decoded, TomeExportError):
@@ -220,10 +215,9 @@ class _Inference:
                 opener, classifier = pickle.loads(self._content)  # noqa: S301 (our own driver's)
                 self._runners = self._stack.enter_context(opener())
                 self._classifier = classifier
-            record: bytes = self._classifier.record(decoded, self._runners).to_bytes()
+            return self._classifier.record(decoded, self._runners)
         except Exception as error:
             return _portable(error)
-        return record
 
     def __del__(self) -> None:
         self._stack.close()

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
+from tome_export.data.decode import reason_of
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.evaluation.decode import reason_of
 
 LOCAL = "local"
 

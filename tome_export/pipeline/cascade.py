@@ -14,14 +14,14 @@ from tome_export.artifact.files import json_bytes, write_whole, writing_to
 from tome_export.cascade.calibrate import Point, best_within, cheapest, check_budget, front_of
 from tome_export.cascade.outcome import Observations
 from tome_export.cascade.policy import MEASURES, POLICIES
+from tome_export.data.find import SAMPLES, shared_path
 from tome_export.errors import InputError, UsageError
-from tome_export.evaluation.find import shared_path
 from tome_export.pipeline.cascade_images import Looks, Seen, observed
 from tome_export.pipeline.cascade_members import macs_of, members_of
 from tome_export.pipeline.cascade_result import Found, goal_text, values_of
 from tome_export.pipeline.cascade_serve import ServedCascade, check_served, serve_cascade
 from tome_export.pipeline.cascade_settings import embedding_of, policy_macs_of, trial_of
-from tome_export.pipeline.eval import SAMPLES, EvalRequest, classes_of, source_of
+from tome_export.pipeline.eval import EvalRequest, classes_of, source_of
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.tune.goal import Goal
@@ -238,7 +238,7 @@ def _chosen(goal: Goal, front: Sequence[Point], seen: Observations, macs: Sequen
 
 def _write(output: Path, page: Path, values: dict[str, Any]) -> None:
     """The page first: where the result is, its page is too."""
-    from tome_export.report.cascade_page import render_cascade
+    from tome_export.report.front import render_cascade
 
     for path, content in ((page, render_cascade(values).encode()), (output, json_bytes(values))):
         with writing_to(path, "file"):

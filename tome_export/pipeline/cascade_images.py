@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +14,14 @@ from numpy.typing import NDArray
 from tome_export.artifact import Artifact
 from tome_export.cascade import policy
 from tome_export.cascade.outcome import Observations
+from tome_export.data.decode import Task, decoded_chunks
+from tome_export.data.source import Source, selection
 from tome_export.errors import ExportError, InputError
-from tome_export.evaluation.classify import best
-from tome_export.evaluation.decode import decoded_chunks
-from tome_export.evaluation.records import Task
-from tome_export.pipeline.eval import selection
+from tome_export.evaluation.records import best
 from tome_export.pipeline.subject import open_runner, subject_of
 from tome_export.progress import Progress
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME
-
-if TYPE_CHECKING:
-    from tome_export.evaluation.source import Source
 
 LIMIT = 2048
 """Most images taken where the user sets no limit."""
@@ -87,7 +83,7 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
     batch = _batch(looks.members)
     starts = range(0, len(chosen), batch)
     tasks = [
-        Task(n, tuple(source.item(int(index)) for index in chosen[start : start + batch]))
+        Task(n, tuple(source.items(chosen[start : start + batch])))
         for n, start in enumerate(starts)
     ]
     labels = None if source.labels is None else np.asarray(source.labels)[chosen].astype(np.int64)
@@ -175,7 +171,7 @@ def _batch(members: Sequence[Artifact]) -> int:
     ranges = [one.manifest.batch for one in members]
     least, most = max(r.min for r in ranges), min(r.max for r in ranges)
     if least > most:
-        texts = ", ".join(one.manifest.batch for one in members)
+        texts = ", ".join(str(one.manifest.batch) for one in members)
         raise InputError(
             f"the artifacts take batches of {texts}, which have no size in common; rebuild them "
             "with one --batch"

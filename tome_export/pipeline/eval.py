@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tome_export.artifact import Artifact
+from tome_export.artifact.evaluation import (
+    EVAL,
+    CandidateResult,
+    Cosines,
+    Evaluation,
+    EvaluationData,
+    UnreadableImage,
+)
+from tome_export.data.decode import Decode, Task, decoded_chunks
+from tome_export.data.find import SAMPLES, find_data, labelled_source
+from tome_export.data.labels import Classes
+from tome_export.data.source import Labels, Source, selection
 from tome_export.errors import InputError, UsageError
-from tome_export.evaluation.classify import Classifier
-from tome_export.evaluation.source import Classes, Source
+from tome_export.evaluation.journal import Journal, open_journal
+from tome_export.evaluation.metrics import CONFIDENCE, METHODS, paired_difference, share_of
+from tome_export.evaluation.records import Classifier, Record, Table
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline.eval_result import results_of
-from tome_export.pipeline.eval_runs import UNMERGED, candidates_of
-from tome_export.pipeline.eval_work import evaluated
+from tome_export.pipeline.eval_runs import (
+    UNMERGED,
+    Candidate,
+    candidates_of,
+    open_runs,
+    packed,
+)
 from tome_export.pipeline.inputs import refuse_extra_inputs, refuse_videos
-from tome_export.pipeline.manifest import output_shape
+from tome_export.pipeline.manifest import output_shape, versions
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
-from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
 
-EVAL = "eval.json"
-
-SAMPLES = "samples"
-
 AGAINST = (UNMERGED, TORCH)
+
+TOP5_FROM = 10
+"""Fewest classes for which top-5 is told: with fewer, guessing is right most of the time."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +58,7 @@ class EvalRequest:
 
     Attributes:
         artifact: The artifact directory.
-        data: A folder of images, shards, or ``samples``; see ``evaluation.find``.
+        data: A folder of images, shards, or ``samples``; see ``data.find``.
         labels: File of labels for a folder of images.
         limit: Most images, taken evenly from the listing; None for all.
         batch: Images per batch; None for the one that the artifact is tuned for.
@@ -72,12 +91,12 @@ class EvalResult:
 
     Attributes:
         artifact: The artifact, with the result among its files.
-        values: The content of ``eval.json``.
+        evaluation: The content of ``eval.json``.
         unrecorded: Why the result is not in the artifact, as when that is read-only; else None.
     """
 
     artifact: Artifact
-    values: dict[str, Any]
+    evaluation: Evaluation
     unrecorded: str | None = None
 
 
@@ -90,8 +109,6 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         MissingComponentError: if a backend or package is not here.
         ExportError: if a model cannot be exported or run.
     """
-    from tome_export.bench.environment import cores, environment
-
     progress = progress or Silent()
     for name in request.against:
         if name not in AGAINST:
@@ -125,23 +142,15 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
                 "the model has no classes, so that all there is to tell is how near it is to the "
                 "unmerged one; add unmerged to --against"
             )
+        work = _Work(request, artifact, source, chosen, candidates, progress)
         classifier = Classifier(
-            batch,
-            artifact.manifest.output.name,
-            classes is not None,
-            plain.run if plain else "",
+            batch, artifact.manifest.output.name, classes is not None, plain.run if plain else ""
         )
-        work = evaluated(
-            request, artifact, source, chosen, candidates, classifier, cores(), progress
-        )
-        with work as table:
+        with work.table(classifier) as table:
             labels = None if source.labels is None or classes is None else source.labels[chosen]
-            values = {
-                **results_of(table, source, labels, candidates, classes, plain),
-                "batch": batch,
-                "environment": environment(),
-            }
-            return _recorded(artifact, values)
+            return _recorded(
+                artifact, evaluation_from_table(table, source, labels, candidates, classes, plain)
+            )
 
 
 def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
@@ -158,22 +167,15 @@ def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
 def classes_of(artifact: Artifact) -> Classes | None:
     """The classes of an artifact; None if it gives features."""
     output = artifact.manifest.output
-    if output["name"] != "logits":
+    if output.name != "logits":
         return None
-    names = artifact.manifest.labels
-    count = int(output["shape"][-1])
-    return Classes(count, tuple(names) if names and len(names) == count else None)
-
-
-def selection(count: int, limit: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Indices of the images to take: evenly over the listing, which is sorted by class."""
-    taken = count if limit is None else min(count, limit)
-    return np.arange(taken, dtype=np.int64) * count // taken
+    names, count = artifact.manifest.labels, int(output.shape[-1])
+    return Classes(count, names if names and len(names) == count else None)
 
 
 def _batch(artifact: Artifact, request: EvalRequest) -> int:
     engine = artifact.manifest.engines.get(request.backend)
-    able = BatchRange.parse((engine or artifact.manifest)["batch"])
+    able = (engine or artifact.manifest).batch
     batch = able.opt if request.batch is None else request.batch
     if not able.min <= batch <= able.max:
         raise InputError(
@@ -190,26 +192,229 @@ def source_of(artifact: Artifact, request: EvalRequest, classes: Classes | None)
         InputError: if there are none, or their labels are not usable.
         UsageError: if labels are given for what has its own.
     """
-    from tome_export.evaluation.find import find_data
-    from tome_export.evaluation.source import ArraySource
     from tome_export.models import resolve
-    from tome_export.models.preprocess import IMAGE_SUFFIXES
-    from tome_export.models.samples import labelled_samples
 
     if request.data != (SAMPLES,):
-        return find_data(request.data, IMAGE_SUFFIXES, classes, request.labels)
+        return find_data(request.data, classes, request.labels)
     if request.labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
-    name = artifact.manifest.model.name
-    found = labelled_samples(resolve(model_name(artifact.manifest, request.weights)))
+    found = labelled_source(resolve(model_name(artifact.manifest, request.weights)))
     if found is None:
+        name = artifact.manifest.model.name
         raise InputError(f"no labelled images come with {name}; give a folder of them with --data")
-    return ArraySource(found[0], found[1].astype(np.int32))
+    return found
 
 
-def _recorded(artifact: Artifact, values: dict[str, Any]) -> EvalResult:
+def _recorded(artifact: Artifact, evaluation: Evaluation) -> EvalResult:
     try:
-        return EvalResult(artifact.record(EVAL, values), values)
+        return EvalResult(artifact.record(EVAL, evaluation), evaluation)
     # The result stands also where it cannot be written down, as on a read-only mount.
     except InputError as error:
-        return EvalResult(artifact, values, str(error))
+        return EvalResult(artifact, evaluation, str(error))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Chunks of images to a table of records, journal between them.
+
+    Attributes:
+        request: Where and how to run.
+        artifact: What is evaluated.
+        source: All images.
+        chosen: Indices of those to take ``[B]``.
+        candidates: What to run.
+        progress: Told of each chunk.
+    """
+
+    request: EvalRequest
+    artifact: Artifact
+    source: Source
+    chosen: NDArray[np.int64]
+    candidates: Sequence[Candidate]
+    progress: Progress
+
+    @contextlib.contextmanager
+    def table(self, classifier: Classifier) -> Iterator[Table]:
+        """Run every chunk that is not in the journal yet; all results are computed from the table.
+
+        The journal is deleted when the block ends without an error: what fails in there, as for
+        want of memory or space, does not cost the work.
+
+        Raises:
+            InputError: if no image can be read, or the same evaluation is running already.
+            ExportError: if a model fails.
+        """
+        runs = list(dict.fromkeys(candidate.run for candidate in self.candidates))
+        images = len(self.chosen)
+        table = Table(images, classifier.batch, runs, classes=classifier.classes)
+        with self._journal(runs, classifier.batch) as journal:
+            if journal is not None:
+                journal.clear() if self.request.restart else self._resume(journal, table)
+            if not table.done.all():
+                models = f"{len(runs)} model{'s' if len(runs) > 1 else ''}"
+                self.progress.stage(f"Classify {images} images, {models}")
+                with self._records(classifier, table) as new:
+                    for record in new:
+                        if journal is not None:
+                            journal.append(record)
+                        table.add(record)
+                        self.progress.step("images", table.images_done, images)
+            try:
+                table.require_images()
+                yield table
+            except InputError:
+                # Whatever made all images unreadable, as a mount that was not there, may have gone.
+                if journal is not None and not table.readable.any():
+                    journal.remove()
+                raise
+            if journal is not None:
+                journal.remove()
+
+    @contextlib.contextmanager
+    def _records(self, classifier: Classifier, table: Table) -> Iterator[Iterator[Record]]:
+        """Records as they come; closed at once when the block ends, also by an interrupt."""
+        from tome_export.bench.environment import cores
+        from tome_export.models.preprocess import pixels_from_bytes
+
+        decode: Decode = partial(
+            pixels_from_bytes, preprocessing=self.artifact.manifest.preprocessing
+        )
+        chunks = self._tasks(table, classifier.batch)
+        with contextlib.ExitStack() as stack:
+            if self.request.ray is not None:
+                from tome_export.evaluation.ray_data import ray_records
+
+                opener = packed(self.candidates).open
+                found = ray_records(
+                    list(chunks), decode, opener, classifier, self.request.ray, cores(),
+                    self.source.roots,
+                )  # fmt: skip
+                yield stack.enter_context(contextlib.closing(found))
+                return
+            runners = stack.enter_context(open_runs(self.candidates, self.progress))
+            workers = cores() if self.request.workers is None else self.request.workers
+            workers = 0 if self.source.kind == "samples" else workers
+            decoded = stack.enter_context(
+                contextlib.closing(decoded_chunks(chunks, decode, workers))
+            )
+            yield (classifier.record(chunk, runners) for chunk in decoded)
+
+    def _tasks(self, table: Table, batch: int) -> Iterator[Task]:
+        for chunk in np.flatnonzero(~table.done):
+            part = self.chosen[chunk * batch : (chunk + 1) * batch]
+            yield Task(int(chunk), tuple(self.source.items(part)))
+
+    @contextlib.contextmanager
+    def _journal(self, runs: list[str], batch: int) -> Iterator[Journal | None]:
+        """The journal; None where it cannot be written, as with a home that is read-only."""
+        manifest = self.artifact.manifest
+        key = {
+            "files": {
+                name: file.model_dump(mode="json")
+                for name, file in manifest.files.items()
+                if not name.endswith(".json")
+            },
+            "weights": manifest.model.weights.state_sha256,
+            "data": self.source.digest,
+            "limit": len(self.chosen),
+            "batch": batch,
+            "runs": runs,
+            "preprocessing": asdict(manifest.preprocessing),
+            "versions": {**versions(), "numpy": np.__version__},
+        }
+        with contextlib.ExitStack() as stack:
+            journal = None
+            try:
+                journal = stack.enter_context(open_journal(key))
+            except OSError as error:
+                self.progress.stage(
+                    f"Not resumable: the cache folder cannot be written ({error.strerror})"
+                )
+            yield journal
+
+    def _resume(self, journal: Journal, table: Table) -> None:
+        for record in journal.records():
+            # What could not be read may be there now, as after a mount had failed.
+            if not record.unreadable:
+                table.add(record)
+        if table.images_done:
+            self.progress.stage(f"Resuming: {table.images_done} of {table.images} images are done")
+
+
+def evaluation_from_table(
+    table: Table,
+    source: Source,
+    labels: Labels | None,
+    candidates: Sequence[Candidate],
+    classes: Classes | None,
+    plain: Candidate | None,
+) -> Evaluation:
+    """The content of ``eval.json``, from records and labels alone.
+
+    Args:
+        table: Every record.
+        source: Where the images are from.
+        labels: Class of each image of the table ``[B]``; None where there are none.
+        candidates: What was run.
+        classes: Of the model; None if it gives features.
+        plain: The candidate that is not merged, if there is one.
+    """
+    from tome_export.bench.environment import environment
+
+    unreadable = tuple(UnreadableImage(name=n, reason=r) for n, r in table.unreadable())
+    known = None if labels is None else labels[table.readable]
+    return Evaluation(
+        data=EvaluationData(
+            source=source.text,
+            kind=source.kind,
+            images=int(np.count_nonzero(table.readable)),
+            labelled=known is not None,
+            unreadable=unreadable,
+            unreadable_count=len(unreadable),
+            notes=source.notes,
+        ),
+        classes=classes.count if classes is not None else None,
+        candidates=tuple(_result(one, table, known, classes, plain) for one in candidates),
+        confidence=CONFIDENCE,
+        methods=METHODS,
+        batch=table.batch,
+        environment=environment(),
+    )
+
+
+def _result(
+    candidate: Candidate,
+    table: Table,
+    labels: Labels | None,
+    classes: Classes | None,
+    plain: Candidate | None,
+) -> CandidateResult:
+    found = table.values(candidate.run)
+    # A model against itself would be told as a finding, with an interval.
+    other = plain is not None and plain.run != candidate.run
+    base = table.values(plain.run) if plain is not None and other else None
+    finite = np.isfinite(found[:, 0]) if classes is None else found[:, 0] >= 0
+    values: dict[str, Any] = {}
+    if classes is None:
+        cosines = found[finite]
+        if len(cosines) and other:
+            summary = Cosines(mean=float(cosines.mean()), min=float(cosines.min()))
+            values["cosine_to_unmerged"] = summary
+    elif labels is not None:
+        right = found[:, 0] == labels
+        values["top1"] = share_of(right)
+        if classes.count >= TOP5_FROM:
+            values["top5"] = share_of((found == labels[:, None]).any(axis=1))
+        if base is not None:
+            values["difference_to_unmerged"] = paired_difference(right, base[:, 0] == labels)
+    if classes is not None and base is not None:
+        # An output that is not finite agrees with none, not with another such.
+        values["agreement_with_unmerged"] = share_of((found[:, 0] == base[:, 0]) & finite)
+    return CandidateResult(
+        name=candidate.name,
+        r=candidate.r,
+        backend=candidate.backend,
+        macs=candidate.macs,
+        not_finite=int(np.count_nonzero(~finite)),
+        **values,
+    )

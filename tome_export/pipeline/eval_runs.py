@@ -106,7 +106,7 @@ def open_runs(candidates: Sequence[Candidate], progress: Progress) -> Iterator[d
 
 
 @dataclass(frozen=True)
-class Shipment:
+class PackedCandidates:
     """Candidates with the content of their files, to be opened on a machine that has none.
 
     Attributes:
@@ -144,12 +144,12 @@ class Shipment:
                 yield runners
 
 
-def shipment_of(candidates: Sequence[Candidate]) -> Shipment:
+def packed(candidates: Sequence[Candidate]) -> PackedCandidates:
     """Read in what a machine needs that shares no files with this one."""
     import torch
 
     distinct = {candidate.run: candidate for candidate in reversed(candidates)}
-    shipped, files = [], {}
+    ready, files = [], {}
     for run, candidate in distinct.items():
         subject = candidate.subject
         engine = subject.engines.get(candidate.backend)
@@ -159,8 +159,8 @@ def shipment_of(candidates: Sequence[Candidate]) -> Shipment:
         engines = {candidate.backend: engine} if engine is not None else {}
         module = subject.module if torch_only else None
         ship = replace(subject, engines=engines, module=module)
-        shipped.append(replace(candidate, subject=ship))
-    return Shipment(tuple(shipped), files, torch.get_num_threads())
+        ready.append(replace(candidate, subject=ship))
+    return PackedCandidates(tuple(ready), files, torch.get_num_threads())
 
 
 def _files(folder: Path, engine: EngineFile | None) -> list[Path]:

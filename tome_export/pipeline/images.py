@@ -78,7 +78,7 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
     video = manifest.video
     loaded: Array
     if video:
-        loaded = load_videos(paths, preprocessing, video["frames"])
+        loaded = load_videos(paths, preprocessing, video.frames)
     else:
         loaded = load_images(paths, preprocessing)
     return loaded

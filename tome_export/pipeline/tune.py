@@ -11,7 +11,8 @@ from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.check import check_entropy_option
 from tome_export.pipeline.manifest import output_shape, state_sha256
-from tome_export.pipeline.tune_images import SAMPLES, TuneImages, sized, tune_images
+from tome_export.data.find import SAMPLES
+from tome_export.pipeline.tune_images import TuneImages, sized, tune_images
 from tome_export.pipeline.tune_result import values_of
 from tome_export.pipeline.tune_run import TuneRun
 from tome_export.pipeline.tune_score import Scorer

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_export.data.decode import pixels_or_reason
+from tome_export.data.find import SAMPLES, find_data, labelled_source
+from tome_export.data.labels import Classes
+from tome_export.data.source import Source, samples_source
 from tome_export.errors import InputError, UsageError
 from tome_export.progress import Progress
 
 if TYPE_CHECKING:
-    from tome_export.evaluation.source import Source
     from tome_export.models import Recipe
-
-SAMPLES = "samples"
 
 LIMIT = 2048
 """Most images taken where the user sets no limit."""
@@ -128,26 +130,21 @@ def tune_images(
 
 
 def _source(recipe: Recipe, classes: int, data: tuple[str, ...]) -> Source:
-    from tome_export.evaluation.find import find_data
-    from tome_export.evaluation.source import ArraySource, Classes
-    from tome_export.models.preprocess import IMAGE_SUFFIXES
-    from tome_export.models.samples import MAX_PHOTOGRAPH_PIXELS, labelled_samples, sample_pixels
+    from tome_export.models.samples import MAX_PHOTOGRAPH_PIXELS, sample_pixels
 
     if data != (SAMPLES,):
-        return find_data(data, IMAGE_SUFFIXES, Classes(classes, recipe.label_names(classes)))
-    labelled = labelled_samples(recipe)
-    if labelled is not None:
-        return ArraySource(labelled[0], labelled[1].astype(np.int32))
-    return ArraySource(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS), None)
+        return find_data(data, Classes(classes, recipe.label_names(classes)))
+    labelled = labelled_source(recipe)
+    return labelled or samples_source(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS), None)
 
 
 def _read(
     source: Source, order: NDArray[Any], most: int, recipe: Recipe, progress: Progress
 ) -> tuple[NDArray[np.float32], list[int], int, str]:
     """Images until there are enough: pixels, places in the source, unreadable, a reason."""
-    from tome_export.evaluation.decode import reason_of
     from tome_export.models.preprocess import pixels_from_bytes
 
+    decode = partial(pixels_from_bytes, preprocessing=recipe.preprocessing)
     shape = recipe.preprocessing.input_size
     wanted = min(most, len(source))
     if wanted > (room := MOST_BYTES // (4 * math.prod(shape))):
@@ -161,16 +158,11 @@ def _read(
     for place in map(int, order):
         if len(index) == wanted:
             break
-        item = source.item(place)
-        try:
-            data = item.load()
-            if isinstance(data, bytes):
-                data = pixels_from_bytes(data, item.name, recipe.preprocessing)
-        # One bad image must not end the search, whatever the decoder makes of it.
-        except Exception as error:
-            unreadable, reason = unreadable + 1, reason_of(error, item.name)
+        found = pixels_or_reason(source.items((place,))[0], decode)
+        if isinstance(found, str):
+            unreadable, reason = unreadable + 1, found
             continue
-        pixels[len(index)] = data
+        pixels[len(index)] = found
         index.append(place)
         progress.step("images", len(index), wanted)
     return pixels[: len(index)], index, unreadable, reason

@@ -8,21 +8,33 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tome_export.data.source import Item, Pixels, printable
 from tome_export.errors import ExportError, InputError
-from tome_export.evaluation.records import Task
-from tome_export.evaluation.source import Item, Pixels, printable
 
 Decode = Callable[[bytes, str], Pixels]
 """Encoded image and its name to ``[C, H, W]`` float32; raises ``InputError``; can be pickled."""
 
 DIED = "the process that decoded it died, as of a fault in the decoder or for want of memory"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A chunk: the unit of work for processes, machines and resuming.
+
+    Attributes:
+        chunk: Its number.
+        items: Its images.
+    """
+
+    chunk: int
+    items: tuple[Item, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ def decode_task(task: Task, decode: Decode) -> Decoded:
     pixels: list[Pixels] = []
     unreadable: list[tuple[int, str, str]] = []
     for position, item in enumerate(task.items):
-        found = _pixels(item, decode)
+        found = pixels_or_reason(item, decode)
         if isinstance(found, str):
             unreadable.append((position, item.name, found))
         else:
@@ -54,8 +66,8 @@ def decode_task(task: Task, decode: Decode) -> Decoded:
     return Decoded(task.chunk, array, tuple(unreadable))
 
 
-def _pixels(item: Item, decode: Decode) -> Pixels | str:
-    """An image's pixels, or why there are none."""
+def pixels_or_reason(item: Item, decode: Decode) -> Pixels | str:
+    """An image's pixels ``[C, H, W]`` float32, or in one line why there are none."""
     try:
         data = item.load()
         return decode(data, item.name) if isinstance(data, bytes) else data
@@ -79,7 +91,9 @@ def reason_of(error: BaseException, name: str = "") -> str:
     return text.removeprefix("image ").removeprefix(" ".join(name.split())).strip()
 
 
-def decoded_chunks(tasks: Iterable[Task], decode: Decode, workers: int) -> Iterator[Decoded]:
+def decoded_chunks(
+    tasks: Iterable[Task], decode: Decode, workers: int
+) -> Generator[Decoded, None, None]:
     """Decode chunks in order, a bounded number of them ahead of what is taken.
 
     Args:

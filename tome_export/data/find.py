@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import glob
-import itertools
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from tome_export.data.labels import Classes, LabelFile
+from tome_export.data.source import Source, printable, samples_source
 from tome_export.errors import InputError, UsageError
-from tome_export.evaluation.folder import folder_source
-from tome_export.evaluation.label_file import LabelFile
-from tome_export.evaluation.parquet import parquet_source
-from tome_export.evaluation.source import Classes, Source, printable
-from tome_export.evaluation.tar import tar_source
+
+if TYPE_CHECKING:
+    from tome_export.models import Recipe
+
+SAMPLES = "samples"
+"""What names the images that come with a recipe."""
 
 SHARDS = (".tar", ".parquet")
 
 
-def find_data(
-    data: Sequence[str],
-    suffixes: Collection[str],
-    classes: Classes | None,
-    labels: Path | None = None,
-) -> Source:
+def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None = None) -> Source:
     """List the images that a user named.
 
     Args:
         data: A folder; or shards by path, glob (``*``) or braces (``{000..010}``, ``{a,b}``).
-        suffixes: How names of images end, lower case.
         classes: Of the model; None for a model without classes.
         labels: File of labels for a folder of images.
 
     Raises:
         InputError: if there are none, or their labels are not usable.
         UsageError: if labels are given for shards, which hold their own.
-        MissingComponentError: if a package that reads them is not installed.
     """
+    from tome_export.data.formats import folder_source, parquet_source, tar_source
+    from tome_export.models.preprocess import IMAGE_SUFFIXES
+
     text = printable(", ".join(data))
     paths = [path for given in data for path in expand(given)]
     if len(paths) == 1 and paths[0].is_dir():
@@ -44,7 +44,7 @@ def find_data(
         inside = _shards_in(folder)
         if not inside:
             listed = LabelFile(labels) if labels is not None else None
-            return folder_source(folder, suffixes, classes, listed)
+            return folder_source(folder, IMAGE_SUFFIXES, classes, listed)
         paths = inside
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1 or not kinds <= set(SHARDS):
@@ -58,8 +58,16 @@ def find_data(
     if labels is not None:
         raise UsageError("--labels are for a folder of images; shards hold their own labels")
     if kinds == {".tar"}:
-        return tar_source(text, paths, suffixes, classes)
+        return tar_source(text, paths, IMAGE_SUFFIXES, classes)
     return parquet_source(text, paths, classes)
+
+
+def labelled_source(recipe: Recipe) -> Source | None:
+    """The labelled images that come with a recipe; None if there are none."""
+    from tome_export.models.samples import labelled_samples
+
+    found = labelled_samples(recipe)
+    return None if found is None else samples_source(found[0], found[1].astype(np.int32))
 
 
 def shared_path(data: Sequence[str], others: Sequence[str]) -> Path | None:
@@ -94,40 +102,24 @@ def expand(pattern: str) -> list[Path]:
     """The paths of a name with braces and stars, in order.
 
     Raises:
-        InputError: if one is not there, or a span runs backwards.
+        InputError: if one is not there.
     """
+    from braceexpand import braceexpand
+
     # A file may bear such characters in its name.
     if Path(pattern).exists():
         return [Path(pattern)]
     paths: list[Path] = []
-    for name in _braces(pattern):
+    try:
+        names = list(braceexpand(pattern, escape=False))
+    except ValueError:  # braces that are not in pairs
+        names = [pattern]
+    for name in names:
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
-        missing = not found or not Path(found[0]).exists()
-        if missing:
+        if not found or not Path(found[0]).exists():
             raise InputError(
                 f"{name} does not exist; expected a folder of images, .tar or .parquet shards such "
                 "as 'shard-{000..010}.tar', or 'samples'"
             )
         paths += map(Path, found)
     return paths
-
-
-def _braces(pattern: str) -> list[str]:
-    parts = re.split(r"(\{[^{}]*\})", pattern)
-    return ["".join(choice) for choice in itertools.product(*map(_choices, parts))]
-
-
-def _choices(part: str) -> list[str]:
-    if not (part.startswith("{") and part.endswith("}")):
-        return [part]
-    span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-    if span:
-        first, last = span[1], span[2]
-        if int(first) > int(last):
-            raise InputError(
-                f"the span {part} runs backwards; expected the lower number first, "
-                f"{{{last}..{first}}}"
-            )
-        width = len(first) if first[0] == "0" or len(first) == len(last) else 0
-        return [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
-    return part[1:-1].split(",") if "," in part else [part]

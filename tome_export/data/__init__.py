@@ -1,0 +1,1 @@
+"""Images and labels as people have them: what eval, tune, cascade, check and inspect read."""
