@@ -41,6 +41,7 @@ test: $(VENV)/installed $(VENV)/onnxruntime-gpu
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 format: $(VENV)/installed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -77,9 +76,10 @@ def attend(
     if module.config._attn_implementation == "eager":
         out = _eager(q, k, v, bias, scaling, dropout)
     else:
-        # Not from transformers.modeling_utils at the top: the library is optional.
-        interface = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-        out, _ = interface["sdpa"](
+        # Not at the top: the library is optional.
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, q, k, v, bias, scaling=scaling, dropout=dropout, is_causal=False
         )
     return out.flatten(2)
