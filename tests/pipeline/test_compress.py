@@ -50,7 +50,7 @@ def test_a_tower_gives_a_fixed_number_of_tokens(
     manifest = artifact.manifest
     assert manifest.parity.passed
     tower = manifest.tower
-    assert (tower.tokens, tower.width, tower.grid) == (tokens, 48, grid)
+    assert (tower.tokens, tower.width, tower.grid) == (tokens, 48, grid and tuple(grid))
     shapes = {o.name: o.shape for o in manifest.outputs}
     assert shapes == {"features": ("batch", tokens, 48), "entropy": ("batch",)}
     for built in manifest.engines.values():

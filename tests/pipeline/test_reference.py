@@ -46,8 +46,3 @@ def test_a_relative_checkpoint_folder_is_found_from_elsewhere(tmp_path, monkeypa
     (tmp_path / "there" / "other" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="folder other has no weights"):
         reference_model(artifact, "other")
-
-
-def test_artifacts_of_before_are_found_by_name():
-    assert model_name({"model": {"name": "hf:some/model"}}) == "hf:some/model"
-    assert model_name({"model": {"name": "vit_b16", "folder": None}}) == "vit_b16"
