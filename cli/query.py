@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @query_option
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, url: str, images: tuple[Path, ...], **given: Any) -> None:
+def command(terminal: Terminal, /, url: str, images: tuple[Path, ...], **given: Any) -> None:
     """Send each IMAGE or video (a file or a folder) to the server at URL and print its labels.
 
     URL is host:port (gRPC's default port is 8001, HTTP's 8000), also with grpc:// or http://. The
