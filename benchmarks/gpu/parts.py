@@ -115,6 +115,7 @@ def run_step(
         print(f"nothing was measured: {other_gpu}", file=sys.stderr)
         return NOTHING_MEASURED
     unpacked = prepared.unpack_wheels()
+    sys.path.insert(0, str(prepared.site))
     print(f"from the prepared folder: {', '.join(unpacked) or 'no package'}", flush=True)
     results = rows.Results(options.out, options.earlier or options.out)
     wanted = list(step.parts)

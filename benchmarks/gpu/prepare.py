@@ -34,7 +34,7 @@ from tome_export.plugins.aot import compile_ptx, compiler
 from tome_export.plugins.store import Kernel, KernelStore, parse_capability
 
 PACKAGES: dict[int, tuple[str, ...]] = {
-    1: ("timm",),
+    1: ("timm", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     2: ("onnx", "ml-dtypes"),
     3: (
         "pytest",

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
-from tome_export.bench import environment as bench_environment
-from tome_export.bench.environment import nvidia_smi
+from tome_export.bench import environment as machine
 
 Row = dict[str, Any]
 _MARK = "row: "
@@ -88,11 +86,14 @@ def environment(commit: str | None) -> Row:
     Args:
         commit: Of this copy, where it has no git history; else None.
     """
+    # Not at the top: a step begins before the packages that it brings are there.
+    from benchmarks import harness
+
     try:
         found = harness.environment()
     # A copy without a history, or no git.
     except (OSError, subprocess.CalledProcessError):
-        found = {"commit": None, **dict(bench_environment.environment())}
+        found = {"commit": None, **dict(machine.environment())}
     timing = "CUDA events around replays of CUDA graphs, variants in turn; medians"
     about: Row = plain(
         {
@@ -116,7 +117,7 @@ def gpu_state() -> dict[str, str] | None:
         "power.limit",
         "temperature.gpu",
     )
-    rows = nvidia_smi(f"--query-gpu={','.join(fields)}", "--id=0")
+    rows = machine.nvidia_smi(f"--query-gpu={','.join(fields)}", "--id=0")
     return dict(zip(fields, rows[0], strict=False)) if rows else None
 
 

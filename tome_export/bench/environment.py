@@ -8,8 +8,10 @@ import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tome_export.artifact.environment import Environment
+if TYPE_CHECKING:
+    from tome_export.artifact.environment import Environment
 
 PACKAGES = (
     "tome-export",
@@ -27,6 +29,8 @@ PACKAGES = (
 
 def environment() -> Environment:
     """Hardware, versions and date, here and now."""
+    from tome_export.artifact.environment import Environment
+
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
     gpu, driver = (nvidia_smi("--query-gpu=name,driver_version") or [[None, None]])[0]
     return Environment(

@@ -408,7 +408,8 @@ def test_cuda_libraries_that_are_nowhere_are_named(gpu_bench, monkeypatch):
 BARE = """
 import sys
 
-LACKING = "click hypothesis jinja2 matplotlib onnx_ir onnxscript onnxsim polygraphy rich".split()
+LACKING = "click datasets hypothesis jinja2 matplotlib onnx_ir onnxscript onnxsim".split()
+LACKING += "polygraphy psutil rich scipy".split()
 
 
 class Bare:
@@ -431,7 +432,24 @@ print(tome_export.plugins.__file__)
 
 
 def test_the_parts_need_no_installation_and_few_packages():
-    """The checkout is made importable where it is not installed, with what it may lack there."""
+    """The checkout as it is, where it is not installed, with what may be lacking there."""
     command = [sys.executable, "-c", BARE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout.strip() == str(ROOT / "tome_export" / "plugins" / "__init__.py"), done.stderr
+
+
+BEFORE_UNPACKING = """
+import sys
+
+sys.path = [p for p in sys.path if "site-packages" not in p]
+from benchmarks.gpu import parts, step1, step2, step3
+from benchmarks.gpu.prepared import Prepared
+print(parts.missing(Prepared(parts.Path("nowhere")), "cpu"))
+"""
+
+
+def test_a_step_begins_before_the_packages_that_it_brings_are_there():
+    """Nothing but the standard library is imported until they are unpacked."""
+    command = [sys.executable, "-c", BEFORE_UNPACKING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "nowhere is not a prepared folder" in done.stdout, done.stderr
