@@ -21,25 +21,136 @@ from typing import NamedTuple
 
 from tome_export.merge import spec
 from tome_export.plugins import aot
-from tome_export.plugins.match import contract as match_contract
-from tome_export.plugins.merge import contract as merge_contract
+from tome_export.plugins.match import contract as match
+from tome_export.plugins.merge import contract as merge
 from tome_export.plugins.store import DEFAULT_CAPABILITIES, Binary, parse_capability
-from tome_export.plugins.variants import MAX_SHARED_BYTES, Variant
+from tome_export.plugins.variants import ITEM_BYTES, MAX_REGISTERS, MAX_SHARED_BYTES, Variant
 
 PAGE = Path(__file__).parents[1] / "plugins" / "README.md"
 MARKS = ("<!-- figures by scripts/kernel_figures.py -->\n", "<!-- end of figures -->")
 
-CONTRACTS: dict[str, ModuleType] = {spec.MATCH: match_contract, spec.MERGE: merge_contract}
+CONTRACTS: dict[str, ModuleType] = {spec.MATCH: match, spec.MERGE: merge}
 
 SHIPPED = (
-    *(match_contract.variant(tokens, 64, "float16") for tokens in (197, 577, 1025, 4096)),
-    match_contract.variant(197, 64, "bfloat16"),
-    match_contract.variant(197, 64, "float32"),
-    *(merge_contract.variant(width, "float16") for width in (768, 1024)),
-    merge_contract.variant(768, "bfloat16"),
-    merge_contract.variant(768, "float32"),
+    *(match.variant(tokens, 64, "float16") for tokens in (197, 577, 1025, 4096)),
+    match.variant(197, 64, "bfloat16"),
+    match.variant(197, 64, "float32"),
+    *(merge.variant(width, "float16") for width in (768, 1024)),
+    merge.variant(768, "bfloat16"),
+    merge.variant(768, "float32"),
 )
 """The kernels of ViT-B and ViT-L at 224, 384 and 512 pixels, and of the longest sequence."""
+
+
+REGISTER_FILE = 1 << 16
+"""32-bit registers of a multiprocessor."""
+
+
+@dataclass(frozen=True)
+class TensorCore:
+    """The instruction by which an architecture multiplies matrices of TF32 numbers.
+
+    Attributes:
+        instruction: As the disassembler writes it.
+        products: Multiplications and additions that one makes.
+        warps: That execute one together; 0 if it stands for the whole program.
+    """
+
+    instruction: str
+    products: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the limits of a kernel hang on, by compute capability.
+
+    Attributes:
+        threads: That a multiprocessor holds at a time (CUDA programming guide, technical
+            specifications per compute capability).
+        tensor_core: Its TF32 instruction.
+    """
+
+    threads: int
+    tensor_core: TensorCore
+
+
+_HMMA = TensorCore("HMMA.1688.F32.TF32", 16 * 8 * 8, 1)
+
+ARCHITECTURES = {
+    "8.0": Architecture(2048, _HMMA),
+    "8.6": Architecture(1536, _HMMA),
+    "8.9": Architecture(1536, _HMMA),
+    "9.0": Architecture(2048, TensorCore("HGMMA.64x64x8.F32.TF32", 64 * 64 * 8, 4)),
+    "10.0": Architecture(2048, TensorCore("UTCHMMA", 128 * 64 * 8, 0)),
+    "12.0": Architecture(1536, _HMMA),
+}
+"""Of the compute capabilities that are compiled for by default."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine code of a variant is held to on one architecture.
+
+    Attributes:
+        registers: Per thread, at most.
+        spill_bytes: Of registers kept in memory, stored and loaded together per thread, at most.
+        loads_in_flight: From global memory in the loop that makes most of them, at least: as many
+            follow each other before an instruction needs what one of them brings.
+        tensor_core: The instruction of the product; None if there is no product.
+        tensor_core_count: How many of it there are in the code.
+    """
+
+    registers: int
+    spill_bytes: int
+    loads_in_flight: int
+    tensor_core: str | None = None
+    tensor_core_count: int = 0
+
+
+def limits_of(variant: Variant, capability: str) -> Limits:
+    """What the machine code of a kernel may use on a GPU compiled for by default."""
+    if variant.op == spec.MERGE:
+        return merge_limits(capability)
+    return match_limits(variant, capability)
+
+
+def match_limits(variant: Variant, capability: str) -> Limits:
+    """What the machine code may use on a GPU compiled for by default.
+
+    Keys in flight are those of all heads that are loaded at a time, 16 bytes each. The product is
+    three of TF32 numbers per block of D. For 8.0 the assembler lacks a register or two in the
+    shortest variant, where the loops over the keys begin and end.
+
+    Args:
+        variant: The kernel, for keys in which 16 bytes lie together.
+        capability: Such as ``9.0``.
+    """
+    tensor_core = ARCHITECTURES[capability].tensor_core
+    threads = 32 * variant.num_warps
+    key_bytes = (match.BLOCK_A + match.BLOCK_B) * match.BLOCK_D * ITEM_BYTES[variant.dtype]
+    block = match.BLOCK_A * match.BLOCK_B * match.BLOCK_D
+    issuers = variant.num_warps // (tensor_core.warps or variant.num_warps)
+    return Limits(
+        MAX_REGISTERS,
+        spill_bytes=12 if capability == "8.0" and variant.constants["TILES"] == 1 else 0,
+        loads_in_flight=match.UNROLL * key_bytes // (16 * threads),
+        tensor_core=tensor_core.instruction,
+        tensor_core_count=3 * block // (tensor_core.products * issuers),
+    )
+
+
+def merge_limits(capability: str) -> Limits:
+    """What the machine code may use on a GPU compiled for by default.
+
+    Registers as few as let a multiprocessor hold all the threads it can, given out by eights: the
+    kernel waits for memory. A folded token is two loads, of its size and of its numbers.
+
+    Args:
+        capability: Such as ``9.0``.
+    """
+    registers = REGISTER_FILE // ARCHITECTURES[capability].threads // 8 * 8
+    return Limits(registers, spill_bytes=0, loads_in_flight=2)
 
 
 class Instruction(NamedTuple):
@@ -213,7 +324,7 @@ def expected_parameters(variant: Variant) -> tuple[tuple[int, int], ...]:
 
 def problems(variant: Variant, capability: str, found: Figures) -> list[str]:
     """What a kernel's figures break of its contract."""
-    limits = CONTRACTS[variant.op].limits(variant, capability)
+    limits = limits_of(variant, capability)
     product = {limits.tensor_core: limits.tensor_core_count} if limits.tensor_core else {}
     parameters = expected_parameters(variant)
     checks = [

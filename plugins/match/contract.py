@@ -11,12 +11,9 @@ from typing import Any
 
 from tome_export.merge import spec
 from tome_export.plugins.variants import (
-    ARCHITECTURES,
-    ITEM_BYTES,
     MAX_REGISTERS,
     POINTER_TYPES,
     Launch,
-    Limits,
     Variant,
     next_power_of_2,
 )
@@ -124,30 +121,6 @@ def variant(
         # the assembler saves registers for a second one: some spill, and the keys of four heads
         # are waited for in two or three turns (plugins/README.md).
         MAX_REGISTERS,
-    )
-
-
-def limits(variant: Variant, capability: str) -> Limits:
-    """What the machine code may use on a GPU compiled for by default.
-
-    Keys in flight are those of all heads that are loaded at a time, 16 bytes each. The product is
-    three of TF32 numbers per block of D. For 8.0 the assembler lacks a register or two in the
-    shortest variant, where the loops over the keys begin and end.
-
-    Args:
-        variant: The kernel, for keys in which 16 bytes lie together.
-        capability: Such as ``9.0``.
-    """
-    tensor_core = ARCHITECTURES[capability].tensor_core
-    threads = 32 * variant.num_warps
-    key_bytes = (BLOCK_A + BLOCK_B) * BLOCK_D * ITEM_BYTES[variant.dtype]
-    issuers = variant.num_warps // (tensor_core.warps or variant.num_warps)
-    return Limits(
-        MAX_REGISTERS,
-        spill_bytes=12 if capability == "8.0" and variant.constants["TILES"] == 1 else 0,
-        loads_in_flight=UNROLL * key_bytes // (16 * threads),
-        tensor_core=tensor_core.instruction,
-        tensor_core_count=3 * BLOCK_A * BLOCK_B * BLOCK_D // (tensor_core.products * issuers),
     )
 
 

@@ -10,11 +10,8 @@ from typing import Any
 
 from tome_export.merge import spec
 from tome_export.plugins.variants import (
-    ARCHITECTURES,
     POINTER_TYPES,
-    REGISTER_FILE,
     Launch,
-    Limits,
     Variant,
     next_power_of_2,
 )
@@ -51,20 +48,6 @@ def variant(width: int, dtype: str) -> Variant:
     warps = min(8, max(1, block // _PER_WARP))
     constants: dict[str, int | str] = {"WIDTH": width, "BLOCK_C": block, "BLOCK_R": BLOCK_R}
     return Variant(f"{OP}_{dtype}_c{width}", OP, dtype, constants, warps)
-
-
-def limits(variant: Variant, capability: str) -> Limits:  # noqa: ARG001 - as TomeMatch's
-    """What the machine code may use on a GPU compiled for by default.
-
-    Registers as few as let a multiprocessor hold all the threads it can, given out by eights: the
-    kernel waits for memory. A folded token is two loads, of its size and of its numbers.
-
-    Args:
-        variant: The kernel.
-        capability: Such as ``9.0``.
-    """
-    registers = REGISTER_FILE // ARCHITECTURES[capability].threads // 8 * 8
-    return Limits(registers, spill_bytes=0, loads_in_flight=2)
 
 
 def launch(batch: Any, tokens: int, r: int) -> Launch:

@@ -149,7 +149,7 @@ def test_every_figure_of_the_page_keeps_to_the_limits(kernel_figures, page):
     assert len(page) == len(kernel_figures.SHIPPED) * len(DEFAULT_CAPABILITIES), STALE
     for variant in kernel_figures.SHIPPED:
         for capability in DEFAULT_CAPABILITIES:
-            limits = CONTRACTS[variant.op].limits(variant, capability)
+            limits = kernel_figures.limits_of(variant, capability)
             cell = page[variant.name, capability].split(" · ")
             registers, spill_bytes, loads_in_flight = map(int, cell)
             assert registers <= limits.registers
@@ -168,7 +168,7 @@ def test_registers_left_to_the_assembler_are_too_few(compiled, kernel_figures, t
     spared = replace(VARIANTS["match_197"], max_registers=None)
     found = kernel_figures.figures(compiled(spared, "8.6"), tmp_path)
     problems = " ".join(kernel_figures.problems(spared, "8.6", found))
-    assert found.registers < match_contract.limits(spared, "8.6").registers
+    assert found.registers < kernel_figures.limits_of(spared, "8.6").registers
     assert re.search(r"has \d loads in flight; expected at least 12", problems)
     assert re.search(r"has \d+ bytes spilled; expected at most 0", problems)
 
