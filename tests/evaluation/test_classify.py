@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tome_export.data.decode import Decoded
 from tome_export.errors import ExportError
-from tome_export.evaluation.classify import Classifier, best, cosine
-from tome_export.evaluation.decode import Decoded
+from tome_export.evaluation.records import Classifier, best, cosine
 
 PIXELS = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
 

@@ -171,13 +171,13 @@ def dies():
 SCRIPT = """
 import numpy as np
 import deadly_opener
+from tome_export.data.decode import Task
+from tome_export.data.source import Item
 from tome_export.errors import TomeExportError
-from tome_export.evaluation.classify import Classifier
 from tome_export.evaluation.ray_data import ray_records
-from tome_export.evaluation.records import Task
-from tome_export.evaluation.source import ArrayItem
+from tome_export.evaluation.records import Classifier
 
-task = Task(0, (ArrayItem("x", np.zeros((1, 2, 2), np.float32)),))
+task = Task(0, (Item("x", "samples", pixels=np.zeros((1, 2, 2), np.float32)),))
 classifier = Classifier(1, "y", True, "")
 try:
     list(ray_records([task], print, deadly_opener.dies, classifier, "local", 1))

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.evaluation.source import Classes
-
-SUFFIXES = (".jpg", ".png")
+from tome_export.data.labels import Classes
 
 
 def png(seed: int, size: int = 8) -> bytes:

@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tome_export.data import decode as decoding
+from tome_export.data.decode import DIED, Task, decoded_chunks, reason_of
+from tome_export.data.source import Item
 from tome_export.errors import ExportError, InputError
-from tome_export.evaluation import decode as decoding
-from tome_export.evaluation.decode import DIED, decoded_chunks, reason_of
-from tome_export.evaluation.folder import FileItem
-from tome_export.evaluation.records import Task
-from tome_export.evaluation.source import ArrayItem
 from tome_export.models.preprocess import load_images, pixels_from_bytes
 from tome_export.models.samples import sample_paths
 from tome_export.spec import Preprocessing
@@ -38,7 +36,7 @@ def decode(data, name):
 
 
 def tasks_of(paths, size=2):
-    items = [FileItem(path.name, str(path)) for path in paths]
+    items = [Item(path.name, "folder", str(path)) for path in paths]
     return [Task(n, tuple(items[i : i + size])) for n, i in enumerate(range(0, len(items), size))]
 
 
@@ -80,7 +78,13 @@ def test_an_error_of_the_decoder_itself_is_one_bad_image():
     def decode(_data, _name):
         raise MemoryError("too large")
 
-    task = Task(0, (FileItem("x", __file__), ArrayItem("y", np.ones((1, 2, 2), np.float32))))
+    task = Task(
+        0,
+        (
+            Item("x", "folder", __file__),
+            Item("y", "samples", pixels=np.ones((1, 2, 2), np.float32)),
+        ),
+    )
     (found,) = decoded_chunks([task], decode, 0)
     assert found.unreadable == ((0, "x", "MemoryError: too large"),)
     assert found.pixels.shape == (1, 1, 2, 2)
@@ -126,11 +130,10 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script.write_text(
         "import sys, time, multiprocessing\n"
         "from functools import partial\n"
-        "from tome_export.evaluation.decode import decoded_chunks\n"
-        "from tome_export.evaluation.folder import FileItem\n"
-        "from tome_export.evaluation.records import Task\n"
+        "from tome_export.data.decode import Task, decoded_chunks\n"
+        "from tome_export.data.source import Item\n"
         "if __name__ == '__main__':\n"
-        "    tasks = [Task(0, (FileItem('x', __file__),))] * 9\n"
+        "    tasks = [Task(0, (Item('x', 'folder', __file__),))] * 9\n"
         "    for _ in decoded_chunks(tasks, print, 1):\n"
         "        print(*[c.pid for c in multiprocessing.active_children()], flush=True)\n"
         "        time.sleep(600)\n"

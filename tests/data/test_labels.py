@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tome_export.data.labels import Classes, class_folders, numbered_classes
 from tome_export.errors import InputError
-from tome_export.evaluation.class_folders import class_folders
-from tome_export.evaluation.source import Classes
 
 WORDS = Classes(5, ("cat", "dog", "crane", "owl", "crane"))
 DIGITS = Classes(3, ("0", "1", "2"))
@@ -56,6 +55,9 @@ FIX = "or give every image's class with --labels"
         (list("abcdefg"), Classes(8),
          "the data has 7 class folders (a, b, c, d, e, …) for 8 outputs, and their names do not "
          f"tell which; rename them to the model's labels or to indices from 0 to 7, {FIX}"),
+        (["one", "two", "zero"], DIGITS,
+         "the data has 3 class folders (one, two, zero) for 3 outputs, and their names do not tell "
+         "which; rename them to the model's labels or to indices from 0 to 2, " + FIX),
         (["a", "b\udcff\n"], Classes(3),
          "the data has 2 class folders (a, b\\xff\\n) for 3 outputs, and their names do not tell "
          f"which; rename them to the model's labels or to indices from 0 to 2, {FIX}"),
@@ -65,3 +67,27 @@ def test_refused(folders, classes, message):
     with pytest.raises(InputError) as caught:
         class_folders(folders, classes)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "rule"),
+    [
+        (["2", "1", "0"], [2, 1, 0], "matched by name"),
+        (["0", "2"], [0, 2], "matched by name"),
+        (["zero", "one", "two"], [0, 1, 2], "matched by number"),
+        (["0", "one", "2"], [0, 1, 2], "matched by number"),
+    ],
+)
+def test_numbers_of_a_data_set_that_names_its_classes(names, expected, rule):
+    index, note = numbered_classes(names, DIGITS, "x")
+    assert index == expected
+    assert note == f"{len(names)} classes, {rule}"
+
+
+def test_numbers_that_names_contradict():
+    with pytest.raises(InputError) as caught:
+        numbered_classes(["1", "one", "0"], DIGITS, "x.parquet")
+    assert str(caught.value) == (
+        "x.parquet has the classes 1, 0 at other numbers than the model, whose labels one are not; "
+        "rename them to labels of the model"
+    )
