@@ -234,15 +234,19 @@ def artifact_of(make_artifact, **changes):
     return Artifact.open(make_artifact(**changes))
 
 
+def folder_of(artifact):
+    return folder_from_source(source_from_artifact(artifact), "small", ServeOptions())
+
+
 def config_of(artifact):
-    return folder_from_source(source_from_artifact(artifact), "small", ServeOptions()).config
+    return folder_of(artifact).config
 
 
 @pytest.mark.parametrize("instances", [1, 9])
 def test_config_of_a_router(make_artifact, instances):
     artifact = artifact_of(make_artifact)
     options = ServeOptions(version=3, instances=instances)
-    folder = router_folder(ROUTER, [route_of(artifact, "small", config_of(artifact))], options)
+    folder = router_folder(ROUTER, [route_of(artifact, folder_of(artifact))], options)
     assert {*folder.files} == {"3/model.py", "3/routes.json"}
     assert folder.config.instance_group[0].count == max(ROUTER_INSTANCES, instances)
     assert folder.config.parameters[ROUTES].string_value == "small"
@@ -259,7 +263,7 @@ def test_config_of_a_router(make_artifact, instances):
 )
 def test_r_of_a_route(make_artifact, schedule, layers, r):
     artifact = artifact_of(make_artifact, schedule=schedule, r=layers)
-    assert route_of(artifact, "small", config_of(artifact)).r == r
+    assert route_of(artifact, folder_of(artifact)).r == r
 
 
 def test_routes_are_read_back(make_artifact, tmp_path):
@@ -446,6 +450,8 @@ def test_a_model_of_its_own_name_stays_out_of_the_router(put, routed):
 def test_unreadable_routes_are_an_error(put, tmp_path):
     put(8, 4)
     (tmp_path / "models" / ROUTER / "1" / "routes.json").write_text("[]")
-    with pytest.raises(InputError, match=r"small_router/1/routes.json .*, expected an object; remove the"):
+    with pytest.raises(
+        InputError, match=r"small_router/1/routes.json .*, expected an object; remove the"
+    ):
         put(0)
     assert not (tmp_path / "models" / "small_r0").exists()

@@ -32,7 +32,6 @@ from tome_export.serve.repository import (
     write,
 )
 from tome_export.serve.routers import (
-    Route,
     has_router,
     of_one_shape,
     route_of,
@@ -131,19 +130,23 @@ class _Served:
         artifact: It.
         source: Its file that is served.
         base: What the names behind its router have in common; None if it is behind none.
-        name: Name of the model that users call.
-        folder: That model.
-        model: The one with the file: the same, or that of one batch size, which it asks.
-        version: Version of both.
+        model: The model with the file.
+        folder: The model that users call: the same, or one that fills batches up for it.
+        pipeline: The models around it, if images are given to it; last the one that takes them.
     """
 
     artifact: Artifact
     source: Source
     base: str | None
-    name: str
-    folder: ModelFolder
     model: ModelFolder
-    version: int
+    folder: ModelFolder
+    pipeline: Sequence[ModelFolder]
+
+    @property
+    def folders(self) -> list[ModelFolder]:
+        """All of it, each after those that it needs."""
+        own = [self.model] if self.model is self.folder else [self.model, self.folder]
+        return [*own, *self.pipeline]
 
 
 def serve(
@@ -176,13 +179,12 @@ def serve(
     _check_alike(artifacts)
     progress.stage("Make and check the model configs")
     served = [_served(artifact, request, repository) for artifact in artifacts]
-    groups = [_folders(one, request.options) for one in served]
-    folders = [folder for group in groups for folder in group]
+    folders = [folder for one in served for folder in one.folders]
     entry = folders[-1].name
     # One that is there already would go on routing to models that it no longer fits: refused below.
     fixed = served[0].base is not None and has_router(repository, served[0].base)
     routed = fixed or of_one_shape([one.folder.config for one in served])
-    routers = _routers(served, groups, request.options, repository) if routed else []
+    routers = _routers(served, request.options, repository) if routed else []
     folders += routers
     if len(routers) > request.options.preprocess:
         entry = routers[-1].name
@@ -196,7 +198,10 @@ def serve(
     written = write(repository, folders, force=request.force, remove=removed)
     if request.kserve is not None:
         manifest = kserve_manifest(entry, request.kserve_options, server)
-        _write_text(request.kserve, kserve_text(manifest))
+        text = kserve_text(manifest).encode()
+        if not request.kserve.is_file() or request.kserve.read_bytes() != text:
+            with writing_to(request.kserve):
+                write_whole(request.kserve, text)
     notes = {note: None for one in served for note in one.source.notes}
     notes |= {_batching(one): None for one in served if one.model is not one.folder}
     notes |= {_left(name, removed, force=request.force): None for name in stale}
@@ -251,10 +256,11 @@ def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Ser
         or is_ours(repository / f"{name}{FIXED}")
     )
     model, *_ = folders_from_source(source, name, options, asked_by_models=asked)
-    version = choose_version(repository, model, options.version)
-    options = replace(options, version=version)
+    options = replace(options, version=choose_version(repository, model, options.version))
     model, *batching = folders_from_source(source, name, options, asked_by_models=asked)
-    return _Served(artifact, source, base, name, [model, *batching][-1], model, version)
+    folder = [model, *batching][-1]
+    around = pipeline_folders(artifact, name, options, source.batch) if options.preprocess else []
+    return _Served(artifact, source, base, model, folder, around)
 
 
 def _base_and_name(
@@ -277,40 +283,21 @@ def _base_and_name(
     return name.removesuffix(end) if name.endswith(end) else None, name
 
 
-def _folders(one: _Served, options: ServeOptions) -> list[ModelFolder]:
-    """The model, and the models around it."""
-    folders = [one.folder] if one.model is one.folder else [one.model, one.folder]
-    if not options.preprocess:
-        return folders
-    options = replace(options, version=one.version)
-    return [*folders, *pipeline_folders(one.artifact, one.name, options, batch=one.source.batch)]
-
-
 def _routers(
-    served: Sequence[_Served],
-    groups: Sequence[Sequence[ModelFolder]],
-    options: ServeOptions,
-    repository: Path,
+    served: Sequence[_Served], options: ServeOptions, repository: Path
 ) -> list[ModelFolder]:
     """What chooses among the models, and among their pipelines."""
-    base = served[0].base
+    base, rows = served[0].base, list(zip(served, _measured_ms(served), strict=True))
     if base is None:
         return []
-
-    def route(one: _Served, folder: ModelFolder, ms: float | None) -> Route:
-        return route_of(one.artifact, folder.name, folder.config, ms)
-
-    latencies = _measured_ms(served)
-    models = [route(one, one.folder, ms) for one, ms in zip(served, latencies, strict=True)]
-    rows = zip(served, groups, latencies, strict=True)
-    pipelines = [route(one, group[-1], ms) for one, group, ms in rows if options.preprocess]
-    options = replace(options, version=None)
-    return router_folders(repository, base, models, pipelines, options)
+    models = [route_of(one.artifact, one.folder, ms) for one, ms in rows]
+    pipelines = [route_of(one.artifact, one.pipeline[-1], ms) for one, ms in rows if one.pipeline]
+    return router_folders(repository, base, models, pipelines, replace(options, version=None))
 
 
 def _stale(one: _Served, repository: Path) -> str:
     """Name of the model of one batch size that nobody asks any more; empty if there is none."""
-    name = f"{one.name}{FIXED}"
+    name = f"{one.folder.name}{FIXED}"
     return name if one.model is one.folder and is_ours(repository / name) else ""
 
 
@@ -325,23 +312,23 @@ def _left(name: str, removed: Sequence[str], *, force: bool) -> str:
 
 def _batching(one: _Served) -> str:
     """How a model of one batch size is called."""
-    batch = one.source.batch.max
+    batch, model, name = one.source.batch.max, one.model.name, one.folder.name
     if batch == 1:
         return (
-            f"{one.model.name} takes one image at a time; {one.name} hands them on to it for "
-            "pipelines, routers and cascades, which can ask only models that the server batches"
+            f"{model} takes one image at a time; {name} hands them on to it for pipelines, routers "
+            "and cascades, which can ask only models that the server batches"
         )
     return (
-        f"{one.model.name} takes batches of exactly {batch}; {one.name} takes 1 to {batch} images "
-        "of any number of requests and fills them up for it"
+        f"{model} takes batches of exactly {batch}; {name} takes 1 to {batch} images of any number "
+        "of requests and fills them up for it"
     )
 
 
 def _unrouted(served: Sequence[_Served]) -> str:
     """Why there is no router, which would have to promise one shape."""
     outputs = "; ".join(
-        f"{one.name} {' '.join(str(list(output.dims)) for output in one.folder.config.output)}"
-        for one in served
+        f"{folder.name} {' '.join(str(list(output.dims)) for output in folder.config.output)}"
+        for folder in (one.folder for one in served)
     )
     return f"No router: the shape of the output depends on r ({outputs}); ask each by its name"
 
@@ -385,22 +372,19 @@ def _check_alike(artifacts: Sequence[Artifact]) -> None:
 
 def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder]) -> None:
     names = [folder.name for folder in folders]
-    for name in names:
-        check_name(name)
-        if names.count(name) > 1:
-            raise InputError(f"two models would be called {name}; give another --name")
-    actual = {one.model.name: _actual_tensors(one) for one in served}
+    holding = {one.model.name: one for one in served}
     for folder in folders:
-        inputs, outputs = actual.get(folder.name, (None, None))
-        validate(folder, inputs, outputs)
-
-
-def _actual_tensors(one: _Served) -> tuple[Sequence[TensorInfo], Sequence[TensorInfo]]:
-    """What the file takes and gives; an engine can only be asked on its GPU, at its build."""
-    if one.source.platform == "onnxruntime_onnx":
-        return tensors_of_onnx(one.source.files["model.onnx"])
-    engine = one.artifact.manifest.engines[TENSORRT]
-    return engine.inputs, engine.outputs
+        check_name(folder.name)
+        if names.count(folder.name) > 1:
+            raise InputError(f"two models would be called {folder.name}; give another --name")
+        one = holding.get(folder.name)
+        if one is None:
+            validate(folder)
+        elif one.source.platform == "onnxruntime_onnx":
+            validate(folder, *tensors_of_onnx(one.source.files["model.onnx"]))
+        else:  # an engine can only be asked on its GPU, at its build
+            engine = one.artifact.manifest.engines[TENSORRT]
+            validate(folder, engine.inputs, engine.outputs)
 
 
 def _check_kserve(path: Path | None) -> None:
@@ -421,9 +405,3 @@ def _check_kserve(path: Path | None) -> None:
         raise InputError(
             f"cannot write {path}: {error.strerror}; give another file for the KServe manifest"
         ) from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_bytes() != text.encode():
-        with writing_to(path):
-            write_whole(path, text.encode())

@@ -165,12 +165,12 @@ def router_folder(
     return python_folder(config, "router", ROUTES_FILE, content, options)
 
 
-def route_of(artifact: Artifact, model: str, config: ModelConfig, ms: float | None = None) -> Route:
-    """The route to an artifact that is served under a name."""
+def route_of(artifact: Artifact, folder: ModelFolder, ms: float | None = None) -> Route:
+    """The route to a model that serves an artifact."""
     merge = artifact.manifest.merge
     asked = re.match(r"r=(\d+)", merge.schedule)
     mean = sum(merge.r) / len(merge.r) if merge.r else 0
-    return Route(model, int(asked[1]) if asked else mean, ms, config)
+    return Route(folder.name, int(asked[1]) if asked else mean, ms, folder.config)
 
 
 def _check_routes(routes: Sequence[Route]) -> None:
