@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from tome_export.errors import InputError
 from tome_export.merge import spec
@@ -113,26 +113,23 @@ class KernelStore:
             What was written.
         """
         folder.mkdir()
-        written = [folder / INDEX]
-        entries = []
+        files, entries = {}, []
         for kernel in self.kernels.values():
-            binaries = []
+            records = []
             for binary in kernel.binaries:
-                name = f"{kernel.variant.name}.{binary.target}.ptx"
-                (folder / name).write_text(binary.ptx)
-                written.append(folder / name)
-                record = asdict(binary)
-                del record["ptx"]
-                binaries.append({"file": name, **record})
-            entries.append({**_plain(kernel.variant), "binaries": binaries})
-        index = {
-            "format": FORMAT,
-            "operators": spec.VERSION,
-            "compiler": compiler,
-            "kernels": entries,
-        }
-        written[0].write_text(json.dumps(index, indent=2) + "\n")
-        return written
+                file = f"{kernel.variant.name}.{binary.target}.ptx"
+                fields = asdict(binary)
+                files[file] = fields.pop("ptx")
+                records.append(_Record(file=file, **fields))
+            variant = {**vars(kernel.variant), "constants": dict(kernel.variant.constants)}
+            entries.append(_Entry(**variant, binaries=tuple(records)))
+        index = _Index(
+            format=FORMAT, operators=spec.VERSION, compiler=compiler, kernels=tuple(entries)
+        )
+        files = {INDEX: index.model_dump_json(indent=2) + "\n", **files}
+        for file, content in files.items():
+            (folder / file).write_text(content)
+        return [folder / file for file in files]
 
     @classmethod
     def read(cls, folder: Path) -> KernelStore:
@@ -143,50 +140,77 @@ class KernelStore:
         """
         path = folder / INDEX
         try:
-            index = json.loads(path.read_text())
-            if index["format"] != FORMAT or index["operators"] != spec.VERSION:
+            index = _Index.model_validate_json(path.read_bytes())
+            if (index.format, index.operators) != (FORMAT, spec.VERSION):
                 raise InputError(
-                    f"{path} has format {index['format']} for operators version "
-                    f"{index['operators']}; this version reads {FORMAT} and {spec.VERSION}: "
-                    "rebuild the artifact"
+                    f"{path} has format {index.format} for operators version {index.operators}; "
+                    f"this version reads {FORMAT} and {spec.VERSION}: rebuild the artifact"
                 )
-            return cls([_kernel(entry, folder) for entry in index["kernels"]])
+            return cls([entry.kernel(folder) for entry in index.kernels])
         except OSError as error:
             raise InputError(
                 f"cannot read {error.filename or path} ({error.strerror}): rebuild the artifact or "
                 "copy it whole"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise InputError(
-                f"{path} is not an index of kernels ({type(error).__name__}: {error}); rebuild the "
-                "artifact or copy it again"
+                f"{path} is not an index of kernels ({_reason(error)}); rebuild the artifact or "
+                "copy it again"
             ) from error
 
 
-def _plain(variant: Variant) -> dict[str, Any]:
-    return {**asdict(replace(variant, constants={})), "constants": dict(variant.constants)}
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-def _kernel(entry: Mapping[str, Any], folder: Path) -> Kernel:
-    variant = Variant(**{key: value for key, value in entry.items() if key != "binaries"})
-    if not (isinstance(variant.name, str) and isinstance(variant.constants, dict)):
-        raise TypeError("a kernel has no name or no constants")
-    return Kernel(variant, tuple(_binary(record, folder) for record in entry["binaries"]))
+class _Record(_Part):
+    """A binary in the index: its code is in a file of its own."""
+
+    file: str
+    compute_capability: str
+    target: str
+    entry: str
+    threads: NonNegativeInt
+    shared_bytes: NonNegativeInt
+
+    def binary(self, folder: Path) -> Binary:
+        ptx = (folder / Path(self.file).name).read_text()
+        if f".entry {self.entry}(" not in ptx or f".target {self.target}\n" not in ptx:
+            raise ValueError(f"{self.file} is not the kernel that its record describes")
+        parse_capability(self.compute_capability)
+        return Binary(**self.model_dump(exclude={"file"}), ptx=ptx)
 
 
-def _binary(record: Mapping[str, Any], folder: Path) -> Binary:
-    fields = {key: value for key, value in record.items() if key != "file"}
-    binary = Binary(**fields, ptx=(folder / Path(record["file"]).name).read_text())
-    numbers = (binary.threads, binary.shared_bytes)
-    if not (
-        isinstance(binary.compute_capability, str)
-        and all(type(number) is int and number >= 0 for number in numbers)
-        and f".entry {binary.entry}(" in binary.ptx
-        and f".target {binary.target}\n" in binary.ptx
-    ):
-        raise ValueError(f"{record['file']} is not the kernel that its record describes")
-    parse_capability(binary.compute_capability)
-    return binary
+class _Entry(_Part):
+    """A kernel in the index."""
+
+    name: str
+    op: str
+    dtype: str
+    constants: dict[str, int | str]
+    num_warps: int
+    max_registers: int | None
+    binaries: tuple[_Record, ...]
+
+    def kernel(self, folder: Path) -> Kernel:
+        variant = Variant(**self.model_dump(exclude={"binaries"}))
+        return Kernel(variant, tuple(record.binary(folder) for record in self.binaries))
+
+
+class _Index(_Part):
+    """The file ``kernels.json``."""
+
+    format: int
+    operators: int
+    compiler: str
+    kernels: tuple[_Entry, ...]
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
 
 
 def parse_capability(text: str) -> tuple[int, int]:
