@@ -64,7 +64,7 @@ def _details(model: dict[str, Any]) -> list[str]:
         ("Model", model["description"]),
         ("Family", model["family"]),
         ("timm name", model["timm_name"] or "none"),
-        ("Input", f"{_input(model)}, mean {used['mean']}, std {used['std']}"),
+        ("Input", f"{_input(model)}, mean {list(used['mean'])}, std {list(used['std'])}"),
         ("Resize", f"{used['interpolation']}, crop {used['crop_pct']:g}"),
         ("Output", model["output"]),
         ("Tokens", f"{model['tokens']}, {model['prefix']} of them prefix tokens"),

@@ -143,7 +143,7 @@ def _preprocessing(model: Any, input_size: tuple[int, int, int]) -> Preprocessin
         return preprocessing_of(input_size[1:], getattr(model, "preprocess_cfg", None) or {})
     config = _hf_config(model)
     if config is not None:
-        from tome_export.models.hf_recipes import norm_of
+        from tome_export.models.hf import norm_of
 
         mean, std = norm_of(config.model_type)
         given = {"mean": mean, "std": std, "crop_pct": 1.0}
@@ -154,7 +154,7 @@ def _preprocessing(model: Any, input_size: tuple[int, int, int]) -> Preprocessin
         values = given.get(key) or ()
         if (len(values), input_size[0]) not in ((input_size[0], input_size[0]), (0, 3)):
             given[key] = (0.5,) * input_size[0]
-    from tome_export.models.timm_names import preprocessing_from_cfg
+    from tome_export.models.timm_models import preprocessing_from_cfg
 
     return preprocessing_from_cfg({**given, "input_size": input_size})
 
@@ -170,9 +170,9 @@ def _labels(model: Any) -> tuple[str, ...] | None:
     config = _hf_config(model)
     if config is None:
         return None
-    from tome_export.models.hf_config import HfConfig
+    from tome_export.models.hf import labels_of
 
-    return HfConfig(type(model).__name__, config.to_dict(), config.model_type).labels
+    return labels_of(type(model).__name__, config)
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Reaching pretrained weights: from the cache, or the hub if it answers, within a bound."""
+"""Reaching weights and checkpoints: in the cache, or on the hub if it answers within a bound."""
 
 from __future__ import annotations
 
@@ -8,120 +8,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
+from tome_export.weights.files import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from tome_export.models.recipe import Recipe
 
 ANSWER_S = 10.0
 """Seconds the hub has to answer, name lookup included."""
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONFIGS = ("config.json", "preprocessor_config.json")
+_WEIGHTS = {
+    "model.safetensors": (),
+    "model.safetensors.index.json": ("model-*.safetensors",),
+    "pytorch_model.bin": (),
+    "pytorch_model.bin.index.json": ("pytorch_model-*.bin",),
+}
+"""Weights by preference: a file, and the shards of an index."""
 
 
-def pretrained_overlay(recipe: Recipe) -> dict[str, str] | None:
-    """What to tell timm so that it finds the weights; asks the hub once if they are not cached.
-
-    timm and huggingface_hub retry for most of a minute where there is no network, so one request
-    is made first, in a thread that can be left behind when even the name lookup hangs.
-
-    Args:
-        recipe: A recipe of timm's.
-
-    Returns:
-        ``{"file": path}`` where the cache has them, so that no network is touched; else None.
-
-    Raises:
-        InputError: if the hub does not answer within ``ANSWER_S``, or has no such weights.
-    """
-    cached = recorded_file(recipe)
-    if cached is not None:
-        return {"file": str(cached)}
-    cfg = _cfg(recipe)
-    if cfg is None or not cfg.has_weights:
-        raise InputError(
-            f"timm has no pretrained weights for {recipe.name}; give a .safetensors or .pth "
-            "file with --weights PATH, or try the toolchain with --weights random"
-        )
-    if cfg.hf_hub_id:
-        ask(recipe, "the hub", lambda: _ask_hub(cfg))
-    elif cfg.url:
-        ask(recipe, str(cfg.url), lambda: ask_url(str(cfg.url)))
-    return None
-
-
-def recorded_file(recipe: Recipe) -> Path | None:
-    """The recipe's weights file in the hub's cache on this machine, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cfg = _cfg(recipe)
-    if cfg is None or not cfg.hf_hub_id:
-        return None
-    repository, _, revision = str(cfg.hf_hub_id).partition("@")
-    for name in _names(cfg):
-        found = try_to_load_from_cache(repository, name, revision=revision or None)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def _cfg(recipe: Recipe) -> Any:
-    from timm import get_pretrained_cfg
-
-    return get_pretrained_cfg(recipe.timm_name)
-
-
-def _names(cfg: Any) -> tuple[str, ...]:
-    return (str(cfg.hf_hub_filename),) if cfg.hf_hub_filename else _FILES
-
-
-def _ask_hub(cfg: Any) -> None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-
-    repository, _, revision = str(cfg.hf_hub_id).partition("@")
-    # Any file of the repository will do: what is asked is whether it can be reached.
-    url = hf_hub_url(repository, _names(cfg)[0], revision=revision or None)
-    try:
-        get_hf_file_metadata(url, timeout=ANSWER_S)
-    except EntryNotFoundError:
-        return
-
-
-def ask_url(url: str) -> None:
-    """Ask for the head of a file; raises what urllib raises if it is not there."""
-    request = urllib.request.Request(url, method="HEAD")  # noqa: S310 (https, from a library)
-    with urllib.request.urlopen(request, timeout=ANSWER_S):  # noqa: S310
-        return
-
-
-def ask(recipe: Recipe, where: str, question: Callable[[], None]) -> None:
-    """Put one question to the network, in a thread that is left behind if it does not return.
-
-    Args:
-        recipe: Whose weights are wanted.
-        where: Who is asked, for the message.
-        question: Returns if the weights are there, and raises if they cannot be had.
-
-    Raises:
-        InputError: if it raises, or does not return within ``ANSWER_S`` and 2 seconds.
-    """
-    reason = answer(question)
-    if not reason:
-        return
-    raise InputError(
-        f"pretrained weights of {recipe.name} cannot be had from {where} ({reason}); give a "
-        ".safetensors or .pth file downloaded elsewhere with --weights PATH, or try the toolchain "
-        "with --weights random"
-    )
-
-
-def answer(question: Callable[[], None]) -> str:
+def answer(question: Callable[[], object]) -> str:
     """Why a question to the network failed, in one line; empty if it did not.
 
+    The libraries retry for most of a minute where there is no network, so one request is made
+    first, in a thread that can be left behind when even the name lookup hangs.
+
     Args:
-        question: Raises if it fails; run in a thread that is left behind if it does not return.
+        question: Raises if it fails.
     """
     failure: list[BaseException] = []
 
@@ -136,7 +50,187 @@ def answer(question: Callable[[], None]) -> str:
     thread.join(ANSWER_S + 2)
     if thread.is_alive():
         return f"no answer in {ANSWER_S:.0f} s"
-    if not failure:
-        return ""
-    text = str(failure[0]).strip()
-    return text.splitlines()[0] if text else type(failure[0]).__name__
+    return first_line(failure[0]) if failure else ""
+
+
+def ask(recipe: Recipe, where: str, question: Callable[[], object]) -> None:
+    """Ask the network for a recipe's weights.
+
+    Args:
+        recipe: Whose weights are wanted.
+        where: Who is asked, for the message.
+        question: Returns if the weights are there, and raises if they cannot be had.
+
+    Raises:
+        InputError: if it raises, or does not return within ``ANSWER_S`` and 2 seconds.
+    """
+    if reason := answer(question):
+        raise InputError(
+            f"pretrained weights of {recipe.name} cannot be had from {where} ({reason}); give a "
+            ".safetensors or .pth file downloaded elsewhere with --weights PATH, or try the "
+            "toolchain with --weights random"
+        )
+
+
+def ask_url(url: str) -> None:
+    """Ask for the head of a file; raises what urllib raises if it is not there."""
+    request = urllib.request.Request(url, method="HEAD")  # noqa: S310 (https, from a library)
+    with urllib.request.urlopen(request, timeout=ANSWER_S):  # noqa: S310
+        return
+
+
+def ask_hub(repository: str, name: str) -> None:
+    """Ask whether a repository of the hub can be reached; raises what its client raises if not.
+
+    Args:
+        repository: Its name, with ``@revision`` behind it or without.
+        name: Any file; whether it is there does not matter.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, _, revision = repository.partition("@")
+    try:
+        url = hf_hub_url(repository, name, revision=revision or None)
+        get_hf_file_metadata(url, timeout=ANSWER_S)
+    except EntryNotFoundError:
+        return
+
+
+def cached_file(repository: str, names: Iterable[str]) -> Path | None:
+    """The first of some files of a repository in the hub's cache on this machine.
+
+    Args:
+        repository: Its name, with ``@revision`` behind it or without.
+        names: Files, the preferred one first.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = repository.partition("@")
+    found = (try_to_load_from_cache(repository, n, revision=revision or None) for n in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def pretrained_overlay(recipe: Recipe) -> dict[str, str] | None:
+    """What to tell timm so that it finds the weights; asks the hub once if they are not cached.
+
+    Args:
+        recipe: A recipe of timm's.
+
+    Returns:
+        ``{"file": path}`` where the cache has them, so that no network is touched; else None.
+
+    Raises:
+        InputError: if the hub does not answer within ``ANSWER_S``, or has no such weights.
+    """
+    if (path := recorded_file(recipe)) is not None:
+        return {"file": str(path)}
+    cfg = _cfg(recipe)
+    if cfg is None or not cfg.has_weights:
+        raise InputError(
+            f"timm has no pretrained weights for {recipe.name}; give a .safetensors or .pth "
+            "file with --weights PATH, or try the toolchain with --weights random"
+        )
+    if cfg.hf_hub_id:
+        ask(recipe, "the hub", lambda: ask_hub(str(cfg.hf_hub_id), _names(cfg)[0]))
+    elif cfg.url:
+        ask(recipe, str(cfg.url), lambda: ask_url(str(cfg.url)))
+    return None
+
+
+def recorded_file(recipe: Recipe) -> Path | None:
+    """The weights file of a recipe of timm's in the hub's cache, if it is there."""
+    cfg = _cfg(recipe)
+    if cfg is None or not cfg.hf_hub_id:
+        return None
+    return cached_file(str(cfg.hf_hub_id), _names(cfg))
+
+
+def _cfg(recipe: Recipe) -> Any:
+    from timm import get_pretrained_cfg
+
+    return get_pretrained_cfg(recipe.timm_name)
+
+
+def _names(cfg: Any) -> tuple[str, ...]:
+    named = cfg.hf_hub_filename
+    return (str(named),) if named else ("model.safetensors", "pytorch_model.bin")
+
+
+def described(name: str) -> Path:
+    """A folder with the ``config.json`` of a Transformers checkpoint.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise InputError(f"{name} is a file; expected a checkpoint folder or a name on the hub")
+    parts = name.split("/")
+    if name.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts):
+        raise InputError(
+            f"folder {name} does not exist; expected a checkpoint folder or a name on the hub"
+        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise InputError(
+            f"{name!r} is neither a folder here nor a name that the hub allows; expected "
+            "hf:<folder> or hf:<owner>/<name>"
+        ) from None
+    cached = cached_file(name, _CONFIGS[:1])
+    return cached.parent if cached else _download(name, _CONFIGS)
+
+
+def snapshot(name: str) -> Path:
+    """A folder with configuration and weights of a Transformers checkpoint.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    folder = described(name)
+    if Path(name).expanduser().is_dir() or any((folder / file).is_file() for file in _WEIGHTS):
+        return folder
+    from huggingface_hub import list_repo_files
+
+    there: list[str] = []
+    _ask(name, lambda: there.extend(list_repo_files(name)))
+    for file, shards in _WEIGHTS.items():
+        if file in there:
+            return _download(name, (*_CONFIGS, file, *shards))
+    raise InputError(
+        f"{name} on the hub has no weights of PyTorch; expected one of {', '.join(_WEIGHTS)}"
+    )
+
+
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    _ask(name, lambda: ask_hub(name, _CONFIGS[0]))
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    # What happens to a download half-way comes as many classes, with the cause in the message.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _refused(name, first_line(error)) from None
+
+
+def _ask(name: str, question: Callable[[], object]) -> None:
+    if reason := answer(question):
+        raise _refused(name, reason)
+
+
+def _refused(name: str, reason: str) -> InputError:
+    return InputError(
+        f"{name} is no folder here, and cannot be had from the hub ({reason}); give the folder of "
+        "a checkpoint downloaded elsewhere: hf:<folder>"
+    )

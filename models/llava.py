@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tome_export.models.hf_loader import library
+from tome_export.models.hf_checkpoint import library
 from tome_export.spec import SelectFeature
 
 

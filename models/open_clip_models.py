@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.file_loader import FileLoader, filled
-from tome_export.models.hub import ANSWER_S, ask, ask_url
-from tome_export.models.recipe import RULE, LoadedModel, Recipe, recommended_r
+from tome_export.models.hub import ask, ask_hub, ask_url, cached_file
+from tome_export.models.loading import FileLoader, filled
+from tome_export.models.recipe import CLIP_NORM, RULE, Geometry, LoadedModel, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
-from tome_export.weights.files import read_state
+from tome_export.weights.files import first_line, read_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,11 +71,13 @@ class OpenClipLoader(FileLoader):
                 "the toolchain with --weights random"
             )
         cfg: Any = open_clip.get_pretrained_cfg(self.arch, self.weights)
-        cached = _cached(cfg)
-        if cached is not None:
-            return cached
         if cfg.get("hf_hub"):
-            ask(recipe, "the hub", lambda: _ask_hub(str(cfg["hf_hub"])))
+            # ``organisation/model/`` or ``organisation/model/file``.
+            repository, _, name = str(cfg["hf_hub"]).rpartition("/")
+            names = (name,) if name else _FILES
+            if (cached := cached_file(repository, names)) is not None:
+                return cached
+            ask(recipe, "the hub", lambda: ask_hub(repository, names[0]))
         else:
             ask(recipe, str(cfg["url"]), lambda: ask_url(str(cfg["url"])))
         try:
@@ -84,36 +86,9 @@ class OpenClipLoader(FileLoader):
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"pretrained weights of {recipe.name} could not be loaded "
-                f"({str(error).partition(chr(10))[0]}); give a downloaded file with --weights "
-                "PATH, or try the toolchain with --weights random"
+                f"({first_line(error)}); give a downloaded file with --weights PATH, or try the "
+                "toolchain with --weights random"
             ) from None
-
-
-def _repository(hub: str) -> tuple[str, tuple[str, ...]]:
-    """Open_clip writes ``organisation/model/`` or ``organisation/model/file``."""
-    repository, _, name = hub.rpartition("/")
-    return repository, (name,) if name else _FILES
-
-
-def _cached(cfg: Any) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    if not cfg.get("hf_hub"):
-        return None
-    repository, names = _repository(str(cfg["hf_hub"]))
-    found = (try_to_load_from_cache(repository, name) for name in names)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
-
-
-def _ask_hub(hub: str) -> None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-
-    repository, names = _repository(hub)
-    try:
-        get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=ANSWER_S)
-    except EntryNotFoundError:
-        return
 
 
 def _tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,3 +192,69 @@ def preprocessing_of(image_size: Any, cfg: dict[str, Any]) -> Preprocessing:
         crop_pct=1.0,
         interpolation=cast(Interpolation, interpolation),
     )
+
+
+def _named(
+    name: str, arch: str, tag: str, hub: str, *, width: int, depth: int, patch: int, features: int
+) -> Recipe:
+    tokens = (224 // patch) ** 2 + 1
+    return Recipe(
+        name=name,
+        family="open_clip_vit",
+        preprocessing=Preprocessing((3, 224, 224), *CLIP_NORM, 1.0, "bicubic"),
+        recommended_r=recommended_r(tokens, depth),
+        r_source=RULE,
+        output_name="features",
+        description=f"OpenCLIP {arch}, {tag}; image features not of unit length",
+        weights_source=hub,
+        licence="not stated by open_clip",
+        loader=OpenClipLoader(arch, tag),
+        geometry=Geometry(width, depth, 4 * width, patch, head_macs=width * features),
+    )
+
+
+_LAION, _DATACOMP = "laion/CLIP-{}-laion2B-{}/", "laion/CLIP-{}-DataComp.XL-s13B-b90K/"
+
+OPEN_CLIP = (
+    _named(
+        "openclip_b32",
+        "ViT-B-32",
+        "laion2b_s34b_b79k",
+        _LAION.format("ViT-B-32", "s34B-b79K"),
+        width=768,
+        depth=12,
+        patch=32,
+        features=512,
+    ),
+    _named(
+        "openclip_b16",
+        "ViT-B-16",
+        "datacomp_xl_s13b_b90k",
+        _DATACOMP.format("ViT-B-16"),
+        width=768,
+        depth=12,
+        patch=16,
+        features=512,
+    ),
+    _named(
+        "openclip_l14",
+        "ViT-L-14",
+        "datacomp_xl_s13b_b90k",
+        _DATACOMP.format("ViT-L-14"),
+        width=1024,
+        depth=24,
+        patch=14,
+        features=768,
+    ),
+    _named(
+        "openclip_h14",
+        "ViT-H-14",
+        "laion2b_s32b_b79k",
+        _LAION.format("ViT-H-14", "s32B-b79K"),
+        width=1280,
+        depth=32,
+        patch=14,
+        features=1024,
+    ),
+)
+"""Recipes with a name."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tome_export.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -17,6 +19,14 @@ OutputName = Literal["logits", "features", "video_features"]
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
 
 DATA = Path(__file__).parent / "data"
+
+Norm = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation per channel."""
+
+IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_NORM: Norm = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""That of CLIP's training images (arXiv 2103.00020's code)."""
 
 TOKENS_FACTOR = 0.8
 """See ``recommended_r``."""
@@ -150,9 +160,12 @@ class Recipe:
         Raises:
             InputError: if the weights cannot be had or do not fit.
         """
-        from tome_export.models.weights import load
+        from tome_export.models.timm_models import load_model
 
-        return load(self, weights, seed, depth)
+        if depth is not None and depth < 1:
+            raise InputError(f"depth is {depth}; expected 1 or more blocks")
+        make = load_model if self.loader is None else self.loader.load
+        return make(self, weights, seed, depth)
 
     def label_names(self, classes: int) -> tuple[str, ...] | None:
         """Names of the classes; None where they are not known, as for a fine-tuned head.

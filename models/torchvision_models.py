@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.errors import InputError
-from tome_export.models.file_loader import FileLoader, filled
 from tome_export.models.hub import ask, ask_url
-from tome_export.models.recipe import RULE, LoadedModel, Recipe, recommended_r
+from tome_export.models.loading import FileLoader, filled
+from tome_export.models.recipe import (
+    IMAGENET_NORM,
+    RULE,
+    Geometry,
+    LoadedModel,
+    Recipe,
+    recommended_r,
+)
 from tome_export.spec import Interpolation, Preprocessing
-from tome_export.weights.files import read_state
+from tome_export.weights.files import first_line, read_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,8 +83,8 @@ class TorchvisionLoader(FileLoader):
             except (OSError, RuntimeError) as error:
                 raise InputError(
                     f"pretrained weights of {recipe.name} could not be loaded "
-                    f"({str(error).partition(chr(10))[0]}); give a downloaded .pth file with "
-                    "--weights PATH, or try the toolchain with --weights random"
+                    f"({first_line(error)}); give a downloaded .pth file with --weights PATH, or "
+                    "try the toolchain with --weights random"
                 ) from None
         return path
 
@@ -163,3 +170,52 @@ def preprocessing_of(transforms: Any) -> Preprocessing:
         crop_pct=side / resized,
         interpolation=cast(Interpolation, transforms.interpolation.value),
     )
+
+
+_WIDTH_DEPTH = {"b": (768, 12), "l": (1024, 24), "h": (1280, 32)}
+
+
+def _named(
+    name: str,
+    arch: str,
+    tag: str,
+    file: str,
+    *,
+    size: int = 224,
+    resize: int | None = None,
+    swag_r: int | None = None,
+) -> Recipe:
+    _, letter, pixels = arch.split("_")
+    width, depth = _WIDTH_DEPTH[letter]
+    patch, resize = int(pixels), resize or size
+    tokens = (size // patch) ** 2 + 1
+    swag = swag_r is not None
+    what = "SWAG, fine-tuned on ImageNet-1k" if swag else "torchvision's weights, ImageNet-1k"
+    return Recipe(
+        name=name,
+        family="torchvision_vit",
+        preprocessing=Preprocessing(
+            (3, size, size), *IMAGENET_NORM, size / resize, "bicubic" if swag else "bilinear"
+        ),
+        recommended_r=swag_r if swag_r is not None else recommended_r(tokens, depth),
+        r_source=f"ToMe README, SWAG ViT-{letter.upper()} @ {size}" if swag else RULE,
+        description=f"ViT-{letter.upper()}/{patch} at {size} pixels, {what}",
+        weights_source=f"https://download.pytorch.org/models/{file}",
+        licence=SWAG_LICENCE if swag else UNSTATED,
+        label_set="imagenet-1k",
+        loader=TorchvisionLoader(arch, tag),
+        geometry=Geometry(width, depth, 4 * width, patch, head_macs=1000 * width),
+    )
+
+
+_PLAIN, _SWAG = "IMAGENET1K_V1", "IMAGENET1K_SWAG_E2E_V1"
+
+TORCHVISION = (
+    _named("torchvision_b16", "vit_b_16", _PLAIN, "vit_b_16-c867db91.pth", resize=256),
+    _named("torchvision_b32", "vit_b_32", _PLAIN, "vit_b_32-d86f8d99.pth", resize=256),
+    _named("torchvision_l16", "vit_l_16", _PLAIN, "vit_l_16-852ce7e3.pth", resize=242),
+    _named("swag_b16_384", "vit_b_16", _SWAG, "vit_b_16_swag-9ac1b537.pth", size=384, swag_r=45),
+    _named("swag_l16_512", "vit_l_16", _SWAG, "vit_l_16_swag-4f3808c9.pth", size=512, swag_r=40),
+    _named("swag_h14_518", "vit_h_14", _SWAG, "vit_h_14_swag-80465313.pth", size=518, swag_r=40),
+)
+"""Recipes with a name, SWAG's among them."""

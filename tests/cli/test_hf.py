@@ -75,11 +75,11 @@ BAD = {
     ),
     "shallow": (
         lambda m: spoil(m, num_hidden_layers=2),
-        "weights of m do not fit its config.json: 16 unexpected (encoder.layers.2.",
+        "weights of m do not fit its config.json: keys 16 unexpected (encoder.layers.2.",
     ),
     "deep": (
         lambda m: spoil(m, num_hidden_layers=4),
-        "weights of m do not fit its config.json: 16 missing (encoder.layers.3.",
+        "weights of m do not fit its config.json: keys 16 missing (encoder.layers.3.",
     ),
     "corrupt": (
         lambda m: (m / "model.safetensors").write_bytes(b"\x10" * 100),

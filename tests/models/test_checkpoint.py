@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tome_export.errors import InputError
-from tome_export.models import RECIPES, hub, weights
+from tome_export.models import RECIPES, hub, timm_models
 from tome_export.weights.files import stored_dtype
 
 TI = RECIPES["deit_ti16"]
@@ -99,7 +99,7 @@ def test_pretrained_weights_in_half_precision_are_known(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     state = TI.load("random").module.state_dict()
     save_file({name: value.half() for name, value in state.items()}, path)
-    for module in (hub, weights):
+    for module in (hub, timm_models):
         monkeypatch.setattr(module, "recorded_file", lambda _: path)
     loaded = TI.load()
     assert (loaded.weights.kind, loaded.weights.stored_dtype) == ("pretrained", "float16")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
 from hf_models import MODELS, make
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
-from tome_export.models.hf_config import hf_config
-from tome_export.models.hf_loader import canonical
-from tome_export.models.hf_preprocess import SQUASHES, preprocessing_of
+from tome_export.models.hf_checkpoint import NO_NORM, NO_PROCESSOR, SQUASHES, preprocessing_of
 from tome_export.spec import Preprocessing
 
 transformers = pytest.importorskip("transformers")
@@ -140,33 +137,62 @@ def test_the_stored_type_is_known(tmp_path, dtype):
 DEFAULTS = Preprocessing((3, 224, 224), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
 
 
+CLIP = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+
+
+def preprocessing(folder, values, kind="clip_vision_model"):
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return preprocessing_of(folder, kind, DEFAULTS, "m")
+
+
 @pytest.mark.parametrize(
     ("values", "size", "crop_pct", "interpolation", "remark"),
     [
-        ({"size": 224, "crop_size": 224}, 224, 1.0, "bicubic", ""),
+        ({**CLIP, "size": 224, "crop_size": 224}, 224, 1.0, "bicubic", ""),
         (
-            {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+            {**CLIP, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
             224,
             0.875,
             "bicubic",
             "",
         ),
-        ({"size": {"height": 224, "width": 224}, "resample": 2}, 224, 1.0, "bilinear", SQUASHES),
         (
-            {},
+            {
+                **CLIP,
+                "size": {"height": 224, "width": 224},
+                "resample": 2,
+                "do_center_crop": False,
+            },
             224,
             1.0,
-            "bicubic",
-            "without preprocessor_config.json, preprocessing is its family's",
+            "bilinear",
+            SQUASHES,
         ),
+        ({"size": 224, "crop_size": 224}, 224, 1.0, "bicubic", NO_NORM),
+        (CLIP, 224, 1.0, "bicubic", ""),
     ],
 )
-def test_preprocessing(values, size, crop_pct, interpolation, remark):
-    found, said = preprocessing_of(values, DEFAULTS, "m")
+def test_preprocessing(tmp_path, values, size, crop_pct, interpolation, remark):
+    found, said = preprocessing(tmp_path, values)
     assert found.input_size == (3, size, size)
     assert found.crop_pct == crop_pct
     assert found.interpolation == interpolation
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.5 if said == NO_NORM else 0.25,) * 3)
     assert said == remark
+
+
+def test_without_an_image_processor_it_is_the_familys(tmp_path):
+    assert preprocessing_of(tmp_path, "vit", DEFAULTS, "m") == (DEFAULTS, NO_PROCESSOR)
+
+
+def test_a_dinov2_that_names_no_mean_has_imagenets(tmp_path):
+    """The library's class for it has CLIP's, which no DINOv2 was trained with."""
+    saved(tmp_path, "DINOv2")
+    text = json.dumps({"size": {"shortest_edge": 36}, "crop_size": 32})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    recipe = resolve(f"hf:{tmp_path}")
+    assert recipe.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert recipe.description.endswith(NO_NORM)
 
 
 @pytest.mark.parametrize(
@@ -178,34 +204,32 @@ def test_preprocessing(values, size, crop_pct, interpolation, remark):
         ({"size": 16, "crop_size": 32}, "a cut of 32 x 32 out of images of 16"),
         ({"do_resize": False}, "images that are not resized"),
         ({"size": {"longest_edge": 3}}, "size {'longest_edge': 3}"),
-        ({"size": {"shortest_edge": 224}}, "images that keep their shape"),
+        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "images that keep their shape"),
     ],
 )
-def test_preprocessing_that_is_refused(values, what):
+def test_preprocessing_that_is_refused(tmp_path, values, what):
     with pytest.raises(InputError) as refused:
-        preprocessing_of(values, DEFAULTS, "m")
+        preprocessing(tmp_path, values)
     assert str(refused.value) == (
         f"preprocessor_config.json of m asks for {what}, which is not supported; expected a resize "
         "to a fixed size, a centre crop, scaling to [0, 1] and normalisation"
     )
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (
-            "vit.encoder.layer.0.attention.attention.query.weight",
-            "layers.0.attention.q_proj.weight",
-        ),
-        ("encoder.layer.3.attention.output.dense.bias", "layers.3.attention.o_proj.bias"),
-        ("encoder.layer.3.output.dense.bias", "layers.3.mlp.fc2.bias"),
-        ("deit.encoder.layer.3.intermediate.dense.bias", "layers.3.mlp.fc1.bias"),
-        ("vision_model.encoder.layers.0.mlp.fc1.weight", "encoder.layers.0.mlp.fc1.weight"),
-    ],
-)
-def test_names_of_both_versions_are_one(old, new):
-    assert canonical(old) == new
-    assert canonical(new) == new
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_layouts_of_all_versions_are_one(tmp_path, kind):
+    """As the hub has it, and as this version of the library names its tensors."""
+    model = saved(tmp_path, kind)
+    recipe = resolve(f"hf:{tmp_path}")
+    names = load_file(tmp_path / "model.safetensors").keys()
+    if kind.startswith(("ViT", "DeiT")):
+        assert names != model.state_dict().keys()
+    one = recipe.load().module.state_dict()
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    two = recipe.load().module.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(one[key], value)
+        assert torch.equal(two[key], value)
 
 
 def test_the_named_recipes_are_counted_as_they_are():
@@ -224,14 +248,15 @@ def test_the_named_recipes_are_counted_as_they_are():
 
 
 @pytest.mark.parametrize("half", ["", "vision_config", "text_config"])
-def test_a_quantised_checkpoint_is_refused_wherever_it_says_so(half):
+def test_a_quantised_checkpoint_is_refused_wherever_it_says_so(tmp_path, half):
     told = {"quantization_config": {"quant_method": "bitsandbytes"}}
     config = {"model_type": "clip", **({half: told} if half else told)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as refused:
-        hf_config(config, "F")
+        resolve(f"hf:{tmp_path}")
     assert str(refused.value) == (
-        "weights of F are quantised (quantization_config in config.json), which is not supported; "
-        "use the checkpoint in float32, float16 or bfloat16"
+        f"weights of {tmp_path} are quantised (quantization_config in config.json), which is not "
+        "supported; use the checkpoint in float32, float16 or bfloat16"
     )
 
 
@@ -264,8 +289,8 @@ def test_tensors_without_a_place_are_named(tmp_path, extra):
     with pytest.raises(InputError) as refused:
         resolve(f"hf:{tmp_path}").load()
     assert str(refused.value) == (
-        f"weights of {tmp_path} do not fit its config.json: 1 unexpected ({extra}, …); expected "
-        "the whole checkpoint of this architecture"
+        f"weights of {tmp_path} do not fit its config.json: keys 1 unexpected "
+        f"(vision_model.{extra}); expected the whole checkpoint of this architecture"
     )
 
 
@@ -327,51 +352,67 @@ def test_names_that_no_hub_has(name):
     )
 
 
-def test_the_vision_half_of_old_files():
-    old = {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14}
-    vision = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+def test_the_vision_half_of_old_files(tmp_path):
+    old = {"hidden_size": 64, "num_attention_heads": 2, "patch_size": 16, "num_hidden_layers": 1}
+    vision = {**old, "hidden_size": 8, "intermediate_size": 16}
     config = {"model_type": "clip", "vision_config": vision, "vision_config_dict": old}
-    assert hf_config(config, "F").arguments == old
-    whole = transformers.CLIPConfig(**copy.deepcopy(config)).vision_config
-    made = transformers.CLIPVisionConfig(**old)
-    for key in (*old, "intermediate_size"):
-        assert getattr(whole, key) == getattr(made, key)
-    none = {**config, "vision_config_dict": None}
-    assert hf_config(none, "F").arguments == vision
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = resolve(f"hf:{tmp_path}").loader.config()
+    assert (made.hidden_size, made.intermediate_size) == (64, 3072)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config_dict": None}))
+    made = resolve(f"hf:{tmp_path}").loader.config()
+    assert (made.hidden_size, made.intermediate_size) == (8, 16)
+
+
+SUPPORTED = (
+    "clip, siglip, clip_vision_model, siglip_vision_model, vit, deit, dinov2, "
+    "dinov2_with_registers, llava"
+)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (
-            {"architectures": "Dinov2Model"},
-            "config.json of F: architectures is 'Dinov2Model'; expected a list of names",
-        ),
-        (
             {"architectures": [3]},
-            "config.json of F: architectures is [3]; expected a list of names",
+            "architecture 3 of {} is not supported; supported: Dinov2Model, "
+            "Dinov2ForImageClassification",
         ),
         (
-            {"model_type": ["vit"]},
-            "config.json of F: model_type is ['vit']; expected a name",
+            {"model_type": ["vit"], "image_size": 32},
+            f"model type ['vit'] of {{}} is not supported; supported: {SUPPORTED}",
         ),
         (
-            {"model_type": "clip", "vision_config": [1]},
-            "config.json of F: vision_config is [1]; expected a JSON object",
+            {"hidden_size": 0},
+            "config.json of {}: hidden_size is 0; expected a whole number, 1 or more",
+        ),
+        (
+            {"hidden_act": "foo"},
+            "config.json of {}: hidden_act is 'foo'; expected an activation of Transformers, such "
+            "as quick_gelu",
+        ),
+        (
+            {"layer_norm_eps": -1.0},
+            "config.json of {}: layer_norm_eps is -1.0; expected a number above 0",
+        ),
+        (
+            {"hidden_size": "wide"},
+            "config.json of {} does not make a dinov2 configuration (Validation error for field "
+            "'hidden_size': TypeError: Field 'hidden_size' expected int, got str (value: 'wide')); "
+            "expected the configuration of a whole checkpoint",
         ),
     ],
 )
-def test_configurations_that_are_refused(values, message):
+def test_configurations_that_are_refused(tmp_path, values, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2", **values}))
     with pytest.raises(InputError) as refused:
-        hf_config({"model_type": "dinov2", **values}, "F")
-    assert str(refused.value) == message
+        resolve(f"hf:{tmp_path}")
+    assert str(refused.value) == message.format(tmp_path)
 
 
-def test_an_activation_that_is_not_known(tmp_path):
-    saved(tmp_path, "DINOv2")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "foo"}))
-    with pytest.raises(InputError, match=r"does not make a Dinov2Model \(unknown 'foo'\); exp"):
+def test_a_vision_half_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": [1]}')
+    with pytest.raises(InputError, match=r"does not make a clip configuration .*expected dict, go"):
         resolve(f"hf:{tmp_path}")
 
 
@@ -379,9 +420,9 @@ def test_an_activation_that_is_not_known(tmp_path):
     ("values", "what"),
     [
         ({"image_mean": 0.5}, "image_mean is 0.5; expected 3 finite numbers"),
-        ({"image_std": [1, 1]}, "image_std is [1, 1]; expected 3 finite numbers"),
-        ({"image_std": [1, 1, 0]}, "image_std is [1, 1, 0]; expected no zero"),
-        ({"rescale_factor": "x"}, "rescale_factor is 'x'; expected a number above 0"),
+        ({"image_std": [1, 1]}, "image_std is (1, 1); expected 3 finite numbers"),
+        ({"image_std": [1, 1, 0]}, "image_std is (1.0, 1.0, 0.0); expected no zero"),
+        ({"rescale_factor": "x"}, "rescale_factor is 'x'; expected 1/255"),
         (
             {"size": {"height": "a", "width": 2}},
             "size is 'a'; expected a whole number, 1 or more",
@@ -390,32 +431,36 @@ def test_an_activation_that_is_not_known(tmp_path):
             {"size": {"shortest_edge": 0}, "crop_size": 32},
             "size is 0; expected a whole number, 1 or more",
         ),
-        ({"size": 32, "crop_size": "b"}, "crop_size is 'b'; expected a whole number, 1 or more"),
-        (
-            {"size": 32, "crop_size": {"height": 3}},
-            "crop_size is None; expected a whole number, 1 or more",
-        ),
     ],
 )
-def test_preprocessing_that_is_no_such_thing(values, what):
+def test_preprocessing_that_is_no_such_thing(tmp_path, values, what):
     with pytest.raises(InputError) as refused:
-        preprocessing_of(values, DEFAULTS, "m")
+        preprocessing(tmp_path, values)
     assert str(refused.value) == f"preprocessor_config.json of m: {what}"
 
 
+def test_an_image_processor_that_the_library_refuses(tmp_path):
+    with pytest.raises(InputError) as refused:
+        preprocessing(tmp_path, {"size": 32, "crop_size": "b"})
+    assert str(refused.value) == (
+        "preprocessor_config.json of m makes no image processor (Could not convert size input to "
+        "size dict: b); expected that of a whole checkpoint"
+    )
+
+
 @pytest.mark.parametrize(
-    ("values", "squares", "remark"),
+    ("values", "kind", "remark"),
     [
-        ({"feature_extractor_type": "ViTFeatureExtractor"}, False, SQUASHES),
-        ({"image_processor_type": "SiglipImageProcessor"}, False, SQUASHES),
-        ({"feature_extractor_type": "CLIPFeatureExtractor"}, True, ""),
-        ({}, True, SQUASHES),
-        ({}, False, ""),
+        ({"feature_extractor_type": "DeiTFeatureExtractor"}, "clip_vision_model", SQUASHES),
+        ({"feature_extractor_type": "CLIPFeatureExtractor"}, "vit", ""),
+        ({}, "deit", SQUASHES),
+        ({}, "dinov2_with_registers", ""),
+        ({}, "clip_vision_model", ""),
     ],
 )
-def test_a_size_of_one_number(values, squares, remark):
-    given = {"size": 256, "crop_size": 224, **values}
-    found, said = preprocessing_of(given, DEFAULTS, "m", squares=squares)
+def test_a_size_of_one_number(tmp_path, values, kind, remark):
+    given = {**CLIP, "size": 256, "crop_size": 224, **values}
+    found, said = preprocessing(tmp_path, given, kind)
     assert (found.input_size, found.crop_pct) == ((3, 224, 224), 224 / 256)
     assert said == remark
 
@@ -423,4 +468,5 @@ def test_a_size_of_one_number(values, squares, remark):
 def test_a_vit_with_a_size_of_one_number_says_that_it_squashes(tmp_path):
     saved(tmp_path, "ViT")
     (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
-    assert resolve(f"hf:{tmp_path}").description == f"Transformers' ViTModel; {SQUASHES}"
+    told = f"Transformers' ViTModel; {SQUASHES}; {NO_NORM}"
+    assert resolve(f"hf:{tmp_path}").description == told

@@ -17,7 +17,7 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 from tome_export.errors import InputError, MissingComponentError  # noqa: E402
 from tome_export.models import RECIPES, hub, resolve  # noqa: E402
 from tome_export.models import open_clip_models as models  # noqa: E402
-from tome_export.models.open_clip_recipes import OPEN_CLIP  # noqa: E402
+from tome_export.models.open_clip_models import OPEN_CLIP  # noqa: E402
 
 TINY = {
     "embed_dim": 32,
@@ -98,7 +98,6 @@ def test_no_network_is_told_within_the_bound(tiny, tmp_path, monkeypatch):
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
             monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
         monkeypatch.setattr(hub, "ANSWER_S", 0.5)
-        monkeypatch.setattr(models, "ANSWER_S", 0.5)
         with pytest.raises(InputError) as caught:
             tiny[0].load()
     text = str(caught.value)

@@ -15,8 +15,12 @@ from torchvision.models import get_model_weights, get_weight
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, hub, resolve
 from tome_export.models.preprocess import pixels_from_image
-from tome_export.models.torchvision_models import TorchvisionLoader, preprocessing_of, weights_enum
-from tome_export.models.torchvision_recipes import TORCHVISION
+from tome_export.models.torchvision_models import (
+    TORCHVISION,
+    TorchvisionLoader,
+    preprocessing_of,
+    weights_enum,
+)
 
 VITS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 

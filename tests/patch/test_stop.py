@@ -15,9 +15,9 @@ from video_towers import MERGING, SIZES, groups, schedule, stop, videos
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
-from tome_export.models.clip4clip_loader import Clip4ClipLoader
+from tome_export.models.clip4clip_recipes import Clip4ClipLoader
 from tome_export.models.stop import folded_prompts
-from tome_export.models.stop_prompts import convolved
+from tome_export.models.stop import convolved
 from tome_export.patch import patch
 
 

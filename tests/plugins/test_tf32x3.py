@@ -166,13 +166,12 @@ def test_one_product_is_not(make, width):
 @pytest.fixture(scope="module")
 def digit_metrics():
     """Mean keys ``[N, D]`` of four images in every merging layer of the trained digits model."""
-    from tome_export.models import weights
-    from tome_export.models.registry import RECIPES
+    from tome_export.models import RECIPES
     from tome_export.models.samples import digits_test
     from tome_export.parity.reference import run_reference
     from tome_export.patch import patch
 
-    loaded = weights.load(RECIPES["vit_digits"], "pretrained", 0, None)
+    loaded = RECIPES["vit_digits"].load()
     layers = run_reference(patch(loaded.module, 8), digits_test()[0][:4]).layers
     assert len(layers) > 1
     return [metric for record in layers.values() for metric in record.signals[0]]

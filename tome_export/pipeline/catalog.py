@@ -63,7 +63,7 @@ def details(name: str) -> dict[str, Any]:
         "prop_attn": recipe.prop_attn,
         "recommended_r_source": recipe.r_source,
         "layers": [asdict(layer) for layer in sizes.layers],
-        "preprocessing": recipe.preprocessing.to_dict(),
+        "preprocessing": asdict(recipe.preprocessing),
         "weights": recipe.weights_source,
         "licence": recipe.licence,
     }
@@ -162,7 +162,7 @@ def sizes_from_model(recipe: Recipe) -> Sizes:
     Raises:
         InputError: if the model cannot be patched.
     """
-    from tome_export.models.weights import architecture
+    from tome_export.models.timm_models import architecture
     from tome_export.patch import patch
 
     schedule = Schedule(recipe.recommended_r)

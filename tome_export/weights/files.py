@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+STORED = ("float32", "float64", "float16", "bfloat16")
+"""Types that weights come in; anything else holds the codes of a quantisation."""
+
 _NESTS = ("state_dict", "model")
 # What DistributedDataParallel, torch.compile and common trainers put in front of every key.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -66,6 +70,26 @@ def check_finite(state: Mapping[str, Tensor], who: str) -> None:
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         raise InputError(f"{who} NaN or infinite values in {few(broken)}; expected finite weights")
+
+
+def check_stored(state: Mapping[str, Tensor], who: str) -> None:
+    """Refuse the codes of a quantisation, and values that are not finite.
+
+    Args:
+        state: Tensors by name, as they are in the file.
+        who: Begins the message, as in ``weights of X``.
+
+    Raises:
+        InputError: naming the first few such tensors.
+    """
+    types = {name: str(value.dtype).removeprefix("torch.") for name, value in state.items()}
+    coded = next((name for name, stored in types.items() if stored not in STORED), None)
+    if coded is not None:
+        raise InputError(
+            f"{who} are stored as {types[coded]} in {coded}, which is not supported; expected "
+            f"{', '.join(STORED[:-1])} or {STORED[-1]}, not quantised"
+        )
+    check_finite(state, f"{who} have")
 
 
 def _read_safetensors(path: Path) -> object:

@@ -1,0 +1,328 @@
+"""What Transformers makes of a checkpoint's JSON files: its configuration and image processor.
+
+The library reads them; what it would take for granted in silence is refused here, or said.
+Imports nothing heavy by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tome_export.errors import InputError, MissingComponentError
+from tome_export.spec import Interpolation, Preprocessing
+
+PROCESSOR = "preprocessor_config.json"
+
+RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers of those that ``Preprocessing`` has."""
+
+SQUASHES = (
+    "its own processor resizes to the size whatever the shape, here images are centre-cropped"
+)
+PADS = "its own processor pads images to a square, here they are centre-cropped"
+TILES = "its own processor cuts images into tiles, here they are centre-cropped"
+NO_PROCESSOR = f"without {PROCESSOR}, preprocessing is its family's"
+NO_NORM = f"{PROCESSOR} names no mean and standard deviation, its family's are taken"
+
+_FAMILIES = {
+    "clip_vision_model": "clip",
+    "siglip_vision_model": "siglip",
+    "dinov2_with_registers": "dinov2",
+}
+"""Model types that the library has no image processor for, and those whose processor they use."""
+
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "patch_size",
+    "image_size",
+)
+
+
+def library() -> Any:
+    """Transformers.
+
+    Raises:
+        MissingComponentError: if it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingComponentError(
+            "hf: models need Transformers, which is not installed; install it with "
+            "pip install 'tome-export[hf]'"
+        ) from None
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[Any]:
+    """Transformers without its log and progress bars: what they say is a message of ours."""
+    transformers = library()
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of the library says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"unknown {text}" if isinstance(error, KeyError) else text
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's ``config.json``.
+
+    Raises:
+        InputError: if it is not there, or not a JSON object.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"folder {folder} has no config.json; expected a checkpoint folder as it is on the hub"
+        )
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not JSON ({error}); get the checkpoint again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}; expected a JSON object")
+    return found
+
+
+def whole(value: object, what: str) -> int:
+    """A size or count, at least 1.
+
+    Args:
+        value: As it was read.
+        what: File and key, for the message.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{what} is {value!r}; expected a whole number, 1 or more")
+    return value
+
+
+def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a checkpoint whose weights are codes of a quantisation.
+
+    Args:
+        values: Content of its ``config.json``.
+        where: Name of the checkpoint, for the message.
+
+    Raises:
+        InputError: if it, or one of its halves, says so.
+    """
+    halves = (values.get("vision_config"), values.get("text_config"))
+    if any(isinstance(h, dict) and h.get("quantization_config") for h in (values, *halves)):
+        raise InputError(
+            f"weights of {where} are quantised (quantization_config in config.json), which is not "
+            "supported; use the checkpoint in float32, float16 or bfloat16"
+        )
+
+
+def attention_of(values: Mapping[str, Any]) -> str:
+    """The attention implementation that a ``config.json`` names for images, ``sdpa`` without."""
+    half = values.get("vision_config")
+    for config in (half if isinstance(half, dict) else {}, values):
+        found = config.get("_attn_implementation") or config.get("attn_implementation")
+        # One for each half.
+        if isinstance(found, dict):
+            found = found.get("vision_config") or found.get("")
+        if found:
+            return str(found)
+    return "sdpa"
+
+
+def vision_config(values: Mapping[str, Any], where: str) -> Any:
+    """The library's configuration of a vision model, or of the vision half of a larger one.
+
+    Args:
+        values: Content of ``config.json``.
+        where: Name of the checkpoint, for messages.
+
+    Raises:
+        InputError: if the library refuses it, or a size in it is no size.
+        MissingComponentError: if Transformers is not installed.
+    """
+    given = dict(values)
+    kind = given.pop("model_type")
+    with quiet() as transformers:
+        # It checks configurations with many classes of error.
+        try:
+            whole_model = transformers.AutoConfig.for_model(kind, **given)
+        except Exception as error:
+            raise InputError(
+                f"config.json of {where} does not make a {kind} configuration "
+                f"({reason_of(error)}); expected the configuration of a whole checkpoint"
+            ) from None
+        config = getattr(whole_model, "vision_config", whole_model)
+        if config is not whole_model and "projection_dim" in given:
+            config.projection_dim = whole_model.projection_dim
+        activations = transformers.activations.ACT2FN
+    for key in _COUNTS:
+        size = getattr(config, key, 1)
+        for value in size if isinstance(size, list | tuple) else (size,):
+            whole(value, f"config.json of {where}: {key}")
+    if config.hidden_act not in activations:
+        raise InputError(
+            f"config.json of {where}: hidden_act is {config.hidden_act!r}; expected an activation "
+            "of Transformers, such as quick_gelu"
+        )
+    if not 0 < config.layer_norm_eps < math.inf:
+        raise InputError(
+            f"config.json of {where}: layer_norm_eps is {config.layer_norm_eps}; expected a number "
+            "above 0"
+        )
+    config._attn_implementation = attention_of(values)
+    # Models are made in float32, whatever they are stored in.
+    config.dtype = None
+    return config
+
+
+def preprocessing_of(
+    folder: Path, kind: str, family: Preprocessing, where: str
+) -> tuple[Preprocessing, str]:
+    """Preprocessing as a folder's image processor does it.
+
+    Args:
+        folder: With ``preprocessor_config.json``, or without.
+        kind: Model type of the vision model, whose processor is used where none is named.
+        family: What holds where the file is silent; its size is that of the model.
+        where: Name of the checkpoint, for messages.
+
+    Returns:
+        The preprocessing, and remarks on what it cannot express or was not said, or "".
+
+    Raises:
+        InputError: if it does something that ``Preprocessing`` has no word for.
+    """
+    if not (folder / PROCESSOR).is_file():
+        return family, NO_PROCESSOR
+    values = _processor(folder, kind, family, where)
+    channels = family.input_size[0]
+    factor = values.get("rescale_factor", 1 / 255)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+        raise InputError(f"{PROCESSOR} of {where}: rescale_factor is {factor!r}; expected 1/255")
+    if not values.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise _refused(where, "pixels that are not scaled to [0, 1]")
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if values.get("do_normalize", True):
+        mean = _per_channel(values["image_mean"], "image_mean", channels, where)
+        std = _per_channel(values["image_std"], "image_std", channels, where)
+        if 0.0 in std:
+            raise InputError(f"{PROCESSOR} of {where}: image_std is {std}; expected no zero")
+    number = values.get("resample", 3)
+    if not isinstance(number, int) or number not in RESAMPLING:
+        raise _refused(where, f"PIL's resampling {number}")
+    if not values.get("do_resize", True):
+        raise _refused(where, "images that are not resized")
+    side, edge, remark = _sides(values, where)
+    if edge < min(side):
+        raise _refused(where, f"a cut of {side[0]} x {side[1]} out of images of {edge}")
+    crop_pct = side[0] / edge
+    # floor(side / crop_pct) is what resizes.
+    if math.floor(side[0] / crop_pct) != edge:
+        crop_pct = math.nextafter(crop_pct, 0.0)
+    remarks = (PADS if values.get("do_pad") else remark, values["silent"])
+    found = Preprocessing((channels, *side), mean, std, crop_pct, RESAMPLING[number])
+    return found, "; ".join(filter(None, remarks))
+
+
+def _processor(folder: Path, kind: str, family: Preprocessing, where: str) -> dict[str, Any]:
+    """The image processor's attributes, and under ``silent`` what its file does not say."""
+    given = _read_object(folder / PROCESSOR)
+    norm = {"image_mean": list(family.mean), "image_std": list(family.std)}
+    missing = {key: value for key, value in norm.items() if given.get(key) is None}
+    with quiet() as transformers:
+        config = transformers.AutoConfig.for_model(_FAMILIES.get(kind, kind))
+        try:
+            made = transformers.AutoImageProcessor.from_pretrained(
+                folder, config=config, local_files_only=True, **missing
+            )
+            values: dict[str, Any] = made.to_dict()
+        # It checks its files with as many classes of error as its configurations.
+        except Exception as error:
+            raise InputError(
+                f"{PROCESSOR} of {where} makes no image processor ({reason_of(error)}); expected "
+                "that of a whole checkpoint"
+            ) from None
+    return {**values, "silent": NO_NORM if missing and values.get("do_normalize", True) else ""}
+
+
+def check_size(found: Preprocessing, expected: Preprocessing, where: str) -> None:
+    """Refuse preprocessing that makes images of another size than the model takes.
+
+    Raises:
+        InputError: naming both.
+    """
+    (height, width), (tall, wide) = found.input_size[1:], expected.input_size[1:]
+    if (height, width) != (tall, wide):
+        raise InputError(
+            f"{PROCESSOR} of {where} makes images of {height} x {width}, and its config.json says "
+            f"{tall} x {wide}; expected the same"
+        )
+
+
+def _per_channel(found: Any, key: str, channels: int, where: str) -> tuple[float, ...]:
+    ok = isinstance(found, list | tuple) and len(found) == channels
+    if not ok or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found
+    ):
+        raise InputError(
+            f"{PROCESSOR} of {where}: {key} is {found!r}; expected {channels} finite numbers"
+        )
+    return tuple(float(v) for v in found)
+
+
+def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, str]:
+    """Size of the cut, length of the shorter side before it, and a remark."""
+    size, crop = values.get("size") or {}, None
+    if values.get("do_center_crop"):
+        crop = values.get("crop_size") or {}
+        edge = crop.get("shortest_edge")
+        crop = (crop.get("height", edge), crop.get("width", edge))
+        crop = _pair(*crop, f"{PROCESSOR} of {where}: crop_size")
+    what = f"{PROCESSOR} of {where}: size"
+    if size.get("height") is not None:
+        height, width = _pair(size["height"], size.get("width"), what)
+        cut = crop or (height, width)
+        if height * cut[1] != width * cut[0]:
+            raise _refused(where, f"a size of {height} x {width} cut to {cut[0]} x {cut[1]}")
+        return cut, height, SQUASHES
+    if size.get("shortest_edge") is None:
+        raise _refused(where, f"size {size!r}")
+    if crop is None:
+        raise _refused(where, "images that keep their shape")
+    return crop, whole(size["shortest_edge"], what), ""
+
+
+def _pair(height: Any, width: Any, what: str) -> tuple[int, int]:
+    return whole(height, what), whole(width, what)
+
+
+def _refused(where: str, what: str) -> InputError:
+    return InputError(
+        f"{PROCESSOR} of {where} asks for {what}, which is not supported; expected a resize to a "
+        "fixed size, a centre crop, scaling to [0, 1] and normalisation"
+    )

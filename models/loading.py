@@ -1,0 +1,152 @@
+"""Making a recipe's model: what the loaders of all libraries share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tome_export.errors import InputError
+from tome_export.models.recipe import LoadedModel, Recipe, WeightsInfo
+from tome_export.weights.files import check_fit, sha256, stored_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+def loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedModel:
+    """The model as every later stage expects it: eval mode, float32, without gradients."""
+    return LoadedModel(module.eval().float().cpu().requires_grad_(False), recipe, weights)
+
+
+def refuse_depth(depth: int | None) -> None:
+    """Refuse a number of blocks for weights that are for all of them.
+
+    Raises:
+        InputError: if one is given.
+    """
+    if depth is not None:
+        raise InputError(
+            f"depth {depth} was asked with pretrained weights, which are for all blocks; "
+            "use random weights or leave the depth"
+        )
+
+
+def random_model(recipe: Recipe, seed: int, create: Callable[[], nn.Module]) -> LoadedModel:
+    """A model of random weights that all matter; torch's generator is left as it was.
+
+    Args:
+        recipe: What is made.
+        seed: Of the weights.
+        create: Makes the module, freshly initialised.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = create()
+        wake_constants(module)
+    return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+
+
+def wake_constants(module: nn.Module) -> None:
+    """Give parameters that start out constant values that matter. Uses torch's global generator.
+
+    A fresh model hides mistakes: a zero head answers zero whatever comes in, LayerScale at 1e-5
+    switches every block off, class and register tokens are all but zero, and norm weights of one
+    and biases of zero could be dropped unnoticed. So each parameter whose values lie within 1e-3
+    of each other gets normal noise of standard deviation 0.02, and a LayerScale (``gamma``) is
+    first set to 0.5, so that the blocks act on the tokens.
+
+    Args:
+        module: A freshly initialised model; changed in place.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if value.numel() > 1 and value.max() - value.min() < 1e-3:
+                if name.rpartition(".")[2].startswith("gamma"):
+                    value.fill_(0.5)
+                value.add_(torch.randn(value.shape) * 0.02)
+
+
+class FileLoader(ABC):
+    """Makes the models of a library whose pretrained weights are one file; see ``Loader``.
+
+    Each is a frozen dataclass.
+    """
+
+    @abstractmethod
+    def create(self, depth: int | None = None) -> nn.Module:
+        """The module, freshly initialised, with all its blocks or the first ``depth``."""
+
+    @abstractmethod
+    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+        """The model with the weights of a file.
+
+        Raises:
+            InputError: if the file cannot be read or its weights are not the model's.
+        """
+
+    @abstractmethod
+    def download(self, recipe: Recipe) -> Path:
+        """Find or fetch the file of the pretrained weights.
+
+        Raises:
+            InputError: if there is none to be had.
+        """
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self.create()
+
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+        """Make the model; see ``Recipe.load``."""
+        if weights == "random":
+            return random_model(recipe, seed, lambda: self.create(depth))
+        if weights != "pretrained":
+            return self.from_file(recipe, Path(weights), depth)
+        refuse_depth(depth)
+        made = self.from_file(recipe, self.download(recipe), None)
+        info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
+        return replace(made, weights=info)
+
+
+def filled(
+    recipe: Recipe,
+    module: nn.Module,
+    state: dict[str, Tensor],
+    path: Path,
+    stored: str = "",
+    remark: str = "",
+) -> LoadedModel:
+    """The model with the tensors of a file.
+
+    Args:
+        recipe: What is made.
+        module: Gets the tensors.
+        state: By the module's own names.
+        path: Where they come from.
+        stored: Their dtype in the file, by its name, if ``state`` holds others too.
+        remark: What a user should know of them, to be put behind the name of the file.
+
+    Raises:
+        InputError: if names or shapes are not those of the module.
+    """
+    check_fit(
+        state,
+        module.state_dict(),
+        f"weights file {path} does not fit the model",
+        "the checkpoint of this architecture",
+    )
+    module.load_state_dict(state, strict=True)
+    stored = stored or stored_dtype(state.values())
+    info = WeightsInfo("file", f"{path.name}{remark}", sha256(path), stored_dtype=stored)
+    return loaded(module, recipe, info)

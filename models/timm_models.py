@@ -1,0 +1,329 @@
+"""timm's models: recipes for ``timm:<name>``, and making the models of every timm recipe."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from tome_export.errors import InputError
+from tome_export.models.hub import pretrained_overlay, recorded_file
+from tome_export.models.loading import loaded, random_model, refuse_depth
+from tome_export.models.recipe import (
+    DATA,
+    IMAGENET_NORM,
+    RULE,
+    LoadedModel,
+    Recipe,
+    WeightsInfo,
+    WeightsKind,
+    recommended_r,
+)
+from tome_export.spec import Interpolation, Preprocessing
+from tome_export.weights.files import (
+    check_fit,
+    first_line,
+    read_state,
+    sha256,
+    shapes_of,
+    stored_dtype,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    State = dict[str, Tensor]
+
+_LABEL_SETS = {1000: "imagenet-1k", 21843: "imagenet-21k-goog", 11821: "imagenet-12k"}
+
+
+def close_timm_names(name: str) -> list[str]:
+    """Up to three timm architectures whose names are close, or that start or end like it."""
+    from timm import list_models
+
+    names = list_models()
+    arch = name.partition(".")[0].lower()
+    if arch in names:
+        return [arch]
+    close = difflib.get_close_matches(arch, names, n=3, cutoff=0.75)
+    return close or [match for match in names if len(arch) > 4 and match.startswith(arch)][:3]
+
+
+def recipe_from_timm(name: str) -> Recipe:
+    """A recipe for ``timm:<name>``, its facts from timm's pretrained configuration.
+
+    The name may carry a tag of weights (``vit_base_patch16_224.mae``). r is ``recommended_r``;
+    proportional attention is on except for MAE weights, as the ToMe authors advise.
+
+    Raises:
+        InputError: if timm has no such name, or the model has no tokens to merge.
+    """
+    from timm import get_pretrained_cfg, is_model, list_pretrained
+
+    arch, _, tag = name.partition(".")
+    if not is_model(arch):
+        close = [f"timm:{match}" for match in close_timm_names(name)]
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise InputError(f"timm has no model {arch!r}; {hint}")
+    cfg: Any = get_pretrained_cfg(arch)
+    if tag:
+        tags = [m.partition(".")[2] for m in list_pretrained(f"{arch}.*")]
+        if tag not in tags:
+            raise InputError(
+                f"timm has no weights {tag!r} of {arch}; it has {', '.join(tags) or 'none'}"
+            )
+        cfg = get_pretrained_cfg(name)
+    if cfg is not None and cfg.tag:
+        name = f"{arch}.{cfg.tag}"
+    tokens, depth, classes = _shape(name)
+    values: dict[str, Any] = cfg.to_dict() if cfg is not None else {}
+    words = set(str(values.get("tag") or "").split("_"))
+    # timm keeps the projection of CLIP's towers as their head, unless one was trained behind it.
+    embeds = "_clip_" in arch and not {"ft", "classification"} & words
+    return Recipe(
+        name=f"timm:{name}",
+        timm_name=name,
+        preprocessing=preprocessing_from_cfg(values),
+        recommended_r=recommended_r(tokens, depth),
+        r_source=RULE,
+        prop_attn="mae" not in words,
+        output_name="logits" if classes and not embeds else "features",
+        description=_description(arch, values),
+        weights_source=str(values.get("hf_hub_id") or values.get("url") or "none"),
+        licence=str(values.get("license") or "not stated by timm"),
+        label_set=_LABEL_SETS.get(classes),
+    )
+
+
+def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:
+    """Preprocessing from a timm pretrained configuration; ImageNet's where it is silent.
+
+    Args:
+        cfg: The configuration as a dict.
+    """
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    interpolation = cfg.get("interpolation") or "bicubic"
+    if interpolation not in get_args(Interpolation):
+        raise InputError(
+            f"timm resizes images for this model with {interpolation!r}; "
+            f"supported: {', '.join(get_args(Interpolation))}"
+        )
+    return Preprocessing(
+        input_size=(channels, height, width),
+        mean=tuple(cfg.get("mean") or IMAGENET_NORM[0]),
+        std=tuple(cfg.get("std") or IMAGENET_NORM[1]),
+        crop_pct=float(cfg.get("crop_pct") or 0.875),
+        interpolation=cast(Interpolation, interpolation),
+    )
+
+
+def _description(arch: str, cfg: dict[str, Any]) -> str:
+    mode = cfg.get("crop_mode") or "center"
+    if mode == "center":
+        return f"timm's {arch}"
+    # Preprocessing has the centre crop only, so the difference is told instead of hidden.
+    return (
+        f"timm's {arch}; timm's evaluation uses crop mode {mode!r}, here images are centre-cropped"
+    )
+
+
+def _shape(name: str) -> tuple[int, int, int]:
+    """Tokens, blocks and classes, from the architecture alone: no memory, no weights."""
+    import torch
+    from timm import create_model
+
+    with torch.device("meta"):
+        model: Any = create_model(name)
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    blocks = getattr(model, "blocks", None)
+    if patches is None or blocks is None:
+        raise InputError(
+            f"timm model {name} (class {type(model).__name__}) has no sequence of tokens to "
+            "merge; expected a VisionTransformer"
+        )
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    return int(patches) + prefix, len(blocks), int(model.num_classes)
+
+
+def load_model(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+    """Make the model of a recipe without a loader: timm's, or that of the user's function.
+
+    See ``Recipe.load``.
+    """
+    if weights == "random":
+        if recipe.factory is not None:
+            raise InputError(
+                f"random weights were asked for {recipe.name}, whose function makes its own; "
+                "leave --weights out"
+            )
+        return random_model(recipe, seed, lambda: _create(recipe, depth=depth))
+    if weights != "pretrained":
+        return _from_file(recipe, Path(weights), "file", depth)
+    refuse_depth(depth)
+    if recipe.factory is not None:
+        module = recipe.factory()
+        source, stored = f"returned by {recipe.name}", stored_dtype(module.parameters())
+        return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
+    if recipe.bundled is not None:
+        return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
+    return _pretrained(recipe)
+
+
+def architecture(recipe: Recipe) -> nn.Module:
+    """The recipe's model without memory for its weights, to be counted and looked at."""
+    import torch
+
+    if recipe.loader is not None:
+        return recipe.loader.architecture().eval()
+    if recipe.factory is not None:
+        return recipe.factory().eval()
+    with torch.device("meta"):
+        return _create(recipe).eval()
+
+
+def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
+    from timm import create_model
+
+    given = {key: value for key, value in arguments.items() if value is not None}
+    module: nn.Module = create_model(recipe.timm_name, **{**dict(recipe.timm_kwargs), **given})
+    return module
+
+
+def _pretrained(recipe: Recipe) -> LoadedModel:
+    overlay = pretrained_overlay(recipe)
+    try:
+        module = _create(recipe, pretrained=True, pretrained_cfg_overlay=overlay)
+    # What the network or the hub does to a download half-way comes as many classes, most of them
+    # OSError or RuntimeError; the cause is in the message.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"pretrained weights of {recipe.name} could not be loaded ({first_line(error)}); give "
+            "a downloaded .safetensors or .pth file with --weights PATH, or try the toolchain "
+            "with --weights random"
+        ) from None
+    path = recorded_file(recipe)
+    info = WeightsInfo("pretrained", recipe.weights_source)
+    if path is not None:
+        # timm has widened what the file holds.
+        stored = stored_dtype(read_state(path).values())
+        info = replace(info, sha256=sha256(path), stored_dtype=stored)
+    return loaded(module, recipe, info)
+
+
+def _from_file(recipe: Recipe, path: Path, kind: WeightsKind, depth: int | None) -> LoadedModel:
+    held = read_state(path)
+    learned = {key: v for key, v in held.items() if key.startswith(recipe.reducer_keys)}
+    state = {key: value for key, value in held.items() if key not in learned}
+    if recipe.factory is not None:
+        if depth is not None:
+            raise InputError(
+                f"depth {depth} was asked for {recipe.name}, whose function makes the model; "
+                "leave the depth"
+            )
+        module, changed = recipe.factory(), recipe
+    else:
+        classes = _head_classes(state, path)
+        # The mean for a norm behind the pooling and none before it: fine-tuned MAE.
+        mean = "fc_norm.weight" in state and "norm.weight" not in state
+        pooling = "avg" if mean else None
+        module = _create(recipe, depth=depth, num_classes=classes, global_pool=pooling)
+        logits = classes and classes != _embedding(recipe)
+        changed = replace(recipe, output_name="logits") if logits else recipe
+    stored = stored_dtype(state.values())
+    state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
+    module.load_state_dict(state, strict=True)
+    source = f"{path.name}; {remark}" if remark else path.name
+    info = WeightsInfo(kind, source, sha256(path), stored_dtype=stored)
+    return replace(loaded(module, changed, info), learned=learned)
+
+
+def _head_classes(state: State, path: Path) -> int | None:
+    """Classes of the checkpoint's own head; None if it has none, and the recipe's count holds.
+
+    Fine-tuned models are what people ship, so their number of classes is the file's to say.
+    """
+    heads = {
+        key: int(state[key].shape[0])
+        for key in ("head.weight", "head_dist.weight")
+        if key in state and state[key].ndim == 2
+    }
+    if len(set(heads.values())) > 1:
+        counts = ", ".join(f"{key} {count}" for key, count in heads.items())
+        raise InputError(
+            f"weights file {path} has heads with different numbers of classes ({counts}); "
+            "expected the same"
+        )
+    return next(iter(heads.values()), None)
+
+
+def _embedding(recipe: Recipe) -> int | None:
+    """Width of the image features that timm keeps as the head of CLIP's towers; else None."""
+    from timm import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(recipe.timm_name) if recipe.output_name == "features" else None
+    return int(cfg.num_classes) if cfg is not None else None
+
+
+def fit(module: nn.Module, state: State, path: Path, architecture: str) -> tuple[State, str]:
+    """A state dict with exactly the module's keys and shapes.
+
+    If the keys or shapes differ, timm's own filter for the architecture converts original
+    checkpoints (DeiT, DeiT III, DINOv2 and others) and resamples the position embedding.
+
+    Args:
+        module: The model to load into.
+        state: What the file holds.
+        path: The file, for messages.
+        architecture: timm's name of the architecture; empty if it is not timm's.
+
+    Returns:
+        The state dict, and a remark for the manifest where something was resampled, else "".
+
+    Raises:
+        InputError: if they still differ, naming the first few keys or shapes.
+    """
+    wanted = module.state_dict()
+    shapes, found = shapes_of(wanted), shapes_of(state)
+    converted = _timm_filter(module, state, architecture) if found != shapes else None
+    closest = state
+    if converted is not None and shapes_of(converted) == shapes:
+        before, after = found.get("pos_embed"), shapes.get("pos_embed")
+        side = shapes.get("patch_embed.proj.weight", ())
+        # timm would also resample the patches' kernel, which makes another model of it.
+        if found.get("patch_embed.proj.weight", side)[2:] == side[2:]:
+            # One token of difference is the class token, stored apart by models with registers.
+            same = not before or not after or before[1] - after[1] in (0, 1)
+            return converted, "" if same else f"position embedding resampled {before} -> {after}"
+    elif converted is not None and len(converted.keys() ^ shapes) < len(found.keys() ^ shapes):
+        closest = converted
+    check_fit(
+        closest,
+        wanted,
+        f"weights file {path} does not fit the model",
+        "the checkpoint of this architecture",
+    )
+    return state, ""
+
+
+def _timm_filter(module: nn.Module, state: State, architecture: str) -> State | None:
+    """The state after timm's filter; None if there is none or it cannot make sense of it."""
+    if not architecture:
+        return None
+    from timm.models import deit, model_entrypoint, vision_transformer
+
+    source = model_entrypoint(architecture).__module__
+    if source == deit.__name__:
+        convert: Any = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
+    elif source == vision_transformer.__name__:
+        convert = vision_transformer.checkpoint_filter_fn
+    else:
+        return None
+    try:
+        converted: State = convert(dict(state), module)
+    # A filter meets foreign files here; its failure means only that it cannot help, and the
+    # difference of the file itself is what the user is told.
+    except (KeyError, RuntimeError, AttributeError, ValueError, IndexError, AssertionError):
+        return None
+    return converted
