@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_vit() -> VitMaker:
     """See ``small_vit``."""
     return small_vit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tome_export.bench.compare import Comparison
-from tome_export.bench.timing import paired, percentiles
+from tome_export.artifact.bench import Quantiles
+from tome_export.bench.timing import paired, percentiles, row_from_seconds
 
 
 def test_rounds_alternate_their_order():
@@ -26,17 +26,13 @@ def test_rounds_alternate_their_order():
 
 def test_a_drift_leaves_the_ratio_alone():
     """Both slow down from round to round; the ratio within each round does not."""
-    comparison = Comparison(
-        batch=4,
-        seconds={"merged": np.array([1.0, 2.0, 4.0]), "against": np.array([1.5, 3.0, 6.0])},
-        macs_ratio=2.0,
-    )
-    found = comparison.to_dict()
-    assert found["speedup"] == {"p20": 1.5, "p50": 1.5, "p80": 1.5}
-    assert found["share_of_macs_limit"] == 0.75
-    assert found["merged"]["latency_ms"]["p50"] == 2000.0
-    assert found["merged"]["throughput"] == 2.0
-    assert found["batch"] == 4
+    seconds = {"merged": np.array([1.0, 2.0, 4.0]), "against": np.array([1.5, 3.0, 6.0])}
+    row = row_from_seconds("ort-cpu", 4, seconds, macs_ratio=2.0)
+    assert row.speedup == Quantiles(p20=1.5, p50=1.5, p80=1.5)
+    assert row.share_of_macs_limit == 0.75
+    assert row.merged.latency_ms.p50 == 2000.0
+    assert row.merged.throughput == 2.0
+    assert (row.backend, row.batch) == ("ort-cpu", 4)
 
 
 @pytest.mark.parametrize(

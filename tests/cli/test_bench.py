@@ -27,13 +27,13 @@ def measured(built, tmp_path_factory):
 
 def test_a_profile_that_is_slower_than_the_model_is_remarked_on(measured):
     _, result = measured
-    profile, row = result.bench["profile"][0], result.bench["rows"][0]
-    for side, note in zip(("merged", "against"), result.bench["notes"], strict=True):
+    profile, row = result.bench.profile[0], result.bench.rows[0]
+    for side, note in zip(("merged", "against"), result.bench.notes, strict=True):
         assert note == (
             f"Profiled on ort-cpu at batch 2, the nodes of {side} take "
-            f"{profile[side]['total_ms']:.2f} ms, a run without the profiler "
-            f"{row[side]['latency_ms']['p50']:.2f} ms: read its parts as shares, or measure again "
-            "on a quiet machine"
+            f"{getattr(profile, side).total_ms:.2f} ms, a run without the profiler "
+            f"{getattr(row, side).latency_ms.p50:.2f} ms: read its parts as shares, or measure "
+            "again on a quiet machine"
         )
 
 
@@ -41,10 +41,10 @@ def test_what_is_recorded(measured):
     path, result = measured
     artifact = Artifact.open(path)
     found = json.loads((path / "bench.json").read_text())
-    assert found == json.loads(json.dumps(result.bench))
+    assert found == result.bench.model_dump(mode="json")
     assert result.unrecorded is None
     assert found["against"] == "unmerged"
-    assert found["macs_ratio"] == pytest.approx(artifact.manifest["macs"]["ratio"])
+    assert found["macs_ratio"] == pytest.approx(artifact.manifest.macs.ratio)
     assert (found["rounds"], found["warmup"], found["images"]) == (2, 0, "samples")
     (row,) = found["rows"]
     assert (row["backend"], row["batch"]) == ("ort-cpu", 2)
@@ -69,9 +69,9 @@ def test_what_is_recorded(measured):
 def test_the_router_reads_the_latency_of_one_image(measured):
     """Also where batch 1 was not asked for."""
     path, result = measured
-    assert list(result.bench["latency_ms"]) == ["ort-cpu"]
-    assert _latency_by_backend(Artifact.open(path)) == result.bench["latency_ms"]
-    assert result.bench["latency_ms"]["ort-cpu"] > 0
+    assert list(result.bench.latency_ms) == ["ort-cpu"]
+    assert _latency_by_backend(Artifact.open(path)) == result.bench.latency_ms
+    assert result.bench.latency_ms["ort-cpu"] > 0
 
 
 def test_text_and_a_second_run(run, measured):
@@ -91,7 +91,8 @@ CASES = {
     "unknown backend": (
         ("--backend", "cuda"),
         2,
-        "backend is 'cuda'; expected one of ort-cpu, ort-cuda, tensorrt, tensorrt-rtx, torch",
+        "backend is 'cuda'; expected one of ort-cpu, ort-cuda, ort-rtx, openvino, tensorrt, "
+        "tensorrt-rtx, torch",
     ),
     "a backend twice": (
         ("--backend", "ort-cpu,ort-cpu"),
@@ -185,7 +186,7 @@ def test_images_that_no_photograph_gives(built):
     """A model of two channels is timed on noise; one that samples fit, on those, repeated."""
     import numpy as np
 
-    from tome_export.pipeline.bench_subjects import bench_images
+    from tome_export.pipeline.bench import bench_images
 
     manifest = Artifact.open(built).manifest
     samples, kind = bench_images(manifest, 26)

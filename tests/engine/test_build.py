@@ -13,6 +13,8 @@ from tome_export.engine import EngineOptions, TensorInfo, gpu
 from tome_export.engine.tensorrt_rtx import TensorRTRTX
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.progress import Silent
+from tome_export.runtime.registry import BACKENDS
+from tome_export.runtime.runner import EngineFile, Runnable
 from tome_export.spec import BatchRange
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -187,6 +189,11 @@ def test_progress_reports_outer_phases_and_its_failure_ends_the_build(save_vit, 
     assert not output.exists()
 
 
+def runnable(engine):
+    engines = {"tensorrt-rtx": EngineFile(engine)}
+    return Runnable(label="it", precision="fp32", output_name="logits", engines=engines)
+
+
 @needs_no_gpu
 def test_runner_without_gpu_says_why(save_vit, tmp_path):
     output = tmp_path / "model.rtx.engine"
@@ -194,7 +201,7 @@ def test_runner_without_gpu_says_why(save_vit, tmp_path):
     assert info.layers is None
     assert any("needs a GPU" in note for note in info.notes)
     with pytest.raises(MissingComponentError, match="needs an NVIDIA GPU to run an engine"):
-        TensorRTRTX().runner(output)
+        BACKENDS["tensorrt-rtx"].open(runnable(output)).__enter__()
 
 
 @pytest.mark.gpu
@@ -206,7 +213,7 @@ def test_engine_computes_what_onnxruntime_computes(save_vit, tmp_path):
     TensorRTRTX().build(model, options, output)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(1)
-    with TensorRTRTX().runner(output) as runner:
+    with BACKENDS["tensorrt-rtx"].open(runnable(output)) as runner:
         for batch in (1, 8):
             feed = {"pixel_values": rng.standard_normal((batch, 17, 64), dtype=np.float32)}
             expected = session.run(None, feed)[0]

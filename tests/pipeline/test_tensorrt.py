@@ -12,6 +12,8 @@ import pytest
 from tome_export.engine.select import BACKENDS
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, CheckRequest, build, check
+from tome_export.pipeline.subject import open_runner, subject_of
+from tome_export.progress import Silent
 from tome_export.spec import BatchRange
 
 TENSORRT = next(backend for backend in BACKENDS if backend.name == "tensorrt")
@@ -29,11 +31,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tome_export.engine.select import BACKENDS
+from tome_export.artifact import Artifact
+from tome_export.pipeline.subject import open_runner, subject_of
+from tome_export.progress import Silent
 
 folder, pixels, output = (Path(argument) for argument in sys.argv[1:])
-tensorrt = next(backend for backend in BACKENDS if backend.name == "tensorrt")
-with tensorrt.runner(folder / "model.engine") as runner:
+with open_runner("tensorrt", subject_of(Artifact.open(folder), "it"), Silent()) as runner:
     np.save(output, runner.infer({"pixel_values": np.load(pixels)})["logits"])
 loaded = [name for name in sys.modules if name.startswith(("tome_export.plugins", "triton"))]
 assert loaded == [], loaded
@@ -72,7 +75,7 @@ def test_it_runs_in_a_fresh_process_without_registration(built, tmp_path):
     np.save(tmp_path / "pixels.npy", pixels)
     arguments = [built.path, tmp_path / "pixels.npy", tmp_path / "logits.npy"]
     subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True)
-    with TENSORRT.runner(built.path / "model.engine") as runner:
+    with open_runner("tensorrt", subject_of(built, "it"), Silent()) as runner:
         here = runner.infer({"pixel_values": pixels})["logits"]
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), here)
 

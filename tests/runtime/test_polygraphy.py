@@ -1,4 +1,4 @@
-"""What of the runner can be shown without a GPU: how polygraphy and the runtime are set up."""
+"""What of engines can be shown without a GPU: how polygraphy and TensorRT's runtime are set up."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SETUP = """
 import os, sys
 import tensorrt_rtx
 from polygraphy import config, cuda
-from tome_export.engine import runner
 from tome_export.errors import MissingComponentError
+from tome_export.runtime import polygraphy as runner
 before = dict(os.environ)
 runner._prepare_polygraphy(tensorrt_rtx)
 assert dict(os.environ) == before
@@ -33,7 +33,7 @@ except MissingComponentError as error:
 
 def test_polygraphy_takes_tensorrt_rtx_and_the_cuda_runtime_of_the_wheels():
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from tome_export.engine.runner import _cuda_wheel_folders
+    from tome_export.runtime.polygraphy import _cuda_wheel_folders
 
     if not _cuda_wheel_folders():
         pytest.skip("no CUDA runtime wheel is installed")
@@ -49,15 +49,16 @@ LOAD = """
 import sys, types
 from pathlib import Path
 import tensorrt_rtx
-from tome_export.engine.runner import load
 from tome_export.errors import InputError
+from tome_export.runtime.polygraphy import _load
+from tome_export.runtime.runner import EngineFile
 made = []
 library = types.ModuleType("tensorrt_rtx")
 library.__dict__.update(tensorrt_rtx.__dict__)
 library.Runtime = lambda logger: made.append(tensorrt_rtx.Runtime(logger)) or made[-1]
 for given in ({}, {"version_compatible": True}):
     try:
-        with load(library, Path(sys.argv[1]), **given):
+        with _load(library, EngineFile(Path(sys.argv[1]), **given)):
             pass
     except InputError as error:
         assert "cannot be loaded" in str(error), error
@@ -67,7 +68,7 @@ for given in ({}, {"version_compatible": True}):
 
 def test_code_of_an_engine_may_run_only_if_it_was_built_version_compatible(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from tome_export.engine.runner import _cuda_wheel_folders
+    from tome_export.runtime.polygraphy import _cuda_wheel_folders
 
     if not _cuda_wheel_folders():
         pytest.skip("no CUDA runtime wheel is installed")

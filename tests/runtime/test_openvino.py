@@ -1,0 +1,61 @@
+"""What is OpenVINO's own: float32 whatever it would choose itself, and errors in one line."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from tome_export.errors import ExportError, InputError
+from tome_export.runtime.openvino import OpenVino
+from tome_export.runtime.runner import Runnable
+
+openvino = pytest.importorskip("openvino")
+
+
+def graph(operator="Identity", domain=""):
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    given, got = (helper.make_tensor_value_info(n, float32, ["batch"]) for n in "xy")
+    node = helper.make_node(operator, ["x"], ["y"], domain=domain)
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("elsewhere", 1)]
+    model = helper.make_graph([node], "g", [given], [got])
+    return helper.make_model(model, opset_imports=imports, ir_version=8)
+
+
+def runnable(model):
+    return Runnable(label="it", precision="fp32", output_name="y", graph=model)
+
+
+def test_it_computes_in_float32(monkeypatch):
+    """By default it computes in bfloat16 where the CPU has that, as no test on another one sees."""
+    compiled = []
+    compile_model = openvino.Core.compile_model
+
+    def recorded(*given):
+        compiled.append(compile_model(*given))
+        return compiled[-1]
+
+    monkeypatch.setattr(openvino.Core, "compile_model", recorded)
+    with OpenVino().open(runnable(graph())) as runner:
+        assert runner.infer({"x": np.ones(3, np.float32)})["y"].tolist() == [1, 1, 1]
+    (model,) = compiled
+    assert model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    assert str(model.get_property("EXECUTION_MODE_HINT")).endswith("ACCURACY")
+    assert str(model.get_property("PERFORMANCE_HINT")).endswith("LATENCY")
+
+
+def test_a_graph_that_it_refuses():
+    with (
+        pytest.raises(ExportError, match=r"^openvino .* cannot load .*Nowhere") as raised,
+        OpenVino().open(runnable(graph("Nowhere", "elsewhere"))),
+    ):
+        pass
+    assert "\n" not in str(raised.value)
+
+
+def test_inputs_that_do_not_fit():
+    with OpenVino().open(runnable(graph())) as runner:
+        with pytest.raises(InputError, match=r"^inputs are \['z'\]; the model takes \['x'\]$"):
+            runner.infer({"z": np.ones(3, np.float32)})
+        with pytest.raises(ExportError, match=r"^openvino failed to run the model: "):
+            runner.infer({"x": np.ones((3, 2), np.float32)})
