@@ -37,7 +37,7 @@ from tome_export.cli.text import artifact_lines
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, model: str, **given: Any) -> None:
+def command(terminal: Terminal, /, model: str, **given: Any) -> None:
     """Build an artifact from MODEL.
 
     MODEL is a recipe ('tome-export models' lists them), timm:<name>, or module:function.

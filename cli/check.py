@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.artifact import Manifest
 from tome_export.cli.options import FILE, images_option, output_options
-from tome_export.cli.output import Terminal, beside_the_error
+from tome_export.cli.output import Terminal, beside_the_error, percent
 from tome_export.cli.progress import working
-from tome_export.cli.text import accuracy_lines, entropy_lines, model_lines, parity_lines
+from tome_export.cli.text import model_lines, parity_lines
+from tome_export.runtime.registry import BACKENDS, TORCH
+
+if TYPE_CHECKING:
+    from tome_export.pipeline.check import CheckResult, EntropyResult
+
+UNDER = 10
+"""Most images that are listed as merged too much."""
 
 
 @click.command("check", short_help="Check parity again, here, on your images if given.")
@@ -22,7 +29,7 @@ from tome_export.cli.text import accuracy_lines, entropy_lines, model_lines, par
     "--backend",
     "backends",
     multiple=True,
-    metavar="ort-cpu|tensorrt|tensorrt-rtx",
+    metavar="|".join(name for name in BACKENDS if name != TORCH),
     help="Check this; repeatable.  [default: ort-cpu and every engine that can run here]",
 )
 @click.option(
@@ -36,7 +43,7 @@ from tome_export.cli.text import accuracy_lines, entropy_lines, model_lines, par
 )
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
+def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
     """Check that ARTIFACT computes what PyTorch computes with the same weights."""
     with working(terminal) as progress:
         from tome_export.pipeline import CheckRequest, check
@@ -45,37 +52,66 @@ def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
 
         result = check(CheckRequest(artifact, **given), progress)
     manifest = result.artifact.manifest
-    reports = [report.to_dict() for report in result.reports]
     values = {
         "artifact": str(result.artifact.path),
         "model": manifest.model.name,
         "random_weights": manifest.model.random_weights,
         "passed": result.passed,
-        "reports": reports,
+        "reports": result.reports,
         "accuracy": result.accuracy,
         "entropy": asdict(result.entropy),
         "skipped": result.skipped,
         "unrecorded": result.unrecorded,
     }
-    failed = next((report for report in result.reports if not report.passed), None)
     if result.passed:
-        terminal.result(values, _lines(values, manifest))
+        terminal.result(values, _lines(result))
         return
     if not terminal.json:
         with beside_the_error():
-            terminal.result(values, _lines(values, manifest))
+            terminal.result(values, _lines(result))
     terminal.findings = values
+    failed = next((report for report in result.reports if not report.passed), None)
     if failed is None:
-        raise OverMergedError(result.entropy, reports[0]["images"], reports[0]["subject"])
+        first = result.reports[0]
+        raise OverMergedError(result.entropy, first.images, first.subject)
     raise ParityFailedError(failed)
 
 
-def _lines(values: dict[str, Any], manifest: Manifest) -> list[str]:
-    lines = model_lines(manifest)
-    for report in values["reports"]:
+def _lines(result: CheckResult) -> list[str]:
+    lines = model_lines(result.artifact.manifest)
+    for report in result.reports:
         lines += ["", *parity_lines(report)]
-    lines += ["", *accuracy_lines(values["accuracy"]), *entropy_lines(values["entropy"])]
-    lines += [f"Skipped {name}: {reason}" for name, reason in values["skipped"].items()]
-    if values["unrecorded"]:
-        lines.append(f"The result was not recorded: {values['unrecorded']}")
-    return [*lines, f"{'Passed' if values['passed'] else 'FAILED'}: {values['artifact']}"]
+    lines += ["", *_accuracy(result.accuracy), *_entropy(result.entropy)]
+    lines += [f"Skipped {name}: {reason}" for name, reason in result.skipped.items()]
+    if result.unrecorded:
+        lines.append(f"The result was not recorded: {result.unrecorded}")
+    return [*lines, f"{'Passed' if result.passed else 'FAILED'}: {result.artifact.path}"]
+
+
+def _accuracy(accuracy: Mapping[str, Any] | None) -> list[str]:
+    """Top-1 on labelled images."""
+    if accuracy is None:
+        return []
+    return [
+        f"Top-1 on {accuracy['images']} labelled test images: unmerged "
+        f"{percent(accuracy['unmerged'])} (PyTorch fp32), merged {percent(accuracy['merged'])} "
+        f"({accuracy['backend']})"
+    ]
+
+
+def _entropy(entropy: EntropyResult) -> list[str]:
+    """How evenly images are spread over their tokens, and those of which too little is left."""
+
+    def shown(value: float) -> str:
+        return f"{value:.4f} ({entropy.tokens(value):.1f} tokens)"
+
+    lines = [
+        f"Token-size entropy: least {shown(entropy.least)}, 5th percentile {shown(entropy.p5)}, "
+        f"median {shown(entropy.median)}; 1 is {entropy.patches} tokens"
+    ]
+    if entropy.under:
+        lines.append(f"Under {entropy.asked:g}:")
+        lines += [f"  {name}: {shown(value)}" for name, value in entropy.under[:UNDER]]
+        more = len(entropy.under) - UNDER
+        lines += [f"  and {more} more"] if more > 0 else []
+    return lines

@@ -27,7 +27,7 @@ from tome_export.cli.text import engine_lines, file_lines, warning_lines
 @engine_options
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, artifact: Path, **given: Any) -> None:
+def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
     """Build an engine from the ONNX model of ARTIFACT and add it there.
 
     Needs no PyTorch: run it on the machine whose GPU will run the engine.

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tome_export.artifact.evaluation import (
+    CandidateResult,
+    Cosines,
+    Difference,
+    Evaluation,
+    EvaluationData,
+    Share,
+)
 from tome_export.cli.options import FILE, grouped, output_options
-from tome_export.cli.output import Terminal
+from tome_export.cli.output import Terminal, macs, percent, table
 from tome_export.cli.progress import working
+from tome_export.cli.text import model_lines
 
 COUNT = click.IntRange(min=1)
 
+SHOWN = 20
+"""Most unreadable images that are listed; JSON has all."""
 
-class Numbers(click.ParamType):
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """Whole numbers with commas between them."""
 
     name = "0,2,4,8"
@@ -71,11 +84,10 @@ eval_options = grouped(
 @eval_options
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, **options: Any) -> None:
+def command(terminal: Terminal, /, **options: Any) -> None:
     """Measure the accuracy of ARTIFACT; go on where the same command was interrupted."""
     artifact: Path = options.pop("artifact")
     with working(terminal) as progress:
-        from tome_export.cli.eval_text import eval_lines
         from tome_export.pipeline.eval import EvalRequest, evaluate
 
         result = evaluate(EvalRequest(artifact, **options), progress)
@@ -84,7 +96,96 @@ def command(terminal: Terminal, **options: Any) -> None:
         "artifact": str(result.artifact.path),
         "model": manifest.model.name,
         "random_weights": manifest.model.random_weights,
-        **result.evaluation.model_dump(mode="json"),
+        **dict(result.evaluation),
         "unrecorded": result.unrecorded,
     }
-    terminal.result(values, eval_lines(values, manifest))
+    recorded = f"Recorded: {result.artifact.path}/eval.json"
+    if result.unrecorded:
+        recorded = f"The result was not recorded: {result.unrecorded}"
+    terminal.result(values, [*model_lines(manifest), "", *_lines(result.evaluation), recorded])
+
+
+def _lines(found: Evaluation) -> list[str]:
+    """One row per candidate, how to read it, and what could not be read."""
+    data = found.data
+    unlabelled = found.classes is not None and not data.labelled
+    return [
+        f"{data.images} images of {data.source} ({data.kind}), batch {found.batch}",
+        *data.notes,
+        *(["The images have no labels: only agreement is told"] if unlabelled else []),
+        "",
+        *_table(found.candidates),
+        "",
+        *_legend(found),
+        *(
+            f"NOT FINITE: {c.name} on {c.backend} gave no numbers for {c.not_finite} images"
+            for c in found.candidates
+            if c.not_finite
+        ),
+        *_unreadable(data),
+    ]
+
+
+def _table(candidates: Sequence[CandidateResult]) -> list[str]:
+    """A row per candidate; columns without a single figure are left out."""
+    columns = {
+        "top-1": [_share(c.top1) for c in candidates],
+        "top-5": [_share(c.top5) for c in candidates],
+        "difference": [_difference(c.difference_to_unmerged) for c in candidates],
+        "agreement": [_share(c.agreement_with_unmerged) for c in candidates],
+        "cosine, mean (min)": [_cosines(c.cosine_to_unmerged) for c in candidates],
+    }
+    shown = {header: cells for header, cells in columns.items() if set(cells) != {"-"}}
+    rows = [
+        (
+            one.name,
+            one.backend,
+            # One number for a constant schedule, else all of them.
+            str(one.r[0]) if len(set(one.r)) == 1 else ",".join(map(str, one.r)),
+            macs(one.macs),
+            *(cells[index] for cells in shown.values()),
+        )
+        for index, one in enumerate(candidates)
+    ]
+    return table(("model", "backend", "r", "MACs", *shown), rows, "lll" + "r" * (1 + len(shown)))
+
+
+def _share(found: Share | None) -> str:
+    if found is None:
+        return "-"
+    return f"{percent(found.share)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "-"
+    return f"{100 * found.share:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+
+
+def _cosines(found: Cosines | None) -> str:
+    return "-" if found is None else f"{found.mean:.6f} ({found.min:.6f})"
+
+
+def _legend(found: Evaluation) -> list[str]:
+    candidates, lines = found.candidates, []
+    if any(c.top1 or c.agreement_with_unmerged for c in candidates):
+        lines.append(f"[low, high]: {percent(found.confidence)} interval ({found.methods.share})")
+    if any(c.difference_to_unmerged for c in candidates):
+        lines.append(
+            "difference: top-1 minus that of unmerged on the same images, in points "
+            f"({found.methods.difference})"
+        )
+    if any(c.agreement_with_unmerged for c in candidates):
+        lines.append("agreement: share of images whose best class is that of unmerged")
+    if any(c.cosine_to_unmerged for c in candidates):
+        lines.append("cosine: of an image's features to those of unmerged")
+    return lines
+
+
+def _unreadable(data: EvaluationData) -> list[str]:
+    count = data.unreadable_count
+    if not count:
+        return []
+    shown = [f"  {one.name}: {one.reason}" for one in data.unreadable[:SHOWN]]
+    more = [f"  and {count - SHOWN} more; --json lists all"] if count > SHOWN else []
+    return ["", f"Unreadable and left out: {count}", *shown, *more]

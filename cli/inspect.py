@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 @query_option
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, artifact: Path, images: tuple[Path, ...], **options: Any) -> None:
+def command(
+    terminal: Terminal, /, artifact: Path, images: tuple[Path, ...], **options: Any
+) -> None:
     """Draw on each IMAGE, or video, which of its patches are one token of ARTIFACT after a layer.
 
     A token of several patches is filled with their mean colour and outlined; a colour of outline
@@ -63,7 +65,7 @@ def _lines(result: InspectResult) -> list[str]:
     )
     merges = [] if any(manifest.merge.r) else ["No layer merges: every patch is a token."]
     video = manifest.video
-    what, frames = ("video", video["frames"]) if video else ("image", 1)
+    what, frames = ("video", manifest.input.shape[1]) if video else ("image", 1)
     prefix = frames * manifest.merge.prefix
     lost = max(p.patches_in_prefix for p in result.pictures)
     return [

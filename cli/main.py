@@ -130,12 +130,12 @@ def _failed(error: BaseException, terminal: Terminal) -> int:
         traceback.print_exception(error)
     report = getattr(error, "report", None)
     if report is not None and not terminal.findings:
-        terminal.findings = {"report": report.to_dict()}
+        terminal.findings = {"report": report}
         if not terminal.json:
             from tome_export.cli.text import parity_lines
 
             with beside_the_error():
-                terminal.result({}, parity_lines(terminal.findings["report"]))
+                terminal.result({}, parity_lines(report))
     terminal.error(kind, message, exit_code)
     return exit_code
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from tome_export import display
 from tome_export.artifact.files import json_bytes
+from tome_export.display import size
+
+__all__ = ["Terminal", "beside_the_error", "fields", "macs", "number", "percent", "size", "table"]
 
 
 @dataclass
@@ -28,15 +33,19 @@ class Terminal:
     verbose: bool = False
     findings: dict[str, Any] = field(default_factory=dict)
 
-    def result(self, values: dict[str, Any], lines: Sequence[str]) -> None:
-        """Print a command's result in the form that was asked for."""
-        if self.json:
-            told = json_bytes(values).decode()
-            if not _takes(sys.stdout, told):
-                told = json.dumps(values, indent=2) + "\n"
-        else:
-            told = "\n".join(lines) + "\n"
-        _write(sys.stdout, told)
+    def result(self, values: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """Print a command's result in the form that was asked for.
+
+        Args:
+            values: For JSON; parts of documents may be among them.
+            lines: For people.
+        """
+        if not self.json:
+            _write(sys.stdout, "\n".join(lines) + "\n")
+            return
+        plain = json.loads(json.dumps(values, default=lambda part: part.model_dump(mode="json")))
+        text = json_bytes(plain).decode()
+        _write(sys.stdout, text if _takes(sys.stdout, text) else json.dumps(plain, indent=2) + "\n")
 
     def error(self, kind: str, message: str, exit_code: int) -> None:
         """One line on standard error; with JSON also the object that is promised."""
@@ -99,26 +108,16 @@ def fields(pairs: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name.ljust(width)}  {value}".rstrip() for name, value in pairs]
 
 
-def size(count: int) -> str:
-    """Bytes for people, in decimal units as file managers show them."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"
+def macs(count: float) -> str:
+    """Multiply-accumulates without their name, which the label has."""
+    return display.macs(count).removesuffix("MACs")
 
 
-def macs(count: int) -> str:
-    """Multiply-accumulates for people."""
-    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+def number(value: float, spec: str) -> str:
+    """A number by its format, if it is finite."""
+    return format(value, spec) if math.isfinite(value) else "not finite"
 
 
-def number(value: float | None, spec: str) -> str:
-    """A number by its format; reports hold None for what is not finite."""
-    return "not finite" if value is None else format(value, spec)
-
-
-def percent(share: float | None) -> str:
+def percent(share: float) -> str:
     """A share of one with as many decimals as it needs, at most two."""
-    if share is None:
-        return number(share, "")
-    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
+    return display.percent(share, None) if math.isfinite(share) else "not finite"

@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 @output_options
 @click.pass_obj
 def command(
-    terminal: Terminal, artifact: Path, images: tuple[Path, ...], output: Path | None, samples: int
+    terminal: Terminal,
+    /,
+    artifact: Path,
+    images: tuple[Path, ...],
+    output: Path | None,
+    samples: int,
 ) -> None:
     """Write all that is known of ARTIFACT as one HTML page, which loads nothing from anywhere.
 

@@ -23,8 +23,12 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from tome_export.artifact import Artifact
 from tome_export.inspect.draw import draw
-from tome_export.inspect.groups import LayerGroups, MergeMap
-from tome_export.inspect.image import grid_from_manifest, image_from_pixels
+from tome_export.inspect.groups import (
+    LayerGroups,
+    MergeMap,
+    grid_from_manifest,
+    image_from_pixels,
+)
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
 from tome_export.models.preprocess import load_images
@@ -67,7 +71,7 @@ EXAMPLES = (
 
 def groups_of(example: Example, artifact: Artifact) -> dict[str, Any]:
     """What the artifact's graph decides on an example's images."""
-    grid, _ = grid_from_manifest(artifact.manifest, artifact.path)
+    grid = grid_from_manifest(artifact.manifest, artifact.path)
     maps = merge_maps(artifact, [DATA / name for name in example.images])
     return {
         "model": example.model,

@@ -143,16 +143,10 @@ def test_bfloat16_with_the_plugin(models):
         assert same.mean() > 0.95
 
 
-def test_an_artifact_of_before_and_a_graph_of_another_schedule(digits, tmp_path):
-    expected = merge_maps(digits, [DATA / "digit.png"])
+def test_a_manifest_of_another_schedule(digits, tmp_path):
     old = shutil.copytree(digits.path, tmp_path / "old")
     values = json.loads((old / "build.json").read_text())
-    del values["patches"]
-    (old / "build.json").write_text(json.dumps(values))
-    (one,) = merge_maps(Artifact.open(old), [DATA / "digit.png"])
-    assert one.grid == expected[0].grid
-    np.testing.assert_array_equal(one.layers[5].ids, expected[0].layers[5].ids)
-    values["tokens"][5] += 1
+    values["layers"][5]["tokens_out"] += 1
     (old / "build.json").write_text(json.dumps(values))
     with pytest.raises(InputError) as caught:
         merge_maps(Artifact.open(old), [DATA / "digit.png"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tome_export.inspect.colours import PALETTE, hex_colour, mean_colours, outline_colours
+from tome_export.inspect.draw import PALETTE, hex_colour, mean_colours, outline_colours
 from tome_export.spec import PatchGrid
 
 

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.inspect.colours import hex_colour, mean_colours, outline_colours
-from tome_export.inspect.draw import draw, draw_svg, outline_width, pixels_from_map, scale_for
+from tome_export.inspect.draw import (
+    Look,
+    draw,
+    hex_colour,
+    mean_colours,
+    outline_colours,
+    pixels_from_map,
+)
 from tome_export.inspect.groups import LayerGroups, MergeMap
-from tome_export.inspect.outline import inset, loops_from_mask
-from tome_export.inspect.svg import NAMESPACE
+from tome_export.inspect.svg import NAMESPACE, draw_svg, inset, loops_from_mask
 from tome_export.spec import PatchGrid
 
 IDS = np.array(
@@ -38,13 +43,13 @@ def merge_map(ids=IDS, patch=(4, 5), border=(0, 0)):
 @pytest.mark.parametrize("border", [(0, 0), (3, 2)])
 def test_every_pixel_is_fill_outline_or_image(border):
     found = merge_map(border=border)
-    scale = scale_for(found.grid, found.image.shape[:2], 60)
+    look = Look.of(found, 60)
+    scale, width = look.scale, look.outline
     assert scale == 4  # 14 pixels for the four of a patch
     picture = pixels_from_map(found, 0, 60)
     assert picture.shape == (found.image.shape[0] * scale, found.image.shape[1] * scale, 3)
     fills = mean_colours(found.image, found.grid, IDS)
     outlines = outline_colours(IDS)
-    width = outline_width(found.grid, scale)
     assert width == 2
     shown = found.image.repeat(scale, axis=0).repeat(scale, axis=1)
     high, wide = found.grid.height * scale, found.grid.width * scale
@@ -80,20 +85,19 @@ def test_a_picture_is_an_rgb_image_of_at_least_the_size_asked_for():
     ("patch", "size", "scale"), [(4, 1, 4), (16, 1, 1), (16, 448, 7), (14, 64, 2), (1, 1, 14)]
 )
 def test_patches_are_never_too_small_to_see(patch, size, scale):
-    found = scale_for(PatchGrid(3, 4, patch, patch), (3 * patch, 4 * patch), size)
-    assert found == scale
+    assert Look.of(merge_map(patch=(patch, patch)), size).scale == scale
 
 
 def test_nothing_merged_leaves_the_image_as_it_is():
     found = merge_map(ids=np.arange(12).reshape(3, 4))
-    scale = scale_for(found.grid, found.image.shape[:2])
+    scale = Look.of(found).scale
     shown = found.image.repeat(scale, axis=0).repeat(scale, axis=1)
     np.testing.assert_array_equal(pixels_from_map(found, 0), shown)
 
 
 def test_svg_has_the_image_and_one_path_per_group():
     found = merge_map(border=(1, 2))
-    scale = scale_for(found.grid, found.image.shape[:2])
+    scale = Look.of(found).scale
     root = ElementTree.fromstring(draw_svg(found, 0))  # noqa: S314 (made here)
     height, width = found.image.shape[:2]
     assert root.get("viewBox") == f"0 0 {width} {height}"

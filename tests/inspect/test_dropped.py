@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from tome_export.inspect.colours import DARK, HATCH, hex_colour, outline_colours
-from tome_export.inspect.draw import draw_svg, pixels_from_map
+from tome_export.inspect.draw import DARK, HATCH, hex_colour, outline_colours, pixels_from_map
 from tome_export.inspect.groups import (
     DROPPED,
     LayerGroups,
@@ -18,7 +17,7 @@ from tome_export.inspect.groups import (
     groups_by_layer,
     layers_from_positions,
 )
-from tome_export.inspect.svg import NAMESPACE
+from tome_export.inspect.svg import NAMESPACE, draw_svg
 from tome_export.merge.plan import MergePlan, source_map
 from tome_export.report.pictures import DROPPED_GROUP, pictures_section
 from tome_export.spec import PatchGrid
@@ -85,8 +84,7 @@ def test_the_svg_says_it():
 
 
 def test_the_report_hands_them_to_its_script():
-    manifest = {"layers": [{"tokens_in": 13}], "tokens": [6]}
-    section = pictures_section([merge_map(), merge_map()], ["a", "b"], manifest, None)
+    section = pictures_section([merge_map(), merge_map()], ["a", "b"], (13, 6), None)
     lead, gallery = section.blocks
     assert lead.text.endswith("Dropped patches are dark and hatched: nothing is left of them.")
     assert gallery.data["dropped"][0] == DROPPED_GROUP
@@ -100,6 +98,6 @@ def test_the_report_hands_them_to_its_script():
     # Ids are of the whole page.
     assert 'id="dropped-0"' in one.dropped
     assert 'id="dropped-1"' in other.dropped
-    whole = pictures_section([merge_map(np.arange(12).reshape(3, 4))], ["a"], manifest, None)
+    whole = pictures_section([merge_map(np.arange(12).reshape(3, 4))], ["a"], (13, 6), None)
     assert "Dropped" not in whole.blocks[0].text
     assert whole.blocks[1].pictures[0].dropped == ""

@@ -2,75 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tome_export.artifact import Manifest
 from tome_export.errors import InputError
-from tome_export.inspect.image import grid_from_manifest, image_from_pixels
+from tome_export.inspect.groups import grid_from_manifest, image_from_pixels
 from tome_export.models import RECIPES
 from tome_export.models.preprocess import pixels_from_image
+from tome_export.pipeline import BuildRequest, build
 from tome_export.spec import PatchGrid
 
 WHERE = Path("some/artifact")
 
 
-def manifest(size, patches, prefix=1, recorded=None):
-    return {
-        "preprocessing": {"input_size": [3, *size]},
-        "merge": {"prefix": prefix},
-        "tokens_in": patches + prefix,
-        "patches": recorded,
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Manifest:
+    """The manifest of an artifact of vit_digits."""
+    output = tmp_path_factory.mktemp("built") / "digits"
+    return build(BuildRequest("vit_digits", output, engine="none", check=False)).manifest
+
+
+def having(manifest, size, patches, grid, prefix=1):
+    """A manifest of another image size and other patches."""
+    first = manifest.layers[0].model_copy(update={"tokens_in": patches + prefix})
+    changes = {
+        "preprocessing": replace(manifest.preprocessing, input_size=(3, *size)),
+        "merge": manifest.merge.model_copy(update={"prefix": prefix}),
+        "layers": (first, *manifest.layers[1:]),
+        "patches": grid,
     }
+    return manifest.model_copy(update=changes)
 
 
 @pytest.mark.parametrize(
-    ("size", "patches", "recorded", "expected"),
+    ("size", "patches", "grid"),
     [
-        ((224, 224), 196, PatchGrid(14, 14, 16, 16), PatchGrid(14, 14, 16, 16)),
-        ((32, 64), 32, PatchGrid(4, 8, 8, 8), PatchGrid(4, 8, 8, 8)),
-        ((32, 64), 32, PatchGrid(8, 4, 4, 16), PatchGrid(8, 4, 4, 16)),
-        ((70, 70), 64, PatchGrid(8, 8, 8, 8), PatchGrid(8, 8, 8, 8)),  # a border of 6 pixels
-        ((224, 224), 196, None, PatchGrid(14, 14, 16, 16)),  # an artifact of before
-        ((32, 64), 32, None, PatchGrid(4, 8, 8, 8)),
+        ((224, 224), 196, PatchGrid(14, 14, 16, 16)),
+        ((32, 64), 32, PatchGrid(8, 4, 4, 16)),
+        ((70, 70), 64, PatchGrid(8, 8, 8, 8)),  # a border of 6 pixels
     ],
 )
-def test_grid(size, patches, recorded, expected):
-    values = manifest(size, patches, 5, asdict(recorded) if recorded else None)
-    assert grid_from_manifest(values, WHERE) == (expected, 5)
+def test_grid(built, size, patches, grid):
+    assert grid_from_manifest(having(built, size, patches, grid, 5), WHERE) == grid
 
 
 @pytest.mark.parametrize(
-    ("size", "patches", "recorded"),
+    ("size", "patches", "grid"),
     [
-        ((224, 224), 195, None),
-        ((70, 70), 64, None),
-        ((224, 224), 196, {"rows": 7, "cols": 14, "height": 16, "width": 16}),
-        ((200, 224), 196, {"rows": 14, "cols": 14, "height": 16, "width": 16}),
-        ((224, 224), 195, {"rows": 14}),
+        ((224, 224), 196, None),
+        ((224, 224), 196, PatchGrid(7, 14, 16, 16)),
+        ((200, 224), 196, PatchGrid(14, 14, 16, 16)),
     ],
 )
-def test_grid_that_cannot_be_told(size, patches, recorded):
+def test_grid_that_cannot_be_told(built, size, patches, grid):
     with pytest.raises(InputError) as caught:
-        grid_from_manifest(manifest(size, patches, 1, recorded), WHERE)
+        grid_from_manifest(having(built, size, patches, grid), WHERE)
     assert str(caught.value) == (
         f"the {patches} patches of some/artifact are not a grid over its images of {size[0]} x "
         f"{size[1]} pixels, so its tokens have no place in the image; only models that cut images "
         "into equal patches can be drawn"
-    )
-
-
-@pytest.mark.parametrize("missing", ["tokens_in", "prefix"])
-def test_manifest_without_the_number_of_patches(missing):
-    values = manifest((224, 224), 196)
-    (values if missing == "tokens_in" else values["merge"]).pop(missing)
-    with pytest.raises(InputError) as caught:
-        grid_from_manifest(values, WHERE)
-    assert str(caught.value) == (
-        "some/artifact does not say how many tokens are patches; rebuild it with this version"
     )
 
 

@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "cores": 2,
     "gpu": None,
     "driver": None,
+    "machine": "x86_64",
     "python": "3.11.9",
     "versions": {"onnxruntime": "1.31.1", "torch": "2.15.0"},
     "date": "2026-11-21T12:00:00+00:00",
@@ -42,7 +43,7 @@ def timed(p50: float, batch: int) -> dict[str, Any]:
 
 
 def bench_report() -> dict[str, Any]:
-    """``bench.json`` as the contract has it, of two backends."""
+    """``bench.json`` of two backends."""
     rows = []
     for backend, factor in (("ort-cpu", 1.0), ("torch", 1.9)):
         for batch, merged, against in ((1, 0.61, 0.83), (8, 3.1, 4.9), (32, 11.7, 19.4)):
@@ -59,24 +60,25 @@ def bench_report() -> dict[str, Any]:
             )
     groups = {"attention": 0.9, "mlp": 1.2, "norm": 0.2, "embedding": 0.1, "head": 0.03}
     merging = {"match": 0.21, "merge": 0.12, "layout": 0.05, "other": 0.02}
-    profile = {
-        "backend": "ort-cpu",
-        "batch": 8,
-        "total_ms": 2.9,
-        "attributed_share": 0.985,
-        "merged": {"groups_ms": groups | merging, "layers": [{"layer": 0, "attention": 0.2}]},
-        "against": {
-            "groups_ms": {name: 1.7 * value for name, value in groups.items()} | {"other": 0.02},
-            "layers": [{"layer": 0, "attention": 0.4}],
-        },
+    whole = {"total_ms": 2.9, "attributed_share": 0.985}
+    models = {
+        "merged": groups | merging,
+        "against": {name: 1.7 * value for name, value in groups.items()} | {"other": 0.02},
     }
+    profile = {"backend": "ort-cpu", "batch": 8, **whole}
+    for name, groups_ms in models.items():
+        layers = [{"layer": 0, "attention": groups_ms["attention"]}]
+        runs = {"run_ms": 3.1, "runs": 10, "nodes": 90}
+        profile[name] = {**whole, **runs, "groups_ms": groups_ms, "layers": layers}
     return {
-        "latency_ms": 0.61,
+        "latency_ms": {"ort-cpu": 0.61},
         "environment": ENVIRONMENT,
         "against": "unmerged",
         "macs_ratio": 1.67,
         "rounds": 50,
         "warmup": 5,
+        "images": "samples",
+        "notes": [],
         "rows": rows,
         "profile": [profile],
     }
@@ -87,14 +89,22 @@ def share(correct: int, images: int = 450) -> dict[str, Any]:
     value = correct / images
     return {
         "correct": correct,
+        "images": images,
         "share": value,
         "low": max(0.0, value - 0.011),
         "high": min(1.0, value + 0.006),
     }
 
 
+def difference(gained: int, images: int = 450) -> dict[str, Any]:
+    """A difference with an interval of about the right width."""
+    value = gained / images
+    limits = {"low": value - 0.008, "high": value + 0.004}
+    return {"share": value, **limits, "gained": max(gained, 0), "lost": max(-gained, 0)}
+
+
 def eval_report() -> dict[str, Any]:
-    """``eval.json`` as the contract has it."""
+    """``eval.json`` of labelled images."""
     names = (
         ("merged", "ort-cpu", 13_462_912, 446),
         ("unmerged", "ort-cpu", 22_480_256, 450),
@@ -105,12 +115,14 @@ def eval_report() -> dict[str, Any]:
     candidates = [
         {
             "name": name,
-            "r": None,
+            "r": [8] * 6,
             "backend": backend,
             "macs": macs,
             "top1": share(correct),
             "top5": share(450),
             "agreement_with_unmerged": None if name == "unmerged" else share(correct),
+            "difference_to_unmerged": None if name == "unmerged" else difference(correct - 450),
+            "not_finite": 0,
         }
         for name, backend, macs, correct in names
     ]
@@ -119,10 +131,14 @@ def eval_report() -> dict[str, Any]:
             "source": "/somebody/data & <script>alert(1)",
             "kind": "folder",
             "images": 450,
+            "labelled": True,
+            "notes": [],
             "unreadable": [{"name": "<img src=x onerror=alert(1)>.jpg", "reason": "cut short"}],
             "unreadable_count": 1,
         },
         "batch": 8,
+        "classes": 10,
+        "methods": {"share": "one", "difference": "another"},
         "candidates": candidates,
         "confidence": 0.95,
         "environment": ENVIRONMENT,
@@ -130,7 +146,7 @@ def eval_report() -> dict[str, Any]:
 
 
 def schedule_report(depth: int = 6) -> dict[str, Any]:
-    """``schedule.json`` as the contract has it."""
+    """``schedule.json`` of a search that took the latency into account."""
     front = []
     for index, method in enumerate(("constant", "decreasing", "increasing", "free")):
         front += [
@@ -140,6 +156,9 @@ def schedule_report(depth: int = 6) -> dict[str, Any]:
                 "macs": 22_480_256 - 1_180_000 * r - 150_000 * index,
                 "latency_ms": 0.83 - 0.03 * r - 0.004 * index,
                 "accuracy": 1 - 0.0004 * r * r - 0.001 * index * (index < 3),
+                "correct": 440,
+                "damage": 0.01,
+                "entropy": 0.97,
                 "chosen": method == "free" and r == 8,
             }
             for r in (2, 4, 6, 8, 10)
@@ -149,12 +168,52 @@ def schedule_report(depth: int = 6) -> dict[str, Any]:
         "format": 1,
         "model": "vit_digits",
         "schedule": chosen["schedule"],
-        "objective": {"kind": "min-accuracy", "value": 0.97, "metric": "top1"},
-        "found": {**chosen, "validation_accuracy": 0.98},
-        "unmerged": {"macs": 22_480_256, "latency_ms": 0.83, "accuracy": 1.0},
+        "tokens_in": 65,
+        "weights": {"kind": "bundled", "source": "digits"},
+        "reducer": {"name": "tome"},
+        "objective": {
+            "kind": "min-accuracy",
+            "value": 0.97,
+            "relative": False,
+            "metric": "top1",
+            "text": "accuracy at least 0.97",
+        },
+        "found": {
+            **chosen,
+            "predicted_latency_ms": 0.6,
+            "search_accuracy": 0.98,
+            "validation_accuracy": 0.98,
+            "estimate": None,
+        },
+        "best_constant": None,
+        "unmerged": {
+            "macs": 22_480_256,
+            "latency_ms": 0.83,
+            "predicted_latency_ms": 0.83,
+            "accuracy": 1.0,
+            "correct": 450,
+            "search_accuracy": 1.0,
+        },
         "front": front,
-        "cost_table": {},
+        "cost_table": None,
         "images": 450,
+        "data": {
+            "source": "samples",
+            "available": 450,
+            "search": 300,
+            "validation": 150,
+            "held_out": 0,
+            "unreadable_count": 0,
+            "notes": [],
+        },
+        "search": {
+            "schedules": 40,
+            "min_entropy": None,
+            "over_merged": 0,
+            "validation_looks": 5,
+            "ended_by_time_limit": False,
+        },
+        "confidence": 0.95,
         "seconds": 71.3,
         "environment": ENVIRONMENT,
     }
@@ -191,7 +250,7 @@ def parity_with_disagreements(path: Path) -> dict[str, Any]:
 def add(artifact: Path, **reports: dict[str, Any]) -> Path:
     """Add reports, named without their suffix, as the commands do."""
     contents = {f"{name}.json": json_bytes(values) for name, values in reports.items()}
-    Artifact.open(artifact).with_files({}, contents)
+    Artifact.open(artifact).with_files(contents, lambda manifest: manifest)
     return artifact
 
 

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tome_export.artifact import Artifact, write_json
+from tome_export.artifact import Artifact
+from tome_export.artifact.evaluation import Evaluation
+from tome_export.data.labels import Classes
+from tome_export.data.source import samples_source
 from tome_export.evaluation.records import TOP, Record, Table
-from tome_export.evaluation.source import ArraySource, Classes
-from tome_export.pipeline.subject import Subject
-from tome_export.pipeline.eval_result import results_of
+from tome_export.pipeline.eval import evaluation_from_table
 from tome_export.pipeline.eval_runs import Candidate
-from tome_export.report.contract import read_report
+from tome_export.pipeline.subject import Subject
 from tome_export.report.page import Content, render
+from tome_export.spec import BatchRange
 
 IMAGES = 40
 NAMES = (("merged", 4, "ort-cpu"), ("unmerged", 0, "ort-cpu"), ("torch", 4, "torch"))
 
 
 def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged", "torch")):
-    """``eval.json`` as ``evaluate`` makes it, but for who ran.
+    """An evaluation as ``evaluate`` makes it, but for who ran.
 
     Args:
         kind: ``labelled``, ``unlabelled`` or ``features``.
         broken: Images for which the merged model gave no finite numbers.
         against: Candidates besides the merged one.
     """
-    subject = Subject("x", Path("x"), "fp32", None, {})
+    about = {"label": "x", "precision": "fp32", "output_name": "logits"}
+    subject = Subject(**about, folder=Path("x"), batch=BatchRange(1, 1, 1))
     candidates = [
         Candidate(name, (r,) * 6, backend, 13_000_000 + 2_000_000 * (4 - r), subject)
         for name, r, backend in NAMES
@@ -51,23 +53,23 @@ def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged"
             found[:broken] = -1 if n == 0 else found[:broken]
         values[run] = found
     table.add(Record(0, ((IMAGES - 1, "bad.png", "cut short"),), values_without_last(values)))
-    source = ArraySource(np.zeros((IMAGES, 1, 8, 8), np.float32), labels)
+    source = samples_source(np.zeros((IMAGES, 1, 8, 8), np.float32), labels)
     known = labels if kind == "labelled" else None
     plain = next((one for one in candidates if one.name == "unmerged"), None)
-    return results_of(table, source, known, candidates, classes, plain)
+    return evaluation_from_table(table, source, known, candidates, classes, plain)
 
 
 def values_without_last(values):
     return {run: found[:-1] for run, found in values.items()}
 
 
-def page_of(built: Path, tmp_path: Path, values) -> str:
-    """The words of the page with this evaluation."""
+def page_of(built: Path, tmp_path: Path, evaluation: Evaluation) -> str:
+    """The words of the page with this evaluation, written and read as a command does."""
     file = tmp_path / "eval.json"
-    write_json(file, values)
-    report = read_report(file)
-    assert report == json.loads(file.read_text())
-    text = render(Content("x", Artifact.open(built).manifest, {"eval.json": report}))
+    file.write_bytes(evaluation.json_bytes())
+    found = Evaluation.read(file)
+    assert found == evaluation
+    text = render(Content("x", Artifact.open(built).manifest, evaluation=found))
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
 
 
@@ -92,7 +94,7 @@ SHOWN = {
 
 @pytest.mark.parametrize(("kind", "said", "unsaid"), SHOWN.values(), ids=SHOWN)
 def test_what_an_evaluation_found_is_shown(built, tmp_path, kind, said, unsaid):
-    words = page_of(built, tmp_path, {**evaluated(kind), "batch": 8})
+    words = page_of(built, tmp_path, evaluated(kind))
     accuracy = words[words.index("On 39 images of") :]
     for expected in said:
         assert expected in words, expected
@@ -103,9 +105,9 @@ def test_what_an_evaluation_found_is_shown(built, tmp_path, kind, said, unsaid):
 
 def test_a_change_has_its_paired_interval(built, tmp_path):
     values = evaluated("labelled")
-    found = values["candidates"][0]["difference_to_unmerged"]
-    low, high = (f"{100 * found[key]:+.2f}".replace("-", "\u2212") for key in ("low", "high"))
-    assert found["share"] < 0
+    found = values.candidates[0].difference_to_unmerged
+    low, high = (f"{100 * x:+.2f}".replace("-", "\u2212") for x in (found.low, found.high))
+    assert found.share < 0
     words = page_of(built, tmp_path, values)
     assert words.count(f"\u22122.56 ({low} to {high})") >= 1  # in the table
     assert f"points ({low} to {high}), to 92.31 % on 39 images" in words

@@ -65,7 +65,7 @@ def test_the_slider_draws_what_inspect_draws(look, page, full, layer):
     artifact = Artifact.open(full)
     one = merge_maps(artifact, digits_test()[0][:1])[0]
     assert np.array_equal(canvas_of(opened), pixels_from_map(one, layer))
-    tokens = artifact.manifest["tokens"][layer]
+    tokens = artifact.manifest.tokens[layer]
     assert opened.inner_text("#state") == f"after layer {layer}: {tokens} tokens"
     assert opened.get_attribute("#layer", "aria-valuetext") == opened.inner_text("#state")
     assert opened.get_attribute("#state", "aria-live") == "polite"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from html.parser import HTMLParser
 
@@ -11,12 +10,25 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact import Artifact
+from tome_export.artifact.document import Part
+from tome_export.artifact.manifest import FileRecord, Layer
 from tome_export.inspect.groups import MergeMap, Plans, groups_by_layer, layers_from_positions
 from tome_export.models.samples import sample_paths
 from tome_export.pipeline.report import MOST_PICTURES, ReportRequest, report
 from tome_export.report.origin import commands
 from tome_export.report.page import MOST_BYTES, Content, render
-from tome_export.spec import PatchGrid
+from tome_export.spec import BatchRange, PatchGrid
+
+
+def changed(part: Part, changes: dict) -> Part:
+    """A part of a document with other values, inner parts by theirs."""
+    inner = {
+        name: changed(getattr(part, name), value)
+        for name, value in changes.items()
+        if isinstance(value, dict) and isinstance(getattr(part, name), Part)
+    }
+    return part.model_copy(update={**changes, **inner})
+
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -82,14 +94,15 @@ def test_what_others_wrote_is_escaped(text):
 
 
 def test_a_hostile_manifest_is_escaped(built):
-    manifest = copy.deepcopy(Artifact.open(built).manifest)
+    manifest = Artifact.open(built).manifest
     evil = "</title><script>alert('$x$')</script>\u4e2d"
-    manifest["model"] |= {"name": evil, "description": evil}
-    manifest["model"]["weights"] = {"kind": "file", "source": evil, "seed": None} | {
-        "state_sha256": evil
+    weights = {"kind": "file", "source": evil, "seed": None, "state_sha256": evil}
+    changes = {
+        "model": {"name": evil, "description": evil, "weights": weights},
+        "engine_note": evil,
     }
-    manifest["engine_note"] = evil
-    manifest["files"][evil] = {"bytes": 1, "sha256": evil}
+    manifest = changed(manifest, changes)
+    manifest.files[evil] = FileRecord(bytes=1, sha256=evil)
     text = render(Content(evil, manifest))
     assert [name for name, _ in Parsed(text).elements].count("script") == 1
     assert evil not in text
@@ -131,12 +144,11 @@ def test_sections_without_data_name_the_command(built, tmp_path):
         assert f"<code>{command}</code>" in text
     assert "No pictures: none were asked for" in text
     assert "RANDOM WEIGHTS" not in text
-    assert Artifact.open(built).manifest["files"].keys() == {"model.onnx", "parity.json"}
+    assert Artifact.open(built).manifest.files.keys() == {"model.onnx", "parity.json"}
 
 
 def test_random_weights_are_not_overlooked(built):
-    manifest = copy.deepcopy(Artifact.open(built).manifest)
-    manifest["model"]["random_weights"] = True
+    manifest = changed(Artifact.open(built).manifest, {"model": {"random_weights": True}})
     assert "<strong>RANDOM WEIGHTS</strong>" in render(Content("x", manifest))
 
 
@@ -149,7 +161,7 @@ MANIFESTS = {
         f"build vit_digits --r 8 --schedule decreasing --fp16 {BUILD} -o x",
     ),
     "listed": (
-        {"merge": {"schedule": "8,4", "r": [8, 4, 0, 0, 0, 0]}},
+        {"merge": {"schedule": "8,4", "r": (8, 4, 0, 0, 0, 0)}},
         f"build vit_digits --schedule 8,4,0,0,0,0 --fp16 {BUILD} -o x",
     ),
     "random": (
@@ -161,7 +173,12 @@ MANIFESTS = {
         f"build vit_digits --r 8 --fp16 --weights 'my model.pth' {BUILD} -o x",
     ),
     "otherwise": (
-        {"merge": {"prop_attn": False}, "precision": "bf16", "batch": "4:4:4", "parity": None},
+        {
+            "merge": {"prop_attn": False},
+            "precision": "bf16",
+            "batch": BatchRange(4, 4, 4),
+            "parity": None,
+        },
         "build vit_digits --r 8 --bf16 --no-prop-attn --batch 4:4:4 --merge-op matmul "
         "--attention fused --engine none --no-check -o x",
     ),
@@ -175,10 +192,8 @@ MANIFESTS = {
 
 @pytest.mark.parametrize(("changes", "expected"), MANIFESTS.values(), ids=MANIFESTS)
 def test_the_build_command_is_that_of_the_manifest(built, changes, expected):
-    manifest = copy.deepcopy(Artifact.open(built).manifest)
-    for key, value in changes.items():
-        manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
-    first, *_, last = commands(manifest, "x", {})
+    manifest = changed(Artifact.open(built).manifest, changes)
+    first, *_, last = commands(manifest, None, None, "x")
     assert first == f"tome-export {expected}"
     assert last == "tome-export report x"
 
@@ -204,15 +219,15 @@ def large(depth: int = 24, side: int = 24, count: int = MOST_PICTURES) -> list[M
 
 
 def test_a_large_model_on_the_most_images_stays_small(full, text):
-    manifest = copy.deepcopy(Artifact.open(full).manifest)
     maps = large()
     tokens = [groups.tokens for groups in maps[0].layers]
-    cost = {"macs": 9_000_000_000, "macs_unmerged": 15_000_000_000, "r": 20}
-    before = [577, *tokens[:-1]]
-    manifest["tokens"] = tokens
-    manifest["layers"] = [
-        {"tokens_in": i, "tokens_out": o, **cost} for i, o in zip(before, tokens, strict=True)
-    ]
-    found = render(Content("x", manifest, {}, maps, ["image"] * len(maps)))
+    cost = {"macs": 9_000_000_000, "macs_unmerged": 15_000_000_000, "r": 20, "behind_block": False}
+    layers = tuple(
+        Layer(tokens_in=before, tokens_out=after, **cost)
+        for before, after in zip([577, *tokens[:-1]], tokens, strict=True)
+    )
+    changes = {"tokens": tuple(tokens), "layers": layers}
+    manifest = changed(Artifact.open(full).manifest, changes)
+    found = render(Content("x", manifest, maps=maps, names=["image"] * len(maps)))
     # The rest of the page is the same for every model, but for a row per layer.
     assert 1_000_000 < len(found.encode()) < MOST_BYTES - len(text.encode())

@@ -1,16 +1,20 @@
-"""Pictures of merged tokens, as in figure 4 of the ToMe paper (arXiv 2210.09461)."""
+"""Pictures of merged tokens, as in figure 4 of the ToMe paper (arXiv 2210.09461).
+
+A token of several patches has the mean colour of its pixels inside, and one of a palette for the
+colour-blind around it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tome_export.inspect.colours import DARK, HATCH, HATCHES, mean_colours, outline_colours
-from tome_export.inspect.groups import DROPPED, LayerGroups, MergeMap
-from tome_export.inspect.svg import svg_from_groups
+from tome_export.inspect.groups import DROPPED, MergeMap
 from tome_export.spec import PatchGrid
 
 if TYPE_CHECKING:
@@ -24,19 +28,52 @@ PATCH_PIXELS = 14
 LONGER_SIDE = 448
 """Pixels of a picture's longer side where none are asked for."""
 
-OUTLINE = 10
-"""A patch's shorter side is this many outlines wide."""
+Colour = tuple[int, int, int]
+
+PALETTE: tuple[Colour, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+)
+"""Okabe and Ito's colours (Color Universal Design, 2008) without black, which shadows hide."""
 
 
-def scale_for(grid: PatchGrid, shape: tuple[int, int], size: int = LONGER_SIDE) -> int:
-    """Pixels of a picture per pixel of the image: a whole number, so that no pixel is mixed.
+DARK: Colour = (32, 32, 32)
+HATCH: Colour = (112, 112, 112)
+"""Ground and lines of the hatching over patches that were dropped: no colour of a token."""
 
-    Args:
-        grid: How the image is cut into patches.
-        shape: Height and width of the image.
-        size: The picture's longer side is at least this, and less than one image more.
+
+@dataclass(frozen=True)
+class Look:
+    """Measures of a picture, in its pixels.
+
+    Attributes:
+        scale: Pixels per pixel of the image: a whole number, so that no pixel is mixed.
+        outline: Width of an outline: a tenth of a patch's shorter side.
+        hatch: From one hatch line to the next, a quarter of that side, and of one line.
     """
-    return max(math.ceil(PATCH_PIXELS / min(grid.height, grid.width)), math.ceil(size / max(shape)))
+
+    scale: int
+    outline: int
+    hatch: tuple[int, int]
+
+    @classmethod
+    def of(cls, merge_map: MergeMap, size: int = LONGER_SIDE) -> Look:
+        """Those of an image.
+
+        Args:
+            merge_map: The image.
+            size: The picture's longer side is at least this, and less than one image more.
+        """
+        side = min(merge_map.grid.height, merge_map.grid.width)
+        longer = max(merge_map.image.shape[:2])
+        scale = max(math.ceil(PATCH_PIXELS / side), math.ceil(size / longer))
+        step = max(3, round(side * scale / 4))
+        return cls(scale, max(2, round(side * scale / 10)), (step, max(1, step // 4)))
 
 
 def draw(merge_map: MergeMap, layer: int, size: int = LONGER_SIDE) -> Image.Image:
@@ -59,68 +96,22 @@ def draw(merge_map: MergeMap, layer: int, size: int = LONGER_SIDE) -> Image.Imag
     return Image.fromarray(pixels_from_map(merge_map, layer, size))
 
 
-def draw_svg(merge_map: MergeMap, layer: int, size: int = LONGER_SIDE) -> str:
-    """The same as an SVG document: the image embedded as PNG, one path per token of many patches.
-
-    Args:
-        merge_map: From ``pipeline.inspect.merge_maps``.
-        layer: Index of the layer, from 0; negative counts from the last.
-        size: Least longer side, in pixels, as which it is shown.
-    """
-    groups = merge_map.layers[layer]
-    scale = scale_for(merge_map.grid, _shape(merge_map), size)
-    return svg_from_groups(
-        merge_map.image,
-        merge_map.grid,
-        groups.ids,
-        mean_colours(merge_map.image, merge_map.grid, groups.ids),
-        outline_colours(groups.ids),
-        scale,
-        outline_width(merge_map.grid, scale) / scale,
-        hatching(merge_map.grid, scale)[0] / scale,
-    )
-
-
 def pixels_from_map(merge_map: MergeMap, layer: int, size: int = LONGER_SIDE) -> NDArray[np.uint8]:
     """The picture of ``draw`` as ``[H, W, 3]`` uint8."""
-    grid, groups = merge_map.grid, merge_map.layers[layer]
-    scale = scale_for(grid, _shape(merge_map), size)
-    picture = merge_map.image.repeat(scale, axis=0).repeat(scale, axis=1)
-    ids = groups.ids.repeat(grid.height * scale, axis=0).repeat(grid.width * scale, axis=1)
-    _paint(picture[: ids.shape[0], : ids.shape[1]], ids, merge_map, groups, scale)
-    return picture
-
-
-def _paint(
-    picture: NDArray[np.uint8],
-    ids: NDArray[np.int64],
-    merge_map: MergeMap,
-    groups: LayerGroups,
-    scale: int,
-) -> None:
-    """Fill and outline, in place; ``ids`` has the token of every pixel."""
-    fill = mean_colours(merge_map.image, merge_map.grid, groups.ids)
-    border = near_another(ids, outline_width(merge_map.grid, scale))
-    for group, outline in outline_colours(groups.ids).items():
-        inside = ids == group
-        picture[inside] = fill[group]
-        picture[inside & border] = outline
-    dropped = ids == DROPPED
-    picture[dropped] = DARK
+    grid, patches, look = merge_map.grid, merge_map.layers[layer].ids, Look.of(merge_map, size)
+    picture = merge_map.image.repeat(look.scale, axis=0).repeat(look.scale, axis=1)
+    ids = patches.repeat(grid.height * look.scale, axis=0)
+    ids = ids.repeat(grid.width * look.scale, axis=1)
+    inner = picture[: ids.shape[0], : ids.shape[1]]  # a border may be left of whole patches
+    fill, border = mean_colours(merge_map.image, grid, patches), near_another(ids, look.outline)
+    for group, outline in outline_colours(patches).items():
+        inner[ids == group] = fill[group]
+        inner[(ids == group) & border] = outline
+    inner[ids == DROPPED] = DARK
     along = np.arange(ids.shape[0])[:, None] + np.arange(ids.shape[1])
-    step, width = hatching(merge_map.grid, scale)
-    picture[dropped & (along % step < width)] = HATCH
-
-
-def hatching(grid: PatchGrid, scale: int) -> tuple[int, int]:
-    """Pixels from one hatch line to the next, and of one line, along a row."""
-    step = max(3, round(min(grid.height, grid.width) * scale / HATCHES))
-    return step, max(1, step // 4)
-
-
-def outline_width(grid: PatchGrid, scale: int) -> int:
-    """Pixels of an outline."""
-    return max(2, round(min(grid.height, grid.width) * scale / OUTLINE))
+    step, width = look.hatch
+    inner[(ids == DROPPED) & (along % step < width)] = HATCH
+    return picture
 
 
 def near_another(ids: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
@@ -136,6 +127,68 @@ def near_another(ids: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
     return found
 
 
-def _shape(merge_map: MergeMap) -> tuple[int, int]:
-    height, width = merge_map.image.shape[:2]
-    return height, width
+def outline_colours(ids: NDArray[np.int64]) -> dict[int, Colour]:
+    """A colour for every group of more than one patch; groups that touch differ where they can.
+
+    Greedy colouring, the group with the most neighbours first. Groups need not be connected, so
+    more colours than the palette has may be wanted; then the one is taken that the fewest shared
+    edges have. The same groups always get the same colours.
+
+    Args:
+        ids: ``[rows, cols]`` int, the token of each patch; dropped ones have no outline.
+    """
+    names, counts = np.unique(ids, return_counts=True)
+    pairs = zip(names.tolist(), counts.tolist(), strict=True)
+    groups = [name for name, count in pairs if count > 1 and name != DROPPED]
+    touching: dict[int, Counter[int]] = {group: Counter() for group in groups}
+    for one, other in _contacts(ids):
+        if one != other and one in touching and other in touching:
+            touching[one][other] += 1
+            touching[other][one] += 1
+    chosen: dict[int, int] = {}
+    used: Counter[int] = Counter()
+    for group in sorted(groups, key=lambda g: (-len(touching[g]), g)):
+        taken: Counter[int] = Counter()
+        for neighbour, edges in touching[group].items():
+            if neighbour in chosen:
+                taken[chosen[neighbour]] += edges
+        # Among those that fit, the rarest so far: colours are spread over the whole image.
+        chosen[group] = min(range(len(PALETTE)), key=lambda c: (taken[c], used[c], c))
+        used[chosen[group]] += 1
+    return {group: PALETTE[chosen[group]] for group in groups}
+
+
+def _contacts(ids: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Pairs of patches that share an edge or a corner, by their groups."""
+    rows, cols = ids.shape
+    pairs: list[tuple[int, int]] = []
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        left = max(0, -right)
+        here = ids[: rows - down, left : cols - max(0, right)]
+        there = ids[down:, left + right : cols + min(0, right)]
+        pairs += zip(here.ravel().tolist(), there.ravel().tolist(), strict=True)
+    return pairs
+
+
+def mean_colours(
+    image: NDArray[np.uint8], grid: PatchGrid, ids: NDArray[np.int64]
+) -> dict[int, Colour]:
+    """The mean pixel of every group, rounded.
+
+    Args:
+        image: ``[H, W, 3]`` uint8.
+        grid: How it is cut into patches.
+        ids: ``[rows, cols]`` int, the token of each patch.
+    """
+    seen = image[: grid.rows * grid.height, : grid.cols * grid.width].astype(np.float64)
+    patches = seen.reshape(grid.rows, grid.height, grid.cols, grid.width, 3).mean(axis=(1, 3))
+    names, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(names), 3))
+    np.add.at(sums, inverse.ravel(), patches.reshape(-1, 3))
+    means = np.rint(sums / counts[:, None]).astype(int).tolist()
+    return {int(name): (r, g, b) for name, (r, g, b) in zip(names, means, strict=True)}
+
+
+def hex_colour(colour: Colour) -> str:
+    """As ``#rrggbb``."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)

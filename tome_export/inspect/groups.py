@@ -1,15 +1,22 @@
-"""Which patches are one token after each layer: merge plans composed, in numpy."""
+"""Which patches are one token after each layer: merge plans composed, and put on the image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tome_export.spec import PatchGrid
+from tome_export.artifact import Manifest
+from tome_export.artifact.manifest import Layer
+from tome_export.errors import InputError
+from tome_export.spec import PatchGrid, Preprocessing
+
+if TYPE_CHECKING:
+    from tome_export.merge.plan import Step
 
 DROPPED = -1
 """In place of the token of a patch of which nothing is left."""
@@ -69,17 +76,13 @@ def groups_by_layer(
 
 
 def clip_groups(
-    plans: Mapping[tuple[int, bool], Plans],
-    layers: Sequence[Mapping[str, int]],
-    frames: int,
-    batch: int,
+    plans: Mapping[Step, Plans], layers: Sequence[Layer], frames: int, batch: int
 ) -> NDArray[np.int64]:
     """As ``groups_by_layer`` for videos, whose clips are joined between the plans.
 
     Args:
-        plans: By layer, and whether it is the merge across clips; ``[B S, ...]``, the clips of one
-            video behind those of another.
-        layers: Token counts of each layer, as ``build.json`` has them.
+        plans: By merge; ``[B S, ...]``, the clips of one video behind those of another.
+        layers: Token counts of each layer, of one clip.
         frames: Frames of one video.
         batch: Videos B.
 
@@ -87,22 +90,24 @@ def clip_groups(
         ``[B, depth, frames, N]`` int64: for every token of every frame the token that holds it
         behind each layer, clips counted on.
     """
-    first = layers[0]["tokens_in"]
+    from tome_export.merge.plan import Across
+
+    first = layers[0].tokens_in
     places = np.broadcast_to(np.arange(first), (batch, frames, first))
     result = np.empty((batch, len(layers), frames, first), np.int64)
-    for layer, counts in enumerate(layers):
-        joined, clips = counts["joined"], counts["clips"]
-        protected = counts["prefix"] // joined
+    for index, layer in enumerate(layers):
+        joined, clips = layer.joined or 1, layer.clips or 1
+        protected = (layer.prefix or 0) // joined
         part = (np.arange(frames) * clips * joined // frames % joined)[:, None]
-        rest = part * (counts["tokens_in"] - protected) + (joined - 1) * protected
+        rest = part * (layer.tokens_in - protected) + (joined - 1) * protected
         places = places + np.where(places < protected, part * protected, rest)
-        for key in ((layer, True), (layer, False)):
-            if key in plans:
+        for step in (Across(index), index):
+            if step in plans:
                 rows = places.reshape(batch * clips, -1)
-                places = np.take_along_axis(token_map(plans[key]), rows, axis=1)
+                places = np.take_along_axis(token_map(plans[step]), rows, axis=1)
                 places = places.reshape(batch, frames, first)
         clip = (np.arange(frames) * clips // frames)[:, None]
-        result[:, layer] = places + clip * counts["tokens_out"]
+        result[:, index] = places + clip * layer.tokens_out
     return result
 
 
@@ -192,19 +197,117 @@ def layers_from_positions(
     return tuple(layers)
 
 
-def video_layers(
-    ids: NDArray[np.int64], tokens: Sequence[int], prefix: int, grid: PatchGrid
-) -> tuple[LayerGroups, ...]:
-    """One video's part of what ``clip_groups`` gives, put on a mosaic of its frames.
+def maps_from_plans(
+    manifest: Manifest, where: Path, plans: Mapping[Step, Plans], pixels: NDArray[np.float32]
+) -> list[MergeMap]:
+    """Images, or videos as mosaics of their frames, with their tokens after every layer.
+
+    A token of several frames of a video is one group in all of them.
 
     Args:
-        ids: ``[depth, frames, prefix + rows * cols]`` int64.
-        tokens: Tokens of the video that leave each layer.
-        prefix: Tokens at the front of a frame that are no patches.
-        grid: How a frame is cut into patches.
+        manifest: Of the artifact.
+        where: The artifact, for errors.
+        plans: What its graph chose, by merge; the clips of all videos follow each other.
+        pixels: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
+
+    Raises:
+        InputError: if patches have no place in the image, or the graph merges other tokens than
+            the manifest says, as when that was edited.
     """
-    layers = []
-    for layer, (frames, count) in enumerate(zip(ids, tokens, strict=True)):
-        patches = frames[:, prefix:].reshape(len(frames), grid.rows, grid.cols)
-        layers.append(LayerGroups(layer, count, mosaic(patches), 0))
-    return tuple(layers)
+    grid, prefix = grid_from_manifest(manifest, where), manifest.merge.prefix
+    if not _agree(plans, manifest.layers):
+        raise InputError(
+            f"model.onnx of {where} merges other tokens than its build.json says; rebuild the "
+            "artifact"
+        )
+    preprocessing, depth = manifest.preprocessing, len(manifest.layers)
+    if not manifest.video:
+        own = {step: plan for step, plan in plans.items() if isinstance(step, int)}
+        positions = groups_by_layer(own, depth, prefix + grid.patches, len(pixels))
+        tokens = tuple(layer.tokens_out for layer in manifest.layers)
+        return [
+            MergeMap(
+                image_from_pixels(one, preprocessing),
+                grid,
+                layers_from_positions(position, tokens, prefix, grid),
+            )
+            for one, position in zip(pixels, positions, strict=True)
+        ]
+    frames = pixels.shape[1]
+    ids = clip_groups(plans, manifest.layers, frames, len(pixels))
+    # What lies beyond the last whole patch would part the frames' grids.
+    cut = pixels[..., : grid.rows * grid.height, : grid.cols * grid.width]
+    beside = mosaic_side(frames)
+    whole = replace(grid, rows=grid.rows * (frames // beside), cols=grid.cols * beside)
+    maps = []
+    for video, positions in zip(cut, ids, strict=True):
+        image = mosaic(np.stack([image_from_pixels(frame, preprocessing) for frame in video]))
+        patches = positions[:, :, prefix:].reshape(depth, frames, grid.rows, grid.cols)
+        layers = tuple(
+            LayerGroups(layer, count, mosaic(one), 0)
+            for layer, (one, count) in enumerate(zip(patches, manifest.tokens, strict=True))
+        )
+        maps.append(MergeMap(image, whole, layers))
+    return maps
+
+
+def _agree(plans: Mapping[Step, Plans], layers: Sequence[Layer]) -> bool:
+    """Whether a graph's plans lead through the token counts of the layers."""
+    from tome_export.merge.plan import Across
+
+    before = layers[0].tokens_in
+    for index, layer in enumerate(layers):
+        count = before * (layer.joined or 1)
+        for step in (Across(index), index):
+            plan = plans.get(step)
+            if plan is not None and plan.keep.shape[1] + plan.src.shape[1] != count:
+                return False
+            count = count if plan is None else plan.keep.shape[1]
+        if count != layer.tokens_out:
+            return False
+        before = count
+    return True
+
+
+def grid_from_manifest(manifest: Manifest, where: Path) -> PatchGrid:
+    """Where a model's patches lie in an image.
+
+    Args:
+        manifest: Of the artifact.
+        where: The artifact, for the error.
+
+    Raises:
+        InputError: if it cannot be told.
+    """
+    _, height, width = manifest.preprocessing.input_size
+    grid, patches = manifest.patches, manifest.layers[0].tokens_in - manifest.merge.prefix
+    if (
+        grid is None
+        or grid.patches != patches
+        or grid.rows * grid.height > height
+        or grid.cols * grid.width > width
+    ):
+        raise InputError(
+            f"the {patches} patches of {where} are not a grid over its images of {height} x "
+            f"{width} pixels, so its tokens have no place in the image; only models that cut "
+            "images into equal patches can be drawn"
+        )
+    return grid
+
+
+def image_from_pixels(
+    pixels: NDArray[np.float32], preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    """What the model sees, as an image: the inverse of normalisation.
+
+    Args:
+        pixels: ``[C, H, W]`` float32 with one or three channels.
+        preprocessing: By which they were made.
+
+    Returns:
+        ``[H, W, 3]`` uint8.
+    """
+    mean = np.asarray(preprocessing.mean)[:, None, None]
+    std = np.asarray(preprocessing.std)[:, None, None]
+    values = np.rint((pixels * std + mean) * 255).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(values, (3, *values.shape[1:])).transpose(1, 2, 0))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import Artifact, Manifest, staged, write_json
+from tome_export.artifact import Artifact, staged, write_json
 from tome_export.errors import InputError, UsageError
 from tome_export.pipeline.images import load_inputs
 from tome_export.pipeline.inputs import (
@@ -19,7 +19,6 @@ from tome_export.pipeline.inputs import (
     inputs_from_file,
     refuse_extra_inputs,
 )
-from tome_export.pipeline.inspect_video import video_maps
 from tome_export.pipeline.subject import open_runner, subject_of
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.registry import ORT_CPU
@@ -110,8 +109,8 @@ class InspectResult:
         """What ``inspect.json`` says: nothing of where the files lie."""
         model = self.artifact.manifest.model
         return {
-            "model": model["name"],
-            "random_weights": model["random_weights"],
+            "model": model.name,
+            "random_weights": model.random_weights,
             "patches": asdict(self.grid),
             "pictures": [asdict(picture) for picture in self.pictures],
         }
@@ -127,7 +126,8 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
             too many.
         MissingComponentError: if ONNX Runtime is not here.
     """
-    from tome_export.inspect.draw import LONGER_SIDE, draw, draw_svg
+    from tome_export.inspect.draw import LONGER_SIDE, draw
+    from tome_export.inspect.svg import draw_svg
 
     progress = progress or Silent()
     size = LONGER_SIDE if request.size is None else request.size
@@ -182,9 +182,7 @@ def merge_maps(
         InputError: if an image cannot be read, or it cannot be told where the patches lie.
         MissingComponentError: if ONNX Runtime is not here.
     """
-    from tome_export.inspect.groups import MergeMap, groups_by_layer, layers_from_positions
-    from tome_export.inspect.image import grid_from_manifest, image_from_pixels
-    from tome_export.merge.plan import step_layer
+    from tome_export.inspect.groups import grid_from_manifest, maps_from_plans
     from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
     from tome_export.runtime.inputs import unit_inputs
@@ -193,12 +191,10 @@ def merge_maps(
     if inputs is None:
         refuse_extra_inputs(artifact, "report")
     manifest = artifact.manifest
-    preprocessing = manifest.preprocessing
-    grid, prefix = grid_from_manifest(manifest, artifact.path)
-    video = manifest.video
+    grid_from_manifest(manifest, artifact.path)  # refuses what cannot be drawn, before any work
     pixels = images if isinstance(images, np.ndarray) else load_inputs(manifest, images)
     plans: dict[Step, Plans] = {}
-    if any(manifest.merge.r) or (video and video["merging"]):
+    if manifest.merges:
         progress.detail("reading the model")
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
@@ -207,25 +203,7 @@ def merge_maps(
         with open_runner(ORT_CPU, subject, progress) as runner:
             batch = manifest.batch
             plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})
-    # The manifest may have been edited though the files are whole.
-    if not _agree(plans, manifest.layers if video else _layers(manifest, prefix + grid.patches)):
-        raise InputError(
-            f"model.onnx of {artifact.path} merges other tokens than its build.json says; rebuild "
-            "the artifact"
-        )
-    if video:
-        return video_maps(manifest, plans, pixels, grid, prefix)
-    tokens = tuple(manifest.tokens)
-    own = {step_layer(step): plan for step, plan in plans.items()}
-    positions = groups_by_layer(own, len(tokens), prefix + grid.patches, len(pixels))
-    return [
-        MergeMap(
-            image_from_pixels(one, preprocessing),
-            grid,
-            layers_from_positions(position, tokens, prefix, grid),
-        )
-        for one, position in zip(pixels, positions, strict=True)
-    ]
+    return maps_from_plans(manifest, artifact.path, plans, pixels)
 
 
 def chosen_plans(
@@ -268,33 +246,8 @@ def chosen_plans(
     }
 
 
-def _layers(manifest: Manifest, first: int) -> list[dict[str, int]]:
-    """Token counts of the layers of a model of images."""
-    tokens = manifest.tokens
-    before = [first, *tokens[:-1]]
-    return [{"tokens_in": n, "tokens_out": k} for n, k in zip(before, tokens, strict=True)]
-
-
 def _rows(plan: NDArray[Any]) -> NDArray[Any]:
     return plan.reshape(-1, plan.shape[-1])
-
-
-def _agree(plans: Mapping[Step, Plans], layers: Sequence[Mapping[str, int]]) -> bool:
-    """Whether a graph's plans lead through the token counts of the layers."""
-    from tome_export.merge.plan import Across
-
-    before = layers[0]["tokens_in"] if layers else 0
-    for index, layer in enumerate(layers):
-        count = before * layer.get("joined", 1)
-        for step in (Across(index), index):
-            plan = plans.get(step)
-            if plan is not None and plan.keep.shape[1] + plan.src.shape[1] != count:
-                return False
-            count = count if plan is None else plan.keep.shape[1]
-        if count != layer["tokens_out"]:
-            return False
-        before = count
-    return True
 
 
 def layers_from_text(text: str, depth: int) -> tuple[int, ...]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from tome_export.artifact import Artifact, Manifest, writing_to
+from tome_export.artifact.bench import BENCH, Bench
+from tome_export.artifact.evaluation import EVAL, Evaluation
 from tome_export.artifact.files import utf8, write_whole
+from tome_export.artifact.parity import PARITY, ParityFile
+from tome_export.artifact.schedule import SCHEDULE, read_search
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.spec import Preprocessing
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tome_export.inspect.groups import MergeMap
+
+Found = TypeVar("Found")
 
 MOST_PICTURES = 12
 """Images on a page: more make it larger than a page should be."""
@@ -89,7 +95,6 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
             be read, or the page cannot be written.
         MissingComponentError: if images are given and there is no ONNX Runtime to run them.
     """
-    from tome_export.report.contract import CONTRACTS
     from tome_export.report.page import MOST_BYTES, NAME, Content, render, sections_of
 
     progress = progress or Silent()
@@ -97,11 +102,23 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
     _check_output(request)
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
-    reports = _reports(artifact)
+    parity, measured = _read(artifact, PARITY, ParityFile.read), _read(artifact, BENCH, Bench.read)
+    evaluation = _read(artifact, EVAL, Evaluation.read)
+    schedule = _read(artifact, SCHEDULE, read_search)
     progress.stage("Find the merged tokens")
     maps, names, note = _maps(artifact, request, progress)
     progress.stage("Write the page")
-    content = Content(artifact.path.resolve().name, artifact.manifest, reports, maps, names, note)
+    content = Content(
+        folder=artifact.path.resolve().name,
+        manifest=artifact.manifest,
+        parity=parity,
+        bench=measured,
+        evaluation=evaluation,
+        schedule=schedule,
+        maps=maps,
+        names=names,
+        no_pictures=note,
+    )
     page = utf8(render(content))
     if len(page) >= MOST_BYTES:
         raise InputError(
@@ -111,7 +128,7 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
     path = request.output.absolute() if request.output else artifact.path / NAME
     artifact = _write(artifact, path, page)
     missing = {s.title: s.command for s in sections_of(content) if s.command}
-    changed = tuple(why for name, why in artifact.stale.items() if name in CONTRACTS)
+    changed = tuple(why for name, why in artifact.stale.items() if name != NAME)
     return ReportResult(artifact, path, len(page), tuple(names), missing, note, changed)
 
 
@@ -146,12 +163,9 @@ def _check_output(request: ReportRequest) -> None:
         )
 
 
-def _reports(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
-    from tome_export.report.contract import CONTRACTS, read_report
-
-    listed = artifact.manifest.files
-    found = {name: read_report(artifact.path / name) for name in CONTRACTS if name in listed}
-    return {name: values for name, values in found.items() if values is not None}
+def _read(artifact: Artifact, name: str, reader: Callable[[Path], Found | None]) -> Found | None:
+    """One of the artifact's documents; None if it has none."""
+    return reader(artifact.path / name) if name in artifact.manifest.files else None
 
 
 def _maps(
@@ -199,12 +213,11 @@ def _samples(
             f"{count} samples were asked for; there are {len(paths)} photographs, lower --samples"
         )
     names = [path.stem.replace("_", " ") for path in paths[:count]]
-    video = manifest.video
-    shape = (*([video["frames"]] if video else []), *preprocessing.input_size)
+    shape = tuple(int(size) for size in manifest.input.shape[1:])
     if not count:
         return np.empty((0, *shape), np.float32), []
-    if video:
-        moving: NDArray[np.float32] = moving_samples(preprocessing, count, video["frames"])
+    if manifest.video:
+        moving: NDArray[np.float32] = moving_samples(preprocessing, count, shape[0])
         return moving, [f"{name}, moving" for name in names]
     return load_images(paths[:count], preprocessing), names
 

@@ -2,186 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from tome_export.artifact.evaluation import (
+    CandidateResult,
+    Cosines,
+    Difference,
+    Evaluation,
+    EvaluationData,
+    Share,
+)
 from tome_export.artifact.files import utf8
-from tome_export.report.accuracy_chart import Measure, draw_accuracy
-from tome_export.report.numbers import NONE, counted, fixed, macs, percent, points, span
-from tome_export.report.parts import Block, Drawing, Section, Table, Text
-from tome_export.report.plot import chart
+from tome_export.display import NONE, counted, fixed, macs, macs_unit, percent, points, span
+from tome_export.report.parts import Block, Section, Table, Text
+from tome_export.report.plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Form,
+    bars,
+    chart,
+    named_rows,
+    panels,
+    reach,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TITLE = "Accuracy"
 
 LISTED = 20
 """Unreadable images that are listed; all are counted."""
 
-TOP1 = Measure("top1", "top-1 accuracy", "top-1 accuracy")
-AGREEMENT = Measure("agreement_with_unmerged", "agreement with the unmerged model", "agreement")
-COSINE = Measure("cosine_to_unmerged", "cosine to the unmerged model", "cosine")
+STYLES = {"merged": (BLUE, "o"), "unmerged": (GREY, "s")}
+"""Colour and marker of the two models that every evaluation has."""
 
-Candidate = Mapping[str, Any]
+REST = ((VERMILLION, "D"), (GREEN, "^"), (PURPLE, "v"), (ORANGE, "P"), (SKY, "X"))
+"""Of others, in their order."""
 
 
-def accuracy_section(report: Mapping[str, Any] | None, folder: str) -> Section:
+@dataclass(frozen=True)
+class Measure:
+    """What is shown of each candidate: a share with an interval, or a mean with the smallest.
+
+    Attributes:
+        key: Its entry in the evaluation.
+        title: As captions call it.
+        axis: The same in few words.
+        explained: What to know of it; ``{}`` is the level of confidence.
+    """
+
+    key: Literal["top1", "agreement_with_unmerged", "cosine_to_unmerged"]
+    title: str
+    axis: str
+    explained: str
+
+    def of(self, candidate: CandidateResult) -> Share | Cosines | None:
+        """What was found of a candidate."""
+        found: Share | Cosines | None = getattr(candidate, self.key)
+        return found
+
+    def values(self, candidate: CandidateResult) -> tuple[float, float, float]:
+        """Value, lower and upper end of its range, as the axis has them."""
+        found = self.of(candidate)
+        if isinstance(found, Share):
+            return 100 * found.share, 100 * found.low, 100 * found.high
+        if found is None:
+            raise ValueError(f"{candidate.name} has no {self.key}")
+        return found.mean, found.min, found.mean
+
+    @property
+    def label(self) -> str:
+        """Of an axis."""
+        return self.axis if self is COSINE else f"{self.axis} (%)"
+
+
+TOP1 = Measure(
+    "top1",
+    "top-1 accuracy",
+    "top-1 accuracy",
+    "Ranges are {} confidence intervals. That of a change is for the same images under both "
+    "models; those of the shares say what another sample of as many images might give, and "
+    "overlap more.",
+)
+AGREEMENT = Measure(
+    "agreement_with_unmerged",
+    "agreement with the unmerged model",
+    "agreement",
+    "They have no labels: what can be told is on how many of them a model's best class is that of "
+    "the unmerged model. Ranges are {} confidence intervals.",
+)
+COSINE = Measure(
+    "cosine_to_unmerged",
+    "cosine to the unmerged model",
+    "cosine",
+    "The model has no classes: what can be told is the cosine of an image's features to those of "
+    "the unmerged model, 1 where they are the same.",
+)
+NO_MEASURE = (
+    "They have no labels, and no other model was run to compare with: all there is to tell is what "
+    "was run."
+)
+
+
+def accuracy_section(evaluation: Evaluation | None, folder: str) -> Section:
     """What was evaluated of every candidate with its interval, and against MACs."""
-    if report is None or not report["candidates"]:
+    if evaluation is None or not evaluation.candidates:
         return Section(
             "accuracy",
             TITLE,
             command=f"tome-export eval {folder} --data FOLDER",
             adds="top-1 and top-5 accuracy on your images",
         )
-    data, candidates = report["data"], report["candidates"]
-    level = percent(report["confidence"], 0)
-    measure = measure_of(report)
-    lead = f"On {counted(data['images'], 'image')} of {name_of(data['source'])}. "
-    blocks: list[Block] = [Text(lead + _explained(measure, level))]
+    data, candidates = evaluation.data, evaluation.candidates
+    level, measure = percent(evaluation.confidence, 0), measure_of(evaluation)
+    # The last part of a path: the rest is about somebody's machine.
+    name = utf8(data.source.rstrip("/").rpartition("/")[2] or data.source).decode()
+    explained = measure.explained.format(level) if measure else NO_MEASURE
+    blocks: list[Block] = [Text(f"On {counted(data.images, 'image')} of {name}. {explained}")]
     blocks += [
         Text(
-            f"{one['name']} on {one['backend']} gave no finite numbers for "
-            f"{counted(one['not_finite'], 'image')}.",
+            f"{one.name} on {one.backend} gave no finite numbers for "
+            f"{counted(one.not_finite, 'image')}.",
             "bad",
         )
         for one in candidates
-        if one.get("not_finite")
+        if one.not_finite
     ]
     if measure is not None:
-        shown = [one for one in candidates if one.get(measure.key)]
-        blocks.append(
-            Drawing(
-                chart(
-                    "accuracy",
-                    _caption(measure, level),
-                    lambda form: draw_accuracy(form, shown, measure),
-                )
-            )
+        shown = [one for one in candidates if measure.of(one)]
+        ranges = f"with its {level} confidence interval"
+        ranges = "mean, with a line to the smallest" if measure is COSINE else ranges
+        caption = (
+            f"{measure.title} of each candidate, {ranges}, and the same against MACs per image."
         )
-    blocks += [_table(candidates), *_unreadable(data)]
-    return Section("accuracy", TITLE, tuple(blocks))
+        caption = caption[:1].upper() + caption[1:]
+        blocks.append(chart("accuracy", caption, lambda form: _draw(form, shown, measure)))
+    return Section("accuracy", TITLE, (*blocks, _table(candidates), *_unreadable(data)))
 
 
-def measure_of(report: Mapping[str, Any] | None) -> Measure | None:
+def measure_of(evaluation: Evaluation) -> Measure | None:
     """What there is to show of an evaluation: labels come before all else."""
-    candidates = (report or {}).get("candidates", ())
-    return next(
-        (m for m in (TOP1, AGREEMENT, COSINE) if any(c.get(m.key) for c in candidates)), None
-    )
+    measures = (TOP1, AGREEMENT, COSINE)
+    return next((m for m in measures if any(map(m.of, evaluation.candidates))), None)
 
 
-def name_of(source: str) -> str:
-    """The last part of a path: the rest is about somebody's machine."""
-    return utf8(source.rstrip("/").rpartition("/")[2] or source).decode()
-
-
-def candidate(report: Mapping[str, Any] | None, name: str) -> Candidate | None:
+def candidate(evaluation: Evaluation, name: str) -> CandidateResult | None:
     """A candidate by its name."""
-    found = (c for c in (report or {}).get("candidates", ()) if c["name"] == name)
-    return next(found, None)
+    return next((one for one in evaluation.candidates if one.name == name), None)
 
 
-def change_of(one: Candidate, plain: Candidate | None) -> Mapping[str, Any] | None:
-    """Top-1 of a candidate minus that of the unmerged model, with its interval if there is one."""
-    paired = one.get("difference_to_unmerged")
-    if paired is not None or plain is None or not (one.get("top1") and plain.get("top1")):
-        return paired
-    return {"share": one["top1"]["share"] - plain["top1"]["share"]}
+def _draw(form: Form, candidates: Sequence[CandidateResult], measure: Measure) -> Figure:
+    height = max(2.4, 0.9 + 0.36 * len(candidates))
+    figure, (by_name, by_macs) = panels(form, 2, height, narrow_height=height)
+    scale, unit = macs_unit(max(one.macs for one in candidates))
+    rest = itertools.cycle(REST)
+    for y, one in enumerate(candidates):
+        look = bars(*(STYLES[one.name] if one.name in STYLES else next(rest)))
+        value, low, high = measure.values(one)
+        error = reach([value], [low], [high])
+        by_name.errorbar([value], [y], xerr=error, **look)
+        by_macs.errorbar([one.macs / scale], [value], yerr=error, **look)
+    names = [f"{one.name}, {one.backend}" for one in candidates]
+    by_name.set_yticks(range(len(candidates)), names)
+    by_name.set_ylim(len(candidates) - 0.5, -0.5)
+    named_rows(by_name)
+    by_name.locator_params(axis="x", nbins=5)
+    by_name.set_xlabel(measure.label)
+    by_macs.set_xlabel(f"{unit} per image")
+    by_macs.set_ylabel(measure.label)
+    by_macs.set_xlim(0, max(one.macs for one in candidates) / scale * 1.12)
+    return figure
 
 
-def change_text(change: Mapping[str, Any] | None) -> str:
-    """A change in points, with its interval if it has one."""
-    if change is None:
+def _share(found: Share | None) -> str:
+    return percent(found.share, 2) if found else NONE
+
+
+def _interval(found: Share | None) -> str:
+    return span(f"{100 * found.low:.2f}", percent(found.high, 2)) if found else NONE
+
+
+def _change(found: Difference | None) -> str:
+    if found is None:
         return NONE
-    if "low" not in change:
-        return points(change["share"])
-    return f"{points(change['share'])} ({points(change['low'])} to {points(change['high'])})"
+    return f"{points(found.share)} ({points(found.low)} to {points(found.high)})"
 
 
-def _explained(measure: Measure | None, level: str) -> str:
-    if measure is None:
-        return (
-            "They have no labels, and no other model was run to compare with: all there is to tell "
-            "is what was run."
-        )
-    if measure is COSINE:
-        return (
-            "The model has no classes: what can be told is the cosine of an image's features to "
-            "those of the unmerged model, 1 where they are the same."
-        )
-    if measure is AGREEMENT:
-        return (
-            "They have no labels: what can be told is on how many of them a model's best class is "
-            f"that of the unmerged model. Ranges are {level} confidence intervals."
-        )
-    return (
-        f"Ranges are {level} confidence intervals. That of a change is for the same images under "
-        "both models; those of the shares say what another sample of as many images might give, "
-        "and overlap more."
-    )
-
-
-def _caption(measure: Measure, level: str) -> str:
-    name = f"{measure.title[:1].upper()}{measure.title[1:]}"
-    range_of = (
-        "mean, with a line to the smallest"
-        if measure is COSINE
-        else f"with its {level} confidence interval"
-    )
-    return f"{name} of each candidate, {range_of}, and the same against MACs per image."
-
-
-def _share(found: Mapping[str, Any] | None) -> str:
-    return percent(found["share"], 2) if found else NONE
-
-
-def _interval(found: Mapping[str, Any] | None) -> str:
-    return span(f"{100 * found['low']:.2f}", percent(found["high"], 2)) if found else NONE
-
-
-def _table(candidates: Sequence[Candidate]) -> Table:
+def _table(candidates: Sequence[CandidateResult]) -> Table:
     """A row per candidate; columns without a single figure are left out."""
-    plain = next((c for c in candidates if c["name"] == "unmerged"), None)
-    changes = [None if one is plain else change_of(one, plain) for one in candidates]
-    top1, top5, agreement, cosine = (
-        [one.get(key) for one in candidates]
-        for key in ("top1", "top5", "agreement_with_unmerged", "cosine_to_unmerged")
-    )
-    missing = [one.get("not_finite") or 0 for one in candidates]
-    columns: list[tuple[str, Sequence[Any], Sequence[str]]] = [
-        ("top-1", top1, [_share(found) for found in top1]),
-        ("interval", top1, [_interval(found) for found in top1]),
-        (
-            "change, points",
-            changes,
-            [
-                "" if c is plain else change_text(d)
-                for c, d in zip(candidates, changes, strict=True)
-            ],
-        ),
-        ("top-5", top5, [_share(found) for found in top5]),
-        ("as unmerged", agreement, [_share(found) for found in agreement]),
-        ("interval of it", [] if any(top1) else agreement, [_interval(f) for f in agreement]),
-        ("cosine, mean", cosine, [fixed(found["mean"], 6) if found else NONE for found in cosine]),
-        ("smallest", cosine, [fixed(found["min"], 6) if found else NONE for found in cosine]),
-        ("not finite", missing, [str(count) for count in missing]),
-    ]
-    shown = [(header, cells) for header, found, cells in columns if any(found)]
+    labelled = any(one.top1 for one in candidates)
+    columns: dict[str, list[str]] = {
+        "top-1": [_share(one.top1) for one in candidates],
+        "interval": [_interval(one.top1) for one in candidates],
+        "change, points": [_change(one.difference_to_unmerged) for one in candidates],
+        "top-5": [_share(one.top5) for one in candidates],
+        "as unmerged": [_share(one.agreement_with_unmerged) for one in candidates],
+        "interval of it": [
+            NONE if labelled else _interval(one.agreement_with_unmerged) for one in candidates
+        ],
+    }
+    cosines = [one.cosine_to_unmerged for one in candidates]
+    columns["cosine, mean"] = [fixed(one.mean, 6) if one else NONE for one in cosines]
+    columns["smallest"] = [fixed(one.min, 6) if one else NONE for one in cosines]
+    if any(one.not_finite for one in candidates):
+        columns["not finite"] = [str(one.not_finite) for one in candidates]
+    shown = {header: cells for header, cells in columns.items() if set(cells) != {NONE}}
     rows = [
-        (one["name"], one["backend"], macs(one["macs"]), *(cells[index] for _, cells in shown))
+        (one.name, one.backend, macs(one.macs), *(cells[index] for cells in shown.values()))
         for index, one in enumerate(candidates)
     ]
-    headers = ("model", "backend", "MACs", *(header for header, _ in shown))
+    headers = ("model", "backend", "MACs", *shown)
     return Table("Accuracy of every model", headers, rows, "ll" + "r" * (len(headers) - 2))
 
 
-def _unreadable(data: Mapping[str, Any]) -> list[Block]:
-    bad = data.get("unreadable") or []
-    count = data.get("unreadable_count") or len(bad)
+def _unreadable(data: EvaluationData) -> list[Block]:
+    count, shown = data.unreadable_count, data.unreadable[:LISTED]
     if not count:
         return []
-    shown = bad[:LISTED]
     more = "" if len(shown) == count else f" {len(shown)} of them:"
-    rows = [(one["name"], one["reason"]) for one in shown]
+    rows = [(one.name, one.reason) for one in shown]
     return [
         Text(f"Left out, as they could not be read: {counted(count, 'image')}.{more}"),
         Table("Images that could not be read", ("image", "reason"), rows, "ll"),

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from tome_export.report.plot import Chart
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph.
-
-    Attributes:
-        text: Its words.
-        tone: Empty, ``bad`` for what is wrong, or ``note`` for the small print.
-    """
+    """A paragraph; its tone is empty, or ``bad`` for what is wrong."""
 
     kind: ClassVar[str] = "text"
     text: str
@@ -49,11 +42,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A chart."""
+class Chart:
+    """A chart in both sizes of ``plot``, as markup, and what screen readers say of it."""
 
-    kind: ClassVar[str] = "drawing"
-    chart: Chart
+    kind: ClassVar[str] = "chart"
+    caption: str
+    svgs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,24 +59,49 @@ class Commands:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One image with the drawing of its last layer.
+
+    Attributes:
+        name: Shown below it.
+        width: Pixels of the image as the model sees it.
+        height: Likewise.
+        href: The image as a URL that holds it.
+        paths: Outline, fill and stroke of each token of several patches.
+        dropped: Dropped patches as SVG elements; empty if there are none.
+        stroke: Width of an outline, in pixels of the image.
+        caption: What the drawing shows, for those who cannot see it.
+    """
+
+    name: str
+    width: int
+    height: int
+    href: str
+    paths: Sequence[tuple[str, str, str]]
+    dropped: str
+    stroke: float
+    caption: str
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Pictures of merged tokens that a slider leads through the layers.
 
     Attributes:
-        pictures: See ``report.pictures``.
+        pictures: The pictures.
         data: What the page's script draws from.
         depth: Number of layers.
         last: What the slider says at the last layer.
     """
 
     kind: ClassVar[str] = "gallery"
-    pictures: Sequence[Any]
+    pictures: Sequence[Picture]
     data: Mapping[str, Any]
     depth: int
     last: str
 
 
-Block = Text | Table | Drawing | Commands | Gallery
+Block = Text | Table | Chart | Commands | Gallery
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,6 @@ class Section:
 
     name: str
     title: str
-    blocks: Sequence[Block] = field(default_factory=tuple)
+    blocks: Sequence[Block] = ()
     command: str | None = None
     adds: str = ""

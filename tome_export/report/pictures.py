@@ -9,25 +9,23 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.artifact import Manifest
-from tome_export.inspect.colours import (
+from tome_export.display import counted
+from tome_export.inspect.draw import (
     DARK,
     HATCH,
     PALETTE,
+    Look,
     hex_colour,
     mean_colours,
     outline_colours,
 )
-from tome_export.inspect.draw import hatching, outline_width, scale_for
 from tome_export.inspect.groups import DROPPED
 from tome_export.inspect.svg import data_url, dropped_paths, path_around
-from tome_export.report.numbers import counted
-from tome_export.report.parts import Gallery, Section, Text
+from tome_export.report.parts import Gallery, Picture, Section, Text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,46 +45,20 @@ DROPPED_GROUP = 0xFFFF
 """What the page's script has in place of the group of a dropped patch."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One image with the drawing of its last layer.
-
-    Attributes:
-        name: Shown below it.
-        width: Pixels of the image as the model sees it.
-        height: Likewise.
-        href: The image as a URL that holds it.
-        paths: Outline, fill and stroke of each token of several patches.
-        dropped: Dropped patches as SVG elements; empty if there are none.
-        stroke: Width of an outline, in pixels of the image.
-        caption: What the drawing shows, for those who cannot see it.
-    """
-
-    name: str
-    width: int
-    height: int
-    href: str
-    paths: Sequence[tuple[str, str, str]]
-    dropped: str
-    stroke: float
-    caption: str
-
-
 def pictures_section(
-    maps: Sequence[MergeMap], names: Sequence[str], manifest: Manifest, reason: str | None
+    maps: Sequence[MergeMap], names: Sequence[str], tokens: Sequence[int], reason: str | None
 ) -> Section:
     """Pictures of every layer.
 
     Args:
         maps: One per image, from ``pipeline.inspect``.
         names: Of the images.
-        manifest: The content of ``build.json``.
+        tokens: Tokens that enter the first layer, and that leave each.
         reason: Why there are none, if there are none.
     """
     if not maps:
         why = reason or "none were asked for; give images, or --samples above 0"
         return Section("pictures", TITLE, (Text(f"No pictures: {why}."),))
-    tokens = [manifest.layers[0].tokens_in, *manifest.tokens]
     encoded = _hrefs([one.image for one in maps])
     pictures = [
         _picture(index, *of) for index, of in enumerate(zip(maps, names, encoded, strict=True))
@@ -97,7 +69,7 @@ def pictures_section(
         "dropped": [DROPPED_GROUP, hex_colour(DARK), hex_colour(HATCH)],
         "images": [_data(one) for one in maps],
     }
-    depth = len(manifest.tokens)
+    depth = len(tokens) - 1
     lead = (
         "A token of several patches is filled with their mean colour and outlined; patches far "
         "apart may be one token, and then have one colour. A patch that is still a token by "
@@ -112,9 +84,9 @@ def pictures_section(
 
 def _picture(index: int, one: MergeMap, name: str, href: str) -> Picture:
     height, width = one.image.shape[:2]
-    groups = one.layers[-1]
+    groups, look = one.layers[-1], Look.of(one)
     fills = mean_colours(one.image, one.grid, groups.ids)
-    stroke = _stroke(one) / _scale(one)
+    stroke = look.outline / look.scale
     paths = [
         (
             path_around(groups.ids == group, one.grid, stroke),
@@ -127,34 +99,25 @@ def _picture(index: int, one: MergeMap, name: str, href: str) -> Picture:
         f"{name} after layer {groups.layer}: {counted(len(paths), 'token')} of several patches, "
         f"the largest of {groups.largest}"
     )
-    dropped = ""
     if groups.dropped:
         caption += f", {groups.dropped} of {groups.ids.size} patches dropped"
-        hatch = hatching(one.grid, _scale(one))[0] / _scale(one)
-        dropped = "".join(dropped_paths(groups.ids == DROPPED, one.grid, hatch, f"-{index}"))
+    hatch = look.hatch[0] / look.scale
+    dropped = "".join(dropped_paths(groups.ids == DROPPED, one.grid, hatch, f"-{index}"))
     return Picture(name, width, height, href, paths, dropped, stroke, caption)
-
-
-def _scale(one: MergeMap) -> int:
-    return scale_for(one.grid, (one.image.shape[0], one.image.shape[1]))
-
-
-def _stroke(one: MergeMap) -> int:
-    return outline_width(one.grid, _scale(one))
 
 
 def _data(one: MergeMap) -> dict[str, Any]:
     """What the script needs of one image to draw as ``inspect.draw`` does."""
-    layers = [_layer(one, groups) for groups in one.layers]
+    look = Look.of(one)
     return {
         "rows": one.grid.rows,
         "cols": one.grid.cols,
         "height": one.grid.height,
         "width": one.grid.width,
-        "scale": _scale(one),
-        "stroke": _stroke(one),
-        "hatch": hatching(one.grid, _scale(one)),
-        "layers": layers,
+        "scale": look.scale,
+        "stroke": look.outline,
+        "hatch": look.hatch,
+        "layers": [_layer(one, groups) for groups in one.layers],
     }
 
 

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tome_export.report.parts import Chart
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -61,21 +65,6 @@ FORMS = (Form("wide", 9.2), Form("narrow", 3.7))
 Draw = Callable[[Form], "Figure"]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart in both sizes.
-
-    Attributes:
-        name: Unique on the page.
-        caption: Shown below, and what screen readers say.
-        svgs: The drawings, as markup.
-    """
-
-    name: str
-    caption: str
-    svgs: tuple[str, ...]
-
-
 def chart(name: str, caption: str, draw: Draw) -> Chart:
     """Draw a chart in both sizes.
 
@@ -84,7 +73,7 @@ def chart(name: str, caption: str, draw: Draw) -> Chart:
         caption: What it shows, in a sentence.
         draw: Makes the figure for a form; called with the house's settings in force.
     """
-    return Chart(name, caption, tuple(_svg(f"{name}-{f.name}", caption, draw, f) for f in FORMS))
+    return Chart(caption, tuple(_svg(f"{name}-{f.name}", caption, draw, f) for f in FORMS))
 
 
 def panels(
@@ -123,16 +112,26 @@ def legend(figure: Figure, axes: Axes, form: Form, handles: Sequence[Any] | None
 
 def ring(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     """A ring around the chosen points."""
-    axes.scatter(
-        x,
-        y,
-        130,
-        facecolors="none",
-        edgecolors=INK,
-        linewidths=1.4,
-        label="chosen",
-        zorder=4,
-    )
+    style: Any = {"facecolors": "none", "edgecolors": INK, "linewidths": 1.4, "zorder": 4}
+    axes.scatter(x, y, 130, label="chosen", **style)
+
+
+def reach(value: Any, low: Any, high: Any) -> Any:
+    """How far ranges reach below and above values ``[B]``: ``[2, B]``, for error bars."""
+    return np.maximum(np.stack([np.subtract(value, low), np.subtract(high, value)]), 0)
+
+
+def bars(colour: str, marker: str = "o") -> dict[str, Any]:
+    """The look of a point with its error bar."""
+    look = {"color": colour, "ecolor": colour, "elinewidth": 1.2, "capsize": 3}
+    return {"fmt": marker, **look}
+
+
+def named_rows(axes: Axes) -> None:
+    """Rows with names instead of a y axis: what counts is how far each reaches to the right."""
+    axes.grid(visible=True, axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def whole_numbers(axes: Axes, form: Form, count: int) -> None:

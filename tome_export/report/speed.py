@@ -1,145 +1,202 @@
-"""The section on latency and throughput."""
+"""The section on latency and throughput, and on where the time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.report.numbers import TIMES, counted, fixed, milliseconds, percent, size, times
-from tome_export.report.parts import Block, Drawing, Section, Table, Text
-from tome_export.report.plot import BLUE, GREY, INK, VERMILLION, Form, chart, legend, panels
-from tome_export.report.profile import profile_blocks
+from tome_export.artifact.bench import Bench, BenchProfile, BenchRow, Quantiles
+from tome_export.display import TIMES, counted, fixed, milliseconds, percent, size, times
+from tome_export.report.parts import Block, Section, Table, Text
+from tome_export.report.plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RULE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Form,
+    bars,
+    chart,
+    legend,
+    named_rows,
+    panels,
+    reach,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 TITLE = "Latency and throughput"
 
+OTHER = "other"
+"""What belongs to no group; plain grey, and last."""
 
-def speed_section(report: Mapping[str, Any] | None, folder: str) -> Section:
+COLOURS = {
+    "attention": BLUE,
+    "mlp": SKY,
+    "match": VERMILLION,
+    "merge": ORANGE,
+    "norm": GREEN,
+    "embedding": PURPLE,
+    "head": YELLOW,
+    OTHER: GREY,
+}
+"""Colours of the groups that every profile has."""
+
+HATCHES = ("////", "....", "xxxx", "----")
+"""Of further groups, which are grey, in their order."""
+
+Groups = Mapping[str, float]
+
+
+def speed_section(bench: Bench | None, folder: str) -> Section:
     """Merged against unmerged, and against what the MACs allow; where the time goes."""
-    if report is None or not report["rows"]:
+    if bench is None or not bench.rows:
         return Section(
             "speed",
             TITLE,
             command=f"tome-export bench {folder}",
             adds="latency, throughput and where the time goes",
         )
-    rows, other = report["rows"], against(report)
-    environment = report.get("environment") or {}
-    where = ", ".join(str(environment[key]) for key in ("gpu", "cpu") if environment.get(key))
-    cores = f" ({counted(environment['cores'], 'core')})" if environment.get("cores") else ""
-    rounds = f", {counted(report['rounds'], 'paired round')} each" if report.get("rounds") else ""
+    other, machine, ratio = against(bench), bench.environment, times(bench.macs_ratio)
+    where = ", ".join(name for name in (machine.gpu, machine.cpu) if name)
     lead = (
-        f"Against {'the unmerged model' if other == 'unmerged' else other}"
-        f"{f' on {where}{cores}' if where else ''}{rounds}. The MACs of the two differ by "
-        f"{times(report['macs_ratio'])}, the limit for a speed-up by fewer matrix products alone; "
-        "whatever else shrinks with the tokens can add to it."
+        f"Against {'the unmerged model' if other == 'unmerged' else other} on {where} "
+        f"({counted(machine.cores, 'core')}), {counted(bench.rounds, 'paired round')} each. The "
+        f"MACs of the two differ by {ratio}, the limit for a speed-up by fewer matrix products "
+        "alone; whatever else shrinks with the tokens can add to it."
     )
     caption = (
         f"Latency of a batch, median with 20th to 80th percentile, merged and {other}; and the "
-        f"speed-up of each, with the ratio of MACs, {times(report['macs_ratio'])}, as a line."
+        f"speed-up of each, with the ratio of MACs, {ratio}, as a line."
     )
-    blocks: list[Block] = [
-        Text(lead),
-        Drawing(chart("speed", caption, lambda form: _draw(form, report))),
-        _table(rows, other),
-    ]
-    return Section("speed", TITLE, (*blocks, *profile_blocks(report.get("profile") or (), other)))
+    blocks: list[Block] = [Text(lead), chart("speed", caption, lambda form: _draw(form, bench))]
+    blocks.append(_table(bench.rows, other))
+    for index, profile in enumerate(bench.profile):
+        blocks += _profile(index, profile, other)
+    return Section("speed", TITLE, blocks)
 
 
-def against(report: Mapping[str, Any]) -> str:
+def against(bench: Bench) -> str:
     """What the artifact was measured against, without the folders it lies in."""
-    return str(report["against"]).rstrip("/").rpartition("/")[2] or "unmerged"
+    return bench.against.rstrip("/").rpartition("/")[2] or "unmerged"
 
 
-def _table(rows: Sequence[Mapping[str, Any]], other: str) -> Table:
+def _table(rows: Sequence[BenchRow], other: str) -> Table:
     lines = []
     for row in rows:
-        for label, timed in (("merged", row["merged"]), (other, row["against"])):
-            latency, first = timed["latency_ms"], label == "merged"
+        for label, timed in (("merged", row.merged), (other, row.against)):
+            latency, first = timed.latency_ms, timed is row.merged
             lines.append(
                 (
-                    row["backend"],
-                    row["batch"],
+                    row.backend,
+                    row.batch,
                     label,
-                    *(milliseconds(latency[key]) for key in ("p20", "p50", "p80")),
-                    fixed(timed["throughput"], 1),
-                    size(timed.get("peak_memory_bytes")),
-                    times(row["speedup"]["p50"]) if first else "",
-                    percent(row["share_of_macs_limit"], 0) if first else "",
+                    *(milliseconds(value) for value in (latency.p20, latency.p50, latency.p80)),
+                    fixed(timed.throughput, 1),
+                    size(timed.peak_memory_bytes),
+                    times(row.speedup.p50) if first else "",
+                    percent(row.share_of_macs_limit, 0) if first else "",
                 )
             )
-    headers = (
-        "backend",
-        "batch",
-        "model",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        "images/s",
-        "peak memory",
-        "speed-up",
-        "of the MACs limit",
-    )
+    headers = ["backend", "batch", "model", "p20 ms", "p50 ms", "p80 ms", "images/s"]
+    headers += ["peak memory", "speed-up", "of the MACs limit"]
     return Table("Latency, throughput and memory", headers, lines, "lrlrrrrrrr")
 
 
-def _labels(rows: Sequence[Mapping[str, Any]], form: Form) -> list[str]:
-    one = len({row["backend"] for row in rows}) == 1
-    if one:
-        return [f"batch {row['batch']}" for row in rows]
-    joint = "\n" if form.wide else ", "
-    return [f"{row['backend']}{joint}batch {row['batch']}" for row in rows]
-
-
-def _draw(form: Form, report: Mapping[str, Any]) -> Figure:
-    rows = report["rows"]
+def _draw(form: Form, bench: Bench) -> Figure:
+    rows = bench.rows
     height = 0.9 + 0.5 * len(rows)
     figure, (latency, speedup) = panels(form, 2, max(2.2, height), narrow_height=max(1.9, height))
     y = np.arange(len(rows))
-    series = ((-0.2, "against", GREY, against(report)), (0.2, "merged", BLUE, "merged"))
-    for offset, key, colour, label in series:
-        p20, p50, p80 = (
-            np.array([row[key]["latency_ms"][name] for row in rows])
-            for name in ("p20", "p50", "p80")
-        )
-        spread = np.maximum([p50 - p20, p80 - p50], 0)
-        latency.barh(y + offset, p50, 0.36, color=colour, label=label)
-        latency.errorbar(
-            p50, y + offset, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2
-        )
-    ratios = [row["speedup"] for row in rows]
-    middle = np.array([ratio["p50"] for ratio in ratios])
-    low, high = (np.array([ratio[key] for ratio in ratios]) for key in ("p20", "p80"))
-    speedup.errorbar(
-        middle,
-        y,
-        xerr=np.maximum([middle - low, high - middle], 0),
-        fmt="o",
-        color=BLUE,
-        ecolor=BLUE,
-        elinewidth=1.2,
-        capsize=3,
-    )
-    limit = report["macs_ratio"]
-    line = speedup.axvline(
-        limit, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.3, label="MACs limit"
-    )
+    for offset, timed, colour, label in (
+        (-0.2, [row.against for row in rows], GREY, against(bench)),
+        (0.2, [row.merged for row in rows], BLUE, "merged"),
+    ):
+        low, middle, high = _quantiles(one.latency_ms for one in timed)
+        latency.barh(y + offset, middle, 0.36, color=colour, label=label)
+        error: Any = {"fmt": "none", "ecolor": INK, "elinewidth": 0.9, "capsize": 2}
+        latency.errorbar(middle, y + offset, xerr=reach(middle, low, high), **error)
+    low, middle, high = _quantiles(row.speedup for row in rows)
+    speedup.errorbar(middle, y, xerr=reach(middle, low, high), **bars(BLUE))
+    limit = bench.macs_ratio
+    style: Any = {"color": VERMILLION, "linestyle": (0, (4, 2)), "linewidth": 1.3}
+    line = speedup.axvline(limit, label="MACs limit", **style)
     speedup.axvline(1, color=GREY, linewidth=0.9)
     speedup.set_xlim(min(0.9, float(low.min()) * 0.95), max(limit, float(high.max())) * 1.08)
     latency.set_xlabel("latency of a batch (ms)")
     speedup.set_xlabel(f"speed-up ({TIMES})")
+    joint = "\n" if form.wide else ", "
+    several = len({row.backend for row in rows}) > 1
+    names = [f"{row.backend + joint if several else ''}batch {row.batch}" for row in rows]
     for axes in (latency, speedup):
-        axes.grid(visible=True, axis="x")
-        axes.grid(visible=False, axis="y")
+        named_rows(axes)
         axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_yticks(y, _labels(rows, form))
-        axes.tick_params(axis="y", length=0)
+        axes.set_yticks(y, names)
     speedup.spines["left"].set_visible(False)
     if form.wide:
         speedup.set_yticklabels([])
     legend(figure, latency, form, [*latency.get_legend_handles_labels()[0], line])
+    return figure
+
+
+def _quantiles(found: Iterable[Quantiles]) -> NDArray[np.float64]:
+    """20th, 50th and 80th percentiles ``[3, B]``."""
+    rows: NDArray[np.float64] = np.array([(one.p20, one.p50, one.p80) for one in found]).T
+    return rows
+
+
+def _profile(index: int, profile: BenchProfile, other: str) -> Iterator[Block]:
+    """A stacked bar per model, and the same as a table."""
+    models = {other: profile.against.groups_ms, "merged": profile.merged.groups_ms}
+    found = dict.fromkeys(group for groups in models.values() for group in groups)
+    known = [group for group in COLOURS if group in found and group != OTHER]
+    rest = [group for group in found if group not in COLOURS]
+    groups = [*known, *rest, *([OTHER] if OTHER in found else [])]
+    total = sum(models["merged"].values())
+    merging = sum(models["merged"].get(name, 0.0) for name in ("match", "merge"))
+    place = f"on {profile.backend}, batch {profile.batch}"
+    yield Text(
+        f"Where the time goes {place}, by the runtime's own profiler: "
+        f"{percent(profile.attributed_share)} of {milliseconds(profile.total_ms)} ms is attributed "
+        f"to {counted(len(groups), 'named group')}."
+        + (f" Matching and merging take {percent(merging / total)} of it." if total else "")
+    )
+    caption = f"Time per run in each part of the model, stacked: {', '.join(models)}, {place}."
+    yield chart(f"profile{index}", caption, lambda form: _draw_profile(form, models, groups))
+    rows, totals = [], {name: sum(times_of.values()) for name, times_of in models.items()}
+    for group in groups:
+        row = [group]
+        for name, times_of in models.items():
+            value = times_of.get(group)
+            share = None if value is None or not totals[name] else value / totals[name]
+            row += [milliseconds(value), percent(share)]
+        rows.append(row)
+    headers = ["part", *(text for name in models for text in (f"{name} ms", "share"))]
+    yield Table("Time in each part of the model", headers, rows)
+
+
+def _draw_profile(form: Form, models: Mapping[str, Groups], groups: Sequence[str]) -> Figure:
+    figure, (axes,) = panels(form, 1, 1.25 + 0.42 * len(models), narrow_height=2.5)
+    rest = iter(HATCHES * (1 + len(groups) // len(HATCHES)))
+    left = np.zeros(len(models))
+    for group in groups:
+        hatch = "" if group in COLOURS else next(rest)
+        widths = [groups_ms.get(group, 0.0) for groups_ms in models.values()]
+        style: Any = {"color": COLOURS.get(group, GREY), "hatch": hatch, "label": group}
+        style["edgecolor"] = RULE if hatch else "none"
+        axes.barh(list(models), widths, 0.62, left=left, **style)
+        left += widths
+    named_rows(axes)
+    axes.invert_yaxis()
+    axes.set_xlabel("time per run (ms)")
+    legend(figure, axes, form)
     return figure

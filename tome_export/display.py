@@ -1,6 +1,8 @@
-"""Numbers as the page shows them; what is not finite is null in the reports, and a dash here."""
+"""Numbers as people read them, on the page and in the terminal."""
 
 from __future__ import annotations
+
+import math
 
 NONE = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -28,16 +30,16 @@ def size(count: float | None) -> str:
     return f"{count:.0f} bytes"
 
 
-def small(value: float | None) -> str:
-    """An error or a margin, with two digits that count."""
-    if value is None:
+def small(value: float) -> str:
+    """An error or a margin, with two digits that count; a dash where it is not finite."""
+    if not math.isfinite(value):
         return NONE
     return "0" if value == 0 else f"{value:.1e}"
 
 
-def fixed(value: float | None, digits: int = 2) -> str:
-    """A plain number."""
-    return NONE if value is None else f"{value:,.{digits}f}"
+def fixed(value: float, digits: int = 2) -> str:
+    """A plain number; a dash where it is not finite."""
+    return f"{value:,.{digits}f}" if math.isfinite(value) else NONE
 
 
 def milliseconds(value: float | None) -> str:
@@ -57,9 +59,18 @@ def span(low: str, high: str) -> str:
     return f"{low}{NONE}{high}"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share of one."""
-    return NONE if share is None else f"{100 * share:.{digits}f} %"
+def percent(share: float | None, digits: int | None = 1) -> str:
+    """A share of one.
+
+    Args:
+        share: The share; None for a dash.
+        digits: Decimals; None for as many as it needs, at most two.
+    """
+    if share is None:
+        return NONE
+    if digits is None:
+        return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
+    return f"{100 * share:.{digits}f} %"
 
 
 def points(difference: float) -> str:
