@@ -12,6 +12,7 @@ from tome_export.cli.cascade_text import cascade_lines
 from tome_export.cli.options import FILE, output_options
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
+from tome_export.cli.tune import goal_from_option
 
 
 @click.command("cascade", short_help="A budget for each image, out of several artifacts.")
@@ -29,9 +30,8 @@ def command(terminal: Terminal, artifacts: tuple[Path, ...], **given: Any) -> No
     name = goal_given(given)
     with working(terminal) as progress:
         from tome_export.pipeline.cascade import CascadeRequest, cascade
-        from tome_export.pipeline.tune import goal_of
 
-        goal = goal_of(name, given[name])
+        goal = goal_from_option(name, given[name])
         kept = {k: v for k, v in given.items() if k not in ("target_macs", "min_accuracy")}
         result = cascade(CascadeRequest(artifacts, goal=goal, **kept), progress)
     values = {"file": str(result.path), "page": str(result.page), **result.values}

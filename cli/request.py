@@ -138,13 +138,13 @@ def _schedule(
     from tome_export.pipeline.catalog import recommended_r
 
     if file is not None:
-        from tome_export.pipeline.tune import schedule_from_file
+        from tome_export.artifact.schedule import ScheduleFile
 
         if r is not None:
             raise click.UsageError(
                 f"schedule file {file} gives r for every layer; drop --r {r} or the file"
             )
-        return schedule_from_file(file)
+        return Schedule(per_layer=ScheduleFile.read(file).schedule)
     text = "constant" if text is None else text
     if r is None and text in INFLECTION:
         r = recommended_r(model, tower)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
 from tome_export.cli.options import FILE, output_options, reducer_options
-from tome_export.cli.output import Terminal
+from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.request import precision_of
-from tome_export.cli.tune_text import schedule_lines
+from tome_export.cli.text import RANDOM
+from tome_export.reducers import DEFAULT
 
-TARGETS = ("target_latency_ms", "target_macs", "min_accuracy")
+if TYPE_CHECKING:
+    from tome_export.artifact.schedule import Estimate, TunedPoint, TunedSchedule
+    from tome_export.tune.goal import Goal
+
 KEPT = ("limit", "weights", "batch", "time_limit", "seed", "force", "min_entropy", "reducer")
+
+ROWS = 6
+"""Most rows of each method, besides the chosen one."""
 
 
 @click.command("tune", short_help="Search the per-layer schedule for a target.")
@@ -53,24 +61,183 @@ KEPT = ("limit", "weights", "batch", "time_limit", "seed", "force", "min_entropy
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, model: str, output: Path, **given: Any) -> None:
+def command(terminal: Terminal, /, model: str, output: Path, **given: Any) -> None:
     """Search how many tokens each layer of MODEL should merge; give exactly one target.
 
     The schedule goes into a file for 'tome-export build MODEL --schedule FILE'.
     """
-    asked = [name for name in TARGETS if given[name] is not None]
-    if len(asked) != 1:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in TARGETS)
-        raise click.UsageError(f"{len(asked)} targets were given; give exactly one of {options}")
+    asked = the_target(given, "target_latency_ms", "target_macs", "min_accuracy")
     precision = precision_of(given)
     with working(terminal) as progress:
-        from tome_export.pipeline.tune import TuneRequest, goal_of, tune
+        from tome_export.pipeline.tune import TuneRequest, tune
 
-        goal = goal_of(asked[0], given[asked[0]])
-        more: dict[str, Any] = {name: given[name] for name in KEPT}
-        more["reducer_options"] = given["reducer_options"]
+        more: dict[str, Any] = {name: given[name] for name in (*KEPT, "reducer_options")}
         if given["data"]:
             more["data"] = given["data"]
+        goal = goal_from_option(asked, given[asked])
         result = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)
-    values = {"file": str(result.path), **result.values}
-    terminal.result(values, schedule_lines(result.values, result.path))
+    values = {"file": str(result.path), **result.found.model_dump(mode="json")}
+    terminal.result(values, tuned_lines(result.found, result.path))
+
+
+def the_target(given: Mapping[str, Any], *names: str) -> str:
+    """The one target that was given.
+
+    Raises:
+        click.UsageError: if none was, or several.
+    """
+    asked = [name for name in names if given[name] is not None]
+    if len(asked) != 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise click.UsageError(f"{len(asked)} targets were given; give exactly one of {options}")
+    return asked[0]
+
+
+def goal_from_option(name: str, value: Any) -> Goal:
+    """A target from the option of that name.
+
+    Raises:
+        InputError: if the value is not one.
+    """
+    from tome_export.tune.goal import Goal
+
+    if name == "target_latency_ms":
+        return Goal.target_latency(value)
+    return Goal.target_macs(value) if name == "target_macs" else Goal.min_accuracy(value)
+
+
+def tuned_lines(tuned: TunedSchedule, path: Path) -> list[str]:
+    """All a person wants to know of a search."""
+    data, search = tuned.data, tuned.search
+    images = f"{data.search} to search"
+    images += f", {data.validation} to choose" if data.validation else ", none to choose"
+    images += f", {data.held_out} held out" if data.held_out else ""
+    ended = ", ended by the time limit" if search.ended_by_time_limit else ""
+    return [
+        *([RANDOM] if tuned.weights.kind == "random" else []),
+        *fields(
+            [
+                ("Model", tuned.model),
+                *([] if (name := tuned.reducer.name) == DEFAULT else [("Reducer", name)]),
+                ("Target", tuned.objective.text),
+                ("Images", f"{tuned.images} of {data.source}: {images}"),
+                ("Schedule", _list(tuned.found)),
+                *_facts(tuned),
+                _estimate(tuned.found.estimate, tuned.confidence),
+                *_latency(tuned),
+                ("Best constant r", _constant(tuned)),
+            ]
+        ),
+        "",
+        *_front(tuned),
+        "",
+        f"{search.schedules} schedules were searched in {tuned.seconds:.0f} s{ended}; "
+        f"{search.validation_looks} were looked at on the images to choose with",
+        *(f"Note: {note}" for note in data.notes),
+        f"Schedule: {path}; build it with --schedule {path}",
+    ]
+
+
+def _facts(tuned: TunedSchedule) -> list[tuple[str, str]]:
+    found, unmerged, asked = tuned.found, tuned.unmerged, tuned.search.min_entropy
+    parts = f"search {percent(found.search_accuracy)}"
+    if found.validation_accuracy is not None:
+        parts += f", choice {percent(found.validation_accuracy)}"
+    left_out = ""
+    if asked is not None:
+        left_out = f"; {tuned.search.over_merged} schedules fell under {asked:g} and were left out"
+    return [
+        ("MACs", f"{macs(found.macs)}, {_share(found, tuned)} of the unmerged model's"),
+        (
+            "Top-1" if tuned.objective.metric == "top1" else "Agreement",
+            f"{percent(found.accuracy)} ({parts}), unmerged {percent(unmerged.accuracy)}",
+        ),
+        ("Entropy", f"{found.entropy:.4f} on the search image with the least{left_out}"),
+    ]
+
+
+def _estimate(estimate: Estimate | None, confidence: float) -> tuple[str, str]:
+    """What to expect of images that are not here; the label says which images tell."""
+    if estimate is None:
+        return "Elsewhere", "unknown: all images were searched on"
+    held_out, change = estimate.on == "held out", estimate.change
+    why = "" if held_out else "; optimistic, the schedule was chosen with them"
+    return (
+        "Held out" if held_out else "Choice",
+        f"{percent(estimate.share)} of {estimate.images}, unmerged "
+        f"{percent(estimate.unmerged.share)}: {100 * change.share:+.2f} points, "
+        f"{100 * confidence:g} % interval {100 * change.low:+.2f} to {100 * change.high:+.2f}{why}",
+    )
+
+
+def _latency(tuned: TunedSchedule) -> list[tuple[str, str]]:
+    found, costs = tuned.found, tuned.cost_table
+    if costs is None:
+        return []
+    return [
+        (
+            "Latency",
+            f"{found.latency_ms:.3g} ms measured, {found.predicted_latency_ms:.3g} ms "
+            f"predicted; unmerged {tuned.unmerged.latency_ms:.3g} ms (batch {costs.batch}, "
+            f"{costs.precision}, ONNX Runtime CPU)",
+        ),
+        ("Cost table", f"{costs.measurements} schedules, residual {percent(costs.residual)}"),
+    ]
+
+
+def _constant(tuned: TunedSchedule) -> str:
+    constant = tuned.best_constant
+    if constant is None:
+        return "none was found that meets the target"
+    return (
+        f"{_list(constant)}: {macs(constant.macs)} MACs, {_share(constant, tuned)}, "
+        f"{percent(constant.accuracy)}"
+    )
+
+
+def _front(tuned: TunedSchedule) -> list[str]:
+    """The Pareto front as a table, cheapest first; the chosen schedule is marked."""
+    timed = tuned.cost_table is not None
+    rows: list[TunedPoint] = []
+    for method in dict.fromkeys(point.method for point in tuned.front):
+        rows += thinned([point for point in tuned.front if point.method == method], ROWS)
+    metric = "top-1" if tuned.objective.metric == "top1" else "agreement"
+    return table(
+        ["", "method", "MACs", "of unmerged", *(["ms"] * timed), metric, "r per layer"],
+        [
+            (
+                "*" if point.chosen else "",
+                point.method,
+                macs(point.macs),
+                _share(point, tuned),
+                *([f"{point.latency_ms:.3g}"] if timed else []),
+                percent(point.accuracy),
+                _list(point),
+            )
+            for point in sorted(rows, key=lambda point: point.macs)
+        ],
+        f"llrr{'r' * timed}rl",
+    )
+
+
+class _Choosable(Protocol):
+    @property
+    def chosen(self) -> bool: ...
+
+
+Row = TypeVar("Row", bound=_Choosable)
+
+
+def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many rows, evenly, and the chosen one."""
+    step = max(1.0, (len(rows) - 1) / (most - 1))
+    index = {round(step * i) for i in range(most)}
+    return [row for i, row in enumerate(rows) if i in index or row.chosen]
+
+
+def _list(point: TunedPoint) -> str:
+    return ",".join(map(str, point.schedule))
+
+
+def _share(point: TunedPoint, tuned: TunedSchedule) -> str:
+    return f"{100 * point.macs / tuned.unmerged.macs:.1f} %"

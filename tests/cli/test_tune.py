@@ -73,7 +73,7 @@ CASES = {
     "build of no file": (
         (*BUILD, "--schedule", "none.json"),
         3,
-        "schedule file none.json does not exist; write it with 'tome-export tune'",
+        "none.json cannot be read (No such file or directory); write it with 'tome-export tune'",
     ),
     "build with r as well": (
         (*BUILD, "--schedule", "none.json", "--r", "3"),

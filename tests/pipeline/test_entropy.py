@@ -13,7 +13,8 @@ from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, CheckRequest, build, check
 from tome_export.pipeline.check import OverMergedError
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
-from tome_export.pipeline.tune import TuneRequest, goal_of, tune
+from tome_export.pipeline.tune import TuneRequest, tune
+from tome_export.tune.goal import Goal
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,11 @@ def test_half_precision_with_an_engine_and_served(tmp_path):
 
 
 def test_tune_leaves_out_what_merges_too_much(tmp_path):
-    goal = goal_of("target_macs", "75%")
+    goal = Goal.target_macs("75%")
     request: dict[str, Any] = {"model": "vit_digits", "goal": goal, "limit": 40, "time_limit": 4.0}
-    free = tune(TuneRequest(output=tmp_path / "free.json", **request)).values
-    assert (free["search"]["min_entropy"], free["search"]["over_merged"]) == (None, 0)
-    assert min(row["entropy"] for row in free["front"]) < 0.7
-    guarded = tune(TuneRequest(output=tmp_path / "even.json", min_entropy=0.7, **request)).values
-    assert guarded["search"]["over_merged"] > 0
-    assert min(row["entropy"] for row in [*guarded["front"], guarded["found"]]) >= 0.7
+    free = tune(TuneRequest(output=tmp_path / "free.json", **request)).found
+    assert (free.search.min_entropy, free.search.over_merged) == (None, 0)
+    assert min(row.entropy for row in free.front) < 0.7
+    guarded = tune(TuneRequest(output=tmp_path / "even.json", min_entropy=0.7, **request)).found
+    assert guarded.search.over_merged > 0
+    assert min(row.entropy for row in [*guarded.front, guarded.found]) >= 0.7

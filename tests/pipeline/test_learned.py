@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -77,17 +75,3 @@ def test_other_learned_weights_are_refused(artifact):
             reference_model(artifact)
     finally:
         file.write_bytes(content)
-
-
-def test_a_schedule_file_holds_wherever_the_weights_are(tmp_path):
-    from tome_export.tune.schedule_file import ScheduleFile
-
-    def reducer(weights, features=64):
-        return {"name": "dtem", "options": {"weights": weights, "features": features}}
-
-    found = ScheduleFile(
-        tmp_path / "s.json", "vit_digits", (6,), json.dumps({}).encode(), reducer=reducer("/a/m.pt")
-    )
-    found.check_reducer(reducer("/b/m.pt"))
-    with pytest.raises(InputError, match="is for --reducer dtem"):
-        found.check_reducer(reducer("/a/m.pt", features=32))

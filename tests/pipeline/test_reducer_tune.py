@@ -8,29 +8,30 @@ from safetensors.torch import save_file
 from tome_export.errors import InputError
 from tome_export.models import resolve
 from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.tune import TuneRequest, goal_of, tune
+from tome_export.pipeline.tune import TuneRequest, tune
+from tome_export.tune.goal import Goal
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     path = tmp_path_factory.mktemp("tuned") / "schedule.json"
-    goal = goal_of("target_macs", "50%")
+    goal = Goal.target_macs("50%")
     request = TuneRequest("vit_digits", goal, path, limit=40, time_limit=3.0, reducer="topk")
     return tune(request)
 
 
 def test_macs_are_those_of_the_build(tuned, tmp_path):
-    values = tuned.values
-    assert values["reducer"]["name"] == "topk"
+    found = tuned.found
+    assert found.reducer.name == "topk"
     # More than half of the tokens of a layer: what bipartite matching could not remove.
-    most = min(values["front"], key=lambda row: row["macs"])["schedule"]
-    assert most[0] == 63
+    most = min(found.front, key=lambda row: row.macs)
+    assert most.schedule[0] == 63
     request = BuildRequest(
         "vit_digits", tmp_path / "x", reducer="topk", schedule_file=tuned.path, engine="none"
     )
     built = build(request).manifest
-    assert built["merge"]["r"] == values["schedule"]
-    assert built["macs"]["merged"] == values["found"]["macs"]
+    assert built.merge.r == found.schedule
+    assert built.macs.merged == found.found.macs
 
 
 def test_another_reducer_is_refused(tuned, tmp_path):
@@ -42,7 +43,7 @@ def test_another_reducer_is_refused(tuned, tmp_path):
 
 @pytest.mark.parametrize("given", ["random", "no predictors", "predictors in the model's file"])
 def test_a_reducer_of_few_layers_is_not_searched(given, tmp_path):
-    goal = goal_of("target_macs", "50%")
+    goal = Goal.target_macs("50%")
     options = ("weights=random",) if given == "random" else ()
     weights = "pretrained"
     if given.startswith("predictors"):

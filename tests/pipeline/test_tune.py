@@ -13,8 +13,8 @@ from tome_export.errors import UsageError
 from tome_export.models import resolve
 from tome_export.patch import patch
 from tome_export.pipeline import tune_images
+from tome_export.pipeline.tune import estimate as estimate_of
 from tome_export.pipeline.tune_images import TuneImages
-from tome_export.pipeline.tune_result import _estimate
 from tome_export.pipeline.tune_score import Scorer
 from tome_export.progress import Silent
 
@@ -37,7 +37,7 @@ def test_scores_are_those_of_the_patched_model(small):
     images = images_of(small)
     threads = torch.get_num_threads()
     with Scorer(small, images) as scorer:
-        parts = [scorer.search(R), scorer.validation(R), scorer.held_out(R)]
+        parts = [scorer.search(R), scorer.validation(R)]
         again = Scorer.search(scorer, R)
         right = np.concatenate([scorer.right(R, a, b) for a, b in ((0, 16), (16, 24), (24, 30))])
     with torch.no_grad():
@@ -45,11 +45,11 @@ def test_scores_are_those_of_the_patched_model(small):
         plain = small(torch.from_numpy(images.pixels))
     expected = (merged.argmax(1) == plain.argmax(1)).numpy()
     np.testing.assert_array_equal(right, expected)
-    assert [part.images for part in parts] == [16, 8, 6]
-    assert sum(part.correct for part in parts) == expected.sum()
-    reference, logits = (x.double().log_softmax(1) for x in (plain, merged))
+    assert [part.images for part in parts] == [16, 8]
+    assert sum(part.correct for part in parts) == expected[:24].sum()
+    reference, logits = (x[:24].double().log_softmax(1) for x in (plain, merged))
     damage = (reference.exp() * (reference - logits)).sum(1).mean()
-    whole = sum(part.damage * part.images for part in parts) / 30
+    whole = sum(part.damage * part.images for part in parts) / 24
     assert whole == pytest.approx(float(damage), rel=1e-4)
     assert again == parts[0]
     # Neither this thread nor later ones are left with fewer cores.
@@ -82,16 +82,16 @@ def test_no_thread_is_left(small):
 def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on, count):
     images = images_of(small, 30, *parts)
     with Scorer(small, images) as scorer:
-        estimate = _estimate(R, images, scorer)
+        estimate = estimate_of(R, images, scorer)
         if on is None:
             assert estimate is None
             return
         right = scorer.right(R, 30 - count, 30)
-    assert (estimate["on"], estimate["images"]) == (on, count)
-    assert estimate["correct"] == right.sum()
-    assert estimate["low"] <= estimate["share"] <= estimate["high"]
-    assert estimate["unmerged"]["share"] == 1.0  # agreement with itself
-    assert estimate["change"]["share"] == pytest.approx(right.mean() - 1)
+    assert (estimate.on, estimate.images) == (on, count)
+    assert estimate.correct == right.sum()
+    assert estimate.low <= estimate.share <= estimate.high
+    assert estimate.unmerged.share == 1.0  # agreement with itself
+    assert estimate.change.share == pytest.approx(right.mean() - 1)
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,14 @@ def test_noise_is_told_and_stays_small(space):
     assert found == pytest.approx(measured(space, other).run_ms, rel=0.05)
 
 
-def test_to_dict_is_plain(space):
-    values = fit(space, [measured(space, r) for r in SCHEDULES]).to_dict()
-    assert values["layers"][0]["layers"] == list(range(6))
-    groups = {g["group"]: g for g in values["layers"][0]["groups"]}
+def test_layers_of_one_arithmetic_are_written_once(space):
+    costs = fit(space, [measured(space, r) for r in SCHEDULES]).costs(2, "fp16")
+    assert (costs.batch, costs.precision, costs.measurements) == (2, "fp16", len(SCHEDULES))
+    (layer,) = costs.layers
+    assert layer.layers == tuple(range(6))
+    groups = {one.group: one for one in layer.groups}
     assert set(groups) == set(KNOWN)
-    assert groups["mlp"]["of"] == "tokens_out"
+    assert (groups["mlp"].of, groups["attention"].of) == ("tokens_out", "tokens_in")
 
 
 def test_what_falls_with_more_tokens_is_taken_for_constant(space):

@@ -149,3 +149,23 @@ def writing_to(output: Path, what: str = "directory") -> Iterator[None]:
         if not isinstance(cause, OSError) or cause.errno not in reasons:
             raise
         raise InputError(f"cannot write {output}: {reasons[cause.errno]}") from error
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Find out before long work whether its result can be written.
+
+    Args:
+        path: The file.
+        force: Whether one that exists may be replaced.
+
+    Raises:
+        InputError: if the file exists (without ``force``), is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; give another file, or --force to replace it")
+    with writing_to(path, "file"):
+        draft = draft_of(path)
+        draft.touch()
+        draft.unlink()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, Artifact, Manifest, staged, write_manifest
 from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
+from tome_export.artifact.schedule import SCHEDULE, ScheduleFile
 from tome_export.engine import EngineOptions
 from tome_export.errors import (
     ExportError,
@@ -35,8 +36,6 @@ from tome_export.pipeline.manifest import (
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import AttentionForm, BatchRange, MergeOp, Precision, TowerOptions
-from tome_export.tune.schedule_file import NAME as SCHEDULE
-from tome_export.tune.schedule_file import read_schedule
 
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
@@ -189,7 +188,7 @@ def _export_and_check(
     schedule = request.schedule
     if schedule is None and not reducer.own_counts:
         schedule = Schedule(recipe.recommended_r)
-    given = None if request.schedule_file is None else read_schedule(request.schedule_file)
+    given = None if request.schedule_file is None else ScheduleFile.read(request.schedule_file)
     if given is not None:
         given.check_model(recipe.name)
         given.check_reducer(json_from_reducer(reducer))
@@ -206,7 +205,7 @@ def _export_and_check(
     if given is not None:
         given.check_depth(len(patch(loaded.module, 0, dense=request.dense).layers))
         # What was read, and not the file as it may be by now.
-        (folder / SCHEDULE).write_bytes(given.content)
+        (folder / SCHEDULE).write_bytes(given.json_bytes())
     model = patch(
         loaded.module,
         schedule,

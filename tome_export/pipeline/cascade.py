@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tome_export.artifact import Artifact
-from tome_export.artifact.files import json_bytes, write_whole, writing_to
+from tome_export.artifact.files import check_new_file, json_bytes, write_whole, writing_to
 from tome_export.cascade.calibrate import Point, best_within, cheapest, check_budget, front_of
 from tome_export.cascade.outcome import Observations
 from tome_export.cascade.policy import MEASURES, POLICIES
@@ -25,7 +25,6 @@ from tome_export.pipeline.eval import EvalRequest, classes_of, source_of
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.tune.goal import Goal
-from tome_export.tune.schedule_file import check_writable
 
 LEAST = 10
 """Fewest images of a part: calibration, training of a head, or test."""
@@ -37,7 +36,7 @@ class CascadeRequest:
 
     Attributes:
         artifacts: Two or more of one model, in any order.
-        data: Images: a folder, shards, or ``samples``; see ``evaluation.find``.
+        data: Images: a folder, shards, or ``samples``; see ``data.find``.
         policy: Of ``cascade.policy.POLICIES``.
         goal: ``target-macs``, of the mean per image, or ``min-accuracy``. What is relative is so to
             the artifact of the most MACs.
@@ -159,8 +158,8 @@ def _check(request: CascadeRequest, page: Path) -> None:
     if request.output == page:
         raise UsageError(f"output is {page}, which is the page's name; give one such as a .json")
     require((request.backend,))
-    check_writable(request.output, force=request.force)
-    check_writable(page, force=request.force)
+    check_new_file(request.output, force=request.force)
+    check_new_file(page, force=request.force)
 
 
 def _check_apart(request: CascadeRequest) -> None:
@@ -238,7 +237,7 @@ def _chosen(goal: Goal, front: Sequence[Point], seen: Observations, macs: Sequen
 
 def _write(output: Path, page: Path, values: dict[str, Any]) -> None:
     """The page first: where the result is, its page is too."""
-    from tome_export.report.front import render_cascade
+    from tome_export.report.page import render_cascade
 
     for path, content in ((page, render_cascade(values).encode()), (output, json_bytes(values))):
         with writing_to(path, "file"):

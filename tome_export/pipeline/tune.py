@@ -5,26 +5,51 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tome_export.artifact.files import check_new_file, write_whole, writing_to
+from tome_export.artifact.schedule import (
+    ChosenPoint,
+    Estimate,
+    Objective,
+    ScheduleReducer,
+    ScheduleWeights,
+    SearchInfo,
+    TuneData,
+    TunedPoint,
+    TunedSchedule,
+    UnmergedPoint,
+)
+from tome_export.data.find import SAMPLES
 from tome_export.errors import InputError, UsageError
+from tome_export.evaluation.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.check import check_entropy_option
 from tome_export.pipeline.manifest import output_shape, state_sha256
-from tome_export.data.find import SAMPLES
 from tome_export.pipeline.tune_images import TuneImages, sized, tune_images
-from tome_export.pipeline.tune_result import values_of
-from tome_export.pipeline.tune_run import TuneRun
-from tome_export.pipeline.tune_score import Scorer
+from tome_export.pipeline.tune_latency import Stopwatch
+from tome_export.pipeline.tune_score import Scorer, space_of
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import Precision
+from tome_export.tune.choose import Finalist, Finalists, best_within, cheapest, shown
 from tome_export.tune.goal import Goal
-from tome_export.tune.schedule_file import check_writable, read_schedule, write_schedule
+from tome_export.tune.search import BASELINES, ScoredSchedule, Search
+from tome_export.tune.space import Cost, Rs, rs_of, table_of
+from tome_export.tune.table import CostTable
 
 if TYPE_CHECKING:
-    from tome_export.models import LoadedModel, Recipe
+    from tome_export.models import LoadedModel
     from tome_export.patch import MergedModel
+
+FREE = 160
+"""Free lists that are measured."""
+
+SEARCH_SHARE, CHOICE_SHARE = 0.75, 0.95
+"""Shares of the time limit after which no more is searched, and no finalist measured."""
+
+LATENCY_TRIES = 3
+"""Times that a schedule whose real latency is above its target is exchanged for a cheaper one."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +92,15 @@ class TuneRequest:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a search found.
+    """What was written.
 
     Attributes:
         path: The schedule file.
-        values: Its content.
+        found: Its content.
     """
 
     path: Path
-    values: dict[str, Any]
+    found: TunedSchedule
 
 
 def tune(request: TuneRequest, progress: Progress | None = None) -> TuneResult:
@@ -87,67 +112,30 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TuneResult:
         UsageError: if a number is out of range.
         MissingComponentError: if latency is asked for and onnxruntime is not here.
     """
-    from tome_export.reducers.options import json_from_reducer
-
     start = time.monotonic()
     progress = progress or Silent()
     _check_numbers(request)
-    check_writable(request.output, force=request.force)
+    check_new_file(request.output, force=request.force)
     progress.stage(f"Load {request.model}")
     loaded, model = _load(request)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
-    images = _images(request, loaded.recipe, model, progress)
+    progress.stage("Read images")
+    images = tune_images(
+        sized(loaded.recipe, model.image_size),
+        model.macs(merged=False),
+        output_shape(model)[-1],
+        request.data,
+        request.limit,
+        request.seed,
+        progress,
+    )
     progress.stage(f"Measure the unmerged model on {len(images.pixels)} images")
     with Scorer(model, images) as scorer:
-        run = TuneRun(request, loaded.recipe.output_name, model, images, scorer, progress)
-        found = run.chosen()
-        values = values_of(
-            model=loaded.recipe.name,
-            weights=loaded.weights,
-            goal=request.goal,
-            batch=request.batch,
-            precision=request.precision,
-            images=images,
-            scorer=scorer,
-            space=run.space,
-            found=found,
-            constant=run.best_constant(),
-            front=run.front(),
-            table=run.table,
-            reducer=json_from_reducer(model.settings.reducer),
-            min_entropy=request.min_entropy,
-            over_merged=run.over_merged,
-            searched=len(run.search.points),
-            seconds=time.monotonic() - start,
-        )
-    content = write_schedule(
-        request.output,
-        values,
-        force=request.force,
-        tokens_in=run.space.tokens,
-        state_sha256=state_sha256(model),
-    )
-    return TuneResult(request.output, content)
-
-
-def schedule_from_file(path: Path) -> Schedule:
-    """The schedule in a file that ``tune`` wrote.
-
-    Raises:
-        InputError: if it is not such a file.
-    """
-    return Schedule(per_layer=read_schedule(path).schedule)
-
-
-def goal_of(name: str, value: Any) -> Goal:
-    """A target from the command line's option of that name, with underscores.
-
-    Raises:
-        InputError: if the value is not one.
-    """
-    if name == "target_latency_ms":
-        return Goal.target_latency(value)
-    return Goal.target_macs(value) if name == "target_macs" else Goal.min_accuracy(value)
+        found = _Tuning(request, loaded, model, images, scorer, progress).result(start)
+    check_new_file(request.output, force=request.force)
+    with writing_to(request.output, "file"):
+        write_whole(request.output, found.json_bytes())
+    return TuneResult(request.output, found)
 
 
 def _check_numbers(request: TuneRequest) -> None:
@@ -200,16 +188,300 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
     return loaded, model
 
 
-def _images(
-    request: TuneRequest, recipe: Recipe, model: MergedModel, progress: Progress
-) -> TuneImages:
-    progress.stage("Read images")
-    return tune_images(
-        sized(recipe, model.image_size),
-        model.macs(merged=False),
-        output_shape(model)[-1],
-        request.data,
-        request.limit,
-        request.seed,
-        progress,
+class _Tuning:
+    """One search, from the scored images to the result, within its time.
+
+    The time limit is for what is optional: it begins with the search, after the images were read
+    and the cost table measured, and what is begun is finished.
+
+    Raises:
+        InputError: if nothing can meet the target.
+        MissingComponentError: if latency is asked for and onnxruntime is not here.
+    """
+
+    def __init__(
+        self,
+        request: TuneRequest,
+        loaded: LoadedModel,
+        model: MergedModel,
+        images: TuneImages,
+        scorer: Scorer,
+        progress: Progress,
+    ) -> None:
+        self._request, self._goal, self._progress = request, request.goal, progress
+        self._loaded, self._model = loaded, model
+        self._images, self._scorer = images, scorer
+        self._space = space_of(model)
+        self._unmerged: Rs = (0,) * self._space.depth
+        self._right = scorer.unmerged_right[: images.chosen_on]
+        self._needed = self._goal.needed(len(self._right), int(self._right.sum())) or 0
+        if self._goal.kind == "min-accuracy" and self._needed > self._right.sum():
+            raise InputError(
+                f"target is {self._goal}; the unmerged model itself has "
+                f"{100 * self._right.mean():.2f} %, ask for no more"
+            )
+        self._stopwatch: Stopwatch | None = None
+        self._table: CostTable | None = None
+        self._cost: Cost = self._space.macs
+        if self._goal.kind == "target-latency-ms":
+            progress.stage("Measure the cost of each layer")
+            pixels = images.pixels[: request.batch]
+            self._stopwatch = Stopwatch(
+                model, pixels, request.batch, request.precision, loaded.recipe.output_name
+            )
+            self._table = self._stopwatch.table(self._space, progress)
+            self._cost = self._table.latency_ms
+        self._budget = self._checked_budget()
+        self._start = time.monotonic()
+        self._cut_short = False
+        self._search = self._searched()
+        self._finalists = Finalists(scorer.validation if images.chosen_on > images.search else None)
+
+    def result(self, start: float) -> TunedSchedule:
+        """The content of the schedule file.
+
+        Args:
+            start: When the command began, in seconds of ``time.monotonic``.
+
+        Raises:
+            InputError: if no schedule was found in time that meets the target; it says what can be
+                reached.
+        """
+        from tome_export.bench.environment import environment
+        from tome_export.reducers.options import json_from_reducer
+
+        images, request, weights = self._images, self._request, self._loaded.weights
+        chosen, latency_ms, unmerged_ms = self._choose()
+        looks, ended = len(self._finalists.measured), self._search.cut_short or self._cut_short
+        constant = self._pick(self._points("constant"), self._budget)
+        front = self._front()
+        score, validation, right = chosen.point.score, chosen.validation, self._right
+        points = list(self._search.points.values())
+
+        def entry(finalist: Finalist) -> TunedPoint:
+            point = finalist.point
+            return TunedPoint(
+                schedule=point.r,
+                method=point.method,
+                macs=self._macs(point.r),
+                latency_ms=self._predicted_ms(point.r),
+                accuracy=finalist.correct / finalist.images,
+                correct=finalist.correct,
+                damage=finalist.damage,
+                entropy=point.score.entropy,
+                chosen=point.r == chosen.point.r,
+            )
+
+        found = ChosenPoint(
+            **{**vars(entry(chosen)), "latency_ms": latency_ms},
+            predicted_latency_ms=self._predicted_ms(chosen.point.r),
+            search_accuracy=score.correct / score.images,
+            validation_accuracy=validation and validation.correct / validation.images,
+            estimate=estimate(chosen.point.r, images, self._scorer),
+        )
+        return TunedSchedule(
+            format=1,
+            model=self._loaded.recipe.name,
+            schedule=chosen.point.r,
+            tokens_in=self._space.tokens,
+            weights=ScheduleWeights(
+                kind=weights.kind, source=weights.source, state_sha256=state_sha256(self._model)
+            ),
+            reducer=ScheduleReducer(**json_from_reducer(self._model.settings.reducer)),
+            objective=Objective(
+                kind=self._goal.kind,
+                value=self._goal.value,
+                relative=self._goal.relative,
+                metric=images.metric,
+                text=str(self._goal),
+            ),
+            found=found,
+            best_constant=entry(constant) if constant else None,
+            unmerged=UnmergedPoint(
+                macs=self._macs(self._unmerged),
+                latency_ms=unmerged_ms,
+                predicted_latency_ms=self._predicted_ms(self._unmerged),
+                accuracy=float(right.mean()),
+                correct=int(right.sum()),
+                search_accuracy=float(right[: images.search].mean()),
+            ),
+            front=tuple(map(entry, front)),
+            cost_table=self._table and self._table.costs(request.batch, request.precision),
+            images=len(images.pixels),
+            data=TuneData(
+                source=images.source,
+                available=images.available,
+                search=images.search,
+                validation=images.chosen_on - images.search,
+                held_out=len(images.pixels) - images.chosen_on,
+                unreadable_count=images.unreadable,
+                notes=images.notes,
+            ),
+            search=SearchInfo(
+                schedules=len(points),
+                min_entropy=request.min_entropy,
+                over_merged=self._over_merged,
+                validation_looks=looks if validation else 0,
+                ended_by_time_limit=ended,
+            ),
+            confidence=CONFIDENCE,
+            seconds=time.monotonic() - start,
+            environment=environment(),
+        )
+
+    def _macs(self, r: Rs) -> int:
+        return int(self._space.macs(table_of([r]))[0])
+
+    def _predicted_ms(self, r: Rs) -> float | None:
+        return None if self._table is None else float(self._table.latency_ms(table_of([r]))[0])
+
+    def _late(self) -> bool:
+        limit = CHOICE_SHARE * self._request.time_limit
+        self._cut_short = time.monotonic() - self._start > limit
+        return self._cut_short
+
+    def _cheapest(self) -> Rs:
+        """The schedule that costs least: of MACs surely, of milliseconds among those to start from.
+
+        In MACs it is the one that merges most. In time, merging itself may cost more than it saves.
+        """
+        found = [self._space.most_merged()]
+        if self._table is not None:
+            found += [r for method in BASELINES for r in self._space.baselines(method)]
+            found += [r for row in self._space.neighbours(self._unmerged) if any(r := rs_of(row))]
+        return found[int(self._cost(table_of(found)).argmin())]
+
+    def _checked_budget(self) -> float | None:
+        unmerged, least = map(float, self._cost(table_of([self._unmerged, self._cheapest()])))
+        budget = self._goal.budget(unmerged)
+        if budget is None or budget >= least:
+            return budget
+        if self._table is not None:
+            raise InputError(
+                f"target is {self._goal}; the fastest schedule by the cost table takes "
+                f"{least:.3g} ms and the unmerged model {unmerged:.3g} ms, ask for no less"
+            )
+        raise InputError(
+            f"target is {self._goal}; merging all that can be in every layer still takes "
+            f"{least / 1e6:.2f} M of the unmerged model's {unmerged / 1e6:.2f} M, ask for no less"
+        )
+
+    def _searched(self) -> Search:
+        count = self._images.search
+        search = Search(
+            self._space,
+            self._cost,
+            self._scorer.search,
+            budget=self._budget,
+            needed=self._goal.needed(count, int(self._right[:count].sum())),
+            seed=self._request.seed,
+            min_entropy=self._request.min_entropy or 0.0,
+            deadline=self._start + SEARCH_SHARE * self._request.time_limit,
+            on_progress=self._progress.step,
+        )
+        self._progress.stage(f"Search on {count} images")
+        search.measure(self._unmerged, "constant")
+        # The other end, so that a budget is met however little time there is.
+        search.measure(self._cheapest(), "constant")
+        search.baselines()
+        search.free(FREE)
+        return search
+
+    def _points(self, method: str = "") -> list[ScoredSchedule]:
+        points = [point for point in self._search.considered() if any(point.r)]
+        return [point for point in points if method in ("", point.method)]
+
+    @property
+    def _over_merged(self) -> int:
+        """Schedules that were measured, and merge more than is allowed."""
+        return len(self._search.points) - len(self._search.considered())
+
+    def _choose(self) -> tuple[Finalist, float | None, float | None]:
+        """The schedule that meets the target; measured latencies of it and the unmerged model."""
+        self._progress.stage(f"Compare finalists on {self._images.chosen_on} images")
+        found = self._pick(self._points(), self._budget)
+        if found is None:
+            raise InputError(
+                f"no schedule was found for the target, {self._goal}; {self._reachable()}"
+            )
+        if self._stopwatch is None:
+            return found, None, None
+        return self._timed(found, self._stopwatch)
+
+    def _pick(self, points: list[ScoredSchedule], budget: float | None) -> Finalist | None:
+        if budget is not None:
+            return best_within(self._finalists, points, budget, self._late)
+        validation = self._images.chosen_on - self._images.search
+        return cheapest(self._finalists, points, self._needed, validation, self._late)
+
+    def _timed(self, found: Finalist, stopwatch: Stopwatch) -> tuple[Finalist, float, float]:
+        """Run the chosen schedule for real; where it is too slow, choose a cheaper one."""
+        target, reached, unmerged = self._goal.value, [], 0.0
+        budget, cheaper = target, found
+        for _ in range(LATENCY_TRIES):
+            self._progress.stage("Run the chosen schedule")
+            latency, unmerged = stopwatch.latency_ms([cheaper.point.r, self._unmerged])
+            reached.append(latency)
+            if latency <= target:
+                return cheaper, latency, unmerged
+            budget = min(budget, cheaper.point.cost) * target / latency * 0.99
+            picked = self._pick(self._points(), budget)
+            if picked is None:
+                break
+            cheaper = picked
+        raise InputError(
+            f"target is {self._goal}; the fastest schedule that was run takes {min(reached):.3g} "
+            f"ms, unmerged {unmerged:.3g} ms: ask for more time, or less load on this machine"
+        )
+
+    def _reachable(self) -> str:
+        """The best there is, for a target that nothing meets."""
+        late = ""
+        if self._search.cut_short or self._cut_short:
+            late = f"the time limit of {self._request.time_limit:g} s was reached, "
+        if self._over_merged:
+            least = self._request.min_entropy or 0.0
+            late += f"{self._over_merged} schedules fall under --min-entropy {least:g}, "
+        points = [point for point in self._points() if point.score.complete]
+        if not points:
+            return f"{late}none was measured whole; give more with --time-limit"
+        best = max(points, key=lambda p: (p.score.correct, -p.score.damage, p.r))
+        whole = self._finalists.measure(best)
+        return (
+            f"{late}the best that was found has {100 * whole.correct / whole.images:.2f} % "
+            f"(unmerged {100 * self._right.mean():.2f} %): {','.join(map(str, best.r))}"
+        )
+
+    def _front(self) -> list[Finalist]:
+        """What the picture shows, each point measured on the images that the choice is made on."""
+        self._progress.stage("Measure the front")
+        points = shown(self._points(), self._finalists)
+        # Every fourth first: if time runs out, the picture is coarse and not cut off.
+        for offset in range(4):
+            for point in points[offset::4]:
+                if self._late():
+                    break
+                self._finalists.measure(point)
+        measured = self._finalists.measured
+        return [measured[point.r] for point in points if point.r in measured]
+
+
+def estimate(r: Rs, images: TuneImages, scorer: Scorer) -> Estimate | None:
+    """What to expect on images that are not here, with its interval.
+
+    It comes from the held-out images alone. Where there are none it comes from the validation
+    images, which the schedule was chosen with: then it is optimistic. Where there are none of those
+    either, nothing can be said: the search picked what is right on its own images.
+    """
+    whole = len(scorer.unmerged_right)
+    held_out = images.chosen_on < whole
+    first, last = (images.chosen_on, whole) if held_out else (images.search, images.chosen_on)
+    if first == last:
+        return None
+    right, unmerged = scorer.right(r, first, last), scorer.unmerged_right[first:last]
+    return Estimate(
+        **vars(share_of(right)),
+        on="held out" if held_out else "validation",
+        unmerged=share_of(unmerged),
+        change=paired_difference(right, unmerged),
     )

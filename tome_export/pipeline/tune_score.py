@@ -12,7 +12,7 @@ import numpy as np
 
 from tome_export.bench.environment import cores
 from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.tune.front import Score
+from tome_export.tune.search import Score
 from tome_export.tune.space import Rs, Space
 
 if TYPE_CHECKING:
@@ -97,15 +97,8 @@ class Scorer:
         """Measure on those that finalists are chosen with."""
         return self._score(r, self._images.search, self._images.chosen_on, float("inf"))
 
-    def held_out(self, r: Rs) -> Score:
-        """Measure on those that nothing else looks at."""
-        return self._score(r, self._images.chosen_on, len(self._pixels), float("inf"))
-
     def right(self, r: Rs, first: int, last: int) -> Right:
-        """``[last - first]``: which of a part of the images a schedule has right.
-
-        The part is that of ``search``, ``validation`` or ``held_out``.
-        """
+        """``[last - first]``: which of the search, validation or held-out images are right."""
         if (r, first) not in self._known:
             self._score(r, first, last, float("inf"))
         return self._known[r, first]

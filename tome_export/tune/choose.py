@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tome_export.tune.front import BASELINES, Point, Score, pareto
+from tome_export.tune.search import BASELINES, Score, ScoredSchedule, pareto
 from tome_export.tune.space import Rs
 
 FINALISTS = 40
@@ -32,7 +32,7 @@ class Finalist:
         validation: Score on the validation images; None if there are none.
     """
 
-    point: Point
+    point: ScoredSchedule
     validation: Score | None
 
     @property
@@ -52,7 +52,7 @@ class Finalist:
         return sum(part.damage * part.images for part in parts) / self.images
 
 
-class Jury:
+class Finalists:
     """Measures points on the validation images, each once.
 
     Args:
@@ -61,19 +61,19 @@ class Jury:
 
     def __init__(self, validate: Callable[[Rs], Score] | None) -> None:
         self._validate = validate
-        self.finalists: dict[Rs, Finalist] = {}
+        self.measured: dict[Rs, Finalist] = {}
 
-    def look(self, point: Point) -> Finalist:
+    def measure(self, point: ScoredSchedule) -> Finalist:
         """The point measured on both parts."""
-        if point.r not in self.finalists:
+        if point.r not in self.measured:
             validation = self._validate(point.r) if self._validate else None
-            self.finalists[point.r] = Finalist(point, validation)
-        return self.finalists[point.r]
+            self.measured[point.r] = Finalist(point, validation)
+        return self.measured[point.r]
 
 
 def cheapest(
-    jury: Jury,
-    points: Iterable[Point],
+    finalists: Finalists,
+    points: Iterable[ScoredSchedule],
     needed: int,
     validation_images: int,
     out_of_time: Callable[[], bool],
@@ -81,7 +81,7 @@ def cheapest(
     """The cheapest point with enough images right, of those of search and validation.
 
     Args:
-        jury: Measures finalists.
+        finalists: Measures them.
         points: To choose from.
         needed: Images that must be right.
         validation_images: How many of them the search did not see.
@@ -103,22 +103,24 @@ def cheapest(
             if best is not None and point.cost >= best.point.cost:
                 break
             if out_of_time():
-                return best or _likeliest(jury, hopeful, needed)
-            if (found := jury.look(point)).correct >= needed:
+                return best or _likeliest(finalists, hopeful, needed)
+            if (found := finalists.measure(point)).correct >= needed:
                 best = found
                 break
     return best
 
 
-def _likeliest(jury: Jury, points: Sequence[Point], needed: int) -> Finalist | None:
+def _likeliest(
+    finalists: Finalists, points: Sequence[ScoredSchedule], needed: int
+) -> Finalist | None:
     best = max(points, key=lambda p: (p.score.correct, -p.score.damage, p.r))
-    found = jury.look(best)
+    found = finalists.measure(best)
     return found if found.correct >= needed else None
 
 
-def _free(points: Sequence[Point]) -> list[Point]:
+def _free(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
     """The free lists worth a look: no other is as cheap, as right and as little damaged."""
-    kept: list[Point] = []
+    kept: list[ScoredSchedule] = []
     for point in sorted(
         (p for p in points if p.method == "free"), key=lambda p: (p.cost, p.score.damage, p.r)
     ):
@@ -132,12 +134,15 @@ def _free(points: Sequence[Point]) -> list[Point]:
 
 
 def best_within(
-    jury: Jury, points: Iterable[Point], budget: float, out_of_time: Callable[[], bool]
+    finalists: Finalists,
+    points: Iterable[ScoredSchedule],
+    budget: float,
+    out_of_time: Callable[[], bool],
 ) -> Finalist | None:
     """The point within a budget with the most images right of all images; then the least damage.
 
     Args:
-        jury: Measures finalists.
+        finalists: Measures them.
         points: To choose from.
         budget: Most cost allowed.
         out_of_time: Whether to look at no more than one.
@@ -154,14 +159,14 @@ def best_within(
     for point in picked:
         if out_of_time() and found:
             break
-        found.append(jury.look(point))
+        found.append(finalists.measure(point))
     return min(found, key=lambda f: (-f.correct, f.damage, f.point.cost), default=None)
 
 
-def shown(points: Iterable[Point], jury: Jury) -> list[Point]:
+def shown(points: Iterable[ScoredSchedule], finalists: Finalists) -> list[ScoredSchedule]:
     """Points for the picture: each family's and the free lists' own front, cheapest first."""
     everything = list(points)
-    picked = {r: finalist.point for r, finalist in jury.finalists.items()}
+    picked = {r: finalist.point for r, finalist in finalists.measured.items()}
     for method in (*BASELINES, "free"):
         picked |= {p.r: p for p in pareto([p for p in everything if p.method == method])}
     return sorted(picked.values(), key=lambda p: (p.cost, p.r))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
+from tome_export.artifact.schedule import TargetKind
 from tome_export.errors import InputError
-
-Kind = Literal["min-accuracy", "target-latency-ms", "target-macs"]
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
@@ -28,7 +26,7 @@ class Goal:
             change in points that is allowed against the unmerged model, zero or below.
     """
 
-    kind: Kind
+    kind: TargetKind
     value: float
     relative: bool = False
 

@@ -9,7 +9,7 @@ for directly, without any training:
   damage), the neighbours are schedules that merge some tokens more or fewer in one layer, or move
   them between two layers, so that tokens go where they do the least damage for what they save.
 - There are hundreds of neighbours and each takes a pass over the images, so a ridge regression of
-  the measured damage (``surrogate``) says which to measure next: the one that promises to lie
+  the measured damage (``Surrogate``) says which to measure next: the one that promises to lie
   furthest below the front at its cost. Every fourth is one of the best ten by chance.
 - Most are sought near the target, one in four anywhere on the front.
 - Damage is a divergence from the unmerged model's output. Top-1 on a few hundred images is too
@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tome_export.tune.front import BASELINES, Level, Method, Point, Score, pareto
+from tome_export.artifact.schedule import Method
 from tome_export.tune.space import Cost, Rs, Space, Table, rs_of, table_of
-from tome_export.tune.surrogate import Surrogate
+
+BASELINES: tuple[Method, ...] = ("constant", "decreasing", "increasing")
 
 BASELINE_POINTS: dict[Method, int] = {"constant": 32, "decreasing": 16, "increasing": 16}
 """Most schedules measured of each baseline family."""
@@ -45,6 +47,118 @@ PARENTS = 12
 
 TOLERANCE = 1.3
 """Candidates this far above the front are still measured whole: damage and top-1 can disagree."""
+
+_SMALLEST = 1e-6
+"""Damage in nats below which differences mean nothing; keeps the logarithm finite."""
+
+_RIDGE = 0.05
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a schedule does on some images.
+
+    Attributes:
+        images: How many were looked at.
+        correct: How many of them have the right class.
+        damage: Mean Kullback-Leibler divergence, in nats, of the class probabilities from those
+            of the unmerged model.
+        complete: Whether every image was looked at; where the damage was beyond the bound before
+            the last one, the rest were not.
+        entropy: Least token-size entropy of any of them, 0 to 1.
+    """
+
+    images: int
+    correct: int
+    damage: float
+    complete: bool = True
+    entropy: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScoredSchedule:
+    """A measured schedule.
+
+    Attributes:
+        r: Of each layer, clamped.
+        method: What proposed it first.
+        cost: MACs per image, or milliseconds as predicted.
+        score: On the search images.
+    """
+
+    r: Rs
+    method: Method
+    cost: float
+    score: Score
+
+
+def pareto(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
+    """Complete points that no other beats in both cost and damage, cheapest first."""
+    front: list[ScoredSchedule] = []
+    ordered = sorted(points, key=lambda point: (point.cost, point.score.damage, point.r))
+    for point in ordered:
+        best = front[-1].score.damage if front else np.inf
+        if point.score.complete and point.score.damage < best:
+            front.append(point)
+    return front
+
+
+class Level:
+    """The damage that the front does at a cost: what a candidate there has to beat.
+
+    Between two points it is interpolated on the scale of both logarithms; outside them it is that
+    of the nearest.
+    """
+
+    def __init__(self, front: Sequence[ScoredSchedule]) -> None:
+        self._cost = np.log([point.cost for point in front])
+        self._damage = log_damage(np.array([point.score.damage for point in front]))
+
+    def log_damage(self, cost: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log damage ``[P]`` at costs ``[P]``."""
+        return np.asarray(np.interp(np.log(cost), self._cost, self._damage))
+
+
+def log_damage(damage: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The scale on which damage is modelled and compared."""
+    return np.asarray(np.log(damage + _SMALLEST))
+
+
+class Surrogate:
+    """Ridge regression of the log damage on r and r squared of each layer.
+
+    It only ranks candidates: what it ranks first is measured, and only measurements count.
+
+    Args:
+        r: ``[P, L]``: measured schedules.
+        damage: ``[P]``: their damage, in nats.
+        weight: ``[P]``: how much each counts, above 0.
+        tokens: Tokens of the model, to which r is related.
+    """
+
+    def __init__(
+        self, r: Table, damage: NDArray[np.float64], weight: NDArray[np.float64], tokens: int
+    ) -> None:
+        self._tokens = tokens
+        features, target = self._features(r), log_damage(damage)
+        total = weight.sum()
+        self._mean = weight @ features / total
+        self._offset = weight @ target / total
+        centred = features - self._mean
+        self._scale = np.sqrt(weight @ centred**2 / total) + 1e-12
+        centred = centred / self._scale * np.sqrt(weight)[:, None]
+        target = (target - self._offset) * np.sqrt(weight)
+        gram = centred.T @ centred + _RIDGE * np.eye(features.shape[1])
+        self._slope = np.linalg.solve(gram, centred.T @ target)
+
+    def _features(self, r: Table) -> NDArray[np.float64]:
+        share = r / self._tokens
+        return np.asarray(np.concatenate([share, share**2], axis=1))
+
+    def log_damage(self, r: Table) -> NDArray[np.float64]:
+        """Guess for schedules ``[P, L]``: log damage ``[P]``."""
+        centred = (self._features(r) - self._mean) / self._scale
+        return np.asarray(self._offset + centred @ self._slope)
 
 
 class Evaluate(Protocol):
@@ -69,7 +183,7 @@ class Search:
         min_entropy: Least token-size entropy of any search image; schedules with less are measured,
             and then neither beat others nor have neighbours.
         deadline: In seconds of ``time.monotonic``; nothing new is measured after it.
-        told: Called with what is measured, how many were, and how many there are to be.
+        on_progress: Called with what is measured, how many were, and how many there are to be.
 
     Attributes:
         points: What was measured.
@@ -87,7 +201,7 @@ class Search:
         seed: int = 0,
         min_entropy: float = 0.0,
         deadline: float = float("inf"),
-        told: Callable[[str, int, int], None] = lambda *_: None,
+        on_progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         self._space = space
         self._cost = cost
@@ -97,11 +211,11 @@ class Search:
         self._min_entropy = min_entropy
         self._random = np.random.default_rng(seed)
         self._deadline = deadline
-        self._told = told
-        self.points: dict[Rs, Point] = {}
+        self._on_progress = on_progress
+        self.points: dict[Rs, ScoredSchedule] = {}
         self.cut_short = False
 
-    def considered(self) -> list[Point]:
+    def considered(self) -> list[ScoredSchedule]:
         """The points that do not merge more than is allowed."""
         return [p for p in self.points.values() if p.score.entropy >= self._min_entropy]
 
@@ -109,11 +223,11 @@ class Search:
         self.cut_short = self.cut_short or time.monotonic() >= self._deadline
         return self.cut_short
 
-    def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> Point:
+    def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> ScoredSchedule:
         """Measure a schedule, or know it already."""
         if r not in self.points:
             cost = float(self._cost(table_of([r]))[0])
-            self.points[r] = Point(r, method, cost, self._evaluate(r, bound))
+            self.points[r] = ScoredSchedule(r, method, cost, self._evaluate(r, bound))
         return self.points[r]
 
     def baselines(self) -> None:
@@ -128,7 +242,7 @@ class Search:
                         return
                     self.measure(r, method)
                     done += 1
-                    self._told("baselines", done, total)
+                    self._on_progress("baselines", done, total)
 
     def free(self, count: int) -> None:
         """Measure up to ``count`` free lists; there must be baselines to start from."""
@@ -140,7 +254,7 @@ class Search:
                 return
             bound = float(np.exp(self._level(self._cost(table_of([r])))[0])) * TOLERANCE
             self.measure(r, "free", bound)
-            self._told("free", step + 1, count)
+            self._on_progress("free", step + 1, count)
 
     def _level(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
         return Level(pareto(self.considered())).log_damage(costs)

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_export.artifact.schedule import GroupCost, LatencyCosts, LayerCost
 from tome_export.merge.macs import BlockCost
+from tome_export.spec import Precision
 from tome_export.tune.space import Space, Table
 
 MERGING = ("match", "merge")
@@ -76,31 +78,28 @@ class CostTable:
         """Milliseconds ``[P]`` of schedules ``[P, L]``."""
         return np.asarray(self.factor * _nodes_ms(self, r))
 
-    def to_dict(self) -> dict[str, Any]:
+    def costs(self, batch: int, precision: Precision) -> LatencyCosts:
         """For the schedule file."""
-        kinds = list(dict.fromkeys(block for block, _ in self.coefficients))
-        return {
-            "unit": "ms",
-            "outside_ms": self.outside_ms,
-            "run_over_nodes": self.factor,
-            "residual": self.residual,
-            "measurements": self.measurements,
-            "layers": [
-                {
-                    "layers": [i for i, block in enumerate(self.space.blocks) if block == kind],
-                    "groups": [
-                        {
-                            "group": group,
-                            "of": "tokens_out" if group == "mlp" else "tokens_in",
-                            "coefficients": [float(v) for v in values],
-                        }
-                        for (block, group), values in self.coefficients.items()
-                        if block == kind
-                    ],
-                }
-                for kind in kinds
-            ],
-        }
+        groups: dict[BlockCost, list[GroupCost]] = defaultdict(list)
+        for (block, group), values in self.coefficients.items():
+            of: Literal["tokens_in", "tokens_out"] = "tokens_out" if group == "mlp" else "tokens_in"
+            cost = GroupCost(group=group, of=of, coefficients=tuple(map(float, values)))
+            groups[block].append(cost)
+        return LatencyCosts(
+            outside_ms=self.outside_ms,
+            run_over_nodes=self.factor,
+            residual=self.residual,
+            measurements=self.measurements,
+            layers=tuple(
+                LayerCost(
+                    layers=tuple(i for i, block in enumerate(self.space.blocks) if block == kind),
+                    groups=tuple(costs),
+                )
+                for kind, costs in groups.items()
+            ),
+            batch=batch,
+            precision=precision,
+        )
 
 
 def fit(space: Space, measurements: Sequence[Measurement]) -> CostTable:

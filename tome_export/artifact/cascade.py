@@ -1,0 +1,262 @@
+"""``cascade.json``: a calibrated cascade, and how it does on images it was not calibrated on."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, FiniteFloat
+
+from tome_export.artifact.document import Document, Part, Text
+from tome_export.artifact.environment import Environment
+from tome_export.artifact.evaluation import Difference, Methods, Share, UnreadableImage
+from tome_export.artifact.manifest import Absent
+from tome_export.artifact.schedule import Metric, TargetKind
+from tome_export.spec import Precision
+
+CASCADE = "cascade.json"
+
+ConfidenceMeasure = Literal["max", "margin"]
+PolicyName = Literal["complexity", "confidence", "learned"]
+
+
+class ComplexityPolicy(Part):
+    """Gives an image to the member that its complexity falls to.
+
+    Attributes:
+        policy: Its name.
+        thresholds: Ascending scores, one fewer than there are members.
+    """
+
+    policy: Literal["complexity"] = "complexity"
+    thresholds: tuple[FiniteFloat, ...]
+
+
+class ConfidencePolicy(Part):
+    """Gives an image to one member after the other until one is sure.
+
+    Attributes:
+        policy: Its name.
+        measure: The largest probability, or its lead over the second.
+        thresholds: Confidence from which on a member is sure, for each but the last.
+    """
+
+    policy: Literal["confidence"] = "confidence"
+    measure: ConfidenceMeasure
+    thresholds: tuple[FiniteFloat, ...]
+
+
+class LearnedPolicy(Part):
+    """Gives an image to the member of the best score less the price of its MACs.
+
+    Attributes:
+        policy: Its name.
+        weights: Head times patch embedding, ``[M][P]``.
+        bias: Of each member's score, ``[M]``.
+        shares: MACs of each member over the largest's, ``[M]``.
+        price: What all MACs of the largest member cost.
+        patch: Height and width of a patch in pixels.
+    """
+
+    policy: Literal["learned"] = "learned"
+    weights: tuple[tuple[FiniteFloat, ...], ...]
+    bias: tuple[FiniteFloat, ...]
+    shares: tuple[FiniteFloat, ...]
+    price: FiniteFloat
+    patch: tuple[int, int]
+
+
+Policy = ComplexityPolicy | ConfidencePolicy | LearnedPolicy
+"""What decides which member an image gets, with its thresholds; see ``cascade.policy``."""
+
+
+class CascadeTarget(Part):
+    """What was asked for.
+
+    Attributes:
+        kind: What is bounded.
+        value: The bound; see ``tune.goal.Goal``.
+        text: The target in words.
+    """
+
+    kind: TargetKind
+    value: FiniteFloat
+    text: str
+
+
+class CascadeMember(Part):
+    """An artifact of the cascade.
+
+    Attributes:
+        artifact: Its directory.
+        schedule: How it merges, for people.
+        r: Tokens removed in each layer.
+        precision: Of its weights and activations.
+        macs: Multiply-accumulates per image.
+        calibration: Calibration images that it alone has right.
+        test: The same of the test images.
+    """
+
+    artifact: Text
+    schedule: str
+    r: tuple[int, ...]
+    precision: Precision
+    macs: int
+    calibration: Share
+    test: Share
+
+
+class CascadeScore(Part):
+    """A setting of the policy on some images.
+
+    Attributes:
+        macs: Mean multiply-accumulates per image, those of the policy included.
+        correct: Images that are right.
+        images: All images.
+        share: ``correct / images``.
+    """
+
+    macs: FiniteFloat
+    correct: int
+    images: int
+    share: FiniteFloat
+
+
+class CascadeTest(Share):
+    """The chosen setting on the test images.
+
+    Attributes:
+        macs: Mean multiply-accumulates per image, those of the policy included.
+        budgets: Images whose answer is that of each member.
+        difference_to_highest: Its share minus that of the member of the most MACs alone.
+        met: Whether the target holds on these images.
+    """
+
+    macs: FiniteFloat
+    budgets: tuple[int, ...]
+    difference_to_highest: Difference
+    met: bool
+
+
+class ChosenSetting(Part):
+    """The chosen setting on the images that it was chosen on, and on others."""
+
+    calibration: CascadeScore
+    test: CascadeTest
+
+
+class SingleMember(Part):
+    """The cheapest member that alone is as accurate as the cascade on the test images.
+
+    Attributes:
+        artifact: Its directory.
+        macs: Multiply-accumulates per image.
+        share: Test images that it has right.
+        saved: Share of its MACs that the cascade does without; below 0 if it takes more.
+    """
+
+    artifact: Text
+    macs: int
+    share: FiniteFloat
+    saved: FiniteFloat
+
+
+class SweepPoint(Part):
+    """A setting that no other beats on the calibration images.
+
+    Attributes:
+        thresholds: Those of the policy; None where it has a price.
+        price: That of a learned policy; None where it has thresholds.
+        calibration: How it does on the calibration images.
+        test: How it does on the test images.
+        chosen: Whether it is the one that was chosen.
+    """
+
+    thresholds: tuple[FiniteFloat, ...] | None = Absent
+    price: FiniteFloat | None = Absent
+    calibration: CascadeScore
+    test: CascadeScore
+    chosen: bool
+
+
+class CascadeData(Part):
+    """The images.
+
+    Attributes:
+        source: What was given.
+        test_source: What was given to test on; None if a part of ``source`` was kept for it.
+        fitted: Images that the head of a learned policy was trained on.
+        calibration: Images that the thresholds were calibrated on.
+        test: Images that were measured on, and nothing else.
+        seed: Of the order and the split of the images.
+        unreadable: Images that could not be read.
+    """
+
+    source: Text
+    test_source: Text | None
+    fitted: int
+    calibration: int
+    test: int
+    seed: int
+    unreadable: tuple[UnreadableImage, ...]
+
+
+class ServedCascade(Part):
+    """The cascade in a model repository.
+
+    Attributes:
+        repository: Its directory.
+        models: Names of all that belongs to the cascade, each after those that it needs.
+        entry: The one a client asks.
+        notes: What a user should know.
+    """
+
+    repository: Text
+    models: tuple[str, ...]
+    entry: str
+    notes: tuple[str, ...]
+
+
+class Cascade(Document):
+    """The content of ``cascade.json``.
+
+    Attributes:
+        format: Version of this file.
+        model: The model that all members are artifacts of.
+        random_weights: Whether its weights are random, and so not meant for use.
+        policy: Name of the policy.
+        metric: ``top1``, or ``agreement`` with the highest member where there are no labels.
+        target: What was asked for.
+        settings: The policy with the thresholds that were chosen.
+        policy_macs: Multiply-accumulates per image of the policy itself.
+        members: By MACs ascending.
+        chosen: How the chosen setting does.
+        single: The member to take instead; None if none is as accurate.
+        sweep: The settings that no other beats, cheapest first.
+        data: The images.
+        backend: What ran the members.
+        confidence: Level of the intervals.
+        methods: How these were made.
+        environment: Where it was measured.
+        served: What is in the repository; None if none was asked for.
+    """
+
+    remedy: ClassVar[str] = "run 'tome-export cascade' of this version again"
+
+    format: Literal[1] = 1
+    model: str
+    random_weights: bool
+    policy: PolicyName
+    metric: Metric
+    target: CascadeTarget
+    settings: Annotated[Policy, Field(discriminator="policy")]
+    policy_macs: int
+    members: tuple[CascadeMember, ...]
+    chosen: ChosenSetting
+    single: SingleMember | None
+    sweep: tuple[SweepPoint, ...]
+    data: CascadeData
+    backend: str
+    confidence: FiniteFloat
+    methods: Methods
+    environment: Environment
+    served: ServedCascade | None = Absent

@@ -1,0 +1,396 @@
+"""``schedule.json``: r of every layer, and the search that found it if one did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, FiniteFloat, PrivateAttr, field_validator
+
+from tome_export.artifact.document import Document, Measured, Part, Text
+from tome_export.artifact.environment import Environment
+from tome_export.artifact.evaluation import Difference, Share
+from tome_export.artifact.manifest import Absent, Component
+from tome_export.errors import InputError
+from tome_export.spec import Precision
+
+SCHEDULE = "schedule.json"
+
+Read = TypeVar("Read", bound="ScheduleFile")
+
+TargetKind = Literal["min-accuracy", "target-latency-ms", "target-macs"]
+Metric = Literal["top1", "agreement"]
+Method = Literal["constant", "decreasing", "increasing", "free"]
+
+
+class ScheduleWeights(Part):
+    """The weights that a schedule was found with, as in ``manifest.Weights``."""
+
+    kind: str | None = Absent
+    source: Text | None = Absent
+    state_sha256: str | None = Absent
+
+
+class ScheduleReducer(Component):
+    """The reducer that a schedule is for."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def without_place(self) -> tuple[str, dict[str, Any]]:
+        """Name and options, wherever its weights are."""
+        return self.name, {k: v for k, v in self.options.items() if k != "weights"}
+
+
+class ScheduleFile(Document):
+    """What a build takes: all of a schedule that somebody wrote by hand.
+
+    Attributes:
+        format: Version of this file.
+        model: Recipe that the schedule is for.
+        schedule: r of every layer.
+        tokens_in: Tokens that enter the model's first layer; None if the file does not say.
+        weights: Those of the search; None if the file does not say.
+        reducer: How tokens become fewer; None if the file does not say.
+    """
+
+    remedy: ClassVar[str] = "write it with 'tome-export tune'"
+
+    format: Literal[1]
+    model: str
+    schedule: tuple[int, ...]
+    tokens_in: int | None = Absent
+    weights: ScheduleWeights | None = Absent
+    reducer: ScheduleReducer | None = Absent
+    _file: Path = PrivateAttr(default=Path(SCHEDULE))
+
+    @classmethod
+    def read(cls: type[Read], file: Path) -> Read:
+        """Read a file, which the messages of the checks then name.
+
+        Raises:
+            InputError: if it cannot be read, is no JSON, or not of this kind.
+        """
+        found = super().read(file)
+        found._file = file
+        return found
+
+    @field_validator("schedule")
+    @classmethod
+    def _counts(cls, schedule: tuple[int, ...]) -> tuple[int, ...]:
+        if not schedule or min(schedule) < 0:
+            raise ValueError("one whole number, 0 or more, per layer")
+        return schedule
+
+    @property
+    def _option(self) -> str:
+        return f"--schedule {','.join(map(str, self.schedule))}"
+
+    def check_model(self, model: str) -> None:
+        """Refuse another model than that of the search.
+
+        Args:
+            model: The recipe's name.
+
+        Raises:
+            InputError: if it differs.
+        """
+        if model != self.model:
+            raise InputError(
+                f"schedule file {self._file} is for {self.model}, not for {model}; tune {model}, "
+                f"or give the numbers themselves: {self._option}"
+            )
+
+    def check_reducer(self, reducer: Mapping[str, Any]) -> None:
+        """Refuse another reducer than that of the search, wherever its weights are by now.
+
+        Args:
+            reducer: Name and options.
+
+        Raises:
+            InputError: if it differs.
+        """
+        wanted, given = self.reducer, ScheduleReducer.model_validate_json(json.dumps(reducer))
+        if wanted is not None and wanted.without_place != given.without_place:
+            raise InputError(
+                f"schedule file {self._file} is for --reducer {wanted.name} with options "
+                f"{json.dumps(wanted.options)}; give the same here, or the numbers themselves: "
+                f"{self._option}"
+            )
+
+    def check_depth(self, depth: int) -> None:
+        """Refuse a model with another number of layers.
+
+        Args:
+            depth: The model's.
+
+        Raises:
+            InputError: if it differs.
+        """
+        if depth != len(self.schedule):
+            raise InputError(
+                f"schedule file {self._file} has {len(self.schedule)} layers; {self.model} has "
+                f"{depth}, tune it again"
+            )
+
+    def check_tokens(self, tokens_in: int, merged: Sequence[int]) -> None:
+        """Refuse a model with fewer or more tokens, or one that cannot merge as many.
+
+        Args:
+            tokens_in: Tokens that enter the model's first layer.
+            merged: r that the model merges in each layer, given this schedule.
+
+        Raises:
+            InputError: if it differs.
+        """
+        if self.tokens_in not in (None, tokens_in):
+            raise InputError(
+                f"schedule file {self._file} is for {self.tokens_in} tokens; {self.model} has "
+                f"{tokens_in} here, tune it again at this image size"
+            )
+        for layer, (wanted, able) in enumerate(zip(self.schedule, merged, strict=True)):
+            if wanted != able:
+                raise InputError(
+                    f"schedule file {self._file} merges {wanted} tokens in layer {layer}, where "
+                    f"{self.model} can merge {able}; tune it again, or give a list with "
+                    "--schedule, which is cut to what is possible"
+                )
+
+    def note(self, state_sha256: str) -> str | None:
+        """What a user should know of a model with other weights than those of the search.
+
+        Args:
+            state_sha256: Digest of the model's weights.
+
+        Returns:
+            None if they are the same, or the file does not say.
+        """
+        known = None if self.weights is None else self.weights.state_sha256
+        if known in (None, state_sha256):
+            return None
+        return (
+            f"{self._file.name} was found with other weights: its accuracy is not that of this "
+            "model, tune again to know"
+        )
+
+
+class Objective(Part):
+    """What was asked for.
+
+    Attributes:
+        kind: What is bounded.
+        value: The bound; see ``tune.goal.Goal``.
+        relative: Whether it is relative to the unmerged model.
+        metric: ``top1``, or ``agreement`` with the unmerged model where there are no labels.
+        text: The target in words.
+    """
+
+    kind: TargetKind
+    value: FiniteFloat
+    relative: bool
+    metric: Metric
+    text: str
+
+
+class TunedPoint(Part):
+    """A schedule, measured on the images that the choice was made on.
+
+    Attributes:
+        schedule: r of every layer.
+        method: What proposed it.
+        macs: Multiply-accumulates per image.
+        latency_ms: Milliseconds per batch by the cost table, measured where the point is that of
+            ``found``; None if latency was not asked for.
+        accuracy: Share of the images that are right.
+        correct: How many are.
+        damage: Mean Kullback-Leibler divergence from the unmerged model, in nats.
+        entropy: Least token-size entropy of any search image, 0 to 1.
+        chosen: Whether it is the one that was chosen.
+    """
+
+    schedule: tuple[int, ...]
+    method: Method
+    macs: int
+    latency_ms: FiniteFloat | None
+    accuracy: FiniteFloat
+    correct: int
+    damage: Measured
+    entropy: Measured
+    chosen: bool
+
+
+class Estimate(Share):
+    """What to expect on images that are not here.
+
+    Attributes:
+        on: Which images tell; ``validation`` images flatter, the schedule was chosen with them.
+        unmerged: The unmerged model on the same images.
+        change: The schedule's share minus that of the unmerged model.
+    """
+
+    on: Literal["held out", "validation"]
+    unmerged: Share
+    change: Difference
+
+
+class ChosenPoint(TunedPoint):
+    """The schedule that meets the target.
+
+    Attributes:
+        predicted_latency_ms: Milliseconds per batch by the cost table.
+        search_accuracy: Share of the search images that are right.
+        validation_accuracy: The same of the validation images; None if there are none.
+        estimate: On images that the search did not look at; None if there are none.
+    """
+
+    predicted_latency_ms: FiniteFloat | None
+    search_accuracy: FiniteFloat
+    validation_accuracy: FiniteFloat | None
+    estimate: Estimate | None
+
+
+class UnmergedPoint(Part):
+    """The model without merging; see ``ChosenPoint``."""
+
+    macs: int
+    latency_ms: FiniteFloat | None
+    predicted_latency_ms: FiniteFloat | None
+    accuracy: FiniteFloat
+    correct: int
+    search_accuracy: FiniteFloat
+
+
+class GroupCost(Part):
+    """Milliseconds of one group of nodes of a layer.
+
+    Attributes:
+        group: Such as ``attention``.
+        of: The token count that it depends on.
+        coefficients: Of the count's powers 0, 1, ...
+    """
+
+    group: str
+    of: Literal["tokens_in", "tokens_out"]
+    coefficients: tuple[FiniteFloat, ...]
+
+
+class LayerCost(Part):
+    """The layers of one arithmetic, and what their groups cost."""
+
+    layers: tuple[int, ...]
+    groups: tuple[GroupCost, ...]
+
+
+class LatencyCosts(Part):
+    """What each layer costs; see ``tune.table.CostTable``.
+
+    Attributes:
+        unit: Of all times.
+        outside_ms: Time outside the layers.
+        run_over_nodes: Factor from the sum of the nodes to a run.
+        residual: Root mean square of the relative error over the measured schedules.
+        measurements: How many schedules were measured.
+        layers: Costs of the layers.
+        batch: Images per run.
+        precision: Precision that was measured.
+    """
+
+    unit: Literal["ms"] = "ms"
+    outside_ms: FiniteFloat
+    run_over_nodes: FiniteFloat
+    residual: FiniteFloat
+    measurements: int
+    layers: tuple[LayerCost, ...]
+    batch: int
+    precision: Precision
+
+
+class TuneData(Part):
+    """The images.
+
+    Attributes:
+        source: What the user gave, or ``samples``.
+        available: Images that there are.
+        search: Images that the search looked at.
+        validation: Further images that the choice looked at.
+        held_out: Images that only the estimate is of.
+        unreadable_count: Images that could not be read.
+        notes: What a user should know.
+    """
+
+    source: Text
+    available: int
+    search: int
+    validation: int
+    held_out: int
+    unreadable_count: int
+    notes: tuple[Text, ...]
+
+
+class SearchInfo(Part):
+    """How much was looked at.
+
+    Attributes:
+        schedules: Schedules that were measured on the search images.
+        min_entropy: Least token-size entropy allowed on any of them; None for any.
+        over_merged: Schedules that were measured and have less.
+        validation_looks: Schedules that were measured on the validation images in order to choose.
+        ended_by_time_limit: Whether the time limit ended the search or the choice.
+    """
+
+    schedules: int
+    min_entropy: FiniteFloat | None
+    over_merged: int
+    validation_looks: int
+    ended_by_time_limit: bool
+
+
+class TunedSchedule(ScheduleFile):
+    """What ``tune`` writes: a schedule file with the search that found it.
+
+    Attributes:
+        tokens_in: Tokens that enter the model's first layer, prefix tokens included.
+        weights: Those of the search.
+        reducer: How tokens become fewer.
+        objective: What was asked for.
+        found: The schedule that was chosen.
+        best_constant: The best constant r for the same target; None if none that was found meets
+            it.
+        unmerged: The model without merging.
+        front: The schedules worth a look, cheapest first.
+        cost_table: Measured costs of the layers; None if latency was not asked for.
+        images: How many there were.
+        data: What they were.
+        search: How much was looked at.
+        confidence: Level of the intervals.
+        seconds: Time that all this took.
+        environment: Where it was measured.
+    """
+
+    tokens_in: int
+    weights: ScheduleWeights
+    reducer: ScheduleReducer
+    objective: Objective
+    found: ChosenPoint
+    best_constant: TunedPoint | None
+    unmerged: UnmergedPoint
+    front: tuple[TunedPoint, ...]
+    cost_table: LatencyCosts | None
+    images: int
+    data: TuneData
+    search: SearchInfo
+    confidence: FiniteFloat
+    seconds: FiniteFloat
+    environment: Environment
+
+
+def read_search(file: Path) -> TunedSchedule | None:
+    """The search that found a schedule; None of a schedule that was written by hand.
+
+    Raises:
+        InputError: if the file is neither.
+    """
+    by_hand = ScheduleFile.read(file)
+    return TunedSchedule.read(file) if "front" in (by_hand.model_extra or {}) else None
