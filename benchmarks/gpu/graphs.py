@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 INDEX = "graphs.json"
 KEPT_BYTES = 4096
 """Constants up to this size stay in the graph."""
+HALF = 10
+"""ONNX's number of float16."""
 BATCH = BatchRange(1, 8, 64)
 
 Form = Literal["fused", "parts"]
@@ -144,7 +146,8 @@ def _take_weights(graph: onnx.ModelProto, known: dict[str, Weight]) -> dict[str,
     """
     found = {}
     for constant in graph.graph.initializer:
-        if len(constant.raw_data) <= KEPT_BYTES:
+        # Positions of tokens are integers; weights are half.
+        if len(constant.raw_data) <= KEPT_BYTES or constant.data_type != HALF:
             continue
         digest = hashlib.sha256(constant.raw_data).hexdigest()
         if digest not in known:

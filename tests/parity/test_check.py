@@ -16,7 +16,7 @@ from tome_export.errors import ExportError, InputError
 from tome_export.onnx import files
 from tome_export.onnx.build import onnx_from_model
 from tome_export.onnx.export import OPSET, ExportOptions
-from tome_export.onnx.functions import match_function
+from tome_export.onnx.functions import inline, match_function
 from tome_export.parity.check import check_parity
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner
@@ -37,12 +37,12 @@ def exported(tmp_path_factory):
     """``exported(make_vit, name, precision)``: the patched model and its file's content."""
     made = {}
 
-    def get(make_vit, name="test_vit", precision="fp32", **kwargs):
-        key = (name, precision, *kwargs.items())
+    def get(make_vit, name="test_vit", precision="fp32", plugin=False, **kwargs):
+        key = (name, precision, plugin, *kwargs.items())
         if key not in made:
             model = patch(make_vit(name, depth=4, **MODELS[name], **kwargs), SCHEDULE)
             path = tmp_path_factory.mktemp("parity") / "model.onnx"
-            options = ExportOptions(precision=precision, batch=BATCH)
+            options = ExportOptions(precision=precision, batch=BATCH, plugin=plugin)
             onnx_from_model(model, path, options, "logits")
             made[key] = model, path.read_bytes()
         model, content = made[key]
@@ -228,7 +228,7 @@ def second_best_destination(proto):
 def break_stays_order(proto):
     """Tokens that stay in rank order although there is a class token."""
     (function,) = (f for f in proto.functions if f.name == "TomeMatch")
-    function.CopyFrom(match_function(OPSET, class_token=False))
+    function.CopyFrom(match_function(OPSET, class_token=False, plugin=True, product=True))
 
 
 # Layers 0, 1 and 3 merge. A wrong match shows in its own layer, in every layer. A wrong merge of
@@ -251,8 +251,9 @@ DEFECTS = {
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda f: f.__name__)
 def test_wrong_functions_are_caught(exported, make_vit, make_images, defect, precision):
-    model, proto = exported(make_vit, "test_vit", precision)
+    model, proto = exported(make_vit, "test_vit", precision, plugin=True)
     defect(proto)
+    inline(proto)
     report = check(model, proto, make_images(model, 24), precision)
     assert not report.passed
     assert report.failures[0].startswith(f"layer {DEFECTS[defect]}: "), report.failures
@@ -262,7 +263,7 @@ def test_wrong_functions_are_caught(exported, make_vit, make_images, defect, pre
 
 def test_scores_of_ten_bits_are_caught(exported, make_vit, make_images):
     """What TF32 would do to the scores: few decisions turn, each a defect of its own layer."""
-    model, proto = exported(make_vit)
+    model, proto = exported(make_vit, plugin=True)
     round_scores(proto, onnx.TensorProto.FLOAT16)
     report = check(model, proto, make_images(model, 24))
     assert not report.passed
@@ -272,7 +273,7 @@ def test_scores_of_ten_bits_are_caught(exported, make_vit, make_images):
 
 def test_decisions_on_wrong_tokens_are_counted_as_defects(exported, make_vit, make_images):
     """The match is right, what it sees is not: margins show it, not the layer's own metric."""
-    model, proto = exported(make_vit)
+    model, proto = exported(make_vit, plugin=True)
     drop_tokens(proto)
     report = check(model, proto, make_images(model, 6))
     first, second, third = report.layers
@@ -289,8 +290,8 @@ def test_decisions_on_wrong_tokens_are_counted_as_defects(exported, make_vit, ma
 
 def merged_sizes_log(proto, layer):
     """The node that takes the logarithm of the sizes that ``layer`` hands on."""
-    (merge,) = (n for n in proto.graph.node if n.name == f"blocks.{layer}.merge")
-    return next(n for n in proto.graph.node if n.op_type == "Log" and n.input[0] == merge.output[1])
+    sizes = f"blocks.{layer}.size"
+    return next(n for n in proto.graph.node if n.op_type == "Log" and n.input[0] == sizes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

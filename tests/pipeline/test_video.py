@@ -20,6 +20,8 @@ from tome_export.errors import InputError
 from tome_export.merge.plan import Across
 from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.models.video import load_videos, moving_samples
+from tome_export.onnx.build import onnx_from_model
+from tome_export.onnx.export import ExportOptions
 from tome_export.onnx.files import load
 from tome_export.onnx.merging import merging_of
 from tome_export.onnx.twin import twin_from_model
@@ -152,8 +154,11 @@ def test_masked_frames_are_left_out_of_the_mean(artifact):
     assert min(np.abs(one - single[0]).max() for one in single[1:]) > 1e-4
 
 
-def test_both_kinds_of_merge_are_one_operator_that_the_kernels_take(artifact):
-    model = load(artifact.model_path)
+def test_both_kinds_of_merge_are_one_operator_that_the_kernels_take(artifact, tmp_path):
+    path = tmp_path / "model.onnx"
+    options = ExportOptions(plugin=True)
+    onnx_from_model(reference_model(artifact)[0], path, options, "video_features")
+    model = load(path)
     merging = merging_of(model)
     assert [shape.tokens for shape in merging.matches] == [17, 28, 20, 36, 26, 24]
     assert all(contract.refusal(*shape) is None for shape in merging.matches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from tome_export.onnx.files import extra_inputs_of, load
-from tome_export.onnx.groups import GROUPS, OTHER, Place
-from tome_export.onnx.labels import labelled, place_of_label
+from tome_export.onnx.functions import inline
+from tome_export.onnx.names import GROUPS, OTHER, Place, place_finder
 from tome_export.runtime.inputs import Fed
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME
+
+PlaceFinder = Callable[[str], Place | None]
 
 NODE, RUN = "_kernel_time", "model_run"
 
@@ -104,10 +106,9 @@ def profile_in_turn(
 ) -> dict[str, Profile]:
     """Profile models on ONNX Runtime's CPU and attribute every node's time to a layer and group.
 
-    What runs is a copy of each model in which names tell the group (``onnx.labels``); the runtime
-    makes the same nodes of it as of the model itself, but for a few on single numbers. The models
-    take turns, run by run, so that a drift of the machine's speed meets them all. Not for a GPU:
-    there the runtime's profiler sees kernels being launched, not running.
+    Names of nodes tell the group (``onnx.names``). The models take turns, run by run, so that a
+    drift of the machine's speed meets them all. Not for a GPU: there the runtime's profiler sees
+    kernels being launched, not running.
 
     Args:
         model_paths: By any name, ``model.onnx`` of an artifact or of
@@ -123,9 +124,12 @@ def profile_in_turn(
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder, ExitStack() as stack:
         runners: dict[str, OrtRunner] = {}
         fed: dict[str, Fed] = {}
+        finders: dict[str, PlaceFinder] = {}
         for index, (name, path) in enumerate(model_paths.items()):
             prefix = Path(folder) / f"profile-{index}"
-            graph = labelled(load(path))
+            graph = load(path)
+            inline(graph)
+            finders[name] = place_finder(graph.graph)
             runners[name] = stack.enter_context(OrtRunner(graph, profile=prefix))
             fed[name] = Fed(runners[name], extra_inputs_of(graph))
         for _ in range(runs + 1):
@@ -133,17 +137,20 @@ def profile_in_turn(
                 runner.infer({INPUT_NAME: images})
         files = {name: runner.end_profiling() for name, runner in runners.items()}
         return {
-            name: profile_from_events(json.loads(file.read_text()), len(images))
+            name: profile_from_events(json.loads(file.read_text()), len(images), finders[name])
             for name, file in files.items()
         }
 
 
-def profile_from_events(events: Sequence[Mapping[str, Any]], batch: int) -> Profile:
-    """Read the events of ONNX Runtime's profile, of a labelled model; the first run is left out.
+def profile_from_events(
+    events: Sequence[Mapping[str, Any]], batch: int, find: PlaceFinder
+) -> Profile:
+    """Read the events of ONNX Runtime's profile; the first run is left out.
 
     Args:
         events: As in the file.
         batch: Images per run.
+        find: Gives the place of a node by its name, None if that says nothing.
     """
     spans = sorted((e["ts"], e["dur"]) for e in events if e["name"] == RUN)[1:]
     nodes = [e for e in events if e["cat"] == "Node" and e["name"].endswith(NODE)]
@@ -157,7 +164,7 @@ def profile_from_events(events: Sequence[Mapping[str, Any]], batch: int) -> Prof
             if not start <= event["ts"] <= start + duration:
                 continue
             # What the runtime itself puts in, such as a reordering, serves the node before it.
-            last = place_of_label(event["name"]) or last
+            last = find(event["name"]) or last
             key = (event["name"], event["args"].get("node_index", ""))
             places.setdefault(key, last)
             operators.setdefault(key, event["args"]["op_name"])

@@ -14,7 +14,7 @@ from tome_export.merge import spec
 from tome_export.merge.plan import step_name
 from tome_export.onnx import files
 from tome_export.onnx.export import ExportOptions, ir_from_model
-from tome_export.onnx.functions import functions_for
+from tome_export.onnx.functions import functions_for, inline
 from tome_export.onnx.names import name_by_place
 from tome_export.onnx.product import read_keys_from_products
 from tome_export.onnx.simplify import simplified
@@ -30,13 +30,12 @@ class OnnxFiles:
         paths: The model, then its external data if any.
         opset: Of the standard operators.
         nodes: Nodes in the main graph.
-        simplified: Whether onnxsim ran; it cannot above protobuf's 2 GB.
     """
 
     paths: tuple[Path, ...]
     opset: int
     nodes: int
-    simplified: bool
+    simplified: bool = True
 
 
 def onnx_from_model(
@@ -71,9 +70,8 @@ def onnx_from_model(
         proto.graph.node, options.lowering, options.opset, plugin=options.plugin
     )
     proto.functions.extend(functions)
-    can_simplify = files.weight_bytes(proto) <= external_data_bytes
-    if can_simplify:
-        proto = simplified(proto)
+    inline(proto, (spec.PLAN, spec.SIGNAL) if options.plugin else tuple(spec.SUFFIXES))
+    proto = simplified(proto)
     if options.plugin:
         read_keys_from_products(proto, options.opset)
     name_by_place(proto.graph)
@@ -85,7 +83,7 @@ def onnx_from_model(
     nodes = len(proto.graph.node)
     written = files.save(proto, path, threshold=external_data_bytes)
     files.check(path)
-    return OnnxFiles(tuple(written), options.opset, nodes, can_simplify)
+    return OnnxFiles(tuple(written), options.opset, nodes)
 
 
 def _sequences(model: MergedModel) -> dict[str, dict[str, int]]:
@@ -96,7 +94,7 @@ def _sequences(model: MergedModel) -> dict[str, dict[str, int]]:
 
 
 def name_by_content(model: onnx.ModelProto) -> None:
-    """Put a digest of graph and weights into the name of the first node's output.
+    """Put a digest of graph and weights into the name of the first output of a node with inputs.
 
     ONNX Runtime's cache of TensorRT engines tells models apart by the names of their tensors and
     not by their weights: two builds of one model would take each other's engines.
@@ -108,7 +106,7 @@ def name_by_content(model: onnx.ModelProto) -> None:
     for function in model.functions:
         digest.update(function.SerializeToString(deterministic=True))
     outputs = {value.name for value in graph.output}
-    old = next((n.output[0] for n in graph.node if n.output[0] not in outputs), None)
+    old = next((n.output[0] for n in graph.node if n.input and n.output[0] not in outputs), None)
     if old is None:
         return
     new = f"{old}.{digest.hexdigest()[:16]}"

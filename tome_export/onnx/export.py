@@ -186,7 +186,9 @@ def _finish_merge_nodes(model: ir.Model, merging: Sequence[Step], plugin: bool) 
             place_of[value] = place
     for node in model.graph:
         if node.op_type == spec.MERGE:
-            node.name = f"{place_of[node.inputs[2]]}.{spec.SUFFIXES[spec.MERGE]}"
+            place = place_of[node.inputs[2]]
+            node.name = f"{place}.{spec.SUFFIXES[spec.MERGE]}"
+            node.outputs[1].name = f"{place}.size"
         if node.op_type == spec.SIGNAL:
             layer, index = (node.attributes[name].as_int() for name in ("layer", "index"))
             node.name = node.outputs[0].name = f"blocks.{layer}.signal.{index}"

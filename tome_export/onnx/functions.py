@@ -1,9 +1,11 @@
 """The ONNX functions ``TomeMatch`` and ``TomeMerge``: one shape-generic body each.
 
-A runtime with a plugin of that name takes the plugin; every other one inlines the body. Parsers
-look functions up by name alone, so all layers share one body: the number of tokens is read from
-the shapes and r from the node's attribute. The bodies contain no empty tensors, whatever the
-prefix and however r is clamped, because TensorRT handles those badly.
+Only a graph for the TensorRT plugin has them as functions, which TensorRT takes the plugin for and
+other runtimes inline; importers that know no functions, such as OpenVINO's, are given graphs in
+which ``inline`` has put the bodies in the place of their calls. Parsers look functions up by name
+alone, so all layers share one body: the number of tokens is read from the shapes and r from the
+node's attribute. The bodies contain no empty tensors, whatever the prefix and however r is clamped,
+because TensorRT handles those badly.
 
 ``TomeMatch`` has a body for either order of the tokens that stay, because only one of them needs
 all of set A sorted, and TensorRT's TopK gives at most 3,840 numbers (``engine.limits``).
@@ -11,7 +13,7 @@ all of set A sorted, and TensorRT's TopK gives at most 3,840 numbers (``engine.l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
 import onnx
@@ -350,3 +352,84 @@ def functions_for(
         spec.SIGNAL: lambda: _parse(_SIGNAL, opset),
     }
     return [make() for name, make in makers.items() if name in used]
+
+
+def inline(model: onnx.ModelProto, operators: Collection[str] = tuple(spec.SUFFIXES)) -> None:
+    """Put bodies in the place of their calls; names are those of ``onnx.names``.
+
+    Args:
+        model: With its functions, and shapes of what goes into calls and comes out of them;
+            changed in place.
+        operators: Whose calls; the functions of others stay.
+    """
+    graph = model.graph
+    bodies = {f.name: f for f in model.functions if f.name in operators}
+    types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.domain != spec.DOMAIN or node.op_type not in bodies:
+            nodes.append(node)
+            continue
+        nodes += expanded(node, bodies[node.op_type], types)
+        if node.op_type == spec.MATCH:
+            graph.value_info.append(metric_of(node, types[node.input[0]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for index in reversed(range(len(model.functions))):
+        if model.functions[index].name in bodies:
+            del model.functions[index]
+    if not model.functions:
+        standard = [opset for opset in model.opset_import if opset.domain != spec.DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(standard)
+
+
+def _metric_name(match: onnx.NodeProto) -> str:
+    return f"{match.name.rpartition('.')[0]}.metric"
+
+
+def metric_of(match: onnx.NodeProto, keys: onnx.TypeProto.Tensor) -> onnx.ValueInfoProto:
+    """The tensor ``[B, N, D]`` in a match's body that it decides by, given its input's type."""
+    batch, *lengths = keys.shape.dim
+    view = spec.keys_view([n.dim_value for n in lengths], **keys_attributes(match))
+    shape = [batch.dim_param or batch.dim_value, view.tokens, view.width]
+    return onnx.helper.make_tensor_value_info(_metric_name(match), onnx.TensorProto.FLOAT, shape)
+
+
+def keys_attributes(match: onnx.NodeProto) -> dict[str, int]:
+    """Where in its input a match node finds the keys: ``heads``, ``width`` and ``offset``."""
+    found = dict(spec.KEYS_ATTRIBUTES)
+    return found | {a.name: a.i for a in match.attribute if a.name in found}
+
+
+def expanded(
+    call: onnx.NodeProto, body: onnx.FunctionProto, types: Mapping[str, onnx.TypeProto.Tensor]
+) -> Iterator[onnx.NodeProto]:
+    """The nodes of a call's body, with the names that ``onnx.names`` gives them.
+
+    Args:
+        call: A node of the graph.
+        body: The function that it calls.
+        types: Of the call's outputs, for bodies that take their dtype from an input.
+    """
+    names = dict(zip((*body.input, *body.output), (*call.input, *call.output), strict=True))
+    if call.op_type == spec.MATCH:
+        names["metric"] = _metric_name(call)
+    attributes = {a.name: a for a in (*body.attribute_proto, *call.attribute)}
+    for part in body.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(part)
+        node.name = f"{call.name}/{part.output[0]}"
+        node.input[:] = [names.get(name, f"{call.name}/{name}") for name in part.input]
+        node.output[:] = [names.get(name, f"{call.name}/{name}") for name in part.output]
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                name = attribute.name
+                attribute.CopyFrom(attributes[attribute.ref_attr_name])
+                attribute.name = name
+        if node.op_type == "CastLike":
+            node.op_type = "Cast"
+            del node.input[1:]
+            dtype = types[node.output[0]].elem_type
+            node.attribute.append(onnx.helper.make_attribute("to", dtype))
+        yield node

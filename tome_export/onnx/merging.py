@@ -9,6 +9,7 @@ import onnx
 
 from tome_export.errors import InputError
 from tome_export.merge import spec
+from tome_export.onnx.functions import keys_attributes
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -53,12 +54,6 @@ class Merging:
 
     matches: tuple[MatchShape, ...]
     merges: tuple[MergeShape, ...]
-
-
-def keys_attributes(match: onnx.NodeProto) -> dict[str, int]:
-    """Where in its input a match node finds the keys: ``heads``, ``width`` and ``offset``."""
-    found = dict(spec.KEYS_ATTRIBUTES)
-    return found | {a.name: a.i for a in match.attribute if a.name in found}
 
 
 def merging_of(model: onnx.ModelProto) -> Merging:

@@ -9,6 +9,7 @@ import onnx
 from tome_export.errors import ExportError
 from tome_export.merge import spec
 from tome_export.onnx import files
+from tome_export.onnx.names import decision_of_tensor
 
 HEAVY_BYTES = 1 << 16
 """Weights above this stay out of onnxsim's hands in a large model."""
@@ -17,15 +18,16 @@ HEAVY_BYTES = 1 << 16
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants and drop dead nodes.
 
-    Requires functions already attached and a model under protobuf's 2 GB.
-    Ensures the same inputs and outputs, and every match and merge node still in place with its
-    attributes.
+    Requires functions attached for the nodes that call them.
+    Ensures the same inputs and outputs; every tensor that is a merge's decision under its name
+    (``onnx.names``), with its shape; and every node for plugins still in place with its attributes.
 
     Raises:
         ExportError: if onnxsim cannot validate its own result.
     """
     import onnxsim
 
+    shown = _show_decisions(model.graph)
     before = _signature(model)
     result, valid = _simplified_light(model) if _is_large(model) else onnxsim.simplify(model)
     if not valid:
@@ -43,7 +45,20 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
             f"onnxsim changed the graph's interface from {before} to {_signature(result)}; "
             "expected the same one, try another version of onnxsim"
         )
+    result.graph.value_info.extend(v for v in result.graph.output if v.name in shown)
+    outputs = [value for value in result.graph.output if value.name not in shown]
+    del result.graph.output[:]
+    result.graph.output.extend(outputs)
     return result
+
+
+def _show_decisions(graph: onnx.GraphProto) -> set[str]:
+    """Make outputs of a graph's decisions for the time being, whose names then stay."""
+    values = {value.name: value for value in (*graph.value_info, *graph.output)}
+    names = [name for node in graph.node for name in node.output if decision_of_tensor(name)]
+    shown = [name for name in names if name not in {value.name for value in graph.output}]
+    graph.output.extend(values[name] for name in shown)
+    return set(shown)
 
 
 def _is_large(model: onnx.ModelProto) -> bool:
