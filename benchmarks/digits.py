@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import write_rows
 from tome_export.data.find import SAMPLES
@@ -29,23 +30,23 @@ def main() -> None:
         output = Path(folder) / MODEL
         request = BuildRequest(MODEL, output, Schedule(R), engine="none", check=False)
         artifact = build(request)
-        values = evaluate(
+        found = evaluate(
             EvalRequest(artifact.path, data=(SAMPLES,), r=SCHEDULES, workers=0, restart=True)
-        ).values
-    rows = [
+        ).evaluation
+    rows: list[dict[str, Any]] = [
         {
             "benchmark": "digits",
             "model": MODEL,
-            "images": values["data"]["images"],
-            "confidence": values["confidence"],
+            "images": found.data.images,
+            "confidence": found.confidence,
             "r": r,
-            "per_layer": found["r"],
-            "macs": found["macs"],
-            "top1": found["top1"],
+            "per_layer": candidate.r,
+            "macs": candidate.macs,
+            "top1": candidate.top1 and candidate.top1.model_dump(mode="json"),
         }
         for r in SCHEDULES
-        for found in values["candidates"]
-        if found["name"] == f"r={r}"
+        for candidate in found.candidates
+        if candidate.name == f"r={r}"
     ]
     for row in rows:
         print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {row['top1']}")

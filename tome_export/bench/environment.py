@@ -32,7 +32,8 @@ def environment() -> Environment:
     from tome_export.artifact.environment import Environment
 
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
-    gpu, driver = (nvidia_smi("--query-gpu=name,driver_version") or [[None, None]])[0]
+    found = nvidia_smi("--query-gpu=name,driver_version")
+    gpu, driver = found[0] if found else (None, None)
     return Environment(
         cpu=cpu_name(),
         cores=cores(),
