@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tome_export.errors import InputError
+from tome_export.models import pixels
+from tome_export.models.pixels import BadImageError, eight_bit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,30 +128,10 @@ def _decoded(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
             f"image {path} cannot be decoded ({reason}); the file is damaged or cut short, "
             "replace it"
         ) from None
-    return _eight_bit(upright, path)
-
-
-def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255; 16-bit samples are scaled instead.
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 0xFFFF:
-            raise InputError(
-                f"image {path} has pixels from {samples.min()} to {samples.max()}; "
-                "expected 8 or 16 bits per channel"
-            )
-        return Image.fromarray((samples >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise InputError(
-            f"image {path} has floating-point pixels; expected 8 or 16 bits per channel"
-        )
-    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    try:
+        return eight_bit(upright)
+    except BadImageError as error:
+        raise InputError(f"image {path} {error}") from None
 
 
 def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -165,41 +147,9 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArr
     Raises:
         InputError: if the model wants other than one or three channels.
     """
-    channels, height, width = preprocessing.input_size
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
+    channels = preprocessing.input_size[0]
+    if channels not in pixels.MODES:
         raise InputError(
             f"the model takes {channels} channels; images can be given to models of 1 or 3"
         )
-    image = image.convert(modes[channels])
-    image = _centre_crop(_resize(image, preprocessing), height, width)
-    x = np.asarray(image, dtype=np.float32).reshape(height, width, channels).transpose(2, 0, 1)
-    mean = np.asarray(preprocessing.mean, np.float32)[:, None, None]
-    std = np.asarray(preprocessing.std, np.float32)[:, None, None]
-    return np.ascontiguousarray((x / np.float32(255) - mean) / std)
-
-
-def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    from PIL import Image
-
-    _, height, width = preprocessing.input_size
-    target_h = math.floor(height / preprocessing.crop_pct)
-    target_w = math.floor(width / preprocessing.crop_pct)
-    w, h = image.size
-    if target_h == target_w:
-        short, long = min(w, h), max(w, h)
-        longer = int(target_h * long / short)
-        size = (target_h, longer) if w <= h else (longer, target_h)
-    else:
-        # timm's ResizeKeepRatio: the smallest size that covers a target that is not square.
-        ratio = min(h / target_h, w / target_w)
-        size = (round(w / ratio), round(h / ratio))
-    return image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
-
-
-def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    w, h = image.size
-    # A crop_pct above 1 leaves less than the crop: black borders, as torchvision pads.
-    left = round((w - width) / 2) if w >= width else -((width - w) // 2)
-    top = round((h - height) / 2) if h >= height else -((height - h) // 2)
-    return image.crop((left, top, left + width, top + height))
+    return pixels.pixels_from_image(image, asdict(preprocessing))

@@ -20,10 +20,11 @@ from timm.data import create_transform
 from video_files import write_video
 
 from tome_export.models import RECIPES
+from tome_export.models import pixels as pixels_module
+from tome_export.models.pixels import BadImageError, pixels_from_bytes, pixels_from_image
 from tome_export.models.preprocess import load_images
 from tome_export.models.samples import sample_paths
-from tome_export.serve.python_models import postprocess, preprocess, preprocess_video, router
-from tome_export.serve.python_models.preprocess import BadImageError, pixels_from_bytes
+from tome_export.serve.python_models import postprocess, preprocess, router
 from tome_export.spec import Preprocessing
 from tome_export.video import frames
 
@@ -179,10 +180,11 @@ def test_damaged_files_are_decoded_or_refused():
 
 def test_problem_names_the_image():
     bad = BadImageError("is bad")
-    assert preprocess._problem([None, None]) == ""
-    assert preprocess._problem([bad]) == "image is bad"
-    assert preprocess._problem([None, bad, BadImageError("too")]) == "image 2 of 3 is bad"
-    assert preprocess._problem([]) == "the request holds no image; expected 1 or more"
+    problem = preprocess.problem_of
+    assert problem("image", [None, None]) == ""
+    assert problem("image", [bad]) == "image is bad"
+    assert problem("video", [None, bad, BadImageError("too")]) == "video 2 of 3 is bad"
+    assert problem("image", []) == "the request holds no image; expected 1 or more"
 
 
 def test_top_k_orders_by_logit_then_index():
@@ -262,7 +264,10 @@ def test_budgets_that_cannot_be_met_in_any_way_are_refused():
         router.chosen(ROUTES, {"r": 1, "max_ms": 1})
 
 
-@pytest.mark.parametrize("module", [preprocess, postprocess, router], ids=lambda m: m.__name__)
+SERVED = [preprocess, postprocess, router, pixels_module, frames]
+
+
+@pytest.mark.parametrize("module", SERVED, ids=lambda m: m.__name__)
 def test_runs_where_only_numpy_and_pillow_are(module, tmp_path):
     """On a server this package, torch and everything that comes with them are not installed."""
     source = Path(module.__file__)
@@ -277,13 +282,10 @@ def test_runs_where_only_numpy_and_pillow_are(module, tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_missing_pillow_is_said(tmp_path):
-    (tmp_path / "model.py").write_bytes(Path(preprocess.__file__).read_bytes())
-    code = "import sys; sys.modules['PIL'] = None; import model"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert "has no Pillow, which decodes images; pip install pillow there" in done.stderr
+def test_a_missing_decoder_is_said():
+    with pytest.raises(ImportError, match="has no PyAV, which decodes videos; pip install av ther"):
+        preprocess.check_decoder("no_such_module", "av", "PyAV, which decodes videos")
+    preprocess.check_decoder("PIL", "pillow", "Pillow, which decodes images")
 
 
 class Watched:
@@ -295,16 +297,17 @@ class Watched:
     def pixels_from_image(self, image, settings):
         self.shown.append(weakref.ref(image))
         self.held.append(sum(one() is not None for one in self.shown))
-        return preprocess.pixels_from_image(image, settings)
+        return pixels_from_image(image, settings)
 
 
 def test_one_whole_frame_of_a_video_is_held_at_a_time(tmp_path):
     data = write_video(tmp_path / "grey.mp4", 12).read_bytes()
-    model = preprocess_video.TritonPythonModel()
+    model = preprocess.TritonPythonModel()
+    model.kind = "video"
     model.settings = {**TINY, "frames": 6}
     model.images, model.frames = Watched(), frames
     pixels = model.pixels(data)
     assert pixels.shape == (6, 3, 8, 8)
     assert model.images.held == [1] * 6
-    expected = [preprocess.pixels_from_image(one, TINY) for one in frames.frames_of(data, 6)]
+    expected = [pixels_from_image(one, TINY) for one in frames.frames_of(data, 6)]
     np.testing.assert_array_equal(pixels, np.stack(expected))

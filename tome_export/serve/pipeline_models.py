@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
+from tome_export.models import pixels
 from tome_export.serve.client import IMAGE, PIPELINE, VIDEO
 from tome_export.serve.config import (
     KEPT_VERSIONS,
-    PYTHON_MODELS,
     ModelFolder,
     ServeOptions,
     add_tensor,
@@ -20,7 +20,7 @@ from tome_export.serve.config import (
 )
 from tome_export.serve.source import sizes
 from tome_export.spec import INPUT_NAME, VIDEO_MASK, BatchRange
-from tome_export.video import frames as frames_module
+from tome_export.video import frames
 
 if TYPE_CHECKING:
     from tome_export.artifact import Artifact
@@ -72,17 +72,14 @@ def _preprocess(
     add_tensor(config.input, VIDEO if video else IMAGE, "bytes", [1])
     shape = sizes(artifact.manifest.input)
     add_tensor(config.output, INPUT_NAME, "float32", shape)
-    if not video:
-        return python_folder(config, "preprocess", "preprocessing.json", settings, options)
-    mask = any(tensor.name == VIDEO_MASK for tensor in artifact.manifest.inputs)
-    if mask:
-        add_tensor(config.output, VIDEO_MASK, "float32", shape[:1])
-    settings |= {"frames": shape[0], "mask": mask}
-    folder = python_folder(config, "preprocess_video", "preprocessing.json", settings, options)
-    beside = {
-        f"{options.folder}/preprocess.py": PYTHON_MODELS / "preprocess.py",
-        f"{options.folder}/frames.py": Path(frames_module.__file__),
-    }
+    beside = {f"{options.folder}/pixels.py": Path(pixels.__file__)}
+    if video:
+        mask = any(tensor.name == VIDEO_MASK for tensor in artifact.manifest.inputs)
+        if mask:
+            add_tensor(config.output, VIDEO_MASK, "float32", shape[:1])
+        settings |= {"frames": shape[0], "mask": mask}
+        beside[f"{options.folder}/frames.py"] = Path(frames.__file__)
+    folder = python_folder(config, "preprocess", "preprocessing.json", settings, options)
     return replace(folder, files={**folder.files, **beside})
 
 
