@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from results import REPORTS, bench_report, eval_report, schedule_report
 
 from tome_export.artifact.bench import Bench
 from tome_export.artifact.evaluation import Evaluation
 from tome_export.artifact.parity import ParityFile
 from tome_export.artifact.schedule import ScheduleFile, read_search
 from tome_export.errors import InputError
-
-from .conftest import REPORTS, bench_report, eval_report, schedule_report
 
 
 def without(report, *path):
