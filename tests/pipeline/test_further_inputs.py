@@ -59,9 +59,9 @@ def test_check(artifact):
 @pytest.mark.parametrize("backend", ["ort-cpu", "torch"])
 def test_bench(artifact, backend):
     result = bench(BenchRequest(artifact.path, (2,), rounds=1, warmup=1, backends=(backend,)))
-    assert result.bench["rows"][0]["merged"]["peak_memory_bytes"] > 0
-    assert "Given for query: random vectors of unit length" in result.bench["notes"]
-    assert len(result.bench["profile"]) == (backend == "ort-cpu")
+    assert result.bench.rows[0].merged.peak_memory_bytes > 0
+    assert "Given for query: random vectors of unit length" in result.bench.notes
+    assert len(result.bench.profile) == (backend == "ort-cpu")
 
 
 def test_eval_and_report_say_that_they_cannot(artifact):

@@ -248,10 +248,10 @@ def test_a_fixed_batch_and_plain_tome(tmp_path, monkeypatch):
 def test_bench_times_it_beside_the_unmerged_tower(artifact):
     asked = BenchRequest(artifact.path, backends=("ort-cpu",), rounds=2, warmup=0)
     found = bench(replace(asked, batches=(1,), profile=False)).bench
-    assert [row["backend"] for row in found["rows"]] == ["ort-cpu"]
-    assert found["rows"][0]["merged"]["peak_memory_bytes"] > 0
-    assert found["images"] == "samples"
-    assert found["macs_ratio"] == artifact.manifest.macs.ratio
+    assert [row.backend for row in found.rows] == ["ort-cpu"]
+    assert found.rows[0].merged.peak_memory_bytes > 0
+    assert found.images == "samples"
+    assert found.macs_ratio == artifact.manifest.macs.ratio
 
 
 def test_pictures_show_groups_across_frames(artifact, tmp_path):
