@@ -28,10 +28,10 @@ import torch
 from benchmarks.family_models import FAMILIES, Family
 from benchmarks.harness import write_rows
 from tome_export.artifact import PARITY, Artifact
+from tome_export.data.images import parity_images
 from tome_export.merge import reference
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.images import parity_images
 from tome_export.pipeline.reference import reference_model, rescheduled
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.runtime.ort import OrtRunner

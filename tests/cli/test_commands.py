@@ -14,9 +14,9 @@ import sys
 import pytest
 
 from tome_export.cli import text
+from tome_export.data.images import BUILD_COUNT
 from tome_export.engine.select import BACKENDS
 from tome_export.models import RECIPES
-from tome_export.pipeline.images import BUILD_COUNT
 
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
 

@@ -14,8 +14,8 @@ import numpy as np
 from tome_export.artifact import MODEL, Artifact, Manifest
 from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow, ModelProfile
 from tome_export.bench.timing import AGAINST, MERGED, row_from_seconds, times
+from tome_export.data.images import parity_images
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.images import parity_images
 from tome_export.pipeline.inputs import asked_inputs
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.pipeline.subject import Subject, open_runner, subject_of, variant, with_engine

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.artifact import MODEL, Artifact, Manifest, staged, write_manifest
 from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
 from tome_export.artifact.schedule import SCHEDULE, ScheduleFile
+from tome_export.data.images import BUILD_COUNT, parity_images
 from tome_export.engine import EngineOptions
 from tome_export.errors import (
     ExportError,
@@ -21,7 +22,6 @@ from tome_export.errors import (
 from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.pipeline.engine import attention_form, build_engine
 from tome_export.pipeline.form import MergeForm, choose_form, fit_form
-from tome_export.pipeline.images import BUILD_COUNT, parity_images
 from tome_export.pipeline.kernels import compile_kernels, plugins_of
 from tome_export.pipeline.learned import write_learned
 from tome_export.pipeline.library import check_library

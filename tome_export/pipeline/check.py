@@ -12,9 +12,9 @@ import numpy as np
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
+from tome_export.data.images import CHECK_COUNT, image_names, parity_images
 from tome_export.errors import InputError, ParityError, UsageError
 from tome_export.merge.entropy import effective_tokens
-from tome_export.pipeline.images import CHECK_COUNT, image_names, parity_images
 from tome_export.pipeline.reference import reference_model
 from tome_export.pipeline.subject import Subject, open_runner, subject_of
 from tome_export.progress import Progress, Silent

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.artifact import Artifact, staged, write_json
+from tome_export.data.images import load_inputs
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.images import load_inputs
 from tome_export.pipeline.inputs import (
     asked_inputs,
     extra_inputs,

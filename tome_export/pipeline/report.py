@@ -172,7 +172,7 @@ def _maps(
     artifact: Artifact, request: ReportRequest, progress: Progress
 ) -> tuple[Sequence[MergeMap], Sequence[str], str | None]:
     """Merged tokens of the user's images and of the samples, and what the images are called."""
-    from tome_export.pipeline.images import load_inputs
+    from tome_export.data.images import load_inputs
     from tome_export.pipeline.inspect import merge_maps
 
     preprocessing = artifact.manifest.preprocessing

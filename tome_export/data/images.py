@@ -1,4 +1,4 @@
-"""The images that parity is checked on."""
+"""Images and videos in memory, as a model takes them: those that parity is checked on, or named."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tome_export.artifact import Manifest
+from tome_export.data.find import SHARDS, find_data
+from tome_export.data.source import Item
 from tome_export.errors import InputError
 from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
-    from tome_export.parity.decisions import Array
+
+Array = NDArray[np.float32]
 
 BUILD_COUNT = 4
 """Sample images that a build checks on when the user gives none."""
@@ -33,32 +39,48 @@ def parity_images(
     Args:
         recipe: Whose preprocessing to use.
         input_size: Channels, height and width the model takes; the frames of a video first.
-        folder: Folder of images or videos, or None.
+        folder: Folder or shard of images, folder of videos, a file, or None.
         count: Sample images to take where no folder is given; of videos a third.
 
     Returns:
         ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
 
     Raises:
-        InputError: if the folder holds no readable image or video.
+        InputError: if there is no image or video, or one cannot be read.
         MissingComponentError: if videos are given, and what decodes them is not installed.
     """
-    from tome_export.models.preprocess import find_images, load_images
     from tome_export.models.samples import sample_pixels
 
     channels, height, width = input_size[-3:]
     preprocessing = replace(recipe.preprocessing, input_size=(channels, height, width))
-    recipe = replace(recipe, preprocessing=preprocessing)
     if len(input_size) > 3:
         return _videos(preprocessing, input_size[0], folder, max(2, count // 3))
     if folder is None:
-        samples: Array = sample_pixels(recipe, count)
-        return samples
-    paths = find_images(folder)
-    if not paths:
-        raise InputError(f"{folder} holds no image; give a folder with .jpg or .png files")
-    loaded: Array = load_images(paths[:LIMIT], recipe.preprocessing)
-    return loaded
+        return sample_pixels(replace(recipe, preprocessing=preprocessing), count)
+    return np.stack([_pixels(item, preprocessing) for item in _items(folder, LIMIT)])
+
+
+def _items(place: Path, most: int) -> list[Item]:
+    """The first images of a folder or of shards; a single image file stands for itself."""
+    from tome_export.models.preprocess import find_images
+
+    if place.is_dir() or place.suffix.lower() in SHARDS:
+        source = find_data((str(place),), None)
+        return source.items(range(min(most, len(source))))
+    return [Item(path.name, "folder", str(path)) for path in find_images(place)]
+
+
+def _pixels(item: Item, preprocessing: Preprocessing) -> Array:
+    from tome_export.models.preprocess import pixels_from_bytes
+
+    name = item.path if item.kind == "folder" else item.name
+    try:
+        data = item.load()
+    except OSError as error:
+        raise InputError(
+            f"image {name} cannot be read ({error.strerror}); expected an image file"
+        ) from None
+    return pixels_from_bytes(data, name, preprocessing) if isinstance(data, bytes) else data
 
 
 def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
@@ -74,25 +96,17 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
     from tome_export.models.preprocess import load_images
     from tome_export.models.video import load_videos
 
-    preprocessing = manifest.preprocessing
-    video = manifest.video
-    loaded: Array
-    if video:
-        loaded = load_videos(paths, preprocessing, video.frames)
-    else:
-        loaded = load_images(paths, preprocessing)
-    return loaded
+    if manifest.video is not None and manifest.video.frames is not None:
+        return load_videos(paths, manifest.preprocessing, manifest.video.frames)
+    return load_images(paths, manifest.preprocessing)
 
 
 def _videos(preprocessing: Preprocessing, frames: int, folder: Path | None, count: int) -> Array:
     from tome_export.models.video import find_videos, load_videos, moving_samples
 
     if folder is None:
-        samples: Array = moving_samples(preprocessing, count, frames)
-        return samples
-    paths = find_videos(folder)
-    found: Array = load_videos(paths[: max(1, LIMIT // frames)], preprocessing, frames)
-    return found
+        return moving_samples(preprocessing, count, frames)
+    return load_videos(find_videos(folder)[: max(1, LIMIT // frames)], preprocessing, frames)
 
 
 def image_names(folder: Path | None, count: int, *, videos: bool = False) -> list[str]:
@@ -103,10 +117,10 @@ def image_names(folder: Path | None, count: int, *, videos: bool = False) -> lis
         count: Images that it gave.
         videos: Whether they are videos.
     """
-    from tome_export.models.preprocess import find_images
     from tome_export.models.video import find_videos
 
     if folder is None:
         return [f"sample {index}" for index in range(count)]
-    find = find_videos if videos else find_images
-    return [path.name for path in find(folder)[:count]]
+    if videos:
+        return [path.name for path in find_videos(folder)[:count]]
+    return [Path(item.name).name for item in _items(folder, count)]
