@@ -11,15 +11,9 @@ COMMANDS = {
     "bench": ("bench", "{artifact}"),
     "eval": ("eval", "{artifact}", "--data", "samples"),
     "cascade": (
-        "cascade",
-        "{artifact}",
-        "{artifact}",
-        "--data",
-        "samples",
-        "--policy",
-        "confidence",
-    )
-    + ("--target-macs", "0.8"),
+        *("cascade", "{artifact}", "{artifact}", "--data", "samples"),
+        *("--policy", "confidence", "--target-macs", "0.8"),
+    ),
 }
 
 ABSENT = [

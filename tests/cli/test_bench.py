@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from tome_export.artifact import Artifact
-from tome_export.pipeline.serve import _latency_by_backend
+from tome_export.artifact.bench import BENCH, Bench
 
 QUICK = ("--rounds", "2", "--warmup", "0")
 
@@ -70,7 +71,7 @@ def test_the_router_reads_the_latency_of_one_image(measured):
     """Also where batch 1 was not asked for."""
     path, result = measured
     assert list(result.bench.latency_ms) == ["ort-cpu"]
-    assert _latency_by_backend(Artifact.open(path)) == result.bench.latency_ms
+    assert Bench.read(path / BENCH).latency_ms == result.bench.latency_ms
     assert result.bench.latency_ms["ort-cpu"] > 0
 
 
@@ -192,11 +193,13 @@ def test_images_that_no_photograph_gives(built):
     samples, kind = bench_images(manifest, 26)
     assert (samples.shape, kind) == ((26, 1, 32, 32), "samples")
     np.testing.assert_array_equal(samples[24:], samples[:2])
-    other = {
-        "model": {"name": "nowhere:model"},
-        "preprocessing": {**manifest["preprocessing"], "input_size": [2, 8, 8]},
-        "input": {"shape": ["batch", 2, 8, 8]},
-    }
+    other = manifest.model_copy(
+        update={
+            "model": manifest.model.model_copy(update={"name": "nowhere:model"}),
+            "preprocessing": replace(manifest.preprocessing, input_size=(2, 8, 8)),
+            "input": manifest.input.model_copy(update={"shape": ("batch", 2, 8, 8)}),
+        }
+    )
     noise, kind = bench_images(other, 3)
     assert (noise.shape, noise.dtype, kind) == ((3, 2, 8, 8), np.float32, "noise")
     assert noise.std() > 0
