@@ -84,14 +84,15 @@ class Client:
         if not live:
             raise self._unreachable(None)
 
+    def _ask(self, method: str, *arguments: str) -> Any:
+        """What the server says of itself, as JSON has it."""
+        with self._explained():
+            extra = {**self._limit, "as_json": True} if self.protocol == "grpc" else {}
+            return getattr(self._client, method)(*arguments, **extra)
+
     def models(self) -> list[str]:
         """Names of the models that are ready, sorted."""
-        with self._explained():
-            index = (
-                self._client.get_model_repository_index(**self._limit, as_json=True)
-                if self.protocol == "grpc"
-                else self._client.get_model_repository_index()
-            )
+        index = self._ask("get_model_repository_index")
         entries = index.get("models", []) if isinstance(index, dict) else index
         return sorted({entry["name"] for entry in entries if entry.get("state") == "READY"})
 
@@ -110,9 +111,7 @@ class Client:
         return self._tensors(model)
 
     def _tensors(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        with self._explained():
-            extra = {**self._limit, "as_json": True} if self.protocol == "grpc" else {}
-            metadata = self._client.get_model_metadata(model, **extra)
+        metadata = self._ask("get_model_metadata", model)
         inputs, outputs = (
             {
                 tensor["name"]: {
@@ -127,11 +126,8 @@ class Client:
 
     def routes(self, model: str) -> tuple[str, ...]:
         """The models behind a router; none if the model is no router."""
-        with self._explained():
-            if self.protocol == "grpc":
-                config = self._client.get_model_config(model, **self._limit, as_json=True)["config"]
-            else:
-                config = self._client.get_model_config(model)
+        found = self._ask("get_model_config", model)
+        config = found.get("config", found)  # gRPC's answer holds it
         routes = config.get("parameters", {}).get(ROUTES, {}).get("string_value", "")
         return tuple(filter(None, routes.split(",")))
 
