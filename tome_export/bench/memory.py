@@ -1,40 +1,43 @@
-"""Peak memory of a model, measured in a process of its own: this module, run with a JSON argument.
-
-The process loads the model and runs it, then says what it took and waits until it is let go, so
-that the driver can be asked what it holds on a GPU.
-"""
+"""Peak memory of a model, measured in a process of its own that loads and runs it."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import pickle
+import platform
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.bench.environment import nvidia_smi
-from tome_export.runtime.registry import backend_of
-from tome_export.runtime.runner import EngineFile, Runnable
+from tome_export.runtime.registry import ORT_CPU, backend_of
+from tome_export.runtime.runner import Runnable
 from tome_export.spec import INPUT_NAME
+
+if TYPE_CHECKING:
+    from tome_export.patch import MergedModel
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 TIMEOUT_S = 600.0
 RUNS = 2
 
+_ANSWER = "tome-export's answer: "
 _START = """
 import sys
 # Python looks for modules in the current folder first, where a user may have a torch or an inspect.
 if sys.path[:1] == [""]:
     del sys.path[0]
-import runpy
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+import pickle
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from tome_export.bench.memory import main
+main(*pickle.load(sys.stdin.buffer))
 """
 
 
@@ -54,10 +57,71 @@ class Memory:
     reason: str | None = None
 
 
+def measure(
+    prepare: Callable[..., Callable[[], object]],
+    arguments: Sequence[object],
+    *,
+    gpu: bool,
+    timeout_s: float = TIMEOUT_S,
+) -> Memory:
+    """Measure what a call takes in a fresh process.
+
+    Args:
+        prepare: A function of a module; it imports libraries and returns what is measured. What
+            that returns is kept until the end.
+        arguments: Its own, which can be pickled.
+        gpu: Whether to count device memory.
+        timeout_s: Seconds in which all of it must be done.
+    """
+    path = pickle.dumps([folder for folder in sys.path if folder])
+    request = path + pickle.dumps((prepare, tuple(arguments), gpu))
+    who = "the process that measures memory"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _START],
+            input=request,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Memory(None, f"{who} did not end within {timeout_s:g} s")
+    # Whatever libraries print is not the answer.
+    for line in done.stdout.decode(errors="replace").splitlines():
+        if line.startswith(_ANSWER):
+            return Memory(**json.loads(line.removeprefix(_ANSWER)))
+    errors = done.stderr.decode(errors="replace").strip().splitlines()
+    return Memory(None, f"{who} failed: {errors[-1] if errors else 'it ended without a word'}")
+
+
+def main(
+    prepare: Callable[..., Callable[[], object]], arguments: tuple[object, ...], gpu: bool
+) -> None:
+    """Do the work of ``measure`` in the process of its own, print the answer, and end it."""
+    work = prepare(*arguments)
+    # Importing libraries can take more for a moment than what is left of it afterwards.
+    fresh = forget_peak()
+    before = resident_bytes("VmRSS")
+    kept = work()
+    peak = resident_bytes("VmHWM")
+    if gpu:
+        found = _device_bytes(os.getpid())
+        hidden = "nvidia-smi does not show this process, as in a container with its own processes"
+        memory = Memory(found, None if found is not None else hidden)
+    elif fresh and before is not None and peak is not None:
+        memory = Memory(max(0, peak - before))
+    else:
+        memory = Memory(None, f"{platform.system()} does not tell it here, by {STATUS} and {CLEAR}")
+    sys.stdout.write(f"\n{_ANSWER}{json.dumps(asdict(memory))}\n")
+    sys.stdout.flush()
+    del kept
+    os._exit(0)  # whatever libraries do at the end is not waited for
+
+
 def resident_bytes(field: str, status: Path = STATUS) -> int | None:
     """``VmRSS`` (now) or ``VmHWM`` (peak) of this process; None on systems without them.
 
-    Not ``ru_maxrss``: Linux hands a parent's peak on to the programs it starts.
+    psutil gives no peak on Linux, and ``ru_maxrss`` is a parent's handed on to its programs.
     """
     try:
         lines = status.read_text().splitlines()
@@ -68,94 +132,13 @@ def resident_bytes(field: str, status: Path = STATUS) -> int | None:
 
 
 def forget_peak(clear: Path = CLEAR) -> bool:
-    """Let the peak of this process, ``VmHWM``, begin anew; whether the system does so.
-
-    Importing libraries can take more for a moment than what is left of it afterwards.
-    """
+    """Let the peak of this process, ``VmHWM``, begin anew; whether the system does so."""
     try:
         with clear.open("r+") as file:
             file.write("5")
     except OSError:
         return False
     return True
-
-
-def report(work: Callable[[], object]) -> None:
-    """In the process of its own: do the work, print what it took, wait for standard input.
-
-    Args:
-        work: Loads and runs the model; what it returns is kept until the end. Libraries must have
-            been imported, or they are counted.
-    """
-    fresh = forget_peak()
-    before = resident_bytes("VmRSS")
-    kept = work()
-    peak = resident_bytes("VmHWM")
-    taken = max(0, peak - before) if fresh and before is not None and peak is not None else None
-    sys.stdout.write(json.dumps({"peak_bytes": taken}) + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
-    del kept
-
-
-def measure(
-    module: str, request: Mapping[str, Any], *, gpu: bool, timeout_s: float = TIMEOUT_S
-) -> Memory:
-    """Run a module that calls ``report`` and read what the model took.
-
-    Args:
-        module: Its name; it gets the request as JSON in its first argument.
-        request: What to load and run.
-        gpu: Whether to count device memory.
-        timeout_s: Seconds in which all of it must be done.
-    """
-    # In a file, not a pipe: whoever fills a pipe that nobody reads waits for ever.
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, module, json.dumps(dict(request))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            errors="replace",
-        )
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s, end)
-        timer.start()
-        try:
-            # Whatever libraries print before it is not the answer.
-            line = next((text for text in process.stdout or () if text.startswith(_ANSWER)), None)
-            device = _device_bytes(process.pid) if gpu and line is not None else None
-        finally:
-            timer.cancel()
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-        if line is None:
-            why = f"did not end within {timeout_s:g} s" if late.is_set() else _failure(errors)
-            return Memory(None, f"the process that measures memory {why}")
-    if gpu:
-        hidden = "nvidia-smi does not show this process, as in a container with its own processes"
-        return Memory(device, None if device is not None else hidden)
-    taken = json.loads(line)["peak_bytes"]
-    no_peak = f"{os.uname().sysname} does not tell it here, by {STATUS} and {CLEAR}"
-    return Memory(taken, None if taken is not None else no_peak)
-
-
-_ANSWER = '{"peak_bytes"'
-
-
-def _failure(errors: Any) -> str:
-    errors.seek(0)
-    last = (errors.read().strip().splitlines() or ["it ended without a word"])[-1]
-    return f"failed: {last}"
 
 
 def _device_bytes(pid: int) -> int | None:
@@ -177,77 +160,69 @@ def peak_memory(
         further: Inputs besides the images: shape of each without the batch.
         shape: ``[B, C, H, W]`` of the images.
     """
-    backend = backend_of(name)
-    if name == "ort-cpu" and runnable.precision == "bf16":
+    if name == ORT_CPU and runnable.precision == "bf16":
         return Memory(None, "bfloat16 is emulated in float32 on the CPU")
-    request: dict[str, Any] = {"backend": name, "shape": shape, "further": dict(further)}
-    request |= {"output_name": runnable.output_name, "precision": runnable.precision}
-    if backend.opens == "engine":
-        engine = runnable.engines[name]
-        request["engine"] = {**asdict(engine), "path": str(engine.path)}
+    backend, module = backend_of(name), runnable.module
+    sent = Runnable(
+        label=runnable.label,
+        precision=runnable.precision,
+        output_name=runnable.output_name,
+        graph=runnable.graph,
+        engines=dict(runnable.engines),
+    )
     if backend.opens != "module":
-        request["graph"] = str(runnable.graph)
-        return measure(__name__, request, gpu=backend.on_gpu())
+        return measure(_prepared, (name, sent, dict(further), shape), gpu=backend.on_gpu())
     import torch
 
     from tome_export.onnx.export import in_precision
 
-    if runnable.module is None:
+    if module is None:
         return Memory(None, "the model is not at hand in PyTorch")
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
-        # What is stored is in its precision, and need not be copied to get there.
-        request |= {"module": f"{folder}/module.pt", "precision": "fp32"}
-        request["classes_of"] = sorted(
-            {type(part).__module__ for part in runnable.module.modules()}
-        )
+        file = Path(folder) / "module.pt"
+        classes_of = sorted({type(part).__module__ for part in module.modules()})
         try:
-            torch.save(in_precision(runnable.module, runnable.precision), request["module"])
+            torch.save(in_precision(module, runnable.precision), file)
         # Models of a user's own function may hold what cannot be stored.
         except Exception as error:
             return Memory(None, f"the PyTorch model cannot be stored: {error}")
-        return measure(__name__, request, gpu=backend.on_gpu())
+        # What is stored is in its precision, and need not be copied to get there.
+        sent = replace(sent, precision="fp32")
+        arguments = (name, sent, dict(further), shape, file, classes_of)
+        return measure(_prepared, arguments, gpu=backend.on_gpu())
 
 
-def main(argument: str) -> None:
-    """Measure the model of a request of ``peak_memory``; libraries are imported ahead of it."""
+def _prepared(
+    name: str,
+    runnable: Runnable,
+    further: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, ...],
+    module: Path | None = None,
+    classes_of: Sequence[str] = (),
+) -> Callable[[], object]:
+    """What loads a model and runs it; libraries are imported ahead."""
     import numpy as np
 
     from tome_export.runtime.inputs import unit_inputs
 
-    request = json.loads(argument)
-    name = request["backend"]
-    images = np.zeros(request["shape"], np.float32)
-    further = unit_inputs(request["further"], len(images))
-    runnable = Runnable(
-        label="it",
-        precision=request["precision"],
-        output_name=request["output_name"],
-        graph=Path(request["graph"]) if "graph" in request else None,
-        engines={name: _engine(request["engine"])} if "engine" in request else {},
-    )
+    inputs: dict[str, Any] = unit_inputs(further, shape[0])
+    inputs[INPUT_NAME] = np.zeros(shape, np.float32)
     backend = backend_of(name)
     backend.missing()
-    for module in request.get("classes_of", ()):
-        importlib.import_module(module)
+    for one in classes_of:
+        importlib.import_module(one)
 
     def work() -> object:
         loaded = runnable
-        if "module" in request:
+        if module is not None:
             import torch
 
-            loaded = replace(runnable, module=torch.load(request["module"], weights_only=False))
+            stored = cast("MergedModel", torch.load(module, weights_only=False))
+            loaded = replace(runnable, module=stored)
         context = backend.open(loaded)
         runner = context.__enter__()
         for _ in range(RUNS):
-            runner.infer({**further, INPUT_NAME: images})
+            runner.infer(inputs)
         return context, runner
 
-    report(work)
-
-
-def _engine(values: Mapping[str, Any]) -> EngineFile:
-    return EngineFile(Path(values["path"]), values["version_compatible"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return work
