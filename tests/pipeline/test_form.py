@@ -14,12 +14,11 @@ from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load
 from tome_export.patch import patch
 from tome_export.pipeline import BuildRequest, EngineRequest, add_engine, build
-from tome_export.pipeline.form import choose_form, fit_form
+from tome_export.pipeline.build import choose_form, fit_form
 from tome_export.plugins import choice
 from tome_export.runtime import ort
 from tome_export.spec import BatchRange
 
-FORM = sys.modules["tome_export.pipeline.form"]
 BUILD = sys.modules["tome_export.pipeline.build"]
 TENSORRT, RTX = BACKENDS
 H100 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H100", (9, 0), 80 << 30),), "NVIDIA H100")
@@ -37,7 +36,7 @@ def digits(output: Any = "unused", **options: Any) -> BuildRequest:
 def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with TensorRT and a GPU, as far as choices are concerned."""
     monkeypatch.setattr(gpu, "detect", lambda: H100)
-    monkeypatch.setattr(FORM, "select", lambda _: Selection(TENSORRT, "TensorRT builds"))
+    monkeypatch.setattr(BUILD, "select", lambda _: Selection(TENSORRT, "TensorRT builds"))
 
 
 def test_a_plugin_has_one_batch_size_by_default(tmp_path):
