@@ -5,18 +5,59 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, TomeExportError
 from tome_export.merge.schedule import VideoOptions
-from tome_export.models.recipe import RULE, OutputName, Recipe, recommended_r
+from tome_export.models.loading import filled, loaded, split_learned
+from tome_export.models.recipe import (
+    RULE,
+    LoadedModel,
+    OutputName,
+    Recipe,
+    WeightsInfo,
+    recommended_r,
+)
 from tome_export.spec import VIDEO_FEATURES, Preprocessing
+from tome_export.weights.files import read_state, stored_dtype
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tome_export.patch import MergedModel
+
+
+@dataclass(frozen=True)
+class FunctionLoader:
+    """Hands out copies of the model that a function has made; see ``Loader``."""
+
+    module: nn.Module
+
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:  # noqa: ARG002
+        """The model with its own weights or those of a file; see ``Recipe.load``."""
+        if weights == "random":
+            raise InputError(
+                f"random weights were asked for {recipe.name}, whose function makes its own; "
+                "leave --weights out"
+            )
+        if depth is not None:
+            raise InputError(
+                f"depth {depth} was asked for {recipe.name}, whose function makes the model; "
+                "leave the depth"
+            )
+        module = copy.deepcopy(self.module)
+        if weights == "pretrained":
+            stored = stored_dtype(module.parameters())
+            source = f"returned by {recipe.name}"
+            return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
+        state, learned = split_learned(read_state(Path(weights)), recipe)
+        return replace(filled(recipe, module, state, Path(weights)), learned=learned)
+
+    def architecture(self, recipe: Recipe) -> nn.Module:  # noqa: ARG002
+        """A copy of the model."""
+        return copy.deepcopy(self.module)
 
 
 def recipe_from_function(name: str) -> Recipe:
@@ -47,7 +88,7 @@ def recipe_from_function(name: str) -> Recipe:
         description=f"{type(module).__name__} from {name}",
         weights_source=f"returned by {name}",
         labels=_labels(module),
-        factory=lambda: copy.deepcopy(module),
+        loader=FunctionLoader(module),
     )
 
 
@@ -146,7 +187,7 @@ def _preprocessing(model: Any, input_size: tuple[int, int, int]) -> Preprocessin
         from tome_export.models.hf import norm_of
 
         mean, std = norm_of(config.model_type)
-        given = {"mean": mean, "std": std, "crop_pct": 1.0}
+        given: dict[str, Any] = {"mean": mean, "std": std, "crop_pct": 1.0}
     else:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         given = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict()

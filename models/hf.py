@@ -125,7 +125,7 @@ class HfLoader:
             state, info = self._state(weights)
             return loaded(self._resampled(self._filled(state)), recipe, info)
 
-    def architecture(self) -> nn.Module:
+    def architecture(self, recipe: Recipe | None = None) -> nn.Module:  # noqa: ARG002
         """The model without memory for its weights."""
         import torch
 

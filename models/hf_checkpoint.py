@@ -297,12 +297,13 @@ def _per_channel(found: Any, key: str, channels: int, where: str) -> tuple[float
 
 def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, str]:
     """Size of the cut, length of the shorter side before it, and a remark."""
-    size, crop = values.get("size") or {}, None
+    size = values.get("size") or {}
+    crop: tuple[int, int] | None = None
     if values.get("do_center_crop"):
-        crop = values.get("crop_size") or {}
-        edge = crop.get("shortest_edge")
-        crop = (crop.get("height", edge), crop.get("width", edge))
-        crop = _pair(*crop, f"{PROCESSOR} of {where}: crop_size")
+        given = values.get("crop_size") or {}
+        edge = given.get("shortest_edge")
+        height, width = given.get("height", edge), given.get("width", edge)
+        crop = _pair(height, width, f"{PROCESSOR} of {where}: crop_size")
     what = f"{PROCESSOR} of {where}: size"
     if size.get("height") is not None:
         height, width = _pair(size["height"], size.get("width"), what)

@@ -166,7 +166,7 @@ def described(name: str) -> Path:
     Raises:
         InputError: if there is neither.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -179,13 +179,12 @@ def described(name: str) -> Path:
             f"folder {name} does not exist; expected a checkpoint folder or a name on the hub"
         )
     try:
-        validate_repo_id(name)
+        cached = cached_file(name, _CONFIGS[:1])
     except HFValidationError:
         raise InputError(
             f"{name!r} is neither a folder here nor a name that the hub allows; expected "
             "hf:<folder> or hf:<owner>/<name>"
         ) from None
-    cached = cached_file(name, _CONFIGS[:1])
     return cached.parent if cached else _download(name, _CONFIGS)
 
 

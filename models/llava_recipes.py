@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, UsageError
 from tome_export.models.hf_checkpoint import (
@@ -301,12 +301,13 @@ def _layer(values: dict[str, Any], key: str) -> int:
 
 
 def _feature(value: object, folder: str) -> SelectFeature:
-    if value not in SELECT_FEATURES:
-        raise InputError(
-            f"selected feature of {folder} is {value!r}; expected "
-            f"{' or '.join(SELECT_FEATURES)} (Transformers: {' or '.join(STRATEGIES)})"
-        )
-    return cast(SelectFeature, value)
+    for feature in SELECT_FEATURES:
+        if value == feature:
+            return feature
+    raise InputError(
+        f"selected feature of {folder} is {value!r}; expected {' or '.join(SELECT_FEATURES)} "
+        f"(Transformers: {' or '.join(STRATEGIES)})"
+    )
 
 
 def tower_key(key: str, layers: int, projector: bool) -> str | None:
@@ -349,13 +350,10 @@ class LlavaLoader:
 
     def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
         """Make the tower; see ``Recipe.load``."""
-        import torch
-
         if weights == "random":
             return random_model(recipe, seed, lambda: self._tower(depth))
         refuse_depth(depth)
-        with torch.device("meta"):
-            module = self._tower()
+        module: Any = self.architecture()
         state, info = self._state() if weights == "pretrained" else self._from_file(Path(weights))
         who = f"weights of {info.source}"
         check_stored(state, who)
@@ -372,7 +370,7 @@ class LlavaLoader:
         module.place_constants()
         return loaded(module, recipe, replace(info, stored_dtype=stored))
 
-    def architecture(self) -> nn.Module:
+    def architecture(self, recipe: Recipe | None = None) -> nn.Module:  # noqa: ARG002
         """The tower without memory for its weights."""
         import torch
 

@@ -74,6 +74,14 @@ def wake_constants(module: nn.Module) -> None:
                 value.add_(torch.randn(value.shape) * 0.02)
 
 
+def split_learned(
+    state: dict[str, Tensor], recipe: Recipe
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of the model, and those of a reducer that are in the same file."""
+    learned = {key: v for key, v in state.items() if key.startswith(recipe.reducer_keys)}
+    return {key: value for key, value in state.items() if key not in learned}, learned
+
+
 class FileLoader(ABC):
     """Makes the models of a library whose pretrained weights are one file; see ``Loader``.
 
@@ -100,7 +108,7 @@ class FileLoader(ABC):
             InputError: if there is none to be had.
         """
 
-    def architecture(self) -> nn.Module:
+    def architecture(self, recipe: Recipe) -> nn.Module:  # noqa: ARG002
         """The model without memory for its weights."""
         import torch
 

@@ -120,6 +120,7 @@ def recipe_from_open_clip(name: str) -> Recipe:
     """
     require_open_clip()
     import open_clip
+    import torch
 
     arch, _, tag = name.partition("/")
     if arch not in open_clip.list_models():
@@ -140,7 +141,8 @@ def recipe_from_open_clip(name: str) -> Recipe:
             f"open_clip:{other}/{tag}"
         )
     loader = OpenClipLoader(arch, tag)
-    tower: Any = loader.architecture()
+    with torch.device("meta"):
+        tower: Any = loader.create()
     tokens, depth = _shape(tower, arch)
     mode = cfg.get("resize_mode", "shortest")
     squash = "" if mode == "shortest" else f"; open_clip resizes by {mode!r}, here images are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -50,13 +50,13 @@ def recommended_r(tokens: int, depth: int) -> int:
 
 
 class Loader(Protocol):
-    """Makes the models of one library that is not timm; a frozen dataclass per library."""
+    """Makes the models of one library; a frozen dataclass per library."""
 
     def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
         """Make the model; see ``Recipe.load``."""
 
-    def architecture(self) -> nn.Module:
-        """The model without memory for its weights, to be counted and looked at."""
+    def architecture(self, recipe: Recipe) -> nn.Module:
+        """The model without memory for its weights; see ``Recipe.architecture``."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,11 @@ class Recipe:
         name: What ``resolve`` finds it by.
         family: For people: what kind of model it is, such as ``timm_vit``; ``custom`` for
             ``module:function``.
-        timm_name: timm's architecture with the tag of its weights; empty for ``custom``.
+        timm_name: timm's architecture with the tag of its weights; empty for other libraries.
         timm_kwargs: Arguments of ``timm.create_model`` that differ from its defaults.
         preprocessing: How an image becomes ``pixel_values``.
         recommended_r: Tokens to merge per layer where the user names no schedule.
+        loader: Makes the model.
         r_source: Where ``recommended_r`` comes from.
         prop_attn: Proportional attention (ToMe, eq. 1).
         output_name: ``logits`` of a classifier, ``features`` of a model without a head.
@@ -108,8 +109,6 @@ class Recipe:
         label_set: timm's name of the label set, loaded only when asked for.
         aliases: Other names of the recipe.
         bundled: File name under ``models/data`` of weights that come with the package.
-        factory: Makes the model of a ``custom`` recipe.
-        loader: Makes the model where that is not timm's doing.
         geometry: Sizes of the model, where they do not follow from a name of timm's.
         tower: What a language model takes of it, nothing left open; None for any other model.
         needs_grid: Why only dense outputs fit the model's user; empty if all do.
@@ -122,6 +121,7 @@ class Recipe:
     name: str
     preprocessing: Preprocessing
     recommended_r: int
+    loader: Loader
     family: str = "timm_vit"
     timm_name: str = ""
     timm_kwargs: tuple[tuple[str, Any], ...] = ()
@@ -135,8 +135,6 @@ class Recipe:
     label_set: str | None = None
     aliases: tuple[str, ...] = ()
     bundled: str | None = None
-    factory: Callable[[], nn.Module] | None = None
-    loader: Loader | None = None
     geometry: Geometry | None = None
     tower: TowerOptions | None = None
     needs_grid: str = ""
@@ -160,12 +158,13 @@ class Recipe:
         Raises:
             InputError: if the weights cannot be had or do not fit.
         """
-        from tome_export.models.timm_models import load_model
-
         if depth is not None and depth < 1:
             raise InputError(f"depth is {depth}; expected 1 or more blocks")
-        make = load_model if self.loader is None else self.loader.load
-        return make(self, weights, seed, depth)
+        return self.loader.load(self, weights, seed, depth)
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights, to be counted and looked at."""
+        return self.loader.architecture(self).eval()
 
     def label_names(self, classes: int) -> tuple[str, ...] | None:
         """Names of the classes; None where they are not known, as for a fine-tuned head.

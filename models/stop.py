@@ -72,7 +72,8 @@ def convolved(
         for n in range(len(x))
         for t in range(frames - window + 1)
     ]
-    return torch.cat(one, dim=2).unflatten(2, (len(x), -1)).squeeze(0).transpose(0, 1)
+    joined = torch.cat(one, dim=2).squeeze(0)
+    return joined.reshape(len(weight), len(x), -1, *joined.shape[2:]).transpose(0, 1)
 
 
 class TemporalPrompt(nn.Module):
@@ -249,7 +250,7 @@ class StopTower(ClipFrames):
         batch = pixel_values.shape[0]
         video, motion = self.TemporalPrompt(pixel_values, self.sizes.side)
         x = self.embed(video.flatten(0, 1))
-        patches = x[:, 1:].unflatten(0, (batch, self.frames))
+        patches = x[:, 1:].reshape(batch, self.frames, -1, x.shape[-1])
         between = self.TemporalPrompt.between(patches, motion)
         prompts = (self.frame_prompts[0] + between).flatten(0, 1)
         x = torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)
@@ -262,7 +263,7 @@ class StopTower(ClipFrames):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, F, 3, H, W]`` to ``[B, E]``, of unit length."""
         x, shared, between = self.begin(pixel_values)
-        for layer, block in enumerate(self.transformer.resblocks):
+        for layer, block in enumerate(cast(StopBlocks, self.transformer).resblocks):
             if layer:
                 prompts = (self.frame_prompts[layer] + between).flatten(0, 1)
                 x = torch.cat([x[:, :1], prompts, x[:, 1 + PROMPTS :]], dim=1)

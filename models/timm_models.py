@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError
 from tome_export.models.hub import pretrained_overlay, recorded_file
-from tome_export.models.loading import loaded, random_model, refuse_depth
+from tome_export.models.loading import (
+    filled,
+    loaded,
+    random_model,
+    refuse_depth,
+    split_learned,
+)
 from tome_export.models.recipe import (
     DATA,
     IMAGENET_NORM,
@@ -23,7 +29,6 @@ from tome_export.models.recipe import (
 )
 from tome_export.spec import Interpolation, Preprocessing
 from tome_export.weights.files import (
-    check_fit,
     first_line,
     read_state,
     sha256,
@@ -87,6 +92,7 @@ def recipe_from_timm(name: str) -> Recipe:
         timm_name=name,
         preprocessing=preprocessing_from_cfg(values),
         recommended_r=recommended_r(tokens, depth),
+        loader=TimmLoader(),
         r_source=RULE,
         prop_attn="mae" not in words,
         output_name="logits" if classes and not embeds else "features",
@@ -147,40 +153,27 @@ def _shape(name: str) -> tuple[int, int, int]:
     return int(patches) + prefix, len(blocks), int(model.num_classes)
 
 
-def load_model(recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
-    """Make the model of a recipe without a loader: timm's, or that of the user's function.
+@dataclass(frozen=True)
+class TimmLoader:
+    """Makes timm's models; see ``Loader``."""
 
-    See ``Recipe.load``.
-    """
-    if weights == "random":
-        if recipe.factory is not None:
-            raise InputError(
-                f"random weights were asked for {recipe.name}, whose function makes its own; "
-                "leave --weights out"
-            )
-        return random_model(recipe, seed, lambda: _create(recipe, depth=depth))
-    if weights != "pretrained":
-        return _from_file(recipe, Path(weights), "file", depth)
-    refuse_depth(depth)
-    if recipe.factory is not None:
-        module = recipe.factory()
-        source, stored = f"returned by {recipe.name}", stored_dtype(module.parameters())
-        return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
-    if recipe.bundled is not None:
-        return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
-    return _pretrained(recipe)
+    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
+        """Make the model; see ``Recipe.load``."""
+        if weights == "random":
+            return random_model(recipe, seed, lambda: _create(recipe, depth=depth))
+        if weights != "pretrained":
+            return _from_file(recipe, Path(weights), "file", depth)
+        refuse_depth(depth)
+        if recipe.bundled is not None:
+            return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
+        return _pretrained(recipe)
 
+    def architecture(self, recipe: Recipe) -> nn.Module:
+        """The model without memory for its weights."""
+        import torch
 
-def architecture(recipe: Recipe) -> nn.Module:
-    """The recipe's model without memory for its weights, to be counted and looked at."""
-    import torch
-
-    if recipe.loader is not None:
-        return recipe.loader.architecture().eval()
-    if recipe.factory is not None:
-        return recipe.factory().eval()
-    with torch.device("meta"):
-        return _create(recipe).eval()
+        with torch.device("meta"):
+            return _create(recipe)
 
 
 def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
@@ -213,30 +206,17 @@ def _pretrained(recipe: Recipe) -> LoadedModel:
 
 
 def _from_file(recipe: Recipe, path: Path, kind: WeightsKind, depth: int | None) -> LoadedModel:
-    held = read_state(path)
-    learned = {key: v for key, v in held.items() if key.startswith(recipe.reducer_keys)}
-    state = {key: value for key, value in held.items() if key not in learned}
-    if recipe.factory is not None:
-        if depth is not None:
-            raise InputError(
-                f"depth {depth} was asked for {recipe.name}, whose function makes the model; "
-                "leave the depth"
-            )
-        module, changed = recipe.factory(), recipe
-    else:
-        classes = _head_classes(state, path)
-        # The mean for a norm behind the pooling and none before it: fine-tuned MAE.
-        mean = "fc_norm.weight" in state and "norm.weight" not in state
-        pooling = "avg" if mean else None
-        module = _create(recipe, depth=depth, num_classes=classes, global_pool=pooling)
-        logits = classes and classes != _embedding(recipe)
-        changed = replace(recipe, output_name="logits") if logits else recipe
+    state, learned = split_learned(read_state(path), recipe)
+    classes = _head_classes(state, path)
+    # The mean for a norm behind the pooling and none before it: fine-tuned MAE.
+    mean = "fc_norm.weight" in state and "norm.weight" not in state
+    module = _create(recipe, depth=depth, num_classes=classes, global_pool="avg" if mean else None)
+    logits = classes and classes != _embedding(recipe)
+    changed = replace(recipe, output_name="logits") if logits else recipe
     stored = stored_dtype(state.values())
-    state, remark = fit(module, state, path, recipe.timm_name.partition(".")[0])
-    module.load_state_dict(state, strict=True)
-    source = f"{path.name}; {remark}" if remark else path.name
-    info = WeightsInfo(kind, source, sha256(path), stored_dtype=stored)
-    return replace(loaded(module, changed, info), learned=learned)
+    state, remark = _converted(module, state, recipe.timm_name.partition(".")[0])
+    made = filled(changed, module, state, path, stored, remark and f"; {remark}")
+    return replace(made, learned=learned, weights=replace(made.weights, kind=kind))
 
 
 def _head_classes(state: State, path: Path) -> int | None:
@@ -266,51 +246,32 @@ def _embedding(recipe: Recipe) -> int | None:
     return int(cfg.num_classes) if cfg is not None else None
 
 
-def fit(module: nn.Module, state: State, path: Path, architecture: str) -> tuple[State, str]:
-    """A state dict with exactly the module's keys and shapes.
+def _converted(module: nn.Module, state: State, architecture: str) -> tuple[State, str]:
+    """The state brought into the form of the module, where timm can, and a remark on it.
 
     If the keys or shapes differ, timm's own filter for the architecture converts original
-    checkpoints (DeiT, DeiT III, DINOv2 and others) and resamples the position embedding.
-
-    Args:
-        module: The model to load into.
-        state: What the file holds.
-        path: The file, for messages.
-        architecture: timm's name of the architecture; empty if it is not timm's.
-
-    Returns:
-        The state dict, and a remark for the manifest where something was resampled, else "".
-
-    Raises:
-        InputError: if they still differ, naming the first few keys or shapes.
+    checkpoints (DeiT, DeiT III, DINOv2 and others) and resamples the position embedding. What it
+    cannot make fit is what is nearest, for a message.
     """
-    wanted = module.state_dict()
-    shapes, found = shapes_of(wanted), shapes_of(state)
+    shapes, found = shapes_of(module.state_dict()), shapes_of(state)
     converted = _timm_filter(module, state, architecture) if found != shapes else None
-    closest = state
-    if converted is not None and shapes_of(converted) == shapes:
-        before, after = found.get("pos_embed"), shapes.get("pos_embed")
-        side = shapes.get("patch_embed.proj.weight", ())
-        # timm would also resample the patches' kernel, which makes another model of it.
-        if found.get("patch_embed.proj.weight", side)[2:] == side[2:]:
-            # One token of difference is the class token, stored apart by models with registers.
-            same = not before or not after or before[1] - after[1] in (0, 1)
-            return converted, "" if same else f"position embedding resampled {before} -> {after}"
-    elif converted is not None and len(converted.keys() ^ shapes) < len(found.keys() ^ shapes):
-        closest = converted
-    check_fit(
-        closest,
-        wanted,
-        f"weights file {path} does not fit the model",
-        "the checkpoint of this architecture",
-    )
-    return state, ""
+    if converted is None:
+        return state, ""
+    if shapes_of(converted) != shapes:
+        nearer = len(converted.keys() ^ shapes) < len(found.keys() ^ shapes)
+        return converted if nearer else state, ""
+    side = shapes.get("patch_embed.proj.weight", ())
+    # timm would also resample the patches' kernel, which makes another model of it.
+    if found.get("patch_embed.proj.weight", side)[2:] != side[2:]:
+        return state, ""
+    before, after = found.get("pos_embed"), shapes.get("pos_embed")
+    # One token of difference is the class token, stored apart by models with registers.
+    same = not before or not after or before[1] - after[1] in (0, 1)
+    return converted, "" if same else f"position embedding resampled {before} -> {after}"
 
 
 def _timm_filter(module: nn.Module, state: State, architecture: str) -> State | None:
     """The state after timm's filter; None if there is none or it cannot make sense of it."""
-    if not architecture:
-        return None
     from timm.models import deit, model_entrypoint, vision_transformer
 
     source = model_entrypoint(architecture).__module__

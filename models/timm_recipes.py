@@ -14,6 +14,7 @@ from tome_export.models.recipe import (
     Recipe,
     recommended_r,
 )
+from tome_export.models.timm_models import TimmLoader
 from tome_export.spec import Preprocessing
 
 _README = "ToMe README, {}"
@@ -21,6 +22,17 @@ _B, _L = 768, 1024
 # A map head: its one query and output, keys and values of every token, an MLP.
 _MAP_HEAD = 2 * _B**2 + 8 * _B**2
 _MAP_TOKEN = 2 * _B**2 + 2 * _B
+
+
+_SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+"""Width and depth by the name of the size (ViT, arXiv 2010.11929, table 1; DeiT, table 1)."""
+
+
+def _geometry(arch: str, *, heads: int = 1, registers: int = 0, classes: int = 1000) -> Geometry:
+    """Sizes by timm's names ``<model>_<size>_patch<pixels>``; each head has a prefix token."""
+    width, depth = _SIZES[arch.split("_")[1]]
+    patch = int(arch.partition("_patch")[2].partition("_")[0])
+    return Geometry(width, depth, 4 * width, patch, heads + registers, heads * width * classes)
 
 
 def _timm(
@@ -42,6 +54,7 @@ def _timm(
         timm_name=timm_name,
         preprocessing=Preprocessing((3, size, size), *norm, crop_pct, "bicubic"),
         recommended_r=r,
+        loader=TimmLoader(),
         r_source=r_source,
         description=description,
         weights_source=f"{by}; hub repository timm/{timm_name}",
@@ -69,6 +82,7 @@ def _augreg(
         norm=HALF_NORM,
         crop_pct=1.0 if size == 384 else 0.9,
         by="Google Research (How to train your ViT)",
+        geometry=_geometry(arch),
         label_set="imagenet-1k",
         aliases=(arch,),
     )
@@ -82,6 +96,7 @@ def _deit(name: str, arch: str, description: str, r_source: str) -> Recipe:
         13,
         r_source,
         by="Meta Research (DeiT)",
+        geometry=_geometry(arch, heads=2 if "_distilled_" in arch else 1),
         label_set="imagenet-1k",
         aliases=(arch,),
     )
@@ -98,6 +113,7 @@ def _dinov2(name: str, arch: str, description: str, tokens: int) -> Recipe:
         RULE,
         crop_pct=1.0,
         by="Meta Research (DINOv2)",
+        geometry=_geometry(arch, registers=tokens - 257, classes=0),
         timm_kwargs=(("img_size", 224),),
         output_name="features",
     )
@@ -137,9 +153,18 @@ def _tower(
     by: str,
     **more: Any,
 ) -> Recipe:
-    r = recommended_r((size // geometry.patch) ** 2 + geometry.prefix, geometry.depth)
-    facts = {"size": size, "by": by, "geometry": geometry, "output_name": "features"}
-    return _timm(name, timm_name, description, r, RULE, **facts, **more)
+    return _timm(
+        name,
+        timm_name,
+        description,
+        recommended_r((size // geometry.patch) ** 2 + geometry.prefix, geometry.depth),
+        RULE,
+        size=size,
+        by=by,
+        geometry=geometry,
+        output_name="features",
+        **more,
+    )
 
 
 DIGITS = Recipe(
@@ -156,12 +181,14 @@ DIGITS = Recipe(
     ),
     preprocessing=Preprocessing((1, 32, 32), (0.5,), (0.5,), 1.0, "bicubic"),
     recommended_r=8,
+    loader=TimmLoader(),
     r_source="measured on its test images; also the " + RULE,
     description="ViT of 6 blocks on scikit-learn's digits; its weights and test images come along",
     weights_source="trained by scripts/train_vit_digits.py on scikit-learn's digits",
     licence="apache-2.0",
     labels=tuple("0123456789"),
     bundled="vit_digits.safetensors",
+    geometry=Geometry(64, 6, 256, 4, head_macs=640),
 )
 """The model whose weights and test images come along."""
 

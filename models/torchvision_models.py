@@ -50,7 +50,7 @@ class TorchvisionLoader(FileLoader):
         entry: Any = get_weight(weights_enum(self.arch, self.weights))
         with torch.device("meta"):
             like: Any = get_model(self.arch, image_size=int(entry.meta["min_size"][0]))
-        return VisionTransformer(
+        made: nn.Module = VisionTransformer(
             image_size=like.image_size,
             patch_size=like.patch_size,
             num_layers=depth or len(like.encoder.layers),
@@ -59,6 +59,7 @@ class TorchvisionLoader(FileLoader):
             mlp_dim=like.mlp_dim,
             num_classes=classes,
         )
+        return made
 
     def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
         """See ``FileLoader``."""
@@ -124,6 +125,7 @@ def recipe_from_torchvision(name: str) -> Recipe:
     Raises:
         InputError: if torchvision has no such ViT or weights.
     """
+    import torch
     from torchvision.models import get_weight, list_models
 
     arch, _, tag = name.partition(".")
@@ -134,7 +136,8 @@ def recipe_from_torchvision(name: str) -> Recipe:
         raise InputError(f"torchvision has no ViT {arch!r}; {hint}")
     entry: Any = get_weight(weights_enum(arch, tag or "DEFAULT"))
     loader = TorchvisionLoader(arch, str(entry.name))
-    model: Any = loader.architecture()
+    with torch.device("meta"):
+        model: Any = loader.create()
     tokens, depth = int(model.seq_length), len(model.encoder.layers)
     return Recipe(
         name=f"torchvision:{arch}.{entry.name}",

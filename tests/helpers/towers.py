@@ -84,7 +84,7 @@ class Given:
     def load(self, recipe: Recipe, *_how: Any) -> LoadedModel:
         return LoadedModel(self.model, recipe, WeightsInfo("random", "of the test", seed=0))
 
-    def architecture(self) -> Any:
+    def architecture(self, *_recipe: Any) -> Any:
         return self.model
 
 

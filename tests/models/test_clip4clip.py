@@ -210,6 +210,6 @@ def test_pretrained_names_what_to_give():
 
 @pytest.mark.parametrize(("name", "tokens"), [("clip4clip_b32", 50), ("clip4clip_b16", 197)])
 def test_the_recipes_have_clips_sizes(name, tokens):
-    tower: Any = resolve(name).loader.architecture()
+    tower: Any = resolve(name).architecture()
     assert tower.sizes.tokens == tokens
     assert (tower.frames, tower.sizes.features, len(tower.transformer.resblocks)) == (12, 512, 12)

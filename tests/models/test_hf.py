@@ -233,7 +233,7 @@ def test_the_layouts_of_all_versions_are_one(tmp_path, kind):
 
 
 def test_the_named_recipes_are_counted_as_they_are():
-    from tome_export.pipeline.catalog import sizes_from_model, sizes_from_name
+    from tome_export.pipeline.catalog import sizes_from_geometry, sizes_from_model
 
     names = [name for name in RECIPES if name.startswith("hf_")]
     assert names == [
@@ -244,7 +244,7 @@ def test_the_named_recipes_are_counted_as_they_are():
         "hf_siglip_b16",
     ]
     for name in names:
-        assert sizes_from_name(RECIPES[name]) == sizes_from_model(RECIPES[name])
+        assert sizes_from_geometry(RECIPES[name]) == sizes_from_model(RECIPES[name])
 
 
 @pytest.mark.parametrize("half", ["", "vision_config", "text_config"])

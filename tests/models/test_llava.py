@@ -29,7 +29,7 @@ from tome_export.models.llava_recipes import (
     with_tower,
 )
 from tome_export.models.recipe import RULE, recommended_r
-from tome_export.pipeline.catalog import sizes_from_model, sizes_from_name
+from tome_export.pipeline.catalog import sizes_from_geometry, sizes_from_model
 from tome_export.spec import TowerOptions
 
 pytest.importorskip("transformers")
@@ -285,7 +285,7 @@ def test_the_recipe_of_llava_15():
     recipe = resolve("llava15_tower")
     assert recipe.tower == TowerOptions("llava", -2, "patch", False)
     assert (recipe.recommended_r, recipe.loader.config.layers) == (23, 23)
-    by_name, by_model = sizes_from_name(recipe), sizes_from_model(recipe)
+    by_name, by_model = sizes_from_geometry(recipe), sizes_from_model(recipe)
     assert by_name == by_model
     assert (by_name.tokens, by_name.layers[-1].tokens_out) == (577, 48)
     cut = resolve("llava15_tower", TowerOptions(select_layer=-4))
@@ -293,8 +293,8 @@ def test_the_recipe_of_llava_15():
     assert cut.r_source == RULE
     last = resolve("llava15_tower", TowerOptions(select_layer=-1))
     assert (last.loader.config.layers, last.recommended_r) == (24, 23)
-    assert sizes_from_name(cut) == sizes_from_model(cut)
-    projected = resolve("llava15_tower", WITH_PROJECTOR).loader.architecture()
+    assert sizes_from_geometry(cut) == sizes_from_model(cut)
+    projected = resolve("llava15_tower", WITH_PROJECTOR).architecture()
     assert [p.shape for p in projected.mm_projector.parameters()][::2] == [
         (4096, 1024),
         (4096,) * 2,

@@ -13,7 +13,11 @@ from tome_export.models.timm_recipes import TIMM
 from tome_export.patch import patch
 
 MAE = [recipe for recipe in TIMM if recipe.name.startswith("mae_")]
-TOWERS = [r for r in TIMM if r.geometry is not None and r not in MAE]
+TOWERS = [
+    recipe
+    for recipe in TIMM
+    if recipe.output_name == "features" and not recipe.name.startswith(("mae_", "dinov2_"))
+]
 SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
 
 

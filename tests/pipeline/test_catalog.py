@@ -1,4 +1,4 @@
-"""Sizes that follow from a model's name are those of the model itself."""
+"""Sizes that a recipe states are those of the model itself."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import pytest
 
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
-from tome_export.pipeline.catalog import catalog, details, sizes_from_model, sizes_from_name
+from tome_export.pipeline.catalog import catalog, details, sizes_from_geometry, sizes_from_model
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_sizes_from_the_name_are_those_of_the_model(name):
+def test_sizes_of_the_recipe_are_those_of_the_model(name):
     recipe = RECIPES[name]
-    assert sizes_from_name(recipe) == sizes_from_model(recipe)
-
-
-def test_a_name_without_its_sizes_is_not_guessed():
-    from dataclasses import replace
-
-    with pytest.raises(ValueError, match="does not follow"):
-        sizes_from_name(replace(RECIPES["vit_b16"], timm_name="vit_giant_patch14_clip_224"))
+    assert sizes_from_geometry(recipe) == sizes_from_model(recipe)
 
 
 def test_catalog_and_details_agree():

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tome_export.merge.macs import BlockCost, SharedCost, total_macs
 from tome_export.merge.schedule import LayerTokens, Schedule, clip_tokens, unmerged_end
-from tome_export.models.recipe import Geometry
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
     from tome_export.spec import TowerOptions
-
-WIDTH_DEPTH = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
-"""Width and depth by the name of the size (ViT, arXiv 2010.11929, table 1; DeiT, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ def catalog() -> list[dict[str, Any]]:
     """Every recipe in one row: name, model, sizes, recommended r and what it saves."""
     from tome_export.models import RECIPES
 
-    return [_row(recipe, sizes_from_name(recipe)) for recipe in RECIPES.values()]
+    return [_row(recipe, sizes_from_geometry(recipe)) for recipe in RECIPES.values()]
 
 
 def details(name: str) -> dict[str, Any]:
@@ -56,7 +51,7 @@ def details(name: str) -> dict[str, Any]:
 
     recipe = resolve(name)
     known = recipe.name in RECIPES
-    sizes = sizes_from_name(recipe) if known else sizes_from_model(recipe)
+    sizes = sizes_from_geometry(recipe) if known else sizes_from_model(recipe)
     return {
         **_row(recipe, sizes),
         "aliases": list(recipe.aliases),
@@ -102,32 +97,15 @@ def _row(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def sizes_from_name(recipe: Recipe) -> Sizes:
-    """Sizes of a recipe, from the conventions of timm's names: needs neither torch nor timm.
+def sizes_from_geometry(recipe: Recipe) -> Sizes:
+    """Sizes of a recipe that states its geometry: needs neither torch nor the model's library.
 
-    Args:
-        recipe: One of ``RECIPES``; its ``timm_kwargs`` count before the name.
+    Raises:
+        ValueError: if it states none.
     """
-    if recipe.geometry is not None:
-        return _sizes(recipe, recipe.geometry)
-    given = dict(recipe.timm_kwargs)
-    arch = recipe.timm_name.partition(".")[0]
-    size = re.search("|".join(WIDTH_DEPTH), arch)
-    patches = re.search(r"_patch(\d+)", arch)
-    if size is None or patches is None:
-        raise ValueError(f"{arch!r} does not follow timm's names <size>_patch<pixels>")
-    width, depth = WIDTH_DEPTH[size[0]]
-    width, depth = given.get("embed_dim", width), given.get("depth", depth)
-    pixels = given.get("patch_size", int(patches[1]))
-    registers = re.search(r"_reg(\d+)", arch)
-    heads = 2 if "_distilled_" in arch else 1
-    prefix = heads + (int(registers[1]) if registers else 0)
-    classes = given.get("num_classes", 1000) if recipe.output_name == "logits" else 0
-    head = heads * width * classes
-    return _sizes(recipe, Geometry(width, depth, 4 * width, pixels, prefix, head))
-
-
-def _sizes(recipe: Recipe, geometry: Geometry) -> Sizes:
+    geometry = recipe.geometry
+    if geometry is None:
+        raise ValueError(f"recipe {recipe.name} states no geometry")
     channels, height, image_width = recipe.preprocessing.input_size
     width, depth, patch = geometry.width, geometry.depth, geometry.patch
     grid = (height // patch) * (image_width // patch)
@@ -162,11 +140,10 @@ def sizes_from_model(recipe: Recipe) -> Sizes:
     Raises:
         InputError: if the model cannot be patched.
     """
-    from tome_export.models.timm_models import architecture
     from tome_export.patch import patch
 
     schedule = Schedule(recipe.recommended_r)
-    model = patch(architecture(recipe), schedule, dense=recipe.dense_only)
+    model = patch(recipe.architecture(), schedule, dense=recipe.dense_only)
     tokens = model.layers[0].total_in if model.layers else model.prefix
     return Sizes(
         tokens=tokens,
