@@ -10,7 +10,7 @@ from server_rules import problems
 from tome_export.artifact import Artifact
 from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
-from tome_export.pipeline.serve import tensors_of_onnx
+from tome_export.onnx.files import tensors_from_graph
 from tome_export.serve.config import (
     ModelFolder,
     ServeOptions,
@@ -191,7 +191,7 @@ def test_config_unlike_the_file(folder, inputs, outputs, message):
 @pytest.mark.parametrize("batch", ["1:4:8", "4"])
 def test_against_a_real_onnx_file(make_artifact, batch):
     artifact = Artifact.open(make_artifact(batch=batch))
-    inputs, outputs = tensors_of_onnx(artifact.model_path)
+    inputs, outputs = tensors_from_graph(artifact.model_path)
     rows = -1 if batch == "1:4:8" else 4
     assert inputs == (TensorInfo("pixel_values", (rows, 3, 8, 8), "float32"),)
     assert outputs == (TensorInfo("logits", (rows, 5), "float32"),)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from tome_export.errors import ExportError, InputError
-from tome_export.spec import INPUT_NAME
+from tome_export.spec import INPUT_NAME, TensorInfo
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this go to ``model.onnx.data``; protobuf's limit is 2 GiB for the whole file."""
@@ -170,3 +170,20 @@ def extra_inputs_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         for value in model.graph.input
         if value.name != INPUT_NAME
     }
+
+
+def tensors_from_graph(path: Path) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    """Inputs and outputs of an ONNX model, as it has them itself; a named size is ``-1``.
+
+    Raises:
+        InputError: if the file is not an ONNX model.
+    """
+
+    def described(value: onnx.ValueInfoProto) -> TensorInfo:
+        tensor = value.type.tensor_type
+        shape = (d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return TensorInfo(value.name, tuple(shape), dtype)
+
+    graph = load(path, weights=False).graph
+    return tuple(map(described, graph.input)), tuple(map(described, graph.output))

@@ -10,7 +10,6 @@ from typing import Any
 from tome_export.artifact import Artifact, writing_to
 from tome_export.artifact.bench import BENCH, Bench
 from tome_export.artifact.files import draft_of, write_whole
-from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.progress import Progress, Silent
@@ -56,7 +55,6 @@ __all__ = [
     "ServeRequest",
     "ServeResult",
     "serve",
-    "tensors_of_onnx",
 ]
 
 
@@ -223,26 +221,6 @@ def serve(
     )
 
 
-def tensors_of_onnx(path: Path) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
-    """Inputs and outputs of an ONNX model, as it has them itself; a named size is ``-1``.
-
-    Raises:
-        InputError: if the file is not an ONNX model.
-    """
-    import onnx
-
-    from tome_export.onnx.files import load
-
-    def described(value: onnx.ValueInfoProto) -> TensorInfo:
-        tensor = value.type.tensor_type
-        shape = (d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-        return TensorInfo(value.name, tuple(shape), dtype)
-
-    graph = load(path, weights=False).graph
-    return tuple(map(described, graph.input)), tuple(map(described, graph.output))
-
-
 def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Served:
     options = request.options
     source = source_from_artifact(artifact, request.format)
@@ -381,7 +359,9 @@ def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder]) -> None
         if one is None:
             validate(folder)
         elif one.source.platform == "onnxruntime_onnx":
-            validate(folder, *tensors_of_onnx(one.source.files["model.onnx"]))
+            from tome_export.onnx.files import tensors_from_graph
+
+            validate(folder, *tensors_from_graph(one.source.files["model.onnx"]))
         else:  # an engine can only be asked on its GPU, at its build
             engine = one.artifact.manifest.engines[TENSORRT]
             validate(folder, engine.inputs, engine.outputs)
