@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness import write_rows
+from tome_export.artifact.cascade import PolicyName
 from tome_export.evaluation.metrics import share_of
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
@@ -52,10 +53,14 @@ from tome_export.tune.goal import Goal
 MODEL = "vit_digits"
 MEMBERS = (32, 16, 8)
 SINGLE = tuple(range(8, 33))
-POLICIES = (("confidence", "max"), ("complexity", ""), ("learned", ""))
+POLICIES: tuple[tuple[PolicyName, str], ...] = (
+    ("confidence", "max"),
+    ("complexity", ""),
+    ("learned", ""),
+)
 """And the measure of the confidence; all served."""
 
-MORE = (("confidence", "margin"),)
+MORE: tuple[tuple[PolicyName, str], ...] = (("confidence", "margin"),)
 """In the rows without a server too."""
 
 SHARES = (42, 46, 50, 55, 60, 70)
@@ -120,7 +125,7 @@ def halves(folder: Path, seed: int) -> list[Fold]:
 
 
 def request(
-    artifacts: Sequence[Path], fold: Fold, policy: tuple[str, str], output: Path, **more: Any
+    artifacts: Sequence[Path], fold: Fold, policy: tuple[PolicyName, str], output: Path, **more: Any
 ) -> CascadeRequest:
     if policy[0] == "confidence":
         more["measure"] = policy[1]
@@ -138,17 +143,17 @@ def request(
 @contextmanager
 def server_of(
     artifacts: Sequence[Path], fold: Fold, folder: Path
-) -> Iterator[Callable[[tuple[str, str], int], Answers]]:
+) -> Iterator[Callable[[tuple[PolicyName, str], int], Answers]]:
     """A server on a repository, whose cascade is calibrated and loaded anew for each call."""
     repository = folder / f"repository_{fold.test.name}"
 
-    def calibrated(policy: tuple[str, str], share: int) -> str:
+    def calibrated(policy: tuple[PolicyName, str], share: int) -> str:
         goal = Goal.target_macs(f"{share}%")
         more = {"goal": goal, "repository": repository, "preprocess": True}
-        served = cascade(request(artifacts, fold, policy, folder / "c.json", **more)).served
+        served = cascade(request(artifacts, fold, policy, folder / "c.json", **more)).found.served
         if served is None:
             raise SystemExit(f"nothing was served from {repository}")
-        return str(served.entry)
+        return served.entry
 
     paths = sorted(fold.test.rglob("*.png"))
     truth = np.array([path.parent.name.encode() for path in paths], np.object_)
@@ -159,7 +164,7 @@ def server_of(
         grpc.InferenceServerClient(server.grpc) as control,
     ):
 
-        def ask(policy: tuple[str, str], share: int) -> Answers:
+        def ask(policy: tuple[PolicyName, str], share: int) -> Answers:
             calibrated(policy, share)
             control.load_model(f"{MODEL}{CASCADE}")
             answers = []
@@ -256,16 +261,16 @@ def seed_rows(
         goal = Goal.min_accuracy("1")
         output = folder / "cascade.json"
         sweeps = [
-            cascade(request(artifacts, fold, policy, output, goal=goal)).values for fold in folds
+            cascade(request(artifacts, fold, policy, output, goal=goal)).found for fold in folds
         ]
         for share in SHARES:
             picked = [
-                [p for p in v["sweep"] if p["calibration"]["macs"] <= most][-1]["test"]
-                for v in sweeps
-                for most in [share / 100 * v["members"][-1]["macs"]]
+                [p for p in found.sweep if p.calibration.macs <= most][-1].test
+                for found in sweeps
+                for most in [share / 100 * found.members[-1].macs]
             ]
-            mean = float(np.mean([one["macs"] for one in picked]))
-            correct, images = (sum(one[key] for one in picked) for key in ("correct", "images"))
+            mean = float(np.mean([one.macs for one in picked]))
+            correct, images = sum(one.correct for one in picked), sum(one.images for one in picked)
             rows.append(
                 {
                     "benchmark": "cascade",

@@ -7,19 +7,25 @@ import re
 import numpy as np
 import pytest
 
+from tome_export.artifact.cascade import LearnedPolicy
 from tome_export.cascade import policy
-from tome_export.cascade.calibrate import best_within, cheapest, front_of
-from tome_export.cascade.candidates import (
+from tome_export.cascade.calibrate import (
     MOST,
+    Costs,
+    Observations,
+    best_within,
+    cheapest,
     complexity_settings,
     confidence_settings,
+    front_of,
     learned_settings,
+    outcome,
 )
-from tome_export.cascade.outcome import Observations, outcome
 from tome_export.errors import InputError
 
-MACS = [100, 250, 600]
+MACS = (100, 250, 600)
 OWN = 7
+COSTS = Costs(MACS, OWN)
 
 
 def observations(count=80, members=3, seed=0):
@@ -41,25 +47,23 @@ def slow_outcome(settings, seen, macs):
     """One image after another: member, cost, whether it is right."""
     found = []
     for image in range(len(seen)):
-        if settings["policy"] == "confidence":
+        if settings.policy == "confidence":
             member, cost = 0, macs[0]
             while member < len(macs) - 1:
                 sure = seen.confidence[member, image]
-                if not np.isnan(sure) and sure >= settings["thresholds"][member]:
+                if not np.isnan(sure) and sure >= settings.thresholds[member]:
                     break
                 member += 1
                 cost += macs[member]
-        elif settings["policy"] == "complexity":
-            member = sum(seen.complexity[image] >= t for t in settings["thresholds"])
+        elif settings.policy == "complexity":
+            member = sum(seen.complexity[image] >= t for t in settings.thresholds)
             cost = macs[member]
         else:
             net = [
                 sum(w * x for w, x in zip(row, seen.patches[image], strict=True))
                 + b
-                - settings["price"] * s
-                for row, b, s in zip(
-                    settings["weights"], settings["bias"], settings["shares"], strict=True
-                )
+                - settings.price * s
+                for row, b, s in zip(settings.weights, settings.bias, settings.shares, strict=True)
             ]
             member = net.index(max(net))
             cost = macs[member]
@@ -70,15 +74,20 @@ def slow_outcome(settings, seen, macs):
 
 def head_of(members=3):
     rng = np.random.default_rng(5)
-    return rng.standard_normal((members, 4)).tolist(), rng.standard_normal(members).tolist()
+    return LearnedPolicy(
+        weights=rng.standard_normal((members, 4)).tolist(),
+        bias=rng.standard_normal(members).tolist(),
+        shares=COSTS.shares,
+        price=0.0,
+        patch=(2, 2),
+    )
 
 
 def settings_of(name, seen):
-    shares = [one / MACS[-1] for one in MACS]
     return {
         "complexity": lambda: complexity_settings(seen),
         "confidence": lambda: confidence_settings(seen, "max"),
-        "learned": lambda: list(learned_settings(seen, head_of(), shares)),
+        "learned": lambda: list(learned_settings(seen, head_of())),
     }[name]()
 
 
@@ -87,7 +96,7 @@ def test_outcomes_are_those_of_the_loop(name):
     seen = observations()
     tried = settings_of(name, seen)
     for settings in tried[:: max(1, len(tried) // 25)]:
-        found = outcome(settings, seen, MACS, OWN)
+        found = outcome(settings, seen, COSTS)
         together = zip(found.budget, found.macs, found.right, strict=True)
         assert [tuple(one) for one in together] == slow_outcome(settings, seen, MACS)
 
@@ -95,7 +104,7 @@ def test_outcomes_are_those_of_the_loop(name):
 @pytest.mark.parametrize("name", policy.POLICIES)
 def test_every_policy_can_do_the_least_and_the_most(name):
     seen = observations()
-    found = [outcome(one, seen, MACS, 0) for one in settings_of(name, seen)]
+    found = [outcome(one, seen, Costs(MACS, 0)) for one in settings_of(name, seen)]
     costs = [one.macs for one in found]
     # Of confidence even the least lets an image go on whose answer is not finite.
     least = np.array([MACS[0]] * len(seen))
@@ -117,18 +126,18 @@ def test_the_number_of_settings_is_bounded():
 def test_the_front_has_every_setting_that_no_other_beats(name):
     seen = observations(seed=2)
     tried = settings_of(name, seen)
-    front = front_of(tried, seen, MACS, OWN)
+    front = front_of(tried, seen, COSTS)
     assert [one.macs for one in front] == sorted({one.macs for one in front})
     assert [one.rank for one in front] == sorted({one.rank for one in front})
     for settings in tried:
-        found = outcome(settings, seen, MACS, OWN)
+        found = outcome(settings, seen, COSTS)
         cost, right = found.macs.mean(), found.right.sum()
         assert any(p.macs <= cost and p.correct >= right for p in front)
 
 
 def test_the_cheapest_that_meets_an_accuracy():
     seen = observations()
-    front = front_of(confidence_settings(seen, "max"), seen, MACS, OWN)
+    front = front_of(confidence_settings(seen, "max"), seen, COSTS)
     needed = front[len(front) // 2].correct
     chosen = cheapest(front, needed, len(seen), "x")
     assert chosen.correct >= needed
@@ -146,8 +155,8 @@ def test_the_cheapest_that_meets_an_accuracy():
 
 def test_the_best_within_a_budget():
     seen = observations()
-    front = front_of(confidence_settings(seen, "max"), seen, MACS, OWN)
-    chosen = best_within(front, 300, MACS, "x")
+    front = front_of(confidence_settings(seen, "max"), seen, COSTS)
+    chosen = best_within(front, 300, COSTS, "x")
     assert chosen.macs <= 300
     assert all(p.rank <= chosen.rank for p in front if p.macs <= 300)
 
@@ -155,8 +164,8 @@ def test_the_best_within_a_budget():
 @pytest.mark.parametrize("budget", [106.0, 600.0])
 def test_a_budget_that_the_members_do_not_span(budget):
     seen = observations()
-    millions = [1_000_000 * one for one in MACS]
-    front = front_of(complexity_settings(seen), seen, millions, 7_000_000)
+    millions = Costs(tuple(1_000_000 * one for one in MACS), 7_000_000)
+    front = front_of(complexity_settings(seen), seen, millions)
     with pytest.raises(InputError) as caught:
         best_within(front, budget * 1e6, millions, "at most x MACs")
     assert str(caught.value) == (

@@ -14,12 +14,13 @@ import pytest
 from server_rules import problems
 
 from tome_export.artifact import Artifact
+from tome_export.artifact.cascade import ConfidencePolicy
 from tome_export.cascade import policy
+from tome_export.cascade.calibrate import Costs
 from tome_export.errors import InputError, UsageError
 from tome_export.models.recipe import DATA
 from tome_export.models.samples import digits_test
-from tome_export.pipeline.cascade import CascadeRequest, cascade
-from tome_export.pipeline.cascade_members import macs_of, members_of
+from tome_export.pipeline.cascade import CascadeRequest, cascade, members_of
 from tome_export.pipeline.cascade_serve import serve_cascade
 from tome_export.progress import Silent
 from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
@@ -146,7 +147,7 @@ def test_only_the_unsure_go_on_each_group_in_one_request(
     calibrated, client, grpc, sessions, pixels, counts
 ):
     settings = settings_in(calibrated[0])
-    assert settings["thresholds"] == calibrated[1].values["settings"]["thresholds"]
+    assert tuple(settings["thresholds"]) == calibrated[1].found.settings.thresholds
     names = [member["model"] for member in settings["members"]]
     assert names == [f"vit_digits_r{r}" for r in RS]
     before = [counts(grpc, name) for name in names]
@@ -192,7 +193,7 @@ def test_only_the_outputs_asked_for_are_given(grpc, pixels):
 
 
 def test_images_go_through_the_pipeline(calibrated, client):
-    assert calibrated[1].served.entry == client.pipeline() == f"{NAME}_pipeline"
+    assert calibrated[1].found.served.entry == client.pipeline() == f"{NAME}_pipeline"
     data = (DATA / "digit.png").read_bytes()
     answer = client.infer(f"{NAME}_pipeline", {"image": np.array([[data]] * 2, np.object_)})
     direct = client.infer(NAME, {"pixel_values": digits_test()[0][:1]})
@@ -214,7 +215,7 @@ def test_the_other_policies_group_images_by_budget(
     more = request_of(digit_members, tmp_path, name)
     done = cascade(CascadeRequest(**{**vars(more), "repository": repository, "force": True}))
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert done.served.entry == NAME
+    assert done.found.served.entry == NAME
     grpc.load_model(NAME)
     settings = settings_in(repository)
     names = [member["model"] for member in settings["members"]]
@@ -269,10 +270,10 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
     theirs.write_text("mine")
     request = request_of(digit_members, tmp_path)
     members = members_of(request.artifacts)
-    macs = [macs_of(one) for one in members]
-    settings = {**SETTINGS, "thresholds": [0.5, 0.5]}
+    costs = Costs(tuple(one.manifest.macs.merged for one in members), 0)
+    settings = ConfidencePolicy(measure="max", thresholds=(0.5, 0.5))
     with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
-        serve_cascade(request, members, macs, 0, settings, Silent())
+        serve_cascade(request, members, costs, settings, Silent())
     assert kept(tmp_path) == {theirs: b"mine"}
 
 

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tome_export.artifact import Artifact
-from tome_export.artifact.files import check_new_file, json_bytes, write_whole, writing_to
-from tome_export.cascade.calibrate import Point, best_within, cheapest, check_budget, front_of
-from tome_export.cascade.outcome import Observations
+from tome_export.artifact.cascade import (
+    Cascade,
+    CascadeData,
+    CascadeMember,
+    CascadeScore,
+    CascadeTarget,
+    CascadeTest,
+    ChosenSetting,
+    ConfidenceMeasure,
+    LearnedPolicy,
+    Policy,
+    PolicyName,
+    SingleMember,
+    SweepPoint,
+)
+from tome_export.artifact.evaluation import UnreadableImage
+from tome_export.artifact.files import check_new_file, write_whole, writing_to
+from tome_export.cascade.calibrate import (
+    CalibratedSetting,
+    Costs,
+    Observations,
+    best_within,
+    cheapest,
+    complexity_settings,
+    confidence_settings,
+    front_of,
+    learned_settings,
+    outcome,
+    trained_head,
+)
 from tome_export.cascade.policy import MEASURES, POLICIES
 from tome_export.data.find import SAMPLES, shared_path
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.cascade_images import Looks, Seen, observed
-from tome_export.pipeline.cascade_members import macs_of, members_of
-from tome_export.pipeline.cascade_result import Found, goal_text, values_of
-from tome_export.pipeline.cascade_serve import ServedCascade, check_served, serve_cascade
-from tome_export.pipeline.cascade_settings import embedding_of, policy_macs_of, trial_of
+from tome_export.evaluation.metrics import CONFIDENCE, METHODS, paired_difference, share_of
+from tome_export.pipeline.alike import check_one_model, shared_facts
+from tome_export.pipeline.cascade_images import ObservationSpec, ObservedImages, observed
+from tome_export.pipeline.cascade_serve import check_served, serve_cascade
 from tome_export.pipeline.eval import EvalRequest, classes_of, source_of
+from tome_export.pipeline.inputs import refuse_extra_inputs
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
+from tome_export.serve.source import sizes
 from tome_export.tune.goal import Goal
 
 LEAST = 10
 """Fewest images of a part: calibration, training of a head, or test."""
+
+TARGETS = 5
+"""Mean costs that heads are trained for, where the target is an accuracy."""
+
+Embedding = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Weights ``[D, C, h, w]`` and bias ``[D]`` of a patch embedding."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +95,14 @@ class CascadeRequest:
 
     artifacts: tuple[Path, ...]
     data: tuple[str, ...]
-    policy: str
+    policy: PolicyName
     goal: Goal
     output: Path
     test: tuple[str, ...] = ()
     labels: Path | None = None
     test_labels: Path | None = None
     calibration: float = 0.5
-    measure: str = "max"
+    measure: ConfidenceMeasure = "max"
     strength: float = 1.0
     limit: int | None = None
     seed: int = 0
@@ -75,22 +112,34 @@ class CascadeRequest:
     preprocess: bool = False
     force: bool = False
 
+    @property
+    def page(self) -> Path:
+        """The page beside the result."""
+        return self.output.with_suffix(".html")
+
+    @property
+    def target(self) -> str:
+        """The goal in words: what is relative is so to the artifact of the most MACs."""
+        if self.goal.relative and self.goal.kind == "target-macs":
+            return f"a mean of at most {self.goal.value:g} % of the highest artifact's MACs"
+        if self.goal.relative:
+            return f"accuracy at most {-self.goal.value:g} points below the highest artifact"
+        return str(self.goal)
+
 
 @dataclass(frozen=True)
 class CascadeResult:
-    """What was found.
+    """What was written.
 
     Attributes:
         path: The file of the result.
         page: The page beside it.
-        values: The content of the file.
-        served: What is in the repository; None if none was asked for.
+        found: The content of the file.
     """
 
     path: Path
     page: Path
-    values: dict[str, Any]
-    served: ServedCascade | None
+    found: Cascade
 
 
 def cascade(request: CascadeRequest, progress: Progress | None = None) -> CascadeResult:
@@ -103,37 +152,38 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
         MissingComponentError: if the backend, or what serving needs, is not here.
         ExportError: if a member fails.
     """
+    from tome_export.report.page import render_cascade
+
     progress = progress or Silent()
-    page = request.output.with_suffix(".html")
-    _check(request, page)
+    _check(request)
     progress.stage("Verify the artifacts")
     members = members_of(request.artifacts)
     if request.repository is not None:
         check_served(request, members)
-    macs = [macs_of(one) for one in members]
-    embedding = embedding_of(members[-1], request.policy)
-    own = policy_macs_of(members[-1], len(members), embedding, request.policy)
-    budget = request.goal.budget(macs[-1])
+    embedding = _embedding(members[-1]) if request.policy == "learned" else None
+    costs = Costs(
+        tuple(one.manifest.macs.merged for one in members),
+        _policy_macs(request.policy, members, embedding),
+    )
+    budget = request.goal.budget(costs.members[-1])
     if budget is not None:  # before the images, which take longer
-        check_budget(budget, macs[0] + own, macs[-1], goal_text(request.goal))
-    patch = None if embedding is None else (embedding[0].shape[2], embedding[0].shape[3])
-    looks = Looks(members, request.backend, request.measure, patch)
-    calibration, test, seen = _parts(request, looks, progress)
-    progress.stage(f"Calibrate on {len(calibration)} images")
-    trial = trial_of(request, calibration, macs, embedding)
-    front = front_of(trial.settings, trial.seen, macs, own)
-    chosen = _chosen(request.goal, front, trial.seen, macs)
-    found = Found(members, macs, own, trial, test, front, chosen, seen)
-    values = values_of(request, found)
-    served = None
+        costs.check_budget(budget, costs.members[0] + costs.policy, request.target)
+    images = _images(request, members, embedding, progress)
+    progress.stage(f"Calibrate on {len(images.calibration)} images")
+    found = _calibrated(request, members, costs, images, embedding)
+    document = found.document(request)
     if request.repository is not None:
-        served = serve_cascade(request, members, macs, own, chosen.settings, progress)
-        values["served"] = served.to_dict()
-    _write(request.output, page, values)
-    return CascadeResult(request.output, page, values, served)
+        served = serve_cascade(request, members, costs, found.chosen.policy, progress)
+        document = document.model_copy(update={"served": served})
+    # The page first: where the result is, its page is too.
+    page = render_cascade(document).encode()
+    for path, content in ((request.page, page), (request.output, document.json_bytes())):
+        with writing_to(path, "file"):
+            write_whole(path, content)
+    return CascadeResult(request.output, request.page, document)
 
 
-def _check(request: CascadeRequest, page: Path) -> None:
+def _check(request: CascadeRequest) -> None:
     for what, value, known in (
         ("policy", request.policy, POLICIES),
         ("confidence measure", request.measure, MEASURES),
@@ -155,11 +205,13 @@ def _check(request: CascadeRequest, page: Path) -> None:
         raise UsageError("backend is 'torch'; a cascade runs the artifacts, choose another one")
     if request.repository is None and (request.preprocess or request.name is not None):
         raise UsageError("--preprocess and --name are for what is served; give --repository too")
-    if request.output == page:
-        raise UsageError(f"output is {page}, which is the page's name; give one such as a .json")
+    if request.output == request.page:
+        raise UsageError(
+            f"output is {request.page}, which is the page's name; give one such as a .json"
+        )
     require((request.backend,))
     check_new_file(request.output, force=request.force)
-    check_new_file(page, force=request.force)
+    check_new_file(request.page, force=request.force)
 
 
 def _check_apart(request: CascadeRequest) -> None:
@@ -179,66 +231,263 @@ def _check_apart(request: CascadeRequest) -> None:
         )
 
 
-def _parts(
-    request: CascadeRequest, looks: Looks, progress: Progress
-) -> tuple[Observations, Observations, tuple[Seen, ...]]:
-    """Calibration images, test images, and what was seen of each source."""
-    progress.stage(f"Run {len(looks.members)} artifacts on the images")
-    seen = [_observed(request, request.data, request.labels, looks, progress)]
-    order = np.random.default_rng(request.seed).permutation(len(seen[0].observations))
-    first = seen[0].observations.take(order)
+def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
+    """Open artifacts of one model, by MACs ascending.
+
+    Raises:
+        UsageError: if there is only one.
+        InputError: if one is damaged, gives no classes or takes more than images, if they are of
+            different models, inputs or outputs, or two take the same MACs.
+    """
+    if len(paths) < 2:
+        raise UsageError(
+            f"{len(paths)} artifact is given; a cascade is made of two or more of one model, with "
+            "different r"
+        )
+    opened = (Artifact.open(path.absolute()) for path in paths)
+    members = sorted(opened, key=lambda one: one.manifest.macs.merged)
+    for one in members:
+        refuse_extra_inputs(one, "cascade")
+        if (name := one.manifest.output.name) != "logits":
+            raise InputError(
+                f"{one.path} gives {name}, not classes, by which a cascade is calibrated; give "
+                "artifacts of a classifier"
+            )
+    rule = "a cascade is made of artifacts of one model, with different r"
+    check_one_model(members, _facts, rule)
+    for before, after in itertools.pairwise(members):
+        if before.manifest.macs.merged == (macs := after.manifest.macs.merged):
+            raise InputError(
+                f"{before.path} and {after.path} take the same {macs / 1e6:.2f} M MACs; "
+                "a cascade is made of artifacts of different cost, leave one out"
+            )
+    return tuple(members)
+
+
+def _facts(artifact: Artifact) -> dict[str, Any]:
+    outputs = [(one.name, one.dtype, sizes(one)) for one in artifact.manifest.outputs]
+    return {**shared_facts(artifact), "outputs": outputs}
+
+
+def _embedding(artifact: Artifact) -> Embedding:
+    from tome_export.onnx.patch_embedding import patch_embedding
+
+    return patch_embedding(artifact.model_path)
+
+
+def _policy_macs(name: PolicyName, members: Sequence[Artifact], embedding: Embedding | None) -> int:
+    """What the policy itself takes per image, every addition counted as a multiply-accumulate.
+
+    ``complexity``: two differences and two sums per pixel and axis at most. ``learned``: the
+    average patch, one addition per pixel, and the folded matrix on it. ``confidence``: none, a
+    softmax is not counted in the models either.
+    """
+    pixels = math.prod(members[-1].manifest.preprocessing.input_size)
+    if name == "complexity":
+        return 4 * pixels
+    return 0 if embedding is None else pixels + len(members) * math.prod(embedding[0].shape[1:])
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What was observed of the images, by what they are for."""
+
+    calibration: Observations
+    test: Observations
+    labelled: bool
+    unreadable: tuple[tuple[str, str], ...]
+
+
+def _images(
+    request: CascadeRequest,
+    members: tuple[Artifact, ...],
+    embedding: Embedding | None,
+    progress: Progress,
+) -> _Images:
+    patch = None if embedding is None else (embedding[0].shape[2], embedding[0].shape[3])
+    spec = ObservationSpec(members, request.backend, request.measure, patch)
+
+    def of(data: tuple[str, ...], labels: Path | None) -> ObservedImages:
+        listed = EvalRequest(members[-1].path, data, labels=labels)
+        source = source_of(members[-1], listed, classes_of(members[-1]))
+        return observed(source, request.limit, spec, progress)
+
+    progress.stage(f"Run {len(members)} artifacts on the images")
+    first = of(request.data, request.labels)
+    order = np.random.default_rng(request.seed).permutation(len(first.observations))
+    unreadable = first.unreadable
     if request.test:
         progress.stage("Run them on the test images")
-        seen.append(_observed(request, request.test, request.test_labels, looks, progress))
-        calibration, test = first, seen[1].observations
-        if seen[0].labelled != seen[1].labelled:
+        other = of(request.test, request.test_labels)
+        if first.labelled != other.labelled:
             raise InputError(
                 "one of the data and the test images has labels and the other has none; give both "
                 "with labels (--labels, --test-labels or class sub-folders), or both without"
             )
+        calibration, test = first.observations.take(order), other.observations
+        unreadable += other.unreadable
     else:
-        count = round(request.calibration * len(first))
-        rows = np.arange(len(first), dtype=np.int64)
-        calibration, test = first.take(rows[:count]), first.take(rows[count:])
-    parts = 2 if request.policy == "learned" else 1
+        count = round(request.calibration * len(order))
+        calibration = first.observations.take(order[:count])
+        test = first.observations.take(order[count:])
     for part, images, least in (
-        ("calibration", len(calibration), parts * LEAST),
+        ("calibration", len(calibration), (2 if request.policy == "learned" else 1) * LEAST),
         ("test", len(test), LEAST),
     ):
         if images < least:
             raise InputError(
                 f"{images} images are for {part}; expected {least} or more, give more with --data"
             )
-    return calibration, test, tuple(seen)
+    return _Images(calibration, test, first.labelled, unreadable)
 
 
-def _observed(
+def _calibrated(
     request: CascadeRequest,
-    data: tuple[str, ...],
-    labels: Path | None,
-    looks: Looks,
-    progress: Progress,
-) -> Seen:
-    artifact: Artifact = looks.members[-1]
-    listed = EvalRequest(artifact.path, data, labels=labels)
-    source = source_of(artifact, listed, classes_of(artifact))
-    return observed(source, request.limit, looks, progress)
+    members: tuple[Artifact, ...],
+    costs: Costs,
+    images: _Images,
+    embedding: Embedding | None,
+) -> CascadeOutcome:
+    """Try the policy at every threshold that is worth it, and choose.
 
-
-def _chosen(goal: Goal, front: Sequence[Point], seen: Observations, macs: Sequence[int]) -> Point:
-    asked = goal_text(goal)
-    budget = goal.budget(macs[-1])
+    A learned policy is trained on the first half of the images, its price calibrated on the rest.
+    """
+    seen, fitted, settings = images.calibration, 0, list[Policy]()
+    budget = request.goal.budget(costs.members[-1])
+    if embedding is not None:
+        fitted = len(seen) // 2
+        rows = np.arange(len(seen), dtype=np.int64)
+        fit, seen = seen.take(rows[:fitted]), seen.take(rows[fitted:])
+        shares = costs.shares
+        targets = np.linspace(shares[0], 1.0, TARGETS)
+        for target in targets if budget is None else [budget / costs.members[-1]]:
+            head = trained_head(fit, embedding, shares, float(target), request.strength)
+            settings += learned_settings(seen, head)
+    elif request.policy == "complexity":
+        settings += complexity_settings(seen)
+    else:
+        settings += confidence_settings(seen, request.measure)
+    front = front_of(settings, seen, costs)
     if budget is not None:
-        return best_within(front, budget, macs, asked)
-    needed = goal.needed(len(seen), int(seen.right[-1].sum()))
-    assert needed is not None  # noqa: S101 (a goal that is no budget has a number of images)
-    return cheapest(front, needed, len(seen), asked)
+        chosen = best_within(front, budget, costs, request.target)
+    else:
+        needed = request.goal.needed(len(seen), int(seen.right[-1].sum())) or 0
+        chosen = cheapest(front, needed, len(seen), request.target)
+    return CascadeOutcome(members, costs, images, seen, fitted, front, chosen)
 
 
-def _write(output: Path, page: Path, values: dict[str, Any]) -> None:
-    """The page first: where the result is, its page is too."""
-    from tome_export.report.page import render_cascade
+@dataclass(frozen=True)
+class CascadeOutcome:
+    """What a calibration found.
 
-    for path, content in ((page, render_cascade(values).encode()), (output, json_bytes(values))):
-        with writing_to(path, "file"):
-            write_whole(path, content)
+    Attributes:
+        members: By MACs ascending.
+        costs: Of them and of the policy.
+        images: What was observed.
+        seen: Images that the thresholds were calibrated on.
+        fitted: Images that a head was trained on instead.
+        front: Settings that no other beats on the calibration images.
+        chosen: Of them.
+    """
+
+    members: tuple[Artifact, ...]
+    costs: Costs
+    images: _Images
+    seen: Observations
+    fitted: int
+    front: Sequence[CalibratedSetting]
+    chosen: CalibratedSetting
+
+    def document(self, request: CascadeRequest) -> Cascade:
+        """The content of ``cascade.json``."""
+        from tome_export.bench.environment import environment
+
+        test, goal = self.images.test, request.goal
+        highest = self.members[-1].manifest.model
+        chosen = outcome(self.chosen.policy, test, self.costs)
+        macs, right = float(chosen.macs.mean()), chosen.right
+        budget = goal.budget(self.costs.members[-1])
+        if budget is not None:
+            met = macs <= budget
+        else:
+            needed = goal.needed(len(test), int(test.right[-1].sum())) or 0
+            met = int(right.sum()) >= needed
+        members = tuple(
+            CascadeMember(
+                artifact=str(one.path),
+                schedule=one.manifest.merge.schedule,
+                r=one.manifest.merge.r,
+                precision=one.manifest.precision,
+                macs=one.manifest.macs.merged,
+                calibration=share_of(calibrated),
+                test=share_of(tested),
+            )
+            for one, calibrated, tested in zip(
+                self.members, self.seen.right, test.right, strict=True
+            )
+        )
+        # The cheapest that is as accurate on the test images.
+        single = next((one for one in members if one.test.share >= right.mean()), None)
+        return Cascade(
+            model=highest.name,
+            random_weights=highest.random_weights,
+            policy=request.policy,
+            metric="top1" if self.images.labelled else "agreement",
+            target=CascadeTarget(kind=goal.kind, value=goal.value, text=request.target),
+            settings=self.chosen.policy,
+            policy_macs=self.costs.policy,
+            members=members,
+            chosen=ChosenSetting(
+                calibration=self._calibration_score(self.chosen),
+                test=CascadeTest(
+                    macs=macs,
+                    **vars(share_of(right)),
+                    budgets=np.bincount(chosen.budget, minlength=len(members)).tolist(),
+                    difference_to_highest=paired_difference(right, test.right[-1]),
+                    met=met,
+                ),
+            ),
+            single=single
+            and SingleMember(
+                artifact=single.artifact,
+                macs=single.macs,
+                share=single.test.share,
+                saved=1 - macs / single.macs,
+            ),
+            sweep=tuple(map(self._sweep_point, self.front)),
+            data=CascadeData(
+                source=", ".join(request.data),
+                test_source=", ".join(request.test) or None,
+                fitted=self.fitted,
+                calibration=len(self.seen),
+                test=len(test),
+                seed=request.seed,
+                unreadable=tuple(
+                    UnreadableImage(name=name, reason=reason)
+                    for name, reason in self.images.unreadable
+                ),
+            ),
+            backend=request.backend,
+            confidence=CONFIDENCE,
+            methods=METHODS,
+            environment=environment(),
+        )
+
+    def _calibration_score(self, setting: CalibratedSetting) -> CascadeScore:
+        return _score(setting.macs, setting.correct, len(self.seen))
+
+    def _sweep_point(self, setting: CalibratedSetting) -> SweepPoint:
+        """A setting of the front on both parts; the front is chosen on calibration images alone."""
+        policy, test = setting.policy, self.images.test
+        tested = outcome(policy, test, self.costs)
+        return SweepPoint(
+            thresholds=None if isinstance(policy, LearnedPolicy) else policy.thresholds,
+            price=policy.price if isinstance(policy, LearnedPolicy) else None,
+            calibration=self._calibration_score(setting),
+            test=_score(float(tested.macs.mean()), int(tested.right.sum()), len(test)),
+            chosen=setting is self.chosen,
+        )
+
+
+def _score(macs: float, correct: int, images: int) -> CascadeScore:
+    return CascadeScore(macs=macs, correct=correct, images=images, share=correct / images)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tome_export.artifact import Artifact
 from tome_export.cascade import policy
-from tome_export.cascade.outcome import Observations
+from tome_export.cascade.calibrate import Observations
 from tome_export.data.decode import Task, decoded_chunks
 from tome_export.data.source import Source, selection
 from tome_export.errors import ExportError, InputError
@@ -31,7 +31,7 @@ MOST_SURPRISE = 50.0
 
 
 @dataclass(frozen=True)
-class Looks:
+class ObservationSpec:
     """How the members are run and what is looked at.
 
     Attributes:
@@ -48,7 +48,7 @@ class Looks:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedImages:
     """What was seen of some images.
 
     Attributes:
@@ -62,13 +62,15 @@ class Seen:
     unreadable: tuple[tuple[str, str], ...]
 
 
-def observed(source: Source, limit: int | None, looks: Looks, progress: Progress) -> Seen:
+def observed(
+    source: Source, limit: int | None, spec: ObservationSpec, progress: Progress
+) -> ObservedImages:
     """Run all members on the images of a source.
 
     Args:
         source: The images.
         limit: Most images, taken evenly from the listing; None for ``LIMIT``.
-        looks: Members and what to keep.
+        spec: Members and what to keep.
         progress: Told of the images done.
 
     Raises:
@@ -78,9 +80,9 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
     from tome_export.models.preprocess import pixels_from_bytes
 
     chosen = selection(len(source), limit or LIMIT)
-    preprocessing = looks.members[0].manifest.preprocessing
+    preprocessing = spec.members[0].manifest.preprocessing
     decode = partial(pixels_from_bytes, preprocessing=preprocessing)
-    batch = _batch(looks.members)
+    batch = _batch(spec.members)
     starts = range(0, len(chosen), batch)
     tasks = [
         Task(n, tuple(source.items(chosen[start : start + batch])))
@@ -92,10 +94,8 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
     unreadable: list[tuple[str, str]] = []
     with contextlib.ExitStack() as stack:
         runners = [
-            stack.enter_context(
-                open_runner(looks.backend, subject_of(one, str(one.path)), progress)
-            )
-            for one in looks.members
+            stack.enter_context(open_runner(spec.backend, subject_of(one, str(one.path)), progress))
+            for one in spec.members
         ]
         for decoded in decoded_chunks(tasks, decode, 0):
             for position, name, reason in decoded.unreadable:
@@ -104,7 +104,7 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
             if len(decoded.pixels):
                 rows = slice(decoded.chunk * batch, (decoded.chunk + 1) * batch)
                 known = None if labels is None else labels[rows][readable[rows]]
-                parts.append(_seen(decoded.pixels, known, runners, looks, batch))
+                parts.append(_seen(decoded.pixels, known, runners, spec, batch))
             done = min(len(chosen), (decoded.chunk + 1) * batch)
             progress.step("images", done, len(chosen))
     if not parts:
@@ -113,25 +113,25 @@ def observed(source: Source, limit: int | None, looks: Looks, progress: Progress
             f"none of the {len(chosen)} images of {source.text} could be read; the first is "
             f"{name}: {reason}"
         )
-    return Seen(_joined(parts), labels is not None, tuple(unreadable))
+    return ObservedImages(_joined(parts), labels is not None, tuple(unreadable))
 
 
 def _seen(
     pixels: NDArray[np.float32],
     labels: NDArray[np.int64] | None,
     runners: Sequence[Runner],
-    looks: Looks,
+    spec: ObservationSpec,
     batch: int,
 ) -> Observations:
-    logits = [_logits(runner, pixels, looks, batch) for runner in runners]
+    logits = [_logits(runner, pixels, spec, batch) for runner in runners]
     classes = np.stack([best(one)[:, 0].astype(np.int64) for one in logits])
     truth = classes[-1] if labels is None else labels
     return Observations(
         classes,
-        np.stack([policy.confidence(one, looks.measure) for one in logits]),
+        np.stack([policy.confidence(one, spec.measure) for one in logits]),
         np.stack([_surprise(one, truth) for one in logits]),
         policy.complexity(pixels),
-        policy.mean_patch(pixels, looks.patch) if looks.patch else None,
+        policy.mean_patch(pixels, spec.patch) if spec.patch else None,
         truth,
     )
 
@@ -144,13 +144,13 @@ def _surprise(logits: NDArray[Any], truth: NDArray[np.int64]) -> NDArray[np.floa
     return np.asarray(np.where(known, np.minimum(found, MOST_SURPRISE), MOST_SURPRISE))
 
 
-def _logits(runner: Runner, pixels: NDArray[np.float32], looks: Looks, batch: int) -> Any:
+def _logits(runner: Runner, pixels: NDArray[np.float32], spec: ObservationSpec, batch: int) -> Any:
     try:
         return infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch)["logits"]
     # Runtimes raise what they please: out of memory, a kernel that is not there.
     except Exception as error:
         raise ExportError(
-            f"{looks.backend} failed on a batch of {batch}: {error}; try another --backend"
+            f"{spec.backend} failed on a batch of {batch}: {error}; try another --backend"
         ) from error
 
 

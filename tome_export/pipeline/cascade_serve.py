@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tome_export.artifact import Artifact
-from tome_export.cascade.outcome import Settings
+from tome_export.artifact.cascade import Policy, ServedCascade
+from tome_export.cascade.calibrate import Costs
 from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.progress import Progress
 from tome_export.serve.client import ROUTER
@@ -23,32 +22,6 @@ from tome_export.serve.source import check_free_name, plain_name, source_from_ar
 
 if TYPE_CHECKING:
     from tome_export.pipeline.cascade import CascadeRequest
-
-
-@dataclass(frozen=True)
-class ServedCascade:
-    """What is in the repository now.
-
-    Attributes:
-        repository: Its directory.
-        models: Names of all that belongs to the cascade, each after those that it needs.
-        entry: The one a client asks.
-        notes: What a user should know.
-    """
-
-    repository: Path
-    models: tuple[str, ...]
-    entry: str
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        return {
-            "repository": str(self.repository),
-            "models": list(self.models),
-            "entry": self.entry,
-            "notes": list(self.notes),
-        }
 
 
 def check_served(request: CascadeRequest, members: Sequence[Artifact]) -> None:
@@ -79,9 +52,8 @@ def check_served(request: CascadeRequest, members: Sequence[Artifact]) -> None:
 def serve_cascade(
     request: CascadeRequest,
     members: Sequence[Artifact],
-    macs: Sequence[int],
-    policy_macs: int,
-    settings: Settings,
+    costs: Costs,
+    policy: Policy,
     progress: Progress,
 ) -> ServedCascade:
     """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
@@ -96,9 +68,11 @@ def serve_cascade(
     def cascade_of(folders: Sequence[ModelFolder]) -> list[ModelFolder]:
         asked = [
             Member(folder.name, count, folder.config)
-            for folder, count in zip(folders, macs, strict=True)
+            for folder, count in zip(folders, costs.members, strict=True)
         ]
-        made = cascade_folder(_name(request, members), asked, settings, policy_macs, ServeOptions())
+        settings = policy.model_dump(mode="json")
+        name = _name(request, members)
+        made = cascade_folder(name, asked, settings, costs.policy, ServeOptions())
         if not request.preprocess:
             return [made]
         return [made, *cascade_pipeline_folders(members[-1], made, ServeOptions())]
@@ -111,7 +85,9 @@ def serve_cascade(
     first = names.index(_name(request, members))
     asked = (name for name in names[:first] if not name.endswith(ROUTER))
     models = (*asked, *names[first:])
-    return ServedCascade(done.repository, models, models[-1], done.notes)
+    return ServedCascade(
+        repository=str(done.repository), models=models, entry=models[-1], notes=done.notes
+    )
 
 
 def _name(request: CascadeRequest, members: Sequence[Artifact]) -> str:

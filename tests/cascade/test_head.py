@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tome_export.cascade import policy
-from tome_export.cascade.outcome import Observations
-from tome_export.pipeline.cascade_predictor import trained_head
+from tome_export.cascade.calibrate import Observations, trained_head
 
 SHARES = [0.4, 1.0]
 
@@ -30,14 +29,16 @@ def embedding():
 
 
 def probabilities(seen, head):
-    scores = policy.head_scores(seen.patches, *head)
+    scores = policy.head_scores(seen.patches, head.weights, head.bias)
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
 
 def test_the_head_learns_which_images_need_more(seen, embedding):
     head = trained_head(seen, embedding, SHARES, 0.6, 0.0)
-    budget = policy.by_price(policy.head_scores(seen.patches, *head), SHARES, 0.0)
+    budget = policy.by_price(
+        policy.head_scores(seen.patches, head.weights, head.bias), head.shares, head.price
+    )
     needed = (~seen.right[0]).astype(np.int64)
     assert 0.2 < needed.mean() < 0.5
     assert (budget == needed).mean() > 0.97
