@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.models.clip4clip_recipes import ClipSizes
+from tome_export.models.recipe import ClipSizes
 
 
 class QuickGELU(nn.Module):

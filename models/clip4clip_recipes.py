@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import FrameMerging, VideoOptions
 from tome_export.models.loading import FileLoader, filled
-from tome_export.models.recipe import CLIP_NORM, Geometry, LoadedModel, Recipe
+from tome_export.models.recipe import CLIP_NORM, ClipSizes, Geometry, LoadedModel, Recipe
 from tome_export.spec import VIDEO_FEATURES, Preprocessing
 from tome_export.weights.files import read_state, stored_dtype
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     State = dict[str, Tensor]
-
-HEAD_WIDTH = 64
-"""Width of one attention head in every CLIP ViT; its public code counts the heads by it."""
 
 FRAMES = 12
 """Frames that the public training code of CLIP4Clip and TempMe samples on MSR-VTT."""
@@ -61,40 +58,6 @@ _HF_PARTS = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-
-
-@dataclass(frozen=True)
-class ClipSizes:
-    """Sizes of a CLIP image tower.
-
-    Attributes:
-        width: Of a token.
-        depth: Number of blocks.
-        patch: Side of a patch in pixels.
-        image: Side of a frame in pixels.
-        features: Width of the output.
-    """
-
-    width: int = 768
-    depth: int = 12
-    patch: int = 32
-    image: int = 224
-    features: int = 512
-
-    @property
-    def side(self) -> int:
-        """Patches along one side of a frame."""
-        return self.image // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one frame: its patches and the class token."""
-        return self.side**2 + 1
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a block."""
-        return max(1, self.width // HEAD_WIDTH)
 
 
 def tower_state(state: State, path: Path) -> State:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tome_export.models.clip4clip import ClipBlock, ClipFrames, frame_positions
-from tome_export.models.clip4clip_recipes import HEAD_WIDTH, ClipSizes
+from tome_export.models.recipe import HEAD_WIDTH, ClipSizes
 
 PROMPTS = 4
 """Prompts of each frame, and global ones: the public code's default for both."""

@@ -10,7 +10,7 @@ from towers import live
 
 from tome_export.merge.schedule import FrameMerging, Schedule
 from tome_export.models.clip4clip import Clip4ClipTower
-from tome_export.models.clip4clip_recipes import ClipSizes
+from tome_export.models.recipe import ClipSizes
 from tome_export.models.stop import StopTower
 
 FRAMES, DEPTH = 8, 4

@@ -65,6 +65,31 @@ def test_only_the_image_tower_is_taken(tmp_path, name):
     assert torch.allclose(output, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_the_text_towers_shards_are_not_opened(tmp_path, family):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 4}
+    config = getattr(transformers, f"{family}Config")(vision_config=vision)
+    model = getattr(transformers, f"{family}VisionModel")(config.vision_config)
+    config.save_pretrained(tmp_path)
+    front = "" if next(iter(model.state_dict())).startswith("vision_model.") else "vision_model."
+    state = {f"{front}{key}": value for key, value in model.state_dict().items()}
+    if family == "CLIP":
+        state["visual_projection.weight"] = torch.ones(512, 32)
+    save_file(state, tmp_path / "image.safetensors")
+    (tmp_path / "text.safetensors").write_bytes(b"no file of tensors")
+    text = dict.fromkeys(("text_model.x", "text_projection.weight", "logit_scale"), "text")
+    shards = {**dict.fromkeys(state, "image"), **text}
+    index = {"weight_map": {key: f"{file}.safetensors" for key, file in shards.items()}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = resolve(f"hf:{tmp_path}").load()
+    assert loaded.weights.source == f"{tmp_path.name}/image.safetensors"
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = loaded.module(images).last_hidden_state
+        assert torch.equal(found, model.eval()(images).last_hidden_state)
+
+
 @pytest.mark.parametrize("kind", ["ViT", "DINOv2, SwiGLU", "CLIP"])
 def test_random_weights_follow_the_seed_and_depth(tmp_path, kind):
     saved(tmp_path, kind)

@@ -149,6 +149,18 @@ def test_shards_of_the_language_model_need_not_be_there(make_llava, tmp_path, su
     )
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_of_the_language_model_are_not_opened(make_llava, tmp_path, suffix):
+    whole = make_llava(tmp_path)
+    shard(tmp_path, suffix)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    (tmp_path / f"{stem}-00003-of-00003.{suffix}").write_bytes(b"no file of tensors")
+    assert torch.equal(output(recipe_of(tmp_path).load().module), hidden_state(whole, -2)[:, 1:])
+    (tmp_path / f"{stem}-00001-of-00003.{suffix}").write_bytes(b"no file of tensors")
+    with pytest.raises(InputError, match=rf"^weights file .*{stem}-00001-of-00003\.{suffix} "):
+        recipe_of(tmp_path).load()
+
+
 def test_the_language_model_is_not_read(make_llava, tmp_path, monkeypatch):
     import safetensors
 

@@ -12,7 +12,7 @@ from video_towers import MERGING, clip4clip, groups, schedule, videos
 from tome_export.errors import InputError
 from tome_export.merge.ops import merge
 from tome_export.merge.schedule import FrameMerging, Schedule
-from tome_export.models.clip4clip_recipes import ClipSizes
+from tome_export.models.recipe import ClipSizes
 from tome_export.patch import patch
 from tome_export.patch.clips import joined, joined_places
 from tome_export.reducers import reducer_class
