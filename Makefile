@@ -28,11 +28,17 @@ $(VENV)/onnxruntime-gpu: scripts/thin_onnxruntime_gpu.py $(VENV)/installed
 	  echo "No onnxruntime-gpu for this machine: the test that loads it is skipped"
 	touch $@
 
+# TensorRT-RTX's plugin provider for ONNX Runtime, for the tests that register it: of no use without an RTX GPU.
+$(VENV)/ort-rtx: $(VENV)/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/share/tome-export/ort-rtx \
+	  onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0 || echo "No TensorRT-RTX provider for this machine: its tests are skipped"
+	touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/tome-export build vit_digits --r 8 --fp16 --force --output $(OUT)
 	$(BIN)/tome-export check $(OUT)
 
-test: $(VENV)/installed $(VENV)/onnxruntime-gpu
+test: $(VENV)/installed $(VENV)/onnxruntime-gpu $(VENV)/ort-rtx
 	# One thread each: workers that share two cores wait for each other at every barrier. Three, for
 	# a quarter of the time a test waits for a server or a process of its own.
 	# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.

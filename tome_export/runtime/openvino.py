@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +61,7 @@ class OpenVino(Backend):
                 core = openvino.Core()
                 compiled = core.compile_model(core.read_model(loadable), "CPU", settings)
             except RuntimeError as error:
-                raise ExportError(
-                    f"openvino {openvino.__version__} cannot load the model: {_line(error)}"
-                ) from error
+                raise ExportError(_refusal(openvino.__version__, error)) from error
             del graph, loadable
             yield _OpenVinoRunner(compiled)
 
@@ -89,6 +88,17 @@ class _OpenVinoRunner:
         except RuntimeError as error:
             raise ExportError(f"openvino failed to run the model: {_line(error)}") from error
         return {name: value for port, value in results.items() for name in port.get_names()}
+
+
+def _refusal(version: str, error: Exception) -> str:
+    who = f"openvino {version.partition('-')[0]}"
+    unknown = re.search(r"No conversion rule found for operations: ([^\n]+)", str(error))
+    if unknown is None:
+        return f"{who} cannot load the model: {_line(error)}"
+    return (
+        f"{who} has no operators {unknown[1]}; build the artifact with --merge-op matmul, which has "
+        "standard ones"
+    )
 
 
 def _line(error: Exception) -> str:

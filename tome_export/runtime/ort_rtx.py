@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def devices() -> list[Any]:
     import onnxruntime
 
     package: Any = importlib.import_module(PACKAGE)
-    version, name = metadata.version(f"{DISTRIBUTION}-cu13"), package.get_ep_name()
+    version, name = package.__version__, package.get_ep_name()
     try:
         for library in Path(package.__file__).parent.glob("libcudart.so.*"):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
