@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -91,21 +92,29 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str =
         rows: Cells, shown with ``str``.
         sides: ``l`` or ``r`` per column; all to the right, as for numbers, where it is empty.
     """
-    cells = [list(map(str, row)) for row in (headers, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if side == "l" else cell.rjust(width)
-            for cell, width, side in zip(row, widths, sides or "r" * len(widths), strict=True)
-        ).rstrip()
-        for row in cells
-    ]
+    return _aligned([headers, *rows], sides or "r" * len(headers))
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Lines of ``name  value``, values aligned."""
-    width = max(len(name) for name, _ in pairs)
-    return [f"{name.ljust(width)}  {value}".rstrip() for name, value in pairs]
+    return _aligned(pairs, "ll")
+
+
+def _aligned(rows: Sequence[Sequence[object]], sides: str) -> list[str]:
+    """The same text on a terminal and in a pipe: a table is as wide as it is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for side in sides:
+        grid.add_column(justify="left" if side == "l" else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(file=io.StringIO(), width=1 << 16, color_system=None)
+    with console.capture() as shown:
+        console.print(grid)
+    return [line.rstrip() for line in shown.get().split("\n")[:-1]]
 
 
 def macs(count: float) -> str:
