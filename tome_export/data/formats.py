@@ -359,7 +359,7 @@ def _image_column(features: Any, expected: str, path: Path) -> str:
             f"{path} has the columns {', '.join(features)}; expected {expected or 'image'!r} and "
             f"{LABELS[0]!r}"
         )
-    return images[0]
+    return str(images[0])
 
 
 def _labels(

@@ -11,12 +11,6 @@ from tome_export.errors import InputError
 from tome_export.merge import spec
 from tome_export.onnx.functions import keys_attributes
 
-_DTYPES = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
-
 
 class MatchShape(NamedTuple):
     """What one layer hands to TomeMatch.
@@ -68,7 +62,7 @@ def merging_of(model: onnx.ModelProto) -> Merging:
         if name not in values:
             raise InputError(f"the model has no shape for {name!r}; rebuild the artifact")
         tensor = values[name].type.tensor_type
-        dtype = _DTYPES.get(tensor.elem_type, onnx.TensorProto.DataType.Name(tensor.elem_type))
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
         return dtype, [dim.dim_value for dim in tensor.shape.dim]
 
     matches, merges = [], []

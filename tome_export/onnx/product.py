@@ -155,6 +155,7 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     graph.node.extend(reversed(kept))
     made = read.union(*(node.output for node in kept))
     for part in (graph.initializer, graph.value_info):
-        unread = [index for index, item in enumerate(part) if item.name not in made]
-        for index in reversed(unread):
-            del part[index]
+        names = [item.name for item in part]
+        for index in reversed(range(len(names))):
+            if names[index] not in made:
+                del part[index]

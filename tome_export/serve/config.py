@@ -307,7 +307,7 @@ def model_config(
 
 def config_text(config: ModelConfig) -> str:
     """The content of ``config.pbtxt``."""
-    from google.protobuf import text_format  # type: ignore[import-untyped]
+    from google.protobuf import text_format
 
     return HEADER + str(text_format.MessageToString(config, as_utf8=True))
 
