@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from tome_export import display
-from tome_export.artifact.files import json_bytes
 from tome_export.display import size
 
 __all__ = ["Terminal", "beside_the_error", "fields", "macs", "number", "percent", "size", "table"]
@@ -44,6 +43,8 @@ class Terminal:
         if not self.json:
             _write(sys.stdout, "\n".join(lines) + "\n")
             return
+        from tome_export.artifact.files import json_bytes  # and pydantic
+
         plain = json.loads(json.dumps(values, default=lambda part: part.model_dump(mode="json")))
         text = json_bytes(plain).decode()
         _write(sys.stdout, text if _takes(sys.stdout, text) else json.dumps(plain, indent=2) + "\n")
