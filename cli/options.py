@@ -19,7 +19,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _SHIFT = {"m": 20, "g": 30}
 
 
-class Batch(click.ParamType):
+class Batch(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """``MIN:OPT:MAX`` or one number."""
 
     name = "MIN:OPT:MAX"
@@ -29,7 +29,7 @@ class Batch(click.ParamType):
         return value if isinstance(value, BatchRange) else BatchRange.parse(value)
 
 
-class Memory(click.ParamType):
+class Memory(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A size with its unit, such as ``512MiB`` or ``4GiB``, to bytes."""
 
     name = "SIZE"

@@ -119,10 +119,11 @@ def _video(given: dict[str, Any]) -> VideoOptions:
         return VideoOptions(given["frames"])
     published = FrameMerging()
     usual = (published.layers, published.frames, published.proportions)
-    lists = [
+    layers, frames, proportions = (
         text or ",".join(map(str, own)) for text, own in zip(texts.values(), usual, strict=True)
-    ]
-    return VideoOptions(given["frames"], FrameMerging.parse(*lists, position is not False))
+    )
+    merging = FrameMerging.parse(layers, frames, proportions, position is not False)
+    return VideoOptions(given["frames"], merging)
 
 
 def _schedule_file(text: str | None) -> Path | None:
