@@ -21,7 +21,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.models.recipe import DATA
 from tome_export.models.samples import digits_test
 from tome_export.pipeline.cascade import CascadeRequest, cascade, members_of
-from tome_export.pipeline.cascade_serve import serve_cascade
+from tome_export.pipeline.cascade_serve import CascadeServing
 from tome_export.progress import Silent
 from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
@@ -268,12 +268,11 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
     theirs = tmp_path / "repository" / NAME / "config.pbtxt"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    request = request_of(digit_members, tmp_path)
-    members = members_of(request.artifacts)
+    members = members_of(request_of(digit_members, tmp_path).artifacts)
     costs = Costs(tuple(one.manifest.macs.merged for one in members), 0)
     settings = ConfidencePolicy(measure="max", thresholds=(0.5, 0.5))
     with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
-        serve_cascade(request, members, costs, settings, Silent())
+        CascadeServing(tmp_path / "repository", members).serve(costs, settings, Silent())
     assert kept(tmp_path) == {theirs: b"mine"}
 
 

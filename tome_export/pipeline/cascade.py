@@ -49,7 +49,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.metrics import CONFIDENCE, METHODS, paired_difference, share_of
 from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.pipeline.cascade_images import ObservationSpec, ObservedImages, observed
-from tome_export.pipeline.cascade_serve import check_served, serve_cascade
+from tome_export.pipeline.cascade_serve import CascadeServing
 from tome_export.pipeline.eval import EvalRequest, classes_of, source_of
 from tome_export.pipeline.inputs import refuse_extra_inputs
 from tome_export.progress import Progress, Silent
@@ -158,8 +158,12 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     _check(request)
     progress.stage("Verify the artifacts")
     members = members_of(request.artifacts)
+    serving = None
     if request.repository is not None:
-        check_served(request, members)
+        serving = CascadeServing(
+            request.repository, members, request.name, request.preprocess, request.force
+        )
+        serving.check()
     embedding = _embedding(members[-1]) if request.policy == "learned" else None
     costs = Costs(
         tuple(one.manifest.macs.merged for one in members),
@@ -172,8 +176,8 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     progress.stage(f"Calibrate on {len(images.calibration)} images")
     found = _calibrated(request, members, costs, images, embedding)
     document = found.document(request)
-    if request.repository is not None:
-        served = serve_cascade(request, members, costs, found.chosen.policy, progress)
+    if serving is not None:
+        served = serving.serve(costs, found.chosen.policy, progress)
         document = document.model_copy(update={"served": served})
     # The page first: where the result is, its page is too.
     page = render_cascade(document).encode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import Policy, ServedCascade
@@ -20,78 +21,83 @@ from tome_export.serve.repository import (
 )
 from tome_export.serve.source import check_free_name, plain_name, source_from_artifact
 
-if TYPE_CHECKING:
-    from tome_export.pipeline.cascade import CascadeRequest
 
+@dataclass(frozen=True)
+class CascadeServing:
+    """Where a cascade is to be served, and how.
 
-def check_served(request: CascadeRequest, members: Sequence[Artifact]) -> None:
-    """Find out before the calibration whether its result can be served.
-
-    Raises:
-        UsageError: if the name is none that a user may choose.
-        InputError: if the repository is no place for one, a folder of its name is not ours or
-            holds another calibration and is not to be replaced.
-        MissingComponentError: if the server's schema is not installed.
+    Attributes:
+        repository: The model repository.
+        members: Artifacts, the one of the fewest MACs first.
+        name: What the names of the models begin with; None for the model's.
+        preprocess: Write also a pipeline that takes encoded images.
+        force: Replace existing models.
     """
-    check_packages()
-    assert request.repository is not None  # noqa: S101 (asked for by the caller)
-    repository = check_repository(request.repository)
-    if request.name is not None:
-        check_free_name(request.name)
-    model = repository / _name(request, members)
-    for end in ("", "_preprocess", "_postprocess", "_pipeline") if request.preprocess else ("",):
-        folder = model.with_name(f"{model.name}{end}")
-        if folder.exists():
-            check_ours(folder)
-    if versions_of(model) and not request.force:
-        raise cascade_there(model)
-    for one in members:
-        source_from_artifact(one)
 
+    repository: Path
+    members: tuple[Artifact, ...]
+    name: str | None = None
+    preprocess: bool = False
+    force: bool = False
 
-def serve_cascade(
-    request: CascadeRequest,
-    members: Sequence[Artifact],
-    costs: Costs,
-    policy: Policy,
-    progress: Progress,
-) -> ServedCascade:
-    """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
+    @property
+    def model(self) -> str:
+        """Name of the model that asks the members."""
+        from tome_export.serve.cascades import CASCADE
 
-    Raises:
-        InputError: if the repository cannot take them.
-    """
-    from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
+        base = self.name or plain_name(self.members[-1].manifest.model.name)
+        return f"{base}{CASCADE}"
 
-    assert request.repository is not None  # noqa: S101 (asked for by the caller)
+    def check(self) -> None:
+        """Find out before the calibration whether its result can be served.
 
-    def cascade_of(folders: Sequence[ModelFolder]) -> list[ModelFolder]:
-        asked = [
-            Member(folder.name, count, folder.config)
-            for folder, count in zip(folders, costs.members, strict=True)
-        ]
-        settings = policy.model_dump(mode="json")
-        name = _name(request, members)
-        made = cascade_folder(name, asked, settings, costs.policy, ServeOptions())
-        if not request.preprocess:
-            return [made]
-        return [made, *cascade_pipeline_folders(members[-1], made, ServeOptions())]
+        Raises:
+            UsageError: if the name is none that a user may choose.
+            InputError: if the repository is no place for one, a folder of its name is not ours or
+                holds another calibration and is not to be replaced.
+            MissingComponentError: if the server's schema is not installed.
+        """
+        check_packages()
+        repository = check_repository(self.repository)
+        if self.name is not None:
+            check_free_name(self.name)
+        model = repository / self.model
+        for end in ("", "_preprocess", "_postprocess", "_pipeline") if self.preprocess else ("",):
+            folder = model.with_name(f"{model.name}{end}")
+            if folder.exists():
+                check_ours(folder)
+        if versions_of(model) and not self.force:
+            raise cascade_there(model)
+        for one in self.members:
+            source_from_artifact(one)
 
-    paths = tuple(one.path for one in members)
-    options = ServeOptions(name=request.name)
-    asking = ServeRequest(paths, request.repository, options, force=request.force)
-    done = serve(asking, progress, cascade_of)
-    names = [model.name for model in done.models]
-    first = names.index(_name(request, members))
-    asked = (name for name in names[:first] if not name.endswith(ROUTER))
-    models = (*asked, *names[first:])
-    return ServedCascade(
-        repository=str(done.repository), models=models, entry=models[-1], notes=done.notes
-    )
+    def serve(self, costs: Costs, policy: Policy, progress: Progress) -> ServedCascade:
+        """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
+        Raises:
+            InputError: if the repository cannot take them.
+        """
+        from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
 
-def _name(request: CascadeRequest, members: Sequence[Artifact]) -> str:
-    from tome_export.serve.cascades import CASCADE
+        def cascade_of(folders: Sequence[ModelFolder]) -> list[ModelFolder]:
+            asked = [
+                Member(folder.name, count, folder.config)
+                for folder, count in zip(folders, costs.members, strict=True)
+            ]
+            settings = policy.model_dump(mode="json")
+            made = cascade_folder(self.model, asked, settings, costs.policy, ServeOptions())
+            if not self.preprocess:
+                return [made]
+            return [made, *cascade_pipeline_folders(self.members[-1], made, ServeOptions())]
 
-    base = request.name or plain_name(members[-1].manifest.model.name)
-    return f"{base}{CASCADE}"
+        paths = tuple(one.path for one in self.members)
+        options = ServeOptions(name=self.name)
+        asking = ServeRequest(paths, self.repository, options, force=self.force)
+        done = serve(asking, progress, cascade_of)
+        names = [model.name for model in done.models]
+        first = names.index(self.model)
+        asked = (name for name in names[:first] if not name.endswith(ROUTER))
+        models = (*asked, *names[first:])
+        return ServedCascade(
+            repository=str(done.repository), models=models, entry=models[-1], notes=done.notes
+        )
