@@ -23,9 +23,14 @@ from tome_export.models.samples import digits_test
 from tome_export.pipeline.cascade import CascadeRequest, cascade, members_of
 from tome_export.pipeline.cascade_serve import CascadeServing
 from tome_export.progress import Silent
-from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
+from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
-from tome_export.serve.config import ServeOptions, config_from_text, folder_from_source
+from tome_export.serve.config import (
+    ModelFolder,
+    ServeOptions,
+    config_from_text,
+    folder_from_source,
+)
 from tome_export.serve.python_models import cascade as served_model
 from tome_export.serve.repository import write
 from tome_export.serve.server import start
@@ -310,10 +315,9 @@ def test_the_copy_beside_the_model_is_the_calibrations_own_file(calibrated):
 
 @pytest.fixture
 def member(make_artifact):
-    def make(model, macs, **changes):
+    def make(model, **changes):
         artifact = Artifact.open(make_artifact(**changes))
-        config = folder_from_source(source_from_artifact(artifact), model, ServeOptions()).config
-        return Member(model, macs, config), artifact
+        return folder_from_source(source_from_artifact(artifact), model, ServeOptions()), artifact
 
     return make
 
@@ -322,9 +326,9 @@ SETTINGS = {"policy": "confidence", "measure": "max", "thresholds": [0.5]}
 
 
 def test_the_folder_of_a_cascade_is_valid(member):
-    (low, artifact), (high, _) = member("low", 3), member("high", 8, batch="1:2:4")
+    (low, artifact), (high, _) = member("low"), member("high", batch="1:2:4")
     options = ServeOptions()
-    folder = cascade_folder("x_cascade", [low, high], SETTINGS, 2, options)
+    folder = cascade_folder("x_cascade", [low, high], [3, 8], SETTINGS, 2, options)
     assert {*folder.files} == {"1/model.py", "1/cascade.json", "1/policy.py"}
     assert folder.config.max_batch_size == 4
     assert [t.name for t in folder.config.output] == ["logits", "budget", "macs"]
@@ -345,8 +349,8 @@ def test_the_folder_of_a_cascade_is_valid(member):
 
 @pytest.mark.usefixtures("installation")
 def test_a_member_that_fails_many_requests_at_once_leaves_the_server(member, by_hand, tmp_path):
-    asked = [member(name, macs)[0] for name, macs in (("low", 3), ("high", 8))]
-    folder = cascade_folder("x_cascade", asked, SETTINGS, 2, ServeOptions())
+    asked = [member(name)[0] for name in ("low", "high")]
+    folder = cascade_folder("x_cascade", asked, [3, 8], SETTINGS, 2, ServeOptions())
     folder.config.instance_group[0].count = 1
     folder.config.dynamic_batching.max_queue_delay_microseconds = 200_000
     repository = tmp_path / "repository"
@@ -367,9 +371,10 @@ def test_a_member_that_fails_many_requests_at_once_leaves_the_server(member, by_
 
 
 def test_a_repository_keeps_other_thresholds(member, tmp_path):
-    asked = [member("low", 3)[0], member("high", 8)[0]]
+    asked = [member(name)[0] for name in ("low", "high")]
+    options = ServeOptions()
     first, other = (
-        cascade_folder("x_cascade", asked, {**SETTINGS, "thresholds": [one]}, 0, ServeOptions())
+        cascade_folder("x_cascade", asked, [3, 8], {**SETTINGS, "thresholds": [one]}, 0, options)
         for one in (0.5, 0.9)
     )
     assert write(tmp_path, [first])[0].status == "written"
@@ -382,11 +387,11 @@ def test_a_repository_keeps_other_thresholds(member, tmp_path):
 
 
 def test_members_that_make_no_cascade(member):
-    low, _ = member("low", 3)
+    low, _ = member("low")
     text = str(low.config).replace('name: "logits"', 'name: "features"')
-    other = Member("other", 8, config_from_text(text, "other"))
+    other = ModelFolder("other", config_from_text(text, "other"))
     with pytest.raises(InputError, match="models low and other have different inputs or outputs"):
-        cascade_folder("x", [low, other], SETTINGS, 0, ServeOptions())
+        cascade_folder("x", [low, other], [3, 8], SETTINGS, 0, ServeOptions())
 
 
 def test_the_end_of_the_name_is_reserved():

@@ -77,18 +77,16 @@ class CascadeServing:
         Raises:
             InputError: if the repository cannot take them.
         """
-        from tome_export.serve.cascades import Member, cascade_folder, cascade_pipeline_folders
+        from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
 
         def cascade_of(folders: Sequence[ModelFolder]) -> list[ModelFolder]:
-            asked = [
-                Member(folder.name, count, folder.config)
-                for folder, count in zip(folders, costs.members, strict=True)
-            ]
-            settings = policy.model_dump(mode="json")
-            made = cascade_folder(self.model, asked, settings, costs.policy, ServeOptions())
+            settings, options = policy.model_dump(mode="json"), ServeOptions()
+            made = cascade_folder(
+                self.model, folders, costs.members, settings, costs.policy, options
+            )
             if not self.preprocess:
                 return [made]
-            return [made, *cascade_pipeline_folders(self.members[-1], made, ServeOptions())]
+            return [made, *cascade_pipeline_folders(self.members[-1], made, options)]
 
         paths = tuple(one.path for one in self.members)
         options = ServeOptions(name=self.name)

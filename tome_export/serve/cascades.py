@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,6 @@ from tome_export.serve.routers import ROUTER_INSTANCES
 from tome_export.spec import BatchRange
 
 if TYPE_CHECKING:
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
     from tome_export.artifact import Artifact
 
 CASCADE = "_cascade"
@@ -35,24 +32,10 @@ OUTPUTS = (("budget", "int32"), ("macs", "int64"))
 """What a cascade gives besides the models' outputs, each ``[B, 1]``."""
 
 
-@dataclass(frozen=True)
-class Member:
-    """A model of a cascade.
-
-    Attributes:
-        model: Its name on the server.
-        macs: Per image.
-        config: Its own config.
-    """
-
-    model: str
-    macs: int
-    config: ModelConfig
-
-
 def cascade_folder(
     name: str,
-    members: Sequence[Member],
+    members: Sequence[ModelFolder],
+    macs: Sequence[int],
     settings: Mapping[str, Any],
     policy_macs: int,
     options: ServeOptions,
@@ -62,6 +45,7 @@ def cascade_folder(
     Args:
         name: On the server.
         members: By MACs ascending; two or more, of the same inputs and outputs.
+        macs: Of each per image.
         settings: The calibrated policy.
         policy_macs: What the policy itself takes per image.
         options: Instances.
@@ -73,7 +57,7 @@ def cascade_folder(
     for member in members:
         if interface_of(member.config) != interface_of(first.config):
             raise InputError(
-                f"models {first.model} and {member.model} have different inputs or outputs; a "
+                f"models {first.name} and {member.name} have different inputs or outputs; a "
                 "cascade needs artifacts of one model"
             )
     config = python_config(name, min(one.config.max_batch_size for one in members), options)
@@ -82,7 +66,7 @@ def cascade_folder(
     take_interface(config, first.config)
     for tensor, kind in OUTPUTS:
         add_tensor(config.output, tensor, kind, [1])
-    listed = [{"model": member.model, "macs": member.macs} for member in members]
+    listed = [{"model": m.name, "macs": n} for m, n in zip(members, macs, strict=True)]
     content = {**settings, "policy_macs": policy_macs, "members": listed}
     folder = python_folder(config, "cascade", CASCADE_SETTINGS, content, options)
     files = {**folder.files, f"{options.folder}/policy.py": Path(policy.__file__)}
