@@ -13,7 +13,7 @@ import pytest
 
 from tome_export.data.find import expand, find_data, shared_path
 from tome_export.data.labels import Classes
-from tome_export.data.source import Places, Source, printable, samples_source
+from tome_export.data.source import Listing, printable, samples_source
 from tome_export.errors import InputError, UsageError
 
 spec = importlib.util.spec_from_file_location(
@@ -57,10 +57,10 @@ def test_what_two_lists_share(tmp_path):
 
 def test_names_are_kept_whatever_they_are():
     given = ["a/b.png", "ä ö.png", "\udcff.png", "x" * 300]
-    places = Places()
+    listing = Listing("folder", "x", [Path("/x")])
     for name in given:
-        places.add(name)
-    source = Source("folder", "x", "", None, (Path("/x"),), places=places.dataset())
+        listing.add(name)
+    source = listing.source()
     assert [item.path for item in source.items(range(4))] == [f"/x/{name}" for name in given]
 
 

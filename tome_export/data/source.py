@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -162,32 +162,52 @@ class Source:
         return Item(shown, self.kind, str(root), start, size, self.column)
 
 
-class Places:
-    """Where images are, put together one by one; names in any bytes that files can have."""
+class Listing:
+    """A ``Source`` that is put together image by image.
 
-    def __init__(self) -> None:
-        self.names: list[bytes] = []
-        self._numbers: tuple[list[int], ...] = ([], [], [])
+    Attributes:
+        labels: Class of each image; empty where there are none.
+        notes: As of ``Source``.
+        column: As of ``Source``.
+    """
 
-    def add(self, name: str, file: int = 0, start: int = 0, size: int = 0) -> None:
-        """Add an image; see ``Item``."""
-        self.names.append(os.fsencode(name))
-        for column, value in zip(self._numbers, (file, start, size), strict=True):
-            column.append(value)
+    def __init__(self, kind: Kind, text: str, paths: Sequence[Path]) -> None:
+        self.labels: list[int] = []
+        self.notes: list[str] = []
+        self.column = ""
+        self._kind: Kind = kind
+        self._text = text
+        self._roots = tuple(path.absolute() for path in paths)
+        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._digest = hashlib.sha256()
+        for path in self._roots if kind != "folder" else ():
+            self._digest.update(os.fsencode(f"{path}\0{stamp(path)}\0"))
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._rows)
 
-    def dataset(self) -> Dataset:
-        """The table for a ``Source``, in memory."""
+    def add(self, name: str, file: int = 0, start: int = 0, size: int = 0, mark: str = "") -> None:
+        """Add an image; see ``Item``. ``mark`` is the ``stamp`` of one that is a file."""
+        self._rows.append((os.fsencode(name), file, start, size))
+        if mark:
+            self._digest.update(os.fsencode(f"{name}\0{mark}\0"))
+
+    def source(self) -> Source:
+        """The finished listing."""
         # Nothing is looked up anywhere; should the library want to, it is told not to.
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         from datasets import Dataset, Features, Value
 
         kinds = {"name": "binary", "file": "int32", "start": "int64", "size": "int64"}
-        columns = zip(kinds, (self.names, *self._numbers), strict=True)
+        columns = dict(zip(kinds, zip(*self._rows, strict=True), strict=True))
         features = Features({name: Value(kind) for name, kind in kinds.items()})
-        return Dataset.from_dict(dict(columns), features=features)
+        places = Dataset.from_dict(columns, features=features)
+        labels = np.asarray(self.labels, dtype=np.int32) if self.labels else None
+        digest = self._digest.hexdigest()
+        return Source(
+            self._kind, self._text, digest, labels, self._roots, tuple(self.notes), places,
+            self.column,
+        )  # fmt: skip
 
 
 def samples_source(pixels: Pixels, labels: Labels | None) -> Source:
@@ -203,10 +223,10 @@ def samples_source(pixels: Pixels, labels: Labels | None) -> Source:
     return Source("samples", "samples", digest.hexdigest(), labels, pixels=pixels)
 
 
-def stamp(path: str | Path | os.DirEntry[str]) -> str:
+def stamp(path: Path) -> str:
     """Size and time of change of a file, for the digest of a listing."""
-    found: Any = path.stat() if isinstance(path, os.DirEntry) else Path(path).stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def selection(count: int, limit: int | None) -> NDArray[np.int64]:
