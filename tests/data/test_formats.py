@@ -13,7 +13,7 @@ import pytest
 
 from tome_export.data.find import expand, find_data, shared_path
 from tome_export.data.labels import Classes
-from tome_export.data.source import Listing, printable, samples_source
+from tome_export.data.source import Source, printable, samples_source
 from tome_export.errors import InputError, UsageError
 
 spec = importlib.util.spec_from_file_location(
@@ -57,10 +57,9 @@ def test_what_two_lists_share(tmp_path):
 
 def test_names_are_kept_whatever_they_are():
     given = ["a/b.png", "ä ö.png", "\udcff.png", "x" * 300]
-    listing = Listing("folder", "x", [Path("/x")])
+    source = Source("folder", "x", [Path("/x")])
     for name in given:
-        listing.add(name)
-    source = listing.source()
+        source.add(name)
     assert [item.path for item in source.items(range(4))] == [f"/x/{name}" for name in given]
 
 
@@ -74,7 +73,7 @@ def test_class_folders_are_numbered_as_by_torchvision(tmp_path):
     found = dict(zip(names_of(source), source.labels.tolist(), strict=True))
     assert found == expected
     assert source.kind == "folder"
-    assert source.notes == ("5 class folders for 5 outputs, matched in sorted order",)
+    assert tuple(source.notes) == ("5 class folders for 5 outputs, matched in sorted order",)
     assert contents(source)[0] == png(0)
 
 
@@ -82,7 +81,7 @@ def test_class_folders_by_the_models_names(tmp_path, named):
     layouts.write_tree(tmp_path, ["owl/a.png", "cat/b.png"])
     source = listed(tmp_path, named)
     assert source.labels.tolist() == [0, 3]  # in sorted order they would be 0 and 1
-    assert source.notes == ("2 class folders for 5 outputs, matched by name",)
+    assert tuple(source.notes) == ("2 class folders for 5 outputs, matched by name",)
 
 
 def test_too_many_class_folders(tmp_path):
@@ -280,7 +279,7 @@ def test_tar_that_is_cut_short_goes_as_far_as_it_is(tmp_path, ten):
         source = listed(tmp_path / "s.tar", ten)
         counts.add(len(source))
         assert source.labels is None or len(source.labels) == len(source)
-        assert source.notes == (
+        assert tuple(source.notes) == (
             f"{tmp_path / 's.tar'} is cut short after {len(source)} images; copy it again",
         )
     assert max(counts) >= 4
@@ -346,7 +345,9 @@ def test_labels_apart_from_their_images_are_said_to_be_unused(tmp_path, ten):
     members = [("0.png", png(0)), ("1.png", png(1)), ("0.cls", b"0"), ("2.cls", b"1")]
     source = listed(layouts.write_tar(tmp_path / "s.tar", [*members]), ten)
     assert source.labels is None
-    assert source.notes == ("2 labels have no image beside them in the shard and are not used",)
+    assert tuple(source.notes) == (
+        "2 labels have no image beside them in the shard and are not used",
+    )
 
 
 def test_what_macos_adds_is_left_out(tmp_path, ten):
@@ -429,7 +430,7 @@ def test_parquet_whose_classes_are_in_another_order(tmp_path):
     path = write_dataset(tmp_path / "a.parquet", [png(0), png(1)], [0, 2], ["owl", "dog", "cat"])
     source = listed(path, classes)
     assert source.labels.tolist() == [2, 0]
-    assert source.notes == ("3 classes, matched by name",)
+    assert tuple(source.notes) == ("3 classes, matched by name",)
     # A model without names can only be told numbers.
     assert listed(path, Classes(3)).labels.tolist() == [0, 2]
 

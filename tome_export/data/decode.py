@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -54,16 +54,18 @@ class Decoded:
 
 def decode_task(task: Task, decode: Decode) -> Decoded:
     """Read and preprocess the images of one chunk; what cannot be read is told, not raised."""
-    pixels: list[Pixels] = []
-    unreadable: list[tuple[int, str, str]] = []
-    for position, item in enumerate(task.items):
-        found = pixels_or_reason(item, decode)
-        if isinstance(found, str):
-            unreadable.append((position, item.name, found))
-        else:
-            pixels.append(found)
+    return _joined(task, [pixels_or_reason(item, decode) for item in task.items])
+
+
+def _joined(task: Task, found: Sequence[Pixels | str]) -> Decoded:
+    pixels = [one for one in found if not isinstance(one, str)]
     array = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 1), np.float32)
-    return Decoded(task.chunk, array, tuple(unreadable))
+    unreadable = tuple(
+        (position, item.name, reason)
+        for position, (item, reason) in enumerate(zip(task.items, found, strict=True))
+        if isinstance(reason, str)
+    )
+    return Decoded(task.chunk, array, unreadable)
 
 
 def pixels_or_reason(item: Item, decode: Decode) -> Pixels | str:
@@ -157,14 +159,10 @@ class _Pool:
             return single.submit(_work, task).result()
         if len(task.items) == 1:
             self._require_processes()
-            item = task.items[0]
-            empty = np.zeros((0, 1, 1, 1), np.float32)
-            return Decoded(task.chunk, empty, ((0, item.name, DIED),))
+            return _joined(task, [DIED])
         parts = [self._apart(replace(task, items=(item,))) for item in task.items]
-        good = [part.pixels for part in parts if len(part.pixels)]
-        bad = [(i, *p.unreadable[0][1:]) for i, p in enumerate(parts) if p.unreadable]
-        pixels = np.concatenate(good) if good else np.zeros((0, 1, 1, 1), np.float32)
-        return Decoded(task.chunk, pixels, tuple(bad))
+        found = [one.unreadable[0][2] if one.unreadable else one.pixels[0] for one in parts]
+        return _joined(task, found)
 
     def _require_processes(self) -> None:
         """Tell images that kill a process from a machine on which none can be started."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_export.data.labels import Classes, LabelFile, class_folders, numbered_classes
-from tome_export.data.source import Listing, Source, printable, stamp
+from tome_export.data.source import Source, printable, stamp
 from tome_export.errors import InputError
 
 MAX_LABEL_BYTES = 1 << 20
@@ -36,7 +36,7 @@ def folder_source(
 ) -> Source:
     """The images of a folder, by class sub-folder, flat, or labelled by a file; see ``find``."""
     root = folder.absolute()
-    listing = Listing("folder", printable(str(folder)), [root])
+    source = Source("folder", printable(str(folder)), [root])
     tops: list[str] = []
     names: list[str] = []
     for below, folders, files in _walked(root):
@@ -48,15 +48,15 @@ def folder_source(
                 except OSError:  # a link that leads nowhere: unreadable, but listed
                     mark = "missing"
                 names.append(f"{below}{name}")
-                listing.add(names[-1], mark=mark)
+                source.add(names[-1], mark=mark)
     flat = any("/" not in name for name in names)
     if classes is not None and labels is not None:
-        listing.labels = [labels.take(name, classes) for name in names]
+        source.classes = [labels.take(name, classes) for name in names]
         labels.finish(folder)
     elif classes is not None and not flat and tops:
         index, note = class_folders(tops, classes)
-        listing.notes.append(note)
-        listing.labels = [index[name.partition("/")[0]] for name in names]
+        source.notes.append(note)
+        source.classes = [index[name.partition("/")[0]] for name in names]
     if not names:
         raise InputError(
             f"no images under {folder}; expected class sub-folders with, or flat, files ending in "
@@ -67,7 +67,7 @@ def folder_source(
             f"{folder} has images both beside and inside sub-folders; keep one layout, or give "
             "every image's class with --labels"
         )
-    return listing.source()
+    return source
 
 
 def _walked(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -102,9 +102,9 @@ def tar_source(
     """
     from webdataset.tariterators import group_by_keys
 
-    listing, lonely = Listing("tar", text, paths), 0
+    source, lonely = Source("tar", text, paths), 0
     for number, path in enumerate(paths):
-        before = len(listing)
+        before = len(source)
         shard = _Shard(path, suffixes)
         try:
             for sample in group_by_keys(shard.members()):
@@ -119,34 +119,34 @@ def tar_source(
                 # Where the shard is cut, the label of the last image may be lost with its tail.
                 elif label is not None or not shard.cut:
                     name, start, length = sample[images[0]]
-                    listing.add(name, number, start, length)
+                    source.add(name, number, start, length)
                     if classes is not None and label is not None:
                         where = printable(f"{path.name}:{name}")
-                        listing.labels.append(classes.index(label, where))
+                        source.classes.append(classes.index(label, where))
         except ValueError as error:
             reason = printable(str(error.args[0]).partition(" dict_keys")[0])
             raise InputError(
                 f"{path} is no shard of webdataset ({reason}); write it anew"
             ) from None
         if shard.cut:
-            listing.notes.append(
-                f"{printable(str(path))} is cut short after {len(listing) - before} images; copy "
+            source.notes.append(
+                f"{printable(str(path))} is cut short after {len(source) - before} images; copy "
                 "it again"
             )
-    if not len(listing):
+    if not len(source):
         raise InputError(
             f"no images in {text}; expected members such as 000001.jpg with 000001.cls"
         )
     if lonely and classes is not None:
-        listing.notes.append(
+        source.notes.append(
             f"{lonely} labels have no image beside them in the shard and are not used"
         )
-    if len(listing.labels) not in (0, len(listing)):
+    if len(source.classes) not in (0, len(source)):
         raise InputError(
-            f'{text} has labels (.cls, or .json with "label") for {len(listing.labels)} of '
-            f"{len(listing)} images; label all or none"
+            f'{text} has labels (.cls, or .json with "label") for {len(source.classes)} of '
+            f"{len(source)} images; label all or none"
         )
-    return listing.source()
+    return source
 
 
 def _named(sample: dict[str, Any], suffixes: Collection[str]) -> list[str]:
@@ -229,7 +229,7 @@ def parquet_source(text: str, paths: Sequence[Path], classes: Classes | None) ->
     import pyarrow
     from pyarrow import parquet
 
-    listing = Listing("parquet", text, paths)
+    source = Source("parquet", text, paths)
     labelled = []
     for number, path in enumerate(paths):
         try:
@@ -238,21 +238,21 @@ def parquet_source(text: str, paths: Sequence[Path], classes: Classes | None) ->
             raise InputError(f"{path} is not a whole Parquet file; copy it again") from None
         with file:
             features = _features(file.schema_arrow, path)
-            listing.column = _image_column(features, listing.column, path)
-            before = len(listing)
+            source.column = _image_column(features, source.column, path)
+            before = len(source)
             for group in range(file.num_row_groups):
                 for row in range(file.metadata.row_group(group).num_rows):
-                    listing.add(f"row {len(listing) - before}", number, group, row)
+                    source.add(f"row {len(source) - before}", number, group, row)
             if classes is not None:
                 labels, note = _labels(file, features, path, classes)
                 labelled.append(bool(labels))
-                listing.labels += labels
-                listing.notes += [note] if note and note not in listing.notes else []
-    if not len(listing):
+                source.classes += labels
+                source.notes += [note] if note and note not in source.notes else []
+    if not len(source):
         raise InputError(f"no images in {text}; the Parquet files have no rows")
     if any(labelled) and not all(labelled):
         raise InputError(f"{text} has labels in some of its files only; label all or none")
-    return listing.source()
+    return source
 
 
 def _features(schema: Any, path: Path) -> Any:

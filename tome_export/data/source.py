@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,120 +107,107 @@ def _images(path: str, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[column])[column]
 
 
-@dataclass(frozen=True)
 class Source:
-    """A listing of images. It holds no encoded image, so that it may list millions.
+    """A listing of images, made image by image. It holds no encoded image: it may list millions.
+
+    Args:
+        kind: Its format.
+        text: What the user gave.
+        paths: The folder, or the shards.
+        pixels: ``[B, C, H, W]`` float32 of samples, preprocessed.
 
     Attributes:
         kind: Its format.
         text: What the user gave.
-        digest: Changes when an image, its place, size or time of change does.
-        labels: Class index per image ``[B]`` int32; None where there are none.
         roots: Folders and files that must be there to read the images.
+        classes: Class index of each image; empty where there are no labels.
         notes: What a user should know of the listing.
-        places: Where each image is: ``name``, number of the root, and ``start`` and ``size`` as of
-            ``Item``; None for samples.
         column: As of ``Item``.
-        pixels: ``[B, C, H, W]`` float32 of samples, preprocessed.
     """
 
-    kind: Kind
-    text: str
-    digest: str
-    labels: Labels | None
-    roots: tuple[Path, ...] = ()
-    notes: tuple[str, ...] = ()
-    places: Dataset | None = None
-    column: str = ""
-    pixels: Pixels | None = None
-
-    def __len__(self) -> int:
-        return len(self.places) if self.places is not None else len(self._pixels)
-
-    @property
-    def _pixels(self) -> Pixels:
-        return self.pixels if self.pixels is not None else np.zeros((0, 1, 1, 1), np.float32)
-
-    def items(self, indices: Iterable[int]) -> list[Item]:
-        """Some of the images, in the order of ``indices``."""
-        chosen = [int(index) for index in indices]
-        if self.places is None:
-            return [Item(f"sample {i}", self.kind, pixels=self._pixels[i]) for i in chosen]
-        rows = self.places[chosen]
-        return [
-            self._item(os.fsdecode(name), file, start, size)
-            for name, file, start, size in zip(
-                rows["name"], rows["file"], rows["start"], rows["size"], strict=True
-            )
-        ]
-
-    def _item(self, name: str, file: int, start: int, size: int) -> Item:
-        root = self.roots[file]
-        if self.kind == "folder":
-            return Item(printable(name), self.kind, str(root / name))
-        shown = printable(f"{root.name}:{name}")
-        return Item(shown, self.kind, str(root), start, size, self.column)
-
-
-class Listing:
-    """A ``Source`` that is put together image by image.
-
-    Attributes:
-        labels: Class of each image; empty where there are none.
-        notes: As of ``Source``.
-        column: As of ``Source``.
-    """
-
-    def __init__(self, kind: Kind, text: str, paths: Sequence[Path]) -> None:
-        self.labels: list[int] = []
+    def __init__(
+        self, kind: Kind, text: str, paths: Sequence[Path] = (), pixels: Pixels | None = None
+    ) -> None:
+        self.kind: Kind = kind
+        self.text = text
+        self.roots = tuple(path.absolute() for path in paths)
+        self.classes: list[int] = []
         self.notes: list[str] = []
         self.column = ""
-        self._kind: Kind = kind
-        self._text = text
-        self._roots = tuple(path.absolute() for path in paths)
+        self._pixels = pixels
         self._rows: list[tuple[bytes, int, int, int]] = []
+        self._count = 0
         self._digest = hashlib.sha256()
-        for path in self._roots if kind != "folder" else ():
+        if pixels is not None:
+            self._digest.update(np.ascontiguousarray(pixels).tobytes())
+        for path in self.roots if kind != "folder" else ():
             self._digest.update(os.fsencode(f"{path}\0{stamp(path)}\0"))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count if self._pixels is None else len(self._pixels)
 
     def add(self, name: str, file: int = 0, start: int = 0, size: int = 0, mark: str = "") -> None:
-        """Add an image; see ``Item``. ``mark`` is the ``stamp`` of one that is a file."""
+        """Add an image of the root ``file``; see ``Item``.
+
+        Args:
+            name: Its path below the root.
+            file: Which root.
+            start: As of ``Item``.
+            size: As of ``Item``.
+            mark: The ``stamp`` of an image that is a file.
+        """
         self._rows.append((os.fsencode(name), file, start, size))
+        self._count += 1
         if mark:
             self._digest.update(os.fsencode(f"{name}\0{mark}\0"))
 
-    def source(self) -> Source:
-        """The finished listing."""
+    @property
+    def labels(self) -> Labels | None:
+        """Class index per image ``[B]`` int32; None where there are none."""
+        return np.asarray(self.classes, np.int32) if self.classes else None
+
+    @property
+    def digest(self) -> str:
+        """Changes when an image, its place, size, time of change or label does."""
+        digest = self._digest.copy()
+        digest.update(np.asarray(self.classes, np.int32).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def places(self) -> Dataset:
+        """Where each image is, as a table of Arrow; whoever asks for it adds no more images."""
         # Nothing is looked up anywhere; should the library want to, it is told not to.
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         from datasets import Dataset, Features, Value
 
         kinds = {"name": "binary", "file": "int32", "start": "int64", "size": "int64"}
         columns = dict(zip(kinds, zip(*self._rows, strict=True), strict=True))
+        self._rows = []
         features = Features({name: Value(kind) for name, kind in kinds.items()})
-        places = Dataset.from_dict(columns, features=features)
-        labels = np.asarray(self.labels, dtype=np.int32) if self.labels else None
-        digest = self._digest.hexdigest()
-        return Source(
-            self._kind, self._text, digest, labels, self._roots, tuple(self.notes), places,
-            self.column,
-        )  # fmt: skip
+        return Dataset.from_dict(columns, features=features)
+
+    def items(self, indices: Iterable[int]) -> list[Item]:
+        """Some of the images, in the order of ``indices``."""
+        chosen = [int(index) for index in indices]
+        if self._pixels is not None:
+            return [Item(f"sample {i}", self.kind, pixels=self._pixels[i]) for i in chosen]
+        return [
+            self._item(os.fsdecode(name), self.roots[file], start, size)
+            for name, file, start, size in zip(*self.places[chosen].values(), strict=True)
+        ]
+
+    def _item(self, name: str, root: Path, start: int, size: int) -> Item:
+        if self.kind == "folder":
+            return Item(printable(name), self.kind, str(root / name))
+        shown = printable(f"{root.name}:{name}")
+        return Item(shown, self.kind, str(root), start, size, self.column)
 
 
 def samples_source(pixels: Pixels, labels: Labels | None) -> Source:
-    """Images in memory, preprocessed, such as those that come with a recipe.
-
-    Args:
-        pixels: ``[B, C, H, W]`` float32.
-        labels: ``[B]`` int32.
-    """
-    digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes())
-    if labels is not None:
-        digest.update(labels.tobytes())
-    return Source("samples", "samples", digest.hexdigest(), labels, pixels=pixels)
+    """Images ``[B, C, H, W]`` in memory, preprocessed, with labels ``[B]`` if there are any."""
+    source = Source("samples", "samples", pixels=pixels)
+    source.classes = [] if labels is None else labels.tolist()
+    return source
 
 
 def stamp(path: Path) -> str:

@@ -371,7 +371,7 @@ def evaluation_from_table(
             labelled=known is not None,
             unreadable=unreadable,
             unreadable_count=len(unreadable),
-            notes=source.notes,
+            notes=tuple(source.notes),
         ),
         classes=classes.count if classes is not None else None,
         candidates=tuple(_result(one, table, known, classes, plain) for one in candidates),
