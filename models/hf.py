@@ -136,7 +136,8 @@ class HfLoader:
     @property
     def dense_only(self) -> bool:
         """Whether it has no pooling head, so that there are features of patches only."""
-        return self.cls == "SiglipVisionModel" and not self.config().vision_use_head
+        headless = not getattr(self.config(), "vision_use_head", True)
+        return self.cls == "SiglipVisionModel" and headless
 
     def config(self, depth: int | None = None, image_size: int | None = None) -> Any:
         """The library's configuration, with so many layers and of that image size if given."""

@@ -285,7 +285,8 @@ def check_size(found: Preprocessing, expected: Preprocessing, where: str) -> Non
 
 
 def _per_channel(found: Any, key: str, channels: int, where: str) -> tuple[float, ...]:
-    ok = isinstance(found, list | tuple) and len(found) == channels
+    found = list(found) if isinstance(found, tuple) else found
+    ok = isinstance(found, list) and len(found) == channels
     if not ok or not all(
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found
     ):

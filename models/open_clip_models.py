@@ -197,7 +197,7 @@ def preprocessing_of(image_size: Any, cfg: dict[str, Any]) -> Preprocessing:
 
 
 def _named(
-    name: str, arch: str, tag: str, hub: str, *, width: int, depth: int, patch: int, features: int
+    name: str, arch: str, tag: str, hub: str, width: int, depth: int, patch: int, features: int
 ) -> Recipe:
     tokens = (224 // patch) ** 2 + 1
     return Recipe(
@@ -208,55 +208,21 @@ def _named(
         r_source=RULE,
         output_name="features",
         description=f"OpenCLIP {arch}, {tag}; image features not of unit length",
-        weights_source=hub,
+        weights_source=f"laion/CLIP-{arch}-{hub}/",
         licence="not stated by open_clip",
         loader=OpenClipLoader(arch, tag),
         geometry=Geometry(width, depth, 4 * width, patch, head_macs=width * features),
     )
 
 
-_LAION, _DATACOMP = "laion/CLIP-{}-laion2B-{}/", "laion/CLIP-{}-DataComp.XL-s13B-b90K/"
+_DATACOMP = "datacomp_xl_s13b_b90k", "DataComp.XL-s13B-b90K"
 
 OPEN_CLIP = (
+    _named("openclip_b32", "ViT-B-32", "laion2b_s34b_b79k", "laion2B-s34B-b79K", 768, 12, 32, 512),
+    _named("openclip_b16", "ViT-B-16", *_DATACOMP, 768, 12, 16, 512),
+    _named("openclip_l14", "ViT-L-14", *_DATACOMP, 1024, 24, 14, 768),
     _named(
-        "openclip_b32",
-        "ViT-B-32",
-        "laion2b_s34b_b79k",
-        _LAION.format("ViT-B-32", "s34B-b79K"),
-        width=768,
-        depth=12,
-        patch=32,
-        features=512,
-    ),
-    _named(
-        "openclip_b16",
-        "ViT-B-16",
-        "datacomp_xl_s13b_b90k",
-        _DATACOMP.format("ViT-B-16"),
-        width=768,
-        depth=12,
-        patch=16,
-        features=512,
-    ),
-    _named(
-        "openclip_l14",
-        "ViT-L-14",
-        "datacomp_xl_s13b_b90k",
-        _DATACOMP.format("ViT-L-14"),
-        width=1024,
-        depth=24,
-        patch=14,
-        features=768,
-    ),
-    _named(
-        "openclip_h14",
-        "ViT-H-14",
-        "laion2b_s32b_b79k",
-        _LAION.format("ViT-H-14", "s32B-b79K"),
-        width=1280,
-        depth=32,
-        patch=14,
-        features=1024,
+        "openclip_h14", "ViT-H-14", "laion2b_s32b_b79k", "laion2B-s32B-b79K", 1280, 32, 14, 1024
     ),
 )
 """Recipes with a name."""
