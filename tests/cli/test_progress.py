@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import re
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from tome_export.cli import progress
-from tome_export.cli.progress import Plain, duration
+from tome_export.cli.progress import Live, Plain, duration
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    # Of this module alone: whatever is imported meanwhile would keep a clock that stands.
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -48,3 +54,22 @@ def test_plain_output_tells_now_and_then(clock):
     assert stream.getvalue() == (
         "Classify\n  images: 4/10, about 72 s left\n  images: 7/10, about 36 s left\n"
     )
+
+
+def test_a_terminal_shows_steps_and_the_time_that_is_left(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stream, Live(stream, verbose=False) as shown:
+        shown.stage("Classify")
+        for label in ("layers", "images"):
+            for done in (1, 2, 3):
+                shown.step(label, done, 10)
+                time.sleep(0.15)
+    text = os.read(controller, 1 << 16).decode()
+    os.close(controller)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "layers: 3/10" in text
+    # A new label counts anew: seven steps of 0.15 s are left, not those of the layers.
+    assert re.search(r"images: 3/10 +00:0[12]", text), text
+    assert re.search(r"\u2713 Classify  \d\.\d s", text)
