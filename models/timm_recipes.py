@@ -17,111 +17,103 @@ from tome_export.models.recipe import (
 from tome_export.models.timm_models import TimmLoader
 from tome_export.spec import Preprocessing
 
-_README = "ToMe README, {}"
-_B, _L = 768, 1024
-# A map head: its one query and output, keys and values of every token, an MLP.
-_MAP_HEAD = 2 * _B**2 + 8 * _B**2
-_MAP_TOKEN = 2 * _B**2 + 2 * _B
-
-
-_SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+_SIZES = {
+    "tiny": (192, 12),
+    "small": (384, 12),
+    "base": (768, 12),
+    "large": (1024, 24),
+    "huge": (1280, 32),
+}
 """Width and depth by the name of the size (ViT, arXiv 2010.11929, table 1; DeiT, table 1)."""
 
 
-def _geometry(arch: str, *, heads: int = 1, registers: int = 0, classes: int = 1000) -> Geometry:
-    """Sizes by timm's names ``<model>_<size>_patch<pixels>``; each head has a prefix token."""
+def _sizes(arch: str, prefix: int = 1, outputs: int = 0) -> Geometry:
+    """Sizes by timm's names ``<model>_<size>_patch<pixels>``, and of a linear head."""
     width, depth = _SIZES[arch.split("_")[1]]
     patch = int(arch.partition("_patch")[2].partition("_")[0])
-    return Geometry(width, depth, 4 * width, patch, heads + registers, heads * width * classes)
+    return Geometry(width, depth, 4 * width, patch, prefix, head_macs=width * outputs)
 
 
 def _timm(
     name: str,
     timm_name: str,
     description: str,
-    r: int,
-    r_source: str,
+    geometry: Geometry,
+    by: str,
     *,
+    published: tuple[int, str] | None = None,
     size: int = 224,
     norm: Norm = IMAGENET_NORM,
     crop_pct: float = 0.9,
-    by: str,
     **more: Any,
 ) -> Recipe:
-    facts = {"licence": "apache-2.0", **more}
+    tokens = (size // geometry.patch) ** 2 + geometry.prefix
+    r, where = published or (recommended_r(tokens, geometry.depth), "")
+    facts = {"licence": "apache-2.0", "output_name": "features", **more}
     return Recipe(
         name=name,
         timm_name=timm_name,
         preprocessing=Preprocessing((3, size, size), *norm, crop_pct, "bicubic"),
         recommended_r=r,
         loader=TimmLoader(),
-        r_source=r_source,
+        r_source=f"ToMe README, {where}" if where else RULE,
         description=description,
         weights_source=f"{by}; hub repository timm/{timm_name}",
+        geometry=geometry,
         **facts,
     )
+
+
+def _classifier(name: str, arch: str, tag: str, description: str, by: str, **more: Any) -> Recipe:
+    prefix = 2 if "_distilled_" in arch else 1
+    geometry = _sizes(arch, prefix, prefix * 1000)
+    facts = {"output_name": "logits", "label_set": "imagenet-1k", "aliases": (arch,)}
+    return _timm(name, f"{arch}.{tag}", description, geometry, by, **facts, **more)
 
 
 def _augreg(
     name: str,
     arch: str,
-    description: str,
-    r: int,
-    r_source: str,
+    title: str,
+    published: tuple[int, str] | None = None,
     *,
     tag: str = "augreg",
     size: int = 224,
 ) -> Recipe:
-    return _timm(
+    return _classifier(
         name,
-        f"{arch}.{tag}_in21k_ft_in1k",
-        f"{description}, ImageNet-21k then 1k, AugReg",
-        r,
-        r_source,
+        arch,
+        f"{tag}_in21k_ft_in1k",
+        f"{title}, ImageNet-21k then 1k, AugReg",
+        "Google Research (How to train your ViT)",
+        published=published,
         size=size,
         norm=HALF_NORM,
         crop_pct=1.0 if size == 384 else 0.9,
-        by="Google Research (How to train your ViT)",
-        geometry=_geometry(arch),
-        label_set="imagenet-1k",
-        aliases=(arch,),
     )
 
 
-def _deit(name: str, arch: str, description: str, r_source: str) -> Recipe:
-    return _timm(
-        name,
-        f"{arch}.fb_in1k",
-        description,
-        13,
-        r_source,
-        by="Meta Research (DeiT)",
-        geometry=_geometry(arch, heads=2 if "_distilled_" in arch else 1),
-        label_set="imagenet-1k",
-        aliases=(arch,),
-    )
+def _deit(name: str, arch: str, title: str, trained: str = "") -> Recipe:
+    published = (13, trained) if trained else None
+    description, by = f"{title}, ImageNet-1k", "Meta Research (DeiT)"
+    return _classifier(name, arch, "fb_in1k", description, by, published=published)
 
 
-def _dinov2(name: str, arch: str, description: str, tokens: int) -> Recipe:
+def _dinov2(name: str, arch: str, title: str, registers: int = 0) -> Recipe:
     # timm's default of 518 pixels is the resolution of the last stage of training; 224 is that of
     # DINOv2's published evaluations: 16 x 16 = 256 patches, position embedding resampled by timm.
     return _timm(
         name,
         f"{arch}.lvd142m",
-        f"{description}, self-supervised on LVD-142M; features, at 224 pixels (256 patches)",
-        recommended_r(tokens, 12),
-        RULE,
+        f"{title}, self-supervised on LVD-142M; features, at 224 pixels (256 patches)",
+        _sizes(arch, 1 + registers),
+        "Meta Research (DINOv2)",
         crop_pct=1.0,
-        by="Meta Research (DINOv2)",
-        geometry=_geometry(arch, registers=tokens - 257, classes=0),
         timm_kwargs=(("img_size", 224),),
-        output_name="features",
     )
 
 
-def _mae(
-    name: str, arch: str, width: int, depth: int, patch: int, trained_r: int | None = None
-) -> Recipe:
+def _mae(name: str, arch: str, title: str, published: tuple[int, str] | None = None) -> Recipe:
     """MAE's ViTs, pretrained without labels; the features are the class token's.
 
     Proportional attention is off: off-the-shelf MAE weights do worse with it (ToMe, section 4.2).
@@ -131,38 +123,33 @@ def _mae(
     return _timm(
         name,
         f"{arch}.mae",
-        f"MAE ViT-{name[4].upper()}/{patch}; features, or a fine-tuned classifier",
-        trained_r or recommended_r((224 // patch) ** 2 + 1, depth),
-        "ToMe README, MAE ViT-L/16 trained" if trained_r else RULE,
-        by="Meta Research (MAE)",
+        f"MAE {title}; features, or a fine-tuned classifier",
+        _sizes(arch),
+        "Meta Research (MAE)",
+        published=published,
         prop_attn=False,
-        output_name="features",
         licence="cc-by-nc-4.0",
         label_set="imagenet-1k",
-        geometry=Geometry(width, depth, 4 * width, patch),
     )
 
 
-def _tower(
-    name: str,
-    timm_name: str,
-    description: str,
-    geometry: Geometry,
-    *,
-    size: int = 224,
-    by: str,
-    **more: Any,
-) -> Recipe:
+def _openai(name: str, patch: int) -> Recipe:
+    arch = f"vit_base_patch{patch}_clip_quickgelu_224"
+    description = f"CLIP ViT-B/{patch} of OpenAI; image features not of unit length"
+    geometry = _sizes(arch, outputs=512)
+    return _timm(name, f"{arch}.openai", description, geometry, "OpenAI (CLIP)", norm=CLIP_NORM)
+
+
+def _eva(name: str, timm_name: str, title: str, geometry: Geometry, **more: Any) -> Recipe:
     return _timm(
         name,
         timm_name,
-        description,
-        recommended_r((size // geometry.patch) ** 2 + geometry.prefix, geometry.depth),
-        RULE,
-        size=size,
-        by=by,
-        geometry=geometry,
-        output_name="features",
+        f"EVA-CLIP {title} on Merged-2B; image features not of unit length",
+        geometry,
+        "BAAI (EVA-CLIP)",
+        norm=CLIP_NORM,
+        licence="mit",
+        family="timm_eva",
         **more,
     )
 
@@ -192,116 +179,77 @@ DIGITS = Recipe(
 )
 """The model whose weights and test images come along."""
 
+_SWAG_B384 = (45, "SWAG ViT-B/16 @ 384")
+_B, _L = 768, 1024
+
 TIMM = (
-    _augreg(
-        "vit_ti16", "vit_tiny_patch16_224", "ViT-Ti/16", 13, _README.format("DeiT-Ti/16 trained")
-    ),
-    _augreg("vit_s16", "vit_small_patch16_224", "ViT-S/16", 13, _README.format("ViT-S/16")),
+    _augreg("vit_ti16", "vit_tiny_patch16_224", "ViT-Ti/16", (13, "DeiT-Ti/16 trained")),
+    _augreg("vit_s16", "vit_small_patch16_224", "ViT-S/16", (13, "ViT-S/16")),
     _augreg(
         "vit_b16",
         "vit_base_patch16_224",
         "ViT-B/16",
-        13,
-        _README.format("ViT-B/16; 16 halves the MACs"),
+        (13, "ViT-B/16; 16 halves the MACs"),
         tag="augreg2",
     ),
-    _augreg("vit_l16", "vit_large_patch16_224", "ViT-L/16", 7, _README.format("ViT-L/16")),
-    _augreg(
-        "vit_b16_384",
-        "vit_base_patch16_384",
-        "ViT-B/16 at 384 pixels",
-        45,
-        _README.format("SWAG ViT-B/16 @ 384"),
-        size=384,
-    ),
-    _augreg("vit_b32", "vit_base_patch32_224", "ViT-B/32", recommended_r(50, 12), RULE),
-    _deit(
-        "deit_ti16",
-        "deit_tiny_patch16_224",
-        "DeiT-Ti/16, ImageNet-1k",
-        _README.format("DeiT-Ti/16 trained"),
-    ),
-    _deit(
-        "deit_s16",
-        "deit_small_patch16_224",
-        "DeiT-S/16, ImageNet-1k",
-        _README.format("DeiT-S/16 trained"),
-    ),
-    _deit("deit_b16", "deit_base_patch16_224", "DeiT-B/16, ImageNet-1k", RULE),
+    _augreg("vit_l16", "vit_large_patch16_224", "ViT-L/16", (7, "ViT-L/16")),
+    _augreg("vit_b16_384", "vit_base_patch16_384", "ViT-B/16 at 384 pixels", _SWAG_B384, size=384),
+    _augreg("vit_b32", "vit_base_patch32_224", "ViT-B/32"),
+    _deit("deit_ti16", "deit_tiny_patch16_224", "DeiT-Ti/16", "DeiT-Ti/16 trained"),
+    _deit("deit_s16", "deit_small_patch16_224", "DeiT-S/16", "DeiT-S/16 trained"),
+    _deit("deit_b16", "deit_base_patch16_224", "DeiT-B/16"),
     *(
         _deit(
-            f"deit_{short}16_distilled",
-            f"deit_{long}_distilled_patch16_224",
-            f"DeiT-{title}/16 with distillation token, ImageNet-1k",
-            RULE,
+            f"deit_{title.lower()}16_distilled",
+            f"deit_{size}_distilled_patch16_224",
+            f"DeiT-{title}/16 with distillation token",
         )
-        for short, long, title in (("ti", "tiny", "Ti"), ("s", "small", "S"), ("b", "base", "B"))
+        for size, title in (("tiny", "Ti"), ("small", "S"), ("base", "B"))
     ),
-    _deit("deit3_b16", "deit3_base_patch16_224", "DeiT III-B/16, ImageNet-1k", RULE),
-    _dinov2("dinov2_s14", "vit_small_patch14_dinov2", "DINOv2 ViT-S/14", 257),
-    _dinov2("dinov2_b14", "vit_base_patch14_dinov2", "DINOv2 ViT-B/14", 257),
-    _dinov2("dinov2_s14_reg", "vit_small_patch14_reg4_dinov2", "DINOv2 ViT-S/14, 4 registers", 261),
-    _dinov2("dinov2_b14_reg", "vit_base_patch14_reg4_dinov2", "DINOv2 ViT-B/14, 4 registers", 261),
-    _mae("mae_b16", "vit_base_patch16_224", 768, 12, 16),
-    _mae("mae_l16", "vit_large_patch16_224", 1024, 24, 16, trained_r=8),
-    _mae("mae_h14", "vit_huge_patch14_224", 1280, 32, 14),
-    _tower(
-        "clip_b32",
-        "vit_base_patch32_clip_quickgelu_224.openai",
-        "CLIP ViT-B/32 of OpenAI; image features not of unit length",
-        Geometry(_B, 12, 4 * _B, 32, head_macs=_B * 512),
-        norm=CLIP_NORM,
-        by="OpenAI (CLIP)",
-    ),
-    _tower(
-        "clip_b16",
-        "vit_base_patch16_clip_quickgelu_224.openai",
-        "CLIP ViT-B/16 of OpenAI; image features not of unit length",
-        Geometry(_B, 12, 4 * _B, 16, head_macs=_B * 512),
-        norm=CLIP_NORM,
-        by="OpenAI (CLIP)",
-    ),
-    _tower(
+    _deit("deit3_b16", "deit3_base_patch16_224", "DeiT III-B/16"),
+    _dinov2("dinov2_s14", "vit_small_patch14_dinov2", "DINOv2 ViT-S/14"),
+    _dinov2("dinov2_b14", "vit_base_patch14_dinov2", "DINOv2 ViT-B/14"),
+    _dinov2("dinov2_s14_reg", "vit_small_patch14_reg4_dinov2", "DINOv2 ViT-S/14, 4 registers", 4),
+    _dinov2("dinov2_b14_reg", "vit_base_patch14_reg4_dinov2", "DINOv2 ViT-B/14, 4 registers", 4),
+    _mae("mae_b16", "vit_base_patch16_224", "ViT-B/16"),
+    _mae("mae_l16", "vit_large_patch16_224", "ViT-L/16", (8, "MAE ViT-L/16 trained")),
+    _mae("mae_h14", "vit_huge_patch14_224", "ViT-H/14"),
+    _openai("clip_b32", 32),
+    _openai("clip_b16", 16),
+    _timm(
         "siglip_b16",
         "vit_base_patch16_siglip_224.webli",
         "SigLIP ViT-B/16 on WebLI; image features not of unit length",
-        Geometry(_B, 12, 4 * _B, 16, 0, head_macs=_MAP_HEAD, token_macs=_MAP_TOKEN),
+        # A map head: its one query and output, keys and values of every token, an MLP.
+        Geometry(_B, 12, 4 * _B, 16, 0, head_macs=10 * _B**2, token_macs=2 * _B**2 + 2 * _B),
+        "Google Research (SigLIP)",
         norm=HALF_NORM,
-        by="Google Research (SigLIP)",
     ),
-    _tower(
+    _eva(
         "eva02_clip_b16",
         "eva02_base_patch16_clip_224.merged2b",
-        "EVA-CLIP EVA02-B/16 on Merged-2B; image features not of unit length",
+        "EVA02-B/16",
         Geometry(_B, 12, 4 * _B, 16, head_macs=_B * 512),
-        norm=CLIP_NORM,
-        licence="mit",
-        family="timm_eva",
-        by="BAAI (EVA-CLIP)",
     ),
-    _tower(
+    _eva(
         "eva02_clip_l14_336",
         "eva02_large_patch14_clip_336.merged2b",
-        "EVA-CLIP EVA02-L/14 at 336 pixels on Merged-2B; image features not of unit length",
+        "EVA02-L/14 at 336 pixels",
         # SwiGLU: three matrices to and from int(1024 * 8 / 3) = 2730.
         Geometry(_L, 24, 2730 * 3 // 2, 14, head_macs=_L * 768),
-        norm=CLIP_NORM,
         size=336,
         crop_pct=1.0,
-        licence="mit",
-        family="timm_eva",
-        by="BAAI (EVA-CLIP)",
     ),
-    _tower(
+    _timm(
         "dinov3_s16",
         "vit_small_patch16_dinov3.lvd1689m",
         "DINOv3 ViT-S/16, 4 registers, self-supervised on LVD-1689M; features",
-        Geometry(384, 12, 4 * 384, 16, 5),
+        _sizes("vit_small_patch16_dinov3", 5),
+        "Meta Research (DINOv3)",
         size=256,
         crop_pct=1.0,
         licence="dinov3-license",
         family="timm_eva",
-        by="Meta Research (DINOv3)",
     ),
 )
 """Recipes of timm's models, in the order to show them."""
