@@ -96,8 +96,8 @@ def _refusal(version: str, error: Exception) -> str:
     if unknown is None:
         return f"{who} cannot load the model: {_line(error)}"
     return (
-        f"{who} has no operators {unknown[1]}; build the artifact with --merge-op matmul, which has "
-        "standard ones"
+        f"{who} has no operators {unknown[1]}; build the artifact with --merge-op matmul, which "
+        "has standard ones"
     )
 
 
