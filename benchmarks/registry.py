@@ -10,6 +10,7 @@ benchmarks/results/registry.json.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import sys
 import time
@@ -145,11 +146,14 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", default="", help="only names with this; prints only")
+    part = parser.parse_args().part
     start = time.perf_counter()
-    rows = sweep(*sys.argv[1:2])
+    rows = sweep(part)
     print(table(rows))
     print(f"{time.perf_counter() - start:.0f} s")
-    if len(sys.argv) == 1:
+    if not part:
         print(write_rows("registry", [{**asdict(row), "tolerance": TOLERANCE} for row in rows]))
     return int(any(row.verdict == "WRONG" for row in rows))
 
