@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tome_export.artifact.cascade import ComplexityPolicy, ConfidencePolicy, LearnedPolicy
 from tome_export.cascade import policy
 
 
@@ -112,26 +112,21 @@ def test_settings_that_went_through_json_choose_the_same():
     weights = np.random.default_rng(1).standard_normal((2, patches.shape[1]))
     cut = float(np.median(policy.complexity(pixels)))
     cases = [
-        {"policy": "complexity", "thresholds": [cut]},
-        {
-            "policy": "learned",
-            "patch": [4, 3],
-            "weights": weights.tolist(),
-            "bias": [0.1, 0.2],
-            "shares": [0.3, 1.0],
-            "price": 1 / 3,
-        },
+        ComplexityPolicy(thresholds=(cut,)),
+        LearnedPolicy(
+            patch=(4, 3), weights=weights.tolist(), bias=(0.1, 0.2), shares=(0.3, 1.0), price=1 / 3
+        ),
     ]
     for settings in cases:
         direct = policy.first_budgets(settings, pixels)
-        again = policy.first_budgets(json.loads(json.dumps(settings)), pixels)
+        again = policy.first_budgets(policy.settings_from_json(settings.model_dump_json()), pixels)
         assert direct.tolist() == again.tolist()
         assert {*direct.tolist()} == {0, 1}
         assert not policy.goes_on(settings, 0, np.zeros((3, 2))).any()
 
 
 def test_confidence_begins_low_and_ends_at_the_last():
-    settings = {"policy": "confidence", "measure": "max", "thresholds": [0.6, 0.9]}
+    settings = ConfidencePolicy(measure="max", thresholds=(0.6, 0.9))
     assert policy.first_budgets(settings, images(3)).tolist() == [0, 0, 0]
     logits = np.log([[0.55, 0.45], [0.7, 0.3], [0.95, 0.05]])
     assert policy.goes_on(settings, 0, logits).tolist() == [True, False, False]

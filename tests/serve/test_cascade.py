@@ -7,6 +7,7 @@ import json
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -114,15 +115,15 @@ def expected_of(settings, sessions, pixels, macs):
     rows, near = [], []
     for image in pixels[:, None]:
         budget = int(policy.first_budgets(settings, image)[0])
-        cost, close = settings.get("policy_macs", 0) + macs[budget], False
+        cost, close = settings.policy_macs + macs[budget], False
         logits = logits_of(sessions[budget], image)
         while policy.goes_on(settings, budget, logits)[0]:
             budget += 1
             cost += macs[budget]
             logits = logits_of(sessions[budget], image)
-        if settings["policy"] == "confidence":
-            for index, threshold in enumerate(settings["thresholds"]):
-                sure = policy.confidence(logits_of(sessions[index], image), settings["measure"])[0]
+        if settings.policy == "confidence":
+            for index, threshold in enumerate(settings.thresholds):
+                sure = policy.confidence(logits_of(sessions[index], image), settings.measure)[0]
                 close |= abs(sure - threshold) < NEAR
         rows.append((logits[0], budget, cost))
         near.append(close)
@@ -141,19 +142,19 @@ def check(answer, settings, sessions, pixels, macs):
 
 
 def settings_in(repository):
-    return json.loads((repository / NAME / "1" / "cascade.json").read_text())
+    return policy.settings_from_json((repository / NAME / "1" / "cascade.json").read_text())
 
 
 def macs_in(settings):
-    return [member["macs"] for member in settings["members"]]
+    return [member.macs for member in settings.members]
 
 
 def test_only_the_unsure_go_on_each_group_in_one_request(
     calibrated, client, grpc, sessions, pixels, counts
 ):
     settings = settings_in(calibrated[0])
-    assert tuple(settings["thresholds"]) == calibrated[1].found.settings.thresholds
-    names = [member["model"] for member in settings["members"]]
+    assert tuple(settings.thresholds) == calibrated[1].found.settings.thresholds
+    names = [member.model for member in settings.members]
     assert names == [f"vit_digits_r{r}" for r in RS]
     before = [counts(grpc, name) for name in names]
     given = pixels[:32]
@@ -223,7 +224,7 @@ def test_the_other_policies_group_images_by_budget(
     assert done.found.served.entry == NAME
     grpc.load_model(NAME)
     settings = settings_in(repository)
-    names = [member["model"] for member in settings["members"]]
+    names = [member.model for member in settings.members]
     seen = [counts(grpc, one) for one in names]
     given = pixels[:32]
     answer = client.infer(NAME, {"pixel_values": given})
@@ -285,13 +286,13 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
 def test_an_error_is_that_of_the_images_it_is_about(failing, sessions, pixels):
     given = pixels[:8]
     low = policy.confidence(logits_of(sessions[0], given), "max")
-    settings = {
-        "policy": "confidence",
-        "measure": "max",
-        "thresholds": [float(np.median(low))],
-        "members": [{"model": "a", "macs": 5}, {"model": "b", "macs": 9}],
-        "policy_macs": 1,
-    }
+    settings = SimpleNamespace(
+        policy="confidence",
+        measure="max",
+        thresholds=[float(np.median(low))],
+        members=[SimpleNamespace(model="a", macs=5), SimpleNamespace(model="b", macs=9)],
+        policy_macs=1,
+    )
 
     async def ask(member, part):
         if member == failing:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tome_export.tune.choose import Finalists, best_within, cheapest
+from tome_export.tune.choose import Finalists
 from tome_export.tune.search import Score, Search, pareto
 from tome_export.tune.space import table_of
 
@@ -45,7 +45,7 @@ def test_reaches_the_least_damage_within_a_budget(small_space, every_schedule, s
     search = searched(small_space, 120, budget=budget)
     # A small part of the space is looked at.
     assert len(search.points) < len(every_schedule) / 3
-    found = best_within(Finalists(None), search.points.values(), budget, lambda: False)
+    found = Finalists(None).best_within(search.points.values(), budget)
     assert found.damage == pytest.approx(optimum)
     constant = [p for p in search.points.values() if p.method == "constant" and p.cost <= budget]
     assert found.damage < min(p.score.damage for p in constant)
@@ -61,7 +61,7 @@ def test_reaches_the_least_cost_at_an_accuracy(small_space, every_schedule, need
     )
     search = searched(small_space, 120, needed=needed)
     points = [point for point in search.points.values() if any(point.r)]
-    found = cheapest(Finalists(None), points, needed, 0, lambda: False)
+    found = Finalists(None).cheapest(points, needed, 0)
     assert found.point.cost <= 1.005 * optimum
     constant = [p.cost for p in points if p.method == "constant" and p.score.correct >= needed]
     assert found.point.cost <= min(constant, default=float("inf"))
@@ -87,7 +87,7 @@ def test_bad_candidates_are_left_early_and_never_chosen(small_space):
     left = [point for point in search.points.values() if not point.score.complete]
     assert left
     assert not set(left) & set(pareto(list(search.points.values())))
-    found = cheapest(Finalists(None), search.points.values(), 950, 0, lambda: False)
+    found = Finalists(None).cheapest(search.points.values(), 950, 0)
     assert found.point.score.complete
 
 
@@ -101,11 +101,11 @@ def test_the_target_holds_on_all_images_not_on_those_of_the_search(small_space):
         return Score(IMAGES, score(r).correct - (30 if r[1] > 4 else 0), damage(r))
 
     points = [point for point in search.points.values() if any(point.r)]
-    found = cheapest(Finalists(validate), points, 1900, IMAGES, lambda: False)
+    found = Finalists(validate).cheapest(points, 1900, IMAGES)
     assert found.correct >= 1900
     assert found.images == 2 * IMAGES
     assert len(looked) == len(set(looked)) < len(points) / 2
-    plain = cheapest(Finalists(None), points, 950, 0, lambda: False)
+    plain = Finalists(None).cheapest(points, 950, 0)
     assert found.point.cost > plain.point.cost
 
 
@@ -135,7 +135,7 @@ def test_the_choice_ends_with_its_time(small_space):
             looked.append(r)
             return Score(IMAGES, right, damage(r))
 
-        found = cheapest(Finalists(validate), points, 1900, IMAGES, lambda: True)
+        found = Finalists(validate, lambda: True).cheapest(points, 1900, IMAGES)
         assert looked == [best.r]
         assert (found is not None) == met
 

@@ -20,12 +20,7 @@ PolicyName = Literal["complexity", "confidence", "learned"]
 
 
 class ComplexityPolicy(Part):
-    """Gives an image to the member that its complexity falls to.
-
-    Attributes:
-        policy: Its name.
-        thresholds: Ascending scores, one fewer than there are members.
-    """
+    """Gives an image to the member that its complexity falls to, by ascending thresholds."""
 
     policy: Literal["complexity"] = "complexity"
     thresholds: tuple[FiniteFloat, ...]
@@ -35,7 +30,6 @@ class ConfidencePolicy(Part):
     """Gives an image to one member after the other until one is sure.
 
     Attributes:
-        policy: Its name.
         measure: The largest probability, or its lead over the second.
         thresholds: Confidence from which on a member is sure, for each but the last.
     """
@@ -49,7 +43,6 @@ class LearnedPolicy(Part):
     """Gives an image to the member of the best score less the price of its MACs.
 
     Attributes:
-        policy: Its name.
         weights: Head times patch embedding, ``[M][P]``.
         bias: Of each member's score, ``[M]``.
         shares: MACs of each member over the largest's, ``[M]``.
@@ -70,13 +63,7 @@ Policy = ComplexityPolicy | ConfidencePolicy | LearnedPolicy
 
 
 class CascadeTarget(Part):
-    """What was asked for.
-
-    Attributes:
-        kind: What is bounded.
-        value: The bound; see ``tune.goal.Goal``.
-        text: The target in words.
-    """
+    """The target as in ``tune.goal.Goal``, and in words."""
 
     kind: TargetKind
     value: FiniteFloat
@@ -122,10 +109,9 @@ class CascadeScore(Part):
 
 
 class CascadeTest(Share):
-    """The chosen setting on the test images.
+    """The chosen setting on the test images; ``macs`` as in ``CascadeScore``.
 
     Attributes:
-        macs: Mean multiply-accumulates per image, those of the policy included.
         budgets: Images whose answer is that of each member.
         difference_to_highest: Its share minus that of the member of the most MACs alone.
         met: Whether the target holds on these images.
@@ -148,9 +134,6 @@ class SingleMember(Part):
     """The cheapest member that alone is as accurate as the cascade on the test images.
 
     Attributes:
-        artifact: Its directory.
-        macs: Multiply-accumulates per image.
-        share: Test images that it has right.
         saved: Share of its MACs that the cascade does without; below 0 if it takes more.
     """
 
@@ -161,15 +144,7 @@ class SingleMember(Part):
 
 
 class SweepPoint(Part):
-    """A setting that no other beats on the calibration images.
-
-    Attributes:
-        thresholds: Those of the policy; None where it has a price.
-        price: That of a learned policy; None where it has thresholds.
-        calibration: How it does on the calibration images.
-        test: How it does on the test images.
-        chosen: Whether it is the one that was chosen.
-    """
+    """A setting that no other beats on the calibration images; a learned one has a price."""
 
     thresholds: tuple[FiniteFloat, ...] | None = Absent
     price: FiniteFloat | None = Absent
@@ -204,10 +179,8 @@ class ServedCascade(Part):
     """The cascade in a model repository.
 
     Attributes:
-        repository: Its directory.
         models: Names of all that belongs to the cascade, each after those that it needs.
         entry: The one a client asks.
-        notes: What a user should know.
     """
 
     repository: Text

@@ -68,11 +68,7 @@ class ScheduleFile(Document):
 
     @classmethod
     def read(cls: type[Read], file: Path) -> Read:
-        """Read a file, which the messages of the checks then name.
-
-        Raises:
-            InputError: if it cannot be read, is no JSON, or not of this kind.
-        """
+        """As of any document; the messages of the checks then name the file."""
         found = super().read(file)
         found._file = file
         return found
@@ -89,14 +85,7 @@ class ScheduleFile(Document):
         return f"--schedule {','.join(map(str, self.schedule))}"
 
     def check_model(self, model: str) -> None:
-        """Refuse another model than that of the search.
-
-        Args:
-            model: The recipe's name.
-
-        Raises:
-            InputError: if it differs.
-        """
+        """Raise ``InputError`` unless this is the recipe's name."""
         if model != self.model:
             raise InputError(
                 f"schedule file {self._file} is for {self.model}, not for {model}; tune {model}, "
@@ -104,14 +93,7 @@ class ScheduleFile(Document):
             )
 
     def check_reducer(self, reducer: Mapping[str, Any]) -> None:
-        """Refuse another reducer than that of the search, wherever its weights are by now.
-
-        Args:
-            reducer: Name and options.
-
-        Raises:
-            InputError: if it differs.
-        """
+        """Raise ``InputError`` unless name and options agree, wherever weights are by now."""
         wanted, given = self.reducer, ScheduleReducer.model_validate_json(json.dumps(reducer))
         if wanted is not None and wanted.without_place != given.without_place:
             raise InputError(
@@ -121,14 +103,7 @@ class ScheduleFile(Document):
             )
 
     def check_depth(self, depth: int) -> None:
-        """Refuse a model with another number of layers.
-
-        Args:
-            depth: The model's.
-
-        Raises:
-            InputError: if it differs.
-        """
+        """Raise ``InputError`` unless the model has so many layers as the schedule."""
         if depth != len(self.schedule):
             raise InputError(
                 f"schedule file {self._file} has {len(self.schedule)} layers; {self.model} has "
@@ -136,14 +111,11 @@ class ScheduleFile(Document):
             )
 
     def check_tokens(self, tokens_in: int, merged: Sequence[int]) -> None:
-        """Refuse a model with fewer or more tokens, or one that cannot merge as many.
+        """Raise ``InputError`` for a model of other tokens, or one that cannot merge as many.
 
         Args:
             tokens_in: Tokens that enter the model's first layer.
             merged: r that the model merges in each layer, given this schedule.
-
-        Raises:
-            InputError: if it differs.
         """
         if self.tokens_in not in (None, tokens_in):
             raise InputError(
@@ -159,14 +131,7 @@ class ScheduleFile(Document):
                 )
 
     def note(self, state_sha256: str) -> str | None:
-        """What a user should know of a model with other weights than those of the search.
-
-        Args:
-            state_sha256: Digest of the model's weights.
-
-        Returns:
-            None if they are the same, or the file does not say.
-        """
+        """What to tell of a model whose weights, by their digest, are not those of the search."""
         known = None if self.weights is None else self.weights.state_sha256
         if known in (None, state_sha256):
             return None
@@ -177,15 +142,7 @@ class ScheduleFile(Document):
 
 
 class Objective(Part):
-    """What was asked for.
-
-    Attributes:
-        kind: What is bounded.
-        value: The bound; see ``tune.goal.Goal``.
-        relative: Whether it is relative to the unmerged model.
-        metric: ``top1``, or ``agreement`` with the unmerged model where there are no labels.
-        text: The target in words.
-    """
+    """The target as in ``tune.goal.Goal`` and in words; what counts as right by ``metric``."""
 
     kind: TargetKind
     value: FiniteFloat
@@ -198,16 +155,13 @@ class TunedPoint(Part):
     """A schedule, measured on the images that the choice was made on.
 
     Attributes:
-        schedule: r of every layer.
         method: What proposed it.
         macs: Multiply-accumulates per image.
         latency_ms: Milliseconds per batch by the cost table, measured where the point is that of
             ``found``; None if latency was not asked for.
-        accuracy: Share of the images that are right.
-        correct: How many are.
+        accuracy: Share of the images that are right; ``correct`` is how many.
         damage: Mean Kullback-Leibler divergence from the unmerged model, in nats.
         entropy: Least token-size entropy of any search image, 0 to 1.
-        chosen: Whether it is the one that was chosen.
     """
 
     schedule: tuple[int, ...]
@@ -252,7 +206,7 @@ class ChosenPoint(TunedPoint):
 
 
 class UnmergedPoint(Part):
-    """The model without merging; see ``ChosenPoint``."""
+    """The model without merging; its entries mean what those of ``ChosenPoint`` do."""
 
     macs: int
     latency_ms: FiniteFloat | None
@@ -263,13 +217,7 @@ class UnmergedPoint(Part):
 
 
 class GroupCost(Part):
-    """Milliseconds of one group of nodes of a layer.
-
-    Attributes:
-        group: Such as ``attention``.
-        of: The token count that it depends on.
-        coefficients: Of the count's powers 0, 1, ...
-    """
+    """Milliseconds of one group of nodes: coefficients of the powers 0, 1, ... of a token count."""
 
     group: str
     of: Literal["tokens_in", "tokens_out"]
@@ -287,14 +235,11 @@ class LatencyCosts(Part):
     """What each layer costs; see ``tune.table.CostTable``.
 
     Attributes:
-        unit: Of all times.
         outside_ms: Time outside the layers.
         run_over_nodes: Factor from the sum of the nodes to a run.
         residual: Root mean square of the relative error over the measured schedules.
         measurements: How many schedules were measured.
-        layers: Costs of the layers.
         batch: Images per run.
-        precision: Precision that was measured.
     """
 
     unit: Literal["ms"] = "ms"
@@ -317,7 +262,6 @@ class TuneData(Part):
         validation: Further images that the choice looked at.
         held_out: Images that only the estimate is of.
         unreadable_count: Images that could not be read.
-        notes: What a user should know.
     """
 
     source: Text
@@ -351,9 +295,6 @@ class TunedSchedule(ScheduleFile):
     """What ``tune`` writes: a schedule file with the search that found it.
 
     Attributes:
-        tokens_in: Tokens that enter the model's first layer, prefix tokens included.
-        weights: Those of the search.
-        reducer: How tokens become fewer.
         objective: What was asked for.
         found: The schedule that was chosen.
         best_constant: The best constant r for the same target; None if none that was found meets

@@ -54,15 +54,12 @@ class Costs:
         return tuple(count / self.members[-1] for count in self.members)
 
     def check_budget(self, budget: float, least: float, asked: str) -> None:
-        """Refuse a mean cost that a cascade cannot have, or that needs none.
+        """Raise ``InputError`` unless a mean of so many MACs needs a cascade, and one can have it.
 
         Args:
             budget: Most mean MACs per image.
             least: The least mean that there can be.
             asked: The target, for the message.
-
-        Raises:
-            InputError: unless it is from ``least`` to what the highest member alone takes.
         """
         most = self.members[-1]
         if not least <= budget < most:
@@ -349,12 +346,6 @@ def best_within(
     front: Sequence[CalibratedSetting], budget: float, costs: Costs, asked: str
 ) -> CalibratedSetting:
     """The setting of the best rank whose mean cost is within a budget.
-
-    Args:
-        front: From ``front_of``.
-        budget: Most mean MACs per image.
-        costs: Of the members.
-        asked: The target, for the message.
 
     Raises:
         InputError: if the members span no such cost.

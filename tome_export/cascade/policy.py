@@ -23,7 +23,9 @@ embedding are folded into one matrix on the average patch, which is all that is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,23 +36,34 @@ POLICIES = ("complexity", "confidence", "learned")
 MEASURES = ("max", "margin")
 
 
-def first_budgets(settings: Mapping[str, Any], pixels: Array) -> Array:
-    """The member that each image of ``pixels [B, C, H, W]`` float32 begins at: ``[B]`` int64."""
-    if settings["policy"] == "complexity":
-        return by_thresholds(complexity(pixels), settings["thresholds"])
-    if settings["policy"] == "learned":
-        patches = mean_patch(pixels, settings["patch"])
-        scores = head_scores(patches, settings["weights"], settings["bias"])
-        return by_price(scores, settings["shares"], settings["price"])
+def settings_from_json(text: str) -> Any:
+    """A policy of ``artifact.cascade``, or a served ``cascade.json``, where neither can be had."""
+    return json.loads(text, object_hook=lambda entries: SimpleNamespace(**entries))
+
+
+def first_budgets(settings: Any, pixels: Array) -> Array:
+    """The member that each image begins at.
+
+    Args:
+        settings: A policy of ``artifact.cascade``, or from ``settings_from_json``.
+        pixels: ``[B, C, H, W]`` float32.
+
+    Returns:
+        ``[B]`` int64.
+    """
+    if settings.policy == "complexity":
+        return by_thresholds(complexity(pixels), settings.thresholds)
+    if settings.policy == "learned":
+        scores = head_scores(mean_patch(pixels, settings.patch), settings.weights, settings.bias)
+        return by_price(scores, settings.shares, settings.price)
     return np.zeros(len(pixels), np.int64)
 
 
-def goes_on(settings: Mapping[str, Any], budget: int, logits: Array) -> Array:
+def goes_on(settings: Any, budget: int, logits: Array) -> Array:
     """Which images go on to the next member, from this one's ``logits [B, K]``: ``[B]`` bool."""
-    thresholds = settings["thresholds"] if settings["policy"] == "confidence" else ()
-    if budget >= len(thresholds):
+    if settings.policy != "confidence" or budget >= len(settings.thresholds):
         return np.zeros(len(logits), np.bool_)
-    return is_unsure(confidence(logits, settings["measure"]), thresholds[budget])
+    return is_unsure(confidence(logits, settings.measure), settings.thresholds[budget])
 
 
 def complexity(pixels: Array) -> Array:

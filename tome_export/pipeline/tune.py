@@ -32,7 +32,7 @@ from tome_export.pipeline.tune_score import Scorer, space_of
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import Precision
-from tome_export.tune.choose import Finalist, Finalists, best_within, cheapest, shown
+from tome_export.tune.choose import Finalist, Finalists
 from tome_export.tune.goal import Goal
 from tome_export.tune.search import BASELINES, ScoredSchedule, Search
 from tome_export.tune.space import Cost, Rs, rs_of, table_of
@@ -235,7 +235,8 @@ class _Tuning:
         self._start = time.monotonic()
         self._cut_short = False
         self._search = self._searched()
-        self._finalists = Finalists(scorer.validation if images.chosen_on > images.search else None)
+        validates = images.chosen_on > images.search
+        self._finalists = Finalists(scorer.validation if validates else None, self._late)
 
     def result(self, start: float) -> TunedSchedule:
         """The content of the schedule file.
@@ -254,7 +255,8 @@ class _Tuning:
         chosen, latency_ms, unmerged_ms = self._choose()
         looks, ended = len(self._finalists.measured), self._search.cut_short or self._cut_short
         constant = self._pick(self._points("constant"), self._budget)
-        front = self._front()
+        self._progress.stage("Measure the front")
+        front = self._finalists.front(self._points())
         score, validation, right = chosen.point.score, chosen.validation, self._right
         points = list(self._search.points.values())
 
@@ -410,9 +412,9 @@ class _Tuning:
 
     def _pick(self, points: list[ScoredSchedule], budget: float | None) -> Finalist | None:
         if budget is not None:
-            return best_within(self._finalists, points, budget, self._late)
+            return self._finalists.best_within(points, budget)
         validation = self._images.chosen_on - self._images.search
-        return cheapest(self._finalists, points, self._needed, validation, self._late)
+        return self._finalists.cheapest(points, self._needed, validation)
 
     def _timed(self, found: Finalist, stopwatch: Stopwatch) -> tuple[Finalist, float, float]:
         """Run the chosen schedule for real; where it is too slow, choose a cheaper one."""
@@ -451,19 +453,6 @@ class _Tuning:
             f"{late}the best that was found has {100 * whole.correct / whole.images:.2f} % "
             f"(unmerged {100 * self._right.mean():.2f} %): {','.join(map(str, best.r))}"
         )
-
-    def _front(self) -> list[Finalist]:
-        """What the picture shows, each point measured on the images that the choice is made on."""
-        self._progress.stage("Measure the front")
-        points = shown(self._points(), self._finalists)
-        # Every fourth first: if time runs out, the picture is coarse and not cut off.
-        for offset in range(4):
-            for point in points[offset::4]:
-                if self._late():
-                    break
-                self._finalists.measure(point)
-        measured = self._finalists.measured
-        return [measured[point.r] for point in points if point.r in measured]
 
 
 def estimate(r: Rs, images: TuneImages, scorer: Scorer) -> Estimate | None:

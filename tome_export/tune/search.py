@@ -9,8 +9,8 @@ for directly, without any training:
   damage), the neighbours are schedules that merge some tokens more or fewer in one layer, or move
   them between two layers, so that tokens go where they do the least damage for what they save.
 - There are hundreds of neighbours and each takes a pass over the images, so a ridge regression of
-  the measured damage (``Surrogate``) says which to measure next: the one that promises to lie
-  furthest below the front at its cost. Every fourth is one of the best ten by chance.
+  the measured damage (``predicted_log_damage``) says which to measure next: the one that promises
+  to lie furthest below the front at its cost. Every fourth is one of the best ten by chance.
 - Most are sought near the target, one in four anywhere on the front.
 - Damage is a divergence from the unmerged model's output. Top-1 on a few hundred images is too
   coarse to rank by; a mean of many small changes is not. It is a sum of terms that are never
@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,80 +102,52 @@ def pareto(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
     return front
 
 
-class Level:
-    """The damage that the front does at a cost: what a candidate there has to beat.
-
-    Between two points it is interpolated on the scale of both logarithms; outside them it is that
-    of the nearest.
-    """
-
-    def __init__(self, front: Sequence[ScoredSchedule]) -> None:
-        self._cost = np.log([point.cost for point in front])
-        self._damage = log_damage(np.array([point.score.damage for point in front]))
-
-    def log_damage(self, cost: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log damage ``[P]`` at costs ``[P]``."""
-        return np.asarray(np.interp(np.log(cost), self._cost, self._damage))
-
-
 def log_damage(damage: NDArray[np.float64]) -> NDArray[np.float64]:
     """The scale on which damage is modelled and compared."""
     return np.asarray(np.log(damage + _SMALLEST))
 
 
-class Surrogate:
-    """Ridge regression of the log damage on r and r squared of each layer.
+def predicted_log_damage(
+    candidates: Table,
+    r: Table,
+    damage: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    tokens: int,
+) -> NDArray[np.float64]:
+    """Guess the log damage ``[C]`` of candidates, by ridge regression on r and its square.
 
     It only ranks candidates: what it ranks first is measured, and only measurements count.
 
     Args:
+        candidates: ``[C, L]``: schedules.
         r: ``[P, L]``: measured schedules.
         damage: ``[P]``: their damage, in nats.
         weight: ``[P]``: how much each counts, above 0.
         tokens: Tokens of the model, to which r is related.
     """
-
-    def __init__(
-        self, r: Table, damage: NDArray[np.float64], weight: NDArray[np.float64], tokens: int
-    ) -> None:
-        self._tokens = tokens
-        features, target = self._features(r), log_damage(damage)
-        total = weight.sum()
-        self._mean = weight @ features / total
-        self._offset = weight @ target / total
-        centred = features - self._mean
-        self._scale = np.sqrt(weight @ centred**2 / total) + 1e-12
-        centred = centred / self._scale * np.sqrt(weight)[:, None]
-        target = (target - self._offset) * np.sqrt(weight)
-        gram = centred.T @ centred + _RIDGE * np.eye(features.shape[1])
-        self._slope = np.linalg.solve(gram, centred.T @ target)
-
-    def _features(self, r: Table) -> NDArray[np.float64]:
-        share = r / self._tokens
-        return np.asarray(np.concatenate([share, share**2], axis=1))
-
-    def log_damage(self, r: Table) -> NDArray[np.float64]:
-        """Guess for schedules ``[P, L]``: log damage ``[P]``."""
-        centred = (self._features(r) - self._mean) / self._scale
-        return np.asarray(self._offset + centred @ self._slope)
+    measured, wanted = (
+        np.concatenate([x, x**2], axis=1) for x in (r / tokens, candidates / tokens)
+    )
+    target, total = log_damage(damage), weight.sum()
+    mean, offset = weight @ measured / total, weight @ target / total
+    scale = np.sqrt(weight @ (measured - mean) ** 2 / total) + 1e-12
+    centred = (measured - mean) / scale * np.sqrt(weight)[:, None]
+    gram = centred.T @ centred + _RIDGE * np.eye(centred.shape[1])
+    slope = np.linalg.solve(gram, centred.T @ ((target - offset) * np.sqrt(weight)))
+    return np.asarray(offset + (wanted - mean) / scale @ slope)
 
 
-class Evaluate(Protocol):
-    """Measures a schedule on the search images."""
-
-    def __call__(self, r: Rs, bound: float) -> Score:
-        """Measure, or stop early once the mean damage is sure to be above ``bound``."""
-
-
+@dataclass
 class Search:
     """Points measured so far, and how to find more.
 
     Deterministic for a seed, unless the deadline ends it.
 
-    Args:
+    Attributes:
         space: The schedules there are.
         cost: What is to be saved.
-        evaluate: Measures a schedule.
+        evaluate: Measures a schedule on the search images, or stops early once the mean damage is
+            sure to be above a bound.
         budget: Most cost allowed; None with ``needed``.
         needed: Search images that must be right; None with ``budget``.
         seed: Of the choices by chance.
@@ -184,55 +155,43 @@ class Search:
             and then neither beat others nor have neighbours.
         deadline: In seconds of ``time.monotonic``; nothing new is measured after it.
         on_progress: Called with what is measured, how many were, and how many there are to be.
-
-    Attributes:
         points: What was measured.
         cut_short: Whether the deadline ended it.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        cost: Cost,
-        evaluate: Evaluate,
-        *,
-        budget: float | None = None,
-        needed: int | None = None,
-        seed: int = 0,
-        min_entropy: float = 0.0,
-        deadline: float = float("inf"),
-        on_progress: Callable[[str, int, int], None] = lambda *_: None,
-    ) -> None:
-        self._space = space
-        self._cost = cost
-        self._evaluate = evaluate
-        self._budget = budget
-        self._needed = needed
-        self._min_entropy = min_entropy
-        self._random = np.random.default_rng(seed)
-        self._deadline = deadline
-        self._on_progress = on_progress
-        self.points: dict[Rs, ScoredSchedule] = {}
-        self.cut_short = False
+    space: Space
+    cost: Cost
+    evaluate: Callable[[Rs, float], Score]
+    budget: float | None = None
+    needed: int | None = None
+    seed: int = 0
+    min_entropy: float = 0.0
+    deadline: float = float("inf")
+    on_progress: Callable[[str, int, int], None] = lambda *_: None
+    points: dict[Rs, ScoredSchedule] = field(default_factory=dict, init=False)
+    cut_short: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._random = np.random.default_rng(self.seed)
 
     def considered(self) -> list[ScoredSchedule]:
         """The points that do not merge more than is allowed."""
-        return [p for p in self.points.values() if p.score.entropy >= self._min_entropy]
+        return [p for p in self.points.values() if p.score.entropy >= self.min_entropy]
 
     def _late(self) -> bool:
-        self.cut_short = self.cut_short or time.monotonic() >= self._deadline
+        self.cut_short = self.cut_short or time.monotonic() >= self.deadline
         return self.cut_short
 
     def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> ScoredSchedule:
         """Measure a schedule, or know it already."""
         if r not in self.points:
-            cost = float(self._cost(table_of([r]))[0])
-            self.points[r] = ScoredSchedule(r, method, cost, self._evaluate(r, bound))
+            cost = float(self.cost(table_of([r]))[0])
+            self.points[r] = ScoredSchedule(r, method, cost, self.evaluate(r, bound))
         return self.points[r]
 
     def baselines(self) -> None:
         """Measure ToMe's families, each spread evenly over its costs."""
-        picked = [(m, _spread(self._space.baselines(m), BASELINE_POINTS[m])) for m in BASELINES]
+        picked = [(m, _spread(self.space.baselines(m), BASELINE_POINTS[m])) for m in BASELINES]
         total, done = sum(len(schedules) for _, schedules in picked), 0
         # A coarse grid of all comes before any finer one, for when time is short.
         for offset in range(COARSE):
@@ -242,7 +201,7 @@ class Search:
                         return
                     self.measure(r, method)
                     done += 1
-                    self._on_progress("baselines", done, total)
+                    self.on_progress("baselines", done, total)
 
     def free(self, count: int) -> None:
         """Measure up to ``count`` free lists; there must be baselines to start from."""
@@ -252,12 +211,18 @@ class Search:
             r = self._next(step)
             if r is None:
                 return
-            bound = float(np.exp(self._level(self._cost(table_of([r])))[0])) * TOLERANCE
+            bound = float(np.exp(self._level(self.cost(table_of([r])))[0])) * TOLERANCE
             self.measure(r, "free", bound)
-            self._on_progress("free", step + 1, count)
+            self.on_progress("free", step + 1, count)
 
     def _level(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return Level(pareto(self.considered())).log_damage(costs)
+        """Log damage that the front does at costs, which a candidate there has to beat.
+
+        Interpolated on the scale of both logarithms; outside the front it is that of its ends.
+        """
+        front = pareto(self.considered())
+        known, damage = np.array([(point.cost, point.score.damage) for point in front]).T
+        return np.asarray(np.interp(np.log(costs), np.log(known), log_damage(damage)))
 
     def _next(self, step: int) -> Rs | None:
         """The unmeasured neighbour of the front that promises most; None if there is none."""
@@ -269,7 +234,7 @@ class Search:
             pool, costs = self._pool(around)
         if not len(pool):
             return None
-        gain = self._level(costs) - self._surrogate(around).log_damage(pool)
+        gain = self._level(costs) - self._predicted(pool, around)
         order = np.lexsort((*pool.T, -gain))
         chance = step % EXPLORE == 1
         chosen = int(self._random.integers(min(10, len(order)))) if chance else 0
@@ -277,9 +242,9 @@ class Search:
 
     def _window(self) -> tuple[float, float]:
         """Costs near the target."""
-        if self._budget is not None:
-            return 0.93 * self._budget, self._budget
-        needed = self._needed or 0
+        if self.budget is not None:
+            return 0.93 * self.budget, self.budget
+        needed = self.needed or 0
         good = [p.cost for p in self.considered() if p.score.correct >= needed]
         if not good:
             most = max(point.cost for point in self.considered())
@@ -290,8 +255,8 @@ class Search:
         """Unmeasured neighbours, with a cost inside the window, of the points nearest to it."""
         low, high = window
         front = pareto(self.considered())
-        if self._needed is not None:
-            good = [p for p in self.considered() if p.score.correct >= self._needed]
+        if self.needed is not None:
+            good = [p for p in self.considered() if p.score.correct >= self.needed]
             front = [*sorted(good, key=lambda p: (p.cost, p.r))[: PARENTS // 3], *front]
         if np.isfinite(high) and high > 0:
             centre = np.log((low * high) ** 0.5)
@@ -299,16 +264,16 @@ class Search:
         else:
             picked = self._random.permutation(len(front))[:PARENTS]
             parents = [front[index] for index in sorted(picked)]
-        found = np.concatenate([self._space.neighbours(point.r) for point in parents])
+        found = np.concatenate([self.space.neighbours(point.r) for point in parents])
         found = np.unique(found, axis=0)
         new = [index for index, row in enumerate(found) if rs_of(row) not in self.points]
         found = found[new]
-        costs = self._cost(found) if len(found) else np.empty(0)
+        costs = self.cost(found) if len(found) else np.empty(0)
         inside = (costs >= low) & (costs <= high) & found.any(axis=1)
         return found[inside], costs[inside]
 
-    def _surrogate(self, window: tuple[float, float]) -> Surrogate:
-        """Fitted to all points, those near the window counting most."""
+    def _predicted(self, pool: Table, window: tuple[float, float]) -> NDArray[np.float64]:
+        """From all points, those near the window counting most."""
         points = list(self.points.values())
         costs = np.array([point.cost for point in points])
         weight = np.ones(len(points))
@@ -316,7 +281,8 @@ class Search:
             away = np.maximum(np.log(costs / window[1]), np.log(window[0] / costs))
             weight = np.exp(-2 * np.maximum(away, 0)) + 0.02
         damage = np.array([point.score.damage for point in points])
-        return Surrogate(table_of([p.r for p in points]), damage, weight, self._space.tokens)
+        measured = table_of([point.r for point in points])
+        return predicted_log_damage(pool, measured, damage, weight, self.space.tokens)
 
 
 def _spread(schedules: Sequence[Rs], count: int) -> list[Rs]:

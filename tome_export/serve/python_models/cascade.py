@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,8 +41,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read the policy and the names of the models."""
         folder = Path(args["model_repository"]) / args["model_version"]
-        self.settings = json.loads((folder / SETTINGS).read_text())
         self.policy = policy_from_file(folder / POLICY)
+        self.settings = self.policy.settings_from_json((folder / SETTINGS).read_text())
         config = json.loads(args["model_config"])
         self.input = config["input"][0]["name"]
         names = [output["name"] for output in config["output"]]
@@ -75,7 +75,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils
 
         inner = pb_utils.InferenceRequest(
-            model_name=self.settings["members"][budget]["model"],
+            model_name=self.settings.members[budget].model,
             requested_output_names=self.outputs,
             inputs=[pb_utils.Tensor(self.input, np.ascontiguousarray(pixels))],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
@@ -100,13 +100,13 @@ def policy_from_file(path: Path) -> ModuleType:
 
 
 async def cascaded(
-    policy: ModuleType, settings: Mapping[str, Any], pixels: Array, ask: Ask
+    policy: ModuleType, settings: Any, pixels: Array, ask: Ask
 ) -> tuple[dict[str, Array], dict[int, str]]:
     """Run a cascade on a batch.
 
     Args:
         policy: The module ``policy``.
-        settings: The content of ``cascade.json``.
+        settings: The content of ``cascade.json``, by the policy's ``settings_from_json``.
         pixels: ``[B, C, H, W]`` float32.
         ask: Gives the outputs of a member, by its index, for some of the images; raises
             ``MemberError``.
@@ -116,14 +116,14 @@ async def cascaded(
         ``macs``; and the error of each image that has one, by its index. Rows of such images hold
         nothing.
     """
-    count, members = len(pixels), settings["members"]
+    count, members = len(pixels), settings.members
     budget = policy.first_budgets(settings, pixels)
-    macs = np.full(count, settings["policy_macs"], np.int64)
+    macs = np.full(count, settings.policy_macs, np.int64)
     found: dict[str, Array] = {}
     errors: dict[int, str] = {}
 
     async def visit(member: int, rows: Array) -> None:
-        macs[rows] += members[member]["macs"]
+        macs[rows] += members[member].macs
         try:
             answer = await ask(member, pixels[rows])
         except MemberError as error:
