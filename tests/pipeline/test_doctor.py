@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tome_export.pipeline import doctor
+from tome_export.runtime.registry import BACKENDS
 
 
 def found(findings, name):
@@ -22,6 +23,10 @@ def test_everything_is_looked_at():
     for backend in ("tensorrt", "tensorrt-rtx"):
         for verb in ("build", "run"):
             assert f"{backend}: {verb} engines" in names
+    for backend in ("ort-cpu", "ort-cuda", "ort-rtx", "openvino"):
+        run, reason = found(findings, f"{backend}: run models"), BACKENDS[backend].missing()
+        assert run.ok == (reason is None)
+        assert reason is None or reason in (f"{run.found}; {run.fix}", run.found)
     for finding in findings:
         assert "\n" not in finding.found + finding.fix
         assert finding.ok == (finding.fix == "")

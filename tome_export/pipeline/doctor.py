@@ -20,9 +20,11 @@ from tome_export.bench.environment import cores
 from tome_export.engine import gpu
 from tome_export.engine.select import BACKENDS
 from tome_export.progress import Progress, Silent
+from tome_export.runtime import registry
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend
+    from tome_export.runtime import runner
 
 ROOM_BYTES = 4 << 30
 """Free memory and disk below which a build of vit_b16 may fail."""
@@ -66,6 +68,8 @@ def survey(progress: Progress | None = None) -> list[Finding]:
     found = bool(report.gpus)
     findings.append(Finding("GPU", found, report.reason, "" if found else NEEDS_GPU))
     findings += [finding for backend in BACKENDS for finding in _backend(backend)]
+    progress.stage("Look at what runs models")
+    findings += [_runs(one) for one in registry.BACKENDS.values() if one.opens == "graph"]
     progress.stage("Look at disk and memory")
     return [*findings, _disk(), _memory()]
 
@@ -123,6 +127,14 @@ def _backend(backend: Backend) -> list[Finding]:
             found, _, fix = installed.reason.rpartition(": ")
         findings.append(Finding(f"{backend.name}: {verb} engines", state.available, found, fix))
     return findings
+
+
+def _runs(backend: runner.Backend) -> Finding:
+    name, reason = f"{backend.name}: run models", backend.missing()
+    if reason is None:
+        return Finding(name, True, backend.title)
+    found, _, fix = reason.rpartition("; ")
+    return Finding(name, False, found or reason, fix if found else NEEDS_GPU)
 
 
 def _disk() -> Finding:
