@@ -8,7 +8,6 @@ Layouts of checkpoints: OpenAI's (``visual.conv1.weight``), Transformers'
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,86 +27,71 @@ if TYPE_CHECKING:
 FRAMES = 12
 """Frames that the public training code of CLIP4Clip and TempMe samples on MSR-VTT."""
 
-_FRONTS = ("clip.visual.", "visual.")
-_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
-_LORA = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)TVPt_LoRA_a")
-_POSITION = "TVPt_Video_Positional_embedding"
-# Buffers that the public code saves along.
-_BUFFERS = ("position_ids", "input_resolution", "context_length", "vocab_size")
-
-_TABLE, _ROWS = "unified_prompt_embedding.weight", "visual_prompt_embedding"
-
 TEXT_PROMPTS = 8
 """Prompts of the text tower that STOP's table has in front: the public code's default."""
 
-_HF_FRONT, _HF_PROJECTION = "vision_model.", "visual_projection.weight"
+_POSITIONS = "frame_positions."
+_POSITION = re.compile(r"transformer\.resblocks\.(\d+)\.TVPt_Video_Positional_embedding")
+_LORA = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)TVPt_LoRA_a")
+# Buffers that the public code saves along.
+_BUFFERS = ("position_ids", "input_resolution", "context_length", "vocab_size")
+_TABLE, _ROWS = "unified_prompt_embedding.weight", "visual_prompt_embedding"
+
+# Transformers' names behind ``vision_model.`` -> the tower's.
 _HF_NAMES = {
-    "embeddings.class_embedding": "class_embedding",
-    "embeddings.patch_embedding.weight": "conv1.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "pre_layrnorm.weight": "ln_pre.weight",
-    "pre_layrnorm.bias": "ln_pre.bias",
-    "post_layernorm.weight": "ln_post.weight",
-    "post_layernorm.bias": "ln_post.bias",
+    r"^embeddings\.class_embedding$": "class_embedding",
+    r"^embeddings\.patch_embedding\.": "conv1.",
+    r"^embeddings\.position_embedding\.weight$": "positional_embedding",
+    r"^pre_layrnorm\.": "ln_pre.",
+    r"^post_layernorm\.": "ln_post.",
+    r"^encoder\.layers\.": "transformer.resblocks.",
+    r"\.self_attn\.": ".attn.",
+    r"\.layer_norm([12])\.": r".ln_\1.",
+    r"\.mlp\.fc1\.": ".mlp.c_fc.",
+    r"\.mlp\.fc2\.": ".mlp.c_proj.",
 }
-_HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_HF_PARTS = {
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
+_HF_PACKED = re.compile(r"(.+\.attn)\.q_proj\.(weight|bias)")
 
 
-def tower_state(state: State, path: Path) -> State:
-    """The video tower's tensors of a checkpoint, LoRA folded into the attention's projections.
+def _tower_state(state: State, path: Path) -> State:
+    """The video tower's tensors of a checkpoint of any layout, by the names that the tower has.
 
-    Args:
-        state: What the file holds, in any of the layouts, text towers and all.
-        path: The file, for messages.
-
-    Returns:
-        Tensors by the names that the tower has for them; a layout of none of these is returned as
-        it is, for the comparison with the tower to name the difference.
-
-    Raises:
-        InputError: if one half of a LoRA is missing or the halves do not fit.
+    A layout of none of these is returned as it is, for the comparison with the tower to name the
+    difference.
     """
-    if any(key.startswith(_HF_FRONT) for key in state):
+    if any(key.startswith("vision_model.") for key in state):
         return _from_hf(state)
-    front = next((f for f in _FRONTS if any(key.startswith(f) for key in state)), "")
-    own = {key.removeprefix(front): v for key, v in state.items() if key.startswith(front)}
-    own = {key: value for key, value in own.items() if key not in _BUFFERS}
-    return _positions(_folded(own, path))
+    fronts = ("clip.visual.", "visual.")
+    front = next((f for f in fronts if any(key.startswith(f) for key in state)), "")
+    own: State = {}
+    for key, value in state.items():
+        name = key.removeprefix(front)
+        if not key.startswith(front) or name in _BUFFERS:
+            continue
+        layer = _POSITION.fullmatch(name)
+        if layer is None:
+            own[name] = value
+        else:
+            own[f"{_POSITIONS}{layer[1]}"] = value.reshape(-1, value.shape[-1])
+    return _folded(own, path)
 
 
-def stop_state(state: State, path: Path, frames: int, width: int) -> State:
-    """STOP's tower likewise, the frames' prompts of every block made from what training keeps.
-
-    Args:
-        state: What the file holds; that of a tower itself has the prompts ready.
-        path: The file, for messages.
-        frames: Frames of one video.
-        width: C of the tokens.
-
-    Raises:
-        InputError: as ``tower_state``, and if the prompts are for another number of frames.
-    """
+def _stop_state(state: State, path: Path, frames: int, width: int) -> State:
+    """STOP's tower likewise, the frames' prompts of every block made from what training keeps."""
     from tome_export.models.stop import PROMPTS, folded_prompts
 
-    tower = tower_state(state, path)
+    tower = _tower_state(state, path)
     front = "clip." if any(key.startswith("clip.") for key in state) else ""
-    whole = {key.removeprefix(front): value for key, value in state.items()}
-    rows = whole.get(_TABLE)
+    held = {key.removeprefix(front): value for key, value in state.items()}
+    rows = held.get(_TABLE)
     if rows is not None and rows.shape[0] != TEXT_PROMPTS + PROMPTS * frames:
         have = (rows.shape[0] - TEXT_PROMPTS) / PROMPTS
         raise InputError(
             f"weights file {path} has prompts for {have:g} frames; expected {frames}, or give "
             f"--frames {have:g}"
         )
-    if "frame_prompts" not in tower and (rows is not None or _ROWS in whole):
-        tower["frame_prompts"] = folded_prompts(whole, frames, width)
+    if "frame_prompts" not in tower and (rows is not None or _ROWS in held):
+        tower["frame_prompts"] = folded_prompts(held, frames, width)
     return tower
 
 
@@ -122,9 +106,8 @@ def _folded(state: State, path: Path) -> State:
         found = _LORA.fullmatch(key)
         if found is None:
             continue
-        front = found[1]
-        down, up = folded.pop(key), folded.pop(f"{front}TVPt_LoRA_b", None)
-        weight = folded.get(f"{front}in_proj_weight")
+        down, up = folded.pop(key), folded.pop(f"{found[1]}TVPt_LoRA_b", None)
+        weight = folded.get(f"{found[1]}in_proj_weight")
         if up is None or weight is None:
             raise InputError(
                 f"weights file {path} has {key} without its other half; expected both of a LoRA "
@@ -135,50 +118,30 @@ def _folded(state: State, path: Path) -> State:
                 f"weights file {path} has a LoRA of shapes {list(up.shape)} x {list(down.shape)} "
                 f"for a projection of {list(weight.shape)}; expected the same outer sizes"
             )
-        folded[f"{front}in_proj_weight"] = weight.float() + up.float() @ down.float()
+        folded[f"{found[1]}in_proj_weight"] = weight.float() + up.float() @ down.float()
     return folded
 
 
-def _positions(state: State) -> State:
-    named: State = {}
-    for key, value in state.items():
-        layer = _LAYER.fullmatch(key)
-        if layer is not None and layer[2] == _POSITION:
-            named[f"frame_positions.{layer[1]}"] = value.reshape(-1, value.shape[-1])
-        else:
-            named[key] = value
-    return named
-
-
-def _from_hf(state: Mapping[str, Tensor]) -> State:
+def _from_hf(state: State) -> State:
     import torch
 
     found: State = {}
-    packed: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        if key == _HF_PROJECTION:
+        if key == "visual_projection.weight":
             found["proj"] = value.T
-        name = key.removeprefix(_HF_FRONT)
+        name = key.removeprefix("vision_model.")
         if name == key or name == "embeddings.position_ids":
             continue
-        layer = _HF_LAYER.fullmatch(name)
-        if layer is None:
-            found[_HF_NAMES.get(name, name)] = value
-            continue
-        front = f"transformer.resblocks.{layer[1]}."
-        part = layer[2].removeprefix("self_attn.")
-        if part in ("q_proj", "k_proj", "v_proj"):
-            packed.setdefault(f"{front}attn.in_proj_{layer[3]}", {})[part] = value
-        else:
-            found[f"{front}{_HF_PARTS.get(layer[2], layer[2])}.{layer[3]}"] = value
-    for name, parts in packed.items():
-        # A missing one leaves the key out, and the comparison with the tower names it.
-        if len(parts) == 3:
-            found[name] = torch.cat([parts[p] for p in ("q_proj", "k_proj", "v_proj")])
+        for theirs, ours in _HF_NAMES.items():
+            name = re.sub(theirs, ours, name)
+        found[name] = value
+    for packed in filter(None, map(_HF_PACKED.fullmatch, list(found))):
+        names = [f"{packed[1]}.{part}_proj.{packed[2]}" for part in "qkv"]
+        # A missing one is left to the comparison with the tower.
+        if all(name in found for name in names):
+            parts = [found.pop(name) for name in names]
+            found[f"{packed[1]}.in_proj_{packed[2]}"] = torch.cat(parts)
     return found
-
-
-_POSITIONS = "frame_positions."
 
 
 @dataclass(frozen=True)
@@ -214,9 +177,9 @@ class Clip4ClipLoader(FileLoader):
         module = self.create(depth)
         state = read_state(path)
         if self.prompts:
-            state = stop_state(state, path, self.frames, self.sizes.width)
+            state = _stop_state(state, path, self.frames, self.sizes.width)
         else:
-            state = tower_state(state, path)
+            state = _tower_state(state, path)
         stored = stored_dtype(state.values())
         state, remark = _with_positions(state, module)
         return filled(recipe, module, state, path, stored, remark)
