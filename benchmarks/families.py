@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.family_models import FAMILIES, Family
 from benchmarks.harness import write_rows
-from tome_export.artifact import PARITY, Artifact
+from tome_export.artifact import Artifact
+from tome_export.artifact.parity import PARITY, ParityFile
 from tome_export.data.images import parity_images
 from tome_export.merge import reference
 from tome_export.merge.schedule import Schedule
@@ -162,20 +163,19 @@ def model_and_images(artifact: Artifact) -> tuple[Any, Any]:
 
 def parity_of(artifact: Artifact) -> dict[str, Any]:
     """The numbers of the build's own parity report, in the terms of ``recipes.py``."""
-    report = json.loads((artifact.path / PARITY).read_text())["checks"][0]
-    layers = report["layers"]
+    (report,) = ParityFile.read(artifact.path / PARITY).checks
     return {
-        "passed": report["passed"],
-        "failures": report["failures"],
-        "decisions": report["decisions"],
-        "disagreements": report["disagreements"],
-        "defects": report["defects"],
-        "largest_margin": max((layer["largest_margin"] for layer in layers), default=0.0),
-        "margin_bound": min((layer["margin_bound"] for layer in layers), default=0.0),
-        "source_map_defects": report["source_map_defects"],
-        "relative_error": report["output"]["relative"],
-        "led_relative_error": report["led_output"]["relative"],
-        "cosine": report["output"]["cosine"],
+        "passed": report.passed,
+        "failures": report.failures,
+        "decisions": report.decisions,
+        "disagreements": report.disagreements,
+        "defects": report.defects,
+        "largest_margin": max((layer.largest_margin for layer in report.layers), default=0.0),
+        "margin_bound": min((layer.margin_bound for layer in report.layers), default=0.0),
+        "source_map_defects": report.source_map_defects,
+        "relative_error": report.output.relative,
+        "led_relative_error": report.led_output.relative,
+        "cosine": report.output.cosine,
     }
 
 
