@@ -109,8 +109,7 @@ def write_graphs(
     """
     import onnx
 
-    from tome_export.onnx.build import onnx_from_model
-    from tome_export.onnx.export import ExportOptions
+    from tome_export.onnx.export import ExportOptions, onnx_from_model
 
     recipe, module = seeded_model(name, depth)
     known = _digests(module)

@@ -10,8 +10,7 @@ import onnx
 import pytest
 
 from tome_export.bench.profile import profile_from_events, profile_in_turn, profile_onnx
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.names import GROUPS, Place, place_finder, place_of_scope, places
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tome_export.models import RECIPES
 from tome_export.models.samples import sample_pixels
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.twin import LEAD, twin_from_model
 from tome_export.parity.check import check_parity, inputs_of
 from tome_export.patch import MergedModel, patch

@@ -9,8 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from tome_export.onnx.build import OnnxFiles, onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import ExportOptions, OnnxFiles, onnx_from_model
 from tome_export.patch import patch
 
 

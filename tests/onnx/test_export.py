@@ -19,9 +19,8 @@ from onnx import TensorProto
 from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.onnx import files
-from tome_export.onnx.build import METADATA_PREFIX, onnx_from_model
 from tome_export.onnx.emulate import emulate_bfloat16, uses_bfloat16
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import METADATA_PREFIX, ExportOptions, onnx_from_model
 from tome_export.patch import patch
 from tome_export.spec import BatchRange
 
@@ -373,11 +372,11 @@ def test_check_accepts_what_was_written(export, make_vit):
 
 def test_large_models_are_simplified_alike(export, make_vit, tmp_path, monkeypatch):
     """Large weights stay out of onnxsim's hands; the graph that is left is the same."""
-    from tome_export.onnx import simplify
+    from tome_export.onnx import export as exporting
 
     whole = export(make_vit, "test_vit", [7, 0, 9], ExportOptions())
     monkeypatch.setattr(files, "LARGE_BYTES", 0)
-    monkeypatch.setattr(simplify, "HEAVY_BYTES", 1 << 10)
+    monkeypatch.setattr(exporting, "HEAVY_BYTES", 1 << 10)
     onnx_from_model(whole.model, tmp_path / "model.onnx", ExportOptions(), "logits")
     light = onnx.load(tmp_path / "model.onnx")
     for part in ("input", "output", "node"):

@@ -14,8 +14,7 @@ from onnx import helper, numpy_helper
 from tome_export.cli.text import summary_lines
 from tome_export.errors import ExportError, InputError
 from tome_export.onnx import files
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import inline, match_function
 from tome_export.parity.check import check_parity
 from tome_export.patch import patch

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tome_export.merge.entropy import entropy_bound
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.parity.check import check_parity
 from tome_export.patch import patch
 from tome_export.reducers.options import reducer_from_text

@@ -16,8 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tome_export.merge import spec
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import match_function, merge_function
 from tome_export.parity.check import check_parity, fp32_score_bound
 from tome_export.parity.decisions import Plan, cosine_scores, disagreements

@@ -19,7 +19,7 @@ from tome_export.engine import EngineOptions, Selection, gpu
 from tome_export.engine.select import BACKENDS
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
-from tome_export.onnx.merging import merging_of
+from tome_export.onnx.plugin import merging_of
 from tome_export.pipeline import (
     BuildRequest,
     EngineRequest,

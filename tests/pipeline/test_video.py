@@ -20,10 +20,9 @@ from tome_export.errors import InputError
 from tome_export.merge.plan import Across
 from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.models.video import load_videos, moving_samples
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.files import load
-from tome_export.onnx.merging import merging_of
+from tome_export.onnx.plugin import merging_of
 from tome_export.onnx.twin import twin_from_model
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.bench import BenchRequest, bench

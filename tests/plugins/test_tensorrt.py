@@ -70,9 +70,8 @@ def small_artifact(path: Path, case: str) -> list[Any]:
     import timm
     import torch
 
-    from tome_export.onnx.build import onnx_from_model
-    from tome_export.onnx.export import ExportOptions
-    from tome_export.onnx.merging import merging_of
+    from tome_export.onnx.export import ExportOptions, onnx_from_model
+    from tome_export.onnx.plugin import merging_of
     from tome_export.patch import patch
     from tome_export.pipeline.kernels import compile_kernels
     from tome_export.progress import Silent

@@ -12,8 +12,7 @@ import pytest
 
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import ExportOptions
+from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.patch import patch
 from tome_export.runtime.registry import BACKENDS, backend_of, require, usual_backends
 from tome_export.runtime.runner import Runnable, infer_in_batches

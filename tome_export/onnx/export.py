@@ -1,25 +1,36 @@
-"""From a merged torch module to an ONNX model with static tokens and a dynamic batch."""
+"""From a merged torch module to an ONNX file with static tokens and a dynamic batch.
+
+Traced by torch, match and merge as one node each; their bodies put in place, unless for plugins;
+simplified by onnxsim; named, described, written and checked.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.merge.plan import Step, step_name
-from tome_export.onnx.functions import Lowering
-from tome_export.onnx.names import name_by_module
+from tome_export.onnx import files
+from tome_export.onnx.functions import Lowering, functions_for, inline
+from tome_export.onnx.names import decision_of_tensor, name_by_module, name_by_place
+from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
+from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
 from tome_export.spec import INPUT_NAME, AttentionForm, BatchRange, Precision
 
@@ -34,6 +45,9 @@ TORCH_DTYPES: dict[Precision, torch.dtype] = {
 
 OPSET = 23
 """First opset with Attention and RMSNormalization."""
+
+HEAVY_BYTES = 1 << 16
+"""Weights above this stay out of onnxsim's hands in a large model."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,22 @@ class ExportOptions:
         return "fused" if self.precision != "fp32" and self.opset >= OPSET else "parts"
 
 
+@dataclass(frozen=True)
+class OnnxFiles:
+    """What was written.
+
+    Attributes:
+        paths: The model, then its external data if any.
+        opset: Of the standard operators.
+        nodes: Nodes in the main graph.
+    """
+
+    paths: tuple[Path, ...]
+    opset: int
+    nodes: int
+    simplified: bool = True
+
+
 class PrecisionBoundary(nn.Module):
     """A model in its own precision behind float32 inputs and outputs."""
 
@@ -99,7 +129,55 @@ def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
     return copy.deepcopy(model).to(TORCH_DTYPES[precision])
 
 
-def ir_from_model(
+def onnx_from_model(
+    model: MergedModel,
+    path: Path,
+    options: ExportOptions,
+    output_names: str | Sequence[str],
+    metadata: Mapping[str, object] | None = None,
+    *,
+    external_data_bytes: int = files.EXTERNAL_DATA_BYTES,
+) -> OnnxFiles:
+    """Export a merged model to ``path``.
+
+    Args:
+        model: In eval mode, fp32 weights.
+        path: Of the ``.onnx`` file; external data goes beside it.
+        options: Precision, batch range, operator forms.
+        output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
+            gives them.
+        metadata: Written to the model's metadata_props as JSON, keys prefixed ``tome_export.``.
+        external_data_bytes: Weights above this go to a file of their own.
+
+    Raises:
+        ExportError: if the model cannot be traced, or the result is not valid ONNX with a known
+            shape for every tensor.
+    """
+    from onnx_ir import serde
+
+    names = [output_names] if isinstance(output_names, str) else output_names
+    proto = serde.serialize_model(_ir_from_model(model, options, names))
+    functions = functions_for(
+        proto.graph.node, options.lowering, options.opset, plugin=options.plugin
+    )
+    proto.functions.extend(functions)
+    inline(proto, (spec.PLAN, spec.SIGNAL) if options.plugin else tuple(spec.SUFFIXES))
+    proto = _simplified(proto)
+    if options.plugin:
+        read_keys_from_products(proto, options.opset)
+    name_by_place(proto.graph)
+    _name_by_content(proto)
+    described = {**(metadata or {}), **_sequences(model)}
+    props = {METADATA_PREFIX + key: json.dumps(value) for key, value in described.items()}
+    onnx.helper.set_model_props(proto, props)
+    proto.doc_string = f"Vision transformer with token merging, operators v{spec.VERSION}"
+    nodes = len(proto.graph.node)
+    written = files.save(proto, path, threshold=external_data_bytes)
+    files.check(path)
+    return OnnxFiles(tuple(written), options.opset, nodes)
+
+
+def _ir_from_model(
     model: MergedModel, options: ExportOptions, output_names: Sequence[str]
 ) -> ir.Model:
     """Trace a merged model into an ONNX graph whose match and merge are one node each.
@@ -223,3 +301,114 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold constants and drop dead nodes.
+
+    Requires functions attached for the nodes that call them.
+    Ensures the same inputs and outputs; every tensor that is a merge's decision under its name
+    (``onnx.names``), with its shape; and every node for plugins still in place with its attributes.
+
+    Raises:
+        ExportError: if onnxsim cannot validate its own result.
+    """
+    import onnxsim
+
+    shown = _show_decisions(model.graph)
+    large = files.weight_bytes(model) > files.LARGE_BYTES
+    result, valid = _simplified_light(model) if large else onnxsim.simplify(model)
+    if not valid:
+        raise ExportError(
+            "onnxsim could not validate its own result; expected an equal graph, try another "
+            "version of onnxsim"
+        )
+    before, after = _interface(model), _interface(result)
+    if before != after:
+        changed = sorted(str(part) for part in before ^ after)
+        raise ExportError(
+            f"onnxsim changed {', '.join(changed[:4])}; expected the same inputs, outputs and "
+            "nodes for plugins, try another version of onnxsim"
+        )
+    result.graph.value_info.extend(v for v in result.graph.output if v.name in shown)
+    outputs = [value for value in result.graph.output if value.name not in shown]
+    del result.graph.output[:]
+    result.graph.output.extend(outputs)
+    return result
+
+
+def _show_decisions(graph: onnx.GraphProto) -> set[str]:
+    """Make outputs of a graph's decisions for the time being, whose names then stay."""
+    values = {value.name: value for value in (*graph.value_info, *graph.output)}
+    names = [name for node in graph.node for name in node.output if decision_of_tensor(name)]
+    shown = [name for name in names if name not in {value.name for value in graph.output}]
+    graph.output.extend(values[name] for name in shown)
+    return set(shown)
+
+
+def _simplified_light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
+    """As onnxsim does it, with the large weights out of its hands: it copies them several times.
+
+    They are inputs for the time being, so that what is computed of them alone stays in the graph.
+    """
+    import onnxsim
+
+    light = files.without_weights(model)
+    heavy = {t.name: t for t in model.graph.initializer if len(t.raw_data) > HEAVY_BYTES}
+    light.graph.initializer.extend(t for t in model.graph.initializer if t.name not in heavy)
+    light.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+        for name, tensor in heavy.items()
+    )
+    result: onnx.ModelProto
+    result, valid = onnxsim.simplify(light)
+    inputs = [value for value in result.graph.input if value.name not in heavy]
+    used = {name for node in result.graph.node for name in node.input}
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(t for name, t in heavy.items() if name in used)
+    return result, valid
+
+
+def _interface(model: onnx.ModelProto) -> set[tuple[str, ...]]:
+    """Inputs, outputs, and the nodes for plugins with their attributes."""
+    graph = model.graph
+    found = {("input", value.name) for value in graph.input}
+    found |= {("output", value.name) for value in graph.output}
+    return found | {
+        (node.op_type, node.name, *sorted(map(str, node.attribute)))
+        for node in graph.node
+        if node.domain == spec.DOMAIN
+    }
+
+
+def _sequences(model: MergedModel) -> dict[str, dict[str, int]]:
+    """What the twin has to know of merges that work on several sequences of one input."""
+    counts = {step_name(step): model.sequences_at(step) for step in model.steps}
+    several = {name: count for name, count in counts.items() if count > 1}
+    return {spec.SEQUENCES: several} if several else {}
+
+
+def _name_by_content(model: onnx.ModelProto) -> None:
+    """Put a digest of graph and weights into the name of the first output of a node with inputs.
+
+    ONNX Runtime's cache of TensorRT engines tells models apart by the names of their tensors and
+    not by their weights: two builds of one model would take each other's engines.
+    """
+    graph = model.graph
+    digest = hashlib.sha256()
+    for part in (*graph.initializer, *graph.node):
+        digest.update(part.SerializeToString(deterministic=True))
+    for function in model.functions:
+        digest.update(function.SerializeToString(deterministic=True))
+    outputs = {value.name for value in graph.output}
+    old = next((n.output[0] for n in graph.node if n.input and n.output[0] not in outputs), None)
+    if old is None:
+        return
+    new = f"{old}.{digest.hexdigest()[:16]}"
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+    for value in graph.value_info:
+        if value.name == old:
+            value.name = new

@@ -418,9 +418,9 @@ def _exported(
     progress: Progress,
 ) -> tuple[Manifest, MergeForm]:
     """Write the ONNX model and its kernels; returns the manifest so far, and the form it has."""
-    from tome_export.onnx.build import onnx_from_model
+    from tome_export.onnx.export import onnx_from_model
     from tome_export.onnx.files import load
-    from tome_export.onnx.merging import merging_of
+    from tome_export.onnx.plugin import merging_of
 
     # Only of merges: a model that makes none has no plugin to speak of.
     merge_note = form.note if model.merges else ""

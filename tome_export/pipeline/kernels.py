@@ -17,7 +17,7 @@ from tome_export.plugins.merge import contract as merge_contract
 
 if TYPE_CHECKING:
     from tome_export.engine import Backend, EngineInfo, EngineOptions
-    from tome_export.onnx.merging import Merging
+    from tome_export.onnx.plugin import Merging
     from tome_export.plugins.variants import Variant
     from tome_export.progress import Progress
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tome_export.models import LoadedModel
-    from tome_export.onnx.build import OnnxFiles
-    from tome_export.onnx.export import ExportOptions
+    from tome_export.onnx.export import ExportOptions, OnnxFiles
     from tome_export.patch import MergedModel
 
 PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxsim")

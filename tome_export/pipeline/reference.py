@@ -144,10 +144,9 @@ def export_variant(
         ExportError: if the export fails.
         MissingComponentError: if kernels are needed that cannot be compiled here.
     """
-    from tome_export.onnx.build import onnx_from_model
-    from tome_export.onnx.export import ExportOptions
+    from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.files import load
-    from tome_export.onnx.merging import merging_of
+    from tome_export.onnx.plugin import merging_of
 
     manifest = artifact.manifest
     plugin = manifest.merge.merge_op == "plugin" and model.merges

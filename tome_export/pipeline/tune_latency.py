@@ -91,8 +91,7 @@ class Stopwatch:
             return self._times(paths)
 
     def _export(self, r: Rs, folder: Path) -> Path:
-        from tome_export.onnx.build import onnx_from_model
-        from tome_export.onnx.export import ExportOptions
+        from tome_export.onnx.export import ExportOptions, onnx_from_model
         from tome_export.pipeline.reference import rescheduled
 
         model = rescheduled(self._model, Schedule(per_layer=r))

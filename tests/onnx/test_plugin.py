@@ -15,11 +15,9 @@ from towers import live
 
 from tome_export.errors import InputError
 from tome_export.merge import spec
-from tome_export.onnx.build import onnx_from_model
-from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import keys_attributes, match_function
-from tome_export.onnx.merging import merging_of
-from tome_export.onnx.product import read_keys_from_products
+from tome_export.onnx.plugin import merging_of, read_keys_from_products
 from tome_export.onnx.twin import LEAD, twin_from_model
 from tome_export.patch import patch
 from tome_export.spec import BatchRange
