@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from tome_export.artifact.manifest import read_manifest
 from tome_export.cli import text
 from tome_export.data.images import BUILD_COUNT
 from tome_export.engine.select import BACKENDS
@@ -195,8 +196,8 @@ def test_engine_adds_an_engine(run, artifact):
 
 def test_random_weights_are_said_everywhere(run, built_random, tmp_path):
     artifact = shutil.copytree(built_random, tmp_path / "artifact")
-    manifest = json.loads((artifact / "build.json").read_text())
-    assert manifest["model"]["random_weights"] is True
+    manifest = read_manifest(artifact)
+    assert manifest.model.random_weights is True
     assert text.artifact_lines(manifest, artifact)[0] == text.RANDOM
     assert text.RANDOM.startswith("RANDOM WEIGHTS")
     ran = run("check", artifact)

@@ -23,9 +23,9 @@ def test_it_goes_into_the_artifact(run, artifact):
     assert ran.out.splitlines()[-1].startswith(f"Report: {artifact / 'report.html'}, ")
     text = (artifact / "report.html").read_text()
     assert "digit.png" in text
-    before = Artifact.open(artifact).manifest["files"]["report.html"]
+    before = Artifact.open(artifact).manifest.files["report.html"]
     assert run("report", artifact, DATA / "digit.png", "--samples", "1").code == 0
-    assert Artifact.open(artifact).manifest["files"]["report.html"] == before
+    assert Artifact.open(artifact).manifest.files["report.html"] == before
 
 
 def test_elsewhere_it_leaves_the_artifact_as_it_is(run, artifact, tmp_path):
@@ -86,11 +86,12 @@ def test_what_is_refused(run, artifact, options, code, message):
 
 
 def test_a_report_that_cannot_be_read_is_one_line(run, artifact):
-    Artifact.open(artifact).record("bench.json", {"rows": []})
+    Artifact.open(artifact).record("bench.json", b'{"latency_ms": {"ort-cpu": 1}}')
     ran = run("report", artifact, "--json")
     assert ran.code == 3
+    file = artifact / "bench.json"
     assert ran.json["error"]["message"] == (
-        f"{artifact / 'bench.json'} has no against; run 'tome-export bench' of this version again"
+        f"{file} has no environment; run 'tome-export bench' of this version again"
     )
     assert json.loads((artifact / "build.json").read_text())["files"].keys() == {
         "bench.json",
@@ -100,8 +101,8 @@ def test_a_report_that_cannot_be_read_is_one_line(run, artifact):
 
 
 def test_a_result_that_was_changed_is_left_out(run, artifact):
-    Artifact.open(artifact).record("bench.json", {"rows": []})
-    (artifact / "bench.json").write_text("{}")
+    Artifact.open(artifact).record("bench.json", b"{}")
+    (artifact / "bench.json").write_text("[]")
     (artifact / "parity.json").unlink()
     ran = run("report", artifact, "--samples", "0")
     assert ran.code == 0, ran.err
@@ -150,8 +151,8 @@ def test_the_page_of_an_evaluation_without_labels(run, artifact, tmp_path, monke
 
 def test_serve_tells_of_a_measurement_that_was_changed(run, artifact):
     pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
-    Artifact.open(artifact).record("bench.json", {"latency_ms": {"ort-cpu": 1.0}})
-    (artifact / "bench.json").write_text("{}")
+    Artifact.open(artifact).record("bench.json", b"{}")
+    (artifact / "bench.json").write_text("[]")
     why = "bench.json was changed after it was recorded: run 'tome-export bench' again"
     found = run("serve", artifact, "--repository", "models", "--json").json
     attention, *others = found["notes"]
