@@ -34,11 +34,18 @@ $(VENV)/ort-rtx: $(VENV)/installed
 	  onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0 || echo "No TensorRT-RTX provider for this machine: its tests are skipped"
 	touch $@
 
+# The browser's ONNX Runtime, which runs under Node as well.
+$(VENV)/onnxruntime-web: $(VENV)/installed
+	npm install --silent --no-package-lock --no-audit --no-fund \
+	  --prefix $(VENV)/share/tome-export/onnxruntime-web onnxruntime-web@1.30.0 || \
+	  echo "No onnxruntime-web for this machine: the tests that run it are skipped"
+	touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/tome-export build vit_digits --r 8 --fp16 --force --output $(OUT)
 	$(BIN)/tome-export check $(OUT)
 
-test: $(VENV)/installed $(VENV)/onnxruntime-gpu $(VENV)/ort-rtx
+test: $(VENV)/installed $(VENV)/onnxruntime-gpu $(VENV)/onnxruntime-web $(VENV)/ort-rtx
 	# One thread each: workers that share two cores wait for each other at every barrier. Three, for
 	# a quarter of the time a test waits for a server or a process of its own.
 	# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.
