@@ -9,9 +9,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
+from manifests import engine_values
 
 from tome_export.artifact import Artifact
+from tome_export.artifact.manifest import EngineInfo
 from tome_export.errors import MissingComponentError
 from tome_export.serve.installation import find
 
@@ -27,9 +31,8 @@ def add_engine(artifact: Path, name: str, batch: str = "1:8:32", **more: object)
         "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": [-1, 1, 32, 32]}],
         "outputs": [{"name": "logits", "dtype": "float32", "shape": [-1, 10]}],
     }
-    record = {"file": file, "version": "10.13", "batch": batch, "targets": ["8.9"]}
-    engine = {**record, **tensors, "build_seconds": 1.0, "notes": [], **more}
-    Artifact.open(artifact).with_files({"engines": {name: engine}}, {file: draft})
+    engine = {**engine_values(file, name), "batch": batch, **tensors, **more}
+    Artifact.open(artifact).with_engine(EngineInfo.model_validate(engine), draft, "none")
 
 
 def test_result(run, built, tmp_path):
@@ -87,7 +90,8 @@ def test_a_version_compatible_engine_says_what_its_server_needs(run, artifact, t
         "Serve it: this command with --run, or tritonserver "
         f"--model-repository={tmp_path / 'models'} {flag}"
     )
-    assert f'- "{flag}"\n' in (tmp_path / "k.yaml").read_text()
+    manifest = yaml.safe_load((tmp_path / "k.yaml").read_text())
+    assert flag in manifest["spec"]["predictor"]["model"]["args"]
     ran = run("serve", artifact, "--repository", "models", "--json")
     assert ran.json["server"] == {"arguments": [flag], "environment": {}}
 
@@ -360,13 +364,13 @@ def test_run_until_it_is_ended(start, built, tmp_path, ended_by):
 
     with InferenceServerClient(server["grpc"]) as client:
         assert client.is_model_ready("vit_digits_r8")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = psutil.Process(process.pid).children()
     assert children
     process.send_signal(ended_by)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert "Stopping tritonserver" in err
     assert "successfully loaded 'vit_digits_r8'" in err  # --log
-    assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+    assert [child for child in children if child.is_running()] == []
     # ONNX Runtime leaves a file of its own.
     assert {path.name for path in (tmp_path / "tmp").iterdir()} <= {".ses"}
