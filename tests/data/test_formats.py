@@ -187,8 +187,13 @@ def labels_file(tmp_path, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["a.png,3\nsub/b, c.png,owl\n", "sub/b, c.png\towl\r\n\n# note\n./a.png\t3", "path,label\n"],
-    ids=["commas", "tabs", "header"],
+    [
+        "a.png,3\nsub/b, c.png,owl\n",
+        "sub/b, c.png\towl\r\n\n# note\n./a.png\t3",
+        "path,label\n",
+        '"a.png",3\n"sub/b, c.png",owl\n',
+    ],
+    ids=["commas", "tabs", "header", "quoted"],
 )
 def test_labels_file(tmp_path, named, text):
     if text == "path,label\n":

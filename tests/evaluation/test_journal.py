@@ -159,7 +159,7 @@ def test_a_table_is_the_same_in_any_order():
     records = [record(0), record(1, bad=(0,)), Record(2, ((0, "2/0", "spoilt"),), {})]
     tables = []
     for order in ((0, 1, 2), (2, 0, 1, 0)):
-        table = Table(5, 2, ["m"], classes=True)
+        table = Table(5, 2)
         for index in order:
             table.add(records[index])
         tables.append(table)
@@ -171,7 +171,7 @@ def test_a_table_is_the_same_in_any_order():
 
 
 def test_a_table_counts_the_short_last_chunk():
-    table = Table(5, 2, ["m"], classes=True)
+    table = Table(5, 2)
     table.add(Record(2, ((0, "x", "spoilt"),), {}))
     assert table.images_done == 1
     table.add(record(0))
@@ -180,7 +180,7 @@ def test_a_table_counts_the_short_last_chunk():
 
 
 def test_no_image_that_can_be_read():
-    table = Table(1, 2, ["m"], classes=True)
+    table = Table(1, 2)
     table.add(Record(0, ((0, "x.png", "is no image"),), {}))
     with pytest.raises(
         InputError, match=r"^none of the 1 images could be read; the first is x.png"

@@ -40,7 +40,7 @@ def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged"
     ]
     classes = None if kind == "features" else Classes(10)
     runs = list(dict.fromkeys(one.run for one in candidates))
-    table = Table(IMAGES, IMAGES, runs, classes=classes is not None)
+    table = Table(IMAGES, IMAGES)
     labels = np.arange(IMAGES, dtype=np.int32) % 10
     values = {}
     for n, run in enumerate(runs):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tome_export.data.labels import Classes, LabelFile
+from tome_export.data.labels import Classes
 from tome_export.data.source import Source, printable, samples_source
 from tome_export.errors import InputError, UsageError
 
@@ -43,8 +43,7 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
         folder = paths[0]
         inside = _shards_in(folder)
         if not inside:
-            listed = LabelFile(labels) if labels is not None else None
-            return folder_source(folder, IMAGE_SUFFIXES, classes, listed)
+            return folder_source(folder, IMAGE_SUFFIXES, classes, labels)
         paths = inside
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1 or not kinds <= set(SHARDS):

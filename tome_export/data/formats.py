@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tome_export.data.labels import Classes, LabelFile, class_folders, numbered_classes
+from tome_export.data.labels import Classes, class_folders, labels_from_file, numbered_classes
 from tome_export.data.source import Source, printable, stamp
 from tome_export.errors import InputError
 
@@ -32,7 +32,7 @@ LABELS = ("label", "labels")
 
 
 def folder_source(
-    folder: Path, suffixes: Collection[str], classes: Classes | None, labels: LabelFile | None
+    folder: Path, suffixes: Collection[str], classes: Classes | None, labels: Path | None
 ) -> Source:
     """The images of a folder, by class sub-folder, flat, or labelled by a file; see ``find``."""
     root = folder.absolute()
@@ -51,8 +51,7 @@ def folder_source(
                 source.add(names[-1], mark=mark)
     flat = any("/" not in name for name in names)
     if classes is not None and labels is not None:
-        source.classes = [labels.take(name, classes) for name in names]
-        labels.finish(folder)
+        source.classes = labels_from_file(labels, names, folder, classes)
     elif classes is not None and not flat and tops:
         index, note = class_folders(tops, classes)
         source.notes.append(note)

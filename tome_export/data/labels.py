@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,72 +164,60 @@ def numbered_classes(names: Sequence[str], classes: Classes, where: str) -> tupl
     return list(range(len(names))), f"{len(names)} classes, matched by number"
 
 
-class LabelFile:
-    """The file of ``--labels``: one line per image, ``relative/path<TAB or comma>index-or-name``.
+def labels_from_file(path: Path, names: Sequence[str], folder: Path, classes: Classes) -> list[int]:
+    """The class of each image by the file of ``--labels``.
 
     Args:
-        path: The file, UTF-8. Empty lines and lines that begin with ``#`` are left out; so is a
-            first line that names no image.
+        path: UTF-8, with a line ``relative/path,index-or-name`` per image, or a tab for the comma.
+            Empty lines and those that begin with ``#`` are left out; so is a first line that names
+            no image.
+        names: Relative paths of the images.
+        folder: Where they are.
+        classes: Of the model.
 
     Raises:
-        InputError: if there is no such file, or a line is of another form or repeats an image.
+        InputError: if there is no such file, a line is of another form, repeats an image or is of
+            none, or an image has no label or one that the model does not have.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._labels: dict[str, tuple[int, str]] = {}
-        self._taken = 0
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"labels {path} cannot be read ({reason}); expected lines of 'relative/path,label'"
+        ) from None
+    labels: dict[str, tuple[int, str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        separator = "\t" if "\t" in line else ","
+        *parts, label = next(csv.reader([line], delimiter=separator))
+        name = separator.join(parts).strip().removeprefix("./")
+        if not name or not label.strip():
             raise InputError(
-                f"labels {path} cannot be read ({reason}); expected lines of 'relative/path,label'"
-            ) from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            name, separator, label = line.rpartition("\t" if "\t" in line else ",")
-            name = name.strip().removeprefix("./")
-            if not separator or not name or not label.strip():
-                raise InputError(
-                    f"{path}, line {number} is {line.strip()!r}; expected "
-                    "'relative/path,label' with a comma or a tab"
-                )
-            if name in self._labels:
-                raise InputError(f"{path}, line {number} repeats {name}; give each image once")
-            self._labels[name] = (number, label)
-
-    def take(self, name: str, classes: Classes) -> int:
-        """The class of an image.
-
-        Raises:
-            InputError: if it has none, or one that the model does not have.
-        """
-        if name not in self._labels:
-            raise InputError(f"{self.path} has no label for {name}; add a line for it")
-        number, label = self._labels[name]
-        self._taken += 1
-        return classes.index(label, f"{self.path}, line {number}")
-
-    def finish(self, folder: Path) -> None:
-        """Check that every line was of an image; called after the last ``take``.
-
-        Raises:
-            InputError: if a line names an image that is not there.
-        """
-        if self._taken >= len(self._labels):
-            return
-        absent = [
-            (n, name) for name, (n, _) in self._labels.items() if not (folder / name).exists()
-        ]
-        # The names of the columns, which no image has.
-        header = next(iter(self._labels))
-        if absent and absent[0][1] == header and "." not in header:
-            absent = absent[1:]
-        if absent:
-            number, name = absent[0]
-            raise InputError(
-                f"{self.path} labels {len(absent)} images that are not in {folder}, the first is "
-                f"{name} in line {number}; add them or remove their lines"
+                f"{path}, line {number} is {line.strip()!r}; expected "
+                "'relative/path,label' with a comma or a tab"
             )
+        if name in labels:
+            raise InputError(f"{path}, line {number} repeats {name}; give each image once")
+        labels[name] = (number, label)
+    values = []
+    for name in names:
+        if name not in labels:
+            raise InputError(f"{path} has no label for {name}; add a line for it")
+        number, label = labels[name]
+        values.append(classes.index(label, f"{path}, line {number}"))
+    if len(names) < len(labels):
+        # The names of the columns, which no image has.
+        header = next(iter(labels))
+        absent = [
+            name
+            for name in labels
+            if not (folder / name).exists() and (name != header or "." in name)
+        ]
+        if absent:
+            raise InputError(
+                f"{path} labels {len(absent)} images that are not in {folder}, the first is "
+                f"{absent[0]} in line {labels[absent[0]][0]}; add them or remove their lines"
+            )
+    return values

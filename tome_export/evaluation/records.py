@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,49 +125,39 @@ class Table:
     Args:
         images: Images in all.
         batch: Images per chunk.
-        runs: Names of the runs.
-        classes: Whether the model has classes; else values are cosines.
     """
 
-    def __init__(self, images: int, batch: int, runs: Sequence[str], *, classes: bool) -> None:
+    def __init__(self, images: int, batch: int) -> None:
         self.images, self.batch = images, batch
-        self.chunks = -(-images // batch)
-        self.done = np.zeros(self.chunks, dtype=bool)
-        self.readable = np.zeros(images, dtype=bool)
-        self._unreadable: dict[int, tuple[str, str]] = {}
-        shape, kind = ((images, TOP), np.int32) if classes else ((images, 1), np.float64)
-        self._values = {run: np.full(shape, -1, dtype=kind) for run in runs}
+        self.images_done = 0
+        self._records: list[Record | None] = [None] * -(-images // batch)
 
     def add(self, record: Record) -> None:
-        """Take a record in; one that is there already changes nothing."""
-        start = record.chunk * self.batch
-        count = min(self.batch, self.images - start)
-        bad = {position for position, _, _ in record.unreadable}
-        good = [start + position for position in range(count) if position not in bad]
-        for run, values in self._values.items():
-            if good:
-                found = record.values[run]
-                values[good, : found.shape[1]] = found
-        self.readable[good] = True
-        for position, name, reason in record.unreadable:
-            self._unreadable[start + position] = (name, reason)
-        self.done[record.chunk] = True
+        """Take a record in, instead of what is there of its chunk."""
+        if self._records[record.chunk] is None:
+            self.images_done += min(self.batch, self.images - record.chunk * self.batch)
+        self._records[record.chunk] = record
+
+    def missing(self) -> list[int]:
+        """Chunks that are still to be done."""
+        return [chunk for chunk, record in enumerate(self._records) if record is None]
 
     @property
-    def images_done(self) -> int:
-        """Images whose chunk is done."""
-        whole = int(np.count_nonzero(self.done)) * self.batch
-        short = self.chunks * self.batch - self.images
-        return whole - (short if self.done[-1] else 0)
+    def readable(self) -> NDArray[np.bool_]:
+        """Which images could be read ``[B]``; all of those that are still to be done."""
+        mask = np.ones(self.images, dtype=bool)
+        for record in filter(None, self._records):
+            mask[[record.chunk * self.batch + place for place, _, _ in record.unreadable]] = False
+        return mask
 
     def values(self, run: str) -> NDArray[Any]:
         """Of the readable images, in order; see ``Record``."""
-        found: NDArray[Any] = self._values[run][self.readable]
-        return found
+        return np.concatenate([one.values[run] for one in self._records if one and one.values])
 
     def unreadable(self) -> list[tuple[str, str]]:
         """Name and reason, in the order of the images."""
-        return [self._unreadable[index] for index in sorted(self._unreadable)]
+        done = filter(None, self._records)
+        return [(name, reason) for record in done for _, name, reason in record.unreadable]
 
     def require_images(self) -> None:
         """Check that there is something to tell of.

@@ -246,11 +246,11 @@ class _Work:
         """
         runs = list(dict.fromkeys(candidate.run for candidate in self.candidates))
         images = len(self.chosen)
-        table = Table(images, classifier.batch, runs, classes=classifier.classes)
+        table = Table(images, classifier.batch)
         with self._journal(runs, classifier.batch) as journal:
             if journal is not None:
                 journal.clear() if self.request.restart else self._resume(journal, table)
-            if not table.done.all():
+            if table.missing():
                 models = f"{len(runs)} model{'s' if len(runs) > 1 else ''}"
                 self.progress.stage(f"Classify {images} images, {models}")
                 with self._records(classifier, table) as new:
@@ -300,9 +300,9 @@ class _Work:
             yield (classifier.record(chunk, runners) for chunk in decoded)
 
     def _tasks(self, table: Table, batch: int) -> Iterator[Task]:
-        for chunk in np.flatnonzero(~table.done):
+        for chunk in table.missing():
             part = self.chosen[chunk * batch : (chunk + 1) * batch]
-            yield Task(int(chunk), tuple(self.source.items(part)))
+            yield Task(chunk, tuple(self.source.items(part)))
 
     @contextlib.contextmanager
     def _journal(self, runs: list[str], batch: int) -> Iterator[Journal | None]:
