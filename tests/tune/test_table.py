@@ -40,27 +40,30 @@ SCHEDULES = [(0,) * 6, (5,) * 6, (16,) * 6, (30, 20, 10, 5, 2, 1)]
 
 
 def test_recovers_known_coefficients(space):
-    table = fit(space, [measured(space, r) for r in SCHEDULES])
-    for (_, group), values in table.coefficients.items():
-        assert values == pytest.approx(KNOWN[group], rel=1e-6, abs=1e-9), group
-    assert table.factor == pytest.approx(1.25)
-    assert table.residual < 1e-9
-    assert table.outside_ms == 2.0
+    table = fit(space, [measured(space, r) for r in SCHEDULES], 1, "fp32")
+    (layers,) = table.costs.layers
+    for cost in layers.groups:
+        known = pytest.approx(KNOWN[cost.group], rel=1e-6, abs=1e-9)
+        assert cost.coefficients == known, cost.group
+    assert table.costs.run_over_nodes == pytest.approx(1.25)
+    assert table.costs.residual < 1e-9
+    assert table.costs.outside_ms == 2.0
     other = (40, 0, 30, 0, 9, 0)
     assert table.latency_ms(table_of([other]))[0] == pytest.approx(measured(space, other).run_ms)
 
 
 def test_noise_is_told_and_stays_small(space):
     rng = np.random.default_rng(1)
-    table = fit(space, [measured(space, r, noise=lambda: rng.normal(0, 0.05)) for r in SCHEDULES])
-    assert 0.0 < table.residual < 0.05
+    noisy = [measured(space, r, noise=lambda: rng.normal(0, 0.05)) for r in SCHEDULES]
+    table = fit(space, noisy, 1, "fp32")
+    assert 0.0 < table.costs.residual < 0.05
     other = (40, 0, 30, 0, 9, 0)
     found = table.latency_ms(table_of([other]))[0]
     assert found == pytest.approx(measured(space, other).run_ms, rel=0.05)
 
 
 def test_layers_of_one_arithmetic_are_written_once(space):
-    costs = fit(space, [measured(space, r) for r in SCHEDULES]).costs(2, "fp16")
+    costs = fit(space, [measured(space, r) for r in SCHEDULES], 2, "fp16").costs
     assert (costs.batch, costs.precision, costs.measurements) == (2, "fp16", len(SCHEDULES))
     (layer,) = costs.layers
     assert layer.layers == tuple(range(6))
@@ -78,7 +81,8 @@ def test_what_falls_with_more_tokens_is_taken_for_constant(space):
         for groups, merged in zip(rows[-1].layers, r, strict=True):
             groups["mlp"] = 20.0 - 0.05 * (tokens - merged)
             tokens -= merged
-    for (_, group), values in fit(space, rows).coefficients.items():
-        assert (values >= 0).all(), group
-        if group == "mlp":
-            assert values[1] == 0 < values[0]
+    (layers,) = fit(space, rows, 1, "fp32").costs.layers
+    for cost in layers.groups:
+        assert min(cost.coefficients) >= 0, cost.group
+        if cost.group == "mlp":
+            assert cost.coefficients[1] == 0 < cost.coefficients[0]

@@ -308,7 +308,7 @@ class _Tuning:
                 search_accuracy=float(right[: images.search].mean()),
             ),
             front=tuple(map(entry, front)),
-            cost_table=self._table and self._table.costs(request.batch, request.precision),
+            cost_table=self._table and self._table.costs,
             images=len(images.pixels),
             data=TuneData(
                 source=images.source,

@@ -74,7 +74,7 @@ class Stopwatch:
             inside = sum(sum(groups.values()) for groups in layers)
             measured.append(Measurement(r, layers, profile.total_ms - inside, run_ms))
             progress.step("schedules profiled", done + 1, len(schedules))
-        return fit(space, measured)
+        return fit(space, measured, self._batch.opt, self._precision)
 
     def latency_ms(self, schedules: Sequence[Rs]) -> list[float]:
         """Median time of a run of each schedule, all taken in turn.

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,6 @@ MERGING = ("match", "merge")
 """Groups that only layers with r above 0 have."""
 
 _EXPONENTS: Mapping[str, tuple[int, ...]] = {"mlp": (0, 1)}
-
-Key = tuple[BlockCost, str]
-"""Layers of one arithmetic, and a group of theirs."""
 
 
 @dataclass(frozen=True)
@@ -56,61 +53,30 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Predicts the latency of any schedule.
-
-    Attributes:
-        space: The schedules.
-        coefficients: Of each group of each kind of layer, in ms.
-        outside_ms: Outside the layers.
-        factor: From the sum of the nodes to a run.
-        residual: Root mean square of the relative error over the measured schedules.
-        measurements: How many schedules were measured.
-    """
+    """Predicts the latency of any schedule of a space from fitted costs."""
 
     space: Space
-    coefficients: Mapping[Key, NDArray[np.float64]]
-    outside_ms: float
-    factor: float
-    residual: float
-    measurements: int
+    costs: LatencyCosts
 
     def latency_ms(self, r: Table) -> NDArray[np.float64]:
         """Milliseconds ``[P]`` of schedules ``[P, L]``."""
-        return np.asarray(self.factor * _nodes_ms(self, r))
-
-    def costs(self, batch: int, precision: Precision) -> LatencyCosts:
-        """For the schedule file."""
-        groups: dict[BlockCost, list[GroupCost]] = defaultdict(list)
-        for (block, group), values in self.coefficients.items():
-            of: Literal["tokens_in", "tokens_out"] = "tokens_out" if group == "mlp" else "tokens_in"
-            cost = GroupCost(group=group, of=of, coefficients=tuple(map(float, values)))
-            groups[block].append(cost)
-        return LatencyCosts(
-            outside_ms=self.outside_ms,
-            run_over_nodes=self.factor,
-            residual=self.residual,
-            measurements=self.measurements,
-            layers=tuple(
-                LayerCost(
-                    layers=tuple(i for i, block in enumerate(self.space.blocks) if block == kind),
-                    groups=tuple(costs),
-                )
-                for kind, costs in groups.items()
-            ),
-            batch=batch,
-            precision=precision,
-        )
+        nodes = _nodes_ms(self.space, self.costs.layers, self.costs.outside_ms, r)
+        return np.asarray(self.costs.run_over_nodes * nodes)
 
 
-def fit(space: Space, measurements: Sequence[Measurement]) -> CostTable:
+def fit(
+    space: Space, measurements: Sequence[Measurement], batch: int, precision: Precision
+) -> CostTable:
     """Fit a cost table.
 
     Args:
         space: The schedules of the model.
         measurements: At least two, of different schedules.
+        batch: Images per run.
+        precision: Of the model.
     """
-    features: dict[Key, list[NDArray[np.float64]]] = defaultdict(list)
-    times: dict[Key, list[float]] = defaultdict(list)
+    features: dict[tuple[BlockCost, str], list[NDArray[np.float64]]] = defaultdict(list)
+    times: dict[tuple[BlockCost, str], list[float]] = defaultdict(list)
     for measured in measurements:
         entering = space.tokens_in(np.array([measured.r], dtype=np.int64))[0]
         for block, groups, tokens, r in zip(
@@ -119,16 +85,35 @@ def fit(space: Space, measurements: Sequence[Measurement]) -> CostTable:
             for group, ms in groups.items():
                 features[block, group].append(_features(group, tokens, tokens - r))
                 times[block, group].append(ms)
-    coefficients = {
-        key: _not_negative(np.array(rows), np.array(times[key])) for key, rows in features.items()
-    }
+    fitted: dict[BlockCost, list[GroupCost]] = defaultdict(list)
+    for (block, group), rows in features.items():
+        cost = GroupCost(
+            group=group,
+            of="tokens_out" if group == "mlp" else "tokens_in",
+            coefficients=_not_negative(np.array(rows), np.array(times[block, group])).tolist(),
+        )
+        fitted[block].append(cost)
+    layers = tuple(
+        LayerCost(
+            layers=tuple(i for i, block in enumerate(space.blocks) if block == kind),
+            groups=tuple(groups),
+        )
+        for kind, groups in fitted.items()
+    )
     outside = float(np.mean([measured.outside_ms for measured in measurements]))
-    raw = CostTable(space, coefficients, outside, 1.0, 0.0, len(measurements))
-    nodes = _nodes_ms(raw, np.array([m.r for m in measurements], dtype=np.int64))
+    nodes = _nodes_ms(space, layers, outside, np.array([m.r for m in measurements], dtype=np.int64))
     runs = np.array([measured.run_ms for measured in measurements])
     factor = float(nodes @ runs / (nodes @ nodes))
-    residual = float(np.sqrt(np.mean((factor * nodes / runs - 1) ** 2)))
-    return CostTable(space, coefficients, outside, factor, residual, len(measurements))
+    costs = LatencyCosts(
+        outside_ms=outside,
+        run_over_nodes=factor,
+        residual=float(np.sqrt(np.mean((factor * nodes / runs - 1) ** 2))),
+        measurements=len(measurements),
+        layers=layers,
+        batch=batch,
+        precision=precision,
+    )
+    return CostTable(space, costs)
 
 
 def _features(group: str, entering: Any, leaving: Any) -> NDArray[np.float64]:
@@ -136,15 +121,17 @@ def _features(group: str, entering: Any, leaving: Any) -> NDArray[np.float64]:
     return np.stack([tokens**power for power in _EXPONENTS.get(group, (0, 1, 2))], axis=-1)
 
 
-def _nodes_ms(table: CostTable, r: Table) -> NDArray[np.float64]:
-    entering = table.space.tokens_in(r)
-    total = np.full(len(r), table.outside_ms)
-    for layer, block in enumerate(table.space.blocks):
-        for (kind, group), values in table.coefficients.items():
-            if kind != block:
-                continue
-            ms = _features(group, entering[:, layer], entering[:, layer] - r[:, layer]) @ values
-            total += np.where(r[:, layer] > 0, ms, 0.0) if group in MERGING else ms
+def _nodes_ms(
+    space: Space, layers: Sequence[LayerCost], outside_ms: float, r: Table
+) -> NDArray[np.float64]:
+    entering = space.tokens_in(r)
+    total = np.full(len(r), outside_ms)
+    groups_of = {layer: cost.groups for cost in layers for layer in cost.layers}
+    for layer in range(space.depth):
+        before, merged = entering[:, layer], r[:, layer]
+        for cost in groups_of.get(layer, ()):
+            ms = _features(cost.group, before, before - merged) @ np.array(cost.coefficients)
+            total += np.where(merged > 0, ms, 0.0) if cost.group in MERGING else ms
     return np.asarray(total)
 
 
