@@ -250,49 +250,6 @@ class HfLoader:
         return resampled
 
 
-def _clip(
-    name: str, hub: str, title: str, width: int, depth: int, patch: int, size: int, projection: int
-) -> Recipe:
-    values = {
-        "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": width // 64,
-        "patch_size": patch,
-        "image_size": size,
-        "projection_dim": projection,
-        "hidden_act": "quick_gelu",
-    }
-    return _named(
-        name,
-        HfLoader("CLIPVisionModelWithProjection", values, hub),
-        Geometry(width, depth, 4 * width, patch, 1, width * projection),
-        f"CLIP {title} of Transformers, image embeddings",
-        "OpenAI (CLIP)",
-        "mit",
-    )
-
-
-def _siglip_b16() -> Recipe:
-    width, size, patch = 768, 224, 16
-    values = {"model_type": "siglip_vision_model", "hidden_size": width, "image_size": size}
-    tokens = (size // patch) ** 2
-    # The pooling's MLP and its projections of the probe, and of its keys and values per token;
-    # the tokens of the list are counted with those that are left.
-    pooling = 2 * width**2 + 2 * width * 4 * width
-    return _named(
-        "hf_siglip_b16",
-        HfLoader(
-            "SiglipVisionModel", {**values, "patch_size": patch}, "google/siglip-base-patch16-224"
-        ),
-        Geometry(width, 12, 4 * width, patch, 0, pooling, 2 * width**2 + 2 * width),
-        f"SigLIP ViT-B/16 of Transformers, pooled image features, {tokens} patches",
-        "Google (SigLIP)",
-        "apache-2.0",
-    )
-
-
 def _named(
     name: str, loader: HfLoader, geometry: Geometry, description: str, by: str, licence: str
 ) -> Recipe:
@@ -314,20 +271,51 @@ def _named(
     )
 
 
+def _clip(name: str, hub: str, title: str, geometry: Geometry, size: int = 224) -> Recipe:
+    values = {
+        "model_type": "clip_vision_model",
+        "hidden_size": geometry.width,
+        "intermediate_size": geometry.mlp,
+        "num_hidden_layers": geometry.depth,
+        "num_attention_heads": geometry.width // 64,
+        "patch_size": geometry.patch,
+        "image_size": size,
+        "projection_dim": geometry.head_macs // geometry.width,
+        "hidden_act": "quick_gelu",
+    }
+    loader = HfLoader(TOWERS["clip"], values, f"openai/clip-vit-{hub}")
+    description = f"CLIP {title} of Transformers, image embeddings"
+    return _named(name, loader, geometry, description, "OpenAI (CLIP)", "mit")
+
+
+def _siglip_b16() -> Recipe:
+    width, size, patch = 768, 224, 16
+    values = {"model_type": "siglip_vision_model", "hidden_size": width}
+    values |= {"image_size": size, "patch_size": patch}
+    # The pooling's MLP and its projections of the probe, and of its keys and values per token;
+    # the tokens of the list are counted with those that are left.
+    pooling = 2 * width**2 + 2 * width * 4 * width
+    return _named(
+        "hf_siglip_b16",
+        HfLoader(TOWERS["siglip"], values, "google/siglip-base-patch16-224"),
+        Geometry(width, 12, 4 * width, patch, 0, pooling, 2 * width**2 + 2 * width),
+        "SigLIP ViT-B/16 of Transformers, pooled image features, 196 patches",
+        "Google (SigLIP)",
+        "apache-2.0",
+    )
+
+
+_L14 = Geometry(1024, 24, 4096, 14, head_macs=1024 * 768)
+
 HF = (
-    _clip("hf_clip_b32", "openai/clip-vit-base-patch32", "ViT-B/32", 768, 12, 32, 224, 512),
-    _clip("hf_clip_b16", "openai/clip-vit-base-patch16", "ViT-B/16", 768, 12, 16, 224, 512),
-    _clip("hf_clip_l14", "openai/clip-vit-large-patch14", "ViT-L/14", 1024, 24, 14, 224, 768),
     _clip(
-        "hf_clip_l14_336",
-        "openai/clip-vit-large-patch14-336",
-        "ViT-L/14 at 336 pixels",
-        1024,
-        24,
-        14,
-        336,
-        768,
+        "hf_clip_b32", "base-patch32", "ViT-B/32", Geometry(768, 12, 3072, 32, head_macs=768 * 512)
     ),
+    _clip(
+        "hf_clip_b16", "base-patch16", "ViT-B/16", Geometry(768, 12, 3072, 16, head_macs=768 * 512)
+    ),
+    _clip("hf_clip_l14", "large-patch14", "ViT-L/14", _L14),
+    _clip("hf_clip_l14_336", "large-patch14-336", "ViT-L/14 at 336 pixels", _L14, 336),
     _siglip_b16(),
 )
 """Recipes with a name; their sizes are those of the checkpoints' configurations."""

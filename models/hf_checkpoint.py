@@ -48,11 +48,7 @@ _COUNTS = (
 
 
 def library() -> Any:
-    """Transformers.
-
-    Raises:
-        MissingComponentError: if it is not installed.
-    """
+    """Transformers; raises a ``MissingComponentError`` where it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -86,11 +82,7 @@ def reason_of(error: Exception) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's ``config.json``.
-
-    Raises:
-        InputError: if it is not there, or not a JSON object.
-    """
+    """A folder's ``config.json``; raises an ``InputError`` if it is missing or no JSON object."""
     if not (folder / "config.json").is_file():
         raise InputError(
             f"folder {folder} has no config.json; expected a checkpoint folder as it is on the hub"
@@ -109,30 +101,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def whole(value: object, what: str) -> int:
-    """A size or count, at least 1.
-
-    Args:
-        value: As it was read.
-        what: File and key, for the message.
-
-    Raises:
-        InputError: if it is something else.
-    """
+    """A size or count, at least 1; else an ``InputError``, in which ``what`` names file and key."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{what} is {value!r}; expected a whole number, 1 or more")
     return value
 
 
 def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
-    """Refuse a checkpoint whose weights are codes of a quantisation.
-
-    Args:
-        values: Content of its ``config.json``.
-        where: Name of the checkpoint, for the message.
-
-    Raises:
-        InputError: if it, or one of its halves, says so.
-    """
+    """Refuse a checkpoint whose ``config.json`` says that its weights are codes."""
     halves = (values.get("vision_config"), values.get("text_config"))
     if any(isinstance(h, dict) and h.get("quantization_config") for h in (values, *halves)):
         raise InputError(
@@ -157,13 +133,8 @@ def attention_of(values: Mapping[str, Any]) -> str:
 def vision_config(values: Mapping[str, Any], where: str) -> Any:
     """The library's configuration of a vision model, or of the vision half of a larger one.
 
-    Args:
-        values: Content of ``config.json``.
-        where: Name of the checkpoint, for messages.
-
     Raises:
-        InputError: if the library refuses it, or a size in it is no size.
-        MissingComponentError: if Transformers is not installed.
+        InputError: if the library refuses the ``config.json``, or a size in it is no size.
     """
     given = dict(values)
     kind = given.pop("model_type")
@@ -208,7 +179,7 @@ def preprocessing_of(
     Args:
         folder: With ``preprocessor_config.json``, or without.
         kind: Model type of the vision model, whose processor is used where none is named.
-        family: What holds where the file is silent; its size is that of the model.
+        family: What holds where the file is silent; its channels are those of the model.
         where: Name of the checkpoint, for messages.
 
     Returns:
@@ -271,11 +242,7 @@ def _processor(folder: Path, kind: str, family: Preprocessing, where: str) -> di
 
 
 def check_size(found: Preprocessing, expected: Preprocessing, where: str) -> None:
-    """Refuse preprocessing that makes images of another size than the model takes.
-
-    Raises:
-        InputError: naming both.
-    """
+    """Refuse preprocessing that makes images of another size than the model takes."""
     (height, width), (tall, wide) = found.input_size[1:], expected.input_size[1:]
     if (height, width) != (tall, wide):
         raise InputError(

@@ -33,9 +33,6 @@ def answer(question: Callable[[], object]) -> str:
 
     The libraries retry for most of a minute where there is no network, so one request is made
     first, in a thread that can be left behind when even the name lookup hangs.
-
-    Args:
-        question: Raises if it fails.
     """
     failure: list[BaseException] = []
 
@@ -54,12 +51,7 @@ def answer(question: Callable[[], object]) -> str:
 
 
 def ask(recipe: Recipe, where: str, question: Callable[[], object]) -> None:
-    """Ask the network for a recipe's weights.
-
-    Args:
-        recipe: Whose weights are wanted.
-        where: Who is asked, for the message.
-        question: Returns if the weights are there, and raises if they cannot be had.
+    """Ask the network for a recipe's weights; ``question`` raises if they cannot be had.
 
     Raises:
         InputError: if it raises, or does not return within ``ANSWER_S`` and 2 seconds.
@@ -80,11 +72,9 @@ def ask_url(url: str) -> None:
 
 
 def ask_hub(repository: str, name: str) -> None:
-    """Ask whether a repository of the hub can be reached; raises what its client raises if not.
+    """Ask whether ``owner/name`` or ``owner/name@revision`` can be reached; raises if not.
 
-    Args:
-        repository: Its name, with ``@revision`` behind it or without.
-        name: Any file; whether it is there does not matter.
+    Any file's name will do; whether it is there does not matter.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -98,12 +88,7 @@ def ask_hub(repository: str, name: str) -> None:
 
 
 def cached_file(repository: str, names: Iterable[str]) -> Path | None:
-    """The first of some files of a repository in the hub's cache on this machine.
-
-    Args:
-        repository: Its name, with ``@revision`` behind it or without.
-        names: Files, the preferred one first.
-    """
+    """The first of some files of ``owner/name`` or ``owner/name@revision`` in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = repository.partition("@")
@@ -112,10 +97,7 @@ def cached_file(repository: str, names: Iterable[str]) -> Path | None:
 
 
 def pretrained_overlay(recipe: Recipe) -> dict[str, str] | None:
-    """What to tell timm so that it finds the weights; asks the hub once if they are not cached.
-
-    Args:
-        recipe: A recipe of timm's.
+    """What to tell timm so that it finds a recipe's weights; asks the hub if they are not cached.
 
     Returns:
         ``{"file": path}`` where the cache has them, so that no network is touched; else None.
@@ -158,10 +140,7 @@ def _names(cfg: Any) -> tuple[str, ...]:
 
 
 def described(name: str) -> Path:
-    """A folder with the ``config.json`` of a Transformers checkpoint.
-
-    Args:
-        name: A folder, or a name on the hub.
+    """A folder with the ``config.json`` of a Transformers checkpoint: a folder here, or the hub's.
 
     Raises:
         InputError: if there is neither.
@@ -189,13 +168,10 @@ def described(name: str) -> Path:
 
 
 def snapshot(name: str) -> Path:
-    """A folder with configuration and weights of a Transformers checkpoint.
-
-    Args:
-        name: A folder, or a name on the hub.
+    """A folder with configuration and weights of a Transformers checkpoint, as ``described``.
 
     Raises:
-        InputError: if there is neither.
+        InputError: if there is none.
     """
     folder = described(name)
     if Path(name).expanduser().is_dir() or any((folder / file).is_file() for file in _WEIGHTS):

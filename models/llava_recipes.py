@@ -128,11 +128,7 @@ class LlavaConfig:
 
 
 def kept_layers(select_layer: int, depth: int) -> int:
-    """How many layers lead to a hidden state.
-
-    Args:
-        select_layer: See ``TowerOptions``.
-        depth: Layers of the whole model.
+    """How many layers of ``depth`` lead to a hidden state; see ``TowerOptions.select_layer``.
 
     Raises:
         InputError: if the model has no such hidden state, or it comes before the first layer.
@@ -147,11 +143,7 @@ def kept_layers(select_layer: int, depth: int) -> int:
 
 
 def llava_config(values: dict[str, Any], folder: str) -> LlavaConfig:
-    """Read the configuration of a LLaVA checkpoint.
-
-    Args:
-        values: Content of its ``config.json``.
-        folder: The checkpoint's folder.
+    """Read the ``config.json`` of a LLaVA checkpoint in ``folder``.
 
     Raises:
         InputError: if its tower or projector is of a kind that is not supported, or quantised.
@@ -255,15 +247,7 @@ def _object(values: dict[str, Any], key: str, folder: str) -> dict[str, Any]:
 
 
 def _clip_arguments(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """What shapes a vision transformer of CLIP, the library's defaults filled in.
-
-    Args:
-        values: The ``config.json`` of a CLIP model or of its vision half.
-        name: For messages.
-
-    Raises:
-        InputError: if it is not a CLIP model's, or quantised.
-    """
+    """What shapes the vision transformer of a CLIP model, the library's defaults filled in."""
     refuse_quantised(values, name)
     kind = values.get("model_type")
     if kind not in ("clip", "clip_vision_model"):
@@ -311,15 +295,10 @@ def _feature(value: object, folder: str) -> SelectFeature:
 
 
 def tower_key(key: str, layers: int, projector: bool) -> str | None:
-    """The tower's name of a checkpoint's tensor; None for what is no part of it.
+    """The tower's name of a checkpoint's tensor, in any layout; None for what is no part of it.
 
     What is stored among the tower's tensors has a name here even if the tower has no place for it,
-    so that it is not passed over.
-
-    Args:
-        key: In LLaVA's own layout, that of Transformers 4 or 5, a CLIP model's, or the tower's.
-        layers: How many layers the tower has; those behind are cut off.
-        projector: Whether it has the projector.
+    so that it is not passed over. Layers behind the first ``layers`` are cut off.
     """
     if vision := _VISION.fullmatch(key):
         name = vision[1] or vision[2]
@@ -430,11 +409,7 @@ class LlavaLoader:
 
 
 def check_projector(config: LlavaConfig, name: str) -> None:
-    """Refuse to make a projector where there is none.
-
-    Raises:
-        InputError: naming the model.
-    """
+    """Raise an ``InputError`` that names the model where it has no projector."""
     if config.projector is None or not config.outputs:
         raise InputError(
             f"{name} has no projector; leave --projector out, or name a LLaVA checkpoint "
@@ -443,11 +418,7 @@ def check_projector(config: LlavaConfig, name: str) -> None:
 
 
 def vision_folder(config: LlavaConfig) -> Path:
-    """The folder of the CLIP model that a checkpoint names.
-
-    Raises:
-        InputError: if it is no folder, and the hub's cache and the hub do not have it.
-    """
+    """The folder of the CLIP model that a checkpoint names, from the hub if it must be."""
     name = config.vision_name
     places = (Path(name), Path(config.folder) / name)
     return next((place for place in places if place.is_dir()), None) or snapshot(name)
@@ -521,12 +492,7 @@ def llava15_tower() -> Recipe:
 
 
 def recipe_from_llava(name: str, folder: Path, tower: TowerOptions) -> Recipe:
-    """The tower of a LLaVA checkpoint, in the layout of LLaVA's own code or of Transformers.
-
-    Args:
-        name: What the user called it.
-        folder: The checkpoint; its ``config.json`` says which tower, and where it is cut.
-        tower: Options that go before those of the configuration.
+    """The tower of a LLaVA checkpoint; ``tower`` goes before what its ``config.json`` says.
 
     Raises:
         InputError: if the configuration is not understood.
@@ -543,12 +509,7 @@ def recipe_from_llava(name: str, folder: Path, tower: TowerOptions) -> Recipe:
 
 
 def recipe_from_clip(name: str, folder: Path, tower: TowerOptions) -> Recipe:
-    """A LLaVA tower cut from a CLIP checkpoint, which brings no projector.
-
-    Args:
-        name: What the user called it.
-        folder: The checkpoint of a CLIP model or of its vision half.
-        tower: Options of the tower.
+    """A LLaVA tower cut from a checkpoint of CLIP or its vision half, which brings no projector.
 
     Raises:
         InputError: if the folder holds no CLIP model.
@@ -567,12 +528,7 @@ def recipe_from_clip(name: str, folder: Path, tower: TowerOptions) -> Recipe:
 
 
 def tower_from_folder(name: str, folder: Path, tower: TowerOptions) -> Recipe | None:
-    """The LLaVA tower of a checkpoint folder; None where it is a model of another kind.
-
-    Args:
-        name: What the user called it.
-        folder: A checkpoint of LLaVA, or of CLIP where a tower is asked for.
-        tower: Its options.
+    """The LLaVA tower of a folder, or of CLIP's if one is asked for; None for other models.
 
     Raises:
         InputError: if the configuration is not understood.

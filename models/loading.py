@@ -23,11 +23,7 @@ def loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedMod
 
 
 def refuse_depth(depth: int | None) -> None:
-    """Refuse a number of blocks for weights that are for all of them.
-
-    Raises:
-        InputError: if one is given.
-    """
+    """Refuse a number of blocks for weights that are for all of them."""
     if depth is not None:
         raise InputError(
             f"depth {depth} was asked with pretrained weights, which are for all blocks; "
@@ -36,13 +32,7 @@ def refuse_depth(depth: int | None) -> None:
 
 
 def random_model(recipe: Recipe, seed: int, create: Callable[[], nn.Module]) -> LoadedModel:
-    """A model of random weights that all matter; torch's generator is left as it was.
-
-    Args:
-        recipe: What is made.
-        seed: Of the weights.
-        create: Makes the module, freshly initialised.
-    """
+    """A model of random weights that all matter; torch's generator is left as it was."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -94,19 +84,11 @@ class FileLoader(ABC):
 
     @abstractmethod
     def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
-        """The model with the weights of a file.
-
-        Raises:
-            InputError: if the file cannot be read or its weights are not the model's.
-        """
+        """The model with the weights of a file; raises an ``InputError`` if they do not fit."""
 
     @abstractmethod
     def download(self, recipe: Recipe) -> Path:
-        """Find or fetch the file of the pretrained weights.
-
-        Raises:
-            InputError: if there is none to be had.
-        """
+        """The file of the pretrained weights; raises an ``InputError`` if there is none."""
 
     def architecture(self, recipe: Recipe) -> nn.Module:  # noqa: ARG002
         """The model without memory for its weights."""
@@ -135,15 +117,10 @@ def filled(
     stored: str = "",
     remark: str = "",
 ) -> LoadedModel:
-    """The model with the tensors of a file.
+    """The model with the tensors of a file, by the module's own names.
 
-    Args:
-        recipe: What is made.
-        module: Gets the tensors.
-        state: By the module's own names.
-        path: Where they come from.
-        stored: Their dtype in the file, by its name, if ``state`` holds others too.
-        remark: What a user should know of them, to be put behind the name of the file.
+    ``stored`` is their dtype in the file, if ``state`` holds others too; ``remark`` is put behind
+    the name of the file.
 
     Raises:
         InputError: if names or shapes are not those of the module.

@@ -98,11 +98,7 @@ def _tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_open_clip() -> None:
-    """Fail with the name of the extra where open_clip is not installed.
-
-    Raises:
-        MissingComponentError: if it is not.
-    """
+    """Raise a ``MissingComponentError`` with the name of the extra where it is not installed."""
     from importlib.util import find_spec
 
     if find_spec("open_clip") is None:

@@ -104,11 +104,7 @@ def recipe_from_timm(name: str) -> Recipe:
 
 
 def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:
-    """Preprocessing from a timm pretrained configuration; ImageNet's where it is silent.
-
-    Args:
-        cfg: The configuration as a dict.
-    """
+    """Preprocessing from a timm pretrained configuration; ImageNet's where it is silent."""
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
     interpolation = cfg.get("interpolation") or "bicubic"
     if interpolation not in get_args(Interpolation):

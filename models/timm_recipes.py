@@ -67,8 +67,8 @@ def _timm(
 def _classifier(name: str, arch: str, tag: str, description: str, by: str, **more: Any) -> Recipe:
     prefix = 2 if "_distilled_" in arch else 1
     geometry = _sizes(arch, prefix, prefix * 1000)
-    facts = {"output_name": "logits", "label_set": "imagenet-1k", "aliases": (arch,)}
-    return _timm(name, f"{arch}.{tag}", description, geometry, by, **facts, **more)
+    more |= {"output_name": "logits", "label_set": "imagenet-1k", "aliases": (arch,)}
+    return _timm(name, f"{arch}.{tag}", description, geometry, by, **more)
 
 
 def _augreg(

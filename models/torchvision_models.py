@@ -154,11 +154,7 @@ def recipe_from_torchvision(name: str) -> Recipe:
 
 
 def licence_of(meta: dict[str, Any]) -> str:
-    """Licence of weights by torchvision's table, which gives the address of SWAG's and no other.
-
-    Args:
-        meta: Of the weights.
-    """
+    """Licence of weights by torchvision's table, which gives the address of SWAG's and no other."""
     found = str(meta.get("license") or "")
     return SWAG_LICENCE if "/SWAG/" in found else found or UNSTATED
 

@@ -32,9 +32,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     A state dict inside ``{"model": ...}`` or ``{"state_dict": ...}`` is taken out, and a prefix
     that all keys share (``module.``, ``_orig_mod.``, ``model.``) dropped.
 
-    Args:
-        path: The file.
-
     Raises:
         InputError: if the file is missing, of another kind, damaged, holds Python objects or
             code, or has values that are not finite.
@@ -58,30 +55,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(state: Mapping[str, Tensor], who: str) -> None:
-    """Refuse values that are not finite.
-
-    Args:
-        state: Tensors by name.
-        who: Begins the message, as in ``weights file X has``.
-
-    Raises:
-        InputError: naming the first few tensors with such values.
-    """
+    """Refuse values that are not finite; ``who`` begins the message: ``weights file X has``."""
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         raise InputError(f"{who} NaN or infinite values in {few(broken)}; expected finite weights")
 
 
 def check_stored(state: Mapping[str, Tensor], who: str) -> None:
-    """Refuse the codes of a quantisation, and values that are not finite.
-
-    Args:
-        state: Tensors by name, as they are in the file.
-        who: Begins the message, as in ``weights of X``.
-
-    Raises:
-        InputError: naming the first few such tensors.
-    """
+    """Refuse codes of a quantisation and values that are not finite; ``who``: ``weights of X``."""
     types = {name: str(value.dtype).removeprefix("torch.") for name, value in state.items()}
     coded = next((name for name, stored in types.items() if stored not in STORED), None)
     if coded is not None:
@@ -108,9 +89,7 @@ def _read_safetensors(path: Path) -> object:
 def read_torch(path: Path, mmap: bool = False) -> object:
     """Read a file of ``torch.save``, in which there may be nothing but tensors and containers.
 
-    Args:
-        path: The file.
-        mmap: Leave tensors in the file until they are used.
+    With ``mmap``, tensors stay in the file until they are used.
 
     Raises:
         InputError: if the file is damaged, holds Python objects or code, or cannot be mapped.
@@ -188,7 +167,7 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
 def check_fit(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], who: str, expected: str
 ) -> None:
-    """Refuse tensors that are not exactly those of a module.
+    """Refuse tensors that are not exactly those of a module's state dict.
 
     Args:
         found: Tensors by name.
@@ -214,10 +193,7 @@ def misfit(
 ) -> str:
     """How tensors differ from those of a module, in words; empty if they do not.
 
-    Args:
-        missing: Names that only the module has.
-        unexpected: Names that it has not.
-        wrong: Shapes as they are and as the module has them, by name.
+    ``wrong`` has shapes as they are and as the module has them, by name.
     """
     names = (("missing", list(missing)), ("unexpected", list(unexpected)))
     if parts := [f"{len(keys)} {what} ({few(keys)})" for what, keys in names if keys]:
@@ -243,16 +219,10 @@ def first_line(error: BaseException) -> str:
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> str:
-    """The type that most of a checkpoint's values are stored in.
+    """``float32``, ``float16`` or ``bfloat16``: the type that most of a checkpoint's values have.
 
     A checkpoint in half precision may keep a norm or a scale in float32, and one in float32 a
-    table in half: a single tensor says nothing.
-
-    Args:
-        tensors: Those that the model takes, as they are in the file.
-
-    Returns:
-        ``float32``, ``float16`` or ``bfloat16``; any other type counts as ``float32``.
+    table in half: a single tensor says nothing. Any other type counts as ``float32``.
     """
     values: Counter[str] = Counter({"float32": 0})
     for tensor in tensors:
