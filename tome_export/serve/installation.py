@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import venv
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -57,15 +58,8 @@ class Installation:
         environment = dict(os.environ)
         if self.stub is None:
             return environment
-        home = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-        (folder / "bin").mkdir()
-        for name in ("python", "python3"):
-            (folder / "bin" / name).symlink_to(home)
-        (folder / "pyvenv.cfg").write_text(
-            f"home = {home.parent}\ninclude-system-site-packages = false\n"
-        )
+        venv.create(folder, symlinks=True)
         packages = folder / "lib" / f"python{_PYTHON}" / "site-packages"
-        packages.mkdir(parents=True)
         theirs = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
         older = [str(OLDER_NUMPY)] if OLDER_NUMPY.is_dir() else []
         # No __pycache__ in a repository that may be read-only or shared.
