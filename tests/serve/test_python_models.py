@@ -282,10 +282,28 @@ def test_runs_where_only_numpy_and_pillow_are(module, tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_a_missing_decoder_is_said():
-    with pytest.raises(ImportError, match="has no PyAV, which decodes videos; pip install av ther"):
-        preprocess.check_decoder("no_such_module", "av", "PyAV, which decodes videos")
-    preprocess.check_decoder("PIL", "pillow", "Pillow, which decodes images")
+@pytest.mark.parametrize(
+    ("module", "said", "settings"),
+    [
+        ("PIL", "has no Pillow, which decodes images; pip install pillow there", TINY),
+        ("av", "has no PyAV, which decodes videos; pip install av there", {**TINY, "frames": 6}),
+    ],
+)
+def test_a_missing_decoder_is_said(module, said, settings, tmp_path):
+    folder = tmp_path / "1"
+    folder.mkdir()
+    for name, source in (("model", preprocess), ("pixels", pixels_module), ("frames", frames)):
+        (folder / f"{name}.py").write_bytes(Path(source.__file__).read_bytes())
+    (folder / preprocess.SETTINGS).write_text(json.dumps(settings))
+    given = {"model_repository": str(tmp_path), "model_version": "1"}
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; import model;"
+        f"model.TritonPythonModel().initialize({given})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert f"ImportError: the server's Python {said}" in done.stderr
 
 
 class Watched:
