@@ -294,7 +294,8 @@ def test_codes_are_no_weights(tmp_path, dtype):
     with pytest.raises(InputError) as refused:
         resolve(f"hf:{tmp_path}").load()
     assert str(refused.value) == (
-        f"weights of {tmp_path} are stored as {dtype} in {key}, which is not supported; expected float32, float64, float16 or bfloat16, not quantised"
+        f"weights of {tmp_path} are stored as {dtype} in {key}, which is not supported; expected "
+        "float32, float64, float16 or bfloat16, not quantised"
     )
 
 

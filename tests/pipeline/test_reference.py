@@ -10,7 +10,7 @@ from hf_models import make
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.reference import model_name, reference_model
+from tome_export.pipeline.reference import reference_model
 
 pytest.importorskip("transformers")
 

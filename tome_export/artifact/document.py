@@ -1,4 +1,4 @@
-"""The base of every JSON file that leaves a process: one typed model writes, reads and checks it."""
+"""The base of every JSON file that leaves a process: one model writes, reads and checks it."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _fault(error: ValidationError, content: bytes) -> str:
     if kind == "missing":
         return f"has no {where}"
     if kind == "value_error":
-        # Raised by a validator of ours: of one value it says what is expected, of all what is wrong.
+        # A validator of ours says of one value what is expected, of all what is wrong.
         reason = str(context["error"])
         return f"has {where} {short(first['input'])}, expected {reason}" if where else reason
     if kind == "literal_error":

@@ -324,11 +324,11 @@ class Manifest(Document):
     labels: tuple[str, ...] | None
     onnx: Graph
     plugins: PluginInfo | None = None
-    engines: dict[str, EngineInfo] = {}
+    engines: dict[str, EngineInfo] = Field(default_factory=dict)
     engine_note: str
     parity: ParitySummary | None = None
     versions: dict[str, str]
-    files: dict[str, FileRecord] = {}
+    files: dict[str, FileRecord] = Field(default_factory=dict)
 
     @property
     def merges(self) -> bool:
