@@ -176,40 +176,28 @@ def folders_from_source(
         asked_by_models: Whether a pipeline, router or cascade may ask it.
 
     Raises:
-        UsageError: see ``folder_from_source``.
+        UsageError: if a CUDA graph is asked for that the server cannot record: of an ONNX model,
+            or of a model of fixed batch.
     """
     batch = source.batch
     if not batch.is_static or (batch.max == 1 and not asked_by_models):
         return [folder_from_source(source, name, options)]
     model = folder_from_source(source, f"{name}{FIXED}", options, behind=True)
-    return [model, batching_folder(source, name, options)]
-
-
-def batching_folder(source: Source, name: str, options: ServeOptions) -> ModelFolder:
-    """A model that collects requests, fills them up to the batch, and asks ``<name>_fixed``.
-
-    The queue is its own: the model behind it is given one full batch after the other.
-
-    Args:
-        source: What the model behind it is; of one batch size.
-        name: What users call.
-        options: Version, queue and instances. There is one process more than instances of the
-            model: it collects the next batch while they run.
-    """
-    config = python_config(name, source.batch.max, options)
+    # It collects requests, fills them up to the batch, and asks the model. The queue is its own:
+    # the model is given one full batch after the other.
+    config = python_config(name, batch.max, options)
+    # One process more than instances of the model: it collects the next batch while they run.
     config.instance_group[0].count = options.instances + 1
-    add_interface(config, source, batched=True, labelled=True)
-    add_batching(config, options)
-    folder = python_folder(config, "fixed", "fixed.json", {"model": f"{name}{FIXED}"}, options)
-    return ModelFolder(name, config, {**folder.files, **label_files(source)})
+    _add_interface(config, source, batched=True, labelled=True)
+    _add_batching(config, options)
+    folder = python_folder(config, "fixed", "fixed.json", {"model": model.name}, options)
+    return [model, ModelFolder(name, config, {**folder.files, **_label_files(source)})]
 
 
 def folder_from_source(
     source: Source, name: str, options: ServeOptions, *, behind: bool = False
 ) -> ModelFolder:
-    """The model of a repository that serves a file as it is.
-
-    One of fixed batch takes exactly as many rows: see ``folders_from_source``.
+    """The model that serves a file as it is; one of fixed batch takes exactly as many rows.
 
     Args:
         source: What is served.
@@ -218,13 +206,12 @@ def folder_from_source(
         behind: Whether a batching model asks it: that one has the queue and the labels.
 
     Raises:
-        UsageError: if a CUDA graph is asked for that the server cannot record: of an ONNX model,
-            or of a model of fixed batch.
+        UsageError: as ``folders_from_source``.
     """
     files: dict[str, Path | bytes] = {
         f"{options.folder}/{file}": path for file, path in source.files.items()
     }
-    files |= {} if behind else label_files(source)
+    files |= {} if behind else _label_files(source)
     if source.version_compatible:
         files[f"{options.folder}/{VERSION_COMPATIBLE}"] = _COMPATIBLE_NOTE
     config = model_config(source, name, options, behind=behind)
@@ -256,11 +243,10 @@ with --backend-config=tensorrt,version-compatible=true only.
 """
 
 
-def label_files(source: Source) -> dict[str, bytes]:
+def _label_files(source: Source) -> dict[str, bytes]:
     """The file of class names, one a line; none if there are none."""
-    if not source.labels:
-        return {}
-    return {LABELS: "".join(f"{label}\n" for label in source.labels).encode()}
+    text = "".join(f"{label}\n" for label in source.labels).encode()
+    return {LABELS: text} if text else {}
 
 
 def model_config(
@@ -274,10 +260,10 @@ def model_config(
     # A model of fixed batch is one whose tensors have that many rows: the server cannot fill
     # a batch up, so it must not make any.
     config.max_batch_size = 0 if batch.is_static else batch.max
-    add_interface(config, source, batched=not batch.is_static, labelled=not behind)
+    _add_interface(config, source, batched=not batch.is_static, labelled=not behind)
     count = options.instances
     if not behind:
-        add_batching(config, options)
+        _add_batching(config, options)
         count = max(count, LEAST_WITH_LIMITS) if options.limits_queue else count
     config.version_policy.latest.num_versions = KEPT_VERSIONS
     for rows in sorted({1, config.max_batch_size or 1}):
@@ -334,7 +320,7 @@ def config_from_text(text: str, where: str) -> ModelConfig:
         ) from error
 
 
-def add_interface(config: ModelConfig, source: Source, *, batched: bool, labelled: bool) -> None:
+def _add_interface(config: ModelConfig, source: Source, *, batched: bool, labelled: bool) -> None:
     """Inputs and outputs, without the batch if the server batches; with labels if users call it."""
     for tensors, found in ((config.input, source.inputs), (config.output, source.outputs)):
         for tensor in found:
@@ -361,7 +347,7 @@ def add_tensor(tensors: Any, name: str, dtype: str, dims: Sequence[int]) -> None
     tensors.add(name=name, data_type=DataType.Value(DATA_TYPES[dtype]), dims=dims or [1])
 
 
-def add_batching(config: ModelConfig, options: ServeOptions) -> None:
+def _add_batching(config: ModelConfig, options: ServeOptions) -> None:
     """How long requests wait for a batch to fill, and how many may wait."""
     # No preferred_batch_size: the batcher then takes what is waiting, up to the largest batch.
     batching = config.dynamic_batching
