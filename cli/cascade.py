@@ -14,7 +14,7 @@ from tome_export.cli.text import RANDOM
 from tome_export.cli.tune import goal_from_option, the_target, thinned
 
 if TYPE_CHECKING:
-    from tome_export.artifact.cascade import Cascade, CascadeScore, CascadeTest
+    from tome_export.artifact.cascade import Cascade, CascadeScore
     from tome_export.pipeline.cascade import CascadeResult
 
 ROWS = 14
@@ -160,7 +160,7 @@ def _policy(found: Cascade) -> str:
     return f"{policy.policy}{measure}, thresholds {limits}{cost}"
 
 
-def _score(score: CascadeScore | CascadeTest, metric: str) -> str:
+def _score(score: CascadeScore, metric: str) -> str:
     word = "top-1" if metric == "top1" else "agreement"
     return f"{macs(score.macs)} MACs on average, {word} {percent(score.share)}"
 

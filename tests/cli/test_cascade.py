@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tome_export.artifact.cascade import Cascade
 from tome_export.models.recipe import DATA
 
 HELP = "; see 'tome-export cascade --help'"
@@ -288,6 +289,7 @@ def test_a_cascade_of_three(run, digit_members, policy, tmp_path):
     values = ran.json
     written = json.loads((tmp_path / "cascade.json").read_text())
     assert {**written, "file": "cascade.json", "page": "cascade.html"} == values
+    assert Cascade.read(tmp_path / "cascade.json").model_dump(mode="json") == written
     assert [one["schedule"] for one in values["members"]] == [
         f"r={r} constant" for r in (32, 16, 8)
     ]

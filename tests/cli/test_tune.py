@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tome_export.artifact.schedule import read_search
+
 TUNE = ("tune", "vit_digits", "--limit", "64", "--time-limit", "10")
 BUILD = ("build", "vit_digits", "--engine", "none", "--no-check", "-o", "out")
 HELP = "; see 'tome-export tune --help'"
@@ -141,6 +143,7 @@ def test_tune_then_build(run, tmp_path):
     found = ran.json
     written = json.loads((tmp_path / "schedule.json").read_text())
     assert found == {"file": "schedule.json", **written}
+    assert read_search(tmp_path / "schedule.json").model_dump(mode="json") == written
     assert written["objective"]["kind"] == "min-accuracy"
     assert written["objective"]["metric"] == "top1"
     assert written["images"] == 64

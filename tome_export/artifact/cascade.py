@@ -20,7 +20,11 @@ PolicyName = Literal["complexity", "confidence", "learned"]
 
 
 class ComplexityPolicy(Part):
-    """Gives an image to the member that its complexity falls to, by ascending thresholds."""
+    """Gives an image to the member that its complexity falls to.
+
+    Attributes:
+        thresholds: Ascending scores, one fewer than there are members.
+    """
 
     policy: Literal["complexity"] = "complexity"
     thresholds: tuple[FiniteFloat, ...]
@@ -108,16 +112,19 @@ class CascadeScore(Part):
     share: FiniteFloat
 
 
-class CascadeTest(Share):
-    """The chosen setting on the test images; ``macs`` as in ``CascadeScore``.
+class CascadeTest(CascadeScore):
+    """The chosen setting on the test images.
 
     Attributes:
+        low: Lower limit of the share.
+        high: Upper limit of the share.
         budgets: Images whose answer is that of each member.
         difference_to_highest: Its share minus that of the member of the most MACs alone.
         met: Whether the target holds on these images.
     """
 
-    macs: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
     budgets: tuple[int, ...]
     difference_to_highest: Difference
     met: bool
@@ -144,7 +151,12 @@ class SingleMember(Part):
 
 
 class SweepPoint(Part):
-    """A setting that no other beats on the calibration images; a learned one has a price."""
+    """A setting that no other beats on the calibration images.
+
+    Attributes:
+        thresholds: Those of the policy; None where it has a price.
+        price: That of a learned policy; None where it has thresholds.
+    """
 
     thresholds: tuple[FiniteFloat, ...] | None = Absent
     price: FiniteFloat | None = Absent

@@ -217,7 +217,12 @@ class UnmergedPoint(Part):
 
 
 class GroupCost(Part):
-    """Milliseconds of one group of nodes: coefficients of the powers 0, 1, ... of a token count."""
+    """Milliseconds of one group of nodes, such as ``attention``.
+
+    Attributes:
+        of: The token count that they depend on.
+        coefficients: Of the count's powers 0, 1, ...
+    """
 
     group: str
     of: Literal["tokens_in", "tokens_out"]

@@ -80,7 +80,7 @@ class Observations:
         surprise: What each member's probability of the truth is short of 1, in nats: the cross-
             entropy ``[M, B]`` float64.
         complexity: ``[B]`` float64.
-        patches: Average patches ``[B, P]`` float64; None where no policy needs them.
+        patches: Average patches ``[B, P]`` float64; P is 0 where no policy needs them.
         truth: The class that counts as right ``[B]`` int64: the label, or what the largest
             member says.
     """
@@ -89,18 +89,11 @@ class Observations:
     confidence: NDArray[np.float64]
     surprise: NDArray[np.float64]
     complexity: NDArray[np.float64]
-    patches: NDArray[np.float64] | None
+    patches: NDArray[np.float64]
     truth: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.truth)
-
-    @property
-    def average_patches(self) -> NDArray[np.float64]:
-        """The average patches, of a policy that needs them."""
-        if self.patches is None:
-            raise ValueError("average patches were not observed")
-        return self.patches
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -110,13 +103,12 @@ class Observations:
 
     def take(self, rows: NDArray[np.int64]) -> Observations:
         """The same of some images."""
-        patches = None if self.patches is None else self.patches[rows]
         return Observations(
             self.classes[:, rows],
             self.confidence[:, rows],
             self.surprise[:, rows],
             self.complexity[rows],
-            patches,
+            self.patches[rows],
             self.truth[rows],
         )
 
@@ -151,7 +143,7 @@ def outcome(setting: Policy, seen: Observations, costs: Costs) -> Outcome:
         budget = policy.by_thresholds(seen.complexity, setting.thresholds)
         cost = each[budget]
     else:
-        scores = policy.head_scores(seen.average_patches, setting.weights, setting.bias)
+        scores = policy.head_scores(seen.patches, setting.weights, setting.bias)
         budget = policy.by_price(scores, setting.shares, setting.price)
         cost = each[budget]
     image = np.arange(len(seen))
@@ -189,7 +181,7 @@ def learned_settings(seen: Observations, head: LearnedPolicy) -> Iterator[Learne
         seen: With average patches.
         head: Of any price.
     """
-    scores, shares = policy.head_scores(seen.average_patches, head.weights, head.bias), head.shares
+    scores, shares = policy.head_scores(seen.patches, head.weights, head.bias), head.shares
     turns = np.concatenate(
         [
             (scores[:, j] - scores[:, i]) / (shares[j] - shares[i])
@@ -243,7 +235,7 @@ def trained_head(
     from torch.nn import functional
 
     kernels, offset = embedding[0].reshape(len(embedding[0]), -1), embedding[1]
-    pooled = seen.average_patches @ kernels.T + offset
+    pooled = seen.patches @ kernels.T + offset
     mean, std = pooled.mean(axis=0), pooled.std(axis=0) + 1e-6
     x = torch.from_numpy((pooled - mean) / std)
     y = torch.from_numpy(np.where(seen.right.any(axis=0), seen.right.argmax(axis=0), 0))

@@ -131,7 +131,7 @@ def _seen(
         np.stack([policy.confidence(one, spec.measure) for one in logits]),
         np.stack([_surprise(one, truth) for one in logits]),
         policy.complexity(pixels),
-        policy.mean_patch(pixels, spec.patch) if spec.patch else None,
+        policy.mean_patch(pixels, spec.patch) if spec.patch else np.empty((len(pixels), 0)),
         truth,
     )
 
@@ -155,13 +155,12 @@ def _logits(runner: Runner, pixels: NDArray[np.float32], spec: ObservationSpec, 
 
 
 def _joined(parts: Sequence[Observations]) -> Observations:
-    patches = [part.patches for part in parts if part.patches is not None]
     return Observations(
         np.concatenate([part.classes for part in parts], axis=1),
         np.concatenate([part.confidence for part in parts], axis=1),
         np.concatenate([part.surprise for part in parts], axis=1),
         np.concatenate([part.complexity for part in parts]),
-        np.concatenate(patches) if patches else None,
+        np.concatenate([part.patches for part in parts]),
         np.concatenate([part.truth for part in parts]),
     )
 

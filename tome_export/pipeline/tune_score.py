@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,9 @@ class Scorer:
     Args:
         model: The patched model; its weights are shared, or copied to the GPU if there is one.
         images: To measure on.
+
+    Attributes:
+        unmerged_right: ``[B]``: which images the unmerged model has right.
     """
 
     def __init__(self, model: MergedModel, images: TuneImages) -> None:
@@ -58,7 +61,10 @@ class Scorer:
         self._batch = min(largest, max(1, -(-images.search // CHUNKS)))
         self._threads = torch.get_num_threads()
         workers = min(cores(), CHUNKS) if self._device == "cpu" else 1
-        self._pool = ThreadPoolExecutor(workers, initializer=_alone(max(1, cores() // workers)))
+        each = max(1, cores() // workers)
+        self._pool = ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(each,)
+        )
         self._ending = threading.Event()
         self._known: dict[tuple[Rs, int], Right] = {}
         outputs = self._outputs((0,) * len(model.layers), 0, len(self._pixels))
@@ -66,17 +72,12 @@ class Scorer:
         predicted = self._reference.argmax(dim=1)
         labels = predicted.cpu().numpy() if images.labels is None else images.labels
         self._labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self._device)
-        self._right = (predicted == self._labels).cpu().numpy()
+        self.unmerged_right: Right = (predicted == self._labels).cpu().numpy()
 
     def __enter__(self) -> Scorer:
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         import torch
 
         self._ending.set()
@@ -84,13 +85,8 @@ class Scorer:
         # What a worker sets for itself becomes what later threads begin with.
         torch.set_num_threads(self._threads)
 
-    @property
-    def unmerged_right(self) -> Right:
-        """``[B]``: which images the unmerged model has right."""
-        return self._right
-
     def search(self, r: Rs, bound: float = float("inf")) -> Score:
-        """Measure on the search images; see ``tune.search.Evaluate``."""
+        """Measure on the search images, as far as ``Search.evaluate`` wants."""
         return self._score(r, 0, self._images.search, bound)
 
     def validation(self, r: Rs) -> Score:
@@ -174,26 +170,8 @@ class _Leaving:
         return self._merger.behind(tokens, layer)
 
 
-def _alone(threads: int) -> Callable[[], None]:
-    """What a worker does first: take so many cores for its operators."""
-
-    def start() -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-    return start
-
-
 def space_of(model: MergedModel) -> Space:
     """The schedules of a model, with MACs counted as the artifact's manifest counts them."""
-    fixed: dict[int, int] = {}
-
-    def outside(tokens: int) -> int:
-        if tokens not in fixed:
-            fixed[tokens] = model.fixed_macs(tokens)
-        return fixed[tokens]
-
     tower, reducer = model.tower, model.settings.reducer
 
     def learned(tokens: int, r: int) -> int:
@@ -203,7 +181,7 @@ def space_of(model: MergedModel) -> Space:
         model.block_costs,
         tower.tokens,
         tower.prefix,
-        outside,
+        functools.cache(model.fixed_macs),
         reducer.limit,
         reducer.behind_block,
         None if model.reducer is None else learned,
