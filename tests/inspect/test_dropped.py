@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from layers import layers_of
 
 from tome_export.inspect.draw import DARK, HATCH, hex_colour, outline_colours, pixels_from_map
 from tome_export.inspect.groups import (
@@ -35,13 +36,13 @@ def test_plans_that_drop_are_composed_as_the_source_map():
     """Layer 0 drops tokens 5 and 2 and merges 3 into output 1; layer 1 drops what holds 4."""
     first = Plans(np.array([[0, 1, 4]]), np.array([[5, 3, 2]]), np.array([[-1, 1, -1]]))
     second = Plans(np.array([[0, 1]]), np.array([[2]]), np.array([[-1]]))
-    found = groups_by_layer({0: first, 1: second}, 2, 6, 1)
+    found = groups_by_layer({0: first, 1: second}, layers_of((6, 3, 2)), 1)[:, :, 0]
     assert found[0].tolist() == [[0, 1, -1, 1, 2, -1], [0, 1, -1, 1, -1, -1]]
     plans = [MergePlan(*map(torch.from_numpy, plan)) for plan in (first, second)]
     for layer in range(2):
         expected = source_map(plans[: layer + 1], 1, 6)
         assert found[:, layer].tolist() == expected.tolist()
-    groups = layers_from_positions(found[0], (3, 2), 2, PatchGrid(2, 2, 4, 4))[1]
+    groups = layers_from_positions(found[0][:, None], (3, 2), 2, PatchGrid(2, 2, 4, 4))[1]
     assert groups.ids.tolist() == [[-1, 1], [-1, -1]]
     assert (groups.dropped, groups.merged, groups.largest) == (3, {}, 1)
     assert groups.patches_in_prefix == 1  # token 3 went into a prefix token

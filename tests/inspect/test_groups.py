@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from layers import layers_of
 
 from tome_export.inspect.groups import Plans, groups_by_layer, layers_from_positions, token_map
 from tome_export.merge import plan as torch_plan
@@ -39,11 +40,12 @@ def random_plans(schedule, tokens, prefix, batch, seed):
 def test_groups_are_those_of_the_source_map(schedule, tokens, prefix, batch):
     for seed in range(3):
         plans, ours = random_plans(schedule, tokens, prefix, batch, seed)
-        found = groups_by_layer(ours, len(schedule), tokens, batch)
-        assert found.shape == (batch, len(schedule), tokens)
+        layers = layers_of([tokens - sum(schedule[:i]) for i in range(len(schedule) + 1)])
+        found = groups_by_layer(ours, layers, batch)
+        assert found.shape == (batch, len(schedule), 1, tokens)
         for layer in range(len(schedule)):
             expected = torch_plan.source_map(plans[: layer + 1], batch, tokens)
-            np.testing.assert_array_equal(found[:, layer], expected.numpy())
+            np.testing.assert_array_equal(found[:, layer, 0], expected.numpy())
 
 
 def test_token_map_is_that_of_torch():
@@ -54,7 +56,7 @@ def test_token_map_is_that_of_torch():
 def test_layers_say_what_is_merged():
     # A class token and six patches; the last is (wrongly) merged into the class token.
     positions = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 2, 2, 0]])
-    first, second = layers_from_positions(positions, (7, 3), 1, PatchGrid(2, 3, 4, 4))
+    first, second = layers_from_positions(positions[:, None], (7, 3), 1, PatchGrid(2, 3, 4, 4))
     assert (first.merged, first.largest, first.patches_in_prefix) == ({}, 1, 0)
     assert (second.merged, second.largest, second.patches_in_prefix) == ({1: 3, 2: 2}, 3, 1)
     assert second.ids.tolist() == [[1, 1, 1], [2, 2, 0]]

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from layers import layers_of
 from PIL import Image
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.document import Part
-from tome_export.artifact.manifest import FileRecord, Layer
+from tome_export.artifact.manifest import FileRecord
 from tome_export.inspect.groups import MergeMap, Plans, groups_by_layer, layers_from_positions
 from tome_export.models.samples import sample_paths
 from tome_export.pipeline.report import MOST_PICTURES, ReportRequest, report
@@ -210,7 +211,7 @@ def large(depth: int = 24, side: int = 24, count: int = MOST_PICTURES) -> list[M
         plans[layer] = Plans(keep, src, rng.integers(1, n - r, (count, r)))
         n -= r
         left.append(n)
-    positions = groups_by_layer(plans, depth, tokens, count)
+    positions = groups_by_layer(plans, layers_of((tokens, *left)), count)
     grid = PatchGrid(side, side, 16, 16)
     photographs = [Image.open(path).convert("RGB").resize((384, 384)) for path in sample_paths()]
     images = [np.asarray(photographs[i % len(photographs)]) for i in range(count)]
@@ -221,11 +222,7 @@ def large(depth: int = 24, side: int = 24, count: int = MOST_PICTURES) -> list[M
 def test_a_large_model_on_the_most_images_stays_small(full, text):
     maps = large()
     tokens = [groups.tokens for groups in maps[0].layers]
-    cost = {"macs": 9_000_000_000, "macs_unmerged": 15_000_000_000, "r": 20, "behind_block": False}
-    layers = tuple(
-        Layer(tokens_in=before, tokens_out=after, **cost)
-        for before, after in zip([577, *tokens[:-1]], tokens, strict=True)
-    )
+    layers = layers_of((577, *tokens), 9_000_000_000, 15_000_000_000)
     changes = {"tokens": tuple(tokens), "layers": layers}
     manifest = changed(Artifact.open(full).manifest, changes)
     found = render(Content("x", manifest, maps=maps, names=["image"] * len(maps)))

@@ -51,44 +51,21 @@ def token_map(plans: Plans) -> NDArray[np.int64]:
 
 
 def groups_by_layer(
-    plans: Mapping[int, Plans], depth: int, tokens: int, batch: int
+    plans: Mapping[Step, Plans], layers: Sequence[Layer], batch: int, frames: int = 1
 ) -> NDArray[np.int64]:
     """Where each token of the first layer is after every layer, by composing the plans.
 
     Args:
-        plans: Of the layers that merge, by index; every other layer is the identity.
-        depth: Number of layers.
-        tokens: Tokens N that enter the first layer, prefix tokens included.
-        batch: Images B.
-
-    Returns:
-        ``[B, depth, N]`` int64: the position, among the tokens that leave the layer, of the token
-        that holds each initial one, ``DROPPED`` for none. Equal numbers are one token.
-    """
-    composed = np.broadcast_to(np.arange(tokens), (batch, tokens))
-    result = np.empty((batch, depth, tokens), np.int64)
-    for layer in range(depth):
-        if layer in plans:
-            moved = np.take_along_axis(token_map(plans[layer]), composed.clip(0), axis=1)
-            composed = np.where(composed < 0, DROPPED, moved)
-        result[:, layer] = composed
-    return result
-
-
-def clip_groups(
-    plans: Mapping[Step, Plans], layers: Sequence[Layer], frames: int, batch: int
-) -> NDArray[np.int64]:
-    """As ``groups_by_layer`` for videos, whose clips are joined between the plans.
-
-    Args:
-        plans: By merge; ``[B S, ...]``, the clips of one video behind those of another.
+        plans: Of the layers that merge, by merge; every other layer is the identity. Of videos
+            ``[B S, ...]``, the clips of one behind those of another.
         layers: Token counts of each layer, of one clip.
-        frames: Frames of one video.
-        batch: Videos B.
+        batch: Images or videos B.
+        frames: Frames F of one, whose clips are joined between the plans.
 
     Returns:
-        ``[B, depth, frames, N]`` int64: for every token of every frame the token that holds it
-        behind each layer, clips counted on.
+        ``[B, depth, F, N]`` int64: the position, among the tokens that leave the layer, of the
+        token that holds each of the N of a frame, ``DROPPED`` for none; clips count on. Equal
+        numbers are one token.
     """
     from tome_export.merge.plan import Across
 
@@ -97,17 +74,18 @@ def clip_groups(
     result = np.empty((batch, len(layers), frames, first), np.int64)
     for index, layer in enumerate(layers):
         joined, clips = layer.joined or 1, layer.clips or 1
-        protected = (layer.prefix or 0) // joined
-        part = (np.arange(frames) * clips * joined // frames % joined)[:, None]
-        rest = part * (layer.tokens_in - protected) + (joined - 1) * protected
-        places = places + np.where(places < protected, part * protected, rest)
+        if joined > 1:  # nothing is dropped where clips are joined
+            part = (np.arange(frames) * clips * joined // frames % joined)[:, None]
+            protected = (layer.prefix or 0) // joined
+            rest = part * (layer.tokens_in - protected) + (joined - 1) * protected
+            places = places + np.where(places < protected, part * protected, rest)
         for step in (Across(index), index):
             if step in plans:
                 rows = places.reshape(batch * clips, -1)
-                places = np.take_along_axis(token_map(plans[step]), rows, axis=1)
-                places = places.reshape(batch, frames, first)
+                moved = np.take_along_axis(token_map(plans[step]), rows.clip(0), axis=1)
+                places = np.where(rows < 0, DROPPED, moved).reshape(batch, frames, first)
         clip = (np.arange(frames) * clips // frames)[:, None]
-        result[:, index] = places + clip * layer.tokens_out
+        result[:, index] = np.where(places < 0, DROPPED, places + clip * layer.tokens_out)
     return result
 
 
@@ -178,21 +156,22 @@ class MergeMap:
 
 
 def layers_from_positions(
-    positions: NDArray[np.int64], tokens: tuple[int, ...], prefix: int, grid: PatchGrid
+    positions: NDArray[np.int64], tokens: Sequence[int], prefix: int, grid: PatchGrid
 ) -> tuple[LayerGroups, ...]:
-    """One image's part of what ``groups_by_layer`` gives, put on the image.
+    """One image's part of what ``groups_by_layer`` gives, put on the image or mosaic of frames.
 
     Args:
-        positions: ``[depth, prefix + rows * cols]`` int64.
-        tokens: Tokens that leave each layer.
-        prefix: Tokens at the front that are no patches.
-        grid: How the image is cut into patches.
+        positions: ``[depth, F, prefix + rows * cols]`` int64.
+        tokens: Tokens that leave each layer, of all frames together.
+        prefix: Tokens at the front of a frame that are no patches.
+        grid: How a frame is cut into patches.
     """
     layers = []
-    for layer, (row, count) in enumerate(zip(positions, tokens, strict=True)):
-        ids = row[prefix:].reshape(grid.rows, grid.cols)
+    for layer, (frames, count) in enumerate(zip(positions, tokens, strict=True)):
+        ids = mosaic(frames[:, prefix:].reshape(-1, grid.rows, grid.cols))
+        ahead = frames[:, :prefix]
         # A dropped prefix token is not where dropped patches are.
-        lost = int(np.isin(ids, row[:prefix][row[:prefix] >= 0]).sum())
+        lost = int(np.isin(ids, ahead[ahead >= 0]).sum())
         layers.append(LayerGroups(layer, count, ids, lost))
     return tuple(layers)
 
@@ -220,34 +199,21 @@ def maps_from_plans(
             f"model.onnx of {where} merges other tokens than its build.json says; rebuild the "
             "artifact"
         )
-    preprocessing, depth = manifest.preprocessing, len(manifest.layers)
-    if not manifest.video:
-        own = {step: plan for step, plan in plans.items() if isinstance(step, int)}
-        positions = groups_by_layer(own, depth, prefix + grid.patches, len(pixels))
-        tokens = tuple(layer.tokens_out for layer in manifest.layers)
-        return [
-            MergeMap(
-                image_from_pixels(one, preprocessing),
-                grid,
-                layers_from_positions(position, tokens, prefix, grid),
-            )
-            for one, position in zip(pixels, positions, strict=True)
-        ]
-    frames = pixels.shape[1]
-    ids = clip_groups(plans, manifest.layers, frames, len(pixels))
-    # What lies beyond the last whole patch would part the frames' grids.
-    cut = pixels[..., : grid.rows * grid.height, : grid.cols * grid.width]
+    if manifest.video:
+        # What lies beyond the last whole patch would part the frames' grids.
+        pixels = pixels[..., : grid.rows * grid.height, : grid.cols * grid.width]
+    else:
+        pixels = pixels[:, None]
+    batch, frames = pixels.shape[:2]
     beside = mosaic_side(frames)
     whole = replace(grid, rows=grid.rows * (frames // beside), cols=grid.cols * beside)
     maps = []
-    for video, positions in zip(cut, ids, strict=True):
-        image = mosaic(np.stack([image_from_pixels(frame, preprocessing) for frame in video]))
-        patches = positions[:, :, prefix:].reshape(depth, frames, grid.rows, grid.cols)
-        layers = tuple(
-            LayerGroups(layer, count, mosaic(one), 0)
-            for layer, (one, count) in enumerate(zip(patches, manifest.tokens, strict=True))
-        )
-        maps.append(MergeMap(image, whole, layers))
+    for parts, one in zip(
+        pixels, groups_by_layer(plans, manifest.layers, batch, frames), strict=True
+    ):
+        images = [image_from_pixels(frame, manifest.preprocessing) for frame in parts]
+        layers = layers_from_positions(one, manifest.tokens, prefix, grid)
+        maps.append(MergeMap(mosaic(np.stack(images)), whole, layers))
     return maps
 
 

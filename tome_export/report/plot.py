@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,48 +161,16 @@ def _power(value: float) -> str:
     return "10" + str(int(exponent)).translate(_SUPERSCRIPT)
 
 
-def _settings(name: str) -> Any:
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,  # a dollar sign in somebody's file name is one
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.titlelocation": "left",
-        "axes.edgecolor": MUTED,
-        "axes.linewidth": 0.7,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "figure.constrained_layout.h_pad": 0.08,
-        "figure.constrained_layout.hspace": 0.06,
-        "figure.constrained_layout.wspace": 0.05,
-        "grid.color": RULE,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "legend.handlelength": 1.6,
-        "legend.columnspacing": 1.4,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 5,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "hatch.linewidth": 0.7,
-    }
-
-
 def _svg(name: str, caption: str, draw: Draw, form: Form) -> str:
     import matplotlib
 
     stream = io.StringIO()
-    with matplotlib.rc_context(_settings(name)), warnings.catch_warnings():
+    style = resources.files("tome_export.report") / "templates" / "chart.mplstyle"
+    with (
+        resources.as_file(style) as file,
+        matplotlib.rc_context({"svg.hashsalt": name}, file),
+        warnings.catch_warnings(),
+    ):
         # Text is measured in DejaVu, yet shown in the reader's fonts, which may have the glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
