@@ -264,6 +264,7 @@ def test_scores_of_ten_bits_are_caught(exported, make_vit, make_images):
     """What TF32 would do to the scores: few decisions turn, each a defect of its own layer."""
     model, proto = exported(make_vit, plugin=True)
     round_scores(proto, onnx.TensorProto.FLOAT16)
+    inline(proto)
     report = check(model, proto, make_images(model, 24))
     assert not report.passed
     assert report.failures[0].startswith("layer 0: "), report.failures
@@ -274,6 +275,7 @@ def test_decisions_on_wrong_tokens_are_counted_as_defects(exported, make_vit, ma
     """The match is right, what it sees is not: margins show it, not the layer's own metric."""
     model, proto = exported(make_vit, plugin=True)
     drop_tokens(proto)
+    inline(proto)
     report = check(model, proto, make_images(model, 6))
     first, second, third = report.layers
     assert (first.defects, first.disagreements) == (0, 0)

@@ -103,7 +103,7 @@ def test_every_node_of_the_model_becomes_a_plugin(probed):
 
 def test_the_creators_declare_exactly_the_operators_attributes(probed):
     for node in nodes_of(probed, "TomeMatch"):
-        declared = [*translation._ATTRIBUTES[spec.MATCH], *dict(spec.KEYS_ATTRIBUTES)]
+        declared = [*translation._SIGNATURES[spec.MATCH].attributes, *dict(spec.KEYS_ATTRIBUTES)]
         assert node["creator_fields"] == declared
     for node in nodes_of(probed, "TomeMerge"):
         assert node["creator_fields"] == []

@@ -427,7 +427,7 @@ def expanded(
                 name = attribute.name
                 attribute.CopyFrom(attributes[attribute.ref_attr_name])
                 attribute.name = name
-        if node.op_type == "CastLike":
+        if node.op_type == "CastLike" and node.output[0] in types:
             node.op_type = "Cast"
             del node.input[1:]
             dtype = types[node.output[0]].elem_type

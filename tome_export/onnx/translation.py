@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,13 +14,32 @@ import torch
 from tome_export.merge import spec
 from tome_export.spec import AttentionForm
 
-_ATTRIBUTES = {
-    spec.MATCH: ("r", "prefix", "class_token"),
-    spec.MERGE: (),
-    spec.PLAN: ("layer",),
-    spec.SIGNAL: ("layer", "index"),
+
+@dataclass(frozen=True)
+class _Signature:
+    """Attributes, and inputs and outputs with the letters of ``_TYPES`` for their types."""
+
+    attributes: tuple[str, ...]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+_TYPES = {
+    "T": [f"tensor({name})" for name in ("float", "float16", "bfloat16", "double")],
+    "S": ["tensor(float)"],
+    "I": ["tensor(int32)"],
 }
-_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+_PLAN = dict.fromkeys(spec.MATCH_OUTPUTS, "I")
+_SIGNATURES = {
+    spec.MATCH: _Signature(("r", "prefix", "class_token"), {spec.MATCH_INPUTS[0]: "T"}, _PLAN),
+    spec.MERGE: _Signature(
+        (),
+        dict(zip(spec.MERGE_INPUTS, "TSIII", strict=True)),
+        {"x_out": "T", "size_out": "S"},
+    ),
+    spec.PLAN: _Signature(("layer",), _PLAN, {f"{name}_out": "I" for name in _PLAN}),
+    spec.SIGNAL: _Signature(("layer", "index"), {"x": "T"}, {"x_out": "T"}),
+}
 
 
 @cache
@@ -27,42 +47,16 @@ def _operator(name: str) -> Any:
     """An onnxscript operator for this package's, callable while exporting."""
     from onnxscript.values import Op, Opset
 
-    schema = onnx.defs.OpSchema
-    attributes = [
-        schema.Attribute(attribute, schema.AttrType.INT, "") for attribute in _ATTRIBUTES[name]
-    ]
-    if name == spec.MATCH:
-        kinds = [("T", _FLOATS, ""), ("I", ["tensor(int32)"], "")]
-        inputs = [schema.FormalParameter(i, "T") for i in spec.MATCH_INPUTS]
-        outputs = [schema.FormalParameter(o, "I") for o in spec.MATCH_OUTPUTS]
-    elif name == spec.PLAN:
-        kinds = [("I", ["tensor(int32)"], "")]
-        inputs = [schema.FormalParameter(i, "I") for i in spec.MATCH_OUTPUTS]
-        outputs = [schema.FormalParameter(f"{o}_out", "I") for o in spec.MATCH_OUTPUTS]
-    elif name == spec.SIGNAL:
-        kinds = [("T", _FLOATS, "")]
-        inputs = [schema.FormalParameter("x", "T")]
-        outputs = [schema.FormalParameter("x_out", "T")]
-    else:
-        kinds = [
-            ("T", _FLOATS, ""),
-            ("S", ["tensor(float)"], ""),
-            ("I", ["tensor(int32)"], ""),
-        ]
-        types = dict(zip(spec.MERGE_INPUTS, "TSIII", strict=True))
-        inputs = [schema.FormalParameter(i, kind) for i, kind in types.items()]
-        outputs = [
-            schema.FormalParameter("x_out", "T"),
-            schema.FormalParameter("size_out", "S"),
-        ]
+    schema, signature = onnx.defs.OpSchema, _SIGNATURES[name]
+    used = {*signature.inputs.values(), *signature.outputs.values()}
     operator = schema(
         name,
         spec.DOMAIN,
         spec.VERSION,
-        inputs=inputs,
-        outputs=outputs,
-        type_constraints=kinds,
-        attributes=attributes,
+        inputs=[schema.FormalParameter(*item) for item in signature.inputs.items()],
+        outputs=[schema.FormalParameter(*item) for item in signature.outputs.items()],
+        type_constraints=[(kind, _TYPES[kind], "") for kind in sorted(used)],
+        attributes=[schema.Attribute(a, schema.AttrType.INT, "") for a in signature.attributes],
     )
     return Op(Opset(spec.DOMAIN, spec.VERSION), name, operator)
 
