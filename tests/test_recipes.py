@@ -44,6 +44,6 @@ def test_recipe_through_the_chain(name: str, precision: Precision, tmp_path: Pat
 
 
 def _has_rtx() -> bool:
-    from tome_export.engine.select import BACKENDS
+    from tome_export.engine.select import BUILDERS
 
-    return any(b.name == "tensorrt-rtx" and b.can_build().available for b in BACKENDS)
+    return any(b.name == "tensorrt-rtx" and b.can_build().available for b in BUILDERS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tome_export.engine.select import BACKENDS
+from tome_export.engine.select import BUILDERS
 from tome_export.models.recipe import DATA
 
 BUILD = ("build", "vit_digits", "--engine", "none", "-o", "out")
@@ -258,11 +258,11 @@ def test_pretrained_weights_offline(start):
     )
 
 
-@pytest.mark.skipif(BACKENDS[0].can_build().available, reason="TensorRT can build here")
+@pytest.mark.skipif(BUILDERS[0].can_build().available, reason="TensorRT can build here")
 def test_engine_that_cannot_be_built_here(run):
     ran = run("build", "vit_digits", "--engine", "tensorrt", "-o", "out")
     assert ran.code == 4
-    assert ran.error == BACKENDS[0].can_build().reason
+    assert ran.error == BUILDERS[0].can_build().reason
     assert "TensorRT" in ran.error
 
 
@@ -325,7 +325,7 @@ def test_edited_manifest(command, run, artifact):
 
 def test_engine_batch_outside_the_models(run, artifact):
     ran = run("engine", artifact, "--batch", "1:8:64", "--engine", "auto")
-    if all(not backend.can_build().available for backend in BACKENDS):
+    if all(not backend.can_build().available for backend in BUILDERS):
         assert ran.code == 4
         return
     assert ran.code == 3

@@ -16,7 +16,7 @@ import pytest
 from tome_export.artifact.manifest import read_manifest
 from tome_export.cli import text
 from tome_export.data.images import BUILD_COUNT
-from tome_export.engine.select import BACKENDS
+from tome_export.engine.select import BUILDERS
 from tome_export.models import RECIPES
 
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
@@ -204,7 +204,7 @@ def test_random_weights_are_said_everywhere(run, built_random, tmp_path):
     assert ran.code == 0
     assert ran.out.splitlines()[0] == text.RANDOM
     assert run("check", artifact, "--json").json["random_weights"] is True
-    if any(backend.can_build().available for backend in BACKENDS):
+    if any(backend.can_build().available for backend in BUILDERS):
         assert run("engine", artifact).out.splitlines()[0] == text.RANDOM
         assert run("engine", artifact, "--json").json["random_weights"] is True
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tome_export.engine import backend_for_file, gpu, select
+from tome_export.engine import gpu, select
 from tome_export.engine.tensorrt import TensorRT
 from tome_export.engine.tensorrt_rtx import TensorRTRTX
 from tome_export.errors import MissingComponentError, UsageError
@@ -93,12 +93,6 @@ def test_none_and_unknown():
     assert select("none").backend is None
     with pytest.raises(UsageError, match="expected one of auto, tensorrt, tensorrt-rtx, none"):
         select("trt")
-
-
-def test_backend_of_a_file():
-    assert isinstance(backend_for_file("model.engine"), TensorRT)
-    assert isinstance(backend_for_file("model.rtx.engine"), TensorRTRTX)
-    assert backend_for_file("model.onnx") is None
 
 
 def test_real_tensorrt_rtx_is_found():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tome_export.engine import EngineOptions, Selection, gpu, limits
-from tome_export.engine.select import BACKENDS
+from tome_export.engine.select import BUILDERS
 from tome_export.errors import ExportError, InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load
@@ -20,7 +20,7 @@ from tome_export.runtime import ort
 from tome_export.spec import BatchRange
 
 BUILD = sys.modules["tome_export.pipeline.build"]
-TENSORRT, RTX = BACKENDS
+TENSORRT, RTX = BUILDERS
 H100 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H100", (9, 0), 80 << 30),), "NVIDIA H100")
 FIXED = BatchRange(4, 4, 4)
 ONE_GPU = EngineOptions(compute_capabilities=("9.0",))

@@ -16,7 +16,7 @@ from manifests import manifest
 
 from tome_export.artifact import Artifact
 from tome_export.engine import EngineOptions, Selection, gpu
-from tome_export.engine.select import BACKENDS
+from tome_export.engine.select import BUILDERS
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.plugin import merging_of
@@ -34,7 +34,7 @@ from tome_export.spec import BatchRange
 
 # The function of that name is in the way of the module.
 BUILD = sys.modules["tome_export.pipeline.build"]
-TENSORRT, RTX = BACKENDS
+TENSORRT, RTX = BUILDERS
 H200 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H200", (9, 0), 150 << 30),), "NVIDIA H200")
 FIXED = BatchRange(2, 2, 2)
 NO_KERNEL = "use --merge-op matmul, which needs no kernel"

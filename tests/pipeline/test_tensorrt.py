@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tome_export.engine.select import BACKENDS
+from tome_export.engine.select import BUILDERS
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline import BuildRequest, CheckRequest, build, check
 from tome_export.pipeline.subject import open_runner, subject_of
 from tome_export.progress import Silent
 from tome_export.spec import BatchRange
 
-TENSORRT = next(backend for backend in BACKENDS if backend.name == "tensorrt")
+TENSORRT = next(backend for backend in BUILDERS if backend.name == "tensorrt")
 READY = TENSORRT.can_build()
 
 pytestmark = [

@@ -1,15 +1,12 @@
-"""What a backend takes, gives and promises. Imports nothing heavy."""
+"""What builders of engines take and say. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from tome_export.artifact.manifest import BackendName, EngineInfo
 from tome_export.errors import UsageError
-from tome_export.progress import Progress
 from tome_export.spec import BatchRange
 
 
@@ -66,50 +63,3 @@ class Availability:
     available: bool
     version: str | None
     reason: str
-
-
-class Backend(Protocol):
-    """A compiler from ONNX to an engine; what it builds is run by ``runtime``."""
-
-    name: BackendName
-    file_name: str
-
-    def availability(self) -> Availability:
-        """Whether its library is installed and recent enough."""
-
-    def can_build(self) -> Availability:
-        """Whether it can build an engine on this machine."""
-
-    def can_run(self) -> Availability:
-        """Whether it can run an engine on this machine."""
-
-    def parse(self, onnx_path: Path) -> None:
-        """Check that the parser accepts a model, without building it.
-
-        Raises:
-            MissingComponentError: if the library is not here.
-            ExportError: with the parser's errors: node, operator, reason.
-        """
-
-    def build(
-        self,
-        onnx_path: Path,
-        options: EngineOptions,
-        output_path: Path,
-        progress: Progress | None = None,
-    ) -> EngineInfo:
-        """Build an engine and write it to ``output_path`` in one step.
-
-        Ctrl-C ends the build at the builder's next step; nothing is left behind.
-
-        Args:
-            onnx_path: The model; external data is looked up beside it.
-            options: How to build.
-            output_path: The engine file; its folder must exist.
-            progress: Told of the builder's phases and their steps, from another thread.
-
-        Raises:
-            MissingComponentError: if it cannot build on this machine.
-            UsageError: if an option cannot be honoured by this backend.
-            ExportError: if the parser or the builder refuses, or the file cannot be written.
-        """

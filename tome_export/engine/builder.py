@@ -25,8 +25,8 @@ from tome_export.errors import ExportError, MissingComponentError
 from tome_export.progress import Progress
 
 
-class PythonApiBackend(ABC):
-    """A backend whose library has TensorRT's Python API. See ``base.Backend`` for the contract."""
+class EngineBuilder(ABC):
+    """A compiler from ONNX to an engine, by TensorRT's Python API; ``runtime`` runs the engine."""
 
     name: BackendName
     title: str
@@ -48,7 +48,7 @@ class PythonApiBackend(ABC):
         return importlib.import_module(self.module_name)
 
     def availability(self) -> Availability:
-        """See ``Backend.availability``."""
+        """Whether its library is installed and recent enough."""
         try:
             version = str(importlib.import_module(self.module_name).__version__)
         except ModuleNotFoundError as error:
@@ -69,11 +69,11 @@ class PythonApiBackend(ABC):
         return Availability(False, None, line)
 
     def can_build(self) -> Availability:
-        """See ``Backend.can_build``."""
+        """Whether it can build an engine on this machine."""
         return self._with_gpu("build") if self.gpu_to_build else self.availability()
 
     def can_run(self) -> Availability:
-        """See ``Backend.can_run``."""
+        """Whether this machine can run an engine of it."""
         return self._with_gpu("run")
 
     def _with_gpu(self, verb: str) -> Availability:
@@ -84,7 +84,12 @@ class PythonApiBackend(ABC):
         return Availability(False, found.version, reason)
 
     def parse(self, onnx_path: Path) -> None:
-        """See ``Backend.parse``."""
+        """Check that the parser accepts a model, without building it.
+
+        Raises:
+            MissingComponentError: if the library is not here.
+            ExportError: with the parser's errors: node, operator, reason.
+        """
         trt, cancel = self.module(), threading.Event()
 
         def work() -> None:
@@ -102,7 +107,21 @@ class PythonApiBackend(ABC):
         output_path: Path,
         progress: Progress | None = None,
     ) -> EngineInfo:
-        """See ``Backend.build``."""
+        """Build an engine and write it to ``output_path`` in one step.
+
+        Ctrl-C ends the build at the builder's next step; nothing is left behind.
+
+        Args:
+            onnx_path: The model; external data is looked up beside it.
+            options: How to build.
+            output_path: The engine file; its folder must exist.
+            progress: Told of the builder's phases and their steps, from another thread.
+
+        Raises:
+            MissingComponentError: if it cannot build on this machine.
+            UsageError: if an option cannot be honoured by this builder.
+            ExportError: if the parser or the builder refuses, or the file cannot be written.
+        """
         ready = self.can_build()
         if not ready.available:
             raise MissingComponentError(ready.reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tome_export.engine.base import Backend
+from tome_export.engine.builder import EngineBuilder
 from tome_export.engine.tensorrt import TensorRT
 from tome_export.engine.tensorrt_rtx import TensorRTRTX
 from tome_export.errors import MissingComponentError, UsageError
@@ -14,14 +14,14 @@ Choice = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 
 # In the order in which ``auto`` prefers them.
-BACKENDS: tuple[Backend, ...] = (TensorRT(), TensorRTRTX())
+BUILDERS: tuple[EngineBuilder, ...] = (TensorRT(), TensorRTRTX())
 
 
 @dataclass(frozen=True)
 class Selection:
     """The backend to build with, or None, and one line that says why."""
 
-    backend: Backend | None
+    backend: EngineBuilder | None
     line: str
 
 
@@ -39,7 +39,7 @@ def select(choice: str = "auto") -> Selection:
     if choice == "none":
         return Selection(None, "no engine, as asked")
     refused: list[str] = []
-    for backend in BACKENDS:
+    for backend in BUILDERS:
         if choice not in ("auto", backend.name):
             continue
         ready = backend.can_build()
@@ -49,8 +49,3 @@ def select(choice: str = "auto") -> Selection:
     if choice == "auto":
         return Selection(None, "no engine is built: " + "; ".join(refused))
     raise MissingComponentError(refused[0])
-
-
-def backend_for_file(name: str) -> Backend | None:
-    """The backend whose engine file has that name."""
-    return next((backend for backend in BACKENDS if backend.file_name == name), None)

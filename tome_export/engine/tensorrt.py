@@ -8,12 +8,12 @@ from typing import Any
 from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
 from tome_export.engine.base import EngineOptions
-from tome_export.engine.builder import PythonApiBackend
+from tome_export.engine.builder import EngineBuilder
 from tome_export.engine.files import write_atomically
 from tome_export.errors import InputError, UsageError
 
 
-class TensorRT(PythonApiBackend):
+class TensorRT(EngineBuilder):
     """TensorRT 10.13 and later; ONNX ``Attention`` nodes need 10.14."""
 
     name: BackendName = "tensorrt"

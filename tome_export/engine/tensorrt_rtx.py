@@ -12,11 +12,11 @@ from typing import Any
 from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
 from tome_export.engine.base import EngineOptions
-from tome_export.engine.builder import PythonApiBackend
+from tome_export.engine.builder import EngineBuilder
 from tome_export.errors import MissingComponentError, UsageError
 
 
-class TensorRTRTX(PythonApiBackend):
+class TensorRTRTX(EngineBuilder):
     """TensorRT-RTX 1.2 and later."""
 
     name: BackendName = "tensorrt-rtx"

@@ -18,12 +18,12 @@ import psutil
 import tome_export
 from tome_export.bench.environment import cores
 from tome_export.engine import gpu
-from tome_export.engine.select import BACKENDS
+from tome_export.engine.select import BUILDERS
 from tome_export.progress import Progress, Silent
 from tome_export.runtime import registry
 
 if TYPE_CHECKING:
-    from tome_export.engine import Backend
+    from tome_export.engine import EngineBuilder
     from tome_export.runtime import runner
 
 ROOM_BYTES = 4 << 30
@@ -67,7 +67,7 @@ def survey(progress: Progress | None = None) -> list[Finding]:
     report = gpu.detect()
     found = bool(report.gpus)
     findings.append(Finding("GPU", found, report.reason, "" if found else NEEDS_GPU))
-    findings += [finding for backend in BACKENDS for finding in _backend(backend)]
+    findings += [finding for builder in BUILDERS for finding in _engines(builder)]
     progress.stage("Look at what runs models")
     findings += [_runs(one) for one in registry.BACKENDS.values() if one.opens == "graph"]
     progress.stage("Look at disk and memory")
@@ -117,15 +117,15 @@ def _onnxruntime(onnxruntime: Any) -> str:
     return "providers " + ", ".join(onnxruntime.get_available_providers())
 
 
-def _backend(backend: Backend) -> list[Finding]:
+def _engines(builder: EngineBuilder) -> list[Finding]:
     findings = []
-    installed = backend.availability()
-    for verb, state in (("build", backend.can_build()), ("run", backend.can_run())):
+    installed = builder.availability()
+    for verb, state in (("build", builder.can_build()), ("run", builder.can_run())):
         found, fix = state.reason, "" if state.available else NEEDS_GPU
         if not installed.available:
             # Its reason ends with the command that installs it.
             found, _, fix = installed.reason.rpartition(": ")
-        findings.append(Finding(f"{backend.name}: {verb} engines", state.available, found, fix))
+        findings.append(Finding(f"{builder.name}: {verb} engines", state.available, found, fix))
     return findings
 
 

@@ -15,7 +15,7 @@ from tome_export.progress import Progress, Silent
 from tome_export.spec import AttentionForm, BatchRange, Precision
 
 if TYPE_CHECKING:
-    from tome_export.engine import Backend, EngineInfo
+    from tome_export.engine import EngineBuilder, EngineInfo
     from tome_export.onnx.functions import Lowering
     from tome_export.pipeline.kernels import Plugins
 
@@ -91,7 +91,7 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
         return artifact.with_engine(info, Path(folder) / info.file, selection.line)
 
 
-def _length_refusal(manifest: Manifest, backend: Backend) -> str | None:
+def _length_refusal(manifest: Manifest, backend: EngineBuilder) -> str | None:
     """Why a model's sequences are too long for the operators of a backend; None if they are not."""
     merge = manifest.merge
     return limits.refusal(
@@ -104,7 +104,7 @@ def _length_refusal(manifest: Manifest, backend: Backend) -> str | None:
 
 
 def build_engine(
-    backend: Backend,
+    backend: EngineBuilder,
     artifact: Path,
     options: EngineOptions,
     progress: Progress,
@@ -149,7 +149,7 @@ class AttentionDecision:
 
 
 def attention_form(
-    asked: AttentionForm, precision: Precision, backend: Backend | None, lowering: Lowering
+    asked: AttentionForm, precision: Precision, backend: EngineBuilder | None, lowering: Lowering
 ) -> AttentionDecision:
     """The form of attention for what will run the graph; docs/attention.md says why.
 
@@ -192,7 +192,7 @@ def attention_form(
     return AttentionDecision("fused", "engines can be built from it elsewhere")
 
 
-def _attention_refusal(form: AttentionForm, backend: Backend | None) -> str | None:
+def _attention_refusal(form: AttentionForm, backend: EngineBuilder | None) -> str | None:
     """Why a backend's parser does not take a form of attention; None if it does."""
     version = _tensorrt_version(backend)
     if form == "parts" or version is None or version >= ATTENTION_SINCE:
@@ -203,7 +203,7 @@ def _attention_refusal(form: AttentionForm, backend: Backend | None) -> str | No
     )
 
 
-def _tensorrt_version(backend: Backend | None) -> tuple[int, ...] | None:
+def _tensorrt_version(backend: EngineBuilder | None) -> tuple[int, ...] | None:
     """Major and minor version of TensorRT; None for another backend or none."""
     if backend is None or backend.name != "tensorrt":
         return None

@@ -16,13 +16,13 @@ from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 
 if TYPE_CHECKING:
-    from tome_export.engine import Backend, EngineInfo, EngineOptions
+    from tome_export.engine import EngineBuilder, EngineInfo, EngineOptions
     from tome_export.onnx.plugin import Merging
     from tome_export.plugins.variants import Variant
     from tome_export.progress import Progress
 
 
-def takes_plugins(backend: Backend | None) -> bool:
+def takes_plugins(backend: EngineBuilder | None) -> bool:
     """Whether the plugin is of use to what builds the engine, and can be compiled here."""
     from tome_export.plugins.aot import PTX_VERSIONS, require_compiler
 
@@ -38,7 +38,9 @@ def takes_plugins(backend: Backend | None) -> bool:
     return True
 
 
-def capabilities_of(asked: Sequence[str], backend: Backend | None) -> tuple[tuple[int, int], ...]:
+def capabilities_of(
+    asked: Sequence[str], backend: EngineBuilder | None
+) -> tuple[tuple[int, int], ...]:
     """Compute capabilities to compile for.
 
     Args:
@@ -150,7 +152,7 @@ def plugins_of(manifest: Manifest) -> Plugins | None:
 
 
 def register_plugins(
-    backend: Backend, artifact: Path, expected: Collection[str], options: EngineOptions
+    backend: EngineBuilder, artifact: Path, expected: Collection[str], options: EngineOptions
 ) -> None:
     """Tell TensorRT of an artifact's kernels; other backends run the function bodies.
 

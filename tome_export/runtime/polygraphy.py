@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tome_export.engine.builder import PythonApiBackend, runtime_for
+from tome_export.engine.builder import EngineBuilder, runtime_for
 from tome_export.engine.messages import collect
 from tome_export.errors import ExportError, InputError, MissingComponentError
 from tome_export.runtime.runner import Arrays, Backend, EngineFile, Runnable, Runner
@@ -34,7 +34,7 @@ class EngineBackend(Backend):
     """Runs the engines of one library."""
 
     opens = "engine"
-    builder: PythonApiBackend
+    builder: EngineBuilder
 
     def missing(self) -> str | None:
         """See ``Backend.missing``."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from tome_export.engine import Backend as EngineBuilder
+    from tome_export.engine import EngineBuilder
     from tome_export.patch import MergedModel
     from tome_export.spec import Precision
 
