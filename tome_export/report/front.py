@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tome_export.artifact import Manifest
-from tome_export.artifact.cascade import Cascade
+from tome_export.artifact.cascade import Cascade, CascadeTest
 from tome_export.artifact.evaluation import Share
 from tome_export.artifact.schedule import TunedPoint, TunedSchedule
 from tome_export.display import counted, macs, macs_unit, milliseconds, percent, points, span, times
@@ -212,7 +212,7 @@ def _draw_cascade(form: Form, cascade: Cascade, metric: str) -> Figure:
     return figure
 
 
-def _interval(found: Share) -> str:
+def _interval(found: Share | CascadeTest) -> str:
     return span(percent(found.low, 2), percent(found.high, 2))
 
 
