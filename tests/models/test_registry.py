@@ -118,3 +118,10 @@ def test_recipes_import_neither_torch_nor_timm_nor_scikit_learn():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_timms_models_need_no_other_library(monkeypatch):
+    for name in ("transformers", "open_clip"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert RECIPES["vit_digits"].load().weights.kind == "bundled"
+    assert resolve("timm:vit_tiny_patch16_224").load("random", depth=1).weights.kind == "random"
