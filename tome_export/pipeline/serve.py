@@ -107,16 +107,11 @@ class ServeResult:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""
         return {
+            **vars(self),
             "repository": str(self.repository),
-            "entry": self.entry,
-            "models": [{**vars(model), "versions": list(model.versions)} for model in self.models],
-            "server": {
-                "arguments": list(self.server.arguments),
-                "environment": dict(self.server.environment),
-            },
-            "kserve": str(self.kserve) if self.kserve else None,
-            "random_weights": self.random_weights,
-            "notes": list(self.notes),
+            "models": [vars(model) for model in self.models],
+            "server": {**vars(self.server)},
+            "kserve": None if self.kserve is None else str(self.kserve),
         }
 
 
