@@ -123,13 +123,7 @@ class Clip4ClipTower(ClipFrames):
     def __init__(
         self, sizes: ClipSizes, frames: int, positions: Mapping[int, int] | None = None
     ) -> None:
-        """Make the tower with fresh weights.
-
-        Args:
-            sizes: Of the CLIP image tower.
-            frames: Frames of one video.
-            positions: For each layer with a frame position, how many clips enter it.
-        """
+        """Make the tower with fresh weights; for ``positions`` see ``frame_positions``."""
         super().__init__(sizes, frames)
         self.frame_positions = frame_positions(positions, sizes.width)
 

@@ -35,10 +35,7 @@ def find_images(folder: str | Path) -> list[Path]:
 def find_files(folder: str | Path, suffixes: Sequence[str], what: str) -> list[Path]:
     """Every file of a kind under a folder, sorted by path; a single file stands for itself.
 
-    Args:
-        folder: Where to look.
-        suffixes: How their names end, in lower case.
-        what: What messages call one of them.
+    ``suffixes`` are in lower case; ``what`` is what messages call one of them.
 
     Raises:
         InputError: if there is no such folder or file, or none of them in it.

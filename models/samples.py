@@ -29,17 +29,10 @@ def sample_paths() -> list[Path]:
 
 
 def sample_pixels(recipe: Recipe, count: int) -> NDArray[np.float32]:
-    """Preprocessed real images for a recipe.
+    """Preprocessed real images ``[count, C, H, W]`` float32 for a recipe.
 
     For ``vit_digits`` the first of its test images; for others the six photographs, then the same
     mirrored left to right, top to bottom, and both, so that up to 24 differ.
-
-    Args:
-        recipe: Whose preprocessing to use.
-        count: How many, at least 1.
-
-    Returns:
-        ``pixel_values [count, C, H, W]`` float32.
 
     Raises:
         InputError: if more are asked for than there are.

@@ -47,17 +47,11 @@ class VideoConv(nn.Conv3d):
 def convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]
 ) -> Tensor:
-    """A 3-d convolution that fits into memory in every precision.
+    """A 3-d convolution of ``[B, C, F, H, W]`` that fits into memory in every precision.
 
     On CPUs torch has kernels for float32 alone. For other dtypes it writes out the window of every
     pixel, 31 GB for a video at full size; so float64 goes frame by frame, and half precision is
     computed in float32 and rounded, which is how its kernels add up, too.
-
-    Args:
-        x: ``[B, C, F, H, W]``.
-        weight: ``[D, C, T, R, S]``.
-        bias: ``[D]``.
-        padding: Of frames, rows and columns.
     """
     if x.dtype == torch.float32 or x.device.type != "cpu" or torch.compiler.is_exporting():
         return functional.conv3d(x, weight, bias, padding=padding)
@@ -80,13 +74,7 @@ class TemporalPrompt(nn.Module):
     """Prompts inside frames, added to their pixels, and between frames, tokens of each frame."""
 
     def __init__(self, width: int, patches: int, prompts: int) -> None:
-        """Make it with fresh weights.
-
-        Args:
-            width: C of the tokens.
-            patches: Of one frame.
-            prompts: Tokens for each frame.
-        """
+        """Make it with fresh weights, for frames of so many patches and prompts of some width."""
         super().__init__()
         kernel, same = (3, 11, 11), (1, 5, 5)
         # Two convolutions with nothing between them, as published.
@@ -219,13 +207,7 @@ class StopTower(ClipFrames):
     def __init__(
         self, sizes: ClipSizes, frames: int, positions: Mapping[int, int] | None = None
     ) -> None:
-        """Make the tower with fresh weights.
-
-        Args:
-            sizes: Of the CLIP image tower.
-            frames: Frames of one video.
-            positions: For each layer with a frame position, how many clips enter it.
-        """
+        """Make the tower with fresh weights; for ``positions`` see ``frame_positions``."""
         super().__init__(sizes, frames)
         width = sizes.width
         self.prompt_embeddings = nn.Parameter(0.02 * torch.randn(1, PROMPTS, width))

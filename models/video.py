@@ -64,18 +64,10 @@ def read_frames(path: str | Path, frames: int) -> list[Image.Image]:
 def load_videos(
     paths: Sequence[str | Path], preprocessing: Preprocessing, frames: int
 ) -> NDArray[np.float32]:
-    """Decode and preprocess videos, every frame as an image.
-
-    Args:
-        paths: Video files, at least one.
-        preprocessing: How the model wants its frames.
-        frames: Frames of one video.
-
-    Returns:
-        ``pixel_values [B, F, C, H, W]`` float32.
+    """Decode and preprocess videos, every frame as an image, to ``[B, F, C, H, W]`` float32.
 
     Raises:
-        InputError: as ``read_frames``.
+        InputError: as ``read_frames``, and if there are no videos.
         MissingComponentError: as ``read_frames``.
     """
     if not paths:
@@ -84,17 +76,9 @@ def load_videos(
 
 
 def moving_samples(preprocessing: Preprocessing, count: int, frames: int) -> NDArray[np.float32]:
-    """Videos made of the photographs that come along: a window that moves across each.
+    """Videos ``[count, F, C, H, W]`` float32 of the photographs: a window that moves across each.
 
     The n-th video of a photograph moves in the n-th direction: right, left, down, up.
-
-    Args:
-        preprocessing: How the model wants its frames.
-        count: How many videos.
-        frames: Frames of one video.
-
-    Returns:
-        ``pixel_values [count, F, C, H, W]`` float32.
     """
     photographs = sample_paths()
     made = []
