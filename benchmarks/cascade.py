@@ -150,7 +150,7 @@ def server_of(
     def calibrated(policy: tuple[PolicyName, str], share: int) -> str:
         goal = Goal.target_macs(f"{share}%")
         more = {"goal": goal, "repository": repository, "preprocess": True}
-        served = cascade(request(artifacts, fold, policy, folder / "c.json", **more)).found.served
+        served = cascade(request(artifacts, fold, policy, folder / "c.json", **more)).served
         if served is None:
             raise SystemExit(f"nothing was served from {repository}")
         return served.entry
@@ -260,9 +260,7 @@ def seed_rows(
     for policy in (*POLICIES, *MORE):
         goal = Goal.min_accuracy("1")
         output = folder / "cascade.json"
-        sweeps = [
-            cascade(request(artifacts, fold, policy, output, goal=goal)).found for fold in folds
-        ]
+        sweeps = [cascade(request(artifacts, fold, policy, output, goal=goal)) for fold in folds]
         for share in SHARES:
             picked = [
                 [p for p in found.sweep if p.calibration.macs <= most][-1].test

@@ -15,7 +15,6 @@ from tome_export.cli.tune import goal_from_option, the_target, thinned
 
 if TYPE_CHECKING:
     from tome_export.artifact.cascade import Cascade, CascadeScore
-    from tome_export.pipeline.cascade import CascadeResult
 
 ROWS = 14
 """Most rows of the sweep, besides the chosen one."""
@@ -105,14 +104,15 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) ->
 
         goal = goal_from_option(name, given[name])
         kept = {k: v for k, v in given.items() if k not in ("target_macs", "min_accuracy")}
-        result = cascade(CascadeRequest(artifacts, goal=goal, **kept), progress)
-    files = {"file": str(result.path), "page": str(result.page)}
-    terminal.result({**files, **result.found.model_dump(mode="json")}, cascade_lines(result))
+        request = CascadeRequest(artifacts, goal=goal, **kept)
+        found = cascade(request, progress)
+    files = {"file": str(request.output), "page": str(request.page)}
+    values = {**files, **found.model_dump(mode="json")}
+    terminal.result(values, cascade_lines(found, ", ".join(files.values())))
 
 
-def cascade_lines(result: CascadeResult) -> list[str]:
-    """All a person wants to know of a cascade."""
-    found = result.found
+def cascade_lines(found: Cascade, files: str) -> list[str]:
+    """All a person wants to know of a cascade, and the files that hold it."""
     data, served, test = found.data, found.served, found.chosen.test
     unreadable = len(data.unreadable)
     fitted = f"{data.fitted} to train, " if data.fitted else ""
@@ -144,7 +144,7 @@ def cascade_lines(result: CascadeResult) -> list[str]:
         "",
         *([] if test.met else ["Note: the target is missed on the test images"]),
         *([f"Note: {unreadable} images could not be read"] if unreadable else []),
-        f"Result: {result.path}, {result.page}",
+        f"Result: {files}",
         *([f"Served: {served.entry} in {served.repository}"] if served else []),
         *(f"Note: {note}" for note in (served.notes if served else ())),
     ]

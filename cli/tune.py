@@ -75,9 +75,9 @@ def command(terminal: Terminal, /, model: str, output: Path, **given: Any) -> No
         if given["data"]:
             more["data"] = given["data"]
         goal = goal_from_option(asked, given[asked])
-        result = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)
-    values = {"file": str(result.path), **result.found.model_dump(mode="json")}
-    terminal.result(values, tuned_lines(result.found, result.path))
+        tuned = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)
+    values = {"file": str(output), **tuned.model_dump(mode="json")}
+    terminal.result(values, tuned_lines(tuned, output))
 
 
 def the_target(given: Mapping[str, Any], *names: str) -> str:

@@ -91,9 +91,9 @@ def test_half_precision_with_an_engine_and_served(tmp_path):
 def test_tune_leaves_out_what_merges_too_much(tmp_path):
     goal = Goal.target_macs("75%")
     request: dict[str, Any] = {"model": "vit_digits", "goal": goal, "limit": 40, "time_limit": 4.0}
-    free = tune(TuneRequest(output=tmp_path / "free.json", **request)).found
+    free = tune(TuneRequest(output=tmp_path / "free.json", **request))
     assert (free.search.min_entropy, free.search.over_merged) == (None, 0)
     assert min(row.entropy for row in free.front) < 0.7
-    guarded = tune(TuneRequest(output=tmp_path / "even.json", min_entropy=0.7, **request)).found
+    guarded = tune(TuneRequest(output=tmp_path / "even.json", min_entropy=0.7, **request))
     assert guarded.search.over_merged > 0
     assert min(row.entropy for row in [*guarded.front, guarded.found]) >= 0.7

@@ -17,17 +17,17 @@ def tuned(tmp_path_factory):
     path = tmp_path_factory.mktemp("tuned") / "schedule.json"
     goal = Goal.target_macs("50%")
     request = TuneRequest("vit_digits", goal, path, limit=40, time_limit=3.0, reducer="topk")
-    return tune(request)
+    return path, tune(request)
 
 
 def test_macs_are_those_of_the_build(tuned, tmp_path):
-    found = tuned.found
+    path, found = tuned
     assert found.reducer.name == "topk"
     # More than half of the tokens of a layer: what bipartite matching could not remove.
     most = min(found.front, key=lambda row: row.macs)
     assert most.schedule[0] == 63
     request = BuildRequest(
-        "vit_digits", tmp_path / "x", reducer="topk", schedule_file=tuned.path, engine="none"
+        "vit_digits", tmp_path / "x", reducer="topk", schedule_file=path, engine="none"
     )
     built = build(request).manifest
     assert built.merge.r == found.schedule
@@ -35,7 +35,7 @@ def test_macs_are_those_of_the_build(tuned, tmp_path):
 
 
 def test_another_reducer_is_refused(tuned, tmp_path):
-    request = BuildRequest("vit_digits", tmp_path / "x", schedule_file=tuned.path, engine="none")
+    request = BuildRequest("vit_digits", tmp_path / "x", schedule_file=tuned[0], engine="none")
     with pytest.raises(InputError, match=r"is for --reducer topk with options .*; give the same"):
         build(request)
     assert not (tmp_path / "x").exists()

@@ -153,7 +153,7 @@ def test_only_the_unsure_go_on_each_group_in_one_request(
     calibrated, client, grpc, sessions, pixels, counts
 ):
     settings = settings_in(calibrated[0])
-    assert tuple(settings.thresholds) == calibrated[1].found.settings.thresholds
+    assert tuple(settings.thresholds) == calibrated[1].settings.thresholds
     names = [member.model for member in settings.members]
     assert names == [f"vit_digits_r{r}" for r in RS]
     before = [counts(grpc, name) for name in names]
@@ -199,7 +199,7 @@ def test_only_the_outputs_asked_for_are_given(grpc, pixels):
 
 
 def test_images_go_through_the_pipeline(calibrated, client):
-    assert calibrated[1].found.served.entry == client.pipeline() == f"{NAME}_pipeline"
+    assert calibrated[1].served.entry == client.pipeline() == f"{NAME}_pipeline"
     data = (DATA / "digit.png").read_bytes()
     answer = client.infer(f"{NAME}_pipeline", {"image": np.array([[data]] * 2, np.object_)})
     direct = client.infer(NAME, {"pixel_values": digits_test()[0][:1]})
@@ -221,7 +221,7 @@ def test_the_other_policies_group_images_by_budget(
     more = request_of(digit_members, tmp_path, name)
     done = cascade(CascadeRequest(**{**vars(more), "repository": repository, "force": True}))
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert done.found.served.entry == NAME
+    assert done.served.entry == NAME
     grpc.load_model(NAME)
     settings = settings_in(repository)
     names = [member.model for member in settings.members]

@@ -127,22 +127,7 @@ class CascadeRequest:
         return str(self.goal)
 
 
-@dataclass(frozen=True)
-class CascadeResult:
-    """What was written.
-
-    Attributes:
-        path: The file of the result.
-        page: The page beside it.
-        found: The content of the file.
-    """
-
-    path: Path
-    page: Path
-    found: Cascade
-
-
-def cascade(request: CascadeRequest, progress: Progress | None = None) -> CascadeResult:
+def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascade:
     """Calibrate a cascade, measure it on images it was not calibrated on, write and serve it.
 
     Raises:
@@ -174,17 +159,16 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
         costs.check_budget(budget, costs.members[0] + costs.policy, request.target)
     images = _images(request, members, embedding, progress)
     progress.stage(f"Calibrate on {len(images.calibration)} images")
-    found = _calibrated(request, members, costs, images, embedding)
-    document = found.document(request)
+    found = _Calibration(request, members, costs, images, embedding).document()
     if serving is not None:
-        served = serving.serve(costs, found.chosen.policy, progress)
-        document = document.model_copy(update={"served": served})
+        served = serving.serve(costs, found.settings, progress)
+        found = found.model_copy(update={"served": served})
     # The page first: where the result is, its page is too.
-    page = render_cascade(document).encode()
-    for path, content in ((request.page, page), (request.output, document.json_bytes())):
+    page = render_cascade(found).encode()
+    for path, content in ((request.page, page), (request.output, found.json_bytes())):
         with writing_to(path, "file"):
             write_whole(path, content)
-    return CascadeResult(request.output, request.page, document)
+    return found
 
 
 def _check(request: CascadeRequest) -> None:
@@ -345,67 +329,52 @@ def _images(
     return _Images(calibration, test, first.labelled, unreadable)
 
 
-def _calibrated(
-    request: CascadeRequest,
-    members: tuple[Artifact, ...],
-    costs: Costs,
-    images: _Images,
-    embedding: Embedding | None,
-) -> CascadeOutcome:
-    """Try the policy at every threshold that is worth it, and choose.
+class _Calibration:
+    """A policy at every threshold that is worth it, on images whose every answer is known.
 
     A learned policy is trained on the first half of the images, its price calibrated on the rest.
-    """
-    seen, fitted, settings = images.calibration, 0, list[Policy]()
-    budget = request.goal.budget(costs.members[-1])
-    if embedding is not None:
-        fitted = len(seen) // 2
-        rows = np.arange(len(seen), dtype=np.int64)
-        fit, seen = seen.take(rows[:fitted]), seen.take(rows[fitted:])
-        shares = costs.shares
-        targets = np.linspace(shares[0], 1.0, TARGETS)
-        for target in targets if budget is None else [budget / costs.members[-1]]:
-            head = trained_head(fit, embedding, shares, float(target), request.strength)
-            settings += learned_settings(seen, head)
-    elif request.policy == "complexity":
-        settings += complexity_settings(seen)
-    else:
-        settings += confidence_settings(seen, request.measure)
-    front = front_of(settings, seen, costs)
-    if budget is not None:
-        chosen = best_within(front, budget, costs, request.target)
-    else:
-        needed = request.goal.needed(len(seen), int(seen.right[-1].sum())) or 0
-        chosen = cheapest(front, needed, len(seen), request.target)
-    return CascadeOutcome(members, costs, images, seen, fitted, front, chosen)
 
-
-@dataclass(frozen=True)
-class CascadeOutcome:
-    """What a calibration found.
-
-    Attributes:
-        members: By MACs ascending.
-        costs: Of them and of the policy.
-        images: What was observed.
-        seen: Images that the thresholds were calibrated on.
-        fitted: Images that a head was trained on instead.
-        front: Settings that no other beats on the calibration images.
-        chosen: Of them.
+    Raises:
+        InputError: if no thresholds meet the target; it says what can be reached.
     """
 
-    members: tuple[Artifact, ...]
-    costs: Costs
-    images: _Images
-    seen: Observations
-    fitted: int
-    front: Sequence[CalibratedSetting]
-    chosen: CalibratedSetting
+    def __init__(
+        self,
+        request: CascadeRequest,
+        members: tuple[Artifact, ...],
+        costs: Costs,
+        images: _Images,
+        embedding: Embedding | None,
+    ) -> None:
+        self.request, self.members, self.costs, self.images = request, members, costs, images
+        self.seen, self.fitted, settings = images.calibration, 0, list[Policy]()
+        budget = request.goal.budget(costs.members[-1])
+        if embedding is not None:
+            self.fitted = len(self.seen) // 2
+            rows = np.arange(len(self.seen), dtype=np.int64)
+            fit = self.seen.take(rows[: self.fitted])
+            self.seen = self.seen.take(rows[self.fitted :])
+            targets = np.linspace(costs.shares[0], 1.0, TARGETS)
+            for target in targets if budget is None else [budget / costs.members[-1]]:
+                head = trained_head(fit, embedding, costs.shares, float(target), request.strength)
+                settings += learned_settings(self.seen, head)
+        elif request.policy == "complexity":
+            settings += complexity_settings(self.seen)
+        else:
+            settings += confidence_settings(self.seen, request.measure)
+        self.front = front_of(settings, self.seen, costs)
+        if budget is not None:
+            self.chosen = best_within(self.front, budget, costs, request.target)
+        else:
+            count = len(self.seen)
+            needed = request.goal.needed(count, int(self.seen.right[-1].sum())) or 0
+            self.chosen = cheapest(self.front, needed, count, request.target)
 
-    def document(self, request: CascadeRequest) -> Cascade:
+    def document(self) -> Cascade:
         """The content of ``cascade.json``."""
         from tome_export.bench.environment import environment
 
+        request = self.request
         test, goal = self.images.test, request.goal
         highest = self.members[-1].manifest.model
         chosen = outcome(self.chosen.policy, test, self.costs)

@@ -90,20 +90,7 @@ class TuneRequest:
     min_entropy: float | None = None
 
 
-@dataclass(frozen=True)
-class TuneResult:
-    """What was written.
-
-    Attributes:
-        path: The schedule file.
-        found: Its content.
-    """
-
-    path: Path
-    found: TunedSchedule
-
-
-def tune(request: TuneRequest, progress: Progress | None = None) -> TuneResult:
+def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedule:
     """Search a schedule and write it to a file; nothing is written if none meets the target.
 
     Raises:
@@ -135,7 +122,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TuneResult:
     check_new_file(request.output, force=request.force)
     with writing_to(request.output, "file"):
         write_whole(request.output, found.json_bytes())
-    return TuneResult(request.output, found)
+    return found
 
 
 def _check_numbers(request: TuneRequest) -> None:
