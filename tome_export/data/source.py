@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import stat
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -135,7 +136,8 @@ class Source:
         self.notes: list[str] = []
         self.column = ""
         self._pixels = pixels
-        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._names: list[bytes] = []
+        self._numbers = array("q")
         self._count = 0
         self._digest = hashlib.sha256()
         if pixels is not None:
@@ -156,7 +158,8 @@ class Source:
             size: As of ``Item``.
             mark: The ``stamp`` of an image that is a file.
         """
-        self._rows.append((os.fsencode(name), file, start, size))
+        self._names.append(os.fsencode(name))
+        self._numbers.extend((file, start, size))
         self._count += 1
         if mark:
             self._digest.update(os.fsencode(f"{name}\0{mark}\0"))
@@ -181,8 +184,9 @@ class Source:
         from datasets import Dataset, Features, Value
 
         kinds = {"name": "binary", "file": "int32", "start": "int64", "size": "int64"}
-        columns = dict(zip(kinds, zip(*self._rows, strict=True), strict=True))
-        self._rows = []
+        numbers = np.asarray(self._numbers).reshape(-1, 3).T
+        columns = dict(zip(kinds, (self._names, *numbers), strict=True))
+        self._names, self._numbers = [], array("q")
         features = Features({name: Value(kind) for name, kind in kinds.items()})
         return Dataset.from_dict(columns, features=features)
 
