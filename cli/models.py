@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from tome_export.cli.options import output_options
 from tome_export.cli.output import Terminal, fields, macs, table
 from tome_export.cli.progress import working
+
+if TYPE_CHECKING:
+    from tome_export.pipeline.catalog import ModelDetails, ModelRow
 
 HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "family")
 
@@ -25,55 +29,57 @@ def command(terminal: Terminal, name: str | None) -> None:
     with working(terminal):
         from tome_export.pipeline.catalog import catalog, details
 
-        found = details(name) if name else catalog()
-    if isinstance(found, dict):
-        terminal.result(found, _details(found))
+        found = details(name) if name else None
+        models = [] if name else catalog()
+    if found is not None:
+        terminal.result(asdict(found), _details(found))
         return
     rows = [
         (
-            model["name"],
+            model.name,
             _input(model),
-            model["tokens"],
-            model["depth"],
-            macs(model["macs"]),
-            model["recommended_r"],
-            f"{model['macs_ratio']:.2f}",
-            model["output"],
-            model["family"],
+            model.tokens,
+            model.depth,
+            macs(model.macs),
+            model.recommended_r,
+            f"{model.macs_ratio:.2f}",
+            model.output,
+            model.family,
         )
-        for model in found
+        for model in models
     ]
     lines = table(HEADERS, rows, "llrrrrrll")
     more = (
         "Also timm:<name>, hf:<folder or hub name>, open_clip:<arch>[/<weights>], "
         "torchvision:<name>[.<weights>], module:function. One in detail: tome-export models NAME"
     )
-    descriptions = fields([(model["name"], model["description"]) for model in found])
-    terminal.result({"models": found}, [*lines, "", *descriptions, "", more])
+    descriptions = fields([(model.name, model.description) for model in models])
+    listed = {"models": [asdict(model) for model in models]}
+    terminal.result(listed, [*lines, "", *descriptions, "", more])
 
 
-def _input(model: dict[str, Any]) -> str:
-    return "x".join(map(str, model["input_size"]))
+def _input(model: ModelRow) -> str:
+    return "x".join(map(str, model.input_size))
 
 
-def _details(model: dict[str, Any]) -> list[str]:
-    used = model["preprocessing"]
-    tokens = ", ".join(str(layer["tokens_out"]) for layer in model["layers"])
+def _details(model: ModelDetails) -> list[str]:
+    used = model.preprocessing
+    tokens = ", ".join(str(layer.tokens_out) for layer in model.layers)
     pairs = [
-        ("Name", ", ".join([model["name"], *model["aliases"]])),
-        ("Model", model["description"]),
-        ("Family", model["family"]),
-        ("timm name", model["timm_name"] or "none"),
-        ("Input", f"{_input(model)}, mean {list(used['mean'])}, std {list(used['std'])}"),
-        ("Resize", f"{used['interpolation']}, crop {used['crop_pct']:g}"),
-        ("Output", model["output"]),
-        ("Tokens", f"{model['tokens']}, {model['prefix']} of them prefix tokens"),
-        ("Depth", str(model["depth"])),
-        ("r", f"{model['recommended_r']} ({model['recommended_r_source']})"),
+        ("Name", ", ".join([model.name, *model.aliases])),
+        ("Model", model.description),
+        ("Family", model.family),
+        ("timm name", model.timm_name or "none"),
+        ("Input", f"{_input(model)}, mean {list(used.mean)}, std {list(used.std)}"),
+        ("Resize", f"{used.interpolation}, crop {used.crop_pct:g}"),
+        ("Output", model.output),
+        ("Tokens", f"{model.tokens}, {model.prefix} of them prefix tokens"),
+        ("Depth", str(model.depth)),
+        ("r", f"{model.recommended_r} ({model.recommended_r_source})"),
         ("Merged", f"tokens after each layer {tokens}"),
-        ("MACs", f"{macs(model['macs'])}, merged {macs(model['macs_merged'])}"),
-        ("MACs ratio", f"{model['macs_ratio']:.2f}"),
-        ("Weights", model["weights"]),
-        ("Licence", model["licence"] or "not stated"),
+        ("MACs", f"{macs(model.macs)}, merged {macs(model.macs_merged)}"),
+        ("MACs ratio", f"{model.macs_ratio:.2f}"),
+        ("Weights", model.weights),
+        ("Licence", model.licence or "not stated"),
     ]
     return fields(pairs)

@@ -346,7 +346,7 @@ def test_a_siglip_without_a_head(tmp_path, keeps_head):
     with torch.no_grad():
         found = resolve(name).load().module(images).last_hidden_state
         assert torch.equal(found, model(images).last_hidden_state)
-    assert details(name)["tokens"] == 64
+    assert details(name).tokens == 64
     request = {"model": name, "engine": "none", "schedule": Schedule(5)}
     with pytest.raises(InputError, match=r"has no pooling head .*; use dense outputs$"):
         build(BuildRequest(output=tmp_path / "out", **request))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tome_export.merge.macs import BlockCost, SharedCost, total_macs
 from tome_export.merge.schedule import LayerTokens, Schedule, clip_tokens, unmerged_end
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
-    from tome_export.spec import TowerOptions
+    from tome_export.spec import Preprocessing, TowerOptions
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,46 @@ class Sizes:
     layers: tuple[LayerTokens, ...]
 
 
-def catalog() -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ModelRow:
+    """A model in the list, its attributes the keys of the JSON output."""
+
+    name: str
+    timm_name: str
+    input_size: tuple[int, int, int]
+    tokens: int
+    prefix: int
+    depth: int
+    macs: int
+    recommended_r: int
+    macs_merged: int
+    macs_ratio: float
+    output: str
+    family: str
+    description: str
+
+
+@dataclass(frozen=True)
+class ModelDetails(ModelRow):
+    """A model by itself, its attributes the keys of the JSON output."""
+
+    aliases: tuple[str, ...]
+    prop_attn: bool
+    recommended_r_source: str
+    layers: tuple[LayerTokens, ...]
+    preprocessing: Preprocessing
+    weights: str
+    licence: str
+
+
+def catalog() -> list[ModelRow]:
     """Every recipe in one row: name, model, sizes, recommended r and what it saves."""
     from tome_export.models import RECIPES
 
     return [_row(recipe, sizes_from_geometry(recipe)) for recipe in RECIPES.values()]
 
 
-def details(name: str) -> dict[str, Any]:
+def details(name: str) -> ModelDetails:
     """All about one model; a name that is not a recipe's is built, without weights, to be counted.
 
     Raises:
@@ -52,16 +84,16 @@ def details(name: str) -> dict[str, Any]:
     recipe = resolve(name)
     known = recipe.name in RECIPES
     sizes = sizes_from_geometry(recipe) if known else sizes_from_model(recipe)
-    return {
-        **_row(recipe, sizes),
-        "aliases": list(recipe.aliases),
-        "prop_attn": recipe.prop_attn,
-        "recommended_r_source": recipe.r_source,
-        "layers": [asdict(layer) for layer in sizes.layers],
-        "preprocessing": asdict(recipe.preprocessing),
-        "weights": recipe.weights_source,
-        "licence": recipe.licence,
-    }
+    return ModelDetails(
+        **vars(_row(recipe, sizes)),
+        aliases=recipe.aliases,
+        prop_attn=recipe.prop_attn,
+        recommended_r_source=recipe.r_source,
+        layers=sizes.layers,
+        preprocessing=recipe.preprocessing,
+        weights=recipe.weights_source,
+        licence=recipe.licence,
+    )
 
 
 def recommended_r(name: str, tower: TowerOptions | None = None) -> int:
@@ -79,22 +111,22 @@ def recommended_r(name: str, tower: TowerOptions | None = None) -> int:
     return int(resolve(name, tower).recommended_r)
 
 
-def _row(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "timm_name": recipe.timm_name,
-        "input_size": list(recipe.preprocessing.input_size),
-        "tokens": sizes.tokens,
-        "prefix": sizes.prefix,
-        "depth": sizes.depth,
-        "macs": sizes.macs,
-        "recommended_r": recipe.recommended_r,
-        "macs_merged": sizes.macs_merged,
-        "macs_ratio": sizes.macs / sizes.macs_merged,
-        "output": recipe.output_name,
-        "family": recipe.family,
-        "description": recipe.description,
-    }
+def _row(recipe: Recipe, sizes: Sizes) -> ModelRow:
+    return ModelRow(
+        name=recipe.name,
+        timm_name=recipe.timm_name,
+        input_size=recipe.preprocessing.input_size,
+        tokens=sizes.tokens,
+        prefix=sizes.prefix,
+        depth=sizes.depth,
+        macs=sizes.macs,
+        recommended_r=recipe.recommended_r,
+        macs_merged=sizes.macs_merged,
+        macs_ratio=sizes.macs / sizes.macs_merged,
+        output=recipe.output_name,
+        family=recipe.family,
+        description=recipe.description,
+    )
 
 
 def sizes_from_geometry(recipe: Recipe) -> Sizes:
