@@ -42,14 +42,14 @@ def main() -> None:
             "r": r,
             "per_layer": candidate.r,
             "macs": candidate.macs,
-            "top1": candidate.top1 and candidate.top1.model_dump(mode="json"),
+            "top1": candidate.top1,
         }
         for r in SCHEDULES
         for candidate in found.candidates
         if candidate.name == f"r={r}"
     ]
     for row in rows:
-        print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {row['top1']}")
+        print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {row['top1'].correct}/{row['top1'].images}")
     if not arguments.no_write:
         print(write_rows("digits", rows))
 

@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from tome_export.bench import environment as environments
 from tome_export.bench.environment import PACKAGES, cpu_name
 from tome_export.bench.timing import paired, percentiles
@@ -31,11 +33,20 @@ def environment() -> dict[str, Any]:
     return {"commit": made, **dict(environments.environment())}
 
 
+def _plain(part: BaseModel) -> Any:
+    return part.model_dump(mode="json")
+
+
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows under their environment to ``benchmarks/results/<name>.json``, a row a line."""
+    """Write rows under their environment to ``benchmarks/results/<name>.json``, a row a line.
+
+    Args:
+        name: Of the benchmark.
+        rows: Plain values, and parts of an artifact's documents.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    lines = ",\n".join(f"  {json.dumps(row, default=_plain)}" for row in rows)
     path.write_text(
         f'{{"environment": {json.dumps(environment(), indent=1)},\n "rows": [\n{lines}\n]}}\n'
     )

@@ -98,10 +98,9 @@ def main() -> None:
     for model in given.models:
         for row in measured(model, given.rounds):
             rows.append(row)
-            macs = row["macs"]
             print(
                 f"{model}, {row['variant']}: {row['tokens'][0]} -> {row['tokens'][-1]} tokens, "
-                f"MACs ratio {macs['ratio']:.2f}, speed-up {row['speedup']['p50']:.2f} "
+                f"MACs ratio {row['macs'].ratio:.2f}, speed-up {row['speedup']['p50']:.2f} "
                 f"({row['latency_ms']['p50']:.0f} ms)"
             )
     if not given.no_write:
