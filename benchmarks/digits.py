@@ -49,7 +49,8 @@ def main() -> None:
         if candidate.name == f"r={r}"
     ]
     for row in rows:
-        print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {row['top1'].correct}/{row['top1'].images}")
+        top1 = row["top1"]
+        print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {top1.correct}/{top1.images}")
     if not arguments.no_write:
         print(write_rows("digits", rows))
 
