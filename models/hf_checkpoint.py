@@ -229,7 +229,11 @@ def _processor(folder: Path, kind: str, family: Preprocessing, where: str) -> di
         config = transformers.AutoConfig.for_model(_FAMILIES.get(kind, kind))
         try:
             made = transformers.AutoImageProcessor.from_pretrained(
-                folder, config=config, local_files_only=True, **missing
+                folder,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                **missing,
             )
             values: dict[str, Any] = made.to_dict()
         # It checks its files with as many classes of error as its configurations.
@@ -238,6 +242,14 @@ def _processor(folder: Path, kind: str, family: Preprocessing, where: str) -> di
                 f"{PROCESSOR} of {where} makes no image processor ({reason_of(error)}); expected "
                 "that of a whole checkpoint"
             ) from None
+    named = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
+    named = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+    # The library would take its own of that model type in silence.
+    if named and named != type(made).__name__.removesuffix("Fast"):
+        raise InputError(
+            f"{PROCESSOR} of {where} names {named}, which Transformers does not have; expected one "
+            "of its image processors"
+        )
     return {**values, "silent": NO_NORM if missing and values.get("do_normalize", True) else ""}
 
 

@@ -472,6 +472,19 @@ def test_preprocessing_that_is_no_such_thing(tmp_path, values, what):
     assert str(refused.value) == f"preprocessor_config.json of m: {what}"
 
 
+def test_code_of_a_checkpoint_is_not_run(tmp_path):
+    mark = tmp_path / "executed"
+    (tmp_path / "theirs.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
+    values = {"image_processor_type": "Theirs", "auto_map": {"AutoImageProcessor": "theirs.Theirs"}}
+    with pytest.raises(InputError) as refused:
+        preprocessing(tmp_path, values)
+    assert str(refused.value) == (
+        "preprocessor_config.json of m names Theirs, which Transformers does not have; expected "
+        "one of its image processors"
+    )
+    assert not mark.exists()
+
+
 def test_an_image_processor_that_the_library_refuses(tmp_path):
     with pytest.raises(InputError) as refused:
         preprocessing(tmp_path, {"size": 32, "crop_size": "b"})
