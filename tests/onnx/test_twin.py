@@ -12,9 +12,11 @@ from onnx import TensorProto, helper
 from tome_export.errors import InputError
 from tome_export.merge import spec
 from tome_export.onnx.emulate import emulate_bfloat16
-from tome_export.onnx.export import OPSET, ExportOptions
+from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import match_function
 from tome_export.onnx.twin import LEAD, Twin, twin_from_model
+from tome_export.patch import patch
+from tome_export.reducers.options import reducer_from_text
 from tome_export.spec import BatchRange
 
 BATCH = BatchRange(1, 4, 8)
@@ -176,3 +178,27 @@ def test_foreign_names_are_refused(export, make_vit, name):
     next(n for n in proto.graph.node if n.op_type == "TomeMatch").name = name
     with pytest.raises(InputError, match=r"expected 'blocks\.<layer>\.match'"):
         twin_from_model(proto)
+
+
+@pytest.mark.parametrize("batch", [BATCH, BatchRange(2, 2, 2)], ids=["dynamic", "static"])
+def test_plans_of_scores_are_shown_and_led(make_vit, make_images, tmp_path, batch):
+    """TopK drops tokens: with a static batch its dst is a constant, which is a decision as well."""
+    model = patch(make_vit("test_vit", depth=2), 5, reducer=reducer_from_text("topk", ()))
+    path = tmp_path / "model.onnx"
+    onnx_from_model(model, path, ExportOptions(batch=batch), "logits")
+    proto = onnx.load(path)
+    assert {node.domain for node in proto.graph.node} == {""}
+    constants = {weight.name for weight in proto.graph.initializer}
+    assert ("blocks.1.dst" in constants) == batch.is_static
+    twin = twin_from_model(proto)
+    onnx.checker.check_model(twin.model, full_check=True)
+    assert [layer.signals for layer in twin.layers] == [(f"blocks.{i}.signal.0",) for i in (0, 1)]
+    images, others = make_images(model, 2, seed=1), make_images(model, 2, seed=2)
+    _, plans, _ = torch_plans(model, others)
+    results = run_twin(twin, images, plans, lead=True)
+    forced = {layer: type_plan(parts) for layer, parts in plans.items()}
+    with torch.no_grad():
+        expected, trace = model.forward_traced(torch.from_numpy(images), forced)
+    np.testing.assert_allclose(results["logits"], expected.numpy(), rtol=1e-4, atol=1e-5)
+    for step in trace:
+        np.testing.assert_array_equal(results[f"blocks.{step.layer}.src"], step.chosen.src.numpy())
