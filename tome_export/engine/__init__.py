@@ -5,8 +5,7 @@ Adding one is one module that subclasses ``builder.EngineBuilder``, one line in
 """
 
 from tome_export.artifact.manifest import EngineInfo
-from tome_export.engine.base import Availability, EngineOptions
-from tome_export.engine.builder import EngineBuilder
+from tome_export.engine.builder import Availability, EngineBuilder, EngineOptions
 from tome_export.engine.select import Choice, Selection, select
 from tome_export.spec import TensorInfo
 

@@ -1,28 +1,93 @@
-"""Building through TensorRT's Python API, which TensorRT and TensorRT-RTX share.
+"""Building engines through TensorRT's Python API, which TensorRT and TensorRT-RTX share.
 
 Everything here runs with both modules; what differs is in ``tensorrt.py`` and ``tensorrt_rtx.py``.
 A machine without a GPU thereby exercises, with TensorRT-RTX, nearly all that TensorRT will run.
+
+The parser is driven through TensorRT's own API and not through polygraphy: polygraphy prints the
+parser's errors to the terminal where this package must return them, and holds either TensorRT or
+TensorRT-RTX per process, chosen when it is first imported.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tome_export.artifact.files import write_whole
 from tome_export.artifact.manifest import BackendName, EngineInfo
-from tome_export.engine import gpu, network
-from tome_export.engine.base import Availability, EngineOptions
-from tome_export.engine.files import write_atomically
+from tome_export.engine import gpu
 from tome_export.engine.interrupt import run_interruptibly
 from tome_export.engine.messages import Messages, collect, monitor_for
-from tome_export.errors import ExportError, MissingComponentError
+from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress
+from tome_export.spec import BatchRange, TensorInfo
+
+_SHOWN_ERRORS = 3
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_WAY_OUT = "try --merge-op matmul, or --engine none to keep only the ONNX model"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built.
+
+    Attributes:
+        batch: Batch sizes of the one optimisation profile: least, tuned for, most.
+        workspace_bytes: Most scratch memory a tactic may use; None leaves the builder's default.
+        optimization_level: 0 (fast build) to 5 (longest search); None leaves the default (3).
+        timing_cache: File of tactic timings, read when it exists and written after the build.
+        version_compatible: The engine also runs on later TensorRT versions of the same major.
+        hardware_compatible: The engine runs on every GPU of the Ampere generation and later.
+        compute_capabilities: GPUs a TensorRT-RTX engine is built for, such as ``("8.9", "12.0")``,
+            or ``("current",)``; empty for its portable default (Ampere and later). At a build with
+            ``--merge-op plugin`` also the GPUs its kernels are compiled for.
+
+    Raises:
+        UsageError: if a value is out of its range.
+    """
+
+    batch: BatchRange = field(default_factory=BatchRange)
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.workspace_bytes is not None and self.workspace_bytes <= 0:
+            raise UsageError(f"workspace is {self.workspace_bytes} bytes; expected more than 0")
+        level = self.optimization_level
+        if level is not None and not 0 <= level <= 5:
+            raise UsageError(f"optimisation level is {level}; expected 0 to 5")
+        for capability in self.compute_capabilities:
+            if capability != "current" and not re.fullmatch(r"[0-9]+\.[0-9]", capability):
+                raise UsageError(
+                    f"compute capability is {capability!r}; expected one such as 8.9, or current"
+                )
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a component can be used here.
+
+    Attributes:
+        available: Whether it can.
+        version: Its version, where it is installed.
+        reason: One line: what was found, or what is missing and how to get it.
+    """
+
+    available: bool
+    version: str | None
+    reason: str
 
 
 class EngineBuilder(ABC):
@@ -96,7 +161,7 @@ class EngineBuilder(ABC):
             with collect(trt) as (logger, messages):
                 builder = self._builder(trt, logger, messages)
                 flags = self.network_flags(trt)
-                network.network_from_onnx(trt, builder, logger, messages, onnx_path, flags)
+                _network_from_onnx(trt, builder, logger, messages, onnx_path, flags)
 
         run_interruptibly(work, cancel)
 
@@ -135,7 +200,7 @@ class EngineBuilder(ABC):
                 return self._build(trt, logger, messages, monitor, onnx_path, options, output_path)
 
         plan, info = run_interruptibly(work, cancel)
-        write_atomically(output_path, plan)
+        write_engine(output_path, plan)
         return info
 
     def _build(
@@ -152,7 +217,7 @@ class EngineBuilder(ABC):
         builder = self._builder(trt, logger, messages)
         flags = self.network_flags(trt)
         # The parser owns weights the network refers to: it must live until the build is over.
-        net, parser = network.network_from_onnx(trt, builder, logger, messages, onnx_path, flags)
+        net, parser = _network_from_onnx(trt, builder, logger, messages, onnx_path, flags)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -162,9 +227,9 @@ class EngineBuilder(ABC):
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
         if options.optimization_level is not None:
             config.builder_optimization_level = options.optimization_level
-        network.add_profile(builder, config, net, options.batch)
+        _add_profile(builder, config, net, options.batch)
         notes = self.configure(trt, config, options)
-        attentions = network.allow_attention_fallback(trt, net)
+        attentions = _allow_attention_fallback(trt, net)
         if attentions:
             notes.append(f"attention layers: {attentions}, fused where the library has a kernel")
         plan = builder.build_serialized_network(net, config)
@@ -187,11 +252,11 @@ class EngineBuilder(ABC):
             size_bytes=int(plan.nbytes),
             build_seconds=round(time.monotonic() - started, 3),
             batch=options.batch,
-            inputs=network.tensors(net, outputs=False),
-            outputs=network.tensors(net, outputs=True),
+            inputs=_tensors(net, outputs=False),
+            outputs=_tensors(net, outputs=True),
             targets=self.targets(options),
             network_layers=int(net.num_layers),
-            plugin_layers=network.plugin_layers(trt, net),
+            plugin_layers=_plugin_layers(trt, net),
             version_compatible=options.version_compatible,
             layers=layers,
             notes=tuple(notes + messages.warnings),
@@ -249,3 +314,129 @@ def runtime_for(trt: ModuleType, logger: Any, *, version_compatible: bool) -> An
     if version_compatible:
         runtime.engine_host_code_allowed = True
     return runtime
+
+
+def write_engine(path: Path, content: Any) -> None:
+    """Write bytes (any buffer) in one step.
+
+    Raises:
+        ExportError: if the folder is missing or read-only, or the disk is full.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ExportError(
+            f"cannot write {path}: {reason}; free space or choose another folder"
+        ) from error
+
+
+def _network_from_onnx(
+    trt: ModuleType, builder: Any, logger: Any, messages: Messages, onnx_path: Path, flags: int
+) -> tuple[Any, Any]:
+    """Parse a model from its path, so that external data beside it is found.
+
+    Returns:
+        The network and its parser, which owns the weights: keep both until the build is over.
+
+    Raises:
+        InputError: if the file is missing or holds no graph.
+        ExportError: with node, operator and reason for what the parser refuses.
+    """
+    if not onnx_path.is_file():
+        raise InputError(f"no ONNX model at {onnx_path}; build one with tome-export build")
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_path)):
+        raise ExportError(f"{onnx_path.name}: {_parser_errors(parser, messages)}")
+    if network.num_inputs == 0 or network.num_outputs == 0:
+        # The parser reads a file of noise as an empty model and reports success.
+        raise InputError(f"{onnx_path} holds no graph with inputs and outputs; build it again")
+    return network, parser
+
+
+def _parser_errors(parser: Any, messages: Messages) -> str:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    lines = []
+    for error in errors[:_SHOWN_ERRORS]:
+        description = " ".join(error.desc().split())
+        if error.node_operator():
+            where = f"{error.node_name() or error.node()} [{error.node_operator()}]"
+        else:  # some importers return an error without filling in its node
+            where = messages.parsing
+        if where:
+            lines.append(f"node {where}: {description}")
+    if not lines:  # the file itself, or its external data: only the log has the reason
+        return f"the parser cannot read the model: {messages.first_errors(1)}; build it again"
+    if len(errors) > _SHOWN_ERRORS:
+        lines.append(f"and {len(errors) - _SHOWN_ERRORS} more")
+    return f"the parser refuses {'; '.join(dict.fromkeys(lines))}; {_WAY_OUT}"
+
+
+def _tensors(network: Any, *, outputs: bool) -> tuple[TensorInfo, ...]:
+    """The network's inputs or outputs."""
+    count, get = (
+        (network.num_outputs, network.get_output)
+        if outputs
+        else (network.num_inputs, network.get_input)
+    )
+    found = [get(index) for index in range(count)]
+    return tuple(
+        TensorInfo(t.name, tuple(t.shape), _DTYPES.get(t.dtype.name, t.dtype.name.lower()))
+        for t in found
+    )
+
+
+def _add_profile(builder: Any, config: Any, network: Any, batch: BatchRange) -> None:
+    """One optimisation profile, with the first dimension of every input as the batch.
+
+    Raises:
+        InputError: if the graph's batch is fixed to another size than asked for.
+        ExportError: if another dimension than the first is dynamic.
+    """
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        fixed, *rest = tuple(tensor.shape)
+        if -1 in rest:
+            raise ExportError(
+                f"input {tensor.name!r} has shape {tuple(tensor.shape)}; expected only the first "
+                "dimension to be dynamic: export with a fixed image size"
+            )
+        if fixed not in (-1, batch.min) or (fixed != -1 and not batch.is_static):
+            raise InputError(
+                f"input {tensor.name!r} has a fixed batch of {fixed}, but the batch range is "
+                f"{batch}; use --batch {fixed} or export with a dynamic batch"
+            )
+        sizes = (batch.min, batch.opt, batch.max)
+        profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
+    config.add_optimization_profile(profile)
+
+
+def _allow_attention_fallback(trt: ModuleType, network: Any) -> int:
+    """Let the builder take attention apart where it has no fused kernel; returns how many.
+
+    An ONNX ``Attention`` node becomes an attention layer that must run fused unless it is marked
+    decomposable; there is no fused fp32 kernel. The parser reads the mark from an attribute
+    ``TRT_decomposable`` of the node, which onnx.checker and ONNX Runtime refuse as unknown: it is
+    set on the parsed network instead, so that one ONNX file serves every runtime. A fused kernel
+    is still taken where there is one.
+    """
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    if kind is None:
+        return 0
+    count = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == kind:
+            # The binding returns the base class; this is its documented way to the derived one.
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+            count += 1
+    return count
+
+
+def _plugin_layers(trt: ModuleType, network: Any) -> int:
+    """Layers of the parsed network that a plugin computes."""
+    kind = getattr(trt.LayerType, "PLUGIN_V3", None)
+    return sum(network.get_layer(index).type == kind for index in range(network.num_layers))

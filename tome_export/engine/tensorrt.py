@@ -7,9 +7,7 @@ from typing import Any
 
 from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
-from tome_export.engine.base import EngineOptions
-from tome_export.engine.builder import EngineBuilder
-from tome_export.engine.files import write_atomically
+from tome_export.engine.builder import EngineBuilder, EngineOptions, write_engine
 from tome_export.errors import InputError, UsageError
 
 
@@ -52,7 +50,7 @@ class TensorRT(EngineBuilder):
         """Write the timings, those read and those measured."""
         if options.timing_cache is None:
             return []
-        write_atomically(options.timing_cache, config.get_timing_cache().serialize())
+        write_engine(options.timing_cache, config.get_timing_cache().serialize())
         return []
 
     def targets(self, options: EngineOptions) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from typing import Any
 
 from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
-from tome_export.engine.base import EngineOptions
-from tome_export.engine.builder import EngineBuilder
+from tome_export.engine.builder import EngineBuilder, EngineOptions
 from tome_export.errors import MissingComponentError, UsageError
 
 
