@@ -158,7 +158,7 @@ class Tensor(Part):
     """One input or output of the ONNX model; a dynamic batch is ``"batch"`` in the shape."""
 
     name: str
-    shape: tuple[int | str, ...]
+    shape: tuple[int | Literal["batch"], ...]
     dtype: str
 
 

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tome_export
 from tome_export.artifact.manifest import (
@@ -62,7 +62,7 @@ def manifest_of(
     """
     recipe = loaded.recipe
     merged, unmerged = model.macs(), model.macs(merged=False)
-    batch = options.batch.max if options.batch.is_static else "batch"
+    batch: int | Literal["batch"] = options.batch.max if options.batch.is_static else "batch"
     inputs = tuple(
         Tensor(name=name, dtype="float32", shape=(batch, *shape))
         for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
@@ -182,7 +182,7 @@ def _layers(model: MergedModel) -> tuple[Layer, ...]:
     )
 
 
-def _outputs(name: str, model: MergedModel, batch: int | str) -> tuple[Tensor, ...]:
+def _outputs(name: str, model: MergedModel, batch: int | Literal["batch"]) -> tuple[Tensor, ...]:
     """Name, dtype and shape of every output, found by running the model without data."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
