@@ -16,8 +16,7 @@ from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.clip4clip_recipes import Clip4ClipLoader
-from tome_export.models.stop import folded_prompts
-from tome_export.models.stop import convolved
+from tome_export.models.stop import convolved, folded_prompts
 from tome_export.patch import patch
 
 
