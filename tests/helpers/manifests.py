@@ -73,7 +73,6 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
             "attention": "parts",
             "attention_note": "",
             "nodes": 9,
-            "simplified": True,
         },
         "engine_note": "none",
         "versions": {"tome-export": "0.1.0"},

@@ -205,14 +205,12 @@ class Graph(Part):
         attention: Its form; docs/attention.md.
         attention_note: Why it has this form.
         nodes: Number of nodes.
-        simplified: Whether onnxsim could simplify it.
     """
 
     opset: int
     attention: AttentionForm
     attention_note: str
     nodes: int
-    simplified: bool
 
 
 class PluginInfo(Part):

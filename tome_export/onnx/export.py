@@ -105,7 +105,6 @@ class OnnxFiles:
     paths: tuple[Path, ...]
     opset: int
     nodes: int
-    simplified: bool = True
 
 
 class PrecisionBoundary(nn.Module):

@@ -101,7 +101,6 @@ def manifest_of(
             attention=options.attention_form,
             attention_note=attention_note,
             nodes=exported.nodes,
-            simplified=exported.simplified,
         ),
         plugins=plugins,
         engine_note=engine_note,
