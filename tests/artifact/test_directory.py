@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -498,6 +499,8 @@ def test_names_that_are_no_text_are_escaped(tmp_path):
         ('{"format": 1}', "has no model; rebuild the artifact"),
         ("{", "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
+        ("[" * 5000, "is not valid JSON"),
+        ('{"format": ' + "9" * 5000 + "}", "is not valid JSON"),
     ],
 )
 def test_manifests_that_are_none(tmp_path, content, message):
@@ -529,6 +532,7 @@ DROP = object()
         ("layers", 3, "has layers 3, expected a list;"),
         ("layers", [{"r": 1}], r"has no layers\[0\]\.tokens_in;"),
         ("onnx.attention", "fast", "has onnx.attention 'fast', expected one of auto, fused, fus"),
+        ("macs.ratio", math.nan, r"has macs\.ratio nan, expected a finite number;"),
         ("precision", "int8", "has precision 'int8', expected one of fp32, fp16, bf16;"),
         ("precision", [], r"has precision \[\], expected one of fp32"),
         ("batch", "many", "has batch 'many', expected a batch range such as 1:8:32;"),

@@ -13,7 +13,7 @@ GOOD = {"format": 1, "model": "vit_digits", "schedule": [3, 2, 0]}
 COUNTS = "expected one whole number, 0 or more, per layer"
 
 WRONG = {
-    "cut short": ('{"format": 1, "mod', "is not valid JSON (EOF while parsing a string at"),
+    "cut short": ('{"format": 1, "mod', "is not valid JSON (Unterminated string starting at"),
     "no object": ("[1]", "is [1], expected an object"),
     "format": (json.dumps({**GOOD, "format": 2}), "has format 2, expected 1"),
     "no format": ("{}", "has no format"),

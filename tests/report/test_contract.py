@@ -52,7 +52,7 @@ CASES = {
     "not json": (
         "bench.json",
         "{",
-        "is not valid JSON (EOF while parsing an object at line 1 column 1)",
+        "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2",
     ),
     "no object": ("bench.json", [], "is [], expected an object"),
     "later format": (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import FiniteFloat
-
 from tome_export.artifact.document import Document, Part, Text
 from tome_export.artifact.environment import Environment
 
@@ -15,9 +13,9 @@ BENCH = "bench.json"
 class Quantiles(Part):
     """The 20th, 50th and 80th percentile of some rounds."""
 
-    p20: FiniteFloat
-    p50: FiniteFloat
-    p80: FiniteFloat
+    p20: float
+    p50: float
+    p80: float
 
 
 class Timed(Part):
@@ -30,7 +28,7 @@ class Timed(Part):
     """
 
     latency_ms: Quantiles
-    throughput: FiniteFloat
+    throughput: float
     peak_memory_bytes: int | None = None
 
 
@@ -51,7 +49,7 @@ class BenchRow(Part):
     merged: Timed
     against: Timed
     speedup: Quantiles
-    share_of_macs_limit: FiniteFloat
+    share_of_macs_limit: float
 
 
 class LayerTimes(Part):
@@ -61,7 +59,7 @@ class LayerTimes(Part):
         layer: Index of the block.
     """
 
-    __pydantic_extra__: dict[str, FiniteFloat]
+    __pydantic_extra__: dict[str, float]
 
     layer: int
 
@@ -79,12 +77,12 @@ class ModelProfile(Part):
         layers: The same of every transformer block.
     """
 
-    total_ms: FiniteFloat
-    run_ms: FiniteFloat
+    total_ms: float
+    run_ms: float
     runs: int
-    attributed_share: FiniteFloat
+    attributed_share: float
     nodes: int
-    groups_ms: dict[str, FiniteFloat]
+    groups_ms: dict[str, float]
     layers: tuple[LayerTimes, ...]
 
 
@@ -102,8 +100,8 @@ class BenchProfile(Part):
 
     backend: str
     batch: int
-    total_ms: FiniteFloat
-    attributed_share: FiniteFloat
+    total_ms: float
+    attributed_share: float
     merged: ModelProfile
     against: ModelProfile
 
@@ -126,10 +124,10 @@ class Bench(Document):
 
     remedy: ClassVar[str] = "run 'tome-export bench' of this version again"
 
-    latency_ms: dict[str, FiniteFloat]
+    latency_ms: dict[str, float]
     environment: Environment
     against: Text
-    macs_ratio: FiniteFloat
+    macs_ratio: float
     rounds: int
     warmup: int
     images: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from tome_export.artifact.document import Document, Part, Text
 from tome_export.artifact.environment import Environment
@@ -27,7 +27,7 @@ class ComplexityPolicy(Part):
     """
 
     policy: Literal["complexity"] = "complexity"
-    thresholds: tuple[FiniteFloat, ...]
+    thresholds: tuple[float, ...]
 
 
 class ConfidencePolicy(Part):
@@ -40,7 +40,7 @@ class ConfidencePolicy(Part):
 
     policy: Literal["confidence"] = "confidence"
     measure: ConfidenceMeasure
-    thresholds: tuple[FiniteFloat, ...]
+    thresholds: tuple[float, ...]
 
 
 class LearnedPolicy(Part):
@@ -55,10 +55,10 @@ class LearnedPolicy(Part):
     """
 
     policy: Literal["learned"] = "learned"
-    weights: tuple[tuple[FiniteFloat, ...], ...]
-    bias: tuple[FiniteFloat, ...]
-    shares: tuple[FiniteFloat, ...]
-    price: FiniteFloat
+    weights: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+    shares: tuple[float, ...]
+    price: float
     patch: tuple[int, int]
 
 
@@ -70,7 +70,7 @@ class CascadeTarget(Part):
     """The target as in ``tune.goal.Goal``, and in words."""
 
     kind: TargetKind
-    value: FiniteFloat
+    value: float
     text: str
 
 
@@ -106,10 +106,10 @@ class CascadeScore(Part):
         share: ``correct / images``.
     """
 
-    macs: FiniteFloat
+    macs: float
     correct: int
     images: int
-    share: FiniteFloat
+    share: float
 
 
 class CascadeTest(CascadeScore):
@@ -123,8 +123,8 @@ class CascadeTest(CascadeScore):
         met: Whether the target holds on these images.
     """
 
-    low: FiniteFloat
-    high: FiniteFloat
+    low: float
+    high: float
     budgets: tuple[int, ...]
     difference_to_highest: Difference
     met: bool
@@ -146,8 +146,8 @@ class SingleMember(Part):
 
     artifact: Text
     macs: int
-    share: FiniteFloat
-    saved: FiniteFloat
+    share: float
+    saved: float
 
 
 class SweepPoint(Part):
@@ -158,8 +158,8 @@ class SweepPoint(Part):
         price: That of a learned policy; None where it has thresholds.
     """
 
-    thresholds: tuple[FiniteFloat, ...] | None = Absent
-    price: FiniteFloat | None = Absent
+    thresholds: tuple[float, ...] | None = Absent
+    price: float | None = Absent
     calibration: CascadeScore
     test: CascadeScore
     chosen: bool
@@ -241,7 +241,7 @@ class Cascade(Document):
     sweep: tuple[SweepPoint, ...]
     data: CascadeData
     backend: str
-    confidence: FiniteFloat
+    confidence: float
     methods: Methods
     environment: Environment
     served: ServedCascade | None = Absent

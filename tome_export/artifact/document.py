@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
+    AllowInfNan,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,7 @@ _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "tuple_type": "a list",
     "list_type": "a list",
     "model_type": "an object",
@@ -49,6 +51,7 @@ r"""Text that may come from a file's name: what is no text in it becomes ``\udcf
 
 Measured = Annotated[
     float,
+    AllowInfNan(True),
     BeforeValidator(lambda value: math.nan if value is None else value),
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
     WithJsonSchema({"type": ["number", "null"]}),
@@ -74,7 +77,9 @@ def _batch(value: Any) -> BatchRange:
 class Part(BaseModel):
     """An object inside a document. Further entries, such as a user's notes, are kept."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Document(Part):
@@ -102,10 +107,13 @@ class Document(Part):
             InputError: in one line, if it is no JSON, or not of this kind.
         """
         try:
+            # Python's own reader also refuses numbers too long for it to write again.
+            values = json.loads(content)
             return cls.model_validate_json(content, strict=True)
         except ValidationError as error:
-            fault = _fault(error, content)
-            raise InputError(f"{file} {fault}; {cls.remedy}") from error
+            raise InputError(f"{file} {_fault(error, values)}; {cls.remedy}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} is not valid JSON ({error}); {cls.remedy}") from error
         except InputError as error:  # of a value that is read into a type of ours
             raise InputError(f"{file}: {error}; {cls.remedy}") from error
 
@@ -123,13 +131,13 @@ class Document(Part):
         return cls.parse(content, file)
 
 
-def _fault(error: ValidationError, content: bytes) -> str:
+def _fault(error: ValidationError, values: Any) -> str:
     """The first thing that is wrong, such as ``has merge.r[1] '8', expected a whole number``."""
     first = error.errors(include_url=False)[0]
     kind, context = first["type"], first.get("ctx", {})
     if kind == "json_invalid":
         return f"is not valid JSON ({context['error']})"
-    where = _place(first["loc"], content)
+    where = _place(first["loc"], values)
     if kind == "missing":
         return f"has no {where}"
     if kind == "value_error":
@@ -145,9 +153,9 @@ def _fault(error: ValidationError, content: bytes) -> str:
     return f"{what} {short(first['input'])}, expected {expected}"
 
 
-def _place(location: tuple[int | str, ...], content: bytes) -> str:
+def _place(location: tuple[int | str, ...], value: Any) -> str:
     """Where in a document, such as ``engines['a'].file``, without the branches of a union."""
-    value, text = json.loads(content), ""
+    text = ""
     for part in location:
         inside = isinstance(value, dict) and part in value
         if isinstance(value, list) and isinstance(part, int):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import FiniteFloat
-
 from tome_export.artifact.document import Document, Part, Text
 from tome_export.artifact.environment import Environment
 
@@ -25,9 +23,9 @@ class Share(Part):
 
     correct: int
     images: int
-    share: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
+    share: float
+    low: float
+    high: float
 
 
 class Difference(Part):
@@ -41,9 +39,9 @@ class Difference(Part):
         lost: Images that only the second has right.
     """
 
-    share: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
+    share: float
+    low: float
+    high: float
     gained: int
     lost: int
 
@@ -51,8 +49,8 @@ class Difference(Part):
 class Cosines(Part):
     """Mean and smallest cosine of some images' features to those of another model."""
 
-    mean: FiniteFloat
-    min: FiniteFloat
+    mean: float
+    min: float
 
 
 class UnreadableImage(Part):
@@ -137,7 +135,7 @@ class Evaluation(Document):
     data: EvaluationData
     classes: int | None
     candidates: tuple[CandidateResult, ...]
-    confidence: FiniteFloat
+    confidence: float
     methods: Methods
     batch: int
     environment: Environment

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, FiniteFloat, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from tome_export.artifact.document import Document, Measured, Part, Text
 from tome_export.artifact.environment import Environment
@@ -145,7 +145,7 @@ class Objective(Part):
     """The target as in ``tune.goal.Goal`` and in words; what counts as right by ``metric``."""
 
     kind: TargetKind
-    value: FiniteFloat
+    value: float
     relative: bool
     metric: Metric
     text: str
@@ -167,8 +167,8 @@ class TunedPoint(Part):
     schedule: tuple[int, ...]
     method: Method
     macs: int
-    latency_ms: FiniteFloat | None
-    accuracy: FiniteFloat
+    latency_ms: float | None
+    accuracy: float
     correct: int
     damage: Measured
     entropy: Measured
@@ -199,9 +199,9 @@ class ChosenPoint(TunedPoint):
         estimate: On images that the search did not look at; None if there are none.
     """
 
-    predicted_latency_ms: FiniteFloat | None
-    search_accuracy: FiniteFloat
-    validation_accuracy: FiniteFloat | None
+    predicted_latency_ms: float | None
+    search_accuracy: float
+    validation_accuracy: float | None
     estimate: Estimate | None
 
 
@@ -209,11 +209,11 @@ class UnmergedPoint(Part):
     """The model without merging; its entries mean what those of ``ChosenPoint`` do."""
 
     macs: int
-    latency_ms: FiniteFloat | None
-    predicted_latency_ms: FiniteFloat | None
-    accuracy: FiniteFloat
+    latency_ms: float | None
+    predicted_latency_ms: float | None
+    accuracy: float
     correct: int
-    search_accuracy: FiniteFloat
+    search_accuracy: float
 
 
 class GroupCost(Part):
@@ -226,7 +226,7 @@ class GroupCost(Part):
 
     group: str
     of: Literal["tokens_in", "tokens_out"]
-    coefficients: tuple[FiniteFloat, ...]
+    coefficients: tuple[float, ...]
 
 
 class LayerCost(Part):
@@ -248,9 +248,9 @@ class LatencyCosts(Part):
     """
 
     unit: Literal["ms"] = "ms"
-    outside_ms: FiniteFloat
-    run_over_nodes: FiniteFloat
-    residual: FiniteFloat
+    outside_ms: float
+    run_over_nodes: float
+    residual: float
     measurements: int
     layers: tuple[LayerCost, ...]
     batch: int
@@ -290,7 +290,7 @@ class SearchInfo(Part):
     """
 
     schedules: int
-    min_entropy: FiniteFloat | None
+    min_entropy: float | None
     over_merged: int
     validation_looks: int
     ended_by_time_limit: bool
@@ -327,8 +327,8 @@ class TunedSchedule(ScheduleFile):
     images: int
     data: TuneData
     search: SearchInfo
-    confidence: FiniteFloat
-    seconds: FiniteFloat
+    confidence: float
+    seconds: float
     environment: Environment
 
 
