@@ -52,7 +52,8 @@ CASES = {
     "not json": (
         "bench.json",
         "{",
-        "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+        "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1))",
     ),
     "no object": ("bench.json", [], "is [], expected an object"),
     "later format": (
