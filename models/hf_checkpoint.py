@@ -93,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); get the checkpoint again") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}; expected a JSON object")
@@ -193,7 +193,7 @@ def preprocessing_of(
     values = _processor(folder, kind, family, where)
     channels = family.input_size[0]
     factor = values.get("rescale_factor", 1 / 255)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
         raise InputError(f"{PROCESSOR} of {where}: rescale_factor is {factor!r}; expected 1/255")
     if not values.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise _refused(where, "pixels that are not scaled to [0, 1]")

@@ -83,6 +83,30 @@ def test_a_kill_in_the_middle_of_a_write_costs_no_finished_record(cache):
     assert list(cache.iterdir()) == []
 
 
+ROWS = {
+    "no number": '["x",[],{}]',
+    "a chunk too many": '[99,[],{"m":[[1],[1]]}]',
+    "another run": '[0,[],{"q":[[1],[1]]}]',
+    "one row for two images": '[0,[],{"m":[[1]]}]',
+    "text": '[0,[],{"m":[["a"],["b"]]}]',
+    "no table": '[0,[],{"m":null}]',
+    "an image that is not there": '[0,[[-5,"n","r"]],{"m":[[1],[1]]}]',
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_row_that_is_no_record_of_this_evaluation_is_done_again(cache, row):
+    with open_journal(KEY) as journal:
+        journal.append(record(1))
+    (file,) = cache.glob("*.sqlite3")
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("UPDATE records SET record = ?", (row,))
+        database.commit()
+    table = Table(4, 2)
+    with open_journal(KEY) as journal:
+        assert [one for one in journal.records() if table.takes(one, ["m"])] == []
+
+
 @pytest.mark.parametrize("damage", ["header", "pages", "text"])
 def test_a_damaged_file_is_done_again(cache, damage):
     with open_journal(KEY) as journal:

@@ -23,6 +23,9 @@ from tome_export.spec import BatchRange
 
 Read = TypeVar("Read", bound="Document")
 
+LONGEST_NUMBER = 1000
+"""Digits; Python reads and writes whole numbers of 4,300 at most."""
+
 _EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
@@ -67,6 +70,12 @@ Batch = Annotated[
 """Batch sizes as ``MIN:OPT:MAX``."""
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits, expected at most {LONGEST_NUMBER}")
+    return int(digits)
+
+
 def _batch(value: Any) -> BatchRange:
     try:
         return value if isinstance(value, BatchRange) else BatchRange.parse(value)
@@ -107,8 +116,7 @@ class Document(Part):
             InputError: in one line, if it is no JSON, or not of this kind.
         """
         try:
-            # Python's own reader also refuses numbers too long for it to write again.
-            values = json.loads(content)
+            values = json.loads(content, parse_int=_whole)
             return cls.model_validate_json(content, strict=True)
         except ValidationError as error:
             raise InputError(f"{file} {_fault(error, values)}; {cls.remedy}") from error
@@ -160,7 +168,7 @@ def _place(location: tuple[int | str, ...], value: Any) -> str:
         inside = isinstance(value, dict) and part in value
         if isinstance(value, list) and isinstance(part, int):
             text += f"[{part}]"
-            value = value[part]
+            value = value[part] if part < len(value) else None
         elif inside or isinstance(value, dict):
             plain = str(part).isidentifier()
             text += (f".{part}" if text else str(part)) if plain else f"[{part!r}]"

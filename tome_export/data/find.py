@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +107,7 @@ def expand(pattern: str) -> list[Path]:
     from braceexpand import braceexpand
 
     # A file may bear such characters in its name.
-    if Path(pattern).exists():
+    if os.path.exists(pattern):  # noqa: PTH110 - which takes names that are too long
         return [Path(pattern)]
     paths: list[Path] = []
     try:
@@ -115,7 +116,7 @@ def expand(pattern: str) -> list[Path]:
         names = [pattern]
     for name in names:
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207
-        if not found or not Path(found[0]).exists():
+        if not found or not os.path.exists(found[0]):  # noqa: PTH110
             raise InputError(
                 f"{name} does not exist; expected a folder of images, .tar or .parquet shards such "
                 "as 'shard-{000..010}.tar', or 'samples'"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,14 @@ class Record:
     def from_json(cls, line: str) -> Record:
         """Inverse of ``to_json``."""
         chunk, unreadable, values = json.loads(line)
-        return cls(
-            chunk,
-            tuple((position, name, reason) for position, name, reason in unreadable),
+        found = cls(
+            int(chunk),
+            tuple((int(position), str(name), str(why)) for position, name, why in unreadable),
             {run: np.asarray(rows) for run, rows in values.items()},
         )
+        if not all(array.ndim == 2 and array.dtype.kind in "if" for array in found.values.values()):
+            raise ValueError(f"record of chunk {chunk} holds what is no table of numbers")
+        return found
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,14 @@ class Table:
         if self._records[record.chunk] is None:
             self.images_done += min(self.batch, self.images - record.chunk * self.batch)
         self._records[record.chunk] = record
+
+    def takes(self, record: Record, runs: Collection[str]) -> bool:
+        """Whether a record is one of a chunk whose images could all be read, of these runs."""
+        if not 0 <= record.chunk < len(self._records):
+            return False
+        rows = min(self.batch, self.images - record.chunk * self.batch)
+        whole = all(len(array) == rows for array in record.values.values())
+        return not record.unreadable and set(record.values) == set(runs) and whole
 
     def missing(self) -> list[int]:
         """Chunks that are still to be done."""

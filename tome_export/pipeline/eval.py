@@ -249,7 +249,7 @@ class _Work:
         table = Table(images, classifier.batch)
         with self._journal(runs, classifier.batch) as journal:
             if journal is not None:
-                journal.clear() if self.request.restart else self._resume(journal, table)
+                journal.clear() if self.request.restart else self._resume(journal, table, runs)
             if table.missing():
                 models = f"{len(runs)} model{'s' if len(runs) > 1 else ''}"
                 self.progress.stage(f"Classify {images} images, {models}")
@@ -332,10 +332,10 @@ class _Work:
                 )
             yield journal
 
-    def _resume(self, journal: Journal, table: Table) -> None:
+    def _resume(self, journal: Journal, table: Table, runs: Sequence[str]) -> None:
         for record in journal.records():
             # What could not be read may be there now, as after a mount had failed.
-            if not record.unreadable:
+            if table.takes(record, runs):
                 table.add(record)
         if table.images_done:
             self.progress.stage(f"Resuming: {table.images_done} of {table.images} images are done")

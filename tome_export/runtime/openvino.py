@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,10 @@ class OpenVino(Backend):
 
     def missing(self) -> str | None:
         """See ``Backend.missing``."""
-        if importlib.util.find_spec("openvino") is None:
-            return "openvino is not installed; install tome-export[openvino]"
         try:
             import openvino  # noqa: F401
+        except ModuleNotFoundError:
+            return "openvino is not installed; install tome-export[openvino]"
         except (ImportError, OSError) as error:
             reason = " ".join(str(error).split())
             return f"openvino does not load ({reason}); reinstall it with pip install openvino"
@@ -77,11 +76,13 @@ class OpenVino(Backend):
 class _OpenVinoRunner:
     def __init__(self, compiled: Any) -> None:
         self._request = compiled.create_infer_request()
+        self._count = len(compiled.inputs)
         self._names = {name for port in compiled.inputs for name in port.get_names()}
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See ``Runner.infer``."""
-        if not set(inputs) <= self._names:
+        # One that is missing would be that of the run before.
+        if len(inputs) != self._count or not set(inputs) <= self._names:
             raise InputError(f"inputs are {sorted(inputs)}; the model takes {sorted(self._names)}")
         try:
             results = self._request.infer(dict(inputs))

@@ -135,7 +135,12 @@ class OrtRunner:
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See ``Runner.infer``."""
-        results = self._session.run(None, dict(inputs))
+        try:
+            results = self._session.run(None, dict(inputs))
+        # It has as many classes of error as there are faults.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ExportError(f"onnxruntime failed to run the model: {reason}") from error
         return dict(zip(self.output_names, results, strict=True))
 
     def end_profiling(self) -> Path:
