@@ -495,3 +495,8 @@ def test_samples():
     assert len(source) == 3
     assert source.items([1])[0].name == "sample 1"
     assert source.digest != samples_source(pixels + 1, source.labels).digest
+
+
+def test_a_path_longer_than_any_can_be():
+    with pytest.raises(InputError, match="^x+ does not exist; expected a folder of images"):
+        expand("x" * 5000)
