@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.artifact.bench import Bench, BenchProfile
 from tome_export.cli.options import FILE, output_options
 from tome_export.cli.output import Terminal, size, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import model_lines
 from tome_export.runtime.registry import BACKENDS
+
+if TYPE_CHECKING:
+    from tome_export.artifact.bench import Bench, BenchProfile
 
 
 def _names(_context: Any, _param: Any, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.artifact.evaluation import (
-    CandidateResult,
-    Cosines,
-    Difference,
-    Evaluation,
-    EvaluationData,
-    Share,
-)
 from tome_export.cli.options import FILE, grouped, output_options
 from tome_export.cli.output import Terminal, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import model_lines
+
+if TYPE_CHECKING:
+    from tome_export.artifact.evaluation import (
+        CandidateResult,
+        Cosines,
+        Difference,
+        Evaluation,
+        EvaluationData,
+        Share,
+    )
 
 COUNT = click.IntRange(min=1)
 

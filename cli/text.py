@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tome_export.artifact import Manifest
-from tome_export.artifact.parity import ParityReport, ParitySummary
 from tome_export.cli.output import fields, macs, number, percent, size, table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tome_export.artifact import Manifest
+    from tome_export.artifact.parity import ParityReport, ParitySummary
 
 RANDOM = (
     "RANDOM WEIGHTS: this model has learned nothing; sizes, speed and parity are real, its "

@@ -10,6 +10,7 @@ from tome_export.errors import InputError
 Precision = Literal["fp32", "fp16", "bf16"]
 MergeOp = Literal["auto", "index_add", "matmul", "plugin"]
 AttentionForm = Literal["auto", "fused", "fused-fp32", "parts"]
+BackendName = Literal["tensorrt", "tensorrt-rtx"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 SelectFeature = Literal["patch", "cls_patch"]
 

@@ -308,7 +308,9 @@ def test_truncated_manifest(run, artifact):
     ran = run("check", artifact)
     assert ran.code == 3
     assert re.fullmatch(
-        rf"{re.escape(str(manifest))} is not valid JSON \(.*\); rebuild the artifact", ran.error
+        rf"{re.escape(str(manifest))} is not valid JSON \(.*\); rebuild the artifact or copy it "
+        "again",
+        ran.error,
     )
 
 

@@ -15,7 +15,17 @@ from tome_export.cli import models
 from tome_export.cli.main import COMMANDS
 from tome_export.cli.quiet import quiet
 
-HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "timm", "rich", "tensorrt", "tensorrt_rtx")
+HEAVY = (
+    "pydantic",
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "timm",
+    "rich",
+    "tensorrt",
+    "tensorrt_rtx",
+)
 
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
 

@@ -354,10 +354,10 @@ def test_keys_that_are_not_finite_fail_although_the_plan_is_well_formed(
     exported, make_vit, make_images, value
 ):
     """One token's keys, as the match of the last layer alone sees them: the output is finite."""
-    model, proto = exported(make_vit)
+    model, proto = exported(make_vit, plugin=True)
     (node,) = (n for n in proto.graph.node if n.name == "blocks.3.match")
-    factor = np.ones((1, 1, model.layers[3].tokens_in, 1), np.float32)
-    factor[0, 0, 7] = value
+    factor = np.ones((1, model.layers[3].tokens_in, 1), np.float32)  # of the QKV product
+    factor[0, 7] = value
     proto.graph.initializer.append(numpy_helper.from_array(factor, "factor"))
     position = list(proto.graph.node).index(node)
     broken = helper.make_node("Mul", [node.input[0], "factor"], ["broken"])
@@ -368,6 +368,7 @@ def test_keys_that_are_not_finite_fail_although_the_plan_is_well_formed(
     proto.graph.value_info.append(value_info)
     node.input[0] = "broken"
     proto.graph.node.insert(position, broken)
+    inline(proto)
     report = check(model, proto, make_images(model, 3))
     assert not report.passed
     assert math.isfinite(report.output.max_abs)
@@ -377,8 +378,9 @@ def test_keys_that_are_not_finite_fail_although_the_plan_is_well_formed(
 
 
 def test_unsound_plans_are_reported_as_json_too(exported, make_vit, make_images):
-    model, proto = exported(make_vit)
+    model, proto = exported(make_vit, plugin=True)
     merge_the_class_token(proto)
+    inline(proto)
     report = check(model, proto, make_images(model, 24))
     assert any(math.isinf(layer.largest_margin) for layer in report.layers)
     values = json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))

@@ -75,7 +75,7 @@ def test_from_the_library_to_the_repository(maker, make_llava, tmp_path, monkeyp
     parity = artifact.manifest.parity
     assert parity.passed
     assert parity.disagreements == 0
-    assert parity["decisions"] > 0
+    assert parity.decisions > 0
 
     plain = build(BuildRequest(output=Path("plain"), schedule=Schedule(), check=False, **request))
     images = np.random.default_rng(5).standard_normal((2, 3, 32, 32), dtype=np.float32)

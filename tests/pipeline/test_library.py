@@ -100,4 +100,6 @@ def test_weights_of_a_function_are_called_so(
     weights = artifact.manifest.model.weights
     assert weights.kind == "function"
     assert "own_models:made" in weights.source
-    assert json.loads((tmp_path / "out" / "build.json").read_text()) == artifact.manifest
+    assert json.loads(
+        (tmp_path / "out" / "build.json").read_text()
+    ) == artifact.manifest.model_dump(mode="json")

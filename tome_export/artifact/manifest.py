@@ -13,6 +13,7 @@ from tome_export.errors import InputError
 from tome_export.merge.schedule import VideoOptions
 from tome_export.spec import (
     AttentionForm,
+    BackendName,
     PatchGrid,
     Precision,
     Preprocessing,
@@ -37,8 +38,6 @@ RESULTS = {
 
 Absent: Any = Field(default=None, exclude_if=lambda value: value is None)
 """Default of an entry that is left out of the file where it is None."""
-
-BackendName = Literal["tensorrt", "tensorrt-rtx"]
 
 
 class Weights(Part):

@@ -4,7 +4,6 @@ Adding one is one module that subclasses ``builder.EngineBuilder``, one line in
 ``select.BUILDERS``, and a backend in ``runtime`` that runs its engines.
 """
 
-from tome_export.artifact.manifest import EngineInfo
 from tome_export.engine.builder import Availability, EngineBuilder, EngineOptions
 from tome_export.engine.select import Choice, Selection, select
 from tome_export.spec import TensorInfo
@@ -13,7 +12,6 @@ __all__ = [
     "Availability",
     "Choice",
     "EngineBuilder",
-    "EngineInfo",
     "EngineOptions",
     "Selection",
     "TensorInfo",

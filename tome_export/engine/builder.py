@@ -19,16 +19,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tome_export.artifact.files import write_whole
-from tome_export.artifact.manifest import BackendName, EngineInfo
 from tome_export.engine import gpu
 from tome_export.engine.interrupt import run_interruptibly
 from tome_export.engine.messages import Messages, collect, monitor_for
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress
-from tome_export.spec import BatchRange, TensorInfo
+from tome_export.spec import BackendName, BatchRange, TensorInfo
+
+if TYPE_CHECKING:
+    from tome_export.artifact.manifest import EngineInfo
 
 _SHOWN_ERRORS = 3
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -245,6 +246,8 @@ class EngineBuilder(ABC):
         if layers is None:
             notes.append("the engine's layers were not recorded: reading them needs a GPU")
         del parser
+        from tome_export.artifact.manifest import EngineInfo
+
         info = EngineInfo(
             backend=self.name,
             version=str(trt.__version__),
@@ -323,6 +326,8 @@ def write_engine(path: Path, content: Any) -> None:
         ExportError: if the folder is missing or read-only, or the disk is full.
     """
     try:
+        from tome_export.artifact.files import write_whole
+
         write_whole(path, content)
     except OSError as error:
         reason = error.strerror or error

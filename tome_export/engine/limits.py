@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from tome_export.artifact.manifest import BackendName
+from tome_export.spec import BackendName
 
 if TYPE_CHECKING:
     from tome_export.artifact.manifest import Layer

@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
 from tome_export.engine.builder import EngineBuilder, EngineOptions, write_engine
 from tome_export.errors import InputError, UsageError
+from tome_export.spec import BackendName
 
 
 class TensorRT(EngineBuilder):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from tome_export.artifact.manifest import BackendName
 from tome_export.engine import gpu
 from tome_export.engine.builder import EngineBuilder, EngineOptions
 from tome_export.errors import MissingComponentError, UsageError
+from tome_export.spec import BackendName
 
 
 class TensorRTRTX(EngineBuilder):

@@ -15,7 +15,8 @@ from tome_export.progress import Progress, Silent
 from tome_export.spec import AttentionForm, BatchRange, Precision
 
 if TYPE_CHECKING:
-    from tome_export.engine import EngineBuilder, EngineInfo
+    from tome_export.artifact.manifest import EngineInfo
+    from tome_export.engine import EngineBuilder
     from tome_export.onnx.functions import Lowering
     from tome_export.pipeline.kernels import Plugins
 

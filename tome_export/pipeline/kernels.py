@@ -16,7 +16,8 @@ from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 
 if TYPE_CHECKING:
-    from tome_export.engine import EngineBuilder, EngineInfo, EngineOptions
+    from tome_export.artifact.manifest import EngineInfo
+    from tome_export.engine import EngineBuilder, EngineOptions
     from tome_export.onnx.plugin import Merging
     from tome_export.plugins.variants import Variant
     from tome_export.progress import Progress

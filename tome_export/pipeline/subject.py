@@ -82,6 +82,7 @@ def variant(
             graph=folder / MODEL,
             engines={},
             plugins=None if kernels is None else Plugins(2 * len(module.steps), kernels.kernels),
+            further=module.extra_inputs,
         )
 
 
