@@ -17,9 +17,13 @@ import sys
 from pathlib import Path
 from tome_export.engine import EngineOptions
 from tome_export.engine.tensorrt_rtx import TensorRTRTX
+from tome_export.progress import Silent
+class Shown(Silent):
+    def step(self, label, done, total):
+        print(label, flush=True)
 model, output = map(Path, sys.argv[1:])
 try:
-    TensorRTRTX().build(model, EngineOptions(), output, lambda line: print(line, flush=True))
+    TensorRTRTX().build(model, EngineOptions(), output, Shown())
 except KeyboardInterrupt:
     print("interrupted", flush=True)
     sys.exit(130)
