@@ -540,7 +540,6 @@ DROP = object()
         ("preprocessing", DROP, "has no preprocessing;"),
         ("preprocessing.input_size", [], r"has no preprocessing\.input_size\[0\];"),
         ("preprocessing.input_size", [1, 8], r"has no preprocessing\.input_size\[2\];"),
-        ("layers", [], "has layers, tokens and merge.r of different length;"),
         ("output", None, "has output None, expected an object;"),
         ("engines", [], r"has engines \[\], expected an object;"),
         ("engines", {"a-b": {}}, r"has no engines\['a-b'\]\.backend;"),

@@ -343,8 +343,6 @@ class Manifest(Document):
                 raise ValueError(
                     f"lists the file {short(name)}, expected a plain name or one in a folder"
                 )
-        if not len(self.layers) == len(self.tokens) == len(self.merge.r):
-            raise ValueError("has layers, tokens and merge.r of different length")
         return self
 
     def check_whole(self, file: Path) -> None:
