@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tome_export.engine import EngineOptions, TensorInfo, gpu
+from tome_export.engine import EngineOptions, gpu
 from tome_export.engine.tensorrt_rtx import TensorRTRTX
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.progress import Silent
 from tome_export.runtime.registry import BACKENDS
 from tome_export.runtime.runner import EngineFile, Runnable
-from tome_export.spec import BatchRange
+from tome_export.spec import BatchRange, TensorInfo
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

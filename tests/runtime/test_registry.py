@@ -112,3 +112,17 @@ def test_names_cost_no_heavy_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+GRAPHS = [name for name in ABLE if BACKENDS[name].opens == "graph"]
+WRONG_NAMES = {"another": ("pixels",), "none": (), "one too many": ("pixel_values", "query")}
+
+
+@pytest.mark.parametrize("names", WRONG_NAMES.values(), ids=WRONG_NAMES)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_inputs_of_other_names_are_refused(name, runnable, pixels, names):
+    """Also after a run: what is missing is not that of the run before."""
+    with BACKENDS[name].open(runnable) as runner:
+        runner.infer({"pixel_values": pixels[:4]})
+        with pytest.raises(InputError, match="inputs"):
+            runner.infer(dict.fromkeys(names, pixels[:4]))

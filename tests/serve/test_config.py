@@ -6,7 +6,6 @@ import pytest
 from manifests import manifest
 
 from tome_export.artifact import Artifact
-from tome_export.engine import TensorInfo
 from tome_export.errors import InputError, UsageError
 from tome_export.runtime.ort import CUDA_OPTIONS
 from tome_export.serve.config import (
@@ -19,7 +18,7 @@ from tome_export.serve.config import (
 )
 from tome_export.serve.source import check_name, default_name, source_from_artifact
 from tome_export.serve.validate import validate
-from tome_export.spec import BatchRange
+from tome_export.spec import BatchRange, TensorInfo
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 

@@ -8,7 +8,6 @@ import pytest
 from server_rules import problems
 
 from tome_export.artifact import Artifact
-from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.onnx.files import tensors_from_graph
 from tome_export.serve.config import (
@@ -19,6 +18,7 @@ from tome_export.serve.config import (
 )
 from tome_export.serve.source import source_from_artifact
 from tome_export.serve.validate import validate
+from tome_export.spec import TensorInfo
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 

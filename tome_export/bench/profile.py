@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tome_export.artifact.bench import LayerTimes, ModelProfile
 from tome_export.onnx.files import extra_inputs_of, load
 from tome_export.onnx.functions import inline
 from tome_export.onnx.names import GROUPS, OTHER, Place, place_finder
@@ -82,18 +83,20 @@ class Profile:
         """Share of the nodes' time that is in a group other than ``other``."""
         return 1.0 - self.groups_ms.get(OTHER, 0.0) / self.total_ms
 
-    def to_dict(self) -> dict[str, Any]:
+    def entry(self) -> ModelProfile:
         """What ``bench.json`` holds of one model."""
-        layers = [{"layer": index, **groups} for index, groups in enumerate(self.layers_ms)]
-        return {
-            "total_ms": self.total_ms,
-            "run_ms": self.run_ms,
-            "runs": self.runs,
-            "attributed_share": self.attributed_share,
-            "nodes": len(self.nodes),
-            "groups_ms": self.groups_ms,
-            "layers": layers,
-        }
+        return ModelProfile(
+            total_ms=self.total_ms,
+            run_ms=self.run_ms,
+            runs=self.runs,
+            attributed_share=self.attributed_share,
+            nodes=len(self.nodes),
+            groups_ms=self.groups_ms,
+            layers=tuple(
+                LayerTimes.model_validate({"layer": index, **groups})
+                for index, groups in enumerate(self.layers_ms)
+            ),
+        )
 
 
 def profile_onnx(model_path: Path, images: np.ndarray[Any, Any], runs: int = 10) -> Profile:

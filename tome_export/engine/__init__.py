@@ -6,7 +6,6 @@ Adding one is one module that subclasses ``builder.EngineBuilder``, one line in
 
 from tome_export.engine.builder import Availability, EngineBuilder, EngineOptions
 from tome_export.engine.select import Choice, Selection, select
-from tome_export.spec import TensorInfo
 
 __all__ = [
     "Availability",
@@ -14,6 +13,5 @@ __all__ = [
     "EngineBuilder",
     "EngineOptions",
     "Selection",
-    "TensorInfo",
     "select",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tome_export.artifact import MODEL, Artifact, Manifest
-from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow, ModelProfile
+from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow
 from tome_export.bench.timing import AGAINST, MERGED, row_from_seconds, times
 from tome_export.data.images import parity_images
 from tome_export.errors import InputError, UsageError
@@ -348,6 +348,6 @@ class _Bencher:
             batch=row.batch,
             total_ms=found[MERGED].total_ms,
             attributed_share=found[MERGED].attributed_share,
-            merged=ModelProfile.model_validate(found[MERGED].to_dict()),
-            against=ModelProfile.model_validate(found[AGAINST].to_dict()),
+            merged=found[MERGED].entry(),
+            against=found[AGAINST].entry(),
         )

@@ -47,9 +47,9 @@ from tome_export.cascade.policy import MEASURES, POLICIES
 from tome_export.data.find import SAMPLES, shared_path
 from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.metrics import CONFIDENCE, METHODS, paired_difference, share_of
-from tome_export.pipeline.alike import check_one_model, shared_facts
 from tome_export.pipeline.cascade_images import ObservationSpec, ObservedImages, observed
 from tome_export.pipeline.cascade_serve import CascadeServing
+from tome_export.pipeline.compatibility import check_one_model, shared_facts
 from tome_export.pipeline.eval import EvalRequest, classes_of, source_of
 from tome_export.pipeline.inputs import refuse_extra_inputs
 from tome_export.progress import Progress, Silent

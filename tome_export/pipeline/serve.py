@@ -11,7 +11,7 @@ from tome_export.artifact import Artifact, writing_to
 from tome_export.artifact.bench import BENCH, Bench
 from tome_export.artifact.files import draft_of, write_whole
 from tome_export.errors import InputError
-from tome_export.pipeline.alike import check_one_model, shared_facts
+from tome_export.pipeline.compatibility import check_one_model, shared_facts
 from tome_export.progress import Progress, Silent
 from tome_export.serve.config import (
     ModelFolder,

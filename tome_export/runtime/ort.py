@@ -135,9 +135,15 @@ class OrtRunner:
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See ``Runner.infer``."""
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
         try:
             results = self._session.run(None, dict(inputs))
-        # It has as many classes of error as there are faults.
+        # The second is of an input that is missing.
+        except (InvalidArgument, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"inputs do not fit the model: {reason}") from error
+        # It has as many further classes of error as there are faults.
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ExportError(f"onnxruntime failed to run the model: {reason}") from error

@@ -10,9 +10,8 @@ from typing import Literal, get_args
 
 from tome_export.artifact import MODEL, Artifact, Manifest
 from tome_export.artifact.manifest import Tensor
-from tome_export.engine import TensorInfo
 from tome_export.errors import InputError, UsageError
-from tome_export.spec import BatchRange
+from tome_export.spec import BatchRange, TensorInfo
 
 Format = Literal["auto", "engine", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)

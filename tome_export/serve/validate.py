@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tome_export.engine import TensorInfo
 from tome_export.errors import InputError
 from tome_export.serve.config import DATA_TYPES, ModelFolder, config_from_text, config_text
+from tome_export.spec import TensorInfo
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
