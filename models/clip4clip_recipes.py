@@ -90,6 +90,12 @@ def _stop_state(state: State, path: Path, frames: int, width: int) -> State:
             f"weights file {path} has prompts for {have:g} frames; expected {frames}, or give "
             f"--frames {have:g}"
         )
+    if _ROWS in held and frames != 1:
+        raise InputError(
+            f"weights file {path} was trained with shared_latent_space=linear, whose public code "
+            f"cannot run {frames} frames, only 1; expected a checkpoint of its default, "
+            "transformer"
+        )
     if "frame_prompts" not in tower and (rows is not None or _ROWS in held):
         tower["frame_prompts"] = folded_prompts(held, frames, width)
     return tower

@@ -257,8 +257,8 @@ def folded_prompts(state: Mapping[str, Tensor], frames: int, width: int) -> Tens
     """The frames' prompts of every block, from the tensors that training makes them of.
 
     With a shared latent space of the kind ``transformer``, one block runs over the rows of an
-    embedding table, text prompts first, for each block of the tower; with ``linear``, every frame
-    has the same few rows.
+    embedding table, text prompts first, for each block of the tower; with ``linear``, which the
+    public code can only run on a single frame, that frame has the table's rows.
 
     Args:
         state: Tensors by the public code's names, those of the whole CLIP, without ``clip.``.

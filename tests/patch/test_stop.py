@@ -138,9 +138,8 @@ def recipe(frames: int = 8):
     return replace(resolve("stop_b32"), loader=loader)
 
 
-@pytest.mark.parametrize("kind", ["transformer", "linear"])
-def test_training_checkpoints_load(tmp_path, kind):
-    state = training_state(kind)
+def test_training_checkpoints_load(tmp_path):
+    state = training_state("transformer")
     path = tmp_path / "stop.safetensors"
     save_file({k: v.contiguous() for k, v in state.items()}, path)
     module = recipe().load(str(path)).module
@@ -148,9 +147,22 @@ def test_training_checkpoints_load(tmp_path, kind):
     assert torch.equal(module.frame_prompts, folded_prompts(whole, 8, 64))
     name = "transformer.resblocks.1.LoRA.2.weight"
     assert torch.equal(module.state_dict()[name], state[f"clip.visual.{name}"])
-    if kind == "linear":
-        rows = state["clip.visual_prompt_embedding"].reshape(4, 4, 64)
-        assert torch.equal(module.frame_prompts[2, 5, 3], rows[3, 2])
+
+
+def test_a_linear_latent_space_is_refused_beyond_one_frame(tmp_path):
+    """The public code repeats its prompts for every frame and then cuts them as those of one."""
+    state = training_state("linear")
+    path = tmp_path / "stop.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    with pytest.raises(InputError) as caught:
+        recipe().load(str(path))
+    assert str(caught.value) == (
+        f"weights file {path} was trained with shared_latent_space=linear, whose public code "
+        "cannot run 8 frames, only 1; expected a checkpoint of its default, transformer"
+    )
+    rows = state["clip.visual_prompt_embedding"].reshape(4, 4, 64)
+    module = recipe(1).load(str(path)).module
+    assert torch.equal(module.frame_prompts[2, 0, 3], rows[3, 2])
 
 
 def test_prompts_for_other_frames_are_refused(tmp_path):
@@ -164,7 +176,8 @@ def test_prompts_for_other_frames_are_refused(tmp_path):
 
 
 def test_plain_clip_is_no_stop_checkpoint(tmp_path):
-    state = {k: v for k, v in training_state("linear").items() if "TemporalPrompt" not in k}
+    whole = training_state("transformer")
+    state = {k: v for k, v in whole.items() if "TemporalPrompt" not in k}
     path = tmp_path / "clip.safetensors"
     save_file({k: v.contiguous() for k, v in state.items()}, path)
     with pytest.raises(InputError, match=r"keys 33 missing \(TemporalPrompt\.Conv\.0\.weight"):

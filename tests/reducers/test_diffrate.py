@@ -198,3 +198,13 @@ def test_sizes_are_no_numbers_of_patches(make_vit):
 
 def test_engine_builds(tmp_path):
     assert_engine_builds(digits(), tmp_path)
+
+
+def test_attention_is_proportional_in_models_of_mae_too():
+    """The authors run MAE with sizes; of ToMe and its like the model's own setting counts."""
+    from tome_export.reducers.dtem import DTEM
+    from tome_export.reducers.tome import ToMe
+
+    assert DiffRate().proportional(model=False)
+    for reducer in (ToMe(), DTEM("random")):
+        assert [reducer.proportional(model) for model in (True, False)] == [True, False]

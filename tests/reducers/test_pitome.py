@@ -45,6 +45,34 @@ def test_parity_and_engine_in_fp16(tmp_path):
     assert_engine_builds(model, tmp_path, "fp16")
 
 
+@pytest.mark.parametrize("split", ["deit", "mae"])
+def test_plans_of_the_authors_split_are_the_references(tmp_path, split):
+    model = digit_model(PiToMe(0.75, split=split), [7, 9, 5, 6, 4, 8])
+    assert_plans_are_the_references(
+        model, lambda one: reference.plan(one, 0.75, split=split), tmp_path
+    )
+    assert_parity(model, tmp_path, "fp32")
+
+
+def test_the_split_takes_half_of_the_patches_in_half_of_the_layers():
+    """Set A has half of the patches there, so that the most similar pairs of all can merge."""
+    seen = random_seen(13, 2, 1, depth=5, layer=0)
+    for split, layers in (("none", []), ("deit", [0, 1, 2]), ("mae", [3, 4])):
+        assert [n for n in range(5) if PiToMe(split=split).splits(n, 5)] == layers
+    whole, part = (PiToMe(split=split).decide(seen).plan for split in ("deit", "none"))
+    assert not torch.equal(whole.src, part.src)
+
+
+def test_attention_is_not_proportional_unless_asked_for(make_vit, make_images):
+    """The vision models of the authors' code run without sizes."""
+    vit = make_vit()
+    own, on, off = (patch(vit, 5, reducer=PiToMe(), prop_attn=flag) for flag in (None, True, False))
+    images = torch.from_numpy(make_images(own, 2))
+    with torch.no_grad():
+        assert torch.equal(own(images), off(images))
+        assert not torch.equal(own(images), on(images))
+
+
 def test_options_reach_the_plan():
     images = digit_images(2)
     given, default = (
@@ -56,18 +84,23 @@ def test_options_reach_the_plan():
 
 @QUICK
 @given(
-    st.integers(3, 24), st.integers(0, 4), st.integers(1, 12), st.integers(0, 2**31), st.booleans()
+    st.integers(3, 24),
+    st.integers(0, 4),
+    st.integers(1, 12),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.sampled_from(["none", "deit", "mae"]),
 )
-def test_what_always_holds(patches, prefix, r, seed, duplicates):
+def test_what_always_holds(patches, prefix, r, seed, duplicates, split):
     tokens = patches + prefix
-    reducer = PiToMe()
+    reducer = PiToMe(split=split)
     r = min(r, reducer.limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3)
+    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3, layer=seed % 4)
     x, size = assert_holds(reducer, seen)
     assert_nothing_lost(seen, x, size)
     if duplicates:  # of equal energies the reference's rounding decides otherwise
         return
-    assert_plans(reducer.decide(seen).plan, seen, reference.plan)
+    assert_plans(reducer.decide(seen).plan, seen, lambda one: reference.plan(one, split=split))
 
 
 def test_a_tie_goes_to_the_lowest_position():
@@ -114,7 +147,11 @@ def test_any_prefix(make_vit, make_images, kwargs):
 
 
 def test_options():
-    assert options_of(reducer_from_text("pitome", ["margin=0.75"])) == {"margin": 0.75, "alpha": 1}
+    assert options_of(reducer_from_text("pitome", ["margin=0.75", "split=deit"])) == {
+        "margin": 0.75,
+        "alpha": 1,
+        "split": "deit",
+    }
 
 
 @pytest.mark.parametrize(
@@ -122,6 +159,7 @@ def test_options():
     [
         ("margin=-1", "margin of reducer pitome is -1; expected 0 or more"),
         ("alpha=nan", "alpha of reducer pitome is nan; expected 0 or more"),
+        ("split=half", "split of reducer pitome is 'half'; expected none, deit, mae"),
     ],
 )
 def test_bad_options(option, message):

@@ -78,7 +78,7 @@ def patch(
     """
     reducer = reducer or reducer_class(DEFAULT)()
     if prop_attn is None:
-        prop_attn = reducer.prop_attn
+        prop_attn = reducer.proportional()
     schedule = None if r is None else Schedule.of(r)
     return patched(model, MergeSettings(schedule, prop_attn, reducer=reducer, **options))
 

@@ -343,7 +343,7 @@ def _export_and_check(
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     _check_precision(request, loaded.weights.stored_dtype)
-    prop_attn = recipe.prop_attn and reducer.prop_attn
+    prop_attn = reducer.proportional(recipe.prop_attn)
     if request.prop_attn is not None:
         prop_attn = request.prop_attn
     if given is not None:

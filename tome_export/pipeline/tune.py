@@ -153,7 +153,7 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
             "or give a schedule to 'tome-export build' yourself"
         )
     loaded = recipe.load(weights=request.weights, seed=request.seed)
-    prop_attn = recipe.prop_attn and reducer.prop_attn
+    prop_attn = reducer.proportional(recipe.prop_attn)
     # Without an r first: what a reducer has learned need not be there for one that is refused.
     plain = patch(loaded.module, 0, prop_attn=prop_attn, reducer=reducer)
     layers = reducer.layers(Schedule(1), plain.tower)

@@ -162,7 +162,8 @@ class Reducer(ABC):
         source: Where the method is published.
         behind_block: Whether tokens go behind the block's MLP, and not between attention and MLP.
         drops: Whether tokens can be dropped; nothing of them is left for dense outputs then.
-        prop_attn: Whether proportional attention belongs to the method.
+        prop_attn: Whether attention is proportional as the authors run it; None where that is the
+            model's setting, which is off for off-the-shelf MAE.
         attention: Whether it needs the class token's attention.
         own_counts: Whether its options say how many tokens each layer removes, and not a schedule.
         scored: Whether it is a ``ScoredReducer``.
@@ -175,12 +176,16 @@ class Reducer(ABC):
     source: ClassVar[str]
     behind_block: ClassVar[bool] = False
     drops: ClassVar[bool] = False
-    prop_attn: ClassVar[bool] = True
+    prop_attn: ClassVar[bool | None] = None
     attention: ClassVar[bool] = False
     own_counts: ClassVar[bool] = False
     scored: ClassVar[bool] = False
     own_keys: ClassVar[tuple[str, ...]] = ()
     counts_patches: ClassVar[bool] = True
+
+    def proportional(self, model: bool = True) -> bool:
+        """Its own setting of proportional attention, or else the model's."""
+        return model if self.prop_attn is None else self.prop_attn
 
     def limit(self, tokens: int, prefix: int) -> int:
         """The most tokens that one layer can remove."""

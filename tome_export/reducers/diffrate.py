@@ -40,10 +40,10 @@ class DiffRate(ScoredReducer):
     ``merge_kept[l]`` after merging, prefix included (section 3.2). A token that merges goes into
     the most similar one that stays, by the cosine of the tokens behind attention, never into a
     prefix token. A token becomes the mean of itself and of all that merge into it, each counted
-    once; its size grows by theirs times their similarity, so proportional attention knows how well
-    a token stands for what it took in. Both as in the authors' code, where the counts of the paper
-    come from too: ``file`` may be its ``compression_rate.json``, with ``entry`` such as
-    ``ViT-S-DeiT/2.9``.
+    once; its size grows by theirs times their similarity, so proportional attention, which models
+    of MAE have here too, knows how well a token stands for what it took in. All as in the authors'
+    code, where the counts of the paper come from too: ``file`` may be its
+    ``compression_rate.json``, with ``entry`` such as ``ViT-S-DeiT/2.9``.
 
     Other than there, what stays is in order of position, which changes no output; every prefix
     token is protected, not only the class token; and a similarity below 0 counts as 0, because a
@@ -68,6 +68,7 @@ class DiffRate(ScoredReducer):
     summary = "drop the least attended tokens, merge the next least into the most similar"
     source = "DiffRate: Differentiable Compression Rate for Efficient ViTs, arXiv 2305.17997"
     drops = True
+    prop_attn = True
     attention = True
     own_counts = True
     counts_patches = False

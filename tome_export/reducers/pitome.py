@@ -18,6 +18,9 @@ from tome_export.reducers.bipartite import patch_directions, plan_by_position
 _NEVER = -2.0
 """Below every cosine."""
 
+_FIRST_HALF, _LAST_HALF = "deit", "mae"
+_SPLITS = ("none", _FIRST_HALF, _LAST_HALF)
+
 
 @dataclass(frozen=True)
 class PiToMe(ScoredReducer):
@@ -31,29 +34,44 @@ class PiToMe(ScoredReducer):
     The 2r of highest E, in order of rank, go to sets A and B in turn. Each of A merges into the
     most similar one of B by size-weighted mean.
 
+    In the layers that ``split`` names all patches go to A and B in turn, and the r most similar
+    pairs merge: the official code (hchautran/PiToMe) does that for DeiT in the first half of the
+    layers, for MAE in the last. Its vision models compute attention without sizes, so proportional
+    attention is off unless asked for.
+
     The mean takes in j = i, the same constant for all, as in the official code. There the margin
-    starts at 0.9 for BLIP, 0.75 for DeiT and 0.95 for CLIP. For DeiT that code splits all patches
-    in the first half of the layers, and the r best pairs merge; here the same algorithm runs in
-    all layers. Register and distillation tokens are protected with the class token. Output is in
-    order of position, not of energy.
+    starts at 0.9 for BLIP, 0.75 for DeiT and MAE, and 0.95 for CLIP. Register and distillation
+    tokens are protected with the class token. Output is in order of position, not of energy.
 
     Attributes:
         margin: Of the first layer; it falls to 0 behind the last.
         alpha: How much distant neighbours count against a token.
+        split: Where all patches are split: ``none``, ``deit`` or ``mae``.
     """
 
     name = "pitome"
     summary = "merge redundant tokens, those of high energy; protect the others"
     source = "Accelerating Transformers with Spectrum-Preserving Token Merging, arXiv 2405.16148"
+    prop_attn = False
 
     margin: float = 0.9
     alpha: float = 1.0
+    split: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("margin", "alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} of reducer pitome is {value:g}; expected 0 or more")
+        if self.split not in _SPLITS:
+            raise InputError(
+                f"split of reducer pitome is {self.split!r}; expected {', '.join(_SPLITS)}"
+            )
+
+    def splits(self, layer: int, depth: int) -> bool:
+        """Whether all patches of a layer are split, and not only the 2r."""
+        first = layer < math.ceil(depth / 2)
+        return self.split == (_FIRST_HALF if first else _LAST_HALF)
 
     def signals(self, seen: Seen) -> tuple[Tensor, ...]:
         """Energies ``[B, M]`` and cosines ``[B, M, M]``."""
@@ -67,11 +85,16 @@ class PiToMe(ScoredReducer):
         """Rank by energy, split, and match A with B."""
         energies, cosines = signals
         order = rank(energies)
-        a, b = order[:, 0 : 2 * place.r : 2], order[:, 1 : 2 * place.r : 2]
+        end = order.shape[1] if self.splits(place.layer, place.depth) else 2 * place.r
+        a, b = order[:, 0:end:2], order[:, 1:end:2]
         in_b = torch.zeros_like(energies).scatter(1, b, 1.0) > 0
         # Over all patches and not over B alone, so that the first maximum is the lowest position.
-        best = torch.where(in_b[:, None], gather_tokens(cosines, a), _NEVER).argmax(dim=-1)
-        stay = b
-        if 2 * place.r < order.shape[1]:
-            stay = torch.cat([b, order[:, 2 * place.r :]], dim=1)
+        to_b = torch.where(in_b[:, None], cosines, _NEVER)
+        if end > 2 * place.r:
+            # Over all patches likewise, those of B last; so of equal pairs the lowest A goes.
+            ranked = rank(torch.where(in_b, _NEVER, to_b.amax(dim=-1)))
+            a, stay = ranked[:, : place.r], ranked[:, place.r :]
+        else:
+            stay = torch.cat([b, order[:, end:]], dim=1) if end < order.shape[1] else b
+        best = gather_tokens(to_b, a).argmax(dim=-1)
         return plan_by_position(stay, a, best, place.prefix)

@@ -60,8 +60,9 @@ class Query(ScoredReducer):
             raise InputError(f"option width of reducer query is {self.width}; expected 0 or more")
         object.__setattr__(self, "weights", absolute(self.weights))
         # What the class says of every reducer hangs on the mode here. Sizes stay 1 when dropping.
-        for attribute, value in (("drops", self.mode == DROP), ("prop_attn", self.mode == MERGE)):
-            object.__setattr__(self, attribute, value)
+        if self.mode == DROP:
+            object.__setattr__(self, "drops", True)
+            object.__setattr__(self, "prop_attn", False)
 
     def limit(self, tokens: int, prefix: int) -> int:
         """All patches but one."""
