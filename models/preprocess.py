@@ -12,6 +12,7 @@ import numpy as np
 
 from tome_export.errors import InputError
 from tome_export.models import pixels
+from tome_export.models.folders import find_files
 from tome_export.models.pixels import BadImageError, eight_bit
 
 if TYPE_CHECKING:
@@ -30,30 +31,6 @@ def find_images(folder: str | Path) -> list[Path]:
         InputError: if there is no such folder or file, or no image in it.
     """
     return find_files(folder, IMAGE_SUFFIXES, "image")
-
-
-def find_files(folder: str | Path, suffixes: Sequence[str], what: str) -> list[Path]:
-    """Every file of a kind under a folder, sorted by path; a single file stands for itself.
-
-    ``suffixes`` are in lower case; ``what`` is what messages call one of them.
-
-    Raises:
-        InputError: if there is no such folder or file, or none of them in it.
-    """
-    folder = Path(folder)
-    article = "an" if what[0] in "aeiou" else "a"
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} does not exist; expected {article} {what} or a folder of {what}s"
-        )
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    if not found:
-        raise InputError(
-            f"no {what}s under {folder}; expected files ending in {', '.join(suffixes)}"
-        )
-    return found
 
 
 def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> NDArray[np.float32]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.preprocess import find_files, pixels_from_image, read_image
+from tome_export.models.folders import find_files
+from tome_export.models.preprocess import pixels_from_image, read_image
 from tome_export.models.samples import sample_paths
 from tome_export.video.frames import BadVideoError, NoDecoderError, frames_of
 
