@@ -15,6 +15,7 @@ MARKS = ("<!-- measured by scripts/measured.py -->\n", "<!-- end of measured -->
 REDUCED = ("<!-- compared by scripts/measured.py -->\n", "<!-- end of compared -->")
 STATUS = ("<!-- status by scripts/measured.py -->\n", "<!-- end of status -->")
 ATTENTION = ("<!-- attention by scripts/measured.py -->\n", "<!-- end of attention -->")
+GPU_ATTENTION = ("<!-- attention on a GPU by scripts/measured.py -->\n", "<!-- end of that -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
@@ -101,7 +102,7 @@ def measured() -> str:
     ]
     lines += ["", *(parity_line(name) for name in ("recipes", "recipes_full")), registry_line()]
     lines += [families_line(), llava_line(), *serving_lines(), soak_line()]
-    lines += [*cascade_lines(), *video_lines()]
+    lines += [*cascade_lines(), *video_lines(), *gpu_lines()]
     return "\n".join(lines) + "\n"
 
 
@@ -216,6 +217,67 @@ def soak_line() -> str:
         f"{row['reloads']} deployments of new versions (`benchmarks/results/serving_soak.json`): "
         f"{row['wrong']} wrong, {row['lost']} lost."
     )
+
+
+def gpu_lines() -> list[str]:
+    """What the rows of ``benchmarks/gpu`` say of whole models; none where there are none."""
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    where = content["environment"]["step 1"]
+    models = [row for row in content["rows"] if row["benchmark"] == "end to end"]
+    alone = [row for row in models if "case" not in row]
+    served = [row for row in models if "case" in row and not row["use_tf32"]]
+    lines = [
+        "",
+        f"On an {where['gpu']}, fp16, random weights (`benchmarks/results/gpu.json`), merged by "
+        f"the plugins' kernels in PyTorch {where['versions']['torch']}, replayed as CUDA graphs; "
+        "unmerged is the library's model with fused attention:",
+        "",
+        "| model | batch | MACs ratio | unmerged, images/s | merged, images/s | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in alone:
+        rate = {name: row["batch"] / times["p50"] for name, times in row["seconds"].items()}
+        lines.append(
+            f"| {row['model']}, r = {row['r']} | {row['batch']} | {row['macs_ratio']:.2f} "
+            f"| {rate['unmerged']:.0f} | {rate['merged']:.0f} | {row['speedup']['merged']:.2f} |"
+        )
+    told = "; ".join(
+        f"{row['case']}, r = {row['r']}: {row['speedup']['merged']:.2f} "
+        f"({1e3 * row['seconds']['unmerged']['p50']:.1f} to "
+        f"{1e3 * row['seconds']['merged']['p50']:.1f} ms)"
+        for row in served
+    )
+    lines += [
+        "",
+        f"- ONNX Runtime {served[0]['onnxruntime']}'s CUDA provider on the same GPU, "
+        f"{served[0]['model']}, fp16, batch {served[0]['batch']}, speed-up over the unmerged graph "
+        f"in the same form: {told}. Decisions: {sum(row['defects'] for row in served)} defects in "
+        f"{sum(row['decisions'] for row in served)}.",
+    ]
+    return lines
+
+
+def gpu_attention_lines() -> str:
+    """What the bias costs in PyTorch's fused attention on a GPU, for docs/attention.md."""
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    content = json.loads(path.read_text())
+    where = content["environment"]["step 3"]
+    lines = [
+        f"{where['gpu']}, PyTorch {where['versions']['torch']}, fp16, 12 heads of 64, microseconds "
+        "(`benchmarks/results/gpu.json`; PyTorch's own choice of kernel):",
+        "",
+        "| tokens | batch | no bias | mask | channels | channels, joined at every call |",
+        "|---|---|---|---|---|---|",
+    ]
+    forms = ("none", "mask", "channels", "channels, joined here")
+    for row in content["rows"]:
+        if row["benchmark"] == "attention" and row["case"] == "as PyTorch chooses":
+            times = (f"{1e6 * row['seconds'][form]['p50']:.1f}" for form in forms)
+            lines.append(f"| {row['tokens']} | {row['batch']} | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
 
 
 ALLOWED = 0.01
@@ -334,6 +396,7 @@ def pages() -> dict[Path, str]:
         (README, EVALUATED, evaluated()),
         (REDUCERS, REDUCED, reducers_lines()),
         (ATTENTION_PAGE, ATTENTION, attention_lines()),
+        (ATTENTION_PAGE, GPU_ATTENTION, gpu_attention_lines()),
     ):
         pattern = re.escape(start) + ".*?" + re.escape(end)
         made = start + made.replace("\\", r"\\") + end

@@ -35,6 +35,13 @@ STEP = BenchmarkStep(
             45,
             "Which attention does PyTorch take, and what takes the time?",
         ),
+        Part(
+            "attention",
+            "time_attention:main",
+            20,
+            45,
+            "What does the log-size bias cost, as a mask and as channels?",
+        ),
     ),
 )
 

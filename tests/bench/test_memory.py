@@ -86,6 +86,14 @@ def test_the_environment():
     assert found.date.endswith("+00:00")
 
 
+def test_of_two_versions_the_one_that_is_imported_counts(tmp_path, monkeypatch):
+    (tmp_path / "timm-0.0.1.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: timm\nVersion: 0.0.1\n"
+    (tmp_path / "timm-0.0.1.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environment().versions["timm"] == "0.0.1"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_what_was_held_and_freed_before_is_not_counted(taker):
     text = ENOUGH.format(size=BLOCK) + HELD

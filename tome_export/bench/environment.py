@@ -32,7 +32,10 @@ def environment() -> Environment:
     """Hardware, versions and date, here and now."""
     from tome_export.artifact.environment import Environment
 
-    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    installed: dict[str, str] = {}
+    for found_here in metadata.distributions():  # of two, the first is the one that is imported
+        if found_here.name:
+            installed.setdefault(found_here.name.lower(), found_here.version)
     found = nvidia_smi("--query-gpu=name,driver_version")
     gpu, driver = found[0] if found else (None, None)
     return Environment(

@@ -241,6 +241,17 @@ def test_models_are_timed_and_profiled(gpu_bench, capsys):
         assert sum(row["attention"].values()) == 6  # a call per layer
 
 
+def test_the_bias_of_attention_is_timed(gpu_bench, monkeypatch, capsys):
+    attention = gpu_bench("time_attention")
+    monkeypatch.setattr(attention, "TOKENS", (21,))
+    monkeypatch.setattr(attention, "BATCHES", (2,))
+    attention.main(gpu_bench("parts").Context(None, "cpu", 60.0))
+    (row,) = rows_in(capsys, gpu_bench)
+    assert "error" not in row
+    assert set(row["time_over_none"]) == set(row["seconds"]) - {"none"}
+    assert {"mask", "channels", "channels, joined here"} <= set(row["seconds"])
+
+
 def test_nothing_in_a_captured_graph_waits_for_the_gpu(gpu_bench):
     """A CUDA graph can hold no copy from the CPU's memory and no value read back.
 
