@@ -7,19 +7,35 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG")
-"""What a server decodes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+"""What is read, by Pillow's names; of several frames the first. Each further format of Pillow's is
+one more decoder that strangers' files can reach."""
+
+SERVED_FORMATS = ("JPEG", "PNG")
+"""What a server takes from its clients."""
+
+MAX_PIXELS = 64_000_000
+"""Larger images are refused from their header."""
+
+MAX_SCANS = 64
+"""Scans of a progressive JPEG, each of which goes through all of its pixels; encoders make 10."""
+
+ROWS = 256
+"""Rows of an image that transparency is removed from at a time."""
 
 MODES = {1: "L", 3: "RGB"}
 
 Settings = dict[str, Any]
-"""``input_size`` [C, H, W], ``mean``, ``std``, ``crop_pct``, ``interpolation``, and ``max_pixels``:
-larger images are refused; None or missing for no limit."""
+"""``input_size`` [C, H, W], ``mean``, ``std``, ``crop_pct``, ``interpolation``; where they differ
+from the constants above, ``max_pixels`` and ``formats``."""
 
 
 class BadImageError(ValueError):
@@ -27,44 +43,121 @@ class BadImageError(ValueError):
 
 
 def pixels_from_bytes(data: bytes, settings: Settings) -> np.ndarray[Any, Any]:
-    """Decode and preprocess one JPEG or PNG file.
+    """Decode and preprocess one image file.
 
     Returns:
         ``[C, H, W]`` float32.
 
     Raises:
+        BadImageError: as ``image_from_bytes`` and ``pixels_from_image``.
+    """
+    return pixels_from_image(image_from_bytes(data, settings), settings)
+
+
+def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
+    """Decode one image file upright, as mode ``L`` or ``RGB``; of ``settings`` only the limits.
+
+    Raises:
         BadImageError: if it is no such file, damaged, cut short, or too large.
     """
+    names = _names(settings.get("formats", FORMATS))
+    if not data:
+        raise BadImageError(f"is empty; expected the bytes of a {names} file")
     try:
-        return pixels_from_image(_decoded(data, settings["max_pixels"]), settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: about metadata, which is not used here
+            return _decoded(data, settings, names)
     except BadImageError:
         raise
+    except Image.DecompressionBombError:
+        raise BadImageError(_too_large(settings)) from None
+    except MemoryError:
+        raise BadImageError("needs more memory than there is for it; send a smaller one") from None
     # Whatever a decoder trips over in a damaged file is that file's fault.
-    except (Exception, MemoryError) as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "MAX_TEXT" in reason:
+            raise BadImageError(
+                f"has more text or a larger colour profile than is read ({reason}); send it "
+                "without them"
+            ) from None
         raise BadImageError(
-            f"cannot be decoded ({reason}); the file is damaged or cut short, send it whole"
+            f"cannot be decoded ({reason[:200]}); the file is damaged or cut short, send it whole"
         ) from None
 
 
-def _decoded(data: bytes, max_pixels: int) -> Image.Image:
-    if not data:
-        raise BadImageError("is empty; expected the bytes of a JPEG or PNG file")
+def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=settings.get("formats", FORMATS))
     except UnidentifiedImageError:
         raise BadImageError(
-            f"is not a JPEG or PNG file (it begins with {bytes(data[:8])!r}); send one whole"
+            f"is not a {names} file (it begins with {bytes(data[:8])!r}); send one whole"
         ) from None
     with image:
         width, height = image.size
-        if width * height > max_pixels:
+        if width * height > (settings.get("max_pixels") or MAX_PIXELS):
             raise BadImageError(
                 f"is {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); "
-                f"at most {max_pixels / 1e6:.1f} megapixels are accepted, send a smaller one"
+                f"{_too_large(settings)}"
+            )
+        if image.format in ("JPEG", "MPO") and scans(data) > MAX_SCANS:
+            raise BadImageError(
+                f"is a JPEG file of more than {MAX_SCANS} scans; save it anew, encoders make 10"
             )
         image.load()
-        return eight_bit(ImageOps.exif_transpose(image))
+        turn = _TURNS.get(_orientation(image))
+        upright = eight_bit(image)
+        return upright if turn is None else upright.transpose(turn)
+
+
+def _names(formats: Sequence[str]) -> str:
+    *others, last = formats
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _too_large(settings: Settings) -> str:
+    most = (settings.get("max_pixels") or MAX_PIXELS) / 1e6
+    return f"at most {most:.1f} megapixels are accepted, send a smaller one"
+
+
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""A marker of JPEG other than those inside a scan: stuffed zeros and restarts."""
+
+
+def scans(data: bytes) -> int:
+    """Scans of a JPEG file's first image, counted up to one more than ``MAX_SCANS``."""
+    count, place = 0, 2
+    while count <= MAX_SCANS and (found := _MARKER.search(data, place)):
+        marker, place = found[1], found.end()
+        if marker == b"\xd9":
+            break
+        if marker == b"\x01":  # has no content
+            continue
+        count += marker == b"\xda"
+        place += int.from_bytes(data[place : place + 2], "big")
+    return count
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what puts it upright."""
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Of EXIF or XMP; None where there is none, or none that can be read."""
+    try:
+        value = image.getexif().get(0x0112)
+    # Whatever damaged metadata makes of its reader, the pixels are as they are.
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
@@ -75,8 +168,8 @@ def eight_bit(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):
         # Pillow's own conversion clips at 255; 16-bit samples are scaled instead.
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 0xFFFF:
+        samples = np.asarray(image)
+        if samples.dtype.itemsize > 2 and (samples.min() < 0 or samples.max() > 0xFFFF):
             raise BadImageError(
                 f"has pixels from {samples.min()} to {samples.max()}; expected 8 or 16 bits per "
                 "channel"
@@ -85,10 +178,18 @@ def eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImageError("has floating-point pixels; expected 8 or 16 bits per channel")
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _on_white(image)
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Row by row of blocks, since a conversion takes four bytes a pixel, and here are four."""
+    laid = Image.new("RGB", image.size)
+    for top in range(0, image.height, ROWS):
+        block = image.crop((0, top, image.width, min(top + ROWS, image.height))).convert("RGBA")
+        white = Image.new("RGBA", block.size, "white")
+        laid.paste(Image.alpha_composite(white, block).convert("RGB"), (0, top))
+    return laid
 
 
 def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any, Any]:
@@ -101,12 +202,9 @@ def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any,
         BadImageError: if it would become too large on the way.
     """
     channels, height, width = settings["input_size"]
-    image = image.convert(MODES[channels])
-    size, most = (
-        _resized(image.size, height, width, settings["crop_pct"]),
-        settings.get("max_pixels"),
-    )
-    if most is not None and size[0] * size[1] > max(most, 16 * height * width):
+    image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
+    size = _resized(image.size, height, width, settings["crop_pct"])
+    if size[0] * size[1] > max(settings.get("max_pixels") or MAX_PIXELS, 16 * height * width):
         raise BadImageError(
             f"is {image.size[0]} x {image.size[1]} pixels, which would be resized to "
             f"{size[0]} x {size[1]}; send one whose sides differ less"

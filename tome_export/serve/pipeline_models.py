@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
-from tome_export.models import pixels
+from tome_export.models import decoder, pixels
 from tome_export.serve.client import IMAGE, PIPELINE, VIDEO
 from tome_export.serve.config import (
     KEPT_VERSIONS,
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 TOP_K = 5
 """Labels per image, where there are as many classes."""
-
-MAX_PIXELS = 64_000_000
-"""Larger images are refused from their header: decoding takes 3 bytes for each of these pixels, 15
-where there is transparency, and up to four images are decoded at once."""
 
 
 def pipeline_folders(
@@ -68,17 +64,19 @@ def _preprocess(
             "or 3, serve it without preprocessing"
         )
     config = python_config(f"{name}_preprocess", max_batch, options)
-    settings = {**asdict(recipe), "max_pixels": MAX_PIXELS}
+    limits = {"max_pixels": pixels.MAX_PIXELS, "formats": pixels.SERVED_FORMATS}
+    settings = {**asdict(recipe), **limits}
     add_tensor(config.input, VIDEO if video else IMAGE, "bytes", [1])
     shape = sizes(artifact.manifest.input)
     add_tensor(config.output, INPUT_NAME, "float32", shape)
-    beside = {f"{options.folder}/pixels.py": Path(pixels.__file__)}
+    modules = (pixels, decoder, frames) if video else (pixels, decoder)
+    files = [Path(module.__file__ or "") for module in modules]
+    beside = {f"{options.folder}/{path.name}": path for path in files}
     if video:
         mask = any(tensor.name == VIDEO_MASK for tensor in artifact.manifest.inputs)
         if mask:
             add_tensor(config.output, VIDEO_MASK, "float32", shape[:1])
         settings |= {"frames": shape[0], "mask": mask}
-        beside[f"{options.folder}/frames.py"] = Path(frames.__file__)
     folder = python_folder(config, "preprocess", "preprocessing.json", settings, options)
     return replace(folder, files={**folder.files, **beside})
 
@@ -93,12 +91,13 @@ def _postprocess(
             f"{artifact.path} has logits {list(shape)} and {len(labels)} labels; expected one "
             "logit per label, serve it without preprocessing or rebuild the artifact"
         )
-    k = min(TOP_K, len(labels))
+    # Of a regression every number is told, and none is better than another.
+    k = len(labels) if artifact.manifest.activation == "none" else min(TOP_K, len(labels))
     config = python_config(f"{name}_postprocess", max_batch, options)
     add_tensor(config.input, "logits", "float32", shape)
     for tensor, dtype in (("label", "bytes"), ("score", "float32"), ("index", "int32")):
         add_tensor(config.output, tensor, dtype, [k])
-    settings = {"k": k, "labels": labels}
+    settings = {"k": k, "labels": labels, "activation": artifact.manifest.activation}
     return python_folder(config, "postprocess", "postprocessing.json", settings, options)
 
 

@@ -5,8 +5,10 @@ Input ``image`` BYTES ``[B, 1]``: one whole JPEG or PNG file each; output ``pixe
 ``pixel_values`` FP32 ``[B, F, C, H, W]``, every frame preprocessed as an image, and ``video_mask``
 FP32 ``[B, F]``, all ones, where the model takes one.
 
-``preprocessing.json`` beside this file says how, ``pixels.py`` and ``frames.py`` do it. What cannot
-be used fails the request it came with, and no other.
+``preprocessing.json`` beside this file says how, ``pixels.py`` and ``frames.py`` do it, in the
+processes of ``decoder.py``. What cannot be used fails the request it came with, and no other; what
+takes long has processes of its own, so that nothing else waits for it. Answers are sent as soon as
+they are there, which the server allows since release 24.06.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import struct
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +27,22 @@ from typing import Any
 import numpy as np
 
 SETTINGS = "preprocessing.json"
+
+SMALL_BYTES = 1 << 22
+SMALL_PIXELS = 1 << 22
+"""Images up to both sizes are decoded in tens of milliseconds, and wait for no larger one."""
+
+SMALL_SECONDS = 2
+"""Most time of a processor that one of them takes."""
+
+LARGE_AT_ONCE = 2
+"""Larger images and videos that are decoded at once."""
+
+NICENESS = 10
+"""How far their processes stand back behind all others."""
+
+_SEGMENTS = 200
+"""Of a JPEG file, in front of its size; a colour profile of 10 MB takes 160."""
 
 
 def beside(name: str, folder: Path) -> ModuleType:
@@ -40,58 +61,85 @@ def check_decoder(module: str, install: str, what: str) -> None:
         raise ImportError(f"the server's Python has no {what}; pip install {install} there")
 
 
+class Lane:
+    """Threads with a decoding process each.
+
+    Args:
+        count: How many.
+        make: Makes a ``decoder.Decoder``.
+    """
+
+    def __init__(self, count: int, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._own = threading.local()
+        self._made: list[Any] = []
+        self._threads = ThreadPoolExecutor(count)
+
+    def submit(self, *asked: Any) -> Future[Any]:
+        """Decode, as soon as a process has nothing else to do."""
+        return self._threads.submit(self._decode, *asked)
+
+    def _decode(self, *asked: Any) -> Any:
+        if not hasattr(self._own, "decoder"):
+            self._own.decoder = self._make()
+            self._made.append(self._own.decoder)
+        return self._own.decoder(*asked)
+
+    def close(self) -> None:
+        """Decode what was submitted, and end the processes."""
+        self._threads.shutdown()
+        for decoder in self._made:
+            decoder.close()
+
+
 class TritonPythonModel:
     """What the python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the settings, and start the threads that decode (decoders release the GIL)."""
+        """Read the settings, and make sure of what decodes."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.settings = json.loads((folder / SETTINGS).read_text())
         self.kind = "video" if "frames" in self.settings else "image"
         check_decoder("PIL", "pillow", "Pillow, which decodes images")
-        self.images = beside("pixels", folder)
+        frames = None
         if self.kind == "video":
             check_decoder("av", "av", "PyAV, which decodes videos")
-            self.frames = beside("frames", folder)
-        # The process is ours alone. Our limit is checked from the header, before any decoding.
-        self.images.Image.MAX_IMAGE_PIXELS = None
-        self.images.Image.preinit()
-        self.threads = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
+            frames = folder / "frames.py"
+        decoder = beside("decoder", folder)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request, with pixels or an error of its own."""
+        def small() -> Any:
+            return decoder.Decoder(folder / "pixels.py", seconds={"pixels": SMALL_SECONDS})
+
+        def large() -> Any:
+            return decoder.Decoder(folder / "pixels.py", frames, NICENESS)
+
+        first = large()
+        first.start()
+        first.close()
+        self.small = Lane(max(2, min(4, len(os.sched_getaffinity(0)))), small)
+        self.large = Lane(LARGE_AT_ONCE, large)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests; each is answered, with pixels or an error of its own, when it is done."""
         import triton_python_backend_utils as pb_utils
 
-        batches = [
-            pb_utils.get_input_tensor_by_name(request, self.kind).as_numpy().reshape(-1)
-            for request in requests
-        ]
-        # All of all requests are on their way before the first one is waited for.
-        waiting = [[self.threads.submit(self.pixels, data) for data in batch] for batch in batches]
-        return [self._answer(futures, pb_utils) for futures in waiting]
+        for request in requests:
+            sender = request.get_response_sender()
+            batch = pb_utils.get_input_tensor_by_name(request, self.kind).as_numpy().reshape(-1)
+            Answer(self, sender, pb_utils, [self.submit(data) for data in batch])
 
-    def pixels(self, data: bytes) -> np.ndarray[Any, Any]:
-        """One file to ``[C, H, W]`` or ``[F, C, H, W]`` float32.
-
-        Raises:
-            ValueError: if it is no image or video, damaged, too short or too large.
-        """
-        settings = self.settings
-        if self.kind == "image":
-            found: np.ndarray[Any, Any] = self.images.pixels_from_bytes(data, settings)
-            return found
-
-        def prepare(frame: Any) -> Any:
-            return self.images.pixels_from_image(frame, settings)
-
-        count, most = settings["frames"], settings["max_pixels"]
-        return np.stack(self.frames.prepared_frames(bytes(data), count, prepare, most))
+    def submit(self, data: bytes) -> Future[Any]:
+        """One file to ``[C, H, W]`` or ``[F, C, H, W]`` float32, or the error that it makes."""
+        lane = self.small if self.kind == "image" and is_small(data) else self.large
+        return lane.submit("video" if self.kind == "video" else "pixels", data, self.settings)
 
     def finalize(self) -> None:
-        """Let the threads end with the model."""
-        self.threads.shutdown(cancel_futures=True)
+        """Let the processes end with the model."""
+        self.small.close()
+        self.large.close()
 
-    def _answer(self, futures: list[Future[Any]], pb_utils: Any) -> Any:
+    def response(self, futures: list[Future[Any]], pb_utils: Any) -> Any:
+        """The answer to a request of files that are all done."""
         problem = problem_of(self.kind, [future.exception() for future in futures])
         if problem:
             error = pb_utils.TritonError(problem, pb_utils.TritonError.INVALID_ARG)
@@ -102,6 +150,60 @@ class TritonPythonModel:
             mask = np.ones(pixels.shape[:2], np.float32)
             outputs.append(pb_utils.Tensor("video_mask", mask))
         return pb_utils.InferenceResponse(outputs)
+
+
+class Answer:
+    """Sends the answer to a request when the last of its files is done."""
+
+    def __init__(
+        self, model: TritonPythonModel, sender: Any, pb_utils: Any, futures: list[Future[Any]]
+    ) -> None:
+        self._model, self._sender, self._pb_utils = model, sender, pb_utils
+        self._futures = futures
+        self._lock = threading.Lock()
+        self._missing = max(1, len(futures))
+        if not futures:
+            self._done(None)
+        for future in futures:
+            future.add_done_callback(self._done)
+
+    def _done(self, _: Future[Any] | None) -> None:
+        with self._lock:
+            self._missing -= 1
+            if self._missing:
+                return
+        utils = self._pb_utils
+        try:
+            response = self._model.response(self._futures, utils)
+        except Exception as error:  # a request without an answer would never end
+            failure = utils.TritonError(f"{self._model.kind} {type(error).__name__}: {error}")
+            response = utils.InferenceResponse(error=failure)
+        self._sender.send(response, flags=utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def is_small(data: bytes) -> bool:
+    """Whether a JPEG or PNG file is soon decoded, from its header; also what is neither."""
+    if len(data) > SMALL_BYTES:
+        return False
+    if data[:4] == b"\x89PNG":
+        if data[12:16] != b"IHDR" or len(data) < 24:
+            return False
+        width, height = struct.unpack(">II", data[16:24])
+        return bool(width * height <= SMALL_PIXELS)
+    if data[:2] != b"\xff\xd8":
+        return True
+    place = 2
+    for _ in range(_SEGMENTS):
+        marker, length = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4], "big")
+        if len(marker) < 2 or marker[0] != 0xFF:
+            return False
+        if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
+            if len(data) < place + 9:
+                return True
+            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
+            return bool(width * height <= SMALL_PIXELS)
+        place += 2 + length
+    return False
 
 
 def problem_of(kind: str, errors: list[BaseException | None]) -> str:

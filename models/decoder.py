@@ -1,0 +1,269 @@
+"""Decoding in a process of its own, within limits; also runs inside the server, beside its model.
+
+A ``Decoder`` starts this file as a program, which takes one image or video after the other and
+answers with arrays. What takes too long or too much memory, or breaks its decoder, ends that
+process and nothing else. Needs NumPy, and the program ``pixels.py`` and ``frames.py`` as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from socket import socketpair
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+MAX_BYTES = 1 << 28
+"""Size of the largest file that is read."""
+
+SECONDS = {"image": 20, "pixels": 20, "frames": 120, "video": 120}
+"""Most time of a processor that one image or video takes, by what is asked for."""
+
+PATIENCE = 6
+"""Most time that may pass meanwhile on a busy machine, as a multiple of ``SECONDS``."""
+
+MEMORY_BYTES = 3 << 29
+"""What one image or video may take; a progressive JPEG of 64 megapixels takes 0.9 GB."""
+
+DIED = "ends the process that decodes it, as of a fault in the decoder or for want of memory"
+
+READY_SECONDS = 60
+
+_START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop()); runpy.run_path("
+
+
+class DecodeError(ValueError):
+    """What cannot be decoded; the message goes behind the name of the image or video."""
+
+
+class NoDecoderError(RuntimeError):
+    """What decodes is not installed, or its process cannot be started; the message says which."""
+
+
+class Decoder:
+    """A process that decodes, started when it is needed and again after it ended; for one thread.
+
+    Args:
+        pixels: The file ``pixels.py``.
+        frames: The file ``frames.py``.
+        niceness: How far the process stands back behind others.
+        seconds: Most time of a processor that one image or video takes, by ``kind``.
+    """
+
+    def __init__(
+        self,
+        pixels: Path,
+        frames: Path | None = None,
+        niceness: int = 0,
+        seconds: Mapping[str, int] = SECONDS,
+    ) -> None:
+        self._seconds = seconds
+        self._arguments = [str(pixels), str(frames or ""), str(niceness)]
+        self._running: tuple[Connection, subprocess.Popen[bytes]] | None = None
+        self._end: Any = None
+
+    def __call__(self, kind: str, data: bytes, settings: dict[str, Any]) -> np.ndarray[Any, Any]:
+        """Decode one image or video.
+
+        Args:
+            kind: ``image`` for the image ``[H, W]`` or ``[H, W, 3]`` uint8, ``pixels`` for what
+                the model takes of it, ``[C, H, W]`` float32; of a video, ``frames``
+                ``[F, H, W, 3]`` and ``video`` ``[F, C, H, W]``.
+            data: The content of its file.
+            settings: See ``pixels.Settings``; of a video also its ``frames``.
+
+        Raises:
+            DecodeError: if it cannot be decoded within the limits.
+            NoDecoderError: if what decodes is missing.
+        """
+        if len(data) > MAX_BYTES:
+            raise DecodeError(
+                f"is {len(data) / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB are accepted, send "
+                "a smaller one"
+            )
+        seconds = self._seconds[kind]
+        slow = f"takes more than {seconds} s to decode; send a smaller or simpler one"
+        for attempt in range(2):
+            connection, process = self.start()
+            try:
+                request = {**settings, "kind": kind, "seconds": seconds}
+                connection.send_bytes(json.dumps(request).encode())
+                connection.send_bytes(data)
+                if not connection.poll(seconds * PATIENCE):
+                    raise TimeoutError
+                return _answer(connection)
+            except (EOFError, ConnectionError):
+                if process.wait() == -signal.SIGPROF:
+                    raise DecodeError(slow) from None
+                if attempt:  # the first time, something else may have ended it
+                    raise DecodeError(DIED) from None
+            except TimeoutError:
+                self.close()
+                raise DecodeError(slow) from None
+            except (DecodeError, NoDecoderError):
+                raise
+            except BaseException:
+                self.close()  # or its answer would be taken for that of the next
+                raise
+        raise AssertionError("unreachable")
+
+    def start(self) -> tuple[Connection, subprocess.Popen[bytes]]:
+        """Have the process ready.
+
+        Raises:
+            NoDecoderError: if it cannot be started.
+        """
+        if self._running is not None and self._running[1].poll() is None:
+            return self._running
+        self.close()
+        ours, theirs = socketpair()
+        # The packages of this process, and nothing else that it was started with.
+        path = json.dumps([place for place in sys.path if place])
+        code = f"{_START}{str(Path(__file__).absolute())!r}, run_name='__main__')"
+        command = [sys.executable, "-I", "-c", code, *self._arguments, str(theirs.fileno()), path]
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
+        quiet = subprocess.DEVNULL
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    command,
+                    stdin=quiet,
+                    stdout=quiet,
+                    stderr=quiet,  # libraries write of damaged files there
+                    env=environment,
+                    pass_fds=[theirs.fileno()],
+                )
+        except OSError as error:
+            ours.close()
+            raise NoDecoderError(
+                f"the process that decodes cannot be started with {sys.executable or 'no Python'} "
+                f"({error.strerror or error})"
+            ) from None
+        connection = Connection(ours.detach())
+        self._running = connection, process
+        self._end = weakref.finalize(self, _stop, connection, process)
+        try:
+            reason = (
+                connection.recv_bytes().decode()
+                if connection.poll(READY_SECONDS)
+                else "it does not answer"
+            )
+        except (EOFError, ConnectionError):
+            reason = f"it ends with {process.wait()}"
+        if reason:
+            self.close()
+            raise NoDecoderError(
+                f"the process that decodes cannot be started with {sys.executable} ({reason})"
+            )
+        return self._running
+
+    def close(self) -> None:
+        """End the process; the next image starts another."""
+        self._running = None
+        if self._end is not None:
+            self._end()
+
+
+def _stop(connection: Connection, process: subprocess.Popen[bytes]) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+def _answer(connection: Connection) -> np.ndarray[Any, Any]:
+    head = json.loads(connection.recv_bytes())
+    if "missing" in head:
+        raise NoDecoderError(head["missing"])
+    if "bad" in head:
+        raise DecodeError(head["bad"])
+    flat = np.frombuffer(connection.recv_bytes(), head["dtype"])
+    array: np.ndarray[Any, Any] = flat.reshape(head["shape"])
+    return array
+
+
+def _module(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tome_export_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _limit(niceness: int) -> None:
+    os.nice(niceness)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    limits = [(resource.RLIMIT_CORE, 0)]
+    if (used := Path("/proc/self/statm")).is_file():
+        here = int(used.read_text().split()[0]) * resource.getpagesize()
+        limits.append((resource.RLIMIT_AS, here + MEMORY_BYTES))
+    for which, most in limits:
+        hard = resource.getrlimit(which)[1]
+        resource.setrlimit(which, (most if hard < 0 else min(most, hard), hard))
+
+
+def _decode(
+    pixels: ModuleType, frames: ModuleType | None, request: dict[str, Any], data: bytes
+) -> np.ndarray[Any, Any]:
+    kind, most = request["kind"], request.get("max_pixels") or pixels.MAX_PIXELS
+    if kind == "image":
+        return np.asarray(pixels.image_from_bytes(data, request))
+    if kind == "pixels":
+        found: np.ndarray[Any, Any] = pixels.pixels_from_bytes(data, request)
+        return found
+
+    def prepare(frame: Any) -> Any:
+        return np.asarray(frame) if kind == "frames" else pixels.pixels_from_image(frame, request)
+
+    if frames is None:
+        raise NoDecoderError("videos are not decoded here")
+    return np.stack(frames.prepared_frames(data, request["frames"], prepare, most))
+
+
+def main(pixels: str, frames: str, niceness: str, descriptor: str) -> None:
+    """Decode what comes, until whoever sends it is gone."""
+    with Connection(int(descriptor)) as connection, contextlib.suppress(EOFError, OSError):
+        try:
+            images, videos = _module(pixels), _module(frames) if frames else None
+            images.Image.MAX_IMAGE_PIXELS = None  # our own limit is lower
+            images.Image.preinit()
+            _limit(int(niceness))
+        except Exception as error:
+            connection.send_bytes(f"{type(error).__name__}: {error}".encode())
+            return
+        connection.send_bytes(b"")
+        while True:
+            request = json.loads(connection.recv_bytes())
+            data: Any = connection.recv_bytes()
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            try:
+                array: Any = np.ascontiguousarray(_decode(images, videos, request, data))
+                head = {"dtype": array.dtype.str, "shape": array.shape}
+            except MemoryError:
+                head = {"bad": "takes more memory to decode than is allowed; send a smaller one"}
+            except Exception as error:
+                missing = type(error).__name__ == "NoDecoderError"
+                text = str(error) if isinstance(error, ValueError) else repr(error)
+                head = {"missing": str(error)} if missing else {"bad": " ".join(text.split())}
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(json.dumps(head).encode())
+            if "shape" in head:
+                connection.send_bytes(memoryview(array).cast("B"))
+            array = data = None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
