@@ -57,7 +57,8 @@ FIX = "or give every image's class with --labels"
          f"tell which; rename them to the model's labels or to indices from 0 to 7, {FIX}"),
         (["one", "two", "zero"], DIGITS,
          "the data has 3 class folders (one, two, zero) for 3 outputs, and their names do not tell "
-         "which; rename them to the model's labels or to indices from 0 to 2, " + FIX),
+         f"which; rename them to the model's labels or to indices from 0 to 2, {FIX}, or say "
+         "--classes-in-order if they are, sorted, the model's"),
         (["a", "b\udcff\n"], Classes(3),
          "the data has 2 class folders (a, b\\xff\\n) for 3 outputs, and their names do not tell "
          f"which; rename them to the model's labels or to indices from 0 to 2, {FIX}"),
@@ -74,8 +75,9 @@ def test_refused(folders, classes, message):
     [
         (["2", "1", "0"], [2, 1, 0], "matched by name"),
         (["0", "2"], [0, 2], "matched by name"),
-        (["zero", "one", "two"], [0, 1, 2], "matched by number"),
         (["0", "one", "2"], [0, 1, 2], "matched by number"),
+        (WNIDS, [0, 1, 2], "matched by number"),
+        (["7", "2", "1"], [7, 2, 1], "matched by number"),
     ],
 )
 def test_numbers_of_a_data_set_that_names_its_classes(names, expected, rule):

@@ -76,7 +76,14 @@ class Item:
         if self.pixels is not None:
             return self.pixels
         if self.kind == "parquet":
-            value = _images(self.path, self.start, self.column)[self.size].as_py()
+            try:
+                value = _images(self.path, self.start, self.column)[self.size].as_py()
+            # Arrow raises errors of its own and of Python's, whichever part is damaged.
+            except Exception as error:
+                reason = printable(" ".join(str(error).split()))[:200]
+                raise InputError(
+                    f"{self.name} cannot be read from the shard ({reason}); copy it again"
+                ) from None
             data = value.get("bytes") if isinstance(value, dict) else value
             if not isinstance(data, bytes):
                 raise InputError(
