@@ -50,8 +50,8 @@ def test_result(run, built, tmp_path):
         "with --attention parts",
         "KServe manifest: k.yaml",
         f"Repository: {tmp_path / 'models'}; ask for vit_digits_r8_pipeline",
-        "Serve it: this command with --run, or NVIDIA_TF32_OVERRIDE=0 tritonserver "
-        f"--model-repository={tmp_path / 'models'}",
+        "Serve it: this command with --run, or NVIDIA_TF32_OVERRIDE=0 "
+        f"ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository={tmp_path / 'models'}",
     ]
     manifest = (tmp_path / "k.yaml").stat()
     again = run(

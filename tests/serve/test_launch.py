@@ -24,6 +24,7 @@ pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installe
 
 FLAG = "--backend-config=tensorrt,version-compatible=true"
 ENGINE = {"engines": {"tensorrt": "1:4:8"}}
+SILENT = {"ORT_DISABLE_TELEMETRY": "1"}
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,8 @@ ENGINE = {"engines": {"tensorrt": "1:4:8"}}
         (ENGINE, (), {}),
         ({**ENGINE, "version_compatible": True}, (FLAG,), {}),
         ({"batch": "4", "engines": {"tensorrt": "4"}, "version_compatible": True}, (FLAG,), {}),
-        ({}, (), {"NVIDIA_TF32_OVERRIDE": "0"}),
-        ({"merge_op": "index_add"}, (), {}),
+        ({}, (), {"NVIDIA_TF32_OVERRIDE": "0", **SILENT}),
+        ({"merge_op": "index_add"}, (), SILENT),
     ],
 )
 def test_options(make_artifact, tmp_path, artifact, arguments, environment):

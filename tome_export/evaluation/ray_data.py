@@ -85,7 +85,6 @@ def require_ray() -> Any:
     Raises:
         MissingComponentError: if it is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Else a thread of its own that outlives a session starts another, which nobody ends.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ class OpenVino(Backend):
     def missing(self) -> str | None:
         """See ``Backend.missing``."""
         try:
-            import openvino  # noqa: F401
+            with _unreported():
+                import openvino  # noqa: F401
         except ModuleNotFoundError:
             return "openvino is not installed; install tome-export[openvino]"
         except (ImportError, OSError) as error:
@@ -89,6 +91,27 @@ class _OpenVinoRunner:
         except RuntimeError as error:
             raise ExportError(f"openvino failed to run the model: {_line(error)}") from error
         return {name: value for port, value in results.items() for name in port.get_names()}
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Import OpenVINO as where its reporter, a package of its own, is not installed.
+
+    With it, the import alone writes an identifier into the home folder and asks Google Analytics
+    to count it; no variable forbids that. Who has opted in with ``opt_in_out`` is let be.
+    """
+    reporter = "openvino_telemetry"
+    opted_in = False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        opted_in = (Path.home() / "intel" / reporter).read_text().strip() == "1"
+    if opted_in or reporter in sys.modules:
+        yield
+        return
+    sys.modules[reporter] = None  # type: ignore[assignment]  # makes its import fail
+    try:
+        yield
+    finally:
+        del sys.modules[reporter]
 
 
 def _refusal(version: str, error: Exception) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tome_export import TELEMETRY_OFF
 from tome_export.engine.gpu import detect
 from tome_export.errors import (
     ExportError,
@@ -43,6 +44,7 @@ STOP_SECONDS = 10
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (POSIX shared memory on Linux, no temporary file)
 
 _ATTEMPTS = 5
+_REPORTS = "ORT_DISABLE_TELEMETRY"
 _REACHED_AT = {"0.0.0.0": "127.0.0.1"}  # noqa: S104 (a server that listens on every address)
 
 
@@ -74,6 +76,7 @@ def server_options_from_repository(
       only if it is told that all engines of the server are trusted.
     - ONNX Runtime's TensorRT accelerator has no key for TF32, which TensorRT's builder allows by
       default; NVIDIA's libraries read one variable that forbids it.
+    - ONNX Runtime reports to its maker (docs/privacy.md).
 
     Args:
         repository: The directory.
@@ -100,6 +103,8 @@ def server_options_from_repository(
         for accelerator in config.optimization.execution_accelerators.gpu_execution_accelerator
     ):
         environment["NVIDIA_TF32_OVERRIDE"] = "0"
+    if any(config.platform == "onnxruntime_onnx" for config in configs):
+        environment[_REPORTS] = TELEMETRY_OFF[_REPORTS]
     return ServerOptions(tuple(arguments), environment)
 
 
