@@ -14,7 +14,7 @@ import click
 from tome_export import __version__
 from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.signals import Interrupted, interruptible
-from tome_export.errors import InputError, TomeExportError
+from tome_export.errors import InputError, TomeExportError, exit_text
 
 COMMANDS = (
     "build",
@@ -115,7 +115,7 @@ def _run(arguments: list[str], terminal: Terminal) -> int:
         return end.exit_code
     except BrokenPipeError:
         return _silenced()
-    except (Exception, Interrupted, KeyboardInterrupt) as error:
+    except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:
         return _failed(error, terminal)
     return 0
 
@@ -150,6 +150,11 @@ def _described(error: BaseException) -> tuple[str, str, int]:
         return kind, f"{message}; nothing half-made was left behind", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", "interrupted", 130
+    if isinstance(error, SystemExit):
+        text = (
+            f"the model's own code ended the program with {exit_text(error)}; expected it to go on"
+        )
+        return "InputError", text, InputError.exit_code
     if isinstance(error, OSError) and error.errno in SYSTEM:
         where = f" {error.filename}" if error.filename else ""
         text = f"cannot read or write{where}: {error.strerror}; free space or choose another place"

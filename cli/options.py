@@ -12,7 +12,15 @@ import click
 
 from tome_export.merge.schedule import INFLECTION
 from tome_export.reducers import DEFAULT, REDUCERS
-from tome_export.spec import ATTENTION_FORMS, MERGE_OPS, SELECT_FEATURES, TOWERS, BatchRange
+from tome_export.spec import (
+    ACTIVATIONS,
+    ATTENTION_FORMS,
+    MERGE_OPS,
+    OPSETS,
+    SELECT_FEATURES,
+    TOWERS,
+    BatchRange,
+)
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -129,6 +137,13 @@ images_option = click.option(
     help="Check parity on these images.  [default: those that come along]",
 )
 
+order_option = click.option(
+    "--classes-in-order",
+    is_flag=True,
+    help="Class folders, sorted, and numbers of labels are the model's classes in their order, "
+    "whatever they are called.",
+)
+
 query_option = click.option(
     "--query",
     type=FILE,
@@ -202,6 +217,29 @@ reducer_options = grouped(
     ),
 )
 
+weights_options = grouped(
+    click.option(
+        "--weights",
+        default="pretrained",
+        show_default=True,
+        metavar="pretrained|random|PATH",
+        help="PATH: a .safetensors file, or a .pth, .ckpt or .pth.tar file of tensors.",
+    ),
+    click.option(
+        "--weights-key",
+        default="",
+        metavar="KEY",
+        help="Which of the weights in PATH.  [default: averaged ones (EMA) before plain ones]",
+    ),
+)
+
+activation_option = click.option(
+    "--activation",
+    type=click.Choice(ACTIVATIONS),
+    help="What makes scores of the model's output; none: a regression's numbers.  [default: what "
+    "the model says]",
+)
+
 model_options = grouped(
     click.option("--r", type=int, help="Tokens to merge per layer.  [default: the model's own]"),
     click.option(
@@ -213,14 +251,9 @@ model_options = grouped(
     click.option("--fp16", is_flag=True, help="Half precision."),
     click.option("--bf16", is_flag=True, help="bfloat16."),
     click.option("--fp32", is_flag=True, help="Single precision, the default."),
-    click.option(
-        "--weights",
-        default="pretrained",
-        show_default=True,
-        metavar="pretrained|random|PATH",
-        help="PATH: a .safetensors file, or a .pth file of tensors.",
-    ),
+    weights_options,
     click.option("--seed", default=0, show_default=True, help="Of random weights."),
+    activation_option,
     click.option(
         "--prop-attn/--no-prop-attn",
         default=None,
@@ -280,5 +313,13 @@ model_options = grouped(
         show_default=True,
         help="auto: fused for an engine, in parts for fp32 and for ONNX Runtime on a GPU; "
         "fused-fp32: fp16 with float32 sums, for TensorRT; see docs/attention.md.",
+    ),
+    click.option(
+        "--opset",
+        type=click.IntRange(*OPSETS),
+        default=OPSETS[-1],
+        show_default=True,
+        help="Of the ONNX model: ONNX Runtime 1.18 takes 21, 1.22 takes 22; below 23 attention is "
+        "in parts. See docs/runtimes.md.",
     ),
 )

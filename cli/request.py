@@ -80,7 +80,9 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
             name: given[name]
             for name in (
                 "weights",
+                "weights_key",
                 "seed",
+                "activation",
                 "prop_attn",
                 "reducer",
                 "reducer_options",
@@ -92,6 +94,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
                 "batch",
                 "merge_op",
                 "attention",
+                "opset",
                 "plugin_batch_range",
                 "engine",
                 "images",

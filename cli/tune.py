@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from tome_export.cli.options import FILE, output_options, reducer_options
+from tome_export.cli.options import (
+    FILE,
+    activation_option,
+    order_option,
+    output_options,
+    reducer_options,
+    weights_options,
+)
 from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.request import precision_of
@@ -19,7 +26,20 @@ if TYPE_CHECKING:
     from tome_export.artifact.schedule import Estimate, TunedPoint, TunedSchedule
     from tome_export.tune.goal import Goal
 
-KEPT = ("limit", "weights", "batch", "time_limit", "seed", "force", "min_entropy", "reducer")
+KEPT = (
+    "limit",
+    "labels",
+    "classes_in_order",
+    "weights",
+    "weights_key",
+    "batch",
+    "time_limit",
+    "seed",
+    "force",
+    "min_entropy",
+    "reducer",
+    "activation",
+)
 
 ROWS = 6
 """Most rows of each method, besides the chosen one."""
@@ -43,14 +63,15 @@ ROWS = 6
     help="Images: top-1 with class sub-folders, else agreement with the unmerged model.  "
     "[default: samples]",
 )
+@click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of --data.")
+@order_option
 @click.option("--limit", type=int, metavar="N", help="Most images.  [default: 2048, or fewer]")
-@click.option(
-    "--weights", default="pretrained", show_default=True, metavar="pretrained|random|PATH"
-)
+@weights_options
 @click.option("--batch", default=1, show_default=True, help="Images per run, for latency.")
 @click.option("--fp16", is_flag=True, help="Latency in half precision.")
 @click.option("--bf16", is_flag=True, help="Latency in bfloat16.")
 @click.option("--fp32", is_flag=True, help="Latency in single precision, the default.")
+@activation_option
 @reducer_options
 @click.option("--min-entropy", type=float, metavar="X", help="Least token-size entropy, 0 to 1.")
 @click.option("--time-limit", default=600.0, show_default=True, help="Seconds of search.")

@@ -17,7 +17,7 @@ from tome_export.merge.schedule import FrameMerging, VideoOptions
 from tome_export.models.loading import FileLoader, filled
 from tome_export.models.recipe import CLIP_NORM, ClipSizes, Geometry, LoadedModel, Recipe
 from tome_export.spec import VIDEO_FEATURES, Preprocessing
-from tome_export.weights.files import read_state, stored_dtype
+from tome_export.weights.files import Checkpoint, stored_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -178,17 +178,17 @@ class Clip4ClipLoader(FileLoader):
         made = StopTower if self.prompts else Clip4ClipTower
         return made(sizes, self.frames, positions)
 
-    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``FileLoader``."""
         module = self.create(depth)
-        state = read_state(path)
+        state, path = checkpoint.state, checkpoint.path
         if self.prompts:
             state = _stop_state(state, path, self.frames, self.sizes.width)
         else:
             state = _tower_state(state, path)
         stored = stored_dtype(state.values())
         state, remark = _with_positions(state, module)
-        return filled(recipe, module, state, path, stored, remark)
+        return filled(recipe, module, state, checkpoint, stored, remark)
 
     def download(self, recipe: Recipe) -> Path:
         """Refuse: there is no place to get these weights from."""

@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.errors import InputError, TomeExportError
+from tome_export.errors import InputError, exit_text
 from tome_export.merge.schedule import VideoOptions
 from tome_export.models.loading import filled, loaded, split_learned
 from tome_export.models.recipe import (
     RULE,
     LoadedModel,
-    OutputName,
     Recipe,
     WeightsInfo,
     recommended_r,
 )
-from tome_export.spec import VIDEO_FEATURES, Preprocessing
-from tome_export.weights.files import read_state, stored_dtype
+from tome_export.spec import VIDEO_FEATURES, Activation, Preprocessing
+from tome_export.weights.files import check_finite, check_stored, read_checkpoint, stored_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,17 +49,25 @@ class FunctionLoader:
                 f"depth {depth} was asked for {recipe.name}, whose function makes the model; "
                 "leave the depth"
             )
-        module = copy.deepcopy(self.module)
+        module = self.architecture(recipe)
         if weights == "pretrained":
             stored = stored_dtype(module.parameters())
             source = f"returned by {recipe.name}"
             return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
-        state, learned = split_learned(read_state(Path(weights)), recipe)
-        return replace(filled(recipe, module, state, Path(weights)), learned=learned)
+        counts = [k for k, v in module.state_dict().items() if not v.is_floating_point()]
+        checkpoint = read_checkpoint(Path(weights), recipe.weights_key, counts)
+        state, learned = split_learned(checkpoint.state, recipe)
+        return replace(filled(recipe, module, state, checkpoint), learned=learned)
 
-    def architecture(self, recipe: Recipe) -> nn.Module:  # noqa: ARG002
-        """A copy of the model."""
-        return copy.deepcopy(self.module)
+    def architecture(self, recipe: Recipe) -> nn.Module:
+        """A copy of the model; raises an ``InputError`` if it holds what cannot be copied."""
+        try:
+            return copy.deepcopy(self.module)
+        except Exception as error:
+            raise InputError(
+                f"the model of {recipe.name} cannot be copied ({_line(error)}); expected one that "
+                "copy.deepcopy copies: leave locks, open files and tensors with a gradient out"
+            ) from error
 
 
 def recipe_from_function(name: str) -> Recipe:
@@ -75,32 +85,31 @@ def recipe_from_function(name: str) -> Recipe:
         InputError: if there is no such function, it fails, or returns something else.
     """
     module, preprocessing = _call(name)
-    merged = _patched(name, module)
+    _check_weights(name, module)
+    merged, dense_only = _patched(name, module)
     layers = merged.layers
-    return Recipe(
+    recipe = Recipe(
         name=name,
         family="custom",
         preprocessing=preprocessing or _preprocessing(module, merged.image_size),
         recommended_r=recommended_r(layers[0].tokens_in, len(layers)) if layers else 0,
         r_source=RULE,
-        output_name=_output_name(merged),
+        activation=_activation(module),
+        dense_only=dense_only,
         video=VideoOptions(merged.input_size[0]) if merged.takes_video else None,
         description=f"{type(module).__name__} from {name}",
         weights_source=f"returned by {name}",
         labels=_labels(module),
         loader=FunctionLoader(module),
     )
-
-
-def _output_name(merged: MergedModel) -> OutputName:
     if merged.takes_video:
-        return VIDEO_FEATURES
-    return "logits" if merged.classifies else "features"
+        return replace(recipe, output_name=VIDEO_FEATURES)
+    return recipe.giving(merged.output_choice)
 
 
-def _patched(name: str, module: nn.Module) -> MergedModel:
-    """The model without merging, which is how its family reads it."""
-    from tome_export.patch import MergedModel, UnknownModelError, patch
+def _patched(name: str, module: nn.Module) -> tuple[MergedModel, bool]:
+    """The model without merging, as its family reads it, and whether only patches have features."""
+    from tome_export.patch import MergedModel, NoImageOutputError, UnknownModelError, patch
 
     if isinstance(module, MergedModel):
         raise InputError(
@@ -108,7 +117,10 @@ def _patched(name: str, module: nn.Module) -> MergedModel:
             "and say with --r or --schedule how it merges"
         )
     try:
-        return patch(module, 0)
+        try:
+            return patch(module, 0), False
+        except NoImageOutputError:
+            return patch(module, 0, dense=True), True
     except UnknownModelError as error:
         raise InputError(
             f"{name} returned a {type(module).__name__}, which has no sequence of tokens to merge "
@@ -124,20 +136,22 @@ def _call(name: str) -> tuple[nn.Module, Preprocessing | None]:
     where, _, what = name.partition(":")
     if not where:
         raise InputError(f"model {name!r} names no module; expected module:function")
-    function = getattr(_import(name, where), what, None) if what else None
-    if not callable(function):
-        raise InputError(
-            f"model {name!r}: module {where!r} has no function {what!r}; expected module:function"
-        )
-    try:
-        made = function()
-    except TomeExportError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"model {name!r}: the function failed with {type(error).__name__}: {_line(error)}; "
-            "expected it to return an nn.Module when called without arguments"
-        ) from error
+    with _users_code():
+        function = getattr(_import(name, where), what, None) if what else None
+        if not callable(function):
+            raise InputError(
+                f"model {name!r}: module {where!r} has no function {what!r}; expected "
+                "module:function"
+            )
+        try:
+            made = function()
+        except BaseException as error:
+            if _is_own(error):
+                raise
+            raise InputError(
+                f"model {name!r}: the function {_what_happened(error)}; expected it to return an "
+                "nn.Module when called without arguments"
+            ) from error
     parts = made if isinstance(made, tuple) else (made, None)
     if (
         len(parts) == 2
@@ -152,27 +166,71 @@ def _call(name: str) -> tuple[nn.Module, Preprocessing | None]:
     )
 
 
-def _import(name: str, where: str) -> Any:
-    # A console script, unlike `python -m`, does not look in the current folder.
+@contextmanager
+def _users_code() -> Iterator[None]:
+    """The current folder is looked at first, and what is printed is no result of the command."""
     here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
+    sys.path.insert(0, here)
     try:
-        return importlib.import_module(where)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def _import(name: str, where: str) -> Any:
+    top = where.partition(".")[0]
+    own = PathFinder.find_spec(top, sys.path[:1])
+    try:
+        module = importlib.import_module(where)
     except ModuleNotFoundError as error:
+        hint = "; name it without .py" if where.endswith(".py") else ""
         raise InputError(
             f"model {name!r}: no module {error.name!r} on the Python path or in the current "
-            "folder; expected a recipe, timm:<name>, or module:function"
+            f"folder{hint}; expected a recipe, timm:<name>, or module:function"
         ) from None
-    except Exception as error:
+    except BaseException as error:
+        if _is_own(error):
+            raise
+        raise InputError(f"model {name!r}: importing {where!r} {_what_happened(error)}") from error
+    loaded = getattr(sys.modules.get(top), "__file__", None)
+    if own is not None and own.origin is not None and loaded != own.origin:
         raise InputError(
-            f"model {name!r}: importing {where!r} failed with {type(error).__name__}: "
-            f"{_line(error)}"
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
+            f"model {name!r}: {own.origin} has the name of a module that is loaded already "
+            f"({loaded or 'part of Python'}); give your file another name"
+        )
+    return module
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether Ctrl-C or this package raised it, and not the user's code."""
+    package = __name__.partition(".")[0]
+    return isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith(f"{package}.")
+
+
+def _what_happened(error: BaseException) -> str:
+    if not isinstance(error, SystemExit):
+        return f"failed with {type(error).__name__}: {_line(error)}"
+    return f"ended with {exit_text(error)}"
+
+
+def _check_weights(name: str, module: nn.Module) -> None:
+    """Refuse a model whose weights are no plain tensors of finite floating-point numbers."""
+    import torch
+
+    for key, value in module.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{name} returned a model with a {type(value).__name__} as {key}, so it is "
+                "quantised or keeps other things than tensors; expected weights of floating-point "
+                "numbers"
+            )
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    counts = [key for key, value in buffers.items() if not value.is_floating_point()]
+    check_stored({**buffers, **parameters}, f"weights of {name}", counts)
+    # A mask may be infinite.
+    check_finite(parameters, f"{name} returned a model that has")
 
 
 def _preprocessing(model: Any, input_size: tuple[int, int, int]) -> Preprocessing:
@@ -206,15 +264,27 @@ def _hf_config(model: Any) -> Any:
     return config if hasattr(config, "model_type") else None
 
 
-def _labels(model: Any) -> tuple[str, ...] | None:
-    """Class names that a model of Transformers carries; None without."""
-    config = _hf_config(model)
-    if config is None:
+def _activation(model: Any) -> Activation | None:
+    """What a classifier of Transformers says of its scores; None for others."""
+    if _hf_config(model) is None:
         return None
+    from tome_export.models.hf import activation_of
+
+    return activation_of(model.config)
+
+
+def _labels(model: Any) -> tuple[str, ...] | None:
+    """Class names that a model of Transformers or timm carries; None without."""
+    if _hf_config(model) is None:
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        return tuple(map(str, names)) if names else None
     from tome_export.models.hf import labels_of
 
-    return labels_of(type(model).__name__, config)
+    return labels_of(model.config)
 
 
 def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else "no message"
+    try:
+        return next(iter(str(error).splitlines()), "") or "no message"
+    except Exception:
+        return "no message"

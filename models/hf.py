@@ -8,7 +8,7 @@ draw weights at random, or leave some out, the checkpoint is refused.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,15 @@ from tome_export.models.recipe import (
     WeightsInfo,
     recommended_r,
 )
-from tome_export.spec import Preprocessing
-from tome_export.weights.files import check_stored, misfit, read_state, sha256, stored_dtype
+from tome_export.spec import Activation, Preprocessing
+from tome_export.weights.files import (
+    check_finite,
+    check_stored,
+    misfit,
+    read_checkpoint,
+    sha256,
+    stored_dtype,
+)
 from tome_export.weights.shards import pick
 
 if TYPE_CHECKING:
@@ -43,6 +50,10 @@ if TYPE_CHECKING:
 
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
 """What is taken of models of images and text: the class by their model type."""
+
+CLASSIFIERS = {"clip": "CLIPForImageClassification", "siglip": "SiglipForImageClassification"}
+"""What is taken instead where a checkpoint says that it is one: image tower and classifier, which
+are configured by the configuration of both halves."""
 
 CLASSES = {
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -82,17 +93,24 @@ def norm_of(model_type: str) -> Norm:
     return _NORMS.get(model_type, IMAGENET_NORM)
 
 
-def labels_of(cls: str, config: Any) -> tuple[str, ...] | None:
-    """Class names of a model; None where they are the library's placeholders.
-
-    Args:
-        cls: Name of its class.
-        config: Its configuration.
-    """
+def labels_of(config: Any) -> tuple[str, ...] | None:
+    """Class names of a model's configuration; None where they are the library's placeholders."""
     given = config.id2label or {}
     names = tuple(str(given[key]) for key in sorted(given, key=int))
-    placeholders = all(name.startswith("LABEL_") for name in names)
-    return names if "ForImageClassification" in cls and not placeholders else None
+    return None if all(name.startswith("LABEL_") for name in names) else names
+
+
+def activation_of(config: Any) -> Activation | None:
+    """What makes scores of a classifier's logits, by its ``problem_type``, as in the library.
+
+    Returns:
+        None where it is a classifier of one class, or does not say: the usual one of so many.
+    """
+    kinds: dict[str, Activation] = {
+        "regression": "none",
+        "multi_label_classification": "sigmoid",
+    }
+    return kinds.get(str(config.problem_type))
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,7 @@ class HfLoader:
         refuse_depth(depth)
         # The library draws weights first, also where all are replaced.
         with torch.random.fork_rng(devices=[]):
-            state, info = self._state(weights)
+            state, info = self._state(weights, recipe.weights_key)
             return loaded(self._resampled(self._filled(state)), recipe, info)
 
     def architecture(self, recipe: Recipe | None = None) -> nn.Module:  # noqa: ARG002
@@ -149,8 +167,18 @@ class HfLoader:
         config.image_size = image_size or config.image_size
         return config
 
+    def _whole(self, vision: Any) -> Any:
+        """The configuration that the class is made of: of both halves for some classifiers."""
+        if self.cls not in CLASSIFIERS.values():
+            return vision
+        given = {key: value for key, value in self.values.items() if key != "vision_config"}
+        with quiet() as transformers:
+            config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
+        config.vision_config = vision
+        return config
+
     def _make(self, depth: int | None = None, image_size: int | None = None) -> Any:
-        config = self.config(depth, image_size)
+        config = self._whole(self.config(depth, image_size))
         with quiet() as transformers:
             # Its layers check their sizes with many classes of error.
             try:
@@ -161,7 +189,7 @@ class HfLoader:
                     f"({reason_of(error)}); expected the configuration of a whole checkpoint"
                 ) from None
 
-    def _state(self, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:
+    def _state(self, weights: str, weights_key: str) -> tuple[dict[str, Tensor], WeightsInfo]:
         """The vision model's tensors as its checkpoint has them, or another file."""
         from tome_export.models.hub import snapshot
 
@@ -179,14 +207,13 @@ class HfLoader:
             digest = sha256(folder / names[0]) if len(names) == 1 else None
             info = WeightsInfo("pretrained", source, digest)
         else:
-            path = Path(weights)
-            state = {new: v for key, v in read_state(path).items() if (new := own(key))}
-            info = WeightsInfo("file", path.name, sha256(path))
+            file = read_checkpoint(Path(weights), weights_key)
+            state = {new: v for key, v in file.state.items() if (new := own(key))}
+            info = WeightsInfo("file", file.source, sha256(file.path), key=file.key)
         if self.image_size not in (None, before := self.config().image_size):
             remark = f"position embedding resampled {before} -> {self.image_size} pixels"
-            info = WeightsInfo(info.kind, f"{info.source}; {remark}", info.sha256)
-        stored = stored_dtype(state.values())
-        return state, WeightsInfo(info.kind, info.source, info.sha256, stored_dtype=stored)
+            info = replace(info, source=f"{info.source}; {remark}")
+        return state, replace(info, stored_dtype=stored_dtype(state.values()))
 
     def _filled(self, state: dict[str, Tensor]) -> Any:
         """The model with the tensors of a checkpoint: all of them, and of no other shapes."""
@@ -194,7 +221,8 @@ class HfLoader:
 
         who = f"weights of {self.source}"
         check_stored(state, who)
-        config, extra = self.config(), {}
+        check_finite(state, f"{who} have")
+        config, extra = self._whole(self.config()), {}
         pooled = any(key.endswith("pooler.dense.weight") for key in state)
         if self.cls in ("ViTModel", "DeiTModel") and not pooled:
             extra["add_pooling_layer"] = False
@@ -236,7 +264,7 @@ class HfLoader:
         import torch
 
         size = self.image_size
-        if size in (None, module.config.image_size):
+        if size in (None, self.config().image_size):
             return module
         resampled = self._make(image_size=size)
         base, other = (getattr(m, m.base_model_prefix, m) for m in (module, resampled))
@@ -334,6 +362,8 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
     Raises:
         InputError: if there is no supported vision model in it.
     """
+    from tome_export.patch import patch
+
     values = read_config(folder)
     loader = HfLoader(_class_of(values, where), values, where)
     full, tokens = _sizes(loader)
@@ -346,20 +376,22 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
             check_size(preprocessing, family, where)
         loader = HfLoader(loader.cls, values, where, height)
         tokens = _sizes(loader)[1]
-    return Recipe(
+    made: Any = loader.architecture()
+    recipe = Recipe(
         name=name,
         family="hf_clip" if kind.endswith("_vision_model") else "hf_vit",
         preprocessing=preprocessing,
         recommended_r=recommended_r(tokens, int(full.num_hidden_layers)),
         r_source=RULE,
-        output_name="logits" if "ForImageClassification" in loader.cls else "features",
+        activation=activation_of(made.config),
         description="; ".join(filter(None, (f"Transformers' {loader.cls}", remark))),
         weights_source=where,
         licence="not stated by the checkpoint",
-        labels=labels_of(loader.cls, full),
+        labels=labels_of(made.config),
         dense_only=loader.dense_only,
         loader=loader,
     )
+    return recipe.giving(patch(made, 0, dense=True).output_choice)
 
 
 def _class_of(values: dict[str, Any], where: str) -> str:
@@ -374,10 +406,11 @@ def _class_of(values: dict[str, Any], where: str) -> str:
                 f"image tokens to merge; expected model type {supported}"
             )
         raise InputError(f"model type {kind!r} of {where} is not supported; supported: {supported}")
-    if kind in TOWERS:
-        return TOWERS[kind]
-    names = values.get("architectures") or [CLASSES[kind][0]]
+    names = values.get("architectures") or [""]
     found = names[0] if isinstance(names, list) else names
+    if kind in TOWERS:
+        return found if found == CLASSIFIERS[kind] else TOWERS[kind]
+    found = found or CLASSES[kind][0]
     if found not in CLASSES[kind]:
         raise InputError(
             f"architecture {found} of {where} is not supported; supported: "
@@ -392,7 +425,8 @@ def _sizes(loader: HfLoader) -> tuple[Any, int]:
 
     model: Any = loader.architecture()
     merged = patch(model, 0, dense=True)
-    return model.config, merged.layers[0].tokens_in if merged.layers else merged.prefix
+    config = getattr(model.config, "vision_config", model.config)
+    return config, merged.layers[0].tokens_in if merged.layers else merged.prefix
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -40,7 +40,15 @@ from tome_export.models.recipe import (
     recommended_r,
 )
 from tome_export.spec import SELECT_FEATURES, Preprocessing, SelectFeature, TowerOptions
-from tome_export.weights.files import check_fit, check_stored, read_state, sha256, stored_dtype
+from tome_export.weights.files import (
+    Checkpoint,
+    check_finite,
+    check_fit,
+    check_stored,
+    read_checkpoint,
+    sha256,
+    stored_dtype,
+)
 from tome_export.weights.shards import pick
 
 if TYPE_CHECKING:
@@ -333,7 +341,10 @@ class LlavaLoader:
             return random_model(recipe, seed, lambda: self._tower(depth))
         refuse_depth(depth)
         module: Any = self.architecture()
-        state, info = self._state() if weights == "pretrained" else self._from_file(Path(weights))
+        if weights == "pretrained":
+            state, info = self._state()
+        else:
+            state, info = self._from_file(read_checkpoint(Path(weights), recipe.weights_key))
         who = f"weights of {info.source}"
         check_stored(state, who)
         check_fit(
@@ -342,6 +353,7 @@ class LlavaLoader:
             f"{who} do not fit its config.json",
             "the whole checkpoint of this architecture",
         )
+        check_finite(state, f"{who} have")
         stored = stored_dtype(state.values())
         # One tensor at a time, so that no more than one is there in both types.
         ready = {key: state.pop(key).float() for key in list(state)}
@@ -379,10 +391,9 @@ class LlavaLoader:
     def _rename(self, key: str) -> str | None:
         return tower_key(key, self.config.layers, bool(self.config.options.projector))
 
-    def _from_file(self, path: Path) -> tuple[State, WeightsInfo]:
-        found = read_state(path)
-        state = {new: value for key, value in found.items() if (new := self._rename(key))}
-        return state, WeightsInfo("file", path.name, sha256=sha256(path))
+    def _from_file(self, file: Checkpoint) -> tuple[State, WeightsInfo]:
+        state = {new: value for key, value in file.state.items() if (new := self._rename(key))}
+        return state, WeightsInfo("file", file.source, sha256(file.path), key=file.key)
 
     def _state(self) -> tuple[State, WeightsInfo]:
         """The tensors of the checkpoint, and of the CLIP model where it leaves those out."""

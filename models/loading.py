@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
 from tome_export.models.recipe import LoadedModel, Recipe, WeightsInfo
-from tome_export.weights.files import check_fit, sha256, stored_dtype
+from tome_export.weights.files import (
+    Checkpoint,
+    check_finite,
+    check_fit,
+    read_checkpoint,
+    sha256,
+    stored_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +90,7 @@ class FileLoader(ABC):
         """The module, freshly initialised, with all its blocks or the first ``depth``."""
 
     @abstractmethod
-    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """The model with the weights of a file; raises an ``InputError`` if they do not fit."""
 
     @abstractmethod
@@ -102,9 +109,10 @@ class FileLoader(ABC):
         if weights == "random":
             return random_model(recipe, seed, lambda: self.create(depth))
         if weights != "pretrained":
-            return self.from_file(recipe, Path(weights), depth)
+            checkpoint = read_checkpoint(Path(weights), recipe.weights_key)
+            return self.from_file(recipe, checkpoint, depth)
         refuse_depth(depth)
-        made = self.from_file(recipe, self.download(recipe), None)
+        made = self.from_file(recipe, read_checkpoint(self.download(recipe)), None)
         info = replace(made.weights, kind="pretrained", source=recipe.weights_source)
         return replace(made, weights=info)
 
@@ -113,7 +121,7 @@ def filled(
     recipe: Recipe,
     module: nn.Module,
     state: dict[str, Tensor],
-    path: Path,
+    checkpoint: Checkpoint,
     stored: str = "",
     remark: str = "",
 ) -> LoadedModel:
@@ -123,15 +131,36 @@ def filled(
     the name of the file.
 
     Raises:
-        InputError: if names or shapes are not those of the module.
+        InputError: if names or shapes are not those of the module, values are not finite, or the
+            file is of OpenAI's CLIP and the module has another activation than that.
     """
+    path = checkpoint.path
     check_fit(
         state,
         module.state_dict(),
         f"weights file {path} does not fit the model",
         "the checkpoint of this architecture",
     )
+    check_finite(state, f"weights file {path} has")
+    _check_activation(module, checkpoint)
     module.load_state_dict(state, strict=True)
-    stored = stored or stored_dtype(state.values())
-    info = WeightsInfo("file", f"{path.name}{remark}", sha256(path), stored_dtype=stored)
+    info = WeightsInfo(
+        "file",
+        f"{checkpoint.source}{remark}",
+        sha256(path),
+        stored_dtype=stored or stored_dtype(state.values()),
+        key=checkpoint.key,
+    )
     return loaded(module, recipe, info)
+
+
+def _check_activation(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse OpenAI's CLIP, trained with QuickGELU, in a tower that has none."""
+    # Numbers that OpenAI's own code stores among the weights, and no later one.
+    openai = {"input_resolution", "context_length", "vocab_size"} <= checkpoint.state.keys()
+    if openai and not any(type(part).__name__.startswith("QuickGELU") for part in module.modules()):
+        raise InputError(
+            f"weights file {checkpoint.path} is OpenAI's CLIP, whose activation is QuickGELU; this "
+            "architecture has another: name the one with quickgelu in its name, such as "
+            "open_clip:ViT-B-32-quickgelu or timm:vit_base_patch32_clip_quickgelu_224"
+        )

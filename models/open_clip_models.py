@@ -15,7 +15,7 @@ from tome_export.models.hub import ask, ask_hub, ask_url, cached_file
 from tome_export.models.loading import FileLoader, filled
 from tome_export.models.recipe import CLIP_NORM, RULE, Geometry, LoadedModel, Recipe, recommended_r
 from tome_export.spec import Interpolation, Preprocessing
-from tome_export.weights.files import first_line, read_state
+from tome_export.weights.files import Checkpoint, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,9 +54,9 @@ class OpenClipLoader(FileLoader):
             tower.trunk.blocks = tower.trunk.blocks[:depth]
         return cast("nn.Module", tower)
 
-    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``FileLoader``."""
-        return filled(recipe, self.create(depth), _tower(read_state(path)), path)
+        return filled(recipe, self.create(depth), _tower(checkpoint.state), checkpoint)
 
     def download(self, recipe: Recipe) -> Path:
         """See ``FileLoader``."""

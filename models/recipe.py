@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tome_export.merge.schedule import VideoOptions
-    from tome_export.spec import Preprocessing, TowerOptions
+    from tome_export.patch.base import OutputChoice
+    from tome_export.spec import Activation, Preprocessing, TowerOptions
 
 OutputName = Literal["logits", "features", "video_features"]
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
@@ -140,6 +141,8 @@ class Recipe:
         r_source: Where ``recommended_r`` comes from.
         prop_attn: Proportional attention (ToMe, eq. 1).
         output_name: ``logits`` of a classifier, ``features`` of a model without a head.
+        output_note: Why it is the one or the other, where the model was looked at.
+        activation: What makes scores of logits; None for the usual one of so many.
         description: One line for ``tome-export models``.
         weights_source: Where pretrained weights come from, and who made them.
         licence: Licence of the pretrained weights, as timm states it.
@@ -154,6 +157,8 @@ class Recipe:
         video: Frames of one video and how they are joined; None for a model of images.
         reducer_keys: How the keys of a reducer's weights begin in a file that holds the model's
             too; only files of timm's models are read so.
+        weights_key: Where in a weights file the model's are; empty for the rule of
+            ``read_checkpoint``.
     """
 
     name: str
@@ -166,6 +171,8 @@ class Recipe:
     r_source: str = ""
     prop_attn: bool = True
     output_name: OutputName = "logits"
+    output_note: str = ""
+    activation: Activation | None = None
     description: str = ""
     weights_source: str = ""
     licence: str = ""
@@ -179,6 +186,7 @@ class Recipe:
     dense_only: bool = False
     video: VideoOptions | None = None
     reducer_keys: tuple[str, ...] = ()
+    weights_key: str = ""
 
     def load(
         self, weights: str = "pretrained", seed: int = 0, depth: int | None = None
@@ -198,11 +206,37 @@ class Recipe:
         """
         if depth is not None and depth < 1:
             raise InputError(f"depth is {depth}; expected 1 or more blocks")
+        if self.weights_key and weights in ("pretrained", "random"):
+            raise InputError(
+                f"a key of a weights file ({self.weights_key!r}) was given with {weights} weights; "
+                "give the file with --weights PATH, or leave --weights-key out"
+            )
         return self.loader.load(self, weights, seed, depth)
 
     def architecture(self) -> nn.Module:
         """The model without memory for its weights, to be counted and looked at."""
         return self.loader.architecture(self).eval()
+
+    def giving(self, choice: OutputChoice) -> Recipe:
+        """The recipe of a model whose output is taken for this."""
+        name: OutputName = "logits" if choice.classifies else "features"
+        return replace(self, output_name=name, output_note=choice.why)
+
+    def scored_by(self, activation: Activation | None) -> Recipe:
+        """The recipe with what a user says makes scores of its output; None leaves it as it is.
+
+        Raises:
+            InputError: if the output is none of an image.
+        """
+        if activation is None:
+            return self
+        if self.video is not None or self.tower is not None:
+            raise InputError(
+                f"activation {activation} was asked for {self.name}, which is a tower whose output "
+                "is features; leave --activation out"
+            )
+        note = f"--activation {activation}"
+        return replace(self, output_name="logits", output_note=note, activation=activation)
 
     def label_names(self, classes: int) -> tuple[str, ...] | None:
         """Names of the classes; None where they are not known, as for a fine-tuned head.
@@ -234,6 +268,7 @@ class WeightsInfo:
         seed: Of random weights.
         stored_dtype: Type of the values in the weights file, narrower than float32 where it is
             half precision.
+        key: Where in the file they are; empty if they are all that it holds.
     """
 
     kind: WeightsKind
@@ -241,6 +276,7 @@ class WeightsInfo:
     sha256: str | None = None
     seed: int | None = None
     stored_dtype: str = "float32"
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,8 +285,8 @@ class LoadedModel:
 
     Attributes:
         module: In eval mode, float32, on the CPU, without gradients.
-        recipe: What made it; where a checkpoint brought a head of its own, ``output_name`` is
-            that of this model.
+        recipe: What made it; ``output_name`` and ``activation`` are those of this model, also where
+            a checkpoint brought a head of its own.
         weights: Where its weights come from.
         learned: Tensors of the file under ``recipe.reducer_keys``, by key.
     """

@@ -29,8 +29,9 @@ from tome_export.models.recipe import (
 )
 from tome_export.spec import Interpolation, Preprocessing
 from tome_export.weights.files import (
+    Checkpoint,
     first_line,
-    read_state,
+    read_checkpoint,
     sha256,
     shapes_of,
     stored_dtype,
@@ -67,6 +68,8 @@ def recipe_from_timm(name: str) -> Recipe:
     """
     from timm import get_pretrained_cfg, is_model, list_pretrained
 
+    from tome_export.patch.timm_vit import output_choice
+
     arch, _, tag = name.partition(".")
     if not is_model(arch):
         close = [f"timm:{match}" for match in close_timm_names(name)]
@@ -82,12 +85,10 @@ def recipe_from_timm(name: str) -> Recipe:
         cfg = get_pretrained_cfg(name)
     if cfg is not None and cfg.tag:
         name = f"{arch}.{cfg.tag}"
-    tokens, depth, classes = _shape(name)
+    tokens, depth, model = _shape(name)
     values: dict[str, Any] = cfg.to_dict() if cfg is not None else {}
     words = set(str(values.get("tag") or "").split("_"))
-    # timm keeps the projection of CLIP's towers as their head, unless one was trained behind it.
-    embeds = "_clip_" in arch and not {"ft", "classification"} & words
-    return Recipe(
+    recipe = Recipe(
         name=f"timm:{name}",
         timm_name=name,
         preprocessing=preprocessing_from_cfg(values),
@@ -95,12 +96,12 @@ def recipe_from_timm(name: str) -> Recipe:
         loader=TimmLoader(),
         r_source=RULE,
         prop_attn="mae" not in words,
-        output_name="logits" if classes and not embeds else "features",
         description=_description(arch, values),
         weights_source=str(values.get("hf_hub_id") or values.get("url") or "none"),
         licence=str(values.get("license") or "not stated by timm"),
-        label_set=_LABEL_SETS.get(classes),
+        label_set=_LABEL_SETS.get(int(model.num_classes)),
     )
+    return recipe.giving(output_choice(model))
 
 
 def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:
@@ -131,8 +132,8 @@ def _description(arch: str, cfg: dict[str, Any]) -> str:
     )
 
 
-def _shape(name: str) -> tuple[int, int, int]:
-    """Tokens, blocks and classes, from the architecture alone: no memory, no weights."""
+def _shape(name: str) -> tuple[int, int, Any]:
+    """Tokens, blocks and the architecture itself: no memory, no weights."""
     import torch
     from timm import create_model
 
@@ -146,7 +147,7 @@ def _shape(name: str) -> tuple[int, int, int]:
             "merge; expected a VisionTransformer"
         )
     prefix = int(getattr(model, "num_prefix_tokens", 0))
-    return int(patches) + prefix, len(blocks), int(model.num_classes)
+    return int(patches) + prefix, len(blocks), model
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,20 @@ class TimmLoader:
 
     def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
         """Make the model; see ``Recipe.load``."""
+        from tome_export.patch.timm_vit import output_choice
+
+        made = self._load(recipe, weights, seed, depth)
+        return replace(made, recipe=made.recipe.giving(output_choice(made.module)))
+
+    def _load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
         if weights == "random":
             return random_model(recipe, seed, lambda: _create(recipe, depth=depth))
         if weights != "pretrained":
-            return _from_file(recipe, Path(weights), "file", depth)
+            checkpoint = read_checkpoint(Path(weights), recipe.weights_key)
+            return _from_file(recipe, checkpoint, "file", depth)
         refuse_depth(depth)
         if recipe.bundled is not None:
-            return _from_file(recipe, DATA / recipe.bundled, "bundled", None)
+            return _from_file(recipe, read_checkpoint(DATA / recipe.bundled), "bundled", None)
         return _pretrained(recipe)
 
     def architecture(self, recipe: Recipe) -> nn.Module:
@@ -181,6 +189,15 @@ def _create(recipe: Recipe, **arguments: Any) -> nn.Module:
 
 
 def _pretrained(recipe: Recipe) -> LoadedModel:
+    from timm import get_pretrained_cfg
+
+    notes = str(getattr(get_pretrained_cfg(recipe.timm_name), "notes", None))
+    if "natively QuickGELU" in notes and "_quickgelu" not in recipe.timm_name:
+        raise InputError(
+            f"weights of timm's {recipe.timm_name} were trained with QuickGELU, which this "
+            "architecture has not; use timm:"
+            + recipe.timm_name.replace("_clip_", "_clip_quickgelu_", 1)
+        )
     overlay = pretrained_overlay(recipe)
     try:
         module = _create(recipe, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -196,22 +213,22 @@ def _pretrained(recipe: Recipe) -> LoadedModel:
     info = WeightsInfo("pretrained", recipe.weights_source)
     if path is not None:
         # timm has widened what the file holds.
-        stored = stored_dtype(read_state(path).values())
+        stored = stored_dtype(read_checkpoint(path).state.values())
         info = replace(info, sha256=sha256(path), stored_dtype=stored)
     return loaded(module, recipe, info)
 
 
-def _from_file(recipe: Recipe, path: Path, kind: WeightsKind, depth: int | None) -> LoadedModel:
-    state, learned = split_learned(read_state(path), recipe)
-    classes = _head_classes(state, path)
+def _from_file(
+    recipe: Recipe, checkpoint: Checkpoint, kind: WeightsKind, depth: int | None
+) -> LoadedModel:
+    state, learned = split_learned(checkpoint.state, recipe)
+    classes = _head_classes(state, checkpoint.path)
     # The mean for a norm behind the pooling and none before it: fine-tuned MAE.
     mean = "fc_norm.weight" in state and "norm.weight" not in state
     module = _create(recipe, depth=depth, num_classes=classes, global_pool="avg" if mean else None)
-    logits = classes and classes != _embedding(recipe)
-    changed = replace(recipe, output_name="logits") if logits else recipe
     stored = stored_dtype(state.values())
     state, remark = _converted(module, state, recipe.timm_name.partition(".")[0])
-    made = filled(changed, module, state, path, stored, remark and f"; {remark}")
+    made = filled(recipe, module, state, checkpoint, stored, remark and f"; {remark}")
     return replace(made, learned=learned, weights=replace(made.weights, kind=kind))
 
 
@@ -232,14 +249,6 @@ def _head_classes(state: State, path: Path) -> int | None:
             "expected the same"
         )
     return next(iter(heads.values()), None)
-
-
-def _embedding(recipe: Recipe) -> int | None:
-    """Width of the image features that timm keeps as the head of CLIP's towers; else None."""
-    from timm import get_pretrained_cfg
-
-    cfg = get_pretrained_cfg(recipe.timm_name) if recipe.output_name == "features" else None
-    return int(cfg.num_classes) if cfg is not None else None
 
 
 def _converted(module: nn.Module, state: State, architecture: str) -> tuple[State, str]:

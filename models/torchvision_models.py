@@ -19,7 +19,7 @@ from tome_export.models.recipe import (
     recommended_r,
 )
 from tome_export.spec import Interpolation, Preprocessing
-from tome_export.weights.files import first_line, read_state
+from tome_export.weights.files import Checkpoint, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,13 +61,13 @@ class TorchvisionLoader(FileLoader):
         )
         return made
 
-    def from_file(self, recipe: Recipe, path: Path, depth: int | None) -> LoadedModel:
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``FileLoader``."""
-        state = _current(read_state(path))
+        state = _current(checkpoint.state)
         head = state.get("heads.head.weight")
         classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 1000
         module = self.create(depth, classes)
-        return filled(recipe, module, state, path)
+        return filled(recipe, module, state, checkpoint)
 
     def download(self, recipe: Recipe) -> Path:
         """See ``FileLoader``."""

@@ -5,6 +5,10 @@ A message is one line and says what was got, what was expected, and what to do.
 
 from __future__ import annotations
 
+import os
+import traceback
+from pathlib import Path
+
 
 class TomeExportError(Exception):
     """Base of every error this package raises on purpose."""
@@ -40,3 +44,15 @@ class ExportError(TomeExportError):
     """The ONNX export or the engine build failed."""
 
     exit_code = 6
+
+
+def exit_text(error: SystemExit) -> str:
+    """Which line of the user's code ended the program, as in ``sys.exit(2) in mine.py, line 7``.
+
+    It is the last one of a file under the current folder, or the very last.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    here = f"{Path.cwd()}{os.sep}"
+    last = next((f for f in reversed(frames) if f.filename.startswith(here)), frames[-1])
+    code = "" if error.code is None else repr(error.code)
+    return f"sys.exit({code}) in {last.filename}, line {last.lineno}"

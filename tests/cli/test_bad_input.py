@@ -15,7 +15,7 @@ from tome_export.models.recipe import DATA
 
 BUILD = ("build", "vit_digits", "--engine", "none", "-o", "out")
 
-SUFFIXES = ".safetensors, .pth, .pt, .bin"
+SUFFIXES = ".safetensors, .pth, .pt, .bin, .ckpt, .tar"
 
 CASES = {
     "unknown model": (

@@ -228,15 +228,17 @@ def test_values_that_are_not_finite_are_named(state, tmp_path):
 def test_missing_file_folder_and_other_kinds(tmp_path):
     assert error_of(tmp_path / "none.pth") == (
         "weights file none.pth does not exist; expected 'pretrained', 'random', or a file ending "
-        "in .safetensors, .pth, .pt, .bin"
+        "in .safetensors, .pth, .pt, .bin, .ckpt, .tar"
     )
     (tmp_path / "d.pth").mkdir()
     assert error_of(tmp_path / "d.pth") == (
-        "weights d.pth is a folder; expected a file ending in .safetensors, .pth, .pt, .bin"
+        "weights d.pth is a folder; expected a file ending in .safetensors, .pth, .pt, .bin, "
+        ".ckpt, .tar"
     )
     (tmp_path / "w.pkl").touch()
     assert error_of(tmp_path / "w.pkl") == (
-        "weights file w.pkl ends in '.pkl'; expected one of .safetensors, .pth, .pt, .bin"
+        "weights file w.pkl ends in '.pkl'; expected one of .safetensors, .pth, .pt, .bin, "
+        ".ckpt, .tar"
     )
 
 

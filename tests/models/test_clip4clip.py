@@ -140,7 +140,7 @@ def test_lora_is_folded_and_frame_positions_are_taken(tmp_path):
     for name, expected in folded.items():
         assert torch.allclose(state[name], expected, atol=1e-5), name
     plain = tiny_recipe().load(str(path))
-    assert plain.weights.source == "tempme.pth; its frame positions are left out"
+    assert plain.weights.source == "tempme.pth; its model; its frame positions are left out"
 
 
 def test_clip_without_frame_positions_starts_from_zero(tmp_path):

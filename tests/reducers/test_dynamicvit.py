@@ -174,7 +174,8 @@ def test_a_file_of_their_own(tmp_path):
     ("state", "options", "message"),
     [
         (None, ["weights=no.pth"], "weights file {folder}/no.pth does not exist; expected "
-         "'pretrained', 'random', or a file ending in .safetensors, .pth, .pt, .bin"),
+         "'pretrained', 'random', or a file ending in .safetensors, .pth, .pt, .bin, "
+         ".ckpt, .tar"),
         (None, [], "the file of the model's weights has no score_predictor.*, the predictors of "
          "reducer dynamicvit; give a DynamicViT checkpoint with --weights PATH or "
          "--reducer-option weights=PATH, or try the toolchain with --reducer-option "

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tome_export.artifact.document import Batch, Document, Part, short
+from tome_export.artifact.document import (
+    LONGEST_PLACE,
+    Batch,
+    Count,
+    Document,
+    Part,
+    Place,
+    Positive,
+    Size,
+    Whole,
+    short,
+)
+from tome_export.artifact.files import open_regular
 from tome_export.artifact.parity import ParitySummary
 from tome_export.errors import InputError
 from tome_export.merge.schedule import VideoOptions
 from tome_export.spec import (
+    ENTROPY,
+    FEATURES,
+    INPUT_NAME,
+    LOGITS,
+    SOURCE_MAP,
+    VIDEO_FEATURES,
+    Activation,
     AttentionForm,
     BackendName,
     PatchGrid,
@@ -21,6 +41,15 @@ from tome_export.spec import (
     TensorInfo,
     TowerOptions,
 )
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, as Linux has them."""
+
+LONGEST_SIDE = 65536
+"""Pixels of an image that becomes an input, each way."""
+
+LEAST, MOST_CROP = 1e-6, 8.0
+"""Standard deviations are not below, nor above its inverse; shares of a side that are cut out."""
 
 FORMAT = 1
 """Version of ``build.json``; raised when a reader of the old form would misread the new."""
@@ -49,14 +78,16 @@ class Weights(Part):
         sha256: Of the weights file, where there is one.
         seed: Of random weights.
         stored_dtype: Type of the values in the weights file.
+        key: Where in the weights file they are; empty if they are all that it holds.
         state_sha256: Digest of the library model's weights by name, shape and value.
     """
 
-    kind: str
-    source: str
+    kind: Literal["pretrained", "random", "file", "bundled", "function"]
+    source: Place
     sha256: str | None
-    seed: int | None
+    seed: Whole | None
     stored_dtype: str
+    key: str = ""
     state_sha256: str
 
 
@@ -74,8 +105,8 @@ class ModelInfo(Part):
         random_weights: Whether the weights are random, and so not meant for use.
     """
 
-    name: str
-    folder: str | None
+    name: Place
+    folder: Place | None
     family: str
     timm_name: str | None
     description: str
@@ -108,12 +139,12 @@ class MergeInfo(Part):
 
     reducer: Component
     schedule: str
-    r: tuple[int, ...]
+    r: tuple[Count, ...]
     prop_attn: bool
-    prefix: int
+    prefix: Count
     class_token: bool
     scored: bool
-    merge_op: str
+    merge_op: Literal["matmul", "index_add", "plugin"]
     note: str = ""
 
 
@@ -133,40 +164,48 @@ class Layer(Part):
         prefix: Protected tokens of each clip.
     """
 
-    tokens_in: int
-    r: int
-    tokens_out: int
+    tokens_in: Count
+    r: Count
+    tokens_out: Count
     behind_block: bool
-    macs: int
-    macs_unmerged: int
-    clips: int | None = Absent
-    joined: int | None = Absent
-    cross: int | None = Absent
-    prefix: int | None = Absent
+    macs: Count
+    macs_unmerged: Count
+    clips: Count | None = Absent
+    joined: Count | None = Absent
+    cross: Count | None = Absent
+    prefix: Count | None = Absent
 
 
 class Macs(Part):
     """Multiply-accumulates per image or video, and how many times fewer merging makes them."""
 
-    merged: int
-    unmerged: int
-    ratio: float
+    merged: Annotated[Count, Field(ge=1)]
+    unmerged: Annotated[Count, Field(ge=1)]
+    ratio: Positive
 
 
 class Tensor(Part):
     """One input or output of the ONNX model; a dynamic batch is ``"batch"`` in the shape."""
 
     name: str
-    shape: tuple[int | Literal["batch"], ...]
+    shape: tuple[Size | Literal["batch"], ...]
     dtype: str
 
 
 class OutputForm(Part):
-    """Which outputs were asked for beside the model's own; see ``BuildRequest``."""
+    """Which outputs were asked for beside the model's own; see ``BuildRequest``.
+
+    Attributes:
+        dense: Features of every patch in place of the model's own output.
+        source_map: Also which final token each patch went into.
+        entropy: Also the token-size entropy of each image.
+        note: Why the model's own output is taken for class scores or features.
+    """
 
     dense: bool
     source_map: bool
     entropy: bool
+    note: str = ""
 
 
 class Tower(Part):
@@ -183,12 +222,12 @@ class Tower(Part):
     """
 
     kind: str | None = Absent
-    select_layer: int | None = Absent
+    select_layer: Whole | None = Absent
     select_feature: SelectFeature | None = Absent
     projector: bool | None = Absent
-    tokens: int
-    width: int
-    grid: tuple[int, int] | None
+    tokens: Size
+    width: Size
+    grid: tuple[Size, Size] | None
 
     @property
     def options(self) -> TowerOptions:
@@ -206,10 +245,10 @@ class Graph(Part):
         nodes: Number of nodes.
     """
 
-    opset: int
+    opset: Count
     attention: AttentionForm
     attention_note: str
-    nodes: int
+    nodes: Count
 
 
 class PluginInfo(Part):
@@ -243,15 +282,15 @@ class EngineInfo(Part):
 
     backend: BackendName
     version: str
-    file: str
-    size_bytes: int
-    build_seconds: float
+    file: Place
+    size_bytes: Count
+    build_seconds: Positive
     batch: Batch
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     targets: tuple[str, ...]
-    network_layers: int
-    plugin_layers: int
+    network_layers: Count
+    plugin_layers: Count
     version_compatible: bool
     layers: tuple[Any, ...] | None
     notes: tuple[str, ...]
@@ -260,7 +299,7 @@ class EngineInfo(Part):
 class FileRecord(Part):
     """Size and digest of a file."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -287,6 +326,7 @@ class Manifest(Document):
         compressor: Last stage of a tower; None for none.
         tower: For a language model; None for any other model.
         preprocessing: How an image becomes the input.
+        activation: What makes scores of the logits; None where the output is features.
         labels: Names of the classes; None where the output is features or nobody names them.
         onnx: How the graph is written.
         plugins: Kernels of the plugin; None where the merge is not a plugin.
@@ -302,8 +342,8 @@ class Manifest(Document):
     format: Literal[1]
     model: ModelInfo
     merge: MergeInfo
-    tokens: tuple[int, ...]
-    tokens_in: int
+    tokens: tuple[Count, ...]
+    tokens_in: Count
     patches: PatchGrid | None
     layers: tuple[Layer, ...]
     video: VideoOptions | None
@@ -318,6 +358,7 @@ class Manifest(Document):
     compressor: Component | None
     tower: Tower | None
     preprocessing: Preprocessing
+    activation: Activation | None
     labels: tuple[str, ...] | None
     onnx: Graph
     plugins: PluginInfo | None = None
@@ -335,15 +376,129 @@ class Manifest(Document):
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         """Raise for what the types cannot say."""
+        self._check_files()
+        self._check_layers()
+        self._check_tensors()
+        self._check_preprocessing()
+        if (self.activation is not None) != (self.output.name == LOGITS):
+            raise ValueError(
+                f"has activation {self.activation} of the output {short(self.output.name)}, "
+                f"expected one of {LOGITS} and none of features"
+            )
+        if self.labels is not None and self.output.shape[1:] != (len(self.labels),):
+            raise ValueError(
+                f"has {len(self.labels)} labels for the output {self.output.name} "
+                f"{[*self.output.shape]}, expected one label per logit"
+            )
+        return self
+
+    def _check_files(self) -> None:
         for name in self.files:
             # A name that leads elsewhere would let a manifest point at any file of the machine.
             plain = PurePosixPath(name)
             parts = set(plain.parts)
-            if name != str(plain) or parts & {"..", "/", MANIFEST} or not parts or "\0" in name:
+            longest = max((len(os.fsencode(part)) for part in parts), default=0)
+            if (
+                name != str(plain)
+                or parts & {"..", "/", MANIFEST}
+                or not 0 < longest <= LONGEST_NAME
+                or len(name) > LONGEST_PLACE
+                or "\0" in name
+            ):
                 raise ValueError(
                     f"lists the file {short(name)}, expected a plain name or one in a folder"
                 )
-        return self
+        for name, engine in self.engines.items():
+            if name != engine.backend or engine.file in (MODEL, *RESULTS):
+                raise ValueError(
+                    f"has the engine {short(name)} of {engine.backend} in {short(engine.file)}, "
+                    "expected a file of its own by the name of its backend"
+                )
+
+    def _check_layers(self) -> None:
+        """The counts of each layer follow from those of the one before."""
+        layers, merge = self.layers, self.merge
+        if not len(layers) == len(self.tokens) == len(merge.r):
+            raise ValueError(
+                f"has {len(layers)} layers, {len(self.tokens)} tokens and {len(merge.r)} merge.r, "
+                "expected one of each per layer"
+            )
+        if not layers:
+            raise ValueError("has layers [], expected one or more")
+        total = self.tokens_in
+        for index, (layer, r, tokens) in enumerate(zip(layers, merge.r, self.tokens, strict=True)):
+            clips, joined, cross = layer.clips or 1, layer.joined or 1, layer.cross or 0
+            into, out = clips * joined * layer.tokens_in, joined * layer.tokens_in - cross - r
+            if (into, layer.r, layer.tokens_out, tokens) != (total, r, out, clips * out) or out < 1:
+                raise ValueError(
+                    f"has layers[{index}] of {layer.tokens_in} tokens less r {layer.r} to "
+                    f"{layer.tokens_out}, which does not fit merge.r, tokens or the layer before"
+                )
+            total = tokens
+
+    def _check_tensors(self) -> None:
+        """Names and shapes are those that a build of this form gives."""
+        main = self.output.name
+        if self.input.name != INPUT_NAME:
+            raise ValueError(f"has the input {short(self.input.name)}, expected {INPUT_NAME}")
+        if main not in ((FEATURES,) if self.form.dense else (LOGITS, FEATURES, VIDEO_FEATURES)):
+            expected = FEATURES if self.form.dense else f"{LOGITS}, {FEATURES} or {VIDEO_FEATURES}"
+            raise ValueError(f"has the output {short(main)}, expected {expected}")
+        if not self.inputs or self.inputs[0] != self.input:
+            raise ValueError(f"has inputs that do not begin with {INPUT_NAME} as input has it")
+        form = self.form
+        asked = {SOURCE_MAP: form.source_map, ENTROPY: form.entropy}
+        names = [main, *(name for name, given in asked.items() if given)]
+        if [tensor.name for tensor in self.outputs] != names or self.outputs[0] != self.output:
+            raise ValueError(f"has outputs other than {', '.join(names)}, as output and form say")
+        if len({tensor.name for tensor in self.inputs}) < len(self.inputs):
+            raise ValueError("has two inputs of one name")
+        batch = self.batch.max if self.batch.is_static else "batch"
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.shape[:1] != (batch,) or "batch" in tensor.shape[1:]:
+                raise ValueError(
+                    f"has {tensor.name} of shape {[*tensor.shape]}, expected {batch!r} and sizes "
+                    f"behind it, as batch is {self.batch}"
+                )
+        frames = () if self.video is None else self.input.shape[1:2]
+        wanted = (batch, *frames, *self.preprocessing.input_size)
+        if self.input.shape != wanted:
+            raise ValueError(
+                f"has {INPUT_NAME} of shape {[*self.input.shape]}, expected {[*wanted]}, as "
+                "preprocessing has input_size"
+            )
+
+    def _check_preprocessing(self) -> None:
+        """An image can become an input by it."""
+        recipe, grid = self.preprocessing, self.patches
+        channels, *sides = recipe.input_size
+        if channels not in (1, 3) or not all(1 <= side <= LONGEST_SIDE for side in sides):
+            raise ValueError(
+                f"has preprocessing.input_size {[*recipe.input_size]}, expected 1 or 3 channels of "
+                f"1 to {LONGEST_SIDE} pixels each way"
+            )
+        for name, values in (("mean", recipe.mean), ("std", recipe.std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"has preprocessing.{name} {short([*values])}, expected {channels}, one per "
+                    "channel"
+                )
+        if not all(LEAST <= value <= 1 / LEAST for value in recipe.std):
+            raise ValueError(
+                f"has preprocessing.std {short([*recipe.std])}, expected numbers above 0"
+            )
+        if not all(abs(value) <= 1 / LEAST for value in recipe.mean):
+            raise ValueError(
+                f"has preprocessing.mean {short([*recipe.mean])}, expected levels of pixels"
+            )
+        largest = max(sides) / max(recipe.crop_pct, LEAST)
+        if not 0 < recipe.crop_pct <= MOST_CROP or largest > LONGEST_SIDE:
+            raise ValueError(
+                f"has preprocessing.crop_pct {recipe.crop_pct}, expected a share of the image, "
+                "above 0"
+            )
+        if grid is not None and min(grid.rows, grid.cols, grid.height, grid.width) < 1:
+            raise ValueError(f"has patches {grid}, expected rows, cols, height and width above 0")
 
     def check_whole(self, file: Path) -> None:
         """Make sure that every file that the entries speak of is listed.
@@ -365,7 +520,7 @@ class _Header(BaseModel):
     """What tells a manifest of ours, of whatever version, from another tool's ``build.json``."""
 
     model_config = ConfigDict(extra="ignore")
-    format: int
+    format: Count
     files: dict[str, Any]
 
 
@@ -384,11 +539,12 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: if it is none, of another format, or edited into something unusable.
     """
     file = folder / MANIFEST
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise InputError(
             f"{folder} is not an artifact: it has no {MANIFEST}; give the directory that "
             "'tome-export build' wrote"
         )
-    manifest = Manifest.read(file)
+    with open_regular(folder, MANIFEST) as stream:
+        manifest = Manifest.parse(stream.read(), file)
     manifest.check_whole(file)
     return manifest

@@ -40,7 +40,16 @@ from tome_export.pipeline.manifest import (
 from tome_export.plugins.choice import LEAK, drawback
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
-from tome_export.spec import AttentionForm, BatchRange, MergeOp, Precision, TowerOptions
+from tome_export.spec import (
+    OPSETS,
+    Activation,
+    AttentionForm,
+    BatchRange,
+    MergeOp,
+    Precision,
+    TowerOptions,
+    check_opset,
+)
 
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
@@ -63,7 +72,9 @@ class BuildRequest:
             recipe's recommended r.
         precision: Of weights and activations.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
+        weights_key: Where in that file they are; see ``weights.files.read_checkpoint``.
         seed: Of random weights.
+        activation: What makes scores of the output; None for what the model says.
         prop_attn: Proportional attention; None for the recipe's and the reducer's own setting.
         reducer: Name of the reducer.
         reducer_options: Its options, each ``key=value``.
@@ -76,6 +87,7 @@ class BuildRequest:
         video: Frames of one video and how they are joined; none for a model of images.
         merge_op: How the merge is written into the graph.
         attention: How attention is written into the graph; see docs/attention.md.
+        opset: Of the ONNX model; an older runtime needs a lower one, see docs/runtimes.md.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
         engine_options: Engine settings, without a batch range.
         batch: Batch sizes the model takes; None for 1:8:32, and for 8 alone with ``plugin``.
@@ -86,7 +98,7 @@ class BuildRequest:
         schedule_file: What ``tune`` wrote; it then gives the schedule, and goes into the artifact.
 
     Raises:
-        UsageError: if the batch range stands in the engine options.
+        UsageError: if the batch range stands in the engine options, or options exclude each other.
     """
 
     model: str
@@ -94,7 +106,9 @@ class BuildRequest:
     schedule: Schedule | None = None
     precision: Precision = "fp32"
     weights: str = "pretrained"
+    weights_key: str = ""
     seed: int = 0
+    activation: Activation | None = None
     prop_attn: bool | None = None
     reducer: str = DEFAULT
     reducer_options: tuple[str, ...] = ()
@@ -107,6 +121,7 @@ class BuildRequest:
     video: VideoOptions = field(default_factory=VideoOptions)
     merge_op: MergeOp = "auto"
     attention: AttentionForm = "auto"
+    opset: int = OPSETS[-1]
     engine: str = "auto"
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     batch: BatchRange | None = None
@@ -117,6 +132,12 @@ class BuildRequest:
     schedule_file: Path | None = None
 
     def __post_init__(self) -> None:
+        check_opset(self.opset, self.precision, self.attention)
+        if self.activation is not None and self.dense:
+            raise UsageError(
+                f"--activation {self.activation} is for class scores, and --dense gives features; "
+                "leave one of them out"
+            )
         given = self.engine_options.batch
         if given != BatchRange():
             raise UsageError(
@@ -281,7 +302,9 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
 def _attention(request: BuildRequest, form: MergeForm) -> AttentionDecision:
     """The form of attention for what runs the graph in the end."""
     backend = form.selection.backend
-    return attention_form(request.attention, request.precision, backend, form.lowering)
+    return attention_form(
+        request.attention, request.precision, backend, form.lowering, request.opset
+    )
 
 
 def _build_into(
@@ -339,8 +362,9 @@ def _export_and_check(
         schedule = Schedule(per_layer=given.schedule)
     if schedule is not None and recipe.video is not None:
         schedule = replace(schedule, frames=recipe.video.merging)
-    recipe = replace(recipe, reducer_keys=reducer.own_keys)
+    recipe = replace(recipe, reducer_keys=reducer.own_keys, weights_key=request.weights_key)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
+    loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     _check_precision(request, loaded.weights.stored_dtype)
     prop_attn = reducer.proportional(recipe.prop_attn)
@@ -380,6 +404,7 @@ def _export_and_check(
         batch=form.batch,
         lowering=form.lowering,
         attention=attention.form,
+        opset=request.opset,
         plugin=bool(form.capabilities) and model.merges,
     )
     manifest, form = _exported(folder, loaded, model, options, form, attention.reason, progress)
@@ -388,7 +413,7 @@ def _export_and_check(
     if images is not None:
         what = "videos" if model.takes_video else "images"
         progress.stage(f"Check parity on {len(images)} {what}")
-        report = _parity(folder, model, images, options, progress)
+        report = _parity(folder, model, images, options, manifest.activation, progress)
         manifest = manifest.model_copy(update={"parity": report.summary()})
         (folder / PARITY).write_bytes(ParityFile(checks=(report,)).json_bytes())
     return manifest, form
@@ -455,7 +480,12 @@ def _exported(
 
 
 def _parity(
-    folder: Path, model: Any, images: Any, options: Any, progress: Progress
+    folder: Path,
+    model: Any,
+    images: Any,
+    options: Any,
+    activation: Activation | None,
+    progress: Progress,
 ) -> ParityReport:
     from tome_export.parity.check import check_parity
 
@@ -465,6 +495,7 @@ def _parity(
         images,
         options.precision,
         options.batch,
+        activation=activation,
         progress=progress.detail,
     )
     if not report.passed:

@@ -62,7 +62,12 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     if (entry := manifest.compressor) is not None:
         compressor = compressor_from_entry(entry.name, entry.options)
         compressor = with_own_weights(compressor, artifact.path / COMPRESSOR)
-    recipe = replace(recipe, name=manifest.model.name, reducer_keys=reducer.own_keys)
+    recipe = replace(
+        recipe,
+        name=manifest.model.name,
+        reducer_keys=reducer.own_keys,
+        weights_key=recorded.key,
+    )
     loaded = recipe.load(weights=weights, seed=recorded.seed or 0)
     # Behind the first layer that joins frames, proportions say how many tokens merge.
     own = merge.r if video.merging is None else merge.r[: video.merging.layers[0]]
@@ -155,6 +160,7 @@ def export_variant(
         batch=manifest.batch,
         lowering="index_add" if manifest.merge.merge_op == "index_add" else "matmul",
         attention=manifest.onnx.attention,
+        opset=manifest.onnx.opset,
         plugin=plugin,
     )
     names = output_names(manifest.output.name, model)

@@ -25,13 +25,14 @@ from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.check import check_entropy_option
-from tome_export.pipeline.manifest import output_shape, state_sha256
+from tome_export.pipeline.eval import output_classes
+from tome_export.pipeline.manifest import activation_of, output_shape, state_sha256
 from tome_export.pipeline.tune_images import TuneImages, sized, tune_images
 from tome_export.pipeline.tune_latency import Stopwatch
 from tome_export.pipeline.tune_score import Scorer, space_of
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
-from tome_export.spec import Precision
+from tome_export.spec import Activation, Precision
 from tome_export.tune.choose import Finalist, Finalists
 from tome_export.tune.goal import Goal
 from tome_export.tune.search import BASELINES, ScoredSchedule, Search
@@ -39,7 +40,7 @@ from tome_export.tune.space import Cost, Rs, rs_of, table_of
 from tome_export.tune.table import CostTable
 
 if TYPE_CHECKING:
-    from tome_export.models import LoadedModel
+    from tome_export.models import LoadedModel, Recipe
     from tome_export.patch import MergedModel
 
 FREE = 160
@@ -61,8 +62,12 @@ class TuneRequest:
         goal: The target.
         output: The schedule file.
         data: A folder or shards of images; ``samples`` for those that come along.
+        labels: File of labels for a folder of images.
+        classes_in_order: As of ``data.labels.Classes``.
         limit: Most images; None for as many as a search in minutes can take.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
+        weights_key: Where in that file they are; see ``weights.files.read_checkpoint``.
+        activation: What makes scores of the output; None for what the model says.
         batch: Images per run, for latency.
         precision: Of the model whose latency is measured; classes are counted in fp32.
         time_limit: Seconds of search after which the best by then is taken.
@@ -78,8 +83,12 @@ class TuneRequest:
     goal: Goal
     output: Path
     data: tuple[str, ...] = (SAMPLES,)
+    labels: Path | None = None
+    classes_in_order: bool = False
     limit: int | None = None
     weights: str = "pretrained"
+    weights_key: str = ""
+    activation: Activation | None = None
     batch: int = 1
     precision: Precision = "fp32"
     time_limit: float = 600.0
@@ -106,23 +115,59 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
     progress.stage(f"Load {request.model}")
     loaded, model = _load(request)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
+    shape = output_shape(model)
+    activation = activation_of(loaded.recipe, shape)
+    if activation == "none":
+        raise InputError(
+            f"{loaded.recipe.name} gives numbers (a regression), not classes to count; tune a "
+            "classifier, or give a schedule to 'tome-export build' yourself"
+        )
+    classes = output_classes(shape[-1], loaded.recipe.label_names(shape[-1]))
     progress.stage("Read images")
     images = tune_images(
         sized(loaded.recipe, model.image_size),
         model.macs(merged=False),
-        output_shape(model)[-1],
+        replace(classes, in_order=request.classes_in_order),
         request.data,
+        request.labels,
         request.limit,
         request.seed,
         progress,
     )
     progress.stage(f"Measure the unmerged model on {len(images.pixels)} images")
-    with Scorer(model, images) as scorer:
+    with Scorer(model, images, activation) as scorer:
+        images = _judged(images, scorer, request.goal)
         found = _Tuning(request, loaded, model, images, scorer, progress).result(start)
     check_new_file(request.output, force=request.force)
     with writing_to(request.output, "file"):
         write_whole(request.output, found.json_bytes())
     return found
+
+
+def _judged(images: TuneImages, scorer: Scorer, goal: Goal) -> TuneImages:
+    """The images with a note where agreement on them tells little.
+
+    Raises:
+        InputError: if it is what a target asks for.
+    """
+    if not scorer.one_answer:
+        return images
+    what = (
+        f"the unmerged model says the same of all {len(images.pixels)} images, so agreement with "
+        "it tells no schedule from another"
+    )
+    fix = "give images with labels (class sub-folders), or more different ones, with --data"
+    if goal.kind == "min-accuracy":
+        raise InputError(f"{what}; {fix}")
+    return replace(images, notes=(*images.notes, f"{what}: schedules are told apart by damage"))
+
+
+def _require_classes(recipe: Recipe) -> None:
+    if recipe.output_name != "logits":
+        raise InputError(
+            f"{recipe.name} gives {recipe.output_name}, not classes to count; tune a classifier, "
+            "or give a schedule to 'tome-export build' yourself"
+        )
 
 
 def _check_numbers(request: TuneRequest) -> None:
@@ -146,13 +191,14 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
             f"reducer {reducer.name} weighs the size of a token by similarity, so --min-entropy "
             "cannot count its patches; leave --min-entropy out"
         )
-    recipe = replace(resolve(request.model), reducer_keys=reducer.own_keys)
-    if recipe.output_name != "logits":
-        raise InputError(
-            f"{recipe.name} gives {recipe.output_name}, not classes to count; tune a classifier, "
-            "or give a schedule to 'tome-export build' yourself"
-        )
+    recipe = replace(
+        resolve(request.model), reducer_keys=reducer.own_keys, weights_key=request.weights_key
+    )
+    if request.weights in ("pretrained", "random"):  # a file may bring a classifier of its own
+        _require_classes(recipe.scored_by(request.activation))
     loaded = recipe.load(weights=request.weights, seed=request.seed)
+    loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))
+    _require_classes(loaded.recipe)
     prop_attn = reducer.proportional(recipe.prop_attn)
     # Without an r first: what a reducer has learned need not be there for one that is refused.
     plain = patch(loaded.module, 0, prop_attn=prop_attn, reducer=reducer)

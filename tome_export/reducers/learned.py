@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tome_export.errors import InputError
-from tome_export.weights.files import read_state
+from tome_export.weights.files import check_finite, read_checkpoint
 
 RANDOM = "random"
 """What an option ``weights`` is for random weights, always the same ones."""
@@ -38,7 +38,7 @@ def state_of_file(weights: str) -> dict[str, Tensor]:
     Raises:
         InputError: if it cannot be read.
     """
-    return read_state(Path(weights))
+    return read_checkpoint(Path(weights)).state
 
 
 def filled(module: nn.Module, state: Mapping[str, Tensor], where: str, reducer: str) -> nn.Module:
@@ -62,6 +62,7 @@ def filled(module: nn.Module, state: Mapping[str, Tensor], where: str, reducer: 
             f"{where} does not fit reducer {reducer} on this model: {key} is {got}; expected "
             f"{'nothing of that name' if expected == 'missing' else expected}"
         )
+    check_finite(state, f"{where} has")
     module.load_state_dict(state)
     return frozen(module)
 

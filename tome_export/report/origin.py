@@ -89,12 +89,16 @@ def _build_arguments(manifest: Manifest) -> Iterator[str]:
         yield from ("--weights", "random", "--seed", str(weights.seed or 0))
     elif weights.kind == "file":
         yield from ("--weights", weights.source.partition(";")[0])
+        if weights.key:
+            yield from ("--weights-key", weights.key)
     if merge.reducer.name != DEFAULT:
         yield from ("--reducer", merge.reducer.name)
         for key, value in merge.reducer.options.items():
             if value is not None:
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
                 yield from ("--reducer-option", f"{key}={text}")
+    if manifest.form.note.startswith("--activation "):
+        yield from manifest.form.note.split()
     yield "--prop-attn" if merge.prop_attn else "--no-prop-attn"
     yield from ("--batch", str(manifest.batch), "--merge-op", merge.merge_op)
     if merge.merge_op == "plugin" and not manifest.batch.is_static:
