@@ -49,7 +49,24 @@ class DecodeError(ValueError):
 
 
 class NoDecoderError(RuntimeError):
-    """What decodes is not installed, or its process cannot be started; the message says which."""
+    """What decodes videos is not installed; the message says what."""
+
+
+class NoProcessError(RuntimeError):
+    """The process cannot be started; the message says why."""
+
+
+def check_size(size: int) -> None:
+    """Refuse a file of more bytes than are read.
+
+    Raises:
+        DecodeError: if it is.
+    """
+    if size > MAX_BYTES:
+        raise DecodeError(
+            f"has {size / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB are accepted, give a "
+            "smaller one"
+        )
 
 
 class Decoder:
@@ -81,20 +98,18 @@ class Decoder:
             kind: ``image`` for the image ``[H, W]`` or ``[H, W, 3]`` uint8, ``pixels`` for what
                 the model takes of it, ``[C, H, W]`` float32; of a video, ``frames``
                 ``[F, H, W, 3]`` and ``video`` ``[F, C, H, W]``.
-            data: The content of its file.
+            data: The content of its file; of a video nothing, where ``settings`` name its
+                ``path``.
             settings: See ``pixels.Settings``; of a video also its ``frames``.
 
         Raises:
             DecodeError: if it cannot be decoded within the limits.
-            NoDecoderError: if what decodes is missing.
+            NoDecoderError: if it is a video, and PyAV is not installed.
+            NoProcessError: if the process cannot be started.
         """
-        if len(data) > MAX_BYTES:
-            raise DecodeError(
-                f"is {len(data) / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB are accepted, send "
-                "a smaller one"
-            )
+        check_size(len(data))
         seconds = self._seconds[kind]
-        slow = f"takes more than {seconds} s to decode; send a smaller or simpler one"
+        slow = f"takes more than {seconds} s to decode; give a smaller or simpler one"
         for attempt in range(2):
             connection, process = self.start()
             try:
@@ -123,7 +138,7 @@ class Decoder:
         """Have the process ready.
 
         Raises:
-            NoDecoderError: if it cannot be started.
+            NoProcessError: if it cannot be started.
         """
         if self._running is not None and self._running[1].poll() is None:
             return self._running
@@ -147,7 +162,7 @@ class Decoder:
                 )
         except OSError as error:
             ours.close()
-            raise NoDecoderError(
+            raise NoProcessError(
                 f"the process that decodes cannot be started with {sys.executable or 'no Python'} "
                 f"({error.strerror or error})"
             ) from None
@@ -164,7 +179,7 @@ class Decoder:
             reason = f"it ends with {process.wait()}"
         if reason:
             self.close()
-            raise NoDecoderError(
+            raise NoProcessError(
                 f"the process that decodes cannot be started with {sys.executable} ({reason})"
             )
         return self._running
@@ -188,8 +203,8 @@ def _answer(connection: Connection) -> np.ndarray[Any, Any]:
         raise NoDecoderError(head["missing"])
     if "bad" in head:
         raise DecodeError(head["bad"])
-    flat = np.frombuffer(connection.recv_bytes(), head["dtype"])
-    array: np.ndarray[Any, Any] = flat.reshape(head["shape"])
+    array: np.ndarray[Any, Any] = np.empty(head["shape"], head["dtype"])
+    connection.recv_bytes_into(array.reshape(-1).view(np.uint8))
     return array
 
 
@@ -230,7 +245,8 @@ def _decode(
 
     if frames is None:
         raise NoDecoderError("videos are not decoded here")
-    return np.stack(frames.prepared_frames(data, request["frames"], prepare, most))
+    source = Path(request["path"]) if "path" in request else data
+    return np.stack(frames.prepared_frames(source, request["frames"], prepare, most))
 
 
 def main(pixels: str, frames: str, niceness: str, descriptor: str) -> None:
@@ -253,7 +269,7 @@ def main(pixels: str, frames: str, niceness: str, descriptor: str) -> None:
                 array: Any = np.ascontiguousarray(_decode(images, videos, request, data))
                 head = {"dtype": array.dtype.str, "shape": array.shape}
             except MemoryError:
-                head = {"bad": "takes more memory to decode than is allowed; send a smaller one"}
+                head = {"bad": "takes more memory to decode than is allowed; give a smaller one"}
             except Exception as error:
                 missing = type(error).__name__ == "NoDecoderError"
                 text = str(error) if isinstance(error, ValueError) else repr(error)

@@ -72,17 +72,17 @@ def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImageError(_too_large(settings)) from None
     except MemoryError:
-        raise BadImageError("needs more memory than there is for it; send a smaller one") from None
+        raise BadImageError("needs more memory than there is for it; give a smaller one") from None
     # Whatever a decoder trips over in a damaged file is that file's fault.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "MAX_TEXT" in reason:
             raise BadImageError(
-                f"has more text or a larger colour profile than is read ({reason}); send it "
+                f"has more text or a larger colour profile than is read ({reason}); give it "
                 "without them"
             ) from None
         raise BadImageError(
-            f"cannot be decoded ({reason[:200]}); the file is damaged or cut short, send it whole"
+            f"cannot be decoded ({reason[:200]}); the file is damaged or cut short, give it whole"
         ) from None
 
 
@@ -91,7 +91,7 @@ def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=settings.get("formats", FORMATS))
     except UnidentifiedImageError:
         raise BadImageError(
-            f"is not a {names} file (it begins with {bytes(data[:8])!r}); send one whole"
+            f"is not a {names} file (it begins with {bytes(data[:8])!r}); give one whole"
         ) from None
     with image:
         width, height = image.size
@@ -117,7 +117,7 @@ def _names(formats: Sequence[str]) -> str:
 
 def _too_large(settings: Settings) -> str:
     most = (settings.get("max_pixels") or MAX_PIXELS) / 1e6
-    return f"at most {most:.1f} megapixels are accepted, send a smaller one"
+    return f"at most {most:.1f} megapixels are accepted, give a smaller one"
 
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
@@ -207,7 +207,7 @@ def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any,
     if size[0] * size[1] > max(settings.get("max_pixels") or MAX_PIXELS, 16 * height * width):
         raise BadImageError(
             f"is {image.size[0]} x {image.size[1]} pixels, which would be resized to "
-            f"{size[0]} x {size[1]}; send one whose sides differ less"
+            f"{size[0]} x {size[1]}; give one whose sides differ less"
         )
     image = image.resize(size, Image.Resampling[settings["interpolation"].upper()])
     image = _centre_crop(image, height, width)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import io
+import os
+import stat
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.errors import InputError
+from tome_export.errors import ExportError, InputError, MissingComponentError
 from tome_export.models import pixels
+from tome_export.models.decoder import (
+    DecodeError,
+    Decoder,
+    NoDecoderError,
+    NoProcessError,
+    check_size,
+)
 from tome_export.models.folders import find_files
-from tome_export.models.pixels import BadImageError, eight_bit
+from tome_export.models.pixels import BadImageError
+from tome_export.video import frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,25 +56,69 @@ def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> ND
         ``pixel_values [B, C, H, W]`` float32.
 
     Raises:
-        InputError: naming the file, if one is missing, not an image, truncated, or of a pixel
-            type without a defined range.
+        InputError: naming the file, if one is missing, of no format of ``pixels.FORMATS``,
+            truncated, of a pixel type without a defined range, or beyond the limits of ``pixels``
+            and ``decoder``.
+        ExportError: if the process that decodes cannot be started.
     """
     if not paths:
         raise InputError("no images given; expected at least one image file")
-    return np.stack([pixels_from_image(read_image(p), preprocessing) for p in paths])
+    return np.stack([pixels_from_bytes(read_file(p), str(p), preprocessing) for p in paths])
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, formats: Sequence[str] = pixels.FORMATS) -> Image.Image:
     """Decode one image file upright, as mode ``L`` or ``RGB``.
+
+    Args:
+        path: The file.
+        formats: What it may be, by Pillow's names.
 
     Raises:
         InputError: as ``load_images``.
+        ExportError: as ``load_images``.
     """
-    path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"image {path} {kind}; expected an image file")
-    return _decoded(path, path)
+    from PIL import Image
+
+    settings = {"formats": formats}
+    return Image.fromarray(decoded("image", read_file(path), f"image {path}", settings))
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        InputError: naming it, if it is missing, no regular file or too large.
+    """
+    size = check_file(path, "image")
+    try:
+        check_size(size)
+        return Path(path).read_bytes()
+    except DecodeError as error:
+        raise InputError(f"image {path} {error}") from None
+    except OSError as error:
+        raise InputError(
+            f"image {path} cannot be read ({error.strerror}); expected an image file"
+        ) from None
+
+
+def check_file(path: str | Path, what: str) -> int:
+    """Size in bytes of a file that is read as a ``what``, such as an image.
+
+    Raises:
+        InputError: naming it, if it is missing or no regular file.
+    """
+    expected = f"expected {'an' if what[0] in 'aeiou' else 'a'} {what} file"
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError) as error:  # the latter of a zero byte
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = getattr(error, "strerror", None) or error
+        state = "does not exist" if missing else f"cannot be read ({reason})"
+        raise InputError(f"{what} {path} {state}; {expected}") from None
+    if not stat.S_ISREG(found.st_mode):
+        state = "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file"
+        raise InputError(f"{what} {path} {state}; {expected}")
+    return found.st_size
 
 
 def pixels_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -80,32 +134,37 @@ def pixels_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> N
 
     Raises:
         InputError: as ``load_images``.
+        ExportError: as ``load_images``.
     """
-    return pixels_from_image(_decoded(io.BytesIO(data), name), preprocessing)
+    check_channels(preprocessing)
+    return decoded("pixels", data, f"image {name}", asdict(preprocessing))
 
 
-def _decoded(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+_own = threading.local()
 
+
+def decoded(kind: str, data: bytes, name: str, settings: dict[str, Any]) -> NDArray[Any]:
+    """Decode an image or a video in the process of this thread; see ``Decoder``.
+
+    Raises:
+        InputError: if it cannot be decoded within the limits.
+        MissingComponentError: if it is a video, and PyAV is not installed.
+        ExportError: if the process cannot be started.
+    """
+    if getattr(_own, "pid", None) != os.getpid():  # a fork must leave that of its parent alone
+        _own.pid = os.getpid()
+        _own.decoder = Decoder(Path(pixels.__file__), Path(frames.__file__))
     try:
-        with Image.open(source) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise InputError(
-            f"{path} is not an image that can be read; expected JPEG, PNG or another format of PIL"
+        found: NDArray[Any] = _own.decoder(kind, data, settings)
+    except DecodeError as error:
+        raise InputError(f"{name} {error}") from None
+    except NoProcessError as error:
+        raise ExportError(f"images cannot be decoded here: {error}") from None
+    except NoDecoderError as error:
+        raise MissingComponentError(
+            f"{error}; install the extra: pip install 'tome-export[video]'"
         ) from None
-    # PIL's decoders report broken data as any of these.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"image {path} cannot be decoded ({reason}); the file is damaged or cut short, "
-            "replace it"
-        ) from None
-    try:
-        return eight_bit(upright)
-    except BadImageError as error:
-        raise InputError(f"image {path} {error}") from None
+    return found
 
 
 def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -121,9 +180,21 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArr
     Raises:
         InputError: if the model wants other than one or three channels.
     """
+    check_channels(preprocessing)
+    try:
+        return pixels.pixels_from_image(image, asdict(preprocessing))
+    except BadImageError as error:
+        raise InputError(f"image {error}") from None
+
+
+def check_channels(preprocessing: Preprocessing) -> None:
+    """Whether images can be given to a model at all.
+
+    Raises:
+        InputError: if it takes other than one or three channels.
+    """
     channels = preprocessing.input_size[0]
     if channels not in pixels.MODES:
         raise InputError(
             f"the model takes {channels} channels; images can be given to models of 1 or 3"
         )
-    return pixels.pixels_from_image(image, asdict(preprocessing))

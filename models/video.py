@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.errors import InputError, MissingComponentError
+from tome_export.errors import InputError
 from tome_export.models.folders import find_files
-from tome_export.models.preprocess import pixels_from_image, read_image
+from tome_export.models.preprocess import (
+    check_channels,
+    check_file,
+    decoded,
+    pixels_from_image,
+    read_image,
+)
 from tome_export.models.samples import sample_paths
-from tome_export.video.frames import BadVideoError, NoDecoderError, frames_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,18 +54,17 @@ def read_frames(path: str | Path, frames: int) -> list[Image.Image]:
         InputError: naming the file, if it is missing, no video, damaged, or too short.
         MissingComponentError: if PyAV is not installed.
     """
-    path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"video {path} {kind}; expected a video file")
-    try:
-        return frames_of(path, frames)
-    except BadVideoError as error:
-        raise InputError(f"video {path} {error}") from None
-    except NoDecoderError as error:
-        raise MissingComponentError(
-            f"{error}; install the extra: pip install 'tome-export[video]'"
-        ) from None
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in _decoded("frames", path, {}, frames)]
+
+
+def _decoded(
+    kind: str, path: str | Path, settings: dict[str, Any], frames: int
+) -> NDArray[np.float32]:
+    check_file(path, "video")
+    settings = {**settings, "frames": frames, "path": str(Path(path).absolute())}
+    return decoded(kind, b"", f"video {path}", settings)
 
 
 def load_videos(
@@ -73,7 +78,8 @@ def load_videos(
     """
     if not paths:
         raise InputError("no videos given; expected at least one video file")
-    return np.stack([_pixels(read_frames(path, frames), preprocessing) for path in paths])
+    check_channels(preprocessing)
+    return np.stack([_decoded("video", path, asdict(preprocessing), frames) for path in paths])
 
 
 def moving_samples(preprocessing: Preprocessing, count: int, frames: int) -> NDArray[np.float32]:

@@ -110,14 +110,14 @@ def test_many_unreadable_images_are_listed_in_short_and_all_of_them_end_it(
     assert ran.code == 3
     assert list(cache.iterdir()) == []  # it may be another mount's fault, so is not kept
     assert ran.error == (
-        "none of the 25 images could be read; the first is 0/00.png: is not an image that can be "
-        "read; expected JPEG, PNG or another format of PIL"
+        "none of the 25 images could be read; the first is 0/00.png: is not a JPEG, PNG, WEBP, "
+        "GIF, BMP, PPM or TIFF file (it begins with b'x'); give one whole"
     )
     shutil.copy(DATA / "digit.png", folder / "0" / "good.png")
     ran = run("eval", artifact, "--data", "data", *ALONE)
     lines = ran.out.splitlines()
     assert "Unreadable and left out: 25" in lines
-    assert "  0/19.png: is not an image" in ran.out
+    assert "  0/19.png: is not a JPEG, PNG" in ran.out
     assert "  0/20.png: " not in ran.out
     assert "  and 5 more; --json lists all" in lines
 
@@ -161,7 +161,7 @@ def test_names_that_are_not_utf_8(run, artifact, tmp_path):
     assert ran.code == 0
     lines = ran.out.splitlines()
     at = lines.index("Unreadable and left out: 3")
-    assert lines[at + 1].startswith("  0/bad\\xff.png: is not an image that can be read; ")
+    assert lines[at + 1].startswith("  0/bad\\xff.png: is not a JPEG, PNG, WEBP, ")
     assert lines[at + 2 : at + 4] == [
         "  0/link.png: No such file or directory",
         "  0/pipe.png: is not a regular file; expected an image",

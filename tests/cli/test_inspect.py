@@ -122,7 +122,8 @@ CASES = {
     "no image at all": (
         ("notes.jpg",),
         3,
-        "notes.jpg is not an image that can be read; expected JPEG, PNG or another format of PIL",
+        "image notes.jpg is not a JPEG, PNG, WEBP, GIF, BMP, PPM or TIFF file (it begins with "
+        "b'not an i'); give one whole",
     ),
     "layer out of range": (
         (DIGIT, "--layer", "6"),

@@ -1,10 +1,12 @@
-"""Decoding in processes: the same for any number of them, whatever the images do."""
+"""Decoding ahead: the same for any number of workers, whatever the images do."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,27 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tome_export.data import decode as decoding
-from tome_export.data.decode import DIED, Task, decoded_chunks, reason_of
+from tome_export.data.decode import Task, decoded_chunks, reason_of
 from tome_export.data.source import Item
 from tome_export.errors import ExportError, InputError
+from tome_export.models import preprocess
 from tome_export.models.preprocess import load_images, pixels_from_bytes
 from tome_export.models.samples import sample_paths
 from tome_export.spec import Preprocessing
 
 TINY = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bilinear")
 DECODE = partial(pixels_from_bytes, preprocessing=TINY)
-
-# Defined in a module of its own, since a worker imports it by name.
-DEADLY = """
-import os
-import numpy as np
-
-def decode(data, name):
-    if data == b"kill":
-        os._exit(9)
-    return np.full((1, 2, 2), len(data), np.float32)
-"""
 
 
 def tasks_of(paths, size=2):
@@ -52,7 +43,7 @@ def spoiled(tmp_path):
     return paths
 
 
-def test_processes_change_nothing_and_bad_images_are_told(spoiled):
+def test_workers_change_nothing_and_bad_images_are_told(spoiled):
     tasks = tasks_of(spoiled)
     here = list(decoded_chunks(tasks, DECODE, 0))
     there = list(decoded_chunks(iter(tasks), DECODE, 2))
@@ -69,7 +60,8 @@ def test_processes_change_nothing_and_bad_images_are_told(spoiled):
     ]  # fmt: skip
     assert told[0][2].startswith("cannot be decoded (")
     assert told[1][2] == (
-        "is not an image that can be read; expected JPEG, PNG or another format of PIL"
+        "is not a JPEG, PNG, WEBP, GIF, BMP, PPM or TIFF file (it begins with b'no image'); give "
+        "one whole"
     )
     assert told[3][2] == "No such file or directory"
 
@@ -104,46 +96,39 @@ def test_a_reason_is_one_line(error, reason):
     assert reason_of(error, "a/b.png") == reason
 
 
-def test_an_image_that_kills_its_process_is_one_bad_image(tmp_path, monkeypatch):
-    (tmp_path / "deadly_decoder.py").write_text(DEADLY)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    import deadly_decoder
-
-    paths = [tmp_path / str(n) for n in range(5)]
-    for n, path in enumerate(paths):
-        path.write_bytes(b"kill" if n == 2 else b"x" * (n + 1))
-    found = list(decoded_chunks(tasks_of(paths), deadly_decoder.decode, 1))
-    assert [(chunk.chunk, len(chunk.pixels)) for chunk in found] == [(0, 2), (1, 1), (2, 1)]
-    assert found[1].pixels[0, 0, 0, 0] == 4
-    assert [chunk.unreadable for chunk in found] == [(), ((0, "2", DIED),), ()]
+def test_a_file_too_large_is_not_read(tmp_path):
+    path = tmp_path / "sparse.png"
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)
+    (found,) = decoded_chunks(tasks_of([path]), DECODE, 0)
+    assert (
+        found.unreadable[0][2] == "has 1099512 MB; at most 268 MB are accepted, give a smaller one"
+    )
 
 
-def test_processes_that_cannot_be_started(monkeypatch, spoiled):
-    monkeypatch.setattr(decoding, "_begin", os._exit)  # in the worker, called with the decoder
-    with pytest.raises(ExportError, match="decode in this one with --workers 0"):
-        list(decoded_chunks(tasks_of(spoiled[:1]), DECODE, 1))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_that_cannot_be_started_end_the_run(monkeypatch, spoiled, workers):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(preprocess, "_own", threading.local())
+    with pytest.raises(ExportError, match=r"cannot be started with /nowhere/python \(No such file"):
+        list(decoded_chunks(tasks_of(spoiled[:1]), DECODE, workers))
 
 
-def test_workers_end_when_their_parent_is_killed(tmp_path):
+def test_processes_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time, multiprocessing\n"
-        "from functools import partial\n"
-        "from tome_export.data.decode import Task, decoded_chunks\n"
-        "from tome_export.data.source import Item\n"
-        "if __name__ == '__main__':\n"
-        "    tasks = [Task(0, (Item('x', 'folder', __file__),))] * 9\n"
-        "    for _ in decoded_chunks(tasks, print, 1):\n"
-        "        print(*[c.pid for c in multiprocessing.active_children()], flush=True)\n"
-        "        time.sleep(600)\n"
+        "import time\n"
+        "from tome_export.models import preprocess\n"
+        "from tome_export.models.samples import sample_paths\n"
+        "preprocess.read_image(sample_paths()[0])\n"
+        "print(preprocess._own.decoder.start()[1].pid, flush=True)\n"
+        "time.sleep(600)\n"
     )
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    with parent:
-        line = ""
-        while not line.strip().isdigit():
-            line = parent.stdout.readline()  # ``print`` is the decoder: the image comes first
-        worker = int(line)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        worker = int(parent.stdout.readline())
+        assert alive(worker)
         parent.kill()
     for _ in range(200):
         if not alive(worker):
@@ -159,6 +144,12 @@ def alive(pid):
         return False
 
 
+def test_a_process_that_something_else_ended_loses_no_image():
+    expected = load_images(sample_paths()[:1], TINY)
+    os.kill(preprocess._own.decoder.start()[1].pid, signal.SIGKILL)
+    np.testing.assert_array_equal(load_images(sample_paths()[:1], TINY), expected)
+
+
 def test_input_error_is_what_a_decoder_raises():
-    with pytest.raises(InputError, match=r"^n is not an image"):
+    with pytest.raises(InputError, match=r"^image n is empty"):
         DECODE(b"", "n")

@@ -113,8 +113,8 @@ def test_unreadable_images_are_named(tmp_path):
     (tmp_path / "empty.png").touch()
     cases = {
         "cut.jpg": "cut.jpg cannot be decoded (",
-        "text.png": "text.png is not an image that can be read",
-        "empty.png": "empty.png is not an image that can be read",
+        "text.png": "text.png is not a JPEG, PNG, WEBP, GIF, BMP, PPM or TIFF file (it begins",
+        "empty.png": "empty.png is empty; expected the bytes of a JPEG, PNG, WEBP",
         "float.tif": "float.tif has floating-point pixels; expected 8 or 16 bits",
         "wide.tif": "wide.tif has pixels from 1048576 to 1048576; expected 8 or 16 bits",
         "none.png": "none.png does not exist; expected an image file",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from video_files import grey, write_video
 
 from tome_export.errors import InputError, MissingComponentError
+from tome_export.models import preprocess
 from tome_export.models.video import find_videos, load_videos, moving_samples, read_frames
 from tome_export.spec import Preprocessing
 from tome_export.video.frames import BadVideoError, _upright, frames_of, sampled
@@ -157,7 +158,9 @@ def test_a_file_cut_short_is_one_clear_line(tmp_path):
 
 def test_missing_pyav_names_the_extra(tmp_path, monkeypatch):
     path = write_video(tmp_path / "grey.mp4", 2)
-    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "av.py").write_text("raise ImportError('no av')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(preprocess, "_own", threading.local())  # another process, which looks there
     with pytest.raises(MissingComponentError) as caught:
         read_frames(path, 2)
     assert str(caught.value) == (

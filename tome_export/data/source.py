@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.errors import InputError
+from tome_export.models.decoder import DecodeError, check_size
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,8 +92,13 @@ class Item:
                 )
             return data
         # A pipe would be waited for without end, and a device may do anything.
-        if not stat.S_ISREG(os.stat(self.path).st_mode):  # noqa: PTH116 (a million names)
+        found = os.stat(self.path)  # noqa: PTH116 (a million names)
+        if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{self.name} is not a regular file; expected an image")
+        try:
+            check_size(found.st_size if self.kind == "folder" else self.size)
+        except DecodeError as error:
+            raise InputError(f"{self.name} {error}") from None
         if self.kind == "folder":
             return Path(self.path).read_bytes()
         with Path(self.path).open("rb") as stream:
@@ -106,9 +112,9 @@ class Item:
         return data
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _images(path: str, group: int, column: str) -> Any:
-    """The images of one row group: neighbours are wanted next, so the last group is kept."""
+    """The images of one row group; the last two are kept, since neighbours are wanted next."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:

@@ -158,6 +158,7 @@ def _frames(client: Client, model: str) -> int:
 
 def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tuple[Path, bytes]]:
     """The files to send: those named, and those of the model's kind in folders."""
+    from tome_export.models.pixels import SERVED_FORMATS
     from tome_export.models.preprocess import find_images, read_image
     from tome_export.models.video import find_videos, read_frames
 
@@ -167,7 +168,7 @@ def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tup
     for path in paths:
         # Says what is wrong with it.
         if kind == IMAGE:
-            read_image(path)
+            read_image(path, SERVED_FORMATS)
             continue
         # The server decodes: a client needs no decoder of its own.
         with contextlib.suppress(MissingComponentError):

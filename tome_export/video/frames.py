@@ -20,6 +20,9 @@ EXPECTED = "expected MP4, MOV, WebM, Matroska, AVI or MPEG"
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo"
 """FFmpeg's names of the containers that are read; none of them leads out of its own file."""
 
+THREADS = 4
+"""Of one video's decoding; FFmpeg's own default is one per core, with memory for each."""
+
 T = TypeVar("T")
 
 
@@ -82,7 +85,7 @@ def prepared_frames(
         if max_pixels is not None and size[0] * size[1] > max_pixels:
             raise BadVideoError(
                 f"has frames of {size[0]} x {size[1]} pixels; at most {max_pixels / 1e6:.1f} "
-                "megapixels are accepted, send smaller ones"
+                "megapixels are accepted, give smaller ones"
             )
         total = sum(packet.size > 0 for packet in container.demux(stream))
     found, decoded = _decoded(source, _indices(total, count), prepare)
@@ -144,6 +147,7 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Any]]:
                 raise BadVideoError(f"has no pictures, only sound or text; {EXPECTED}")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = THREADS
             yield container, stream
     except BadVideoError:
         raise
