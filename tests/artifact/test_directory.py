@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from manifests import engine_values, manifest
+from manifests import engine_values, graph, manifest
 
 from tome_export.artifact import Artifact, directory, staged, write_manifest
 from tome_export.artifact.document import Document, Text
@@ -37,7 +37,7 @@ class Result(Document):
 
 def write(output: Path, content: str = "x", *, force: bool = False) -> None:
     with staged(output, force=force) as folder:
-        (folder / "model.onnx").write_text(content)
+        (folder / "model.onnx").write_bytes(graph(content))
         write_manifest(folder, manifest())
 
 
@@ -53,12 +53,12 @@ def test_written_whole(tmp_path):
     write(tmp_path / "deep" / "out")
     assert names(tmp_path / "deep") == ["out"]
     opened = Artifact.open(tmp_path / "deep" / "out")
-    assert opened.manifest.files["model.onnx"].bytes == 1
+    assert opened.manifest.files["model.onnx"].bytes == len(graph())
 
 
 def stop_halfway(output: Path, *, force: bool) -> None:
     with staged(output, force=force) as folder:
-        (folder / "model.onnx").write_text("half")
+        (folder / "model.onnx").write_bytes(graph("half"))
         raise Stop
 
 
@@ -72,7 +72,7 @@ def test_an_artifact_is_whole_when_its_replacement_stops(tmp_path):
     write(tmp_path / "out", "old")
     with pytest.raises(Stop):
         stop_halfway(tmp_path / "out", force=True)
-    assert (tmp_path / "out" / "model.onnx").read_text() == "old"
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == graph("old")
     assert names(tmp_path) == ["out"]
 
 
@@ -91,14 +91,14 @@ def test_a_stop_during_the_exchange_leaves_one_whole_artifact(tmp_path, monkeypa
     monkeypatch.setattr(Path, "rename", stopping)
     with pytest.raises(Stop):
         write(tmp_path / "out", "new", force=True)
-    assert (tmp_path / "out" / "model.onnx").read_text() == ("new" if after else "old")
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == graph("new" if after else "old")
     assert names(tmp_path) == ["out"]
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     for leftover in (".out.partial", ".out.replaced"):
         (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "model.onnx").write_text("half")
+        (tmp_path / leftover / "model.onnx").write_bytes(graph("half"))
     write(tmp_path / "out")
     assert names(tmp_path) == ["out"]
 
@@ -126,7 +126,7 @@ def test_force_deletes_nothing_but_an_artifact(tmp_path, content, others, messag
     with pytest.raises(InputError, match=message):
         write(output, force=True)
     assert names(output) == before
-    assert (output / "model.onnx").read_text() == "x"
+    assert (output / "model.onnx").read_bytes() == graph("x")
 
 
 def test_force_spares_a_folder_that_a_manifest_calls_a_file(tmp_path):
@@ -153,13 +153,13 @@ def test_a_claim_made_while_the_replaced_artifact_is_deleted_is_kept(tmp_path, m
     def overtaken(path, **options):
         if path.name == ".out.replaced" and path.exists():
             theirs.mkdir()
-            (theirs / "model.onnx").write_text("theirs")
+            (theirs / "model.onnx").write_bytes(graph("theirs"))
         rmtree(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", overtaken)
     write(tmp_path / "out", "new", force=True)
-    assert (theirs / "model.onnx").read_text() == "theirs"
-    assert (tmp_path / "out" / "model.onnx").read_text() == "new"
+    assert (theirs / "model.onnx").read_bytes() == graph("theirs")
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == graph("new")
 
 
 @pytest.mark.parametrize("output", ["/", "//", "../" * 64])
@@ -192,13 +192,13 @@ def test_an_artifact_that_appears_meanwhile_is_not_replaced(tmp_path):
 
     def overtaken():
         with staged(output, force=False) as folder:
-            (folder / "model.onnx").write_text("ours")
+            (folder / "model.onnx").write_bytes(graph("ours"))
             output.mkdir()
-            (output / "model.onnx").write_text("theirs")
+            (output / "model.onnx").write_bytes(graph("theirs"))
 
     with pytest.raises(InputError, match="exists; give another directory"):
         overtaken()
-    assert (output / "model.onnx").read_text() == "theirs"
+    assert (output / "model.onnx").read_bytes() == graph("theirs")
     assert names(tmp_path) == ["out"]
 
 
@@ -302,7 +302,7 @@ def recorded(tmp_path: Path) -> Path:
     """An artifact with an engine, a schedule and a result."""
     output = tmp_path / "out"
     with staged(output, force=False) as folder:
-        (folder / "model.onnx").write_text("x")
+        (folder / "model.onnx").write_bytes(graph("x"))
         (folder / "model.engine").write_text("old engine")
         (folder / "schedule.json").write_text("{}")
         write_manifest(folder, manifest(engines={"tensorrt": engine_values("model.engine")}))
@@ -545,8 +545,8 @@ DROP = object()
         ("engines", {"a-b": {}}, r"has no engines\['a-b'\]\.backend;"),
         (
             "engines",
-            {"a": engine_values("gone")},
-            "does not list 'gone', the file of its a engine;",
+            {"tensorrt": engine_values("gone")},
+            "does not list 'gone', the file of its tensorrt engine;",
         ),
         ("files", {}, r"does not list model\.onnx;"),
         ("files", {"model.onnx": 1}, r"has files\['model\.onnx'\] 1, expected an object;"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import onnx
 
 from tome_export.artifact import Manifest
 
@@ -11,7 +14,6 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
     """The content of a ``build.json`` of two layers, as JSON has it, without files."""
     pixels = {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 1, 8, 8]}
     logits = {"name": "logits", "dtype": "float32", "shape": ["batch", 10]}
-    layer = {"r": 1, "behind_block": False, "macs": 90, "macs_unmerged": 100}
     values = {
         "format": 1,
         "model": {
@@ -42,13 +44,8 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
             "merge_op": "matmul",
             "note": "",
         },
-        "tokens": [4, 3],
-        "tokens_in": 5,
+        **merging(5, (1, 1)),
         "patches": {"rows": 2, "cols": 2, "height": 4, "width": 4},
-        "layers": [
-            {**layer, "tokens_in": 5, "tokens_out": 4},
-            {**layer, "tokens_in": 4, "tokens_out": 3},
-        ],
         "video": None,
         "macs": {"merged": 180, "unmerged": 200, "ratio": 200 / 180},
         "precision": "fp32",
@@ -67,6 +64,7 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
             "crop_pct": 1,
             "interpolation": "bicubic",
         },
+        "activation": "softmax",
         "labels": None,
         "onnx": {
             "opset": 23,
@@ -83,6 +81,22 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
 def manifest(**changes: Any) -> Manifest:
     """The same as it is read."""
     return Manifest.model_validate(manifest_values(**changes))
+
+
+def merging(tokens_in: int, r: Sequence[int]) -> dict[str, Any]:
+    """The entries ``tokens_in``, ``tokens`` and ``layers`` of a model that merges so."""
+    tokens = [tokens_in - sum(r[: layer + 1]) for layer in range(len(r))]
+    costs = {"behind_block": False, "macs": 90, "macs_unmerged": 100}
+    layers = [
+        {"tokens_in": before, "r": one, "tokens_out": after, **costs}
+        for before, one, after in zip([tokens_in, *tokens], r, tokens, strict=False)
+    ]
+    return {"tokens_in": tokens_in, "tokens": tokens, "layers": layers}
+
+
+def graph(text: str = "x") -> bytes:
+    """An ONNX model that holds nothing but a text."""
+    return onnx.ModelProto(producer_name=text).SerializeToString()
 
 
 def engine_values(file: str, backend: str = "tensorrt") -> dict[str, Any]:

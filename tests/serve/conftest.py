@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from manifests import engine_values, manifest
+from manifests import engine_values, manifest, merging
 
 from tome_export.artifact import write_manifest
 from tome_export.artifact.bench import BENCH, Bench
@@ -289,15 +289,18 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     seed = int(changes.get("seed", 0))  # type: ignore[call-overload]
     weights = np.random.default_rng(seed).standard_normal((192, 5), dtype=np.float32)
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    precision = str(changes.get("precision", "fp32"))
+    stored = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
     graph = helper.make_graph(
         [
             helper.make_node("Flatten", ["pixel_values"], ["flat"]),
+            helper.make_node("Cast", ["stored"], ["weights"], to=float32),
             helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
         ],
         "small",
         [helper.make_tensor_value_info("pixel_values", float32, [size, 3, 8, 8])],
         [helper.make_tensor_value_info("logits", float32, [size, 5])],
-        [onnx.numpy_helper.from_array(weights, "weights")],
+        [helper.make_tensor("stored", stored.get(precision, float32), weights.shape, weights)],
     )
     folder.mkdir(parents=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -354,7 +357,8 @@ def write_artifact(folder: Path, **changes: object) -> Path:
             model=plain.model.model_copy(update=named),
             merge=plain.merge.model_copy(update=merge),
             onnx=plain.onnx.model_copy(update={"attention": changes.get("attention", "parts")}),
-            precision=changes.get("precision", "fp32"),
+            **merging(sum(merge["r"]) + 5, merge["r"]),
+            precision=precision,
             batch=batch,
             input=pixels,
             inputs=[pixels],

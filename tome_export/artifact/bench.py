@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tome_export.artifact.document import Document, Part, Text
+from tome_export.artifact.document import Count, Document, Part, Text
 from tome_export.artifact.environment import Environment
 
 BENCH = "bench.json"
@@ -29,7 +29,7 @@ class Timed(Part):
 
     latency_ms: Quantiles
     throughput: float
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Count | None = None
 
 
 class BenchRow(Part):
@@ -45,7 +45,7 @@ class BenchRow(Part):
     """
 
     backend: str
-    batch: int
+    batch: Count
     merged: Timed
     against: Timed
     speedup: Quantiles
@@ -61,7 +61,7 @@ class LayerTimes(Part):
 
     __pydantic_extra__: dict[str, float]
 
-    layer: int
+    layer: Count
 
 
 class ModelProfile(Part):
@@ -79,9 +79,9 @@ class ModelProfile(Part):
 
     total_ms: float
     run_ms: float
-    runs: int
+    runs: Count
     attributed_share: float
-    nodes: int
+    nodes: Count
     groups_ms: dict[str, float]
     layers: tuple[LayerTimes, ...]
 
@@ -99,7 +99,7 @@ class BenchProfile(Part):
     """
 
     backend: str
-    batch: int
+    batch: Count
     total_ms: float
     attributed_share: float
     merged: ModelProfile
@@ -128,8 +128,8 @@ class Bench(Document):
     environment: Environment
     against: Text
     macs_ratio: float
-    rounds: int
-    warmup: int
+    rounds: Count
+    warmup: Count
     images: str
     notes: tuple[str, ...]
     rows: tuple[BenchRow, ...]

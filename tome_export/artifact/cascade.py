@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tome_export.artifact.document import Document, Part, Text
+from tome_export.artifact.document import Count, Document, Part, Text, Whole
 from tome_export.artifact.environment import Environment
 from tome_export.artifact.evaluation import Difference, Methods, Share, UnreadableImage
 from tome_export.artifact.manifest import Absent
@@ -59,7 +59,7 @@ class LearnedPolicy(Part):
     bias: tuple[float, ...]
     shares: tuple[float, ...]
     price: float
-    patch: tuple[int, int]
+    patch: tuple[Count, Count]
 
 
 Policy = ComplexityPolicy | ConfidencePolicy | LearnedPolicy
@@ -89,9 +89,9 @@ class CascadeMember(Part):
 
     artifact: Text
     schedule: str
-    r: tuple[int, ...]
+    r: tuple[Count, ...]
     precision: Precision
-    macs: int
+    macs: Count
     calibration: Share
     test: Share
 
@@ -107,8 +107,8 @@ class CascadeScore(Part):
     """
 
     macs: float
-    correct: int
-    images: int
+    correct: Count
+    images: Count
     share: float
 
 
@@ -125,7 +125,7 @@ class CascadeTest(CascadeScore):
 
     low: float
     high: float
-    budgets: tuple[int, ...]
+    budgets: tuple[Count, ...]
     difference_to_highest: Difference
     met: bool
 
@@ -145,7 +145,7 @@ class SingleMember(Part):
     """
 
     artifact: Text
-    macs: int
+    macs: Count
     share: float
     saved: float
 
@@ -176,15 +176,17 @@ class CascadeData(Part):
         test: Images that were measured on, and nothing else.
         seed: Of the order and the split of the images.
         unreadable: Images that could not be read.
+        notes: What a reader should know of the images or labels.
     """
 
     source: Text
     test_source: Text | None
-    fitted: int
-    calibration: int
-    test: int
-    seed: int
+    fitted: Count
+    calibration: Count
+    test: Count
+    seed: Whole
     unreadable: tuple[UnreadableImage, ...]
+    notes: tuple[Text, ...]
 
 
 class ServedCascade(Part):
@@ -234,7 +236,7 @@ class Cascade(Document):
     metric: Metric
     target: CascadeTarget
     settings: Annotated[Policy, Field(discriminator="policy")]
-    policy_macs: int
+    policy_macs: Count
     members: tuple[CascadeMember, ...]
     chosen: ChosenSetting
     single: SingleMember | None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from tome_export.artifact.document import Document
-from tome_export.artifact.files import draft_of, locked, shared, writing_to
+from tome_export.artifact.files import draft_of, locked, open_regular, shared, writing_to
+from tome_export.artifact.graph import check_graph
 from tome_export.artifact.manifest import (
     MANIFEST,
     MODEL,
@@ -63,14 +66,15 @@ class Artifact:
         manifest = read_manifest(path)
         stale: dict[str, str] = {}
         for name, recorded in manifest.files.items():
-            file = path / name
-            fault = _fault(file, recorded)
-            if fault and name not in RESULTS:
-                raise InputError(f"{file} {fault}")
-            if fault:
-                what = "was changed after" if file.is_file() else "is gone since"
+            if name not in RESULTS:
+                _check_file(path, name, recorded)
+            elif not _is_as_recorded(path, name, recorded):
+                what = "was changed after" if os.path.lexists(path / name) else "is gone since"
                 command = f"'tome-export {RESULTS[name]}'"
                 stale[name] = f"{name} {what} it was recorded: run {command} again"
+        _check_folders(path, manifest)
+        sizes = {name: recorded.bytes for name, recorded in manifest.files.items()}
+        check_graph(path, MODEL, sizes, manifest.precision)
         return cls(path, manifest)._without(stale)
 
     def _without(self, stale: Mapping[str, str]) -> Artifact:
@@ -185,22 +189,43 @@ def _clear_drafts(folder: Path) -> None:
             entry.unlink()
 
 
-def _fault(file: Path, recorded: FileRecord) -> str | None:
-    """What is wrong with a file of an artifact, and what to do."""
-    if not file.is_file():
-        return "is missing; rebuild the artifact or copy it whole"
-    size = file.stat().st_size
-    if size != recorded.bytes:
-        return (
-            f"has {size} bytes; {MANIFEST} records {recorded.bytes}: the file is truncated or "
-            "was changed, rebuild the artifact or copy it again"
-        )
-    if sha256_of(file) != recorded.sha256:
-        return (
-            f"does not match the sha256 in {MANIFEST}: the file is corrupted or was changed, "
-            "rebuild the artifact or copy it again"
-        )
-    return None
+def _check_file(folder: Path, name: str, recorded: FileRecord) -> None:
+    """Raise ``InputError`` unless a file of an artifact is as it was recorded."""
+    with open_regular(folder, name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size != recorded.bytes:
+            raise InputError(
+                f"{folder / name} has {size} bytes; {MANIFEST} records {recorded.bytes}: the file "
+                "is truncated or was changed, rebuild the artifact or copy it again"
+            )
+        if _sha256_of(stream) != recorded.sha256:
+            raise InputError(
+                f"{folder / name} does not match the sha256 in {MANIFEST}: the file is corrupted "
+                "or was changed, rebuild the artifact or copy it again"
+            )
+
+
+def _is_as_recorded(folder: Path, name: str, recorded: FileRecord) -> bool:
+    try:
+        _check_file(folder, name, recorded)
+    except InputError:
+        return False
+    return True
+
+
+def _check_folders(path: Path, manifest: Manifest) -> None:
+    """Whoever reads a folder of the artifact, as that of the kernels, must find listed files only.
+
+    Raises:
+        InputError: if there is another.
+    """
+    for folder in {Path(name).parts[0] for name in manifest.files if "/" in name}:
+        for entry in (path / folder).rglob("*"):
+            name = entry.relative_to(path).as_posix()
+            if name not in manifest.files and (entry.is_symlink() or not entry.is_dir()):
+                raise InputError(
+                    f"{entry} is not listed in {MANIFEST}; remove it, or copy the artifact again"
+                )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -224,8 +249,12 @@ def _record(source: Path | bytes) -> FileRecord:
 
 def sha256_of(file: Path) -> str:
     """Hex digest of a file's content."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+        return _sha256_of(stream)
+
+
+def _sha256_of(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()

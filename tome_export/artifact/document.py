@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -12,6 +13,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
@@ -25,6 +27,15 @@ Read = TypeVar("Read", bound="Document")
 
 LONGEST_NUMBER = 1000
 """Digits; Python reads and writes whole numbers of 4,300 at most."""
+
+LONGEST_PLACE = 4096
+"""Characters of a path, as Linux has them."""
+
+DEEPEST = 64
+"""Lists and objects in each other; those of our documents are ten deep."""
+
+LARGEST_BYTES = 1 << 28
+"""Of a document: no command writes a hundredth of it."""
 
 _EXPECTED = {
     "string_type": "text",
@@ -61,6 +72,21 @@ Measured = Annotated[
 ]
 """A number that may be infinite or undefined; JSON has neither, and says null."""
 
+Whole = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+"""A whole number of 64 bits."""
+
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""How many, or the index of something."""
+
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""How many of what there is at least one of, such as rows or pixels."""
+
+Positive = Annotated[float, Field(ge=0)]
+"""A number that measures something: milliseconds, ratios."""
+
+Place = Annotated[Text, Field(max_length=LONGEST_PLACE, pattern=r"^[^\x00]*$")]
+"""A name, or the path of a file."""
+
 Batch = Annotated[
     BatchRange,
     BeforeValidator(lambda value: _batch(value)),
@@ -74,6 +100,22 @@ def _whole(digits: str) -> int:
     if len(digits) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(digits)} digits, expected at most {LONGEST_NUMBER}")
     return int(digits)
+
+
+def _check_values(values: Any) -> None:
+    """Raise ``ValueError`` for what JSON allows and no reader of ours takes, in untyped entries."""
+    pending = [(values, 0)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"lists and objects are more than {DEEPEST} deep in each other")
+        if isinstance(value, dict | list):
+            inside = value.values() if isinstance(value, dict) else value
+            pending += [(one, depth + 1) for one in inside]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is no number of JSON")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"the number {short(value)} has more than 64 bits")
 
 
 def _batch(value: Any) -> BatchRange:
@@ -117,7 +159,9 @@ class Document(Part):
         """
         try:
             values = json.loads(content, parse_int=_whole)
-            return cls.model_validate_json(content, strict=True)
+            found = cls.model_validate_json(content, strict=True)
+            _check_values(values)
+            return found
         except ValidationError as error:
             raise InputError(f"{file} {_fault(error, values)}; {cls.remedy}") from error
         except (ValueError, RecursionError) as error:
@@ -133,9 +177,14 @@ class Document(Part):
             InputError: if it cannot be read, is no JSON, or not of this kind.
         """
         try:
-            content = file.read_bytes()
+            with file.open("rb") as stream:
+                content = stream.read(LARGEST_BYTES + 1)
         except OSError as error:
             raise InputError(f"{file} cannot be read ({error.strerror}); {cls.remedy}") from error
+        if len(content) > LARGEST_BYTES:
+            raise InputError(
+                f"{file} has more than {LARGEST_BYTES} bytes, expected a document; {cls.remedy}"
+            )
         return cls.parse(content, file)
 
 
@@ -156,7 +205,8 @@ def _fault(error: ValidationError, values: Any) -> str:
         words = context["expected"].replace("'", "").replace(" or ", ", ")
         expected = words if ", " not in words else f"one of {words}"
     else:
-        expected = _EXPECTED.get(kind, first["msg"].removeprefix("Input should be "))
+        plain = re.sub(r"^\w+ should (be|have|match) ", "", first["msg"])
+        expected = _EXPECTED.get(kind, plain)
     what = f"has {where}" if where else "is"
     return f"{what} {short(first['input'])}, expected {expected}"
 
@@ -170,13 +220,16 @@ def _place(location: tuple[int | str, ...], value: Any) -> str:
             text += f"[{part}]"
             value = value[part] if part < len(value) else None
         elif inside or isinstance(value, dict):
-            plain = str(part).isidentifier()
-            text += (f".{part}" if text else str(part)) if plain else f"[{part!r}]"
+            plain = str(part).isidentifier() and len(str(part)) < 40
+            text += (f".{part}" if text else str(part)) if plain else f"[{short(part)}]"
             value = value[part] if inside else None
     return text
 
 
 def short(value: Any) -> str:
     """A value in a message, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of more digits than Python writes
+        text = "a number of thousands of digits"
     return text if len(text) <= 40 else f"{text[:37]}..."

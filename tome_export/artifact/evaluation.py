@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tome_export.artifact.document import Document, Part, Text
+from tome_export.artifact.document import Count, Document, Part, Text
 from tome_export.artifact.environment import Environment
 
 EVAL = "eval.json"
@@ -21,8 +21,8 @@ class Share(Part):
         high: Upper limit.
     """
 
-    correct: int
-    images: int
+    correct: Count
+    images: Count
     share: float
     low: float
     high: float
@@ -42,8 +42,8 @@ class Difference(Part):
     share: float
     low: float
     high: float
-    gained: int
-    lost: int
+    gained: Count
+    lost: Count
 
 
 class Cosines(Part):
@@ -51,6 +51,20 @@ class Cosines(Part):
 
     mean: float
     min: float
+
+
+class Deviations(Part):
+    """How far the numbers of a regression are from those of another model, on some images.
+
+    Attributes:
+        mean: Mean absolute difference.
+        max: Largest absolute difference.
+        spread: Standard deviation of the other model's numbers over the images, to compare with.
+    """
+
+    mean: float
+    max: float
+    spread: float
 
 
 class UnreadableImage(Part):
@@ -75,10 +89,10 @@ class EvaluationData(Part):
 
     source: Text
     kind: str
-    images: int
+    images: Count
     labelled: bool
     unreadable: tuple[UnreadableImage, ...]
-    unreadable_count: int
+    unreadable_count: Count
     notes: tuple[Text, ...]
 
 
@@ -92,22 +106,25 @@ class CandidateResult(Part):
         macs: Multiply-accumulates per image.
         top1: Images whose best class is their label.
         top5: Images whose label is among the best five.
-        agreement_with_unmerged: Images whose best class is that of the unmerged model.
+        agreement_with_unmerged: Images whose best class is that of the unmerged model; where there
+            is a yes or no for each class, those with the same answer for all.
         difference_to_unmerged: Top-1 minus that of the unmerged model.
         cosine_to_unmerged: Cosines to the features of the unmerged model.
+        deviation_from_unmerged: How far the numbers of a regression are from the unmerged model's.
         not_finite: Images for which it gave no finite numbers.
     """
 
     name: str
-    r: tuple[int, ...]
+    r: tuple[Count, ...]
     backend: str
-    macs: int
+    macs: Count
     top1: Share | None = None
     top5: Share | None = None
     agreement_with_unmerged: Share | None = None
     difference_to_unmerged: Difference | None = None
     cosine_to_unmerged: Cosines | None = None
-    not_finite: int
+    deviation_from_unmerged: Deviations | None = None
+    not_finite: Count
 
 
 class Methods(Part):
@@ -122,7 +139,8 @@ class Evaluation(Document):
 
     Attributes:
         data: What was evaluated on.
-        classes: Classes of the model; None if it gives features.
+        classes: Classes of the model; None if it gives features or a regression's numbers. One
+            logit tells two classes apart.
         candidates: The models, the artifact first.
         confidence: Level of the intervals.
         methods: How these were made.
@@ -133,9 +151,9 @@ class Evaluation(Document):
     remedy: ClassVar[str] = "run 'tome-export eval' of this version again"
 
     data: EvaluationData
-    classes: int | None
+    classes: Count | None
     candidates: tuple[CandidateResult, ...]
     confidence: float
     methods: Methods
-    batch: int
+    batch: Count
     environment: Environment

@@ -8,10 +8,11 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from tome_export.errors import ExportError, InputError
 
@@ -35,6 +36,39 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file as every file of ours is written."""
     path.write_bytes(json_bytes(values))
+
+
+def open_regular(folder: Path, name: str) -> BinaryIO:
+    """Open a file of a folder to read it, if it is one and lies there.
+
+    Args:
+        folder: Any directory, which may be given by a link.
+        name: A plain name, or one in a folder below.
+
+    Raises:
+        InputError: if it is missing, not a regular file, or reached by a symbolic link.
+    """
+    file, part = folder / name, folder
+    for step in PurePosixPath(name).parts:
+        part /= step
+        if part.is_symlink():
+            raise InputError(
+                f"{part} is a symbolic link, expected a file inside the artifact itself; copy the "
+                "artifact with 'cp -rL'"
+            )
+    try:
+        # A link that has come since is refused, and a pipe is not waited for.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{file} is missing; rebuild the artifact or copy it whole") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); copy it again") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(
+            f"{file} is a folder, pipe or device, expected a file; copy the artifact again"
+        )
+    return os.fdopen(descriptor, "rb")
 
 
 def draft_of(path: Path) -> Path:

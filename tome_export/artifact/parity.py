@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from tome_export.artifact.document import Document, Measured, Part
+from tome_export.artifact.document import Count, Document, Measured, Part
 from tome_export.spec import AttentionForm, Precision
 
 PARITY = "parity.json"
@@ -28,8 +28,8 @@ class Disagreement(Part):
         margin: Difference of the two cosine scores, in the reference, that the decision hangs on.
     """
 
-    image: int
-    token: int
+    image: Count
+    token: Count
     kind: Kind
     margin: Measured
 
@@ -53,16 +53,16 @@ class LayerParity(Part):
         across: Whether it is the merge across clips of a video, ahead of the block's attention.
     """
 
-    layer: int
-    decisions: int
-    disagreements: int
-    defects: int
+    layer: Count
+    decisions: Count
+    disagreements: Count
+    defects: Count
     largest_margin: Measured
     margin_bound: Measured
     score_error: Measured
     score_error_allowed: Measured
-    op_defects: int
-    images_diverged: int
+    op_defects: Count
+    images_diverged: Count
     examples: tuple[Disagreement, ...] = ()
     across: bool = False
 
@@ -83,8 +83,9 @@ class OutputParity(Part):
         max_abs: Largest absolute difference.
         relative: ``max_abs`` over the reference's largest absolute value.
         cosine: Smallest cosine similarity over the images.
-        top1_agreement: Share of images whose largest logit is that of the same class; None where
-            the output is features, whose largest entry says nothing.
+        top1_agreement: Share of images whose largest logit is that of the same class; of a sigmoid,
+            whose every class has the same yes or no. None where the output is features or a
+            regression's numbers, whose largest entry says nothing.
     """
 
     max_abs: Measured
@@ -99,12 +100,12 @@ class ParitySummary(Part):
     passed: bool
     candidate: str
     precision: Precision
-    images: int
+    images: Count
     subject: str
-    decisions: int
-    disagreements: int
-    defects: int
-    first_diverging_layer: int | None
+    decisions: Count
+    disagreements: Count
+    defects: Count
+    first_diverging_layer: Count | None
     output: OutputParity
     led_output: OutputParity
     led_allowed: Measured
@@ -124,10 +125,10 @@ class Verdict(Part):
 
     passed: bool
     failures: tuple[str, ...]
-    first_diverging_layer: int | None
-    decisions: int
-    disagreements: int
-    defects: int
+    first_diverging_layer: Count | None
+    decisions: Count
+    disagreements: Count
+    defects: Count
 
 
 class Comparison(Part):
@@ -162,7 +163,7 @@ class Comparison(Part):
 
     candidate: str
     precision: Precision
-    images: int
+    images: Count
     k: float
     layers: tuple[LayerParity, ...]
     output: OutputParity
@@ -170,8 +171,8 @@ class Comparison(Part):
     led_allowed: Measured
     twin_difference: Measured
     twin_allowed: Measured
-    source_map_defects: int | None = None
-    entropy_defects: int | None = None
+    source_map_defects: Count | None = None
+    entropy_defects: Count | None = None
     entropy: tuple[Measured, ...] = ()
     subject: Literal["image", "video"] = "image"
     suggested_attention: AttentionForm | None = None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator
 
-from tome_export.artifact.document import Document, Measured, Part, Text
+from tome_export.artifact.document import Count, Document, Measured, Part, Text
 from tome_export.artifact.environment import Environment
 from tome_export.artifact.evaluation import Difference, Share
 from tome_export.artifact.manifest import Absent, Component
@@ -60,8 +60,8 @@ class ScheduleFile(Document):
 
     format: Literal[1]
     model: str
-    schedule: tuple[int, ...]
-    tokens_in: int | None = Absent
+    schedule: tuple[Count, ...]
+    tokens_in: Count | None = Absent
     weights: ScheduleWeights | None = Absent
     reducer: ScheduleReducer | None = Absent
     _file: Path = PrivateAttr(default=Path(SCHEDULE))
@@ -164,12 +164,12 @@ class TunedPoint(Part):
         entropy: Least token-size entropy of any search image, 0 to 1.
     """
 
-    schedule: tuple[int, ...]
+    schedule: tuple[Count, ...]
     method: Method
-    macs: int
+    macs: Count
     latency_ms: float | None
     accuracy: float
-    correct: int
+    correct: Count
     damage: Measured
     entropy: Measured
     chosen: bool
@@ -208,11 +208,11 @@ class ChosenPoint(TunedPoint):
 class UnmergedPoint(Part):
     """The model without merging; its entries mean what those of ``ChosenPoint`` do."""
 
-    macs: int
+    macs: Count
     latency_ms: float | None
     predicted_latency_ms: float | None
     accuracy: float
-    correct: int
+    correct: Count
     search_accuracy: float
 
 
@@ -232,7 +232,7 @@ class GroupCost(Part):
 class LayerCost(Part):
     """The layers of one arithmetic, and what their groups cost."""
 
-    layers: tuple[int, ...]
+    layers: tuple[Count, ...]
     groups: tuple[GroupCost, ...]
 
 
@@ -251,9 +251,9 @@ class LatencyCosts(Part):
     outside_ms: float
     run_over_nodes: float
     residual: float
-    measurements: int
+    measurements: Count
     layers: tuple[LayerCost, ...]
-    batch: int
+    batch: Count
     precision: Precision
 
 
@@ -270,11 +270,11 @@ class TuneData(Part):
     """
 
     source: Text
-    available: int
-    search: int
-    validation: int
-    held_out: int
-    unreadable_count: int
+    available: Count
+    search: Count
+    validation: Count
+    held_out: Count
+    unreadable_count: Count
     notes: tuple[Text, ...]
 
 
@@ -289,10 +289,10 @@ class SearchInfo(Part):
         ended_by_time_limit: Whether the time limit ended the search or the choice.
     """
 
-    schedules: int
+    schedules: Count
     min_entropy: float | None
-    over_merged: int
-    validation_looks: int
+    over_merged: Count
+    validation_looks: Count
     ended_by_time_limit: bool
 
 
@@ -315,7 +315,7 @@ class TunedSchedule(ScheduleFile):
         environment: Where it was measured.
     """
 
-    tokens_in: int
+    tokens_in: Count
     weights: ScheduleWeights
     reducer: ScheduleReducer
     objective: Objective
@@ -324,7 +324,7 @@ class TunedSchedule(ScheduleFile):
     unmerged: UnmergedPoint
     front: tuple[TunedPoint, ...]
     cost_table: LatencyCosts | None
-    images: int
+    images: Count
     data: TuneData
     search: SearchInfo
     confidence: float
