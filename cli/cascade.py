@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.cli.options import FILE, output_options
+from tome_export.cli.options import FILE, order_option, output_options
 from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import RANDOM
@@ -55,6 +55,7 @@ ROWS = 14
 @click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of --data.")
 @click.option("--test-labels", type=FILE, metavar="FILE", help="Labels for one of --test.")
 @click.option(
+@order_option
     "--calibration",
     default=0.5,
     show_default=True,
@@ -144,7 +145,8 @@ def cascade_lines(found: Cascade, files: str) -> list[str]:
         "",
         *([] if test.met else ["Note: the target is missed on the test images"]),
         *([f"Note: {unreadable} images could not be read"] if unreadable else []),
-        f"Result: {files}",
+        *(f"Note: {note}" for note in data.notes),
+        *([f"Result: {files}"] if files else []),
         *([f"Served: {served.entry} in {served.repository}"] if served else []),
         *(f"Note: {note}" for note in (served.notes if served else ())),
     ]

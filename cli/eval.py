@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.cli.options import FILE, grouped, output_options
+from tome_export.cli.options import FILE, grouped, order_option, output_options
 from tome_export.cli.output import Terminal, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import model_lines
@@ -59,6 +59,7 @@ eval_options = grouped(
     ),
     click.option("--labels", type=FILE, help="Lines of 'relative/path,class' for a folder."),
     click.option("--limit", type=COUNT, help="Most images, taken evenly from all."),
+    order_option,
     click.option("--batch", type=COUNT, help="Images per batch.  [default: the artifact's OPT]"),
     click.option(
         "--workers",

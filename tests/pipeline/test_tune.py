@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tome_export.data.labels import Classes
 from tome_export.errors import UsageError
 from tome_export.models import resolve
 from tome_export.patch import patch
@@ -99,7 +100,9 @@ def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on,
 )
 def test_how_images_are_split(limit, parts):
     recipe = resolve("vit_digits")
-    found = tune_images.tune_images(recipe, 10**6, 10, ("samples",), limit, 0, Silent())
+    found = tune_images.tune_images(
+        recipe, 10**6, Classes(10), ("samples",), None, limit, 0, Silent()
+    )
     assert len(found.pixels) == limit
     assert (found.search, found.chosen_on) == parts
 
@@ -108,4 +111,4 @@ def test_more_images_than_memory_should_hold(monkeypatch):
     monkeypatch.setattr(tune_images, "MOST_BYTES", 1 << 20)
     recipe = resolve("vit_digits")
     with pytest.raises(UsageError, match=r"--limit is 400; 400 images of 1x32x32 numbers take mor"):
-        tune_images.tune_images(recipe, 10**6, 10, ("samples",), 400, 0, Silent())
+        tune_images.tune_images(recipe, 10**6, Classes(10), ("samples",), None, 400, 0, Silent())

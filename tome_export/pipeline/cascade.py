@@ -80,7 +80,8 @@ class CascadeRequest:
         output: The file of the result; a page of the same name that ends in .html goes beside it.
         test: Images to measure on; empty to keep a part of ``data`` for it.
         labels: File of labels, if ``data`` is a folder of images.
-        test_labels: The same of ``test``.
+        classes_in_order: As of ``data.labels.Classes``, of both.
+        test_labels: File of labels, if ``test`` is a folder.
         calibration: Share of ``data`` that is calibrated on, where ``test`` is empty.
         measure: Of the confidence: ``max`` or ``margin``.
         strength: Of the budget term in the training of a learned policy (lambda).
@@ -100,6 +101,7 @@ class CascadeRequest:
     output: Path
     test: tuple[str, ...] = ()
     labels: Path | None = None
+    classes_in_order: bool = False
     test_labels: Path | None = None
     calibration: float = 0.5
     measure: ConfidenceMeasure = "max"
@@ -296,14 +298,15 @@ def _images(
     spec = ObservationSpec(members, request.backend, request.measure, patch)
 
     def of(data: tuple[str, ...], labels: Path | None) -> ObservedImages:
-        listed = EvalRequest(members[-1].path, data, labels=labels)
+        listed = EvalRequest(members[-1].path, data, labels, request.classes_in_order)
+    notes: tuple[str, ...]
         source = source_of(members[-1], listed, classes_of(members[-1]))
         return observed(source, request.limit, spec, progress)
 
     progress.stage(f"Run {len(members)} artifacts on the images")
     first = of(request.data, request.labels)
     order = np.random.default_rng(request.seed).permutation(len(first.observations))
-    unreadable = first.unreadable
+    unreadable, notes = first.unreadable, first.notes
     if request.test:
         progress.stage("Run them on the test images")
         other = of(request.test, request.test_labels)
@@ -326,7 +329,8 @@ def _images(
             raise InputError(
                 f"{images} images are for {part}; expected {least} or more, give more with --data"
             )
-    return _Images(calibration, test, first.labelled, unreadable)
+    return _Images(calibration, test, first.labelled, unreadable, tuple(dict.fromkeys(notes)))
+        notes += other.notes
 
 
 class _Calibration:
@@ -452,6 +456,7 @@ class _Calibration:
     def _sweep_point(self, setting: CalibratedSetting) -> SweepPoint:
         """A setting of the front on both parts; the front is chosen on calibration images alone."""
         policy, test = setting.policy, self.images.test
+                notes=self.images.notes,
         tested = outcome(policy, test, self.costs)
         return SweepPoint(
             thresholds=None if isinstance(policy, LearnedPolicy) else policy.thresholds,

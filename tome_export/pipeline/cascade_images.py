@@ -55,11 +55,13 @@ class ObservedImages:
         observations: Of those that could be read, in the order of the listing.
         labelled: Whether truth is the labels; else it is what the last member says.
         unreadable: Name and reason of the others.
+        notes: What a user should know of the listing.
     """
 
     observations: Observations
     labelled: bool
     unreadable: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
 
 
 def observed(
@@ -113,7 +115,9 @@ def observed(
             f"none of the {len(chosen)} images of {source.text} could be read; the first is "
             f"{name}: {reason}"
         )
-    return ObservedImages(_joined(parts), labels is not None, tuple(unreadable))
+    return ObservedImages(
+        _joined(parts), labels is not None, tuple(unreadable), tuple(source.notes)
+    )
 
 
 def _seen(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,7 @@ class EvalRequest:
         backend: What runs all but PyTorch.
         against: Of ``AGAINST``.
         weights: Where the weights are now, if not where they were at the build.
+        classes_in_order: As of ``data.labels.Classes``.
         ray: ``local`` or the address of a Ray cluster; None for this machine alone.
         restart: Begin anew where an evaluation was interrupted.
     """
@@ -81,6 +82,7 @@ class EvalRequest:
     backend: str = ORT_CPU
     against: tuple[str, ...] = AGAINST
     weights: str | None = None
+    classes_in_order: bool = False
     ray: str | None = None
     restart: bool = False
 
@@ -218,6 +220,8 @@ class _Work:
     """Chunks of images to a table of records, journal between them.
 
     Attributes:
+        if classes is not None:
+            classes = replace(classes, in_order=request.classes_in_order)
         request: Where and how to run.
         artifact: What is evaluated.
         source: All images.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,8 +78,9 @@ class TuneImages:
 def tune_images(
     recipe: Recipe,
     macs: int,
-    classes: int,
+    classes: Classes,
     data: tuple[str, ...],
+    labels: Path | None,
     limit: int | None,
     seed: int,
     progress: Progress,
@@ -88,19 +90,21 @@ def tune_images(
     Args:
         recipe: With the preprocessing that fits the model.
         macs: MACs per image of the unmerged model.
-        classes: Outputs of the model.
+        classes: Of the model.
         data: A folder or shards, or ``samples``.
+        labels: File of labels for a folder.
         limit: Most images; None for as many as a search in minutes can take.
         seed: Of the draw and the split.
         progress: Told how many are read.
 
     Raises:
         InputError: if there is no image that can be read, or the labels do not fit the model.
-        UsageError: if the limit is below 1, or more than memory should be used for.
+        UsageError: if the limit is below 1, or more than memory should be used for, or labels are
+            given for what has its own.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}; expected at least 1 image")
-    found = _source(recipe, classes, data)
+    found = _source(recipe, classes, data, labels)
     most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs)))
     order = np.random.default_rng(seed).permutation(len(found))
     pixels, index, unreadable, reason = _read(found, order, most, recipe, progress)
@@ -123,17 +127,19 @@ def tune_images(
             f"{count} images are few: none is kept from the search, so nothing validates its "
             "result; give more with --data"
         )
-    labels = None if found.labels is None else np.asarray(found.labels)[index]
+    known = None if found.labels is None else np.asarray(found.labels)[index]
     return TuneImages(
-        pixels, labels, search, chosen_on, found.text, len(found), unreadable, tuple(notes)
+        pixels, known, search, chosen_on, found.text, len(found), unreadable, tuple(notes)
     )
 
 
-def _source(recipe: Recipe, classes: int, data: tuple[str, ...]) -> Source:
+def _source(recipe: Recipe, classes: Classes, data: tuple[str, ...], labels: Path | None) -> Source:
     from tome_export.models.samples import MAX_PHOTOGRAPH_PIXELS, sample_pixels
 
     if data != (SAMPLES,):
-        return find_data(data, Classes(classes, recipe.label_names(classes)))
+        return find_data(data, classes, labels)
+    if labels is not None:
+        raise UsageError("--labels are for a folder of images; the samples have their own")
     labelled = labelled_source(recipe)
     return labelled or samples_source(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS), None)
 
