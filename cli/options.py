@@ -54,7 +54,17 @@ class Memory(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return int(found[1]) << _SHIFT[found[2].lower()]
 
 
-FILE = click.Path(path_type=Path)
+class File(click.Path):
+    """The path of a file or folder; an empty one would be the current folder."""
+
+    def convert(self, value: Any, param: Any, context: Any) -> Any:
+        """A path as it is given."""
+        if value == "":
+            self.fail("an empty name; give a path, . for the current folder", param, context)
+        return super().convert(value, param, context)
+
+
+FILE = File(path_type=Path)
 
 
 def grouped(*decorators: Decorator) -> Decorator:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from tome_export.artifact import Manifest
 from tome_export.data.find import SHARDS, find_data
-from tome_export.data.source import Item
+from tome_export.data.source import Item, printable
 from tome_export.errors import InputError
+from tome_export.progress import Progress, Silent
 from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ LIMIT = 64
 
 
 def parity_images(
-    recipe: Recipe, input_size: tuple[int, ...], folder: Path | None, count: int
+    recipe: Recipe,
+    input_size: tuple[int, ...],
+    folder: Path | None,
+    count: int,
+    progress: Progress | None = None,
 ) -> Array:
     """Preprocessed images or videos: the user's, or the samples that come along.
 
@@ -41,6 +46,7 @@ def parity_images(
         input_size: Channels, height and width the model takes; the frames of a video first.
         folder: Folder or shard of images, folder of videos, a file, or None.
         count: Sample images to take where no folder is given; of videos a third.
+        progress: Told what a user should know of the folder.
 
     Returns:
         ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
@@ -57,30 +63,36 @@ def parity_images(
         return _videos(preprocessing, input_size[0], folder, max(2, count // 3))
     if folder is None:
         return sample_pixels(replace(recipe, preprocessing=preprocessing), count)
-    return np.stack([_pixels(item, preprocessing) for item in _items(folder, LIMIT)])
+    items = _items(folder, LIMIT, progress or Silent())
+    return np.stack([_pixels(item, preprocessing) for item in items])
 
 
-def _items(place: Path, most: int) -> list[Item]:
+def _items(place: Path, most: int, progress: Progress) -> list[Item]:
     """The first images of a folder or of shards; a single image file stands for itself."""
     from tome_export.models.preprocess import find_images
 
     if place.is_dir() or place.suffix.lower() in SHARDS:
         source = find_data((str(place),), None)
-        return source.items(range(min(most, len(source))))
-    return [Item(path.name, "folder", str(path)) for path in find_images(place)]
+        for note in source.notes:
+            progress.stage(f"Note: {note}")
+        items = source.items(range(min(most, len(source))))
+        if source.kind != "folder":
+            return items
+        # Named as the folder was, so that the file can be opened by what is shown.
+        return [replace(item, name=printable(str(place / item.name))) for item in items]
+    return [Item(printable(str(path)), "folder", str(path)) for path in find_images(place)]
 
 
 def _pixels(item: Item, preprocessing: Preprocessing) -> Array:
     from tome_export.models.preprocess import pixels_from_bytes
 
-    name = item.path if item.kind == "folder" else item.name
     try:
         data = item.load()
     except OSError as error:
         raise InputError(
-            f"image {name} cannot be read ({error.strerror}); expected an image file"
+            f"image {item.name} cannot be read ({error.strerror}); expected an image file"
         ) from None
-    return pixels_from_bytes(data, name, preprocessing) if isinstance(data, bytes) else data
+    return pixels_from_bytes(data, item.name, preprocessing) if isinstance(data, bytes) else data
 
 
 def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
@@ -122,5 +134,5 @@ def image_names(folder: Path | None, count: int, *, videos: bool = False) -> lis
     if folder is None:
         return [f"sample {index}" for index in range(count)]
     if videos:
-        return [path.name for path in find_videos(folder)[:count]]
-    return [Path(item.name).name for item in _items(folder, count)]
+        return [printable(str(path)) for path in find_videos(folder)[:count]]
+    return [item.name for item in _items(folder, count, Silent())]

@@ -392,7 +392,9 @@ def _export_and_check(
     form = fit_form(form, model, request.engine)
     images = None
     if request.check:
-        images = parity_images(loaded.recipe, model.input_size, request.images, BUILD_COUNT)
+        images = parity_images(
+            loaded.recipe, model.input_size, request.images, BUILD_COUNT, progress
+        )
         check_library(model, images[:1])
 
     write_learned(model, folder)

@@ -138,7 +138,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     progress.stage(f"Load {manifest.model.name}")
     model, recipe = reference_model(artifact, request.weights)
     recipe = replace(recipe, preprocessing=manifest.preprocessing)
-    images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT)
+    images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT, progress)
     exported = load(artifact.model_path)
     subjects: dict[str, Subject] = {}
     reports: list[ParityReport] = []
