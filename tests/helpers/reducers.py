@@ -311,10 +311,12 @@ def assert_engine_builds(model: MergedModel, folder: Path, precision: Precision 
 
 def options_of(reducer: Reducer) -> Mapping[str, Any]:
     """Its options after a round trip through the manifest's JSON."""
-    import json
 
-    from tome_export.reducers.options import json_from_reducer, reducer_from_entry
+    from tome_export.artifact.manifest import Component
+    from tome_export.reducers import reducer_class
+    from tome_export.reducers.options import json_from_reducer
 
-    again = reducer_from_entry(**json.loads(json.dumps(json_from_reducer(reducer))))
+    entry = Component.model_validate(json_from_reducer(reducer))
+    again = entry.made(reducer_class(entry.name))
     assert again == reducer
     return again.options()

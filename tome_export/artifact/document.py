@@ -163,7 +163,7 @@ class Document(Part):
             _check_values(values)
             return found
         except ValidationError as error:
-            raise InputError(f"{file} {_fault(error, values)}; {cls.remedy}") from error
+            raise InputError(f"{file} {fault_of(error, values)}; {cls.remedy}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is not valid JSON ({error}); {cls.remedy}") from error
         except InputError as error:  # of a value that is read into a type of ours
@@ -188,7 +188,7 @@ class Document(Part):
         return cls.parse(content, file)
 
 
-def _fault(error: ValidationError, values: Any) -> str:
+def fault_of(error: ValidationError, values: Any) -> str:
     """The first thing that is wrong, such as ``has merge.r[1] '8', expected a whole number``."""
     first = error.errors(include_url=False)[0]
     kind, context = first["type"], first.get("ctx", {})

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from tome_export.errors import ExportError, InputError
+from tome_export.errors import ExportError, InputError, UnrecordedError
 
 POLL_S = 0.05
 """Seconds between two tries for a lock."""
@@ -167,6 +167,8 @@ def writing_to(output: Path, what: str = "directory") -> Iterator[None]:
     reasons = {
         errno.ENOSPC: f"no space is left on the device; free some or give another {what}",
         errno.EDQUOT: f"the disk quota is used up; free some space or give another {what}",
+        errno.EFBIG: "a file would be larger than may be written here; raise the limit (ulimit -f) "
+        f"or give another {what}",
         errno.EROFS: f"the filesystem is read-only; give another {what}",
         errno.EACCES: f"permission is denied; give a {what} you can write",
         errno.EPERM: f"permission is denied; give a {what} you can write",
@@ -183,6 +185,19 @@ def writing_to(output: Path, what: str = "directory") -> Iterator[None]:
         if not isinstance(cause, OSError) or cause.errno not in reasons:
             raise
         raise InputError(f"cannot write {output}: {reasons[cause.errno]}") from error
+
+
+@contextlib.contextmanager
+def keeping(result: object) -> Iterator[None]:
+    """Write down what long work has found; where that fails, the error holds it.
+
+    Raises:
+        UnrecordedError: in place of an ``InputError`` inside.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise UnrecordedError(str(error), result) from error
 
 
 def check_new_file(path: Path, *, force: bool) -> None:

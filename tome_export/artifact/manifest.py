@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from tome_export.artifact.document import (
     LONGEST_PLACE,
@@ -18,6 +27,7 @@ from tome_export.artifact.document import (
     Positive,
     Size,
     Whole,
+    fault_of,
     short,
 )
 from tome_export.artifact.files import open_regular
@@ -64,6 +74,8 @@ RESULTS = {
     "report.html": "report",
 }
 """What was found out about a model, which is usable without -> the command that finds it."""
+
+Made = TypeVar("Made")
 
 Absent: Any = Field(default=None, exclude_if=lambda value: value is None)
 """Default of an entry that is left out of the file where it is None."""
@@ -120,6 +132,31 @@ class Component(Part):
 
     name: str
     options: dict[str, Any]
+
+    def made(self, cls: type[Made]) -> Made:
+        """What the entry describes.
+
+        Args:
+            cls: The dataclass of its name; ``reducers.reducer_class`` knows it.
+
+        Raises:
+            InputError: if it has no such option, one is missing, or a value does not fit.
+        """
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        unknown = next((key for key in self.options if key not in names), None)
+        if unknown is not None:
+            expected = f"expected {', '.join(names)}" if names else "it has none"
+            raise InputError(
+                f"{MANIFEST} has option {short(unknown)} of {self.name}; {expected}, rebuild the "
+                "artifact"
+            )
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(self.options), strict=True)
+        except ValidationError as error:
+            reason = fault_of(error, self.options)
+            raise InputError(
+                f"the entry of {self.name} in {MANIFEST} {reason}; rebuild the artifact"
+            ) from error
 
 
 class MergeInfo(Part):

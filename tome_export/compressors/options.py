@@ -1,15 +1,14 @@
-"""Options of compressors: read from text or from JSON."""
+"""Options of compressors, read from text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Any
 
 from tome_export.compressors import compressor_class
 from tome_export.compressors.base import Compressor
 from tome_export.errors import InputError
-from tome_export.reducers.options import values_from_json, values_from_text
+from tome_export.reducers.options import values_from_text
 
 
 def compressor_from_text(text: str | None, options: Iterable[str] = ()) -> Compressor | None:
@@ -39,9 +38,3 @@ def compressor_from_text(text: str | None, options: Iterable[str] = ()) -> Compr
                 f"colon, such as {name}:12x12"
             )
     return cls(**values)
-
-
-def compressor_from_entry(name: str, options: Mapping[str, Any]) -> Compressor:
-    """The compressor that a manifest names, with the options that it records."""
-    cls = compressor_class(name)
-    return cls(**values_from_json(cls, f"compressor {cls.name}", options))

@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tome_export.errors import InputError
+
 if TYPE_CHECKING:
+    from tome_export.artifact import Artifact
     from tome_export.patch import MergedModel
 
 REDUCER, COMPRESSOR = "reducer.safetensors", "compressor.safetensors"
@@ -31,6 +34,17 @@ def write_learned(model: MergedModel, folder: Path) -> None:
             save_file(state, folder / name)
 
 
-def with_own_weights(part: Part, file: Path) -> Part:
-    """A reducer or compressor that reads an artifact's own file, if the artifact has one."""
-    return replace(part, weights=str(file)) if file.is_file() else part  # type: ignore[type-var]
+def with_own_weights(part: Part, artifact: Artifact, name: str) -> Part:
+    """A reducer or compressor that reads an artifact's own file, which is all that it may read.
+
+    Raises:
+        InputError: if it has weights from a file, and the artifact lists none.
+    """
+    if name in artifact.manifest.files:
+        return replace(part, weights=str(artifact.path / name))  # type: ignore[type-var]
+    if (source := getattr(part, "weights", None)) not in (None, "random"):
+        raise InputError(
+            f"{artifact.path} lists no {name}, and its weights are from {source}; rebuild the "
+            "artifact or copy it whole"
+        )
+    return part

@@ -31,10 +31,10 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     Raises:
         InputError: if the weights cannot be found, or are others than at the build.
     """
-    from tome_export.compressors.options import compressor_from_entry
+    from tome_export.compressors import compressor_class
     from tome_export.models import resolve
     from tome_export.patch import patch
-    from tome_export.reducers.options import reducer_from_entry
+    from tome_export.reducers import reducer_class
 
     manifest = artifact.manifest
     recorded = manifest.model.weights
@@ -55,13 +55,12 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     tower = TowerOptions() if manifest.tower is None else manifest.tower.options
     recipe = resolve(name, tower, video)
     merge = manifest.merge
-    reducer = with_own_weights(
-        reducer_from_entry(merge.reducer.name, merge.reducer.options), artifact.path / REDUCER
-    )
+    reducer = merge.reducer.made(reducer_class(merge.reducer.name))
+    reducer = with_own_weights(reducer, artifact, REDUCER)
     compressor = None
     if (entry := manifest.compressor) is not None:
-        compressor = compressor_from_entry(entry.name, entry.options)
-        compressor = with_own_weights(compressor, artifact.path / COMPRESSOR)
+        compressor = entry.made(compressor_class(entry.name))
+        compressor = with_own_weights(compressor, artifact, COMPRESSOR)
     recipe = replace(
         recipe,
         name=manifest.model.name,

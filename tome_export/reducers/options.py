@@ -1,8 +1,8 @@
-"""Options of reducers: read from text or from JSON, checked by the fields of the reducer."""
+"""Options of reducers: read from text, checked by the fields of the reducer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -68,23 +68,8 @@ def values_from_text(cls: type[Any], what: str, options: Iterable[str]) -> dict[
     return values
 
 
-def values_from_json(cls: type[Any], what: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a manifest as values of a dataclass's fields.
-
-    Raises:
-        InputError: if there is no such option.
-    """
-    return {_field(cls, what, key).name: _tuples(value) for key, value in options.items()}
-
-
-def reducer_from_entry(name: str, options: Mapping[str, Any]) -> Reducer:
-    """The reducer that a manifest names, with the options that it records."""
-    cls = reducer_class(name)
-    return cls(**values_from_json(cls, f"reducer {cls.name}", options))
-
-
 def json_from_reducer(reducer: Reducer) -> dict[str, Any]:
-    """Inverse of ``reducer_from_json``."""
+    """Name and options, as a manifest records them."""
     return {"name": reducer.name, "options": reducer.options()}
 
 
@@ -94,7 +79,3 @@ def _field(cls: type[Any], what: str, key: str) -> Field[Any]:
         expected = f"expected {', '.join(known)}" if known else "it has none"
         raise InputError(f"{what} has no option {key!r}; {expected}")
     return known[key]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
