@@ -25,14 +25,21 @@ from torch import Tensor, nn
 from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.merge.plan import Step, step_name
-from tome_export.onnx import files
+from tome_export.onnx import files, opset
 from tome_export.onnx.functions import Lowering, functions_for, inline
 from tome_export.onnx.names import decision_of_tensor, name_by_module, name_by_place
 from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
 from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
-from tome_export.spec import INPUT_NAME, AttentionForm, BatchRange, Precision
+from tome_export.spec import (
+    INPUT_NAME,
+    OPSETS,
+    AttentionForm,
+    BatchRange,
+    Precision,
+    check_opset,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,8 +50,11 @@ TORCH_DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 
-OPSET = 23
+OPSET = OPSETS[-1]
 """First opset with Attention and RMSNormalization."""
+
+FUNCTIONS_IR = 9
+"""First version of ONNX's format in which a function declares attributes with defaults."""
 
 HEAVY_BYTES = 1 << 16
 """Weights above this stay out of onnxsim's hands in a large model."""
@@ -62,12 +72,13 @@ class ExportOptions:
         attention: ``fused`` is the Attention operator, ``fused-fp32`` the same on queries, keys
             and values cast to float32, ``parts`` is MatMul, Add, Softmax, MatMul; ``auto`` is in
             parts for fp32, whose fused form TensorRT has no kernel for. See docs/attention.md.
-        opset: Of the standard operators; the fused forms need 23.
+        opset: Of the standard operators, 17 to 23; the fused forms need 23, bfloat16 22.
         plugin: Write on every match and merge node which TensorRT plugin may take it. Runtimes
             without plugins run the bodies all the same; needs the ``matmul`` lowering.
 
     Raises:
-        UsageError: if ``plugin`` is asked for with another lowering.
+        UsageError: if ``plugin`` is asked for with another lowering, or the opset lacks what is
+            asked for.
     """
 
     precision: Precision = "fp32"
@@ -78,6 +89,7 @@ class ExportOptions:
     plugin: bool = False
 
     def __post_init__(self) -> None:
+        check_opset(self.opset, self.precision, self.attention)
         if self.plugin and self.lowering != "matmul":
             raise UsageError(
                 f"plugin nodes have the lowering {self.lowering}; expected matmul, which TensorRT "
@@ -156,14 +168,16 @@ def onnx_from_model(
 
     names = [output_names] if isinstance(output_names, str) else output_names
     proto = serde.serialize_model(_ir_from_model(model, options, names))
-    functions = functions_for(
-        proto.graph.node, options.lowering, options.opset, plugin=options.plugin
-    )
+    traced = max(options.opset, opset.TRACED)
+    functions = functions_for(proto.graph.node, options.lowering, traced, plugin=options.plugin)
     proto.functions.extend(functions)
     inline(proto, (spec.PLAN, spec.SIGNAL) if options.plugin else tuple(spec.SUFFIXES))
     proto = _simplified(proto)
     if options.plugin:
-        read_keys_from_products(proto, options.opset)
+        read_keys_from_products(proto, traced)
+    if options.opset < traced:
+        opset.lower(proto)
+    proto.ir_version = _ir_version(proto)
     name_by_place(proto.graph)
     _name_by_content(proto)
     described = {**(metadata or {}), **_sequences(model)}
@@ -216,7 +230,7 @@ def _ir_from_model(
                 module,
                 examples,
                 dynamo=True,
-                opset_version=options.opset,
+                opset_version=max(options.opset, opset.TRACED),
                 input_names=list(inputs),
                 output_names=list(output_names),
                 dynamic_shapes=shapes,
@@ -367,6 +381,13 @@ def _simplified_light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
     result.graph.input.extend(inputs)
     result.graph.initializer.extend(t for name, t in heavy.items() if name in used)
     return result, valid
+
+
+def _ir_version(model: onnx.ModelProto) -> int:
+    """The lowest version of the format for a model's opset, so that old runtimes read it."""
+    needed: int = onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
+    needed = max(needed, FUNCTIONS_IR) if model.functions else needed
+    return min(model.ir_version, needed)
 
 
 def _interface(model: onnx.ModelProto) -> set[tuple[str, ...]]:

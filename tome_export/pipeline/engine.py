@@ -12,7 +12,7 @@ from tome_export.engine import EngineOptions, limits, select
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.pipeline.kernels import check_plugin_layers, plugins_of, register_plugins
 from tome_export.progress import Progress, Silent
-from tome_export.spec import AttentionForm, BatchRange, Precision
+from tome_export.spec import OPSETS, AttentionForm, BatchRange, Precision
 
 if TYPE_CHECKING:
     from tome_export.artifact.manifest import EngineInfo
@@ -150,7 +150,11 @@ class AttentionDecision:
 
 
 def attention_form(
-    asked: AttentionForm, precision: Precision, backend: EngineBuilder | None, lowering: Lowering
+    asked: AttentionForm,
+    precision: Precision,
+    backend: EngineBuilder | None,
+    lowering: Lowering,
+    opset: int = OPSETS[-1],
 ) -> AttentionDecision:
     """The form of attention for what will run the graph; docs/attention.md says why.
 
@@ -159,6 +163,7 @@ def attention_form(
         precision: Of the graph.
         backend: That builds the engine; None for no engine.
         lowering: Of the merge: a graph with ``index_add`` is for ONNX Runtime alone.
+        opset: Of the graph; that it has the form asked for is ``spec.check_opset``'s to say.
 
     Raises:
         UsageError: if what was asked for does not go with the precision or the backend.
@@ -177,6 +182,8 @@ def attention_form(
         return AttentionDecision(asked, reason)
     if precision == "fp32":
         return AttentionDecision("parts", "TensorRT has no fused kernel in fp32")
+    if opset < OPSETS[-1]:
+        return AttentionDecision("parts", f"opset {opset} has no operator for it")
     if backend is not None:
         if _attention_refusal("fused", backend):
             least = _text(ATTENTION_SINCE)
