@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from tome_export.errors import InputError
+from tome_export.errors import InputError, UsageError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 MergeOp = Literal["auto", "index_add", "matmul", "plugin"]
@@ -13,6 +13,7 @@ AttentionForm = Literal["auto", "fused", "fused-fp32", "parts"]
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 SelectFeature = Literal["patch", "cls_patch"]
+Activation = Literal["softmax", "sigmoid", "none"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
@@ -20,12 +21,62 @@ ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 
 TOWERS = ("llava",)
 SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+"""What makes scores of logits: ``softmax`` of one class out of several, ``sigmoid`` of a yes or no
+for each class, which one logit always is, ``none`` of the numbers of a regression."""
 
 INPUT_NAME = "pixel_values"
 LOGITS, FEATURES = "logits", "features"
 SOURCE_MAP, ENTROPY = "source_map", "entropy"
 VIDEO_MASK: Literal["video_mask"] = "video_mask"
 VIDEO_FEATURES: Literal["video_features"] = "video_features"
+
+
+OPSETS = (17, 23)
+"""Lowest and highest ONNX opset of a graph; the highest, the default, has Attention."""
+
+BF16_OPSET = 22
+"""First opset whose convolution takes bfloat16."""
+
+
+def check_opset(opset: int, precision: Precision, attention: AttentionForm) -> None:
+    """Refuse what cannot be written in an opset.
+
+    Raises:
+        UsageError: naming what does not go with it.
+    """
+    least, most = OPSETS
+    if not least <= opset <= most:
+        raise UsageError(f"opset is {opset}; expected {least} to {most}")
+    if attention.startswith("fused") and opset < most:
+        raise UsageError(
+            f"--attention {attention} is an operator of opset {most}, and --opset is {opset}; use "
+            f"--attention parts, or --opset {most}"
+        )
+    if precision == "bf16" and opset < BF16_OPSET:
+        raise UsageError(
+            f"--opset is {opset} with --bf16, whose convolution ONNX has from opset {BF16_OPSET} "
+            f"on; use --fp16, or --opset {BF16_OPSET} or above"
+        )
+
+
+def usual_activation(outputs: int) -> Activation:
+    """That of a classifier which does not say otherwise: one logit is a sigmoid."""
+    return "sigmoid" if outputs == 1 else "softmax"
+
+
+def answers(logits: Any, activation: Activation) -> Any:
+    """What a classifier says of each image.
+
+    Args:
+        logits: ``[B, K]``, an array or a tensor.
+        activation: ``softmax`` or ``sigmoid``.
+
+    Returns:
+        ``[B, 1]``, the class of the largest logit; of a sigmoid ``[B, K]`` bool, the classes whose
+        probability is above one half.
+    """
+    return logits > 0 if activation == "sigmoid" else logits.argmax(1)[:, None]
 
 
 @dataclass(frozen=True)
