@@ -56,6 +56,7 @@ def model_lines(manifest: Manifest) -> list[str]:
             [
                 ("Model", f"{model.name}: {model.description}"),
                 ("Weights", f"{model.weights.kind}: {model.weights.source}"),
+                ("Output", output_text(manifest)),
                 ("Merging", f"{merge.schedule}, proportional attention {prop_attn}"),
                 ("Merge op", merge_op(manifest)),
                 ("Precision", manifest.precision),
@@ -64,6 +65,14 @@ def model_lines(manifest: Manifest) -> list[str]:
         ),
         *([f"  {merge.note}"] if merge.note else []),
     ]
+
+
+def output_text(manifest: Manifest) -> str:
+    """What the model gives, what makes scores of it, and why it is taken for that."""
+    note, scores = manifest.form.note, manifest.activation
+    given = f"{manifest.output.name} {list(manifest.output.shape[1:])}"
+    how = {"softmax": ", softmax", "sigmoid": ", sigmoid", "none": ", numbers (regression)"}
+    return given + (how[scores] if scores else "") + (f": {note}" if note else "")
 
 
 def merge_op(manifest: Manifest) -> str:

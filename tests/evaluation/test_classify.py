@@ -49,7 +49,7 @@ def test_cosine_is_of_each_image_over_all_else():
 
 def test_every_batch_is_full_and_each_image_is_there_once():
     runner = Doubling()
-    record = Classifier(8, "y", True, "").record(
+    record = Classifier(8, "y", "softmax", "").record(
         Decoded(4, PIXELS, ((1, "x", "spoilt"),)), {"m": runner}
     )
     assert runner.sizes == [8]
@@ -60,18 +60,18 @@ def test_every_batch_is_full_and_each_image_is_there_once():
 
 def test_features_are_compared_with_the_baseline():
     runners = {"a": Doubling(), "b": Doubling()}
-    record = Classifier(4, "y", False, "b").record(Decoded(0, PIXELS, ()), runners)
+    record = Classifier(4, "y", None, "b").record(Decoded(0, PIXELS, ()), runners)
     assert record.values["a"][:, 0] == pytest.approx([1, 1, 1])
 
 
 def test_a_chunk_without_a_readable_image_runs_nothing():
     empty = Decoded(0, np.zeros((0, 1, 1, 1), np.float32), ((0, "x", "spoilt"),))
-    assert Classifier(4, "y", True, "").record(empty, {"m": Broken()}).values == {}
+    assert Classifier(4, "y", "softmax", "").record(empty, {"m": Broken()}).values == {}
 
 
 def test_a_runner_that_fails():
     with pytest.raises(ExportError) as caught:
-        Classifier(4, "y", True, "").record(Decoded(0, PIXELS, ()), {"m": Broken()})
+        Classifier(4, "y", "softmax", "").record(Decoded(0, PIXELS, ()), {"m": Broken()})
     assert str(caught.value) == (
         "m failed on a batch of 4: out of memory; try a smaller --batch or another --backend"
     )

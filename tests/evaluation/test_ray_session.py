@@ -178,7 +178,7 @@ from tome_export.evaluation.ray_data import ray_records
 from tome_export.evaluation.records import Classifier
 
 task = Task(0, (Item("x", "samples", pixels=np.zeros((1, 2, 2), np.float32)),))
-classifier = Classifier(1, "y", True, "")
+classifier = Classifier(1, "y", "softmax", "")
 try:
     list(ray_records([task], print, deadly_opener.dies, classifier, "local", 1))
 except TomeExportError as error:

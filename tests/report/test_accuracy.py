@@ -56,7 +56,9 @@ def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged"
     source = samples_source(np.zeros((IMAGES, 1, 8, 8), np.float32), labels)
     known = labels if kind == "labelled" else None
     plain = next((one for one in candidates if one.name == "unmerged"), None)
-    return evaluation_from_table(table, source, known, candidates, classes, plain)
+    return evaluation_from_table(
+        table, source, known, candidates, classes, plain, classes and "softmax"
+    )
 
 
 def values_without_last(values):

@@ -97,13 +97,22 @@ def confidence(logits: Array, measure: str) -> Array:
         logits: Of any float type; a row that is not finite gives NaN.
         measure: ``max``, the largest softmax probability, or ``margin``, its lead over the second.
     """
-    wide = np.asarray(logits, np.float64)
+    wide = two_classes(np.asarray(logits, np.float64))
     finite = np.asarray(np.isfinite(wide).all(axis=1))
     safe = np.where(finite[:, None], wide, 0.0)
     best = np.sort(np.exp(log_softmax(safe)), axis=1)[:, -2:]
     lead = best[:, -1] - best[:, 0] if best.shape[1] > 1 else best[:, -1]
     found = best[:, -1] if measure == "max" else lead
     return np.asarray(np.where(finite, found, np.nan), np.float64)
+
+
+def two_classes(logits: Array) -> Array:
+    """Logits ``[B, 2]`` of no and yes of one logit ``[B, 1]``, whose softmax is its sigmoid.
+
+    Those of more classes are returned as they are.
+    """
+    one = logits.shape[1] == 1
+    return np.concatenate([np.zeros_like(logits), logits], axis=1) if one else logits
 
 
 def log_softmax(logits: Array) -> Array:

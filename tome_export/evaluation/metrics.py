@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tome_export.artifact.evaluation import Difference, Methods, Share
+from tome_export.artifact.evaluation import Deviations, Difference, Methods, Share
 
 CONFIDENCE = 0.95
 
@@ -77,3 +78,13 @@ def difference_of_counts(
     low = share - joined(p - p_low, q_high - q)
     high = share + joined(p_high - p, q - q_low)
     return Difference(share=share, low=low, high=high, gained=gained, lost=lost)
+
+
+def deviations(found: NDArray[Any], other: NDArray[Any]) -> Deviations | None:
+    """How far numbers ``[B, K]`` are from another model's; None where no image has finite ones."""
+    finite = np.isfinite(found).all(axis=1) & np.isfinite(other).all(axis=1)
+    if not finite.any():
+        return None
+    apart = np.abs(found[finite] - other[finite])
+    spread = float(other[finite].std(axis=0).mean())
+    return Deviations(mean=float(apart.mean()), max=float(apart.max()), spread=spread)

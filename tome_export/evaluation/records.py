@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from tome_export.data.decode import Decoded
 from tome_export.errors import ExportError, InputError
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME
+from tome_export.spec import INPUT_NAME, Activation, answers
 
 TOP = 5
 """Classes kept per image."""
@@ -26,9 +27,9 @@ class Record:
     Attributes:
         chunk: Its number.
         unreadable: Position in the chunk, name and reason of what could not be read.
-        values: Per run, for the images that could: the best classes ``[B, TOP]`` int32, best
-            first, -1 where the output is not finite; or of models without classes the cosine to
-            the unmerged output ``[B, 1]`` float64.
+        values: Per run, for the images that could: the answer and the best classes, see
+            ``ranked``; of a regression its numbers ``[B, K]`` float64; or of features the cosine
+            to the unmerged output ``[B, 1]`` float64.
     """
 
     chunk: int
@@ -62,14 +63,14 @@ class Classifier:
         batch: Images per batch; shorter ones are padded, so that every image is always computed
             in the same surroundings and numbers repeat to the last digit.
         output_name: Name of the one output.
-        classes: Whether it holds logits; else features, of which the cosine to those of
-            ``baseline`` is kept.
+        activation: Of its logits; None for features, of which the cosine to those of ``baseline``
+            is kept.
         baseline: The run that is not merged.
     """
 
     batch: int
     output_name: str
-    classes: bool
+    activation: Activation | None
     baseline: str
 
     def record(self, decoded: Decoded, runners: Mapping[str, Runner]) -> Record:
@@ -82,8 +83,10 @@ class Classifier:
         values: dict[str, NDArray[Any]] = {}
         if count:
             outputs = {name: self._infer(name, r, decoded, count) for name, r in runners.items()}
-            if self.classes:
-                values = {name: best(output) for name, output in outputs.items()}
+            if self.activation == "none":
+                values = {name: out.astype(np.float64) for name, out in outputs.items()}
+            elif self.activation is not None:
+                values = {n: ranked(output, self.activation) for n, output in outputs.items()}
             else:
                 plain = outputs[self.baseline]
                 values = {name: cosine(output, plain) for name, output in outputs.items()}
@@ -99,6 +102,34 @@ class Classifier:
                 f"{name} failed on a batch of {self.batch}: {error}; try a smaller --batch or "
                 "another --backend"
             ) from error
+
+
+def as_classes(logits: NDArray[Any], activation: Activation) -> NDArray[Any]:
+    """Logits ``[B, 2]`` of no and yes of one logit ``[B, 1]``, whose softmax is its sigmoid.
+
+    Other logits ``[B, K]`` are returned as they are.
+    """
+    if activation != "sigmoid" or logits.shape[1] > 1:
+        return logits
+    return np.concatenate([np.zeros_like(logits), logits], axis=1)
+
+
+def ranked(logits: NDArray[Any], activation: Activation) -> NDArray[np.int64]:
+    """What is kept of the logits ``[B, K]`` of a classifier.
+
+    Returns:
+        ``[B, TOP]``, the best classes; of a yes or no for each of several classes ``[B, 1 + TOP]``,
+        in front the set of those with a yes, as a number that other sets do not have. All are -1
+        where an output is not finite.
+    """
+    logits = as_classes(logits, activation)
+    classes = best(logits).astype(np.int64)
+    if activation == "softmax" or logits.shape[1] == 2:
+        return classes
+    packed = np.packbits(answers(logits, activation), axis=1)
+    sets = [int.from_bytes(sha256(row.tobytes()).digest()[:7], "big") for row in packed]
+    whole = np.where(classes[:, :1] < 0, -1, np.array(sets, np.int64)[:, None])
+    return np.concatenate([whole, classes], axis=1)
 
 
 def best(logits: NDArray[Any]) -> NDArray[np.int32]:

@@ -25,14 +25,22 @@ from tome_export.parity.scores import judge_scores
 from tome_export.runtime.inputs import unit_inputs
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import ENTROPY, INPUT_NAME, LOGITS, SOURCE_MAP, VIDEO_MASK
+from tome_export.spec import (
+    ENTROPY,
+    INPUT_NAME,
+    LOGITS,
+    SOURCE_MAP,
+    VIDEO_MASK,
+    answers,
+    usual_activation,
+)
 
 if TYPE_CHECKING:
     import onnx
 
     from tome_export.onnx.twin import Twin
     from tome_export.patch import MergedModel
-    from tome_export.spec import AttentionForm, BatchRange, Precision
+    from tome_export.spec import Activation, AttentionForm, BatchRange, Precision
 
 K = 4.0
 """Error allowed as a multiple of PyTorch's own in the same precision.
@@ -58,6 +66,7 @@ def check_parity(
     runner_factory: RunnerFactory = OrtRunner,
     candidate: str = "onnx on ONNX Runtime CPU",
     engine: bool = False,
+    activation: Activation | None = None,
     k: float = K,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
@@ -75,6 +84,7 @@ def check_parity(
         runner_factory: Makes a runner of a graph: ONNX Runtime, or an engine on a GPU.
         candidate: Name of graph and runtime for the report.
         engine: Whether the candidate is an engine of TensorRT, and no ONNX runtime.
+        activation: What makes scores of logits; None for the usual one of so many.
         k: Error allowed as a multiple of PyTorch's own in the same precision.
         progress: Told what is being run.
 
@@ -101,6 +111,7 @@ def check_parity(
     with runner_factory(graph) as runner:
         shown = infer_in_batches(runner, pixels, len(images), size)
     shipped = shown[output_name]
+    scores = activation or usual_activation(shipped.shape[-1]) if output_name == LOGITS else None
     twin = twin_from_model(graph, consume=graph is not exported)
     if not twin.layers:
         free = led = Pass(shipped, {}, shown.get(SOURCE_MAP), shown.get(ENTROPY))
@@ -128,8 +139,8 @@ def check_parity(
         images=len(images),
         k=k,
         layers=layers,
-        output=_output_parity(shipped, reference.output, output_name == LOGITS),
-        led_output=_output_parity(led.output, reference.output, output_name == LOGITS),
+        output=_output_parity(shipped, reference.output, scores),
+        led_output=_output_parity(led.output, reference.output, scores),
         led_allowed=allowed,
         twin_difference=float(np.abs(shipped - free.output)[steady].max(initial=0.0)),
         twin_allowed=allowed,
@@ -290,15 +301,20 @@ def _plan_from_scores(scores: Array, r: int, prefix: int, class_token: bool) -> 
     return Plan(keep, 2 * rank[:r], dst)
 
 
-def _output_parity(candidate: Array, reference: Array, logits: bool) -> OutputParity:
+def _output_parity(
+    candidate: Array, reference: Array, activation: Activation | None
+) -> OutputParity:
     a = candidate.reshape(len(candidate), -1).astype(np.float64)
     b = reference.reshape(len(reference), -1).astype(np.float64)
     error = float(np.abs(a - b).max())
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
+    same = None
+    if activation is not None and activation != "none":
+        same = float((answers(a, activation) == answers(b, activation)).all(axis=1).mean())
     return OutputParity(
         max_abs=error,
         relative=error / max(float(np.abs(b).max()), np.finfo(np.float32).tiny),
         cosine=float(cosine.min()),
-        top1_agreement=float((a.argmax(axis=1) == b.argmax(axis=1)).mean()) if logits else None,
+        top1_agreement=same,
     )

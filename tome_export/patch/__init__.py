@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
-from tome_export.patch.base import MergedModel
+from tome_export.patch.base import MergedModel, NoImageOutputError
 from tome_export.patch.merger import LayerTrace, MergeSettings
 from tome_export.reducers import DEFAULT, reducer_class
 
@@ -23,6 +23,7 @@ __all__ = [
     "LayerTrace",
     "MergeSettings",
     "MergedModel",
+    "NoImageOutputError",
     "UnknownModelError",
     "patch",
     "patched",

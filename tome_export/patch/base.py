@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,22 @@ from tome_export.spec import PatchGrid
 
 _INNER = "model."
 _LEARNED = ("reducer.", "compressor.")
+
+
+class NoImageOutputError(InputError):
+    """The model has no output for the whole image, only features of patches."""
+
+
+class OutputChoice(NamedTuple):
+    """What the output of a library model is taken for.
+
+    Attributes:
+        classifies: Whether it is class scores, and not features.
+        why: What of the model's structure or configuration says so.
+    """
+
+    classifies: bool
+    why: str
 
 
 class MergedModel(nn.Module, ABC):
@@ -144,9 +160,9 @@ class MergedModel(nn.Module, ABC):
         return 1
 
     @property
-    def classifies(self) -> bool:
-        """Whether the model's own output is one score per class, and not features."""
-        return False
+    def output_choice(self) -> OutputChoice:
+        """What the model's own output is: one score per class, or features."""
+        return OutputChoice(classifies=False, why="the model is a tower without a classifier")
 
     @property
     def gives_tokens(self) -> bool:
@@ -174,7 +190,10 @@ class MergedModel(nn.Module, ABC):
         if chosen is None:
             return None
         grid = check_compressor(
-            chosen, self.patch_grid, gives_tokens=self.gives_tokens, classifies=self.classifies
+            chosen,
+            self.patch_grid,
+            gives_tokens=self.gives_tokens,
+            classifies=self.output_choice.classifies,
         )
         return chosen.module(self._feature_width(), grid)
 

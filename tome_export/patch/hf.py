@@ -31,6 +31,9 @@ PLAIN = (
     nn.Linear,
     nn.ModuleList,
 )
+QUANTISED = ("torch.ao.", "torchao.", "bitsandbytes.", "peft.", "gptqmodel.", "awq.", "optimum.")
+"""Packages whose modules compute with codes, or add to another module's output."""
+
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Mish)
 
 
@@ -146,8 +149,17 @@ def check_placed(model: nn.Module, name: str) -> None:
     )
 
 
+def heads_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The classifiers of a model by name, whatever modules they are; none of a bare model."""
+    names = ("classifier", "cls_classifier", "distillation_classifier")
+    found = {name: getattr(model, name, None) for name in names}
+    return {name: head for name, head in found.items() if isinstance(head, nn.Module)}
+
+
 def check_modules(module: nn.Module, name: str) -> None:
     """Refuse modules that are not the library's own, such as quantised layers.
+
+    A classifier may be any module: it sees what is left of an image, whose tokens are merged.
 
     Args:
         module: The model or a layer; its own class is from the file that all may come from.
@@ -157,17 +169,28 @@ def check_modules(module: nn.Module, name: str) -> None:
         InputError: naming module and class.
     """
     home = type(module).__module__
+    inside = {id(part) for head in heads_of(module).values() for part in head.modules()}
     for where, part in module.named_modules():
         cls = type(part)
+        if id(part) in inside and not cls.__module__.startswith(QUANTISED):
+            continue
         if cls.__module__ in (home, "transformers.activations") or cls in PLAIN + ACTIVATIONS:
             continue
         if cls is nn.MultiheadAttention or cls.__name__ == "NonDynamicallyQuantizableLinear":
             continue
+        of = cls.__module__.partition(".")[0]
+        fix = "expected the library's own modules everywhere but in the classifier"
+        if cls.__module__.startswith(QUANTISED):
+            fix = "load the model without quantisation or adapters"
         raise InputError(
-            f"module {where} of model {name} is a {cls.__module__.partition('.')[0]} "
-            f"{cls.__name__}, which is not supported; load the model without quantisation or "
-            "adapters"
+            f"module {where} of model {name} is a {of} {cls.__name__}, which is not supported; "
+            f"{fix}"
         )
+
+
+def vision_config_of(model: Any) -> Any:
+    """A model's configuration; its vision half where it is one of images and text."""
+    return getattr(model.config, "vision_config", model.config)
 
 
 def grid_of(config: Any, name: str) -> PatchGrid:
@@ -216,10 +239,11 @@ class MergedHf(MergedModel):
         check_placed(model, name)
         check_plain(model, name)
         check_modules(model, name)
-        check_attention(model.config._attn_implementation, name)
+        config = vision_config_of(model)
+        check_attention(config._attn_implementation, name)
         self._encoder_layers = tuple(encoder_layers)
-        self._patch_grid = grid_of(model.config, name)
-        prefix = self.prefix_of(model.config)
+        self._patch_grid = grid_of(config, name)
+        prefix = self.prefix_of(config)
         super().__init__(
             model, settings, len(self._encoder_layers), self._patch_grid.patches + prefix, prefix
         )
@@ -255,12 +279,12 @@ class MergedHf(MergedModel):
     @property
     def width(self) -> int:
         """C of the tokens between the layers."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return int(vision_config_of(self.model).hidden_size)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of one image, in pixels."""
-        config: Any = self.model.config
+        config = vision_config_of(self.model)
         return int(config.num_channels), *pair(config.image_size)
 
     @property
@@ -275,12 +299,12 @@ class MergedHf(MergedModel):
 
     def fixed_macs(self, tokens: int) -> int:
         """MACs per image of patch embedding, pooling and head, as torch counts them."""
-        model: Any = self.model
+        model = self.model
 
         def outside(zeros: Zeros) -> None:
             self.embed(zeros(1, *self.input_size))
             if not self.settings.dense:
-                self.head(Tokens(zeros(1, tokens, model.config.hidden_size)))
+                self.head(Tokens(zeros(1, tokens, self.width)))
 
         return counted_macs(model, outside)
 

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import hf
-from tome_export.patch.base import MergedModel
+from tome_export.patch.base import MergedModel, NoImageOutputError, OutputChoice
+from tome_export.patch.heads import choice_by_heads, mean_of_patches
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.reducers.base import Attended
 
 CLASSES = {
-    "clip": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
-    "siglip": ("SiglipVisionModel",),
+    "clip": ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
+    "siglip": ("SiglipVisionModel", "SiglipForImageClassification"),
 }
-SUPPORTED = "transformers' CLIPVisionModel, CLIPVisionModelWithProjection and SiglipVisionModel"
+SUPPORTED = f"transformers' {', '.join(name for names in CLASSES.values() for name in names)}"
 LAYERS = {"CLIPEncoderLayer": "CLIPAttention", "SiglipEncoderLayer": "SiglipAttention"}
 
 
@@ -111,15 +112,40 @@ class _Tower(hf.MergedHf):
         """See ``hf_clip.layer_cost``."""
         return layer_cost(layer)
 
+    @property
+    def output_choice(self) -> OutputChoice:
+        """Class scores of a classifier, unless it was taken off; else features."""
+        heads = hf.heads_of(self.model)
+        return choice_by_heads(*heads.values()) if heads else super().output_choice
+
+    def classified(self, tokens: Tokens) -> Tensor:
+        """The library's classifier, on the mean over patches."""
+        size = None if tokens.size is None else tokens.size[:, self.prefix :]
+        mean = mean_of_patches(tokens.x[:, self.prefix :], size)
+        return self.model.classifier(mean)  # type: ignore[no-any-return, operator]
+
+    def library_dense(self, pixel_values: Tensor) -> Tensor:
+        """The library's features of every patch."""
+        output = self.tower_model(pixel_values, return_dict=True)
+        return output.last_hidden_state[:, self.prefix :]  # type: ignore[no-any-return]
+
+    @property
+    def tower_model(self) -> Any:
+        """The model that gives the last hidden state: the tower in a classifier, else itself."""
+        return self.model.vision_model if hf.heads_of(self.model) else self.model
+
 
 def _vision(model: Any) -> Any:
-    return getattr(model, "vision_model", model)
+    """The transformer; in some versions a classifier's tower wraps it once more."""
+    inner = getattr(model, "vision_model", model)
+    return getattr(inner, "vision_model", inner)
 
 
 class MergedClip(_Tower):
     """A CLIP image tower that merges tokens; see ``MergedModel``.
 
-    The output is ``image_embeds`` with a projection, else ``pooler_output``. Dense features are
+    The output is ``logits`` of a classifier, whose mean over patches counts every patch once;
+    ``image_embeds`` with a projection, else ``pooler_output``. Dense features are
     ``last_hidden_state``, which CLIP takes before its last norm.
     """
 
@@ -133,8 +159,10 @@ class MergedClip(_Tower):
         return self.vision.pre_layrnorm(self.vision.embeddings(pixel_values))  # type: ignore[no-any-return]
 
     def head(self, tokens: Tokens) -> Tensor:
-        """The class token, normalised and projected."""
+        """The class token, normalised and projected; or the classifier."""
         model: Any = self.model
+        if hf.heads_of(model):
+            return self.classified(tokens)
         pooled = self.vision.post_layernorm(tokens.x[:, 0, :])
         project = getattr(model, "visual_projection", None)
         return pooled if project is None else project(pooled)  # type: ignore[no-any-return]
@@ -142,9 +170,11 @@ class MergedClip(_Tower):
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the library's model itself gives."""
         model: Any = self.model
-        output = model(pixel_values, return_dict=True)
         if self.settings.dense:
-            return output.last_hidden_state[:, 1:]  # type: ignore[no-any-return]
+            return self.library_dense(pixel_values)
+        output = model(pixel_values, return_dict=True)
+        if hf.heads_of(model):
+            return output.logits  # type: ignore[no-any-return]
         projected = hasattr(model, "visual_projection")
         return output.image_embeds if projected else output.pooler_output  # type: ignore[no-any-return]
 
@@ -153,15 +183,17 @@ class MergedSiglip(_Tower):
     """A SigLIP image tower that merges tokens; see ``MergedModel``.
 
     It has no class token: the output is that of its attention pooling, in which a merged token
-    counts by its size. Dense features are ``last_hidden_state``, which is normalised.
+    counts by its size, or ``logits`` of a classifier, which takes the mean over patches instead.
+    Dense features are ``last_hidden_state``, which is normalised.
 
     Raises:
         InputError: if it has no pooling head, and the output is not dense.
     """
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
-        if not _vision(model).use_head and not settings.dense:
-            raise InputError(
+        pools = _vision(model).use_head or hf.heads_of(model)
+        if not pools and not settings.dense:
+            raise NoImageOutputError(
                 "model SiglipVisionModel has no pooling head (vision_use_head is false), so "
                 "there is no output for the whole image; use dense outputs"
             )
@@ -181,7 +213,9 @@ class MergedSiglip(_Tower):
         return self.vision.post_layernorm(x)  # type: ignore[no-any-return]
 
     def head(self, tokens: Tokens) -> Tensor:
-        """The library's attention pooling, with log(size) added to its logits."""
+        """The library's pooling, with log(size) added to its logits; or the classifier."""
+        if hf.heads_of(self.model):
+            return self.classified(tokens)
         head = self.vision.head
         if tokens.size is None or not self.settings.prop_attn:
             return head(tokens.x)  # type: ignore[no-any-return]
@@ -194,5 +228,7 @@ class MergedSiglip(_Tower):
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the library's model itself gives."""
         model: Any = self.model
+        if self.settings.dense:
+            return self.library_dense(pixel_values)
         output = model(pixel_values, return_dict=True)
-        return output.last_hidden_state if self.settings.dense else output.pooler_output  # type: ignore[no-any-return]
+        return output.logits if hf.heads_of(model) else output.pooler_output  # type: ignore[no-any-return]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch import hf
-from tome_export.patch.base import MergedModel
+from tome_export.patch.base import MergedModel, OutputChoice
+from tome_export.patch.heads import choice_by_heads, mean_of_patches
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.reducers.base import Attended
 
@@ -48,7 +49,8 @@ def _base(model: Any) -> Any:
 
 
 def _classifies(model: nn.Module) -> bool:
-    return "ForImageClassification" in type(model).__name__
+    """Whether it is one of the library's classes with a classifier, taken off or not."""
+    return hasattr(model, "classifier") or hasattr(model, "cls_classifier")
 
 
 def _layers(base: Any) -> Any:
@@ -98,9 +100,9 @@ class _Transformer(hf.MergedHf):
         return _base(self.model)
 
     @property
-    def classifies(self) -> bool:
-        """Whether it is one of the library's classes with a classifier."""
-        return _classifies(self.model)
+    def output_choice(self) -> OutputChoice:
+        """Class scores, unless there is no classifier or it was taken off."""
+        return choice_by_heads(*hf.heads_of(self.model).values())
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Prefix tokens and patches, positions added."""
@@ -210,11 +212,6 @@ class MergedDino(_Transformer):
         x = tokens.x
         if not _classifies(model):
             return x[:, 0, :]
-        patches = x[:, self.prefix :]
-        mean = patches.mean(dim=1)
-        if tokens.size is not None:
-            size = tokens.size[:, self.prefix :]
-            weight = size / size.sum(dim=1, keepdim=True)
-            weight = weight.to(torch.promote_types(x.dtype, size.dtype))
-            mean = (patches.to(weight.dtype) * weight[..., None]).sum(dim=1).to(x.dtype)
+        size = None if tokens.size is None else tokens.size[:, self.prefix :]
+        mean = mean_of_patches(x[:, self.prefix :], size)
         return model.classifier(torch.cat([x[:, 0], mean], dim=1))  # type: ignore[no-any-return]

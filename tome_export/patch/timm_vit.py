@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel
+from tome_export.patch.base import MergedModel, OutputChoice
 from tome_export.patch.blocks import BlockForward, block_cost, block_forward
 from tome_export.patch.checks import Zeros, check_plain, counted_macs, model_name
+from tome_export.patch.heads import choice_by_heads, head_width
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
 
@@ -34,6 +35,46 @@ def merged(model: nn.Module, settings: MergeSettings) -> MergedModel | None:
     if type(model) in (VisionTransformer, VisionTransformerDistilled):
         return MergedVisionTransformer(model, settings)
     return None
+
+
+PROJECTION_UNIT = 64
+"""Embeddings are so wide, or a multiple of it, in every CLIP that timm has, and no label set is."""
+
+
+def output_choice(model: Any) -> OutputChoice:
+    """What the output of a timm model is: class scores, or features.
+
+    Timm keeps the projection of CLIP's and the Perception Encoder's towers as their head. It is the
+    head of the pretrained weights as they are, whose width its configuration has as ``num_classes``
+    and no label set has; any other head was put there to classify.
+
+    Args:
+        model: A ``VisionTransformer``, ``VisionTransformerDistilled`` or ``Eva``; also without
+            memory for its weights.
+    """
+    from timm.data import infer_imagenet_subset
+
+    choice = choice_by_heads(getattr(model, "head", None), getattr(model, "head_dist", None))
+    if not choice.classifies:
+        return choice
+    if getattr(model, "global_pool", None) == "":
+        why = "without pooling (global_pool='') the output is every token's, not the image's"
+        return OutputChoice(classifies=False, why=why)
+    width = head_width(model.head)
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    pretrained = cfg.get("num_classes")
+    if width is None or not pretrained or infer_imagenet_subset({"num_classes": pretrained}):
+        return choice
+    if cfg.get("label_names") or pretrained % PROJECTION_UNIT:
+        return choice
+    if width != pretrained:
+        why = f"{choice.why}, not the {pretrained} of the weights' projection to image features"
+        return OutputChoice(classifies=True, why=why)
+    why = (
+        f"the head of {width} outputs is the pretrained weights' own, which is a projection to "
+        "image features and no list of classes"
+    )
+    return OutputChoice(classifies=False, why=why)
 
 
 class MergedVisionTransformer(MergedModel):
@@ -86,14 +127,9 @@ class MergedVisionTransformer(MergedModel):
         return self._patch_grid
 
     @property
-    def classifies(self) -> bool:
-        """Whether there is a head that is not CLIP's projection to image features."""
-        model: Any = self.model
-        classes = int(model.num_classes)
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        projects = "_clip_" in str(cfg.get("architecture")) and classes == cfg.get("num_classes")
-        trained = {"ft", "classification"} & set(str(cfg.get("tag")).split("_"))
-        return classes > 0 and (not projects or bool(trained))
+    def output_choice(self) -> OutputChoice:
+        """See ``output_choice``."""
+        return output_choice(self.model)
 
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel
+from tome_export.patch.base import MergedModel, OutputChoice
 from tome_export.patch.checks import Zeros, check_plain, counted_macs, require
+from tome_export.patch.heads import choice_by_heads
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.multihead import (
     check_multihead,
@@ -73,11 +74,9 @@ class MergedTorchvision(MergedModel):
         return self._patch_grid
 
     @property
-    def classifies(self) -> bool:
-        """Whether the heads end in a linear layer, as they are made."""
-        heads: Any = self.model.heads
-        last = list(heads.modules())[-1]
-        return isinstance(last, nn.Linear)
+    def output_choice(self) -> OutputChoice:
+        """Class scores, unless the heads were taken off."""
+        return choice_by_heads(self.model.heads)
 
     @cached_property
     def block_costs(self) -> tuple[BlockCost, ...]:

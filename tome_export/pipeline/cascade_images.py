@@ -127,7 +127,7 @@ def _seen(
     spec: ObservationSpec,
     batch: int,
 ) -> Observations:
-    logits = [_logits(runner, pixels, spec, batch) for runner in runners]
+    logits = [policy.two_classes(_logits(one, pixels, spec, batch)) for one in runners]
     classes = np.stack([best(one)[:, 0].astype(np.int64) for one in logits])
     truth = classes[-1] if labels is None else labels
     return Observations(

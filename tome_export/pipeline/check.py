@@ -163,6 +163,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
                     else f"{engine.file} on {name}"
                 ),
                 engine=engine is not None,
+                activation=manifest.activation,
                 progress=progress.detail,
             )
         )

@@ -16,6 +16,7 @@ def shared_facts(artifact: Artifact) -> dict[str, object]:
         "weights": manifest.model.weights.state_sha256,
         "preprocessing": manifest.preprocessing,
         "labels": manifest.labels,
+        "activations": manifest.activation,
     }
 
 

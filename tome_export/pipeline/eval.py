@@ -27,8 +27,14 @@ from tome_export.data.labels import Classes
 from tome_export.data.source import Labels, Source, selection
 from tome_export.errors import InputError, UsageError
 from tome_export.evaluation.journal import Journal, open_journal
-from tome_export.evaluation.metrics import CONFIDENCE, METHODS, paired_difference, share_of
-from tome_export.evaluation.records import Classifier, Record, Table
+from tome_export.evaluation.metrics import (
+    CONFIDENCE,
+    METHODS,
+    deviations,
+    paired_difference,
+    share_of,
+)
+from tome_export.evaluation.records import TOP, Classifier, Record, Table
 from tome_export.merge.schedule import Schedule
 from tome_export.pipeline.eval_runs import (
     UNMERGED,
@@ -42,6 +48,7 @@ from tome_export.pipeline.manifest import output_shape, versions
 from tome_export.pipeline.reference import model_name, reference_model, rescheduled
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
+from tome_export.spec import Activation
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -60,14 +67,14 @@ class EvalRequest:
         artifact: The artifact directory.
         data: A folder of images, shards, or ``samples``; see ``data.find``.
         labels: File of labels for a folder of images.
+        classes_in_order: As of ``data.labels.Classes``.
         limit: Most images, taken evenly from the listing; None for all.
         batch: Images per batch; None for the one that the artifact is tuned for.
-        workers: Processes that decode; 0 decodes in this one, None takes one per core.
+        workers: Processes that decode ahead; 0 for none, None takes one per core.
         r: Constant schedules to compare besides.
         backend: What runs all but PyTorch.
         against: Of ``AGAINST``.
         weights: Where the weights are now, if not where they were at the build.
-        classes_in_order: As of ``data.labels.Classes``.
         ray: ``local`` or the address of a Ray cluster; None for this machine alone.
         restart: Begin anew where an evaluation was interrupted.
     """
@@ -75,6 +82,7 @@ class EvalRequest:
     artifact: Path
     data: tuple[str, ...]
     labels: Path | None = None
+    classes_in_order: bool = False
     limit: int | None = None
     batch: int | None = None
     workers: int | None = 0
@@ -82,7 +90,6 @@ class EvalRequest:
     backend: str = ORT_CPU
     against: tuple[str, ...] = AGAINST
     weights: str | None = None
-    classes_in_order: bool = False
     ray: str | None = None
     restart: bool = False
 
@@ -145,13 +152,17 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
                 "unmerged one; add unmerged to --against"
             )
         work = _Work(request, artifact, source, chosen, candidates, progress)
+        activation = artifact.manifest.activation
         classifier = Classifier(
-            batch, artifact.manifest.output.name, classes is not None, plain.run if plain else ""
+            batch, artifact.manifest.output.name, activation, plain.run if plain else ""
         )
         with work.table(classifier) as table:
             labels = None if source.labels is None or classes is None else source.labels[chosen]
             return _recorded(
-                artifact, evaluation_from_table(table, source, labels, candidates, classes, plain)
+                artifact,
+                evaluation_from_table(
+                    table, source, labels, candidates, classes, plain, activation
+                ),
             )
 
 
@@ -167,12 +178,24 @@ def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
 
 
 def classes_of(artifact: Artifact) -> Classes | None:
-    """The classes of an artifact; None if it gives features."""
-    output = artifact.manifest.output
-    if output.name != "logits":
+    """The classes of an artifact; None if it gives features, or a regression's numbers."""
+    manifest = artifact.manifest
+    if manifest.activation in (None, "none"):
         return None
-    names, count = artifact.manifest.labels, int(output.shape[-1])
-    return Classes(count, names if names and len(names) == count else None)
+    return output_classes(int(manifest.output.shape[-1]), manifest.labels)
+
+
+def output_classes(outputs: int, names: tuple[str, ...] | None) -> Classes:
+    """The classes that a classifier of so many logits tells apart: one logit says no or yes.
+
+    Args:
+        outputs: Logits.
+        names: What the model calls them.
+    """
+    names = names if names and len(names) == outputs else None
+    if outputs > 1:
+        return Classes(outputs, names)
+    return Classes(2, (f"not {names[0]}", names[0]) if names else None)
 
 
 def _batch(artifact: Artifact, request: EvalRequest) -> int:
@@ -197,6 +220,8 @@ def source_of(artifact: Artifact, request: EvalRequest, classes: Classes | None)
     from tome_export.models import resolve
 
     if request.data != (SAMPLES,):
+        if classes is not None:
+            classes = replace(classes, in_order=request.classes_in_order)
         return find_data(request.data, classes, request.labels)
     if request.labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
@@ -220,8 +245,6 @@ class _Work:
     """Chunks of images to a table of records, journal between them.
 
     Attributes:
-        if classes is not None:
-            classes = replace(classes, in_order=request.classes_in_order)
         request: Where and how to run.
         artifact: What is evaluated.
         source: All images.
@@ -352,6 +375,7 @@ def evaluation_from_table(
     candidates: Sequence[Candidate],
     classes: Classes | None,
     plain: Candidate | None,
+    activation: Activation | None,
 ) -> Evaluation:
     """The content of ``eval.json``, from records and labels alone.
 
@@ -360,8 +384,9 @@ def evaluation_from_table(
         source: Where the images are from.
         labels: Class of each image of the table ``[B]``; None where there are none.
         candidates: What was run.
-        classes: Of the model; None if it gives features.
+        classes: Of the model; None if it gives no classes.
         plain: The candidate that is not merged, if there is one.
+        activation: Of the model's logits; None if it gives features.
     """
     from tome_export.bench.environment import environment
 
@@ -375,15 +400,32 @@ def evaluation_from_table(
             labelled=known is not None,
             unreadable=unreadable,
             unreadable_count=len(unreadable),
-            notes=tuple(source.notes),
+            notes=(*source.notes, *_measure_notes(labels, classes, activation)),
         ),
         classes=classes.count if classes is not None else None,
-        candidates=tuple(_result(one, table, known, classes, plain) for one in candidates),
+        candidates=tuple(
+            _result(one, table, known, classes, plain, activation) for one in candidates
+        ),
         confidence=CONFIDENCE,
         methods=METHODS,
         batch=table.batch,
         environment=environment(),
     )
+
+
+def _measure_notes(
+    labels: Labels | None, classes: Classes | None, activation: Activation | None
+) -> Iterator[str]:
+    """What a reader should know of the measure."""
+    if activation == "none":
+        yield (
+            "the model gives numbers (a regression), not classes: labels are not used, and told is "
+            "how far the numbers are from the unmerged model's"
+        )
+    if activation == "sigmoid" and classes is not None and classes.count > 2:
+        same = "agreement is of all classes of an image, each of which has a yes or a no"
+        top = "top-1 is of the class of the largest logit, as each image has one label"
+        yield same if labels is None else f"{top}; {same}"
 
 
 def _result(
@@ -392,25 +434,30 @@ def _result(
     labels: Labels | None,
     classes: Classes | None,
     plain: Candidate | None,
+    activation: Activation | None,
 ) -> CandidateResult:
     found = table.values(candidate.run)
     # A model against itself would be told as a finding, with an interval.
     other = plain is not None and plain.run != candidate.run
     base = table.values(plain.run) if plain is not None and other else None
-    finite = np.isfinite(found[:, 0]) if classes is None else found[:, 0] >= 0
+    finite = np.isfinite(found).all(axis=1) if classes is None else found[:, 0] >= 0
+    best = found[:, -TOP:]
     values: dict[str, Any] = {}
-    if classes is None:
+    if activation == "none":
+        if base is not None:
+            values["deviation_from_unmerged"] = deviations(found, base)
+    elif classes is None:
         cosines = found[finite]
         if len(cosines) and other:
             summary = Cosines(mean=float(cosines.mean()), min=float(cosines.min()))
             values["cosine_to_unmerged"] = summary
     elif labels is not None:
-        right = found[:, 0] == labels
+        right = best[:, 0] == labels
         values["top1"] = share_of(right)
         if classes.count >= TOP5_FROM:
-            values["top5"] = share_of((found == labels[:, None]).any(axis=1))
+            values["top5"] = share_of((best == labels[:, None]).any(axis=1))
         if base is not None:
-            values["difference_to_unmerged"] = paired_difference(right, base[:, 0] == labels)
+            values["difference_to_unmerged"] = paired_difference(right, base[:, -TOP] == labels)
     if classes is not None and base is not None:
         # An output that is not finite agrees with none, not with another such.
         values["agreement_with_unmerged"] = share_of((found[:, 0] == base[:, 0]) & finite)

@@ -24,13 +24,22 @@ from tome_export.artifact.manifest import (
     Tower,
     Weights,
 )
+from tome_export.errors import InputError
 from tome_export.merge.schedule import VideoOptions
-from tome_export.spec import ENTROPY, FEATURES, INPUT_NAME, LOGITS, SOURCE_MAP
+from tome_export.spec import (
+    ENTROPY,
+    FEATURES,
+    INPUT_NAME,
+    LOGITS,
+    SOURCE_MAP,
+    Activation,
+    usual_activation,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tome_export.models import LoadedModel
+    from tome_export.models import LoadedModel, Recipe
     from tome_export.onnx.export import ExportOptions, OnnxFiles
     from tome_export.patch import MergedModel
 
@@ -71,6 +80,7 @@ def manifest_of(
     shape = tuple(int(size) for size in outputs[0].shape[1:])
     channels, height, width = model.image_size
     compressor, settings = model.settings.compressor, model.settings
+    classifies = outputs[0].name == LOGITS
     return Manifest(
         format=FORMAT,
         model=model_info(loaded, model),
@@ -88,14 +98,18 @@ def manifest_of(
         output=outputs[0],
         outputs=outputs,
         form=OutputForm(
-            dense=settings.dense, source_map=settings.source_map, entropy=settings.entropy
+            dense=settings.dense,
+            source_map=settings.source_map,
+            entropy=settings.entropy,
+            note="" if settings.dense else recipe.output_note,
         ),
         compressor=None
         if compressor is None
         else Component(name=compressor.name, options=compressor.options()),
         tower=_tower(loaded, model, shape),
         preprocessing=replace(recipe.preprocessing, input_size=(channels, height, width)),
-        labels=recipe.label_names(shape[-1]) if outputs[0].name == LOGITS else None,
+        activation=activation_of(recipe, shape) if classifies else None,
+        labels=recipe.label_names(shape[-1]) if classifies else None,
         onnx=Graph(
             opset=options.opset,
             attention=options.attention_form,
@@ -106,6 +120,26 @@ def manifest_of(
         engine_note=engine_note,
         versions=versions(),
     )
+
+
+def activation_of(recipe: Recipe, shape: tuple[int, ...]) -> Activation:
+    """What makes scores of a classifier's output of this shape for one image.
+
+    Raises:
+        InputError: if they are no scores of an image, or a softmax of one logit.
+    """
+    if len(shape) != 1:
+        raise InputError(
+            f"{recipe.name} gives {list(shape)} for an image; expected one score for each class, "
+            "leave --activation out"
+        )
+    found = recipe.activation or usual_activation(shape[0])
+    if found == "softmax" and shape == (1,):
+        raise InputError(
+            f"{recipe.name} gives one logit, whose softmax is 1 for every image; expected "
+            "--activation sigmoid, or none for a regression"
+        )
+    return found
 
 
 def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:

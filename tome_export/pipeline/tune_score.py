@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tome_export.patch.merger import Merger, Tokens
     from tome_export.pipeline.tune_images import TuneImages
     from tome_export.reducers.base import Attended
+    from tome_export.spec import Activation
 
 Right = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -42,12 +43,17 @@ class Scorer:
     Args:
         model: The patched model; its weights are shared, or copied to the GPU if there is one.
         images: To measure on.
+        activation: What makes scores of the logits: ``softmax`` or ``sigmoid``.
 
     Attributes:
         unmerged_right: ``[B]``: which images the unmerged model has right.
+        one_answer: Whether agreement is counted and the unmerged model says the same of all
+            images, so that it could hardly fail.
     """
 
-    def __init__(self, model: MergedModel, images: TuneImages) -> None:
+    def __init__(
+        self, model: MergedModel, images: TuneImages, activation: Activation = "softmax"
+    ) -> None:
         import copy
 
         import torch
@@ -67,12 +73,18 @@ class Scorer:
         )
         self._ending = threading.Event()
         self._known: dict[tuple[Rs, int], Right] = {}
+        self._sigmoid = activation == "sigmoid"
         outputs = self._outputs((0,) * len(model.layers), 0, len(self._pixels))
         self._reference = torch.cat([output for _, output, _ in outputs])
-        predicted = self._reference.argmax(dim=1)
-        labels = predicted.cpu().numpy() if images.labels is None else images.labels
-        self._labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self._device)
-        self.unmerged_right: Right = (predicted == self._labels).cpu().numpy()
+        predicted = self._reference.argmax(dim=2)
+        if images.labels is None:
+            self._labels = predicted
+        else:
+            labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
+            self._labels = labels.to(self._device)[:, None]
+        same = len(predicted) > 1 and bool((predicted == predicted[:1]).all())
+        self.one_answer: bool = images.labels is None and same
+        self.unmerged_right: Right = self._is_right(self._reference, 0).cpu().numpy()
 
     def __enter__(self) -> Scorer:
         return self
@@ -108,8 +120,8 @@ class Scorer:
             done = start + len(output)
             reference = self._reference[start:done]
             # Rounding can take a divergence of zero below it.
-            found = (reference.exp() * (reference - output)).sum(dim=1).clamp_min(0.0)
-            right = output.argmax(dim=1) == self._labels[start:done]
+            found = (reference.exp() * (reference - output)).sum(dim=(1, 2)).clamp_min(0.0)
+            right = self._is_right(output, start)
             damage += float(found.sum())
             correct += int(right.sum())
             rights.append(right)
@@ -120,11 +132,21 @@ class Scorer:
         seen = done - first
         return Score(seen, correct, damage / seen, done == last, least)
 
+    def _is_right(self, output: Tensor, start: int) -> Tensor:
+        """``[B]``: which images from ``start`` on have the label, or all that unmerged says."""
+        expected = self._labels[start : start + len(output)]
+        if output.shape[1] > expected.shape[1]:
+            # A label of one class, where each has a yes or no: that of the surest yes.
+            return output[:, :, 1].argmax(dim=1) == expected[:, 0]
+        return (output.argmax(dim=2) == expected).all(dim=1)
+
     def _outputs(self, r: Rs, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """What each batch gives, in order.
 
         Returns:
-            Its start; log probabilities ``[B, classes]`` float64; token-size entropy ``[B]``.
+            Its start; log probabilities ``[B, G, C]`` float64 of the C answers to each of G
+            questions: one question of all classes, or of a sigmoid a no and a yes for each class;
+            token-size entropy ``[B]``.
         """
         model = self._model
         layers = model.settings.reducer.layers(Schedule(per_layer=r), model.tower)
@@ -138,7 +160,11 @@ class Scorer:
             pixels = self._pixels[start : min(start + self._batch, last)].to(self._device)
             with torch.inference_mode():
                 output = model.run(pixels, leaving)
-                return output.double().log_softmax(dim=1), model.entropy(merger, output)
+                wide = output.double()
+                if not self._sigmoid:
+                    return wide.log_softmax(dim=1)[:, None], model.entropy(merger, output)
+                each = torch.stack([torch.zeros_like(wide), wide], dim=2).log_softmax(dim=2)
+                return each, model.entropy(merger, output)
 
         starts = range(first, last, self._batch)
         futures = [self._pool.submit(run, start) for start in starts]

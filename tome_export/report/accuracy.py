@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from tome_export.artifact.evaluation import (
     CandidateResult,
     Cosines,
+    Deviations,
     Difference,
     Evaluation,
     EvaluationData,
@@ -60,14 +61,14 @@ class Measure:
         explained: What to know of it; ``{}`` is the level of confidence.
     """
 
-    key: Literal["top1", "agreement_with_unmerged", "cosine_to_unmerged"]
+    key: Literal["top1", "agreement_with_unmerged", "cosine_to_unmerged", "deviation_from_unmerged"]
     title: str
     axis: str
     explained: str
 
-    def of(self, candidate: CandidateResult) -> Share | Cosines | None:
+    def of(self, candidate: CandidateResult) -> Share | Cosines | Deviations | None:
         """What was found of a candidate."""
-        found: Share | Cosines | None = getattr(candidate, self.key)
+        found: Share | Cosines | Deviations | None = getattr(candidate, self.key)
         return found
 
     def values(self, candidate: CandidateResult) -> tuple[float, float, float]:
@@ -77,12 +78,21 @@ class Measure:
             return 100 * found.share, 100 * found.low, 100 * found.high
         if found is None:
             raise ValueError(f"{candidate.name} has no {self.key}")
+        if isinstance(found, Deviations):
+            return found.mean, found.mean, found.max
         return found.mean, found.min, found.mean
 
     @property
     def label(self) -> str:
         """Of an axis."""
-        return self.axis if self is COSINE else f"{self.axis} (%)"
+        return self.axis if self in (COSINE, DEVIATION) else f"{self.axis} (%)"
+
+    @property
+    def ranges(self) -> str:
+        """What is drawn beside a value; ``{}`` is the level of confidence."""
+        ends = {"cosine_to_unmerged": "smallest", "deviation_from_unmerged": "largest"}
+        end = ends.get(self.key)
+        return f"mean, with a line to the {end}" if end else "with its {} confidence interval"
 
 
 TOP1 = Measure(
@@ -97,8 +107,8 @@ AGREEMENT = Measure(
     "agreement_with_unmerged",
     "agreement with the unmerged model",
     "agreement",
-    "They have no labels: what can be told is on how many of them a model's best class is that of "
-    "the unmerged model. Ranges are {} confidence intervals.",
+    "They have no labels: what can be told is on how many of them a model's answer is that of the "
+    "unmerged model. Ranges are {} confidence intervals.",
 )
 COSINE = Measure(
     "cosine_to_unmerged",
@@ -106,6 +116,13 @@ COSINE = Measure(
     "cosine",
     "The model has no classes: what can be told is the cosine of an image's features to those of "
     "the unmerged model, 1 where they are the same.",
+)
+DEVIATION = Measure(
+    "deviation_from_unmerged",
+    "deviation from the unmerged model",
+    "deviation",
+    "The model gives numbers (a regression): what can be told is how far they are from those of "
+    "the unmerged model.",
 )
 NO_MEASURE = (
     "They have no labels, and no other model was run to compare with: all there is to tell is what "
@@ -139,8 +156,7 @@ def accuracy_section(evaluation: Evaluation | None, folder: str) -> Section:
     ]
     if measure is not None:
         shown = [one for one in candidates if measure.of(one)]
-        ranges = f"with its {level} confidence interval"
-        ranges = "mean, with a line to the smallest" if measure is COSINE else ranges
+        ranges = measure.ranges.format(level)
         caption = (
             f"{measure.title} of each candidate, {ranges}, and the same against MACs per image."
         )
@@ -151,7 +167,7 @@ def accuracy_section(evaluation: Evaluation | None, folder: str) -> Section:
 
 def measure_of(evaluation: Evaluation) -> Measure | None:
     """What there is to show of an evaluation: labels come before all else."""
-    measures = (TOP1, AGREEMENT, COSINE)
+    measures = (TOP1, AGREEMENT, COSINE, DEVIATION)
     return next((m for m in measures if any(map(m.of, evaluation.candidates))), None)
 
 
@@ -213,6 +229,10 @@ def _table(candidates: Sequence[CandidateResult]) -> Table:
     cosines = [one.cosine_to_unmerged for one in candidates]
     columns["cosine, mean"] = [fixed(one.mean, 6) if one else NONE for one in cosines]
     columns["smallest"] = [fixed(one.min, 6) if one else NONE for one in cosines]
+    apart = [one.deviation_from_unmerged for one in candidates]
+    columns["deviation, mean"] = [f"{one.mean:.4g}" if one else NONE for one in apart]
+    columns["largest"] = [f"{one.max:.4g}" if one else NONE for one in apart]
+    columns["spread of unmerged"] = [f"{one.spread:.4g}" if one else NONE for one in apart]
     if any(one.not_finite for one in candidates):
         columns["not finite"] = [str(one.not_finite) for one in candidates]
     shown = {header: cells for header, cells in columns.items() if set(cells) != {NONE}}

@@ -234,4 +234,7 @@ def _accuracy(evaluation: Evaluation | None) -> Figure:
         cosine = merged.cosine_to_unmerged
         note = f"mean of {images}, smallest {fixed(cosine.min, 4)}"
         return Figure("Cosine to unmerged", fixed(cosine.mean, 4), note)
+    if (apart := merged.deviation_from_unmerged) is not None:
+        note = f"mean of {images}, largest {apart.max:.4g}; unmerged spreads by {apart.spread:.4g}"
+        return Figure("Deviation from unmerged", f"{apart.mean:.4g}", note)
     return Figure("Accuracy", "not known", f"{images} without labels", "none")

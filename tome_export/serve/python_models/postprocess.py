@@ -1,8 +1,10 @@
 """``logits`` to the k best labels with their scores; runs inside the server.
 
 Input ``logits`` FP32 ``[B, K]``. Outputs, best first: ``label`` BYTES ``[B, k]``, ``score`` FP32
-``[B, k]`` (softmax over all K classes), ``index`` INT32 ``[B, k]``. Of equal logits the lower index
-comes first. ``postprocessing.json`` beside this file holds k and the labels.
+``[B, k]``, ``index`` INT32 ``[B, k]``. Of equal logits the lower index comes first. The score is
+the softmax over all K classes; the sigmoid of each logit where classes do not exclude each other,
+or there is one; or the number itself of a regression, whose outputs keep their order.
+``postprocessing.json`` beside this file holds k, the labels and the activation.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ class TritonPythonModel:
     """What the python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read k and the labels."""
+        """Read k, the labels and the activation."""
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((folder / SETTINGS).read_text())
         self.k: int = settings["k"]
+        self.activation: str = settings["activation"]
         # BYTES tensors are arrays of bytes objects.
         self.labels = np.array([label.encode() for label in settings["labels"]], dtype=object)
 
@@ -38,7 +41,7 @@ class TritonPythonModel:
                 error = pb_utils.TritonError("the model's logits are not finite for this input")
                 responses.append(pb_utils.InferenceResponse(error=error))
                 continue
-            index, score = top_k(logits, self.k)
+            index, score = top_k(logits, self.k, self.activation)
             outputs = {"label": self.labels[index], "score": score, "index": index}
             tensors = [pb_utils.Tensor(name, value) for name, value in outputs.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
@@ -46,12 +49,18 @@ class TritonPythonModel:
 
 
 def top_k(
-    logits: np.ndarray[Any, Any], k: int
+    logits: np.ndarray[Any, Any], k: int, activation: str = "softmax"
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The k best classes of finite ``logits [B, K]``: index int32 and softmax score float32."""
-    index = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    """The k best classes of finite ``logits [B, K]``: index int32 and score float32 ``[B, k]``."""
     wide = logits.astype(np.float64)
-    powers = np.exp(wide - wide.max(axis=1, keepdims=True))
-    scores = powers / powers.sum(axis=1, keepdims=True)
-    best = np.take_along_axis(scores, index, axis=1)
+    if activation == "none":
+        index = np.broadcast_to(np.arange(k), (len(logits), k))
+    else:
+        index = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    if activation == "softmax":
+        powers = np.exp(wide - wide.max(axis=1, keepdims=True))
+        wide = powers / powers.sum(axis=1, keepdims=True)
+    elif activation == "sigmoid":
+        wide = (1 + np.tanh(wide / 2)) / 2  # which overflows for no logit
+    best = np.take_along_axis(wide, index, axis=1)
     return index.astype(np.int32), best.astype(np.float32)
