@@ -72,6 +72,8 @@ def check_graph(folder: Path, name: str, listed: Mapping[str, int], precision: s
     data = f"{name}.data"
     with open_regular(folder, name) as stream:
         try:
+            if not listed.get(name):
+                raise ValueError("is not a readable ONNX model (it is empty)")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 reader = _Reader(content, data, listed.get(data))
                 reader.read("ModelProto", 0, len(content))
@@ -104,9 +106,7 @@ class _Reader:
         if depth > DEEPEST:
             raise ValueError(f"has messages more than {DEEPEST} deep in each other")
         inside = INSIDE[kind]
-        empty = True
         for number, value in self._fields(start, end):
-            empty = False
             if isinstance(value, int):
                 continue
             within = inside.get(number)
@@ -116,8 +116,6 @@ class _Reader:
                 self.read(within, *value, depth + 1)
             elif kind == "NodeProto" and number == _OP_TYPE and self._text(value) == "EPContext":
                 raise ValueError("has a node EPContext, which names a file to be loaded")
-        if empty and kind == "ModelProto":
-            raise ValueError("is not a readable ONNX model (it is empty)")
 
     def _tensor(self, start: int, end: int) -> None:
         """Count its values, and check where they are."""

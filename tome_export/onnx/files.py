@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -18,6 +19,12 @@ from tome_export.spec import INPUT_NAME, TensorInfo
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this go to ``model.onnx.data``; protobuf's limit is 2 GiB for the whole file."""
 
+
+SMALL_BYTES = 1024
+"""Weights below this stay in the model's own file."""
+
+PAGE_BYTES = 4096
+"""Weights in the other file begin at multiples of this, so that runtimes can map them."""
 
 LARGE_BYTES = 1 << 28
 """Weights above this are not copied within memory where a file or a detour can do."""
@@ -40,23 +47,32 @@ def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_B
         The files written, model first.
     """
     data = path.with_name(path.name + ".data")
-    external = weight_bytes(model) > threshold
-    # onnx appends to a data file that is there.
     data.unlink(missing_ok=True)
-    if not external:
-        _write(model, path)
+    if weight_bytes(model) <= threshold:
+        _write(model, path, model.graph.initializer)
         return [path]
-    onnx.save(
-        model,
-        path,
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=data.name,
-        size_threshold=1024,
-    )
-    # onnx takes the weights out of the model it saves.
-    onnx.load_external_data_for_model(model, str(path.parent))
+    with data.open("wb") as stream:
+        _write(
+            model, path, [_moved(tensor, stream, data.name) for tensor in model.graph.initializer]
+        )
     return [path, data]
+
+
+def _moved(tensor: onnx.TensorProto, stream: BinaryIO, location: str) -> onnx.TensorProto:
+    """A tensor whose values are in a file, or the tensor itself if it is small."""
+    if len(tensor.raw_data) < SMALL_BYTES:
+        return tensor
+    offset = -(-stream.tell() // PAGE_BYTES) * PAGE_BYTES
+    stream.seek(offset)
+    stream.write(tensor.raw_data)
+    external = onnx.TensorProto.EXTERNAL
+    moved = onnx.TensorProto(
+        name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=external
+    )
+    place = {"location": location, "offset": offset, "length": len(tensor.raw_data)}
+    for key, value in place.items():
+        moved.external_data.add(key=key, value=str(value))
+    return moved
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -75,19 +91,19 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return found
 
 
-def _write(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model as one message, one weight after the other.
+def _write(model: onnx.ModelProto, path: Path, tensors: Collection[onnx.TensorProto]) -> None:
+    """Write a model with these initializers as one message, one after the other.
 
     Protobuf would build the whole message in memory, in a buffer that it doubles as it goes.
     """
     rest = without_weights(model)
     graph = rest.graph.SerializeToString()
     rest.ClearField("graph")
-    sizes = [tensor.ByteSize() for tensor in model.graph.initializer]
+    sizes = [tensor.ByteSize() for tensor in tensors]
     length = len(graph) + sum(len(_head(_INITIALIZER, size)) + size for size in sizes)
     with path.open("wb") as stream:
         stream.write(rest.SerializeToString() + _head(_GRAPH, length) + graph)
-        for tensor, size in zip(model.graph.initializer, sizes, strict=True):
+        for tensor, size in zip(tensors, sizes, strict=True):
             stream.write(_head(_INITIALIZER, size) + tensor.SerializeToString())
 
 
