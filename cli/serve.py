@@ -102,6 +102,12 @@ repository_options = grouped(
         help="Where the cluster finds the repository.  [default: pvc://<model>]",
     ),
     click.option("--force", is_flag=True, help="Replace a version that has other files."),
+    click.option(
+        "--self-test/--no-self-test",
+        default=None,
+        help="Have a server answer about one image before anything is written.  [default: where "
+        "one is on this machine]",
+    ),
 )
 
 run_options = grouped(
@@ -172,25 +178,35 @@ def _request(artifacts: tuple[Path, ...], given: dict[str, Any]) -> ServeRequest
 
 
 def _run(terminal: Terminal, done: ServeResult, request: RunRequest, *, log: bool) -> None:
-    """Serve until Ctrl-C, which is how this ends well."""
+    """Serve until Ctrl-C, which is how this ends well once the server is ready."""
     from tome_export.serve.server import running
 
-    with contextlib.ExitStack() as stack:
-        if log:  # to a stream of its own: standard error is led away while a library call runs
-            stream = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
-            request = replace(request, on_log=lambda line: print(line, file=stream))
-        with working(terminal) as progress:
-            server = stack.enter_context(running(request, progress))
-        addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
-        lines = [*_lines(done), "", "Ready; Ctrl-C ends it", *fields([*addresses.items()])]
-        lines += [STAND_IN] if server.stand_in else []
-        given = done.to_dict()
-        given["server"] |= {**addresses, "stand_in": server.stand_in}
-        terminal.result(given, lines)
-        try:
-            server.wait()
-        except Interrupted:
-            sys.stderr.write("Stopping tritonserver\n")
+    ready = False
+    try:
+        with contextlib.ExitStack() as stack:
+            if log:  # to a stream of its own: standard error is led away while a library call runs
+                stream = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
+                request = replace(request, on_log=lambda line: print(line, file=stream))
+            with working(terminal) as progress:
+                server = stack.enter_context(running(request, progress))
+            addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
+            lines = [*_lines(done), "", "Ready; Ctrl-C ends it", *fields([*addresses.items()])]
+            lines += [STAND_IN] if server.stand_in else []
+            given = done.to_dict()
+            given["server"] |= {**addresses, "stand_in": server.stand_in}
+            ready = True
+            try:
+                terminal.result(given, lines)
+                server.wait(_say, request.ready_seconds)
+            except Interrupted:
+                _say("Stopping tritonserver")
+    except Interrupted:  # once more, while the server ends
+        if not ready:
+            raise
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _lines(done: ServeResult) -> list[str]:
@@ -199,6 +215,7 @@ def _lines(done: ServeResult) -> list[str]:
         *([RANDOM] if done.random_weights else []),
         *table(("model", "versions", ""), rows, "lll"),
         *done.notes,
+        *([done.self_test] if done.self_test else []),
         *([f"KServe manifest: {done.kserve}"] if done.kserve else []),
         f"Repository: {done.repository}; ask for {done.entry}",
     ]

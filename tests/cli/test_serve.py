@@ -16,8 +16,12 @@ from manifests import engine_values
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.manifest import EngineInfo
+from tome_export.cli import signals
+from tome_export.cli.output import Terminal
 from tome_export.errors import MissingComponentError
+from tome_export.pipeline import serve as pipeline_serve
 from tome_export.serve.installation import find
+from tome_export.serve.server import RunningServer
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -35,8 +39,12 @@ def add_engine(artifact: Path, name: str, batch: str = "1:8:32", **more: object)
     Artifact.open(artifact).with_engine(EngineInfo.model_validate(engine), draft, "none")
 
 
+WRITE = ("--repository", "models", "--no-self-test")
+
+
 def test_result(run, built, tmp_path):
-    ran = run("serve", built, "--repository", "models", "--preprocess", "--kserve", "k.yaml")
+    options = (*WRITE, "--preprocess", "--kserve", "k.yaml")
+    ran = run("serve", built, *options)
     assert (ran.code, ran.err.splitlines()[-1]) == (0, f"Write {tmp_path / 'models'}")
     assert ran.out.splitlines() == [
         "model                      versions",
@@ -54,16 +62,14 @@ def test_result(run, built, tmp_path):
         f"ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository={tmp_path / 'models'}",
     ]
     manifest = (tmp_path / "k.yaml").stat()
-    again = run(
-        *("serve", built, "--repository", "models", "--preprocess", "--kserve", "k.yaml", "--json")
-    )
+    again = run("serve", built, *options, "--json")
     assert {model["status"] for model in again.json["models"]} == {"unchanged"}
     assert again.json["entry"] == "vit_digits_r8_pipeline"
     assert (tmp_path / "k.yaml").stat().st_mtime_ns == manifest.st_mtime_ns
 
 
 def test_random_weights_are_said(run, built_random):
-    ran = run("serve", built_random, "--repository", "models")
+    ran = run("serve", built_random, *WRITE)
     assert ran.out.startswith("RANDOM WEIGHTS")
 
 
@@ -77,7 +83,7 @@ def test_rtx_engines(run, artifact, tmp_path):
         "tensorrt' on the GPU that will serve it, or serve the ONNX model with --format onnx"
     )
     assert not (tmp_path / "models").exists()
-    ran = run("serve", artifact, "--repository", "models")
+    ran = run("serve", artifact, *WRITE)
     assert ran.code == 0
     assert "no backend for TensorRT-RTX engines: the ONNX model is served" in ran.out
 
@@ -85,14 +91,14 @@ def test_rtx_engines(run, artifact, tmp_path):
 def test_a_version_compatible_engine_says_what_its_server_needs(run, artifact, tmp_path):
     add_engine(artifact, "tensorrt", version_compatible=True)
     flag = "--backend-config=tensorrt,version-compatible=true"
-    ran = run("serve", artifact, "--repository", "models", "--kserve", "k.yaml")
+    ran = run("serve", artifact, *WRITE, "--kserve", "k.yaml")
     assert ran.out.splitlines()[-1] == (
         "Serve it: this command with --run, or tritonserver "
         f"--model-repository={tmp_path / 'models'} {flag}"
     )
     manifest = yaml.safe_load((tmp_path / "k.yaml").read_text())
     assert flag in manifest["spec"]["predictor"]["model"]["args"]
-    ran = run("serve", artifact, "--repository", "models", "--json")
+    ran = run("serve", artifact, *WRITE, "--json")
     assert ran.json["server"] == {"arguments": [flag], "environment": {}}
 
 
@@ -102,7 +108,7 @@ def test_an_engine_with_plugins_and_a_range_is_served_at_one_batch(run, artifact
     manifest["merge"]["merge_op"] = "plugin"
     build.write_text(json.dumps(manifest))
     add_engine(artifact, "tensorrt", "1:8:32")
-    ran = run("serve", artifact, "--repository", "models")
+    ran = run("serve", artifact, *WRITE)
     assert ran.code == 0
     assert "was built for batches of 1:8:32: it is given batches of exactly 8, as" in ran.out
     assert "vit_digits_r8_fixed takes batches of exactly 8; vit_digits_r8 takes 1 to 8" in ran.out
@@ -231,7 +237,7 @@ def test_no_artifact(run, tmp_path):
 
 def test_damaged_artifact(run, artifact, tmp_path):
     (artifact / "model.onnx").write_bytes((artifact / "model.onnx").read_bytes()[:-1])
-    ran = run("serve", artifact, "--repository", "models")
+    ran = run("serve", artifact, *WRITE)
     assert ran.code == 3
     assert "the file is truncated or was changed" in ran.error
     assert not (tmp_path / "models").exists()
@@ -321,14 +327,14 @@ def test_manifest_on_a_read_only_filesystem(run, built, read_only, tmp_path):
 
 def test_manifest_over_a_file_of_another_kind(run, built, tmp_path):
     (tmp_path / "k.yaml").write_bytes(b"\xff")
-    assert run("serve", built, "--repository", "models", "--kserve", "k.yaml").code == 0
+    assert run("serve", built, *WRITE, "--kserve", "k.yaml").code == 0
     assert (tmp_path / "k.yaml").read_text().startswith("# The whole repository")
 
 
 def test_ready_timeout_is_said(run, built):
     find_or_skip()
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    arguments = ("--repository", "models", "--run", "--ready-timeout", "0.001", *ports)
+    arguments = (*WRITE, "--run", "--ready-timeout", "0.001", *ports)
     ran = run("serve", built, *arguments)
     assert ran.code == 6
     assert "not ready after 0.001 s" in ran.error
@@ -348,11 +354,97 @@ def find_or_skip():
         pytest.skip(str(error))
 
 
+PORTS = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_as_soon_as_the_server_is_ready(run, built, monkeypatch, number):
+    """In the moment between «Ready» and the waiting that follows."""
+    find_or_skip()
+    shown = Terminal.result
+
+    def result(self, *arguments):
+        shown(self, *arguments)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Terminal, "result", result)
+    ran = run("serve", built, *WRITE, "--run", *PORTS)
+    assert (ran.code, ran.err.splitlines()[-1]) == (0, "Stopping tritonserver")
+    assert "Ready; Ctrl-C ends it" in ran.out
+
+
+def test_a_second_signal_while_the_server_ends(run, built, monkeypatch):
+    find_or_skip()
+    monkeypatch.setattr(signals, "GRACE_S", 0.0)
+    stop = RunningServer.stop
+
+    def wait(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    def impatient(self, *_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            stop(self, 0)
+
+    monkeypatch.setattr(RunningServer, "wait", wait)
+    monkeypatch.setattr(RunningServer, "stop", impatient)
+    ran = run("serve", built, *WRITE, "--run", *PORTS)
+    assert (ran.code, ran.err.splitlines()[-1]) == (0, "Stopping tritonserver")
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"), [("Start", ["--no-self-test"]), ("Try", ["--self-test"])]
+)
+def test_a_signal_before_the_server_is_ready(start, built, tmp_path, stage, options):
+    find_or_skip()
+    process = start("serve", built, "--repository", "models", *options, "--run", *PORTS)
+    for line in process.stderr:
+        if line.startswith(stage):
+            break
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "Error: interrupted; nothing half-made was left behind"
+    assert (tmp_path / "models").exists() == (stage == "Start")
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} <= {".ses"}
+    assert not [*tmp_path.glob(".models*")]
+
+
+def test_the_self_test(run, built, tmp_path):
+    find_or_skip()
+    ran = run("serve", built, "--repository", "models", "--preprocess")
+    assert ran.code == 0
+    assert "Self-test: 4 models answered on the CPU" in ran.out
+    stages = ["Try the models out on one image", f"Write {tmp_path / 'models'}"]
+    assert ran.err.splitlines()[-2:] == stages
+    assert not [*tmp_path.glob(".models*")]
+
+
+def test_what_cannot_be_tried_out_is_said(run, artifact, tmp_path, monkeypatch):
+    def missing():
+        raise MissingComponentError("no server")
+
+    monkeypatch.setattr(pipeline_serve, "find", missing)
+    ran = run("serve", artifact, "--repository", "models", "--self-test")
+    assert (ran.code, ran.error) == (4, "no server; leave --self-test out")
+    assert not (tmp_path / "models").exists()
+    ran = run("serve", artifact, "--repository", "models")
+    assert (ran.code, "No self-test: no server" in ran.out) == (0, True)
+    monkeypatch.undo()
+    find_or_skip()
+    add_engine(artifact, "tensorrt")
+    monkeypatch.chdir(tmp_path)
+    ran = run("serve", artifact, "--repository", "other")
+    said = "No self-test: what is served runs on GPUs, and this machine has none that CUDA sees"
+    assert (ran.code, said in ran.out) == (0, True)
+
+
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
 def test_run_until_it_is_ended(start, built, tmp_path, ended_by):
     find_or_skip()
-    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    process = start("serve", built, "--repository", "models", "--run", "--log", "--json", *ports)
+    process = start("serve", built, *WRITE, "--run", "--log", "--json", *PORTS)
     text = ""
     for line in process.stdout:
         text += line

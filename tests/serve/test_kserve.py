@@ -14,6 +14,13 @@ from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
 # 0.15 to 0.17: type, or {field: type}; a list is one of its words. Fields that are not here are
 # not known to the schema as we use it, and so an error.
 QUANTITY = re.compile(r"^\d+(\.\d+)?([KMGTPE]i|[numkMGTPE])?$")
+PROBE = {
+    "httpGet": {"path": str, "port": int},
+    "exec": {"command": [str]},
+    "periodSeconds": int,
+    "timeoutSeconds": int,
+    "failureThreshold": int,
+}
 SCHEMA = {
     "apiVersion": ["serving.kserve.io/v1beta1"],
     "kind": ["InferenceService"],
@@ -31,6 +38,8 @@ SCHEMA = {
                 "storageUri": str,
                 "args": [str],
                 "resources": {"requests": QUANTITY, "limits": QUANTITY},
+                "env": [dict],
+                **dict.fromkeys(("startupProbe", "readinessProbe", "livenessProbe"), PROBE),
             },
         }
     },
@@ -50,8 +59,8 @@ def wrong(value, schema, where=""):
                 yield f"{where}.{key} is unknown"
             else:
                 yield from wrong(value[key], schema[key], f"{where}.{key}")
-    elif schema == [str]:
-        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+    elif schema in ([str], [dict]):
+        if not (isinstance(value, list) and all(isinstance(item, *schema) for item in value)):
             yield f"{where} is {value!r}"
     elif isinstance(schema, list):
         if value not in schema:
@@ -66,7 +75,8 @@ def wrong(value, schema, where=""):
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("model", ["vit_b16_r8", "8-BIT.model_", "timm_vit_x_y_r0-inflect_0.5"])
 def test_manifest_follows_the_schema(model, gpu):
-    manifest = kserve_manifest(model, KServeOptions("s3://bucket/models"), gpu=gpu)
+    probe = ["python3", "-c", "print(1)\n"]
+    manifest = kserve_manifest(model, KServeOptions("s3://bucket/models"), probe=probe, gpu=gpu)
     assert [*wrong(manifest, SCHEMA)] == []
     predictor = manifest["spec"]["predictor"]
     assert predictor["model"]["storageUri"] == "s3://bucket/models"
@@ -88,8 +98,10 @@ def test_the_check_finds_what_is_wrong():
 
 def test_text_is_yaml_of_the_manifest():
     manifest = kserve_manifest("vit_b16_r8", KServeOptions())
+    manifest["program"] = "x = {}\n\nif x:\n    print('y: z')  # no\n"
     text = kserve_text(manifest)
     assert yaml.safe_load(text) == manifest
+    assert "\n      print('y: z')  # no\n" in text
     assert "nv_inference_pending_request_count" in text
     assert all(len(line) <= 100 for line in text.splitlines())
 

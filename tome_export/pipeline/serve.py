@@ -10,7 +10,8 @@ from typing import Any
 from tome_export.artifact import Artifact, writing_to
 from tome_export.artifact.bench import BENCH, Bench
 from tome_export.artifact.files import draft_of, write_whole
-from tome_export.errors import InputError
+from tome_export.engine.gpu import detect
+from tome_export.errors import InputError, MissingComponentError
 from tome_export.pipeline.compatibility import check_one_model, shared_facts
 from tome_export.progress import Progress, Silent
 from tome_export.serve.config import (
@@ -19,7 +20,13 @@ from tome_export.serve.config import (
     check_packages,
     folders_from_source,
 )
-from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text
+from tome_export.serve.installation import find
+from tome_export.serve.kserve import (
+    KServeOptions,
+    kserve_manifest,
+    kserve_text,
+    probe_command,
+)
 from tome_export.serve.pipeline_models import pipeline_folders
 from tome_export.serve.repository import (
     Written,
@@ -36,6 +43,7 @@ from tome_export.serve.routers import (
     route_of,
     router_folders,
 )
+from tome_export.serve.self_test import try_out
 from tome_export.serve.server import ServerOptions, server_options_from_repository
 from tome_export.serve.source import (
     FIXED,
@@ -68,6 +76,8 @@ class ServeRequest:
         options: How it is served.
         format: ``auto`` (the TensorRT engine where there is one), ``engine`` or ``onnx``.
         force: Replace a version that has other files.
+        self_test: Have a server answer about one image before anything is written; None where that
+            can be done on this machine.
         kserve: File for a KServe manifest; None for none.
         kserve_options: What goes into it.
     """
@@ -77,6 +87,7 @@ class ServeRequest:
     options: ServeOptions = field(default_factory=ServeOptions)
     format: str = "auto"
     force: bool = False
+    self_test: bool | None = False
     kserve: Path | None = None
     kserve_options: KServeOptions = field(default_factory=KServeOptions)
 
@@ -93,6 +104,7 @@ class ServeResult:
         server: What a server of the repository must be started with.
         kserve: The manifest, if one was asked for.
         random_weights: Whether the model has learned nothing.
+        self_test: What was tried out, or why nothing was; empty if that was not asked for.
         notes: What a user should know.
     """
 
@@ -102,6 +114,7 @@ class ServeResult:
     server: ServerOptions
     kserve: Path | None
     random_weights: bool
+    self_test: str
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +171,9 @@ def serve(
         UsageError: if an option is out of its range.
         InputError: if an artifact is damaged, artifacts are not of one model, or the repository
             cannot take them.
-        MissingComponentError: if the packages of the ``serve`` extra are missing.
+        MissingComponentError: if the packages of the ``serve`` extra are missing, or what an
+            explicit self-test needs.
+        ExportError: if the self-test's server does not start.
     """
     progress = progress or Silent()
     check_packages()
@@ -187,10 +202,24 @@ def serve(
     stale = [name for one in served if (name := _stale(one, repository))]
     removed = [n for n in stale if request.force and not is_named_elsewhere(repository, n)]
     server = server_options_from_repository(repository, folders, removed)
-    progress.stage(f"Write {repository}")
-    written = write(repository, folders, force=request.force, remove=removed)
+    gpu = bool(detect().gpus)
+    untested = _untested(served, gpu) if request.self_test is not False else ""
+    if untested and request.self_test:
+        raise MissingComponentError(f"{untested}; leave --self-test out")
+    tested = [f"No self-test: {untested}"] if untested else []
+
+    def check(view: Path) -> None:
+        progress.stage("Try the models out on one image")
+        tested.append(try_out(view, repository, folders, server, gpu=_needs_gpu(served)))
+        progress.stage(f"Write {repository}")
+
+    if request.self_test is False or untested:
+        progress.stage(f"Write {repository}")
+    asked = None if request.self_test is False or untested else check
+    written = write(repository, folders, force=request.force, remove=removed, check=asked)
     if request.kserve is not None:
-        manifest = kserve_manifest(entry, request.kserve_options, server)
+        command = probe_command(folders, entry)
+        manifest = kserve_manifest(entry, request.kserve_options, server, probe=command)
         text = kserve_text(manifest).encode()
         if not request.kserve.is_file() or request.kserve.read_bytes() != text:
             with writing_to(request.kserve):
@@ -212,6 +241,7 @@ def serve(
         server,
         request.kserve,
         any(artifact.manifest.model.random_weights for artifact in artifacts),
+        next(iter(tested), ""),
         tuple(notes),
     )
 
@@ -325,6 +355,25 @@ def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
             if all(backend in latency for latency in measured):
                 return [latency[backend] for latency in measured]
     return [None] * len(served)
+
+
+def _needs_gpu(served: Sequence[_Served]) -> bool:
+    """Whether what is served runs on GPUs only."""
+    return any(
+        one.source.platform == "tensorrt_plan" or one.artifact.manifest.precision == "bf16"
+        for one in served
+    )
+
+
+def _untested(served: Sequence[_Served], gpu: bool) -> str:
+    """Why the models cannot be tried out on this machine; empty if they can."""
+    try:
+        find()
+    except MissingComponentError as error:
+        return str(error)
+    if _needs_gpu(served) and not gpu:
+        return "what is served runs on GPUs, and this machine has none that CUDA sees"
+    return ""
 
 
 def _check_alike(artifacts: Sequence[Artifact]) -> None:

@@ -5,16 +5,25 @@ Source of the fields: the InferenceService definition of KServe, ``serving.kserv
 
 from __future__ import annotations
 
+import base64
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tome_export.errors import UsageError
+from tome_export.serve import probe
+from tome_export.serve.config import ModelFolder
+from tome_export.serve.self_test import sample_request
 from tome_export.serve.server import ServerOptions
 
 SCHEMES = ("gs", "s3", "hdfs", "webhdfs", "pvc", "http", "https", "hf", "oci")
 """Where KServe's storage initializer takes a repository from."""
+
+HTTP_PORT = 8080
+"""Where KServe's runtime for this server lets it listen."""
 
 NOTE = """\
 # The whole repository is served: storageUri is its root, as the server sees it at /mnt/models.
@@ -24,6 +33,9 @@ NOTE = """\
 # nv_inference_queue_duration_us (its rate over that of nv_inference_request_success is the mean
 # wait). Neither is known to a HorizontalPodAutoscaler by itself: bring it in through a metrics
 # adapter or KEDA. Until then, replicas follow the CPU, which a busy GPU leaves idle.
+# Probes: /v2/health/ready goes on answering 200 when the process of a python model (decoding,
+# labels, router) has died, and every request fails. So a program looks at these processes and sends
+# a request; where it fails, the replica gets no requests and is then started again.
 """
 
 
@@ -53,8 +65,50 @@ class KServeOptions:
             )
 
 
+def probe_command(folders: Sequence[ModelFolder], entry: str) -> list[str]:
+    """What a container runs to find out whether the server in it answers; see ``probe``.
+
+    Args:
+        folders: The models that are written together.
+        entry: The one that is asked. Where it takes videos, and none can be made here for want of
+            PyAV, the first one is asked instead.
+    """
+    from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+    asked = next(folder for folder in folders if folder.name == entry)
+    try:
+        request = sample_request(folders, asked.config)
+    except ImportError:
+        asked = folders[0]
+        request = sample_request(folders, asked.config)
+    inputs, content = [], b""
+    for name, array in request.items():
+        binary = array.dtype.hasobject
+        data: bytes = serialize_byte_tensor(array).item() if binary else array.tobytes()
+        inputs.append(
+            {
+                "name": name,
+                "shape": list(array.shape),
+                "datatype": np_to_triton_dtype(array.dtype),
+                "parameters": {"binary_data_size": len(data)},
+            }
+        )
+        content += data
+    header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}})
+    beginning = base64.b64encode(content.rstrip(b"\0")).decode()
+    others = [folder.name for folder in folders if folder is not asked]
+    address = f"http://127.0.0.1:{HTTP_PORT}"
+    source = Path(probe.__file__).read_text()
+    return ["python3", "-c", source, address, asked.name, header, beginning, *others]
+
+
 def kserve_manifest(
-    model: str, options: KServeOptions, server: ServerOptions | None = None, *, gpu: bool = True
+    model: str,
+    options: KServeOptions,
+    server: ServerOptions | None = None,
+    *,
+    probe: Sequence[str] = (),
+    gpu: bool = True,
 ) -> dict[str, Any]:
     """The InferenceService as data.
 
@@ -62,6 +116,7 @@ def kserve_manifest(
         model: The model that it is named after.
         options: See there.
         server: What the models of the repository want a server to be started with.
+        probe: From ``probe_command``; none leaves KServe's own probe, an open port.
         gpu: Whether it asks for a GPU.
     """
     name = service_name(model)
@@ -97,10 +152,23 @@ def kserve_manifest(
                     "storageUri": options.storage_uri or f"pvc://{name}",
                     "args": arguments,
                     **({"env": variables} if variables else {}),
+                    **(_probes(probe) if probe else {}),
                     "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
                 },
             }
         },
+    }
+
+
+def _probes(command: Sequence[str]) -> dict[str, Any]:
+    """When a replica is started, gets requests, and is started again."""
+    loaded = {"path": "/v2/health/ready", "port": HTTP_PORT}
+    answers = {"exec": {"command": [*command]}, "timeoutSeconds": 60, "failureThreshold": 3}
+    return {
+        # The first start on a GPU may build engines, for minutes.
+        "startupProbe": {"httpGet": loaded, "periodSeconds": 5, "failureThreshold": 240},
+        "readinessProbe": {**answers, "periodSeconds": 10},
+        "livenessProbe": {**answers, "periodSeconds": 30},
     }
 
 
@@ -116,4 +184,13 @@ def kserve_text(manifest: Mapping[str, Any]) -> str:
     """The manifest as YAML, with what to know of scaling."""
     import yaml
 
-    return NOTE + str(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True, width=100))
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
+        """Writes a text of several lines as such."""
+
+    def lines(dumper: Any, text: str) -> Any:
+        style = "|" if "\n" in text else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, lines)
+    written = yaml.dump(manifest, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return NOTE + str(written)

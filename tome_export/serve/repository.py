@@ -15,7 +15,7 @@ import filecmp
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -43,6 +43,9 @@ CASCADE_SETTINGS = "cascade.json"
 
 STAGING = ".tome-export-staging"
 """Ends the name of the folder where models are made."""
+
+VIEW = ".view"
+"""In there: the models by themselves and whole, to be tried out. No model has such a name."""
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
@@ -147,6 +150,7 @@ def write(
     *,
     force: bool = False,
     remove: Sequence[str] = (),
+    check: Callable[[Path], None] | None = None,
 ) -> list[Written]:
     """Add models, or versions of models, to a repository.
 
@@ -160,6 +164,8 @@ def write(
             (decoding, labels, ensemble, router) are replaced, which hold nothing of their own; a
             cascade does.
         remove: Names of models of ours to take away, after the others are there.
+        check: Called before anything is changed, with a repository of these models and no others;
+            what it raises leaves everything as it was.
 
     Returns:
         What became of each, in their order.
@@ -174,11 +180,15 @@ def write(
         changes = [_change(repository / folder.name, folder, force) for folder in folders]
         for name in remove:
             check_ours(repository / name)
-        if any(changes) or remove:
+        if any(changes) or remove or check is not None:
             kept = [name for name in models_in(repository) if name not in remove]
             with _staging(repository, kept) as made:
+                if check is not None:
+                    for folder in folders:
+                        _stage(made / VIEW / folder.name, _Change(folder, is_new=True))
+                    check(made / VIEW)
                 for change in changes:
-                    _stage(made / change.folder.name, change)
+                    _stage(made / change.folder.name, change, made / VIEW / change.folder.name)
                 for change in changes:
                     _publish(made / change.folder.name, repository, change)
                 for name in remove:
@@ -338,8 +348,8 @@ def _holds(path: Path, content: Path | bytes) -> bool:
     return filecmp.cmp(path, content, shallow=False)
 
 
-def _stage(folder: Path, change: _Change) -> None:
-    """Make what is new of a model in the staging folder."""
+def _stage(folder: Path, change: _Change, view: Path | None = None) -> None:
+    """Make what is new of a model in the staging folder; what the view has is not copied again."""
     for name, content in _files(change.folder).items():
         first = PurePosixPath(name).parts[0]
         whole = change.is_new or change.replaces_all
@@ -347,7 +357,9 @@ def _stage(folder: Path, change: _Change) -> None:
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
+        if view is not None and (view / name).is_file():
+            (view / name).rename(target)
+        elif isinstance(content, bytes):
             target.write_bytes(content)
         else:
             shutil.copyfile(content, target)

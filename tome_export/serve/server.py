@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,7 @@ from tome_export.serve.config import CPU, KEPT_VERSIONS, VERSION_COMPATIBLE, Mod
 from tome_export.serve.installation import find
 from tome_export.serve.process import POLL_SECONDS, GroupProcess, Watchdog
 from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
+from tome_export.serve.stubs import Stubs
 
 Control = Literal["none", "explicit", "poll"]
 
@@ -40,6 +41,13 @@ READY_SECONDS = 60.0
 
 STOP_SECONDS = 10
 """What requests in flight are given to end."""
+
+CHECK_SECONDS = 0.5
+"""From one look at the processes of the python models to the next."""
+
+MOST_RESTARTS, RESTARTS_SECONDS = 3, 600.0
+"""A server that loses such a process more often in that time is not started again: a request that
+comes again and again, or too little memory, would end it for ever."""
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (POSIX shared memory on Linux, no temporary file)
 
@@ -193,6 +201,7 @@ class _Command:
     repository: Path
     host: str
     ports: tuple[int, int, int]
+    reloads: bool
 
 
 class RunningServer:
@@ -212,6 +221,7 @@ class RunningServer:
         self.log_path, self.stand_in = log_path, stand_in
         self.http, self.grpc, self.metrics = "", "", ""
         self._command, self._memory = command, memory
+        self._restarts: list[float] = []
         self._process = GroupProcess(log_path, self._remove_memory, watchdog)
 
     @property
@@ -223,6 +233,7 @@ class RunningServer:
         """Start the process, on free ports where none are asked for."""
         command = self._command
         ports = free_ports(command.host, command.ports)
+        self._ports = (ports[0], ports[1], ports[2])
         host = _REACHED_AT.get(command.host, command.host)
         self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in ports)
         prefix = f"shm-region-prefix-name={self._memory}"
@@ -237,6 +248,8 @@ class RunningServer:
             self._process.launch(arguments, command.environment)
         except OSError as error:
             raise ExportError(f"cannot start tritonserver: {error}; install it again") from error
+        self._stubs = Stubs(self.pid, command.repository, reloads=command.reloads)
+        self._look_at = 0.0
 
     def is_alive(self) -> bool:
         """Whether the server runs."""
@@ -270,16 +283,80 @@ class RunningServer:
                     "(--ready-timeout): the first start on a GPU may build engines"
                 )
             time.sleep(POLL_SECONDS)
+        self._stubs.lost()  # what they are of is not known any more once they are gone
 
-    def wait(self) -> None:
+    def wait(
+        self, on_event: Callable[[str], None] | None = None, seconds: float = READY_SECONDS
+    ) -> None:
         """Block while the server runs; Ctrl-C ends that.
 
+        Args:
+            on_event: See ``restart_if_broken``.
+            seconds: Likewise.
+
         Raises:
-            ExportError: when the server ends by itself.
+            ExportError: when the server ends by itself, or loses processes again and again.
         """
-        while self.is_alive():
+        while True:
+            self.restart_if_broken(on_event, seconds)
             time.sleep(5 * POLL_SECONDS)
-        raise self._reason("while serving")
+
+    def restart_if_broken(
+        self, on_event: Callable[[str], None] | None = None, seconds: float = READY_SECONDS
+    ) -> bool:
+        """Start the server again, at the same addresses, if a python model has lost its process.
+
+        The server would go on saying that it is ready, and answer requests to that model with
+        errors.
+
+        Args:
+            on_event: Told in one line each what has happened, and that the server is ready again.
+            seconds: Most time until it is ready again.
+
+        Returns:
+            Whether it was started again.
+
+        Raises:
+            ExportError: if the server has ended by itself, or has lost processes again and again.
+        """
+        if not self.is_alive():
+            raise self._reason("while serving")
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + CHECK_SECONDS
+        lost = self._stubs.lost()
+        if not lost:
+            return False
+        self._restarts = [at for at in self._restarts if now - at < RESTARTS_SECONDS]
+        if len(self._restarts) == MOST_RESTARTS:
+            self.stop(0)
+            raise ExportError(
+                f"{lost}, after {MOST_RESTARTS} restarts in {RESTARTS_SECONDS / 60:g} minutes for "
+                "such reasons; see whether the system is out of memory or a request ends it, and "
+                "start it again"
+            )
+        self._restarts.append(now)
+        if on_event is not None:
+            on_event(f"{lost}; tritonserver is started again")
+        self._restart(seconds)
+        if on_event is not None:
+            on_event("tritonserver is ready again")
+        return True
+
+    def _restart(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self.stop(0)  # asked to end, it would wait for the lost process
+        self._command = replace(self._command, ports=self._ports)
+        while True:
+            try:
+                self.launch()
+                break
+            except UsageError:  # what has just been killed may hold a port for a moment
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
+        self.wait_ready(max(deadline - time.monotonic(), POLL_SECONDS))
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
         """End the server, its child processes and its shared memory; may be called again.
@@ -408,7 +485,8 @@ def start(
         )
         ports = (http_port, grpc_port, metrics_port)
         variables = dict(environment or {}) | installation.environment(Path(folder, "python"))
-        plan = _Command(command, variables, repository, host, ports)
+        reloads = control != "none"
+        plan = _Command(command, variables, repository, host, ports, reloads)
         log_path = Path(folder, "log")
         server = RunningServer(plan, log_path, memory, watchdog, stand_in=stands_in)
         if on_log is not None:

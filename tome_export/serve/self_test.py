@@ -1,0 +1,174 @@
+"""Models of a repository tried out before anybody gets to see them: a server answers one image."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from tome_export.errors import ExportError, InputError, MissingComponentError
+from tome_export.serve.client import IMAGE, ROUTES, VIDEO, Client, connect
+from tome_export.serve.config import CPU, ModelFolder
+from tome_export.serve.server import ServerOptions, start
+from tome_export.spec import INPUT_NAME
+from tome_export.video.sample import sample_video
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+READY_SECONDS = 600.0
+"""Most time to load the models; a server that cannot load one ends before."""
+
+SIZE = 32
+"""Height and width of the image in pixels."""
+
+
+def sample_image() -> bytes:
+    """A PNG file of a few hundred bytes."""
+    stream = io.BytesIO()
+    Image.linear_gradient("L").resize((SIZE, SIZE)).convert("RGB").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[str, NDArray[Any]]:
+    """A request of one image or video that a model takes; its other inputs are zeros.
+
+    Args:
+        folders: All models that are written together; a decoder among them says how many frames
+            a video has to have.
+        config: Of the model.
+
+    Raises:
+        ImportError: if it takes videos and PyAV is not installed.
+    """
+    from tritonclient.grpc.model_config_pb2 import DataType
+    from tritonclient.utils import triton_to_np_dtype
+
+    request = {}
+    for tensor in config.input:
+        shape = [max(size, 1) for size in tensor.dims]  # -1 is any size
+        if config.max_batch_size:
+            shape = [1, *shape]
+        kind = DataType.Name(tensor.data_type).removeprefix("TYPE_")
+        if kind != "STRING":
+            request[tensor.name] = np.zeros(shape, triton_to_np_dtype(kind))
+            continue
+        request[tensor.name] = np.full(shape, b"", np.object_)
+        if tensor.name in (IMAGE, VIDEO):
+            video = tensor.name == VIDEO
+            request[tensor.name][...] = sample_video(_frames(folders)) if video else sample_image()
+    return request
+
+
+def _frames(folders: Sequence[ModelFolder]) -> int:
+    """Of the longest video that a decoder among these takes."""
+    shapes = [
+        tensor.dims
+        for folder in folders
+        if VIDEO in [tensor.name for tensor in folder.config.input]
+        for tensor in folder.config.output
+        if tensor.name == INPUT_NAME
+    ]
+    return max((int(shape[0]) for shape in shapes), default=1)
+
+
+def try_out(
+    view: Path,
+    repository: Path,
+    folders: Sequence[ModelFolder],
+    options: ServerOptions,
+    *,
+    gpu: bool,
+) -> str:
+    """Run a server on models and ask each about one image.
+
+    Args:
+        view: A repository that holds them and no others.
+        repository: What a message calls it.
+        folders: The models.
+        options: What a server of them must be started with.
+        gpu: Whether they run on GPUs, and not with the configs for CPUs.
+
+    Returns:
+        What was tried, in one line.
+
+    Raises:
+        InputError: if the server cannot load a model, or a model refuses, or gives another output
+            than its config says or numbers that are not finite.
+        ExportError: if the server does not start otherwise.
+    """
+    try:
+        with (
+            start(
+                view,
+                config_name=None if gpu else CPU,
+                arguments=options.arguments,
+                environment=options.environment,
+                ready_seconds=READY_SECONDS,
+            ) as server,
+            connect(server.grpc, "grpc", READY_SECONDS) as client,
+        ):
+            for folder in folders:
+                _ask(client, folders, folder)
+            server.stop(0)
+    except (InputError, ExportError, MissingComponentError) as error:
+        reason = str(error).replace(str(view), str(repository))
+        raise type(error)(
+            f"the self-test failed and nothing was written: {reason}; --no-self-test writes it "
+            "all the same"
+        ) from error
+    where = "on a GPU" if gpu else "on the CPU"
+    return f"Self-test: {len(folders)} model{'s' * (len(folders) > 1)} answered {where}"
+
+
+def _ask(client: Client, folders: Sequence[ModelFolder], folder: ModelFolder) -> None:
+    try:
+        request = sample_request(folders, folder.config)
+    except ImportError as error:
+        raise MissingComponentError(
+            f"{error.name} is not installed, which writes the video to ask {folder.name} about; "
+            "pip install 'tome-export[video]'"
+        ) from error
+    for parameters in _parameters(folders, folder):
+        try:
+            answer = client.infer(folder.name, request, parameters=parameters)
+        except (InputError, MissingComponentError) as error:
+            reason = str(error).removeprefix(f"{client.address} refused: ")
+            raise InputError(f"model {folder.name} does not answer: {reason}") from error
+        _check(folder, request, answer)
+
+
+def _check(
+    folder: ModelFolder, request: Mapping[str, NDArray[Any]], answer: Mapping[str, NDArray[Any]]
+) -> None:
+    for tensor in folder.config.output:
+        if tensor.name not in answer:
+            raise InputError(f"model {folder.name} gives no {tensor.name}")
+        array = answer[tensor.name]
+        # Zeros are no image: a mask of zeros, for one, leaves nothing to take a mean of.
+        numbers = {IMAGE, VIDEO} & request.keys() and array.dtype.kind == "f"
+        if numbers and not np.isfinite(array).all():
+            raise InputError(f"model {folder.name} gives a {tensor.name} that is not finite")
+
+
+def _parameters(
+    folders: Sequence[ModelFolder], folder: ModelFolder
+) -> Iterator[Mapping[str, str | int | bool]]:
+    """Of the requests: one for each model of these that a router may choose, else one."""
+    if ROUTES not in folder.config.parameters:
+        yield {}
+        return
+    (listed,) = (
+        json.loads(content)["routes"]
+        for name, content in folder.files.items()
+        if name.endswith(".json") and isinstance(content, bytes)
+    )
+    names = {one.name for one in folders}
+    # Others are in the repository, and not in the view of it.
+    yield from ({"r": str(route["r"])} for route in listed if route["model"] in names)
