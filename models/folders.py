@@ -34,7 +34,7 @@ def walk(root: Path, left_out: list[str]) -> Iterator[tuple[str, list[str], list
         below = waiting.pop()
         folders, files = [], []
         try:
-            with os.scandir(root / below) as entries:
+            with os.scandir(f"{root}/{below}") as entries:
                 for entry in entries:
                     name = entry.name
                     if name.startswith(RESOURCE_FORKS) or name == ARCHIVED_FORKS:

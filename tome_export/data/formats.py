@@ -343,8 +343,12 @@ def parquet_source(text: str, paths: Sequence[Path], classes: Classes | None) ->
             before = len(source)
             groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             # An image is more than a byte: this many are not there, whatever the footer says.
-            if min(groups, default=0) < 0 or sum(groups) > path.stat().st_size:
-                raise InputError(f"{path} says that it has {sum(groups)} rows; copy it again")
+            size = path.stat().st_size
+            if min(groups, default=0) < 0 or sum(groups) > size:
+                raise InputError(
+                    f"{path} says that it has {sum(groups)} rows in {size} bytes, which are no "
+                    "images; write it anew"
+                )
             for group, rows in enumerate(groups):
                 for row in range(rows):
                     source.add(f"row {len(source) - before}", number, group, row)
