@@ -36,6 +36,7 @@ from tome_export.models.recipe import (
 )
 from tome_export.spec import Activation, Preprocessing
 from tome_export.weights.files import (
+    bare_name,
     check_finite,
     check_stored,
     misfit,
@@ -196,7 +197,7 @@ class HfLoader:
         both = self.values["model_type"] in TOWERS or self.cls.startswith(("CLIP", "Siglip"))
 
         def own(key: str) -> str | None:
-            key = key.removeprefix("module.")
+            key = bare_name(key).removeprefix("module.")
             text = both and key.startswith(("text_model.", "text_projection.", "logit_"))
             return None if text or key.endswith("embeddings.position_ids") else key
 
@@ -373,7 +374,7 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
     if preprocessing.input_size != family.input_size:
         height, width = preprocessing.input_size[1:]
         if kind not in _RESAMPLES or height != width:
-            check_size(preprocessing, family, where)
+            check_size(preprocessing, family, folder, where)
         loader = HfLoader(loader.cls, values, where, height)
         tokens = _sizes(loader)[1]
     made: Any = loader.architecture()

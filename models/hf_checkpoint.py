@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from tome_export.errors import InputError, MissingComponentError
 from tome_export.spec import Interpolation, Preprocessing
 
 PROCESSOR = "preprocessor_config.json"
+PROCESSORS = "processor_config.json"
+"""Of Transformers 5: the image processor's settings are an entry, beside the tokenizer's."""
 
 RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of those that ``Preprocessing`` has."""
@@ -26,8 +30,7 @@ SQUASHES = (
 )
 PADS = "its own processor pads images to a square, here they are centre-cropped"
 TILES = "its own processor cuts images into tiles, here they are centre-cropped"
-NO_PROCESSOR = f"without {PROCESSOR}, preprocessing is its family's"
-NO_NORM = f"{PROCESSOR} names no mean and standard deviation, its family's are taken"
+NO_PROCESSOR = f"without {PROCESSOR} and {PROCESSORS}, preprocessing is its family's"
 
 _FAMILIES = {
     "clip_vision_model": "clip",
@@ -35,6 +38,10 @@ _FAMILIES = {
     "dinov2_with_registers": "dinov2",
 }
 """Model types that the library has no image processor for, and those whose processor they use."""
+
+_TRACE = re.compile(r"\n?(?:C\+\+ CapturedTraceback|Exception raised from |CPU: registered at)")
+_LONGEST = 300
+"""Characters of what the library says that a message repeats."""
 
 _COUNTS = (
     "hidden_size",
@@ -65,7 +72,8 @@ def quiet() -> Iterator[Any]:
     transformers = library()
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    # Above every level that the library logs with: its errors are raised as well.
+    logging.set_verbosity(logging.CRITICAL + 1)
     logging.disable_progress_bar()
     try:
         yield transformers
@@ -76,8 +84,10 @@ def quiet() -> Iterator[Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of the library says, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an error of the library says, in one line, without torch's trace of its own C++."""
+    text = _TRACE.split(str(error), maxsplit=1)[0]
+    text = " ".join(text.split()) or type(error).__name__
+    text = f"{text[: _LONGEST - 1]}…" if len(text) > _LONGEST else text
     return f"unknown {text}" if isinstance(error, KeyError) else text
 
 
@@ -171,13 +181,34 @@ def vision_config(values: Mapping[str, Any], where: str) -> Any:
     return config
 
 
+def processor_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The file with a folder's image processor, and its settings; None if there is none.
+
+    ``processor_config.json`` goes first, as in Transformers, if it has an image processor's entry.
+
+    Raises:
+        InputError: if a file is no JSON object, or its entry is none.
+    """
+    if (folder / PROCESSORS).is_file():
+        found = _read_object(folder / PROCESSORS).get("image_processor")
+        if isinstance(found, dict):
+            return PROCESSORS, found
+        if found is not None:
+            raise InputError(
+                f"{folder / PROCESSORS}: image_processor is {found!r}; expected a JSON object"
+            )
+    if (folder / PROCESSOR).is_file():
+        return PROCESSOR, _read_object(folder / PROCESSOR)
+    return None
+
+
 def preprocessing_of(
     folder: Path, kind: str, family: Preprocessing, where: str
 ) -> tuple[Preprocessing, str]:
     """Preprocessing as a folder's image processor does it.
 
     Args:
-        folder: With ``preprocessor_config.json``, or without.
+        folder: With ``processor_config.json`` or ``preprocessor_config.json``, or without.
         kind: Model type of the vision model, whose processor is used where none is named.
         family: What holds where the file is silent; its channels are those of the model.
         where: Name of the checkpoint, for messages.
@@ -188,21 +219,24 @@ def preprocessing_of(
     Raises:
         InputError: if it does something that ``Preprocessing`` has no word for.
     """
-    if not (folder / PROCESSOR).is_file():
-        return family, NO_PROCESSOR
-    values = _processor(folder, kind, family, where)
+    settings = processor_of(folder)
+    if settings is None:
+        return family, without_processor(family)
+    file, given = settings
+    where = f"{file} of {where}"
+    values = _processor(given, kind, family, where)
     channels = family.input_size[0]
     factor = values.get("rescale_factor", 1 / 255)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-        raise InputError(f"{PROCESSOR} of {where}: rescale_factor is {factor!r}; expected 1/255")
+        raise InputError(f"{where}: rescale_factor is {factor!r}; expected 1/255")
     if not values.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise _refused(where, "pixels that are not scaled to [0, 1]")
     mean, std = (0.0,) * channels, (1.0,) * channels
     if values.get("do_normalize", True):
         mean = _per_channel(values["image_mean"], "image_mean", channels, where)
         std = _per_channel(values["image_std"], "image_std", channels, where)
-        if 0.0 in std:
-            raise InputError(f"{PROCESSOR} of {where}: image_std is {std}; expected no zero")
+        if min(std) <= 0:
+            raise InputError(f"{where}: image_std is {std}; expected numbers above 0")
     number = values.get("resample", 3)
     if not isinstance(number, int) or number not in RESAMPLING:
         raise _refused(where, f"PIL's resampling {number}")
@@ -215,50 +249,81 @@ def preprocessing_of(
     # floor(side / crop_pct) is what resizes.
     if math.floor(side[0] / crop_pct) != edge:
         crop_pct = math.nextafter(crop_pct, 0.0)
-    remarks = (PADS if values.get("do_pad") else remark, values["silent"])
     found = Preprocessing((channels, *side), mean, std, crop_pct, RESAMPLING[number])
+    remarks = (PADS if values.get("do_pad") else remark, _unsaid(file, given, values, found))
     return found, "; ".join(filter(None, remarks))
 
 
-def _processor(folder: Path, kind: str, family: Preprocessing, where: str) -> dict[str, Any]:
-    """The image processor's attributes, and under ``silent`` what its file does not say."""
-    given = _read_object(folder / PROCESSOR)
+def without_processor(family: Preprocessing) -> str:
+    """The remark where no file says how images are made."""
+    return f"{NO_PROCESSOR}: {in_words(family)}"
+
+
+def in_words(found: Preprocessing) -> str:
+    """What decides how images look, in one line."""
+    height, width = found.input_size[1:]
+    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
+    cut = f" cut out of {math.floor(height / found.crop_pct)}" if found.crop_pct != 1 else ""
+    return f"size {height} x {width}{cut}, {found.interpolation}, mean {mean}, std {std}"
+
+
+def _unsaid(
+    file: str, given: Mapping[str, Any], values: Mapping[str, Any], found: Preprocessing
+) -> str:
+    """What decides how images look and is not in the file, and what it is then."""
+    norm = ("image_mean", "image_std") if values.get("do_normalize", True) else ()
+    optional = [key for key in ("do_center_crop", "do_pad") if values.get(key)]
+    crop = ["crop_size"] if values.get("do_center_crop") else []
+    names = ("size", *crop, "resample", *optional, *norm)
+    missing = [name for name in names if given.get(name) is None]
+    return f"{file} names no {', '.join(missing)}: {in_words(found)}" if missing else ""
+
+
+def _processor(
+    given: dict[str, Any], kind: str, family: Preprocessing, where: str
+) -> dict[str, Any]:
+    """The image processor's attributes, those that its file leaves out among them."""
+    key = next((k for k in ("image_processor_type", "feature_extractor_type") if given.get(k)), "")
+    named = given.get(key, "")
+    if not isinstance(named, str):
+        raise InputError(
+            f"{where}: {key} is {named!r}; expected the name of one of Transformers' image "
+            "processors"
+        )
     norm = {"image_mean": list(family.mean), "image_std": list(family.std)}
     missing = {key: value for key, value in norm.items() if given.get(key) is None}
-    with quiet() as transformers:
+    with quiet() as transformers, tempfile.TemporaryDirectory(prefix="tome-export-") as place:
+        # The name that every version of the library reads.
+        (Path(place) / PROCESSOR).write_text(json.dumps({**given, **missing}), encoding="utf-8")
         config = transformers.AutoConfig.for_model(_FAMILIES.get(kind, kind))
         try:
             made = transformers.AutoImageProcessor.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                trust_remote_code=False,
-                **missing,
+                place, config=config, local_files_only=True, trust_remote_code=False
             )
             values: dict[str, Any] = made.to_dict()
         # It checks its files with as many classes of error as its configurations.
         except Exception as error:
             raise InputError(
-                f"{PROCESSOR} of {where} makes no image processor ({reason_of(error)}); expected "
-                "that of a whole checkpoint"
+                f"{where} makes no image processor ({reason_of(error)}); expected that of a whole "
+                "checkpoint"
             ) from None
-    named = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
     named = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
     # The library would take its own of that model type in silence.
-    if named and named != type(made).__name__.removesuffix("Fast"):
+    if named and named != type(made).__name__.removesuffix("Fast").removesuffix("Pil"):
         raise InputError(
-            f"{PROCESSOR} of {where} names {named}, which Transformers does not have; expected one "
-            "of its image processors"
+            f"{where} names {named}, which Transformers does not have; expected one of its image "
+            "processors"
         )
-    return {**values, "silent": NO_NORM if missing and values.get("do_normalize", True) else ""}
+    return values
 
 
-def check_size(found: Preprocessing, expected: Preprocessing, where: str) -> None:
-    """Refuse preprocessing that makes images of another size than the model takes."""
+def check_size(found: Preprocessing, expected: Preprocessing, folder: Path, where: str) -> None:
+    """Refuse preprocessing of a folder that makes images of another size than the model takes."""
     (height, width), (tall, wide) = found.input_size[1:], expected.input_size[1:]
     if (height, width) != (tall, wide):
+        file = (processor_of(folder) or (PROCESSOR,))[0]
         raise InputError(
-            f"{PROCESSOR} of {where} makes images of {height} x {width}, and its config.json says "
+            f"{file} of {where} makes images of {height} x {width}, and its config.json says "
             f"{tall} x {wide}; expected the same"
         )
 
@@ -269,9 +334,7 @@ def _per_channel(found: Any, key: str, channels: int, where: str) -> tuple[float
     if not ok or not all(
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found
     ):
-        raise InputError(
-            f"{PROCESSOR} of {where}: {key} is {found!r}; expected {channels} finite numbers"
-        )
+        raise InputError(f"{where}: {key} is {found!r}; expected {channels} finite numbers")
     return tuple(float(v) for v in found)
 
 
@@ -283,8 +346,8 @@ def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, st
         given = values.get("crop_size") or {}
         edge = given.get("shortest_edge")
         height, width = given.get("height", edge), given.get("width", edge)
-        crop = _pair(height, width, f"{PROCESSOR} of {where}: crop_size")
-    what = f"{PROCESSOR} of {where}: size"
+        crop = _pair(height, width, f"{where}: crop_size")
+    what = f"{where}: size"
     if size.get("height") is not None:
         height, width = _pair(size["height"], size.get("width"), what)
         cut = crop or (height, width)
@@ -304,6 +367,6 @@ def _pair(height: Any, width: Any, what: str) -> tuple[int, int]:
 
 def _refused(where: str, what: str) -> InputError:
     return InputError(
-        f"{PROCESSOR} of {where} asks for {what}, which is not supported; expected a resize to a "
-        "fixed size, a centre crop, scaling to [0, 1] and normalisation"
+        f"{where} asks for {what}, which is not supported; expected a resize to a fixed size, a "
+        "centre crop, scaling to [0, 1] and normalisation"
     )

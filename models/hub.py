@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 ANSWER_S = 10.0
 """Seconds the hub has to answer, name lookup included."""
 
-_CONFIGS = ("config.json", "preprocessor_config.json")
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_CONFIGS = ("config.json", *_PROCESSORS)
 _WEIGHTS = {
     "model.safetensors": (),
     "model.safetensors.index.json": ("model-*.safetensors",),
@@ -164,7 +165,16 @@ def described(name: str) -> Path:
             f"{name!r} is neither a folder here nor a name that the hub allows; expected "
             "hf:<folder> or hf:<owner>/<name>"
         ) from None
-    return cached.parent if cached else _download(name, _CONFIGS)
+    if cached is None:
+        return _download(name, _CONFIGS)
+    # Whoever cached the model alone may have left out how its images are made.
+    if cached_file(name, _PROCESSORS) is None:
+        try:
+            return _download(name, _CONFIGS)
+        # Without a network it is said that they are missing.
+        except InputError:
+            return cached.parent
+    return cached.parent
 
 
 def snapshot(name: str) -> Path:

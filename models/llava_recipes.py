@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, UsageError
 from tome_export.models.hf_checkpoint import (
-    NO_PROCESSOR,
     PADS,
-    PROCESSOR,
+    SQUASHES,
     TILES,
     attention_of,
     check_size,
     preprocessing_of,
+    processor_of,
     quiet,
     read_config,
     refuse_quantised,
     vision_config,
     whole,
+    without_processor,
 )
 from tome_export.models.hub import snapshot
 from tome_export.models.loading import loaded, random_model, refuse_depth
@@ -451,12 +452,16 @@ def _preprocessing(config: LlavaConfig, folders: list[Path]) -> tuple[Preprocess
     size = config.vision["image_size"]
     channels = config.vision.get("num_channels", 3)
     found = family = Preprocessing((channels, size, size), *CLIP_NORM, 1.0, "bicubic")
-    remark = "" if any(config.vision is shape for shape in KNOWN.values()) else NO_PROCESSOR
-    folder = next((folder for folder in folders if (folder / PROCESSOR).is_file()), None)
+    remark = (
+        "" if any(config.vision is shape for shape in KNOWN.values()) else without_processor(family)
+    )
+    folder = next((folder for folder in folders if processor_of(folder)), None)
     if folder is not None:
         found, remark = preprocessing_of(folder, "clip_vision_model", family, str(folder))
-        check_size(found, family, str(folder))
-    return found, config.remark or remark
+        check_size(found, family, folder, str(folder))
+    if config.remark:  # it says of the shape what holds, and the other file need not agree
+        remark = remark.removeprefix(PADS).removeprefix(SQUASHES).removeprefix("; ")
+    return found, "; ".join(filter(None, (config.remark, remark)))
 
 
 def _recipe(

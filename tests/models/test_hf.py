@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
-from tome_export.models.hf_checkpoint import NO_NORM, NO_PROCESSOR, SQUASHES, preprocessing_of
+from tome_export.models.hf_checkpoint import (
+    NO_PROCESSOR,
+    PADS,
+    PROCESSOR,
+    PROCESSORS,
+    SQUASHES,
+    preprocessing_of,
+    quiet,
+    reason_of,
+)
 from tome_export.spec import Preprocessing
 
 transformers = pytest.importorskip("transformers")
@@ -162,7 +171,12 @@ def test_the_stored_type_is_known(tmp_path, dtype):
 DEFAULTS = Preprocessing((3, 224, 224), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
 
 
-CLIP = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+CLIP = {
+    "image_mean": [0.5] * 3,
+    "image_std": [0.25] * 3,
+    "resample": 3,
+    "do_center_crop": True,
+}
 
 
 def preprocessing(folder, values, kind="clip_vision_model"):
@@ -193,8 +207,6 @@ def preprocessing(folder, values, kind="clip_vision_model"):
             "bilinear",
             SQUASHES,
         ),
-        ({"size": 224, "crop_size": 224}, 224, 1.0, "bicubic", NO_NORM),
-        (CLIP, 224, 1.0, "bicubic", ""),
     ],
 )
 def test_preprocessing(tmp_path, values, size, crop_pct, interpolation, remark):
@@ -202,12 +214,106 @@ def test_preprocessing(tmp_path, values, size, crop_pct, interpolation, remark):
     assert found.input_size == (3, size, size)
     assert found.crop_pct == crop_pct
     assert found.interpolation == interpolation
-    assert (found.mean, found.std) == ((0.5,) * 3, (0.5 if said == NO_NORM else 0.25,) * 3)
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
     assert said == remark
 
 
+FULL = {**CLIP, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "said"),
+    [
+        (
+            ["size", "crop_size"],
+            "size 224 x 224, bicubic, mean 0.5, 0.5, 0.5, std 0.25, 0.25, 0.25",
+        ),
+        (
+            ["image_mean"],
+            "size 224 x 224 cut out of 256, bicubic, mean 0.5, 0.5, 0.5, std 0.25, 0.25",
+        ),
+        (["image_std"], "size 224 x 224 cut out of 256, bicubic, mean 0.5, 0.5, 0.5, std 0.5, 0.5"),
+        (
+            ["resample"],
+            "size 224 x 224 cut out of 256, bicubic, mean 0.5, 0.5, 0.5, std 0.25, 0.25",
+        ),
+        (
+            ["do_center_crop"],
+            "size 224 x 224 cut out of 256, bicubic, mean 0.5, 0.5, 0.5, std 0.25",
+        ),
+    ],
+)
+@pytest.mark.parametrize("file", [PROCESSOR, PROCESSORS])
+def test_what_a_file_leaves_out_is_said_with_its_value(tmp_path, left_out, said, file):
+    values = {key: value for key, value in FULL.items() if key not in left_out}
+    text = json.dumps(values if file == PROCESSOR else {"image_processor": values})
+    (tmp_path / file).write_text(text)
+    told = preprocessing_of(tmp_path, "clip_vision_model", DEFAULTS, "m")[1]
+    assert told.startswith(f"{file} names no {', '.join(left_out)}: {said}")
+
+
+def test_padding_of_its_own_processor_is_said(tmp_path):
+    assert preprocessing(tmp_path, {**FULL, "do_pad": True})[1] == PADS
+
+
+def test_the_file_of_transformers_5(tmp_path):
+    """``processor_config.json`` alone, as its processors are saved (transformers issue 44623)."""
+    saved(tmp_path, "CLIP, projection")
+    made = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 36},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.1, 0.2, 0.3],
+        image_std=[0.9, 0.8, 0.7],
+        resample=2,
+    )
+    text = json.dumps({"image_processor": made.to_dict(), "processor_class": "CLIPProcessor"})
+    (tmp_path / PROCESSORS).write_text(text)
+    recipe = resolve(f"hf:{tmp_path}")
+    found = recipe.preprocessing
+    assert found == Preprocessing(
+        (3, 32, 32), (0.1, 0.2, 0.3), (0.9, 0.8, 0.7), 32 / 36, "bilinear"
+    )
+    assert recipe.description == "Transformers' CLIPVisionModelWithProjection"
+    # As in Transformers, it goes before the other file, unless it has no image processor.
+    (tmp_path / PROCESSOR).write_text(json.dumps({**FULL, "size": 36, "crop_size": 32}))
+    assert resolve(f"hf:{tmp_path}").preprocessing == found
+    (tmp_path / PROCESSORS).write_text('{"processor_class": "CLIPProcessor"}')
+    assert resolve(f"hf:{tmp_path}").preprocessing.mean == (0.5,) * 3
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"image_processor": 5}', '{"image_processor": []}'])
+def test_a_processors_file_that_is_none(tmp_path, text):
+    (tmp_path / PROCESSORS).write_text(text)
+    with pytest.raises(InputError, match=PROCESSORS):
+        preprocessing_of(tmp_path, "clip_vision_model", DEFAULTS, "m")
+
+
+def test_the_librarys_words_are_one_short_line():
+    assert reason_of(ValueError("one\n  two")) == "one two"
+    assert reason_of(ValueError()) == "ValueError"
+    assert reason_of(KeyError("x")) == "unknown 'x'"
+    assert reason_of(ValueError("a" * 9999)) == "a" * 299 + "…"
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2, device="meta").to("cuda:99")
+    native = RuntimeError(
+        f"{caught.value}\nException raised from f at a.cpp:1 (most recent call first):"
+    )
+    assert "Exception raised" not in reason_of(native)
+
+
+def test_nothing_of_the_librarys_log_is_seen(caplog, capfd):
+    logger = transformers.utils.logging.get_logger("transformers.models")
+    with quiet():
+        logger.error("an error")
+        logger.critical("worse")
+    assert caplog.text + capfd.readouterr().err == ""
+    logger.error("an error")
+    assert "an error" in caplog.text + capfd.readouterr().err
+
+
 def test_without_an_image_processor_it_is_the_familys(tmp_path):
-    assert preprocessing_of(tmp_path, "vit", DEFAULTS, "m") == (DEFAULTS, NO_PROCESSOR)
+    said = f"{NO_PROCESSOR}: size 224 x 224, bicubic, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
+    assert preprocessing_of(tmp_path, "vit", DEFAULTS, "m") == (DEFAULTS, said)
 
 
 def test_a_dinov2_that_names_no_mean_has_imagenets(tmp_path):
@@ -217,7 +323,8 @@ def test_a_dinov2_that_names_no_mean_has_imagenets(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(text)
     recipe = resolve(f"hf:{tmp_path}")
     assert recipe.preprocessing.mean == (0.485, 0.456, 0.406)
-    assert recipe.description.endswith(NO_NORM)
+    assert "names no resample, do_center_crop, image_mean, image_std: " in recipe.description
+    assert "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in recipe.description
 
 
 @pytest.mark.parametrize(
@@ -454,7 +561,17 @@ def test_configurations_that_the_library_refuses(tmp_path, values):
     [
         ({"image_mean": 0.5}, "image_mean is 0.5; expected 3 finite numbers"),
         ({"image_std": [1, 1]}, "image_std is [1, 1]; expected 3 finite numbers"),
-        ({"image_std": [1, 1, 0]}, "image_std is (1.0, 1.0, 0.0); expected no zero"),
+        ({"image_std": [1, 1, 0]}, "image_std is (1.0, 1.0, 0.0); expected numbers above 0"),
+        ({"image_std": [1, 1, -1]}, "image_std is (1.0, 1.0, -1.0); expected numbers above 0"),
+        (
+            {"image_processor_type": 5},
+            "image_processor_type is 5; expected the name of one of Transformers' image processors",
+        ),
+        (
+            {"feature_extractor_type": ["x"]},
+            "feature_extractor_type is ['x']; expected the name of one of Transformers' image "
+            "processors",
+        ),
         ({"rescale_factor": "x"}, "rescale_factor is 'x'; expected 1/255"),
         (
             {"size": {"height": "a", "width": 2}},
@@ -514,5 +631,8 @@ def test_a_size_of_one_number(tmp_path, values, kind, remark):
 def test_a_vit_with_a_size_of_one_number_says_that_it_squashes(tmp_path):
     saved(tmp_path, "ViT")
     (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
-    told = f"Transformers' ViTModel; {SQUASHES}; {NO_NORM}"
+    told = (
+        f"Transformers' ViTModel; {SQUASHES}; {PROCESSOR} names no resample, image_mean, "
+        "image_std: size 32 x 32, bilinear, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
+    )
     assert resolve(f"hf:{tmp_path}").description == told

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -103,3 +107,81 @@ def test_architecture_without_weights():
     assert message.startswith(
         "timm has no pretrained weights for timm:vit_small_patch16_36x1_224.untrained; "
     )
+
+
+@contextlib.contextmanager
+def served(files):
+    """A hub with one repository of text files: its port, and the paths that are asked for."""
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            name = self.path.rpartition("/")[2].partition("?")[0]
+            if "/tree/" in self.path:
+                entry = {"type": "file", "size": 1, "oid": "1"}
+                self.answer(json.dumps([{**entry, "path": name} for name in files]).encode())
+            elif self.path.startswith("/api/"):
+                siblings = [{"rfilename": name} for name in files]
+                told = {"_id": "1", "id": "owner/name", "sha": "0" * 40, "siblings": siblings}
+                self.answer(json.dumps(told).encode())
+            elif name in files:
+                self.answer(files[name].encode())
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815 (http.server's name)
+
+        def answer(self, body):
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{hash(body)}"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server.server_address[1], asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+VIT = {"model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 32}
+VIT |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+IMAGES = {"image_mean": [0.1] * 3, "image_std": [0.9] * 3, "size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["new", "the model alone is cached"])
+def test_the_image_processor_of_transformers_5_is_downloaded(hub_at, tmp_path, cached):
+    pytest.importorskip("transformers")
+    processor = json.dumps({"image_processor": {**IMAGES, "resample": 2}})
+    files = {"config.json": json.dumps(VIT), "processor_config.json": processor, "README.md": ""}
+    cache = tmp_path / "cache" / "models--owner--name"
+    if cached:
+        for name, text in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", "")):
+            (cache / name).parent.mkdir(parents=True)
+            (cache / name).write_text(text or files["config.json"])
+    with served(files) as (port, asked):
+        hub_at(port)
+        recipe = resolve("hf:owner/name")
+        found = recipe.preprocessing
+        assert (found.mean, found.interpolation) == ((0.1,) * 3, "bilinear")
+        assert not any("README" in path for path in asked)
+        count = len(asked)
+        assert resolve("hf:owner/name").preprocessing == found
+        assert len(asked) == count
+    # Without a network what is cached holds, and what is not there is said.
+    next(cache.rglob("snapshots/*/processor_config.json")).unlink()
+    told = resolve("hf:owner/name").description
+    assert "without preprocessor_config.json and processor_config.json" in told

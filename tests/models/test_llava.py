@@ -704,7 +704,13 @@ def test_a_projector_of_one_layer_has_llavas_keys(make_llava, tmp_path):
     assert torch.equal(output(loaded.module), expected)
 
 
-PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2, "crop_size": 32}
+PROCESSOR = {
+    "image_mean": [0.5] * 3,
+    "image_std": [0.25] * 3,
+    "resample": 2,
+    "do_center_crop": True,
+    "crop_size": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -733,7 +739,9 @@ def test_preprocessing_is_the_checkpoints(make_llava, tmp_path, layout, where):
             "transformers",
             {},
             None,
-            "without preprocessor_config.json, preprocessing is its family's",
+            "without preprocessor_config.json and processor_config.json, preprocessing is its "
+            "family's: size 32 x 32, bicubic, mean 0.4815, 0.4578, 0.4082, std 0.2686, 0.2613, "
+            "0.2758",
         ),
     ],
 )
@@ -746,6 +754,16 @@ def test_what_preprocessing_cannot_say_is_said(
         (tmp_path / "preprocessor_config.json").write_text(text)
     parts = [f"vision tower of {tmp_path.name}", *([remark] if remark else [])]
     assert recipe_of(tmp_path).description == "; ".join(parts)
+
+
+@pytest.mark.parametrize("layout", ["llava", "transformers"])
+def test_the_processor_of_transformers_5(make_llava, tmp_path, layout):
+    make_llava(tmp_path, layout)
+    text = json.dumps({"image_processor": {**PROCESSOR, "size": 40}, "image_seq_length": 64})
+    (tmp_path / "processor_config.json").write_text(text)
+    found = recipe_of(tmp_path).preprocessing
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert (found.crop_pct, found.interpolation) == (32 / 40, "bilinear")
 
 
 def test_preprocessing_of_another_size_is_refused(make_llava, tmp_path):

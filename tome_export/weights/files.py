@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +115,13 @@ def read_checkpoint(path: Path, key: str = "", counts: Collection[str] = ()) -> 
         )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     found = checkpoint_from_content(content, path, key)
+    found = replace(found, state=_bare(found.state))
     check_stored(found.state, f"weights of {path}", counts)
     return found
 
 
 def checkpoint_from_content(content: object, path: Path, key: str = "") -> Checkpoint:
-    """The weights in what a file holds, by the rules of ``read_checkpoint``; types are not checked.
+    """The weights in what a file holds, by the rules of ``read_checkpoint``, but as they are.
 
     Raises:
         InputError: if there are none, or several and it is unclear which are meant.
@@ -140,7 +141,7 @@ def checkpoint_from_content(content: object, path: Path, key: str = "") -> Check
             break
         at = at[name] if isinstance(at, Mapping) else at
         taken, beside = (f"{taken}.{name}", beside) if taken else (name, others)
-    return Checkpoint(path, _bare(_tensors(at, path)), taken, beside)
+    return Checkpoint(path, _tensors(at, path), taken, beside)
 
 
 def _at(content: object, key: str) -> Mapping[Any, Any] | None:
@@ -212,12 +213,17 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def bare_name(key: str) -> str:
+    """A tensor's name without what torch.compile, FSDP and others put into it."""
+    return _WRAPPERS.sub("", key)
+
+
 def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the names that they have without wrappers of training."""
     # AveragedModel counts beside the model that it holds.
     if "n_averaged" in state and len(state) > 1:
         state = {key: value for key, value in state.items() if key != "n_averaged"}
-    bare = {_WRAPPERS.sub("", key): value for key, value in state.items()}
+    bare = {bare_name(key): value for key, value in state.items()}
     state = bare if len(bare) == len(state) else state
     while front := next((f for f in _FRONTS if all(k.startswith(f) for k in state)), None):
         state = {key.removeprefix(front): value for key, value in state.items()}

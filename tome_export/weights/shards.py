@@ -82,7 +82,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         found: Any = json.loads(index.read_text(encoding="utf-8"))
         weight_map = dict(found["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"index {index} is not one of a sharded checkpoint; expected JSON with a weight_map"
         ) from None
@@ -97,11 +97,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
     """The names of a file's tensors, and how to get one; a tensor that is not asked for stays."""
-    from tome_export.weights.files import read_torch
+    from tome_export.weights.files import checkpoint_from_content, read_torch
 
     if path.suffix != ".safetensors":
-        held: Any = read_torch(path, mmap=True)
-        tensors = {k: v for k, v in held.items() if hasattr(v, "clone")} if held else {}
+        tensors = checkpoint_from_content(read_torch(path, mmap=True), path).state
         # Clones, because the map holds the whole file open, and its pages count as memory.
         try:
             yield list(tensors), lambda key: tensors[key].clone()
