@@ -73,10 +73,7 @@ def command(terminal: Terminal, /, artifact: Path, **options: Any) -> None:
         **dict(found),
         "unrecorded": result.unrecorded,
     }
-    lines = [*model_lines(manifest), "", *_lines(found)]
-    if result.unrecorded:
-        lines.append(f"The result was not recorded: {result.unrecorded}")
-    terminal.result(values, lines)
+    terminal.recorded(values, [*model_lines(manifest), "", *_lines(found)], result.unrecorded)
 
 
 def _lines(found: Bench) -> list[str]:

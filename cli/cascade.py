@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -12,6 +12,7 @@ from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import RANDOM
 from tome_export.cli.tune import goal_from_option, the_target, thinned
+from tome_export.errors import UnrecordedError
 
 if TYPE_CHECKING:
     from tome_export.artifact.cascade import Cascade, CascadeScore
@@ -54,8 +55,8 @@ ROWS = 14
 )
 @click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of --data.")
 @click.option("--test-labels", type=FILE, metavar="FILE", help="Labels for one of --test.")
-@click.option(
 @order_option
+@click.option(
     "--calibration",
     default=0.5,
     show_default=True,
@@ -106,14 +107,19 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) ->
         goal = goal_from_option(name, given[name])
         kept = {k: v for k, v in given.items() if k not in ("target_macs", "min_accuracy")}
         request = CascadeRequest(artifacts, goal=goal, **kept)
-        found = cascade(request, progress)
+        unrecorded = None
+        try:
+            found = cascade(request, progress)
+        except UnrecordedError as error:
+            found, unrecorded = cast("Cascade", error.result), str(error)
     files = {"file": str(request.output), "page": str(request.page)}
-    values = {**files, **found.model_dump(mode="json")}
-    terminal.result(values, cascade_lines(found, ", ".join(files.values())))
+    values = {**files, **found.model_dump(mode="json"), "unrecorded": unrecorded}
+    where = "" if unrecorded else ", ".join(files.values())
+    terminal.recorded(values, cascade_lines(found, where), unrecorded)
 
 
 def cascade_lines(found: Cascade, files: str) -> list[str]:
-    """All a person wants to know of a cascade, and the files that hold it."""
+    """All a person wants to know of a cascade, and the files that hold it, if any do."""
     data, served, test = found.data, found.served, found.chosen.test
     unreadable = len(data.unreadable)
     fitted = f"{data.fitted} to train, " if data.fitted else ""

@@ -64,7 +64,7 @@ def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
         "unrecorded": result.unrecorded,
     }
     if result.passed:
-        terminal.result(values, _lines(result))
+        terminal.recorded(values, _lines(result), result.unrecorded)
         return
     if not terminal.json:
         with beside_the_error():
@@ -83,7 +83,7 @@ def _lines(result: CheckResult) -> list[str]:
         lines += ["", *parity_lines(report)]
     lines += ["", *_accuracy(result.accuracy), *_entropy(result.entropy)]
     lines += [f"Skipped {name}: {reason}" for name, reason in result.skipped.items()]
-    if result.unrecorded:
+    if result.unrecorded and not result.passed:
         lines.append(f"The result was not recorded: {result.unrecorded}")
     return [*lines, f"{'Passed' if result.passed else 'FAILED'}: {result.artifact.path}"]
 

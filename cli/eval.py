@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tome_export.artifact.evaluation import (
         CandidateResult,
         Cosines,
+        Deviations,
         Difference,
         Evaluation,
         EvaluationData,
@@ -58,13 +59,13 @@ eval_options = grouped(
         "('s-{000..010}.tar'); .parquet files; or the samples of the model. Repeatable.",
     ),
     click.option("--labels", type=FILE, help="Lines of 'relative/path,class' for a folder."),
-    click.option("--limit", type=COUNT, help="Most images, taken evenly from all."),
     order_option,
+    click.option("--limit", type=COUNT, help="Most images, taken evenly from all."),
     click.option("--batch", type=COUNT, help="Images per batch.  [default: the artifact's OPT]"),
     click.option(
         "--workers",
         type=click.IntRange(min=0),
-        help="Processes that decode; 0 for none.  [default: one per core]",
+        help="Processes that decode ahead; 0 for none.  [default: one per core]",
     ),
     click.option("--r", type=Numbers(), default=(), help="Also these constant schedules."),
     click.option("--backend", default="ort-cpu", show_default=True, help="Runs the models."),
@@ -102,10 +103,10 @@ def command(terminal: Terminal, /, **options: Any) -> None:
         **dict(result.evaluation),
         "unrecorded": result.unrecorded,
     }
-    recorded = f"Recorded: {result.artifact.path}/eval.json"
-    if result.unrecorded:
-        recorded = f"The result was not recorded: {result.unrecorded}"
-    terminal.result(values, [*model_lines(manifest), "", *_lines(result.evaluation), recorded])
+    lines = [*model_lines(manifest), "", *_lines(result.evaluation)]
+    if not result.unrecorded:
+        lines.append(f"Recorded: {result.artifact.path}/eval.json")
+    terminal.recorded(values, lines, result.unrecorded)
 
 
 def _lines(found: Evaluation) -> list[str]:
@@ -137,6 +138,7 @@ def _table(candidates: Sequence[CandidateResult]) -> list[str]:
         "difference": [_difference(c.difference_to_unmerged) for c in candidates],
         "agreement": [_share(c.agreement_with_unmerged) for c in candidates],
         "cosine, mean (min)": [_cosines(c.cosine_to_unmerged) for c in candidates],
+        "deviation, mean (max)": [_deviations(c.deviation_from_unmerged) for c in candidates],
     }
     shown = {header: cells for header, cells in columns.items() if set(cells) != {"-"}}
     rows = [
@@ -169,6 +171,10 @@ def _cosines(found: Cosines | None) -> str:
     return "-" if found is None else f"{found.mean:.6f} ({found.min:.6f})"
 
 
+def _deviations(found: Deviations | None) -> str:
+    return "-" if found is None else f"{found.mean:.4g} ({found.max:.4g})"
+
+
 def _legend(found: Evaluation) -> list[str]:
     candidates, lines = found.candidates, []
     if any(c.top1 or c.agreement_with_unmerged for c in candidates):
@@ -179,7 +185,12 @@ def _legend(found: Evaluation) -> list[str]:
             f"({found.methods.difference})"
         )
     if any(c.agreement_with_unmerged for c in candidates):
-        lines.append("agreement: share of images whose best class is that of unmerged")
+        lines.append("agreement: share of images whose answer is that of unmerged")
+    if apart := [one for c in candidates if (one := c.deviation_from_unmerged)]:
+        lines.append(
+            "deviation: of the numbers from those of unmerged, whose standard deviation over the "
+            f"images is {apart[0].spread:.4g}"
+        )
     if any(c.cosine_to_unmerged for c in candidates):
         lines.append("cosine: of an image's features to those of unmerged")
     return lines

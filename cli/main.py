@@ -48,7 +48,10 @@ Exit codes:
   129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM; nothing half-made is left behind
   141  the reader of standard output went away"""
 
-SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EIO, errno.EMFILE, errno.ENFILE),
+)
 """What the machine refuses, as opposed to what a bug provokes."""
 
 BROKEN_PIPE = 141

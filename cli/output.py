@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from tome_export import display
 from tome_export.display import size
+from tome_export.errors import InputError
 
 __all__ = ["Terminal", "beside_the_error", "fields", "macs", "number", "percent", "size", "table"]
 
@@ -48,6 +49,28 @@ class Terminal:
         plain = json.loads(json.dumps(values, default=lambda part: part.model_dump(mode="json")))
         text = json_bytes(plain).decode()
         _write(sys.stdout, text if _takes(sys.stdout, text) else json.dumps(plain, indent=2) + "\n")
+
+    def recorded(
+        self, values: Mapping[str, Any], lines: Sequence[str], unrecorded: str | None
+    ) -> None:
+        """Print a result; where it could not be written down, that is an error nevertheless.
+
+        Args:
+            values: See ``result``.
+            lines: Likewise.
+            unrecorded: Why it could not be written down; None if it was.
+
+        Raises:
+            InputError: if it could not.
+        """
+        if unrecorded is None:
+            self.result(values, lines)
+            return
+        if not self.json:
+            with beside_the_error():
+                self.result(values, lines)
+        self.findings = dict(values)
+        raise InputError(f"the result was not recorded: {unrecorded}")
 
     def error(self, kind: str, message: str, exit_code: int) -> None:
         """One line on standard error; with JSON also the object that is promised."""

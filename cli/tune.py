@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import click
 
@@ -20,6 +20,7 @@ from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.request import precision_of
 from tome_export.cli.text import RANDOM
+from tome_export.errors import UnrecordedError
 from tome_export.reducers import DEFAULT
 
 if TYPE_CHECKING:
@@ -96,9 +97,17 @@ def command(terminal: Terminal, /, model: str, output: Path, **given: Any) -> No
         if given["data"]:
             more["data"] = given["data"]
         goal = goal_from_option(asked, given[asked])
-        tuned = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)
-    values = {"file": str(output), **tuned.model_dump(mode="json")}
-    terminal.result(values, tuned_lines(tuned, output))
+        unrecorded = None
+        try:
+            tuned = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)
+        except UnrecordedError as error:
+            tuned, unrecorded = cast("TunedSchedule", error.result), str(error)
+    values = {
+        "file": str(output),
+        **tuned.model_dump(mode="json"),
+        "unrecorded": unrecorded,
+    }
+    terminal.recorded(values, tuned_lines(tuned, None if unrecorded else output), unrecorded)
 
 
 def the_target(given: Mapping[str, Any], *names: str) -> str:
@@ -127,8 +136,8 @@ def goal_from_option(name: str, value: Any) -> Goal:
     return Goal.target_macs(value) if name == "target_macs" else Goal.min_accuracy(value)
 
 
-def tuned_lines(tuned: TunedSchedule, path: Path) -> list[str]:
-    """All a person wants to know of a search."""
+def tuned_lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
+    """All a person wants to know of a search, and the file that holds it, if one does."""
     data, search = tuned.data, tuned.search
     images = f"{data.search} to search"
     images += f", {data.validation} to choose" if data.validation else ", none to choose"
@@ -155,7 +164,7 @@ def tuned_lines(tuned: TunedSchedule, path: Path) -> list[str]:
         f"{search.schedules} schedules were searched in {tuned.seconds:.0f} s{ended}; "
         f"{search.validation_looks} were looked at on the images to choose with",
         *(f"Note: {note}" for note in data.notes),
-        f"Schedule: {path}; build it with --schedule {path}",
+        *([f"Schedule: {path}; build it with --schedule {path}"] if path else []),
     ]
 
 

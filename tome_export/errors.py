@@ -28,6 +28,18 @@ class InputError(TomeExportError):
     exit_code = 3
 
 
+class UnrecordedError(InputError):
+    """A result was found, and could not be written down.
+
+    Attributes:
+        result: What was found.
+    """
+
+    def __init__(self, message: str, result: object) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class MissingComponentError(TomeExportError):
     """A needed component (TensorRT, a GPU, a package) is not on this machine."""
 

@@ -29,7 +29,7 @@ from tome_export.artifact.cascade import (
     SweepPoint,
 )
 from tome_export.artifact.evaluation import UnreadableImage
-from tome_export.artifact.files import check_new_file, write_whole, writing_to
+from tome_export.artifact.files import check_new_file, keeping, write_whole, writing_to
 from tome_export.cascade.calibrate import (
     CalibratedSetting,
     Costs,
@@ -136,6 +136,8 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
         UsageError: if a number or name is out of range.
         InputError: if artifacts, images, output or repository are not usable, or no thresholds
             meet the target; the message says what can be reached.
+        UnrecordedError: if result, page or repository cannot be written any more; it holds what
+            was found.
         MissingComponentError: if the backend, or what serving needs, is not here.
         ExportError: if a member fails.
     """
@@ -163,13 +165,15 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     progress.stage(f"Calibrate on {len(images.calibration)} images")
     found = _Calibration(request, members, costs, images, embedding).document()
     if serving is not None:
-        served = serving.serve(costs, found.settings, progress)
+        with keeping(found):
+            served = serving.serve(costs, found.settings, progress)
         found = found.model_copy(update={"served": served})
     # The page first: where the result is, its page is too.
     page = render_cascade(found).encode()
-    for path, content in ((request.page, page), (request.output, found.json_bytes())):
-        with writing_to(path, "file"):
-            write_whole(path, content)
+    with keeping(found):
+        for path, content in ((request.page, page), (request.output, found.json_bytes())):
+            with writing_to(path, "file"):
+                write_whole(path, content)
     return found
 
 
@@ -243,6 +247,15 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
                 f"{one.path} gives {name}, not classes, by which a cascade is calibrated; give "
                 "artifacts of a classifier"
             )
+        single = one.manifest.output.shape[-1] == 1 and one.manifest.activation == "sigmoid"
+        if one.manifest.activation != "softmax" and not single:
+            gives = "a regression's numbers"
+            if one.manifest.activation == "sigmoid":
+                gives = "a yes or no for each of several classes"
+            raise InputError(
+                f"{one.path} gives {gives}, and a cascade is calibrated by the one class of an "
+                "image; give artifacts of a classifier whose classes exclude each other"
+            )
     rule = "a cascade is made of artifacts of one model, with different r"
     check_one_model(members, _facts, rule)
     for before, after in itertools.pairwise(members):
@@ -286,6 +299,7 @@ class _Images:
     test: Observations
     labelled: bool
     unreadable: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
 
 
 def _images(
@@ -299,7 +313,6 @@ def _images(
 
     def of(data: tuple[str, ...], labels: Path | None) -> ObservedImages:
         listed = EvalRequest(members[-1].path, data, labels, request.classes_in_order)
-    notes: tuple[str, ...]
         source = source_of(members[-1], listed, classes_of(members[-1]))
         return observed(source, request.limit, spec, progress)
 
@@ -317,6 +330,7 @@ def _images(
             )
         calibration, test = first.observations.take(order), other.observations
         unreadable += other.unreadable
+        notes += other.notes
     else:
         count = round(request.calibration * len(order))
         calibration = first.observations.take(order[:count])
@@ -330,7 +344,6 @@ def _images(
                 f"{images} images are for {part}; expected {least} or more, give more with --data"
             )
     return _Images(calibration, test, first.labelled, unreadable, tuple(dict.fromkeys(notes)))
-        notes += other.notes
 
 
 class _Calibration:
@@ -443,6 +456,7 @@ class _Calibration:
                     UnreadableImage(name=name, reason=reason)
                     for name, reason in self.images.unreadable
                 ),
+                notes=self.images.notes,
             ),
             backend=request.backend,
             confidence=CONFIDENCE,
@@ -456,7 +470,6 @@ class _Calibration:
     def _sweep_point(self, setting: CalibratedSetting) -> SweepPoint:
         """A setting of the front on both parts; the front is chosen on calibration images alone."""
         policy, test = setting.policy, self.images.test
-                notes=self.images.notes,
         tested = outcome(policy, test, self.costs)
         return SweepPoint(
             thresholds=None if isinstance(policy, LearnedPolicy) else policy.thresholds,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tome_export.artifact.files import check_new_file, write_whole, writing_to
+from tome_export.artifact.files import check_new_file, keeping, write_whole, writing_to
 from tome_export.artifact.schedule import (
     ChosenPoint,
     Estimate,
@@ -105,6 +105,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
     Raises:
         InputError: if model, weights, data or output are not usable, or no schedule that merges
             anything meets the target; the message says what can be reached.
+        UnrecordedError: if the file cannot be written any more; it holds what was found.
         UsageError: if a number is out of range.
         MissingComponentError: if latency is asked for and onnxruntime is not here.
     """
@@ -138,9 +139,10 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
     with Scorer(model, images, activation) as scorer:
         images = _judged(images, scorer, request.goal)
         found = _Tuning(request, loaded, model, images, scorer, progress).result(start)
-    check_new_file(request.output, force=request.force)
-    with writing_to(request.output, "file"):
-        write_whole(request.output, found.json_bytes())
+    with keeping(found):
+        check_new_file(request.output, force=request.force)
+        with writing_to(request.output, "file"):
+            write_whole(request.output, found.json_bytes())
     return found
 
 
