@@ -277,8 +277,8 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     """An artifact of ``logits = pixel_values [B, 3, 8, 8] @ weights``.
 
     Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
-    ``model``, ``attention``, ``seed`` (of the weights), ``ms`` (measured latency, of any backend
-    or by backend), and ``engines`` (name -> batch), whose files are no real engines and
+    ``model``, ``attention``, ``seed`` and ``scale`` (of the weights), ``ms`` (measured latency, of
+    any backend or by backend), and ``engines`` (name -> batch), whose files are no real engines and
     ``version_compatible`` or not.
     """
     import onnx
@@ -288,6 +288,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     size = int(rows[-1]) if len({*rows}) == 1 else "batch"
     seed = int(changes.get("seed", 0))  # type: ignore[call-overload]
     weights = np.random.default_rng(seed).standard_normal((192, 5), dtype=np.float32)
+    weights *= np.float32(changes.get("scale", 1))
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     precision = str(changes.get("precision", "fp32"))
     stored = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}

@@ -293,3 +293,26 @@ def test_a_batch_of_one_is_the_file_itself_until_models_ask_it(by_hand, tmp_path
                 client.infer("alone_r8", {"pixel_values": PIXELS[:2]})
             assert client.pipeline() == "asked_r8_pipeline"
         server.stop(0)
+
+
+def test_a_batch_of_one_gets_its_pipeline_later(make_artifact, tmp_path):
+    """The same file goes on being served, by the model behind: nothing is lost."""
+    repository, artifact = tmp_path / "repository", make_artifact(batch="1")
+    serve(ServeRequest((artifact,), repository))
+    serve(ServeRequest((artifact,), repository, ServeOptions(preprocess=True)))
+    assert sorted(path.name for path in repository.iterdir()) == [
+        NAME,
+        MODEL,
+        f"{NAME}_pipeline",
+        f"{NAME}_postprocess",
+        f"{NAME}_preprocess",
+    ]
+    holds = {name: next((repository / name / "1").glob("model.*")).name for name in (NAME, MODEL)}
+    assert holds == {NAME: "model.py", MODEL: "model.onnx"}
+    other = tmp_path / "other"
+    serve(ServeRequest((artifact,), other))
+    request = ServeRequest(
+        (make_artifact(batch="1", seed=1),), other, ServeOptions(preprocess=True)
+    )
+    with pytest.raises(InputError, match="give another --name, or --version 1 --force"):
+        serve(request)

@@ -32,6 +32,7 @@ from tome_export.serve.config import (
     interface_of,
     is_version,
 )
+from tome_export.serve.source import FIXED
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -177,7 +178,12 @@ def write(
     """
     repository = check_repository(repository)
     with writing_to(repository), _locked(repository):
-        changes = [_change(repository / folder.name, folder, force) for folder in folders]
+        named = {folder.name: folder for folder in folders}
+        changes = [
+            _change(model, folder, force or _hands_over(model, named.get(f"{folder.name}{FIXED}")))
+            for folder in folders
+            for model in [repository / folder.name]
+        ]
         for name in remove:
             check_ours(repository / name)
         if any(changes) or remove or check is not None:
@@ -234,6 +240,16 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
         path for path in ours if path.is_file() and path.relative_to(model).as_posix() not in wanted
     ]
     return change
+
+
+def _hands_over(model: Path, behind: ModelFolder | None) -> bool:
+    """Whether the only version of a model is what a model behind it is to serve from now on."""
+    versions = versions_of(model)
+    return (
+        behind is not None
+        and len(versions) == 1
+        and _is_same_version(model / str(versions[0]), behind, str(versions[0]))
+    )
 
 
 def config_of(model: Path) -> ModelConfig:
