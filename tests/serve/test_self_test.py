@@ -1,0 +1,109 @@
+"""Models are tried out on a real server before a repository is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tome_export.artifact import Artifact
+from tome_export.errors import InputError, MissingComponentError
+from tome_export.pipeline import serve as pipeline_serve
+from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.serve.config import ServeOptions, folders_from_source
+from tome_export.serve.self_test import sample_request
+from tome_export.serve.source import source_from_artifact
+
+pytestmark = pytest.mark.usefixtures("installation")
+
+PREPROCESS = ServeOptions(preprocess=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_what_does_not_work_is_not_written(make_artifact, by_hand, tmp_path):
+    repository = tmp_path / "models" / "repository"
+    request = ServeRequest((make_artifact(scale=np.nan),), repository, PREPROCESS, self_test=True)
+    with pytest.raises(InputError) as raised:
+        serve(request)
+    assert str(raised.value) == (
+        "the self-test failed and nothing was written: model small_r8_pipeline does not answer: in "
+        "ensemble 'small_r8_pipeline', the model's logits are not finite for this input; "
+        "--no-self-test writes it all the same"
+    )
+    assert [*repository.parent.iterdir()] == []
+    assert by_hand.own_memory() == set()
+    serve(ServeRequest((make_artifact(),), repository, PREPROCESS, self_test=True))
+    before = contents(repository)
+    again = ServeRequest(
+        request.artifacts, repository, ServeOptions(version=2, preprocess=True), self_test=None
+    )
+    with pytest.raises(InputError, match="the self-test failed and nothing was written"):
+        serve(again)
+    assert contents(repository) == before
+    assert [path.name for path in repository.parent.iterdir()] == [repository.name]
+
+
+def test_what_the_server_cannot_load_is_not_written(make_artifact, monkeypatch, tmp_path):
+    def damaged(*given):
+        model, *more = folders_from_source(*given, asked_by_models=True)
+        name = "1/model.onnx"
+        return [type(model)(model.name, model.config, {**model.files, name: b"none"}), *more]
+
+    monkeypatch.setattr(pipeline_serve, "folders_from_source", lambda *g, **_: damaged(*g))
+    monkeypatch.setattr(pipeline_serve, "_validate", lambda *_: None)
+    repository = tmp_path / "repository"
+    said = rf"nothing was written: tritonserver cannot load {repository}: small_r8: .*PROTOBUF"
+    with pytest.raises(InputError, match=said):
+        serve(ServeRequest((make_artifact(),), repository, self_test=True))
+    assert not repository.exists()
+
+
+def test_a_router_is_asked_for_what_is_new(make_artifact, tmp_path):
+    """The models that it knows already are not tried again, and need not be."""
+    repository = tmp_path / "repository"
+
+    def routed(*rs):
+        made = tuple(
+            make_artifact(model="two", schedule=f"r={r} constant", r=[r], batch=batch)
+            for r, batch in rs
+        )
+        options = ServeOptions(name="two")
+        return serve(ServeRequest(made, repository, options, self_test=True)).self_test
+
+    assert routed((0, "4"), (4, "1:4:8")) == "Self-test: 4 models answered on the CPU"
+    (repository / "two_r0_fixed" / "1" / "model.onnx").write_bytes(b"broken since")
+    assert routed((8, "1:4:8")) == "Self-test: 2 models answered on the CPU"
+    routes = json.loads((repository / "two_router" / "1" / "routes.json").read_text())["routes"]
+    assert [route["r"] for route in routes] == [0, 4, 8]
+
+
+def test_what_needs_a_gpu_is_not_tried_without(make_artifact, tmp_path):
+    for number, artifact in enumerate(
+        (make_artifact(precision="bf16"), make_artifact(engines={"tensorrt": "1:4:8"}))
+    ):
+        repository = tmp_path / str(number)
+        with pytest.raises(MissingComponentError, match="runs on GPUs, and this machine has none"):
+            serve(ServeRequest((artifact,), repository, self_test=True))
+        assert not repository.exists()
+        done = serve(ServeRequest((artifact,), repository, self_test=None))
+        assert done.self_test.startswith("No self-test: what is served runs on GPUs")
+
+
+def test_requests_have_the_shapes_of_the_config(make_artifact):
+    pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
+    shapes = {"1:4:8": ("x", [1, 3, 8, 8]), "4": ("x_fixed", [4, 3, 8, 8])}
+    for batch, (name, shape) in shapes.items():
+        source = source_from_artifact(Artifact.open(make_artifact(batch=batch)))
+        folder, *_ = folders_from_source(source, "x", ServeOptions())
+        assert folder.name == name
+        (pixels,) = sample_request([folder], folder.config).values()
+        assert (list(pixels.shape), pixels.dtype) == (shape, np.float32)
