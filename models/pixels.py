@@ -87,9 +87,17 @@ def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
 
 
 def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
+    formats = settings.get("formats", FORMATS)
     try:
-        image = Image.open(io.BytesIO(data), formats=settings.get("formats", FORMATS))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
+        accepts = {name: Image.OPEN[name][1] for name in formats}
+        kind = next((name for name, accept in accepts.items() if accept and accept(data[:16])), "")
+        if kind:
+            raise BadImageError(
+                f"cannot be decoded (it begins as a {kind} file and has no valid header); the file "
+                "is damaged or cut short, give it whole"
+            ) from None
         raise BadImageError(
             f"is not a {names} file (it begins with {bytes(data[:8])!r}); give one whole"
         ) from None

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import struct
 import subprocess
 import sys
 import weakref
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_bombs import chunk, encoded, png_of_size, progressive, segment
 from PIL import Image
 from timm.data import create_transform
 from video_files import write_video
 
-from tome_export.models import RECIPES
+from tome_export.models import RECIPES, decoder
 from tome_export.models import pixels as pixels_module
 from tome_export.models.pixels import BadImageError, pixels_from_bytes, pixels_from_image
 from tome_export.models.preprocess import load_images
@@ -43,13 +41,10 @@ def settings_of(preprocessing, max_pixels=64_000_000):
     return json.loads(json.dumps({**asdict(preprocessing), "max_pixels": max_pixels}))
 
 
-TINY = settings_of(Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, 1.0, "bilinear"))
-
-
-def encoded(image, kind="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
+TINY = {
+    **settings_of(Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, 1.0, "bilinear")),
+    "formats": pixels_module.SERVED_FORMATS,
+}
 
 
 def noise(shape, dtype=np.uint8):
@@ -109,18 +104,6 @@ def test_equals_pytorchs_transform_exactly():
         expected = transform(Image.open(path).convert("RGB"))
         ours = pixels_from_bytes(path.read_bytes(), settings_of(p))
         assert torch.equal(torch.from_numpy(ours), expected), path.name
-
-
-def png_of_size(width, height):
-    """A PNG whose header says so and that holds no pixels."""
-
-    def chunk(kind, data):
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def bad_images():
@@ -264,7 +247,7 @@ def test_budgets_that_cannot_be_met_in_any_way_are_refused():
         router.chosen(ROUTES, {"r": 1, "max_ms": 1})
 
 
-SERVED = [preprocess, postprocess, router, pixels_module, frames]
+SERVED = [preprocess, postprocess, router, pixels_module, decoder, frames]
 
 
 @pytest.mark.parametrize("module", SERVED, ids=lambda m: m.__name__)
@@ -292,7 +275,7 @@ def test_runs_where_only_numpy_and_pillow_are(module, tmp_path):
 def test_a_missing_decoder_is_said(module, said, settings, tmp_path):
     folder = tmp_path / "1"
     folder.mkdir()
-    for name, source in (("model", preprocess), ("pixels", pixels_module), ("frames", frames)):
+    for name, source in (("model", preprocess), ("decoder", decoder)):
         (folder / f"{name}.py").write_bytes(Path(source.__file__).read_bytes())
     (folder / preprocess.SETTINGS).write_text(json.dumps(settings))
     given = {"model_repository": str(tmp_path), "model_version": "1"}
@@ -320,12 +303,26 @@ class Watched:
 
 def test_one_whole_frame_of_a_video_is_held_at_a_time(tmp_path):
     data = write_video(tmp_path / "grey.mp4", 12).read_bytes()
-    model = preprocess.TritonPythonModel()
-    model.kind = "video"
-    model.settings = {**TINY, "frames": 6}
-    model.images, model.frames = Watched(), frames
-    pixels = model.pixels(data)
+    watched = Watched()
+    request = {**TINY, "kind": "video", "frames": 6}
+    pixels = decoder._decode(watched, frames, request, data)
     assert pixels.shape == (6, 3, 8, 8)
-    assert model.images.held == [1] * 6
+    assert watched.held == [1] * 6
     expected = [pixels_from_image(one, TINY) for one in frames.frames_of(data, 6)]
     np.testing.assert_array_equal(pixels, np.stack(expected))
+
+
+def test_a_small_image_is_known_by_its_header():
+    """What would take long is never taken for small, whatever its bytes say first."""
+    small = [encoded(Image.new("RGB", (2048, 2048)), kind) for kind in ("PNG", "JPEG")]
+    large = [encoded(Image.new("L", (2048, 2049)), kind) for kind in ("PNG", "JPEG")]
+    bomb = progressive(8000, 60)
+    assert [preprocess.is_small(data) for data in small] == [True, True]
+    assert [preprocess.is_small(data) for data in [*large, bomb]] == [False] * 3
+    text = chunk(b"tEXt", b"size\0" + b"\0\0\0\1" * 9)
+    assert not preprocess.is_small(large[0][:8] + text + large[0][8:])  # its header comes later
+    comments = segment(0xFE, b"") * 100_000
+    assert not preprocess.is_small(small[1][:2] + comments + small[1][2:])
+    assert not preprocess.is_small(b"\xff\xd8" + bytes(preprocess.SMALL_BYTES))
+    # These are refused at once.
+    assert all(preprocess.is_small(data) for data in (b"", b"hello", b"\x89PN"))

@@ -51,7 +51,7 @@ def test_a_video_model_is_written_with_its_decoder(artifact, tmp_path):
     config = (tmp_path / "repository" / name / "config.pbtxt").read_text()
     assert 'name: "video_mask"' in config
     files = {path.name for path in (tmp_path / "repository" / f"{name}_preprocess" / "1").iterdir()}
-    assert files == {"model.py", "pixels.py", "frames.py", "preprocessing.json"}
+    assert files == {"model.py", "decoder.py", "pixels.py", "frames.py", "preprocessing.json"}
 
 
 @pytest.fixture(scope="module")
