@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 from PIL import Image
 
@@ -44,9 +45,12 @@ def progressive(side: int, scans: int) -> bytes:
     )
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind, **options)
+    # Copies: a saved image keeps what the next format's writer does not take.
+    if "append_images" in options:
+        options["append_images"] = [frame.copy() for frame in options["append_images"]]
+    image.copy().save(stream, kind, **options)
     return stream.getvalue()
 
 
