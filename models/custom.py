@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tome_export.errors import InputError, exit_text
 from tome_export.merge.schedule import VideoOptions
+from tome_export.models.hf_checkpoint import in_words
 from tome_export.models.loading import filled, loaded, split_learned
 from tome_export.models.recipe import (
     RULE,
@@ -22,13 +24,16 @@ from tome_export.models.recipe import (
     WeightsInfo,
     recommended_r,
 )
-from tome_export.spec import VIDEO_FEATURES, Activation, Preprocessing
+from tome_export.spec import VIDEO_FEATURES, Activation, Interpolation, Preprocessing
 from tome_export.weights.files import check_finite, check_stored, read_checkpoint, stored_dtype
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tome_export.patch import MergedModel
+
+MOST_CROP = 16
+"""Above it an image would be resized to nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,22 @@ def recipe_from_function(name: str) -> Recipe:
     _check_weights(name, module)
     merged, dense_only = _patched(name, module)
     layers = merged.layers
+    source = remark = ""
+    if preprocessing is None:
+        preprocessing, source = _preprocessing(name, module, merged.image_size)
+    _check_images(name, preprocessing, merged.image_size)
+    if source:
+        remark = f"; preprocessing is {source}: {in_words(preprocessing)}"
     recipe = Recipe(
         name=name,
         family="custom",
-        preprocessing=preprocessing or _preprocessing(module, merged.image_size),
+        preprocessing=preprocessing,
         recommended_r=recommended_r(layers[0].tokens_in, len(layers)) if layers else 0,
         r_source=RULE,
         activation=_activation(module),
         dense_only=dense_only,
         video=VideoOptions(merged.input_size[0]) if merged.takes_video else None,
-        description=f"{type(module).__name__} from {name}",
+        description=f"{type(module).__name__} from {name}{remark}",
         weights_source=f"returned by {name}",
         labels=_labels(module),
         loader=FunctionLoader(module),
@@ -233,22 +244,69 @@ def _check_weights(name: str, module: nn.Module) -> None:
     check_finite(parameters, f"{name} returned a model that has")
 
 
-def _preprocessing(model: Any, input_size: tuple[int, int, int]) -> Preprocessing:
-    """As the model's own library would treat its images, as far as the model says."""
-    library = type(model).__module__.partition(".")[0]
-    if library == "open_clip":
+def _check_images(name: str, found: Preprocessing, expected: tuple[int, ...]) -> None:
+    """Refuse preprocessing that makes no images, or others than the model takes."""
+    channels = expected[0]
+    for key, values in (("mean", found.mean), ("std", found.std)):
+        numbers = isinstance(values, tuple | list) and all(map(_is_number, values))
+        if not numbers or len(values) != channels or (key == "std" and min(values) <= 0):
+            above = " above 0" * (key == "std")
+            raise InputError(
+                f"preprocessing of {name} has {key} {values!r}; expected {channels} finite "
+                f"numbers{above}"
+            )
+    if not _is_number(found.crop_pct) or not 0 < found.crop_pct <= MOST_CROP:
+        raise InputError(
+            f"preprocessing of {name} has crop_pct {found.crop_pct!r}; expected a number above 0, "
+            f"at most {MOST_CROP}"
+        )
+    if found.interpolation not in get_args(Interpolation):
+        raise InputError(
+            f"preprocessing of {name} has interpolation {found.interpolation!r}; expected "
+            f"{', '.join(get_args(Interpolation))}"
+        )
+    if not isinstance(found.input_size, tuple | list) or tuple(found.input_size) != expected:
+        raise InputError(
+            f"preprocessing of {name} has input_size {found.input_size!r}; expected that of the "
+            f"model, {expected}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _preprocessing(
+    name: str, model: Any, input_size: tuple[int, int, int]
+) -> tuple[Preprocessing, str]:
+    """As the model's own library would treat its images, and what says so."""
+    attribute = "preprocess_cfg" if type(model).__module__.startswith("open_clip.") else None
+    attribute = attribute or "pretrained_cfg"
+    cfg = getattr(model, attribute, None) or {}
+    config = _hf_config(model)
+    source = f"that of its {attribute}" if cfg and config is None else "its family's"
+    try:
+        given = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict()
+        return _from_cfg(attribute, given, config, input_size), source
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} returned a model whose {attribute} is none ({_line(error)}); return "
+            "(nn.Module, Preprocessing), or leave it out"
+        ) from None
+
+
+def _from_cfg(
+    attribute: str, given: dict[str, Any], config: Any, input_size: tuple[int, int, int]
+) -> Preprocessing:
+    if attribute == "preprocess_cfg":
         from tome_export.models.open_clip_models import preprocessing_of
 
-        return preprocessing_of(input_size[1:], getattr(model, "preprocess_cfg", None) or {})
-    config = _hf_config(model)
+        return preprocessing_of(input_size[1:], given)
     if config is not None:
         from tome_export.models.hf import norm_of
 
         mean, std = norm_of(config.model_type)
-        given: dict[str, Any] = {"mean": mean, "std": std, "crop_pct": 1.0}
-    else:
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        given = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict()
+        given = {"mean": mean, "std": std, "crop_pct": 1.0}
     for key in ("mean", "std"):
         values = given.get(key) or ()
         if (len(values), input_size[0]) not in ((input_size[0], input_size[0]), (0, 3)):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError, MissingComponentError
+from tome_export.models.hf_checkpoint import in_words
 from tome_export.models.hub import ask, ask_hub, ask_url, cached_file
 from tome_export.models.loading import FileLoader, filled
 from tome_export.models.recipe import CLIP_NORM, RULE, Geometry, LoadedModel, Recipe, recommended_r
@@ -141,16 +142,19 @@ def recipe_from_open_clip(name: str) -> Recipe:
         tower: Any = loader.create()
     tokens, depth = _shape(tower, arch)
     mode = cfg.get("resize_mode", "shortest")
+    preprocessing = preprocessing_of(tower.image_size, cfg)
+    said = in_words(preprocessing)
     squash = "" if mode == "shortest" else f"; open_clip resizes by {mode!r}, here images are "
     return Recipe(
         name=f"open_clip:{name}",
         family="open_clip_vit",
-        preprocessing=preprocessing_of(tower.image_size, cfg),
+        preprocessing=preprocessing,
         recommended_r=recommended_r(tokens, depth),
         r_source=RULE,
         output_name="features",
         description=f"open_clip's {arch}, image features not of unit length"
-        + (squash and f"{squash}centre-cropped"),
+        + (squash and f"{squash}centre-cropped")
+        + ("" if cfg else f"; no weights are named, preprocessing is open_clip's default: {said}"),
         weights_source=str(cfg.get("hf_hub") or cfg.get("url") or "none named"),
         licence="not stated by open_clip",
         loader=loader,

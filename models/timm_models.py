@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tome_export.errors import InputError
+from tome_export.models.hf_checkpoint import in_words
 from tome_export.models.hub import pretrained_overlay, recorded_file
 from tome_export.models.loading import (
     filled,
@@ -123,6 +124,9 @@ def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:
 
 
 def _description(arch: str, cfg: dict[str, Any]) -> str:
+    if not cfg:
+        said = in_words(preprocessing_from_cfg(cfg))
+        return f"timm's {arch}; timm says nothing of its images, ImageNet's are taken: {said}"
     mode = cfg.get("crop_mode") or "center"
     if mode == "center":
         return f"timm's {arch}"

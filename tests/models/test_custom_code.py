@@ -111,7 +111,7 @@ def test_the_current_folder_comes_first(written):
     assert "test" not in sys.modules
     written("def make():\n    return model()\n", "test")
     try:
-        assert resolve("test:make").description == "VisionTransformer from test:make"
+        assert resolve("test:make").description.startswith("VisionTransformer from test:make;")
     finally:
         sys.modules.pop("test", None)
 
@@ -219,3 +219,84 @@ def test_what_cannot_be_copied_is_said(written):
 def test_counters_and_masks_of_the_users(written):
     written(f"{ODD}\ndef make():\n    return counted(model())\n")
     assert resolve("users_t:make").load().module.steps.dtype == torch.int64
+
+
+SAID = {
+    "model()": (
+        "; preprocessing is that of its pretrained_cfg: size 32 x 32 cut out of 35, bicubic, mean "
+        "0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
+    ),
+    "timm.create_model('vit_tiny_patch16_224', in_chans=1, **ARGS)": (
+        "; preprocessing is that of its pretrained_cfg: size 32 x 32 cut out of 35, bicubic, mean "
+        "0.5, std 0.5"
+    ),
+    "torchvision_model()": (
+        "; preprocessing is its family's: size 32 x 32 cut out of 36, bicubic, mean 0.485, 0.456, "
+        "0.406, std 0.229, 0.224, 0.225"
+    ),
+    "(model(), Preprocessing((3, 32, 32), (0.1,) * 3, (0.2,) * 3, 0.8, 'bilinear'))": "",
+}
+
+
+@pytest.mark.parametrize("made", SAID)
+def test_preprocessing_that_nobody_gave_is_said(written, made):
+    written(
+        f"""
+from tome_export.spec import Preprocessing
+def torchvision_model():
+    from torchvision.models.vision_transformer import VisionTransformer
+    return VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5)
+def make():
+    return {made}
+"""
+    )
+    description = resolve("users_t:make").description
+    assert description == f"VisionTransformer from users_t:make{SAID[made]}"
+
+
+CFG = "users_t:make returned a model whose pretrained_cfg is none ("
+
+
+@pytest.mark.parametrize(
+    ("cfg", "said"),
+    [
+        ("{'mean': 5}", CFG),
+        ("{'crop_pct': 'x'}", CFG),
+        ("{'mean': 'abc'}", "preprocessing of users_t:make has mean ('a', 'b', 'c'); expected 3 "),
+        ("{'std': (1, 1, 0)}", "preprocessing of users_t:make has std (1, 1, 0); expected 3 "),
+        ("{'crop_pct': -1}", "preprocessing of users_t:make has crop_pct -1.0; expected a number"),
+    ],
+)
+def test_a_configuration_that_is_none(written, cfg, said):
+    written(f"def make():\n    m = model()\n    m.pretrained_cfg = {cfg}\n    return m\n")
+    assert refused("users_t:make").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"mean": (0.5,)}, "mean (0.5,); expected 3 finite numbers"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "mean (0.5, 0.5, nan); expected 3 finite numbers"),
+        ({"std": (1, 1, -1)}, "std (1, 1, -1); expected 3 finite numbers above 0"),
+        ({"crop_pct": 0}, "crop_pct 0; expected a number above 0, at most 16"),
+        ({"crop_pct": float("inf")}, "crop_pct inf; expected a number above 0, at most 16"),
+        (
+            {"interpolation": "cubic"},
+            "interpolation 'cubic'; expected nearest, bilinear, bicubic",
+        ),
+        (
+            {"input_size": (3, 64, 64)},
+            "input_size (3, 64, 64); expected that of the model, (3, 32, 32)",
+        ),
+    ],
+)
+def test_preprocessing_of_the_users_that_makes_no_images(written, changed, said):
+    given = {"input_size": (3, 32, 32), "mean": (0.1,) * 3, "std": (0.2,) * 3}
+    given |= {"crop_pct": 0.8, "interpolation": "bilinear", **changed}
+    text = repr(given).replace("nan", "float('nan')").replace("inf}", "float('inf')}")
+    text = text.replace("inf,", "float('inf'),")
+    written(
+        "from tome_export.spec import Preprocessing\n"
+        f"def make():\n    return model(), Preprocessing(**{text})\n"
+    )
+    assert refused("users_t:make") == f"preprocessing of users_t:make has {said}"
