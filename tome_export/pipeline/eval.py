@@ -400,7 +400,11 @@ def evaluation_from_table(
             labelled=known is not None,
             unreadable=unreadable,
             unreadable_count=len(unreadable),
-            notes=(*source.notes, *_measure_notes(labels, classes, activation)),
+            notes=(
+                *source.notes,
+                *_measure_notes(labels, classes, activation),
+                *_one_answer(table, classes, plain),
+            ),
         ),
         classes=classes.count if classes is not None else None,
         candidates=tuple(
@@ -426,6 +430,16 @@ def _measure_notes(
         same = "agreement is of all classes of an image, each of which has a yes or a no"
         top = "top-1 is of the class of the largest logit, as each image has one label"
         yield same if labels is None else f"{top}; {same}"
+
+
+def _one_answer(table: Table, classes: Classes | None, plain: Candidate | None) -> Iterator[str]:
+    """A note where agreement with the unmerged model could hardly fail."""
+    found = table.values(plain.run) if classes is not None and plain is not None else ()
+    if len(found) > 1 and (found[:, 0] == found[0, 0]).all():
+        yield (
+            f"the unmerged model says the same of all {len(found)} images, so agreement with it "
+            "says little"
+        )
 
 
 def _result(
