@@ -325,7 +325,11 @@ def changed(artifact, **entries):
 def test_models_without_label_names_have_their_indices(artifacts):
     folders = pipeline_folders(changed(artifacts[NAME], labels=None), NAME, ServeOptions())
     settings = json.loads(folders[1].files["1/postprocessing.json"])
-    assert settings == {"k": 5, "labels": [str(index) for index in range(10)]}
+    assert settings == {
+        "k": 5,
+        "labels": [str(index) for index in range(10)],
+        "activation": "softmax",
+    }
 
 
 def test_fewer_classes_than_labels_shown(artifacts):
