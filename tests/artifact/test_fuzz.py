@@ -139,12 +139,11 @@ def changed(draw: st.DrawFn, values: Any) -> bytes:
         elif edit == "double" and isinstance(inner, list):
             inner.append(copy.deepcopy(inner[last]))
         elif edit == "deep":
-            for _ in range(draw(st.sampled_from([70, 5000]))):
-                inner[last] = None
             inner[last] = "DEEP"
         else:
-            inner[last] = draw(st.sampled_from(ODD))
-    content = json.dumps(values).replace('"DEEP"', "[" * 5000 + "]" * 5000).encode()
+            inner[last] = copy.deepcopy(draw(st.sampled_from(ODD)))
+    depth = draw(st.sampled_from([70, 200, 5000]))
+    content = json.dumps(values).replace('"DEEP"', "[" * depth + "]" * depth).encode()
     if draw(st.integers(0, 9)) == 0:
         cut = draw(st.integers(0, len(content)))
         content = content[:cut] + draw(st.binary(max_size=3)) + content[cut + 1 :]

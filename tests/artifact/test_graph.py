@@ -133,6 +133,9 @@ def test_what_libraries_read_differently_is_refused(tmp_path):
         check(tmp_path, graph_of(initializer=[unsaid]))
     with pytest.raises(InputError, match="has a node EPContext, which names a file to be loaded"):
         check(tmp_path, graph_of(node=[NodeProto(op_type="EPContext")]))
+    endless = node(g=GraphProto(node=[NodeProto(op_type="Loop")]))
+    with pytest.raises(InputError, match="has a node Loop, which may never end"):
+        check(tmp_path, graph_of(node=[endless]))
 
 
 def deep(levels: int) -> bytes:

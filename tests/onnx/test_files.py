@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -154,3 +156,49 @@ def test_a_model_is_written_piece_by_piece_as_protobuf_would(tmp_path):
     assert not light.graph.initializer
     light.graph.initializer.extend(model.graph.initializer)
     assert light == model
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
+def test_files_are_readable_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        written = files.save(add_model(), tmp_path / "model.onnx", threshold=1000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
+    assert len(written) == 2
+
+
+def test_another_file_of_that_name_does_not_matter(tmp_path, monkeypatch):
+    """ONNX's own writer looks for it in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx.data").write_text("mine")
+    (tmp_path / "out").mkdir()
+    files.save(add_model(), tmp_path / "out" / "model.onnx", threshold=1000)
+    assert run(str(tmp_path / "out" / "model.onnx")) is not None
+    assert (tmp_path / "model.onnx.data").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape"),
+    [
+        ([("ConstantOfShape", ["shape"], ["y"])], [10**9, 10**6]),
+        ([("ConstantOfShape", ["shape"], ["m"]), ("ReduceMax", ["m"], ["y"])], [2**40, 2**40]),
+        ([("Expand", ["x", "shape"], ["m"]), ("Identity", ["m"], ["y"])], [10**15, 1]),
+    ],
+)
+def test_more_memory_than_there_is_is_refused_before_it_is_taken(tmp_path, nodes, shape):
+    made = helper.make_graph(
+        [helper.make_node(*node) for node in nodes],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array(shape, np.int64), "shape")],
+    )
+    path = tmp_path / "model.onnx"
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"asks for a tensor '.' of .* numbers, and this machine"):
+        files.check_memory(path)
+    files.save(add_model(), path, threshold=1000)
+    files.check_memory(path)

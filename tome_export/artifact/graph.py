@@ -41,6 +41,12 @@ _KEY, _VALUE = 1, 2  # of a StringStringEntryProto
 PRECISIONS = {1: ("fp32", 4), 10: ("fp16", 2), 16: ("bf16", 2)}
 """Type of a tensor's values (``TensorProto.DataType``) -> precision, and bytes of a value."""
 
+REFUSED = {
+    "EPContext": "which names a file to be loaded",
+    "Loop": "which may never end, and no model that can be merged has",
+}
+"""Operators that no build writes -> why they are not for a runtime."""
+
 _WHOLE, _BYTES, _SKIPPED = 0, 2, {1: 8, 5: 4}
 """Kinds of values on the wire; of the last, numbers of so many bytes, none is looked at."""
 
@@ -114,8 +120,10 @@ class _Reader:
                 self._tensor(*value)
             elif within is not None:
                 self.read(within, *value, depth + 1)
-            elif kind == "NodeProto" and number == _OP_TYPE and self._text(value) == "EPContext":
-                raise ValueError("has a node EPContext, which names a file to be loaded")
+            elif kind == "NodeProto" and number == _OP_TYPE:
+                operator = self._text(value)
+                if operator in REFUSED:
+                    raise ValueError(f"has a node {operator}, {REFUSED[operator]}")
 
     def _tensor(self, start: int, end: int) -> None:
         """Count its values, and check where they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx
+import psutil
 from google.protobuf.message import DecodeError
 
+from tome_export.artifact.document import short
 from tome_export.errors import ExportError, InputError
 from tome_export.spec import INPUT_NAME, TensorInfo
 
@@ -28,6 +31,9 @@ PAGE_BYTES = 4096
 
 LARGE_BYTES = 1 << 28
 """Weights above this are not copied within memory where a file or a detour can do."""
+
+HEAVY_BYTES = 1 << 16
+"""Weights above this stay out of the hands of tools that copy them, in a large model."""
 
 _GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
@@ -65,14 +71,18 @@ def _moved(tensor: onnx.TensorProto, stream: BinaryIO, location: str) -> onnx.Te
     offset = -(-stream.tell() // PAGE_BYTES) * PAGE_BYTES
     stream.seek(offset)
     stream.write(tensor.raw_data)
+    return _reference(tensor, location=location, offset=offset, length=len(tensor.raw_data))
+
+
+def _reference(tensor: onnx.TensorProto, **place: str | int) -> onnx.TensorProto:
+    """A tensor without its values, which are in a file."""
     external = onnx.TensorProto.EXTERNAL
-    moved = onnx.TensorProto(
+    found = onnx.TensorProto(
         name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=external
     )
-    place = {"location": location, "offset": offset, "length": len(tensor.raw_data)}
     for key, value in place.items():
-        moved.external_data.add(key=key, value=str(value))
-    return moved
+        found.external_data.add(key=key, value=str(value))
+    return found
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -135,28 +145,40 @@ def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         ) from error
 
 
-def check(path: Path) -> None:
+def check(path: Path, model: onnx.ModelProto | None = None) -> None:
     """Run ONNX's checker with full shape inference and require a shape for every tensor.
+
+    Args:
+        path: Of the model's file.
+        model: What is in it, if it is in memory; the weights of a large one are not read again.
 
     Raises:
         ExportError: if the model is not valid ONNX or a shape could not be inferred.
         OSError: if the disk is full.
     """
+    bare, inferred = (path.with_name(path.name + end) for end in (".bare", ".inferred"))
     try:
-        onnx.checker.check_model(str(path), full_check=True)
-        inferred = path.with_name(path.name + ".inferred")
+        checked = path
+        if model is not None and weight_bytes(model) > LARGE_BYTES:
+            heavy, tensors = (lambda t: len(t.raw_data) > HEAVY_BYTES), model.graph.initializer
+            _write(
+                model, bare, [_reference(t, location=path.name) if heavy(t) else t for t in tensors]
+            )
+            checked = bare
+        onnx.checker.check_model(str(checked), full_check=True)
         try:
             onnx.shape_inference.infer_shapes_path(
-                str(path), str(inferred), check_type=True, strict_mode=True, data_prop=True
+                str(checked), str(inferred), check_type=True, strict_mode=True, data_prop=True
             )
             graph = onnx.load(inferred, load_external_data=False).graph
         except DecodeError as error:
             # The writer, which is C++, says nothing of a full disk.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(inferred)) from error
-        finally:
-            inferred.unlink(missing_ok=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported model is not valid ONNX: {error}") from error
+    finally:
+        bare.unlink(missing_ok=True)
+        inferred.unlink(missing_ok=True)
     known = {
         value.name
         for value in (*graph.value_info, *graph.output)
@@ -167,6 +189,41 @@ def check(path: Path) -> None:
         raise ExportError(
             f"shape inference found no shape for {len(unknown)} tensors, first {unknown[0]!r}"
         )
+
+
+def check_memory(path: Path) -> None:
+    """Refuse a model that asks for more memory than this machine has, before a runtime obeys.
+
+    What can be told from its shapes: of the tensors between its nodes, the largest for one image.
+
+    Raises:
+        InputError: if it does, or it is not an ONNX model.
+    """
+    model = load(path, weights=False)
+    light = without_weights(model)
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < SMALL_BYTES and not tensor.external_data:
+            light.graph.initializer.append(tensor)  # perhaps a shape
+        else:
+            weight = light.graph.input.add(name=tensor.name).type.tensor_type
+            weight.elem_type = tensor.data_type
+            for size in tensor.dims:
+                weight.shape.dim.add(dim_value=size)
+    del model, light.graph.value_info[:]
+    try:
+        graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except (ValueError, RuntimeError, MemoryError):
+        return  # the runtime says what is wrong with it
+    most = psutil.virtual_memory().total
+    for value in (*graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        count = math.prod(dim.dim_value or 1 for dim in kind.shape.dim)
+        # A byte each is the least that any type takes.
+        if count > most:
+            raise InputError(
+                f"{path} asks for a tensor {short(value.name)} of {count:.1e} numbers, and this "
+                f"machine has {most:.1e} bytes of memory; rebuild the artifact"
+            )
 
 
 @contextlib.contextmanager

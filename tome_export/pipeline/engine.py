@@ -75,6 +75,9 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
             f"batch range is {batch}; the artifact's model takes {built}, choose one inside it or "
             "rebuild the artifact"
         )
+    from tome_export.onnx.files import check_memory
+
+    check_memory(artifact.model_path)
     options = replace(request.options, batch=batch)
     progress.stage(f"Build the {selection.backend.name} engine")
     with (

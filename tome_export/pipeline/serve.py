@@ -403,8 +403,9 @@ def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder]) -> None
         if one is None:
             validate(folder)
         elif one.source.platform == "onnxruntime_onnx":
-            from tome_export.onnx.files import tensors_from_graph
+            from tome_export.onnx.files import check_memory, tensors_from_graph
 
+            check_memory(one.source.files["model.onnx"])
             validate(folder, *tensors_from_graph(one.source.files["model.onnx"]))
         else:  # an engine can only be asked on its GPU, at its build
             engine = one.artifact.manifest.engines[TENSORRT]

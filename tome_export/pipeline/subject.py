@@ -42,7 +42,14 @@ class Subject(Runnable):
 
 
 def subject_of(artifact: Artifact, label: str, module: MergedModel | None = None) -> Subject:
-    """What an artifact holds, and its model in PyTorch if there is need of it."""
+    """What an artifact holds, and its model in PyTorch if there is need of it.
+
+    Raises:
+        InputError: if its graph asks for more memory than this machine has.
+    """
+    from tome_export.onnx.files import check_memory
+
+    check_memory(artifact.model_path)
     manifest = artifact.manifest
     return Subject(
         label=label,
