@@ -210,6 +210,19 @@ def test_what_is_beside_the_shards_of_a_folder_is_said(tmp_path, ten):
     ]
 
 
+def test_parts_of_a_data_set_in_one_folder_are_said(tmp_path, ten):
+    names = ("test-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002")
+    for name in names:
+        layouts.write_parquet(tmp_path / f"{name}.parquet", [png(0)], [1])
+    source = listed(tmp_path, ten)
+    assert len(source) == 3
+    assert source.notes == [
+        f"read as one are the shards of test, train in {tmp_path}; a star, as in 'test*', takes "
+        "those of one name"
+    ]
+    assert listed(tmp_path / "train-*", ten).notes == []
+
+
 # Parquet.
 
 

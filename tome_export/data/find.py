@@ -70,6 +70,13 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
             shown = printable(some(others))
             notes.append(f"read of {text} are its shards only; beside them are {shown}")
         paths = inside
+        # As a data set is kept whose parts are in one folder.
+        parts = sorted({re.split(r"[-_.]?\d|\.", path.name)[0] for path in paths})
+        if len(parts) > 1:
+            notes.append(
+                f"read as one are the shards of {printable(some(parts))} in {text}; a star, as in "
+                f"'{printable(parts[0])}*', takes those of one name"
+            )
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1 or not kinds <= set(SHARDS):
         raise InputError(
