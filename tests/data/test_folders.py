@@ -75,8 +75,10 @@ def test_folders_in_folders_in_folders(tmp_path, monkeypatch):
         for _ in range(1100):  # deeper than Python calls itself
             Path("d").mkdir(exist_ok=True)
             os.chdir("d")
-    assert len(find_data((str(root),), None)) == len(find_images(root)) == 1
-    subprocess.run(["rm", "-r", root], check=True)  # which shutil cannot
+    try:
+        assert len(find_data((str(root),), None)) == len(find_images(root)) == 1
+    finally:
+        subprocess.run(["rm", "-r", root], check=True)  # which shutil cannot
 
 
 def test_what_is_left_out_is_said_where_parity_is_checked(tmp_path):
