@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import struct
 import threading
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def check_decoder(module: str, install: str, what: str) -> None:
 
 
 class Lane:
-    """Threads with a decoding process each.
+    """Threads and decoding processes, as many of these as of those, all ready from the start.
 
     Args:
         count: How many.
@@ -70,20 +71,23 @@ class Lane:
     """
 
     def __init__(self, count: int, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._own = threading.local()
-        self._made: list[Any] = []
         self._threads = ThreadPoolExecutor(count)
+        self._made = [make() for _ in range(count)]
+        list(self._threads.map(lambda decoder: decoder.start(), self._made))
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for decoder in self._made:
+            self._idle.put(decoder)
 
     def submit(self, *asked: Any) -> Future[Any]:
         """Decode, as soon as a process has nothing else to do."""
         return self._threads.submit(self._decode, *asked)
 
     def _decode(self, *asked: Any) -> Any:
-        if not hasattr(self._own, "decoder"):
-            self._own.decoder = self._make()
-            self._made.append(self._own.decoder)
-        return self._own.decoder(*asked)
+        decoder = self._idle.get()
+        try:
+            return decoder(*asked)
+        finally:
+            self._idle.put(decoder)
 
     def close(self) -> None:
         """Decode what was submitted, and end the processes."""
@@ -113,11 +117,9 @@ class TritonPythonModel:
         def large() -> Any:
             return decoder.Decoder(folder / "pixels.py", frames, NICENESS)
 
-        first = large()
-        first.start()
-        first.close()
-        self.small = Lane(max(2, min(4, len(os.sched_getaffinity(0)))), small)
-        self.large = Lane(LARGE_AT_ONCE, large)
+        self.large = self.small = Lane(LARGE_AT_ONCE, large)
+        if self.kind == "image":
+            self.small = Lane(max(2, min(4, len(os.sched_getaffinity(0)))), small)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered, with pixels or an error of its own, when it is done."""
