@@ -157,7 +157,11 @@ def vision_config(values: Mapping[str, Any], where: str) -> Any:
                 f"config.json of {where} does not make a {kind} configuration "
                 f"({reason_of(error)}); expected the configuration of a whole checkpoint"
             ) from None
-        config = getattr(whole_model, "vision_config", whole_model)
+        half = getattr(whole_model, "vision_config", None)
+        config = half if isinstance(half, transformers.PretrainedConfig) else whole_model
+        if config is whole_model:
+            # The library keeps keys that it has no use for.
+            vars(config).pop("vision_config", None)
         if config is not whole_model and "projection_dim" in given:
             config.projection_dim = whole_model.projection_dim
         activations = transformers.activations.ACT2FN
