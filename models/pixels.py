@@ -78,8 +78,7 @@ def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "MAX_TEXT" in reason:
             raise BadImageError(
-                f"has more text or a larger colour profile than is read ({reason}); give it "
-                "without them"
+                "has more text or a larger colour profile than is read; give it without them"
             ) from None
         raise BadImageError(
             f"cannot be decoded ({reason[:200]}); the file is damaged or cut short, give it whole"
