@@ -352,7 +352,8 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    # Damaged archives surface as errors of any class; what reads the tensors says so.
+    except Exception:
         return False
 
 
