@@ -133,7 +133,7 @@ def test_agreement_with_one_answer_is_no_target():
         model.model.head.bias += 1000
     images = images_of(model)
     with Scorer(model, images, "sigmoid") as scorer:
-        with pytest.raises(InputError, match="says the same of all 8 images.*; give images with"):
+        with pytest.raises(InputError, match=r"says the same of all 8 images.*; give images with"):
             _judged(images, scorer, Goal.min_accuracy("90"))
         noted = _judged(images, scorer, Goal.target_macs("50%"))
         assert "told apart by damage" in noted.notes[0]

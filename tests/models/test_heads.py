@@ -219,7 +219,7 @@ def test_a_head_of_a_transformers_model_may_be_any_module(function):
 def test_a_foreign_module_in_a_layer_is_not_called_a_quantised_one():
     model = vit(num_labels=4)
     model.vit.layernorm = nn.Sequential(model.vit.layernorm)
-    with pytest.raises(InputError, match="the library's own modules everywhere but in the class"):
+    with pytest.raises(InputError, match=r"library's own modules everywhere but in the class"):
         patch(model, 0)
 
 
@@ -228,7 +228,7 @@ def test_a_siglip_without_a_head_gives_dense_outputs_also_from_a_function(functi
     name = function(transformers.SiglipVisionModel(config))
     recipe = resolve(name)
     assert (recipe.output_name, recipe.dense_only) == ("features", True)
-    with pytest.raises(InputError, match="use dense outputs$"):
+    with pytest.raises(InputError, match=r"use dense outputs$"):
         patch(recipe.load().module, 0)
 
 
