@@ -356,6 +356,12 @@ def test_urls(url, protocol, expected):
         ("x:0", None),
         ("x:99999", None),
         ("x/v2", None),
+        ("x:²", None),
+        ("x:٣", None),
+        ("x:" + "9" * 5000, None),
+        ("user@x:1", None),
+        ("a b:1", None),
+        ("::1", None),
         ("http://x", "grpc"),
     ],
 )

@@ -57,7 +57,7 @@ def restarted(server, events, seconds=20):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGRTMIN + 6, signal.SIGSTOP])
 @pytest.mark.usefixtures("at_once")
 def test_a_lost_process_is_told_and_the_server_started_again(repository, nothing_left, number):
     with start(repository) as server:
@@ -68,7 +68,9 @@ def test_a_lost_process_is_told_and_the_server_started_again(repository, nothing
         events = []
         restarted(server, events)
         nothing_left(server)
-        done = {9: "was ended by SIGKILL", 19: "is stopped (SIGSTOP)"}[number]
+        done = {9: "was ended by SIGKILL", 19: "is stopped (SIGSTOP)"}.get(
+            number, f"was ended by signal {number:d}"
+        )
         assert events == [
             f"the process of model identity {done}; tritonserver is started again",
             "tritonserver is ready again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -43,6 +44,7 @@ _SCHEMES: dict[str, tuple[Protocol | None, bool]] = {
     "http": ("http", False),
     "https": ("http", True),
 }
+_ADDRESS = re.compile(r"(?P<host>[^\s:/@\[\]\0-\x1f]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
 _LONGEST = 400
 
 
@@ -314,13 +316,11 @@ def parse_url(url: str, protocol: Protocol | None = None) -> tuple[str, Protocol
     if named and protocol and named != protocol:
         raise UsageError(f"URL is {url!r} but the protocol asked for is {protocol}; give one")
     used: Protocol = protocol or named or "grpc"
-    address = rest.rstrip("/")
-    host, _, port = address.rpartition(":")
-    if not host:
-        host, port = address, str(PORTS[used])
-    if not host or "/" in address or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    found = _ADDRESS.fullmatch(rest.rstrip("/"))
+    port = int(found["port"] or PORTS[used]) if found is not None else 0
+    if found is None or not 0 < port < 1 << 16:
         raise UsageError(f"URL is {url!r}; expected host:port, such as localhost:{PORTS[used]}")
-    return f"{host}:{port}", used, ssl
+    return f"{found['host']}:{port}", used, ssl
 
 
 def _library(protocol: Protocol) -> ModuleType:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tome_export.serve.process import signal_name
 
 LIMIT = 400
 """Most characters of the server's own words in a message."""
@@ -66,7 +67,7 @@ def port_in_use(log: str) -> bool:
 def asked_to_stop(log: str) -> str | None:
     """Name of the signal that the server took for a request to end; None if it got none."""
     found = re.search(r"Signal \((\d+)\) received\.", log)
-    return signal.Signals(int(found[1])).name if found is not None else None
+    return signal_name(int(found[1])) if found is not None else None
 
 
 def shortened(text: str) -> str:

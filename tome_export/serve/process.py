@@ -18,6 +18,15 @@ from tome_export.errors import ExportError
 
 POLL_SECONDS = 0.02
 
+
+def signal_name(number: int) -> str:
+    """``SIGKILL``, or ``signal 40`` for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 SHELL = "/bin/sh"
 
 # The death of a parent can be signalled to a child, but of the thread that started it: ours ends

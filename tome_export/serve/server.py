@@ -8,7 +8,6 @@ import math
 import os
 import secrets
 import shlex
-import signal
 import socket
 import tempfile
 import time
@@ -30,7 +29,7 @@ from tome_export.progress import Progress, Silent
 from tome_export.serve import log as server_log
 from tome_export.serve.config import CPU, KEPT_VERSIONS, VERSION_COMPATIBLE, ModelFolder
 from tome_export.serve.installation import find
-from tome_export.serve.process import POLL_SECONDS, GroupProcess, Watchdog
+from tome_export.serve.process import POLL_SECONDS, GroupProcess, Watchdog, signal_name
 from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
 from tome_export.serve.stubs import Stubs
 
@@ -391,10 +390,9 @@ class RunningServer:
         log, code = self._process.log(), self._process.exit_code()
         self.stop(0)
         if code < 0:
-            name = signal.Signals(-code).name
             return ExportError(
-                f"tritonserver was ended by {name} {when}; if nobody did that, see whether the "
-                "system was out of memory, and start it again"
+                f"tritonserver was ended by {signal_name(-code)} {when}; if nobody did that, see "
+                "whether the system was out of memory, and start it again"
             )
         asked = server_log.asked_to_stop(log)
         if asked is not None:  # what the log says after it, or has said before, is not the reason

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from pathlib import Path
 
 from tome_export.serve.probe import DEAD, STOPPED, stub_states
+from tome_export.serve.process import signal_name
 
 DEAD_SECONDS = 0.5
 """A stub that the server ends itself is dead for a moment, until the server has collected it."""
@@ -65,5 +65,5 @@ class Stubs:
 
 def _end(status: int) -> str:
     if os.WIFSIGNALED(status):
-        return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+        return f"was ended by {signal_name(os.WTERMSIG(status))}"
     return "has ended"
