@@ -48,11 +48,17 @@ Exit codes:
   129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM; nothing half-made is left behind
   141  the reader of standard output went away"""
 
-SYSTEM = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EIO, errno.EMFILE, errno.ENFILE),
-)
-"""What the machine refuses, as opposed to what a bug provokes."""
+_ELSEWHERE = "free space or choose another place"
+
+SYSTEM = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO), _ELSEWHERE),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ELSEWHERE),
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f) or choose another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has no more open files to give",
+    errno.ENOMEM: "free memory, or give fewer images or a smaller batch",
+}
+"""What the machine refuses, as opposed to what a bug provokes, and what to do."""
 
 BROKEN_PIPE = 141
 """128 + SIGPIPE, as of any program whose reader went away."""
@@ -160,7 +166,10 @@ def _described(error: BaseException) -> tuple[str, str, int]:
         return "InputError", text, InputError.exit_code
     if isinstance(error, OSError) and error.errno in SYSTEM:
         where = f" {error.filename}" if error.filename else ""
-        text = f"cannot read or write{where}: {error.strerror}; free space or choose another place"
+        text = f"cannot read or write{where}: {error.strerror}; {SYSTEM[error.errno]}"
+        return "InputError", text, InputError.exit_code
+    if isinstance(error, MemoryError):
+        text = f"memory is used up{': ' * bool(message)}{message}; {SYSTEM[errno.ENOMEM]}"
         return "InputError", text, InputError.exit_code
     hint = "this is a bug, run with --debug for the traceback"
     return kind, f"{kind}: {message}; {hint}", 1

@@ -76,8 +76,9 @@ class Terminal:
         """One line on standard error; with JSON also the object that is promised."""
         if self.json:
             failure = {"type": kind, "message": message, "exit_code": exit_code}
-            self.result({"error": failure, **self.findings}, ())
-        _write(sys.stderr, f"Error: {message}\n")
+            with beside_the_error():
+                self.result({"error": failure, **self.findings}, ())
+        aside(sys.stderr, f"Error: {message}\n")
 
 
 def _takes(stream: TextIO, text: str) -> bool:
@@ -97,6 +98,15 @@ def _write(stream: TextIO, text: str) -> None:
     stream.flush()
 
 
+def aside(stream: TextIO, text: str) -> None:
+    """Write to standard error, which may be a file on a full disk: no result hangs on that."""
+    try:
+        _write(stream, text)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+
+
 @contextlib.contextmanager
 def beside_the_error() -> Iterator[None]:
     """Print what belongs to an error: should that fail, the error itself is still told."""
@@ -105,7 +115,7 @@ def beside_the_error() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except Exception as error:
-        sys.stderr.write(f"The report cannot be shown: {type(error).__name__}: {error}\n")
+        aside(sys.stderr, f"The report cannot be shown: {type(error).__name__}: {error}\n")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str = "") -> list[str]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from tome_export.cli.output import aside
 from tome_export.cli.quiet import quiet
 from tome_export.cli.signals import raise_if_interrupted
 
@@ -62,7 +63,7 @@ class Plain:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.flush()
+        """Every line has been written by now."""
 
     def stage(self, title: str) -> None:
         """See ``Progress``."""
@@ -90,8 +91,7 @@ class Plain:
             self._write(f"  {label}: {done}/{total}{more}")
 
     def _write(self, line: str) -> None:
-        self._stream.write(f"{line}\n")
-        self._stream.flush()
+        aside(self._stream, f"{line}\n")
 
 
 class Live:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import logging
 import os
@@ -24,11 +25,12 @@ def quiet(*, debug: bool) -> Iterator[TextIO]:
     """
     # Text still in Python's buffers must not end up behind the redirected descriptors.
     sys.stdout.flush()
-    sys.stderr.flush()
+    with _full():
+        sys.stderr.flush()
     own = _own_stderr()
     with contextlib.ExitStack() as stack:
         if own is not sys.stderr:
-            stack.callback(own.close)
+            stack.callback(_close, own)
         sink: TextIO = own
         if not debug:
             sink = stack.enter_context(Path(os.devnull).open("w"))
@@ -41,6 +43,21 @@ def quiet(*, debug: bool) -> Iterator[TextIO]:
         stack.enter_context(contextlib.redirect_stdout(sink))
         stack.enter_context(_descriptor(1, sink))
         yield own
+
+
+@contextlib.contextmanager
+def _full() -> Iterator[None]:
+    """What a full disk has refused already, a stream would write once more when it is closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+
+
+def _close(stream: TextIO) -> None:
+    with _full():
+        stream.close()
 
 
 def _own_stderr() -> TextIO:
