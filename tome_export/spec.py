@@ -79,12 +79,16 @@ def answers(logits: Any, activation: Activation) -> Any:
     return logits > 0 if activation == "sigmoid" else logits.argmax(1)[:, None]
 
 
+MOST_BATCH = 65536
+"""Images or videos in a batch: of the smallest models, 64 GB."""
+
+
 @dataclass(frozen=True)
 class BatchRange:
     """Batch sizes an exported model accepts, and the one it is tuned for.
 
     Raises:
-        InputError: unless ``1 <= min <= opt <= max``.
+        InputError: unless ``1 <= min <= opt <= max``, and no more than ``MOST_BATCH``.
     """
 
     min: int = 1
@@ -96,6 +100,10 @@ class BatchRange:
             raise InputError(
                 f"batch range is {self.min}:{self.opt}:{self.max}; "
                 "expected 1 <= MIN <= OPT <= MAX, for example 1:8:32"
+            )
+        if self.max > MOST_BATCH:
+            raise InputError(
+                f"batch range goes up to {self.max:.0e}; expected at most {MOST_BATCH} images"
             )
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tome_export.artifact.document import Count, Document, Part, Text
+from tome_export.artifact.document import Count, Document, Part, Positive, Text
 from tome_export.artifact.environment import Environment
 
 BENCH = "bench.json"
@@ -124,7 +124,7 @@ class Bench(Document):
 
     remedy: ClassVar[str] = "run 'tome-export bench' of this version again"
 
-    latency_ms: dict[str, float]
+    latency_ms: dict[str, Positive]
     environment: Environment
     against: Text
     macs_ratio: float

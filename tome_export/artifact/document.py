@@ -21,7 +21,7 @@ from pydantic import (
 
 from tome_export.artifact.files import json_bytes
 from tome_export.errors import InputError
-from tome_export.spec import BatchRange
+from tome_export.spec import MOST_BATCH, BatchRange
 
 Read = TypeVar("Read", bound="Document")
 
@@ -43,6 +43,8 @@ _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "greater_than_equal": "a number, {ge} or more",
+    "less_than_equal": "a number, {le} or less",
     "finite_number": "a finite number",
     "tuple_type": "a list",
     "list_type": "a list",
@@ -84,7 +86,12 @@ Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Field(ge=0)]
 """A number that measures something: milliseconds, ratios."""
 
-Place = Annotated[Text, Field(max_length=LONGEST_PLACE, pattern=r"^[^\x00]*$")]
+Measure = Annotated[float | int, Field(ge=0)]
+"""The same, written as it was read: 8 is not 8.0."""
+
+Place = Annotated[
+    str, Field(max_length=LONGEST_PLACE, pattern=r"^[^\x00]*$"), BeforeValidator(_plain)
+]
 """A name, or the path of a file."""
 
 Batch = Annotated[
@@ -122,7 +129,7 @@ def _batch(value: Any) -> BatchRange:
     try:
         return value if isinstance(value, BatchRange) else BatchRange.parse(value)
     except (InputError, AttributeError):
-        raise ValueError("a batch range such as 1:8:32") from None
+        raise ValueError(f"a batch range such as 1:8:32, up to {MOST_BATCH}") from None
 
 
 class Part(BaseModel):
@@ -206,7 +213,7 @@ def fault_of(error: ValidationError, values: Any) -> str:
         expected = words if ", " not in words else f"one of {words}"
     else:
         plain = re.sub(r"^\w+ should (be|have|match) ", "", first["msg"])
-        expected = _EXPECTED.get(kind, plain)
+        expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else plain
     what = f"has {where}" if where else "is"
     return f"{what} {short(first['input'])}, expected {expected}"
 

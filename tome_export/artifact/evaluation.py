@@ -54,7 +54,7 @@ class Cosines(Part):
 
 
 class Deviations(Part):
-    """How far the numbers of a regression are from those of another model, on some images.
+    """How far a model's numbers are from those of another model, on some images.
 
     Attributes:
         mean: Mean absolute difference.
@@ -110,7 +110,8 @@ class CandidateResult(Part):
             is a yes or no for each class, those with the same answer for all.
         difference_to_unmerged: Top-1 minus that of the unmerged model.
         cosine_to_unmerged: Cosines to the features of the unmerged model.
-        deviation_from_unmerged: How far the numbers of a regression are from the unmerged model's.
+        deviation_from_unmerged: How far the numbers of a regression, or the probability of a yes
+            where there is one logit, are from the unmerged model's.
         not_finite: Images for which it gave no finite numbers.
     """
 

@@ -415,8 +415,8 @@ class Manifest(Document):
         """Raise for what the types cannot say."""
         self._check_files()
         self._check_layers()
-        self._check_tensors()
         self._check_preprocessing()
+        self._check_tensors()
         if (self.activation is not None) != (self.output.name == LOGITS):
             raise ValueError(
                 f"has activation {self.activation} of the output {short(self.output.name)}, "

@@ -18,7 +18,13 @@ from tome_export.merge.entropy import effective_tokens
 from tome_export.pipeline.reference import reference_model
 from tome_export.pipeline.subject import Subject, open_runner, subject_of
 from tome_export.progress import Progress, Silent
-from tome_export.runtime.registry import TORCH, backend_of, require, usual_backends
+from tome_export.runtime.registry import (
+    BACKENDS,
+    TORCH,
+    backend_of,
+    require,
+    usual_backends,
+)
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME
 
@@ -126,6 +132,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         UsageError: if a backend is unknown, or the entropy not 0 to 1.
     """
     check_entropy_option(request.min_entropy)
+    _check_names(request.backends)
     from tome_export.models.samples import labelled_samples
     from tome_export.onnx.files import load
     from tome_export.parity.check import check_parity
@@ -228,15 +235,23 @@ def _opened(
     return open_runner(name, replace(subject, graph=graph, engines=engines), progress)
 
 
-def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
-    engines = artifact.manifest.engines
-    if not asked:
-        return usual_backends(engines)
+def _check_names(asked: tuple[str, ...]) -> None:
+    """Refuse what is no backend to be checked, before any work."""
+    known = [name for name in BACKENDS if name != TORCH]
     for name in asked:
         if name == TORCH:
             raise UsageError(
                 f"backend is {name!r}, which is what the others are checked against; choose another"
             )
+        if name not in known:
+            raise UsageError(f"backend is {name!r}; expected one of {', '.join(known)}")
+
+
+def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    engines = artifact.manifest.engines
+    if not asked:
+        return usual_backends(engines)
+    for name in asked:
         if backend_of(name).opens == "engine" and name not in engines:
             raise InputError(
                 f"the artifact has no {name} engine; build one with 'tome-export engine "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from tome_export.artifact.document import Document, Part
+from tome_export.artifact.document import Document, Measure, Part
 from tome_export.errors import InputError
 from tome_export.serve.client import PIPELINE, ROUTER, ROUTES
 from tome_export.serve.config import (
@@ -38,8 +38,8 @@ class RouteEntry(Part):
     """A model that the router may choose, its r and its latency; see ``Route``."""
 
     model: str
-    r: int | float
-    ms: int | float | None
+    r: Measure
+    ms: Measure | None
 
 
 class RouteList(Document):
