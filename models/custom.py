@@ -54,7 +54,7 @@ class FunctionLoader:
                 f"depth {depth} was asked for {recipe.name}, whose function makes the model; "
                 "leave the depth"
             )
-        module = self.architecture(recipe)
+        module = self.architecture(recipe, own_weights=weights != "pretrained")
         if weights == "pretrained":
             stored = stored_dtype(module.parameters())
             source = f"returned by {recipe.name}"
@@ -64,10 +64,16 @@ class FunctionLoader:
         state, learned = split_learned(checkpoint.state, recipe)
         return replace(filled(recipe, module, state, checkpoint), learned=learned)
 
-    def architecture(self, recipe: Recipe) -> nn.Module:
-        """A copy of the model; raises an ``InputError`` if it holds what cannot be copied."""
+    def architecture(self, recipe: Recipe, *, own_weights: bool = True) -> nn.Module:
+        """A copy of the model, which may share its weights, as they may be gigabytes.
+
+        Raises:
+            InputError: if it holds what cannot be copied.
+        """
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        shared = {} if own_weights else {id(tensor): tensor for tensor in tensors}
         try:
-            return copy.deepcopy(self.module)
+            return copy.deepcopy(self.module, shared)
         except Exception as error:
             raise InputError(
                 f"the model of {recipe.name} cannot be copied ({_line(error)}); expected one that "

@@ -377,7 +377,7 @@ def test_large_models_are_simplified_too(export, make_vit, tmp_path, monkeypatch
 
     whole = export(make_vit, "test_vit", [7, 0, 9], ExportOptions())
     monkeypatch.setattr(files, "LARGE_BYTES", 0)
-    monkeypatch.setattr(exporting, "HEAVY_BYTES", 1 << 10)
+    monkeypatch.setattr(exporting.files, "HEAVY_BYTES", 1 << 10)
     onnx_from_model(whole.model, tmp_path / "model.onnx", ExportOptions(), "logits")
     light = onnx.load(tmp_path / "model.onnx")
     for part in ("input", "output"):

@@ -7,7 +7,7 @@ simplified by onnxsim; named, described, written and checked.
 from __future__ import annotations
 
 import contextlib
-import copy
+import gc
 import hashlib
 import io
 import json
@@ -32,6 +32,7 @@ from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
 from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
+from tome_export.patch.precision import copy_in
 from tome_export.spec import (
     INPUT_NAME,
     OPSETS,
@@ -55,9 +56,6 @@ OPSET = OPSETS[-1]
 
 FUNCTIONS_IR = 9
 """First version of ONNX's format in which a function declares attributes with defaults."""
-
-HEAVY_BYTES = 1 << 16
-"""Weights above this stay out of onnxsim's hands in a large model."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
     """A copy of the model in another precision; the model itself for fp32."""
     if precision == "fp32":
         return model
-    return copy.deepcopy(model).to(TORCH_DTYPES[precision])
+    return copy_in(model, TORCH_DTYPES[precision])
 
 
 def onnx_from_model(
@@ -168,6 +166,8 @@ def onnx_from_model(
 
     names = [output_names] if isinstance(output_names, str) else output_names
     proto = serde.serialize_model(_ir_from_model(model, options, names))
+    if files.weight_bytes(proto) > files.LARGE_BYTES:
+        gc.collect()  # what was traced, with weights of its own in half precision, is in a circle
     traced = max(options.opset, opset.TRACED)
     functions = functions_for(proto.graph.node, options.lowering, traced, plugin=options.plugin)
     proto.functions.extend(functions)
@@ -186,7 +186,7 @@ def onnx_from_model(
     proto.doc_string = f"Vision transformer with token merging, operators v{spec.VERSION}"
     nodes = len(proto.graph.node)
     written = files.save(proto, path, threshold=external_data_bytes)
-    files.check(path)
+    files.check(path, proto)
     return OnnxFiles(tuple(written), options.opset, nodes)
 
 
@@ -328,7 +328,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnxsim
 
-    shown = _show_decisions(model.graph)
+    shown, before = _show_decisions(model.graph), _interface(model)
     large = files.weight_bytes(model) > files.LARGE_BYTES
     result, valid = _simplified_light(model) if large else onnxsim.simplify(model)
     if not valid:
@@ -336,7 +336,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
             "onnxsim could not validate its own result; expected an equal graph, try another "
             "version of onnxsim"
         )
-    before, after = _interface(model), _interface(result)
+    after = _interface(result)
     if before != after:
         changed = sorted(str(part) for part in before ^ after)
         raise ExportError(
@@ -360,14 +360,14 @@ def _show_decisions(graph: onnx.GraphProto) -> set[str]:
 
 
 def _simplified_light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
-    """As onnxsim does it, with the large weights out of its hands: it copies them several times.
+    """As onnxsim does it, in place, with the large weights out of its hands: it copies them.
 
     They are inputs for the time being, so that what is computed of them alone stays in the graph.
     """
     import onnxsim
 
     light = files.without_weights(model)
-    heavy = {t.name: t for t in model.graph.initializer if len(t.raw_data) > HEAVY_BYTES}
+    heavy = {t.name: t for t in model.graph.initializer if len(t.raw_data) > files.HEAVY_BYTES}
     light.graph.initializer.extend(t for t in model.graph.initializer if t.name not in heavy)
     light.graph.input.extend(
         onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
@@ -376,11 +376,20 @@ def _simplified_light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
     result: onnx.ModelProto
     result, valid = onnxsim.simplify(light)
     inputs = [value for value in result.graph.input if value.name not in heavy]
-    used = {name for node in result.graph.node for name in node.input}
     del result.graph.input[:]
     result.graph.input.extend(inputs)
-    result.graph.initializer.extend(t for name, t in heavy.items() if name in used)
-    return result, valid
+    # The heavy weights stay where they are: another model could only have copies of them.
+    used = {name for node in result.graph.node for name in node.input}
+    weights, small = model.graph.initializer, list(result.graph.initializer)
+    for index in reversed(range(len(weights))):
+        if weights[index].name not in heavy or weights[index].name not in used:
+            del weights[index]
+    weights.extend(small)
+    rest = files.without_weights(result)
+    for part in ("node", "input", "output", "value_info"):
+        model.graph.ClearField(part)
+        getattr(model.graph, part).extend(getattr(rest.graph, part))
+    return model, valid
 
 
 def _ir_version(model: onnx.ModelProto) -> int:

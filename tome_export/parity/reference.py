@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,8 +88,13 @@ def run_yardstick(
     measure for the candidate's. For fp32 the pass runs in fp64: its distance from the reference
     is the reference's own rounding error.
     """
+    from tome_export.patch.precision import copy_in, widened
+
     dtype = _dtype("fp64" if precision == "fp32" else precision)
-    return _run(copy.deepcopy(model).to(dtype), images, dtype, lead, inputs or {})
+    if precision == "fp32":
+        with widened(model):
+            return _run(model, images, dtype, lead, inputs or {})
+    return _run(copy_in(model, dtype), images, dtype, lead, inputs or {})
 
 
 def _dtype(name: str) -> torch.dtype:

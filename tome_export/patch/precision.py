@@ -1,0 +1,48 @@
+"""A model in another precision, without its weights ever being held twice in the first."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_in(model: Model, dtype: torch.dtype) -> Model:
+    """A copy whose floating-point parameters and buffers have another dtype.
+
+    Each is converted by itself; ``deepcopy`` and then ``to`` would hold a second copy in between.
+    """
+    made: dict[int, Any] = {}
+    for tensor in _floating(model):
+        converted = tensor.detach().to(dtype, copy=True)
+        if isinstance(tensor, nn.Parameter):
+            converted = nn.Parameter(converted, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = converted
+    return copy.deepcopy(model, made)
+
+
+@contextlib.contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """The model itself in float64 for a while, which changes no value: it is exact both ways.
+
+    A copy would take twice the memory of the model beside it.
+    """
+    before = [(tensor, tensor.dtype) for tensor in _floating(model)]
+    try:
+        for tensor, _ in before:
+            tensor.data = tensor.data.to(torch.float64)
+        yield
+    finally:
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
