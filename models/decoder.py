@@ -272,7 +272,8 @@ def main(pixels: str, frames: str, niceness: str, descriptor: str) -> None:
                 head = {"bad": "takes more memory to decode than is allowed; give a smaller one"}
             except Exception as error:
                 missing = type(error).__name__ == "NoDecoderError"
-                text = str(error) if isinstance(error, ValueError) else repr(error)
+                known = type(error).__name__ in ("BadImageError", "BadVideoError")
+                text = str(error) if known else f"cannot be decoded ({error!r:.200})"
                 head = {"missing": str(error)} if missing else {"bad": " ".join(text.split())}
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send_bytes(json.dumps(head).encode())

@@ -31,7 +31,7 @@ from tome_export.errors import InputError
 from tome_export.models import decoder as decoding
 from tome_export.models import pixels as pixels_module
 from tome_export.models.decoder import DecodeError, Decoder
-from tome_export.models.pixels import FORMATS, MAX_SCANS, scans
+from tome_export.models.pixels import FORMATS, MAX_SCANS, SERVED_FORMATS, scans
 from tome_export.models.preprocess import load_images, read_image
 from tome_export.models.samples import sample_paths
 from tome_export.spec import Preprocessing
@@ -190,6 +190,14 @@ def test_no_other_format_is_opened(tmp_path):
         Image.new("RGB", (64, 64)).save(path, kind)
         with pytest.raises(InputError, match=r"x\.png is not a JPEG, PNG, WEBP, GIF, BMP, PPM or"):
             read_image(path)
+
+
+def test_a_client_refuses_what_its_server_does(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.webp")
+    with pytest.raises(
+        InputError, match=r"x\.webp is not a JPEG or PNG file \(it begins with b'RIFF"
+    ):
+        read_image(tmp_path / "x.webp", SERVED_FORMATS)
 
 
 def test_the_first_of_many_frames_is_taken(tmp_path):

@@ -182,3 +182,12 @@ def test_moving_samples_move():
     assert all(not np.array_equal(video[0], video[1]) for video in pixels)
     # The seventh is the first photograph again, the other way round.
     assert np.array_equal(pixels[6], pixels[0, ::-1])
+
+
+def test_pictures_in_an_unknown_code_are_one_clear_line(tmp_path):
+    path = write_video(tmp_path / "x.mkv", 4)
+    data = path.read_bytes()
+    assert data.count(b"V_MPEG4") == 1
+    path.write_bytes(data.replace(b"V_MPEG4", b"V_ZZZZZ"))
+    with pytest.raises(InputError, match=r"x\.mkv has pictures in a code that is not known; exp"):
+        read_frames(path, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sys
+import threading
 
 import numpy as np
 import onnxruntime
@@ -14,6 +14,7 @@ from video_towers import MERGING
 from tome_export.cli.main import main
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule, VideoOptions
+from tome_export.models import preprocess
 from tome_export.models.samples import sample_paths
 from tome_export.models.video import load_videos
 from tome_export.pipeline import BuildRequest, build
@@ -79,11 +80,17 @@ def test_a_file_becomes_the_features_of_its_frames(artifact, address, tmp_path):
         np.testing.assert_allclose(answer.features["video_features"], one, rtol=1e-4, atol=1e-6)
 
 
-def test_a_folder_with_images_too_and_no_decoder_here(address, tmp_path, monkeypatch, capfd):
+def test_a_folder_with_images_too_and_no_decoder_here(
+    address, tmp_path, tmp_path_factory, monkeypatch, capfd
+):
     shutil.copy(sample_paths()[0], tmp_path)
     for name in "ab":
         write_video(tmp_path / f"{name}.mp4", 9)
-    monkeypatch.setitem(sys.modules, "av", None)  # the server's process has its own
+    missing = tmp_path_factory.mktemp("missing")
+    (missing / "av.py").write_text("raise ImportError('no av')")
+    monkeypatch.syspath_prepend(missing)
+    # Another process than before, which looks there; the server's have their own path.
+    monkeypatch.setattr(preprocess, "_own", threading.local())
     assert main(["query", address, str(tmp_path)]) == 0
     out, err = capfd.readouterr()
     assert err == f"Ask {address} about 2 videos\n"

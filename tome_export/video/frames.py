@@ -146,6 +146,8 @@ def _opened(source: Path | bytes) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise BadVideoError(f"has no pictures, only sound or text; {EXPECTED}")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadVideoError(f"has pictures in a code that is not known; {EXPECTED}")
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = THREADS
             yield container, stream
