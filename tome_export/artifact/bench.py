@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tome_export.artifact.document import Count, Document, Part, Positive, Text
 from tome_export.artifact.environment import Environment
@@ -110,6 +110,7 @@ class Bench(Document):
     """The content of ``bench.json``.
 
     Attributes:
+        format: Version of this file.
         latency_ms: Backend -> median milliseconds of the artifact on a single image.
         environment: Where it was measured.
         against: ``unmerged``, or the directory of another artifact.
@@ -124,6 +125,7 @@ class Bench(Document):
 
     remedy: ClassVar[str] = "run 'tome-export bench' of this version again"
 
+    format: Literal[1] = 1
     latency_ms: dict[str, Positive]
     environment: Environment
     against: Text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tome_export.artifact.document import Count, Document, Part, Text
 from tome_export.artifact.environment import Environment
@@ -139,6 +139,7 @@ class Evaluation(Document):
     """The content of ``eval.json``.
 
     Attributes:
+        format: Version of this file.
         data: What was evaluated on.
         classes: Classes of the model; None if it gives features or a regression's numbers. One
             logit tells two classes apart.
@@ -151,6 +152,7 @@ class Evaluation(Document):
 
     remedy: ClassVar[str] = "run 'tome-export eval' of this version again"
 
+    format: Literal[1] = 1
     data: EvaluationData
     classes: Count | None
     candidates: tuple[CandidateResult, ...]

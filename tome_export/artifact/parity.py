@@ -251,8 +251,14 @@ class ParityReport(Comparison, Verdict):
 
 
 class ParityFile(Document):
-    """The content of ``parity.json``: a report of every backend that was checked."""
+    """The content of ``parity.json``.
+
+    Attributes:
+        format: Version of this file.
+        checks: A report of every backend that was checked.
+    """
 
     remedy: ClassVar[str] = "run 'tome-export check' of this version again"
 
+    format: Literal[1] = 1
     checks: tuple[ParityReport, ...]
