@@ -531,3 +531,22 @@ def test_output_that_overflows_fp16_fails_and_says_so(make_vit, make_images, tmp
         "PyTorch itself gives infinite or undefined output in fp16"
     )
     json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))
+
+
+def test_weights_in_a_file_of_their_own_are_not_held_beside_the_model(
+    make_vit, make_images, tmp_path
+):
+    """A ViT-giant's graph is 4.5 GB: both graphs run from files, and the twin's is gone then."""
+    model = patch(make_vit("test_vit", depth=2), 5)
+    path = tmp_path / "model.onnx"
+    onnx_from_model(model, path, ExportOptions(batch=BATCH), "logits", external_data_bytes=1 << 10)
+    opened = []
+
+    def runner(runnable):
+        opened.append(runnable)
+        return OrtRunner(runnable)
+
+    report = check_parity(model, path, make_images(model, 2), "fp32", BATCH, runner_factory=runner)
+    assert report.passed, report.failures
+    assert opened == [path, tmp_path / "model.onnx.twin"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]

@@ -44,6 +44,11 @@ def weight_bytes(model: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
+def data_of(path: Path) -> Path:
+    """Where the weights of a large model go that is in this file."""
+    return path.with_name(path.name + ".data")
+
+
 def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_BYTES) -> list[Path]:
     """Write the model, and its weights beside it when they exceed ``threshold`` bytes.
 
@@ -52,7 +57,7 @@ def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_B
     Returns:
         The files written, model first.
     """
-    data = path.with_name(path.name + ".data")
+    data = data_of(path)
     data.unlink(missing_ok=True)
     if weight_bytes(model) <= threshold:
         _write(model, path, model.graph.initializer)
@@ -224,6 +229,25 @@ def check_memory(path: Path) -> None:
                 f"{path} asks for a tensor {short(value.name)} of {count:.1e} numbers, and this "
                 f"machine has {most:.1e} bytes of memory; rebuild the artifact"
             )
+
+
+@contextlib.contextmanager
+def beside(model: onnx.ModelProto, path: Path | None) -> Iterator[onnx.ModelProto | Path]:
+    """Another graph on the weights of a model, in a file next to it for as long as it is needed.
+
+    Args:
+        model: Whose weights are where those of the model in ``path`` are.
+        path: Of the model's file; None gives the graph itself.
+    """
+    if path is None:
+        yield model
+        return
+    other = path.with_name(f"{path.name}.twin")
+    try:
+        other.write_bytes(model.SerializeToString())
+        yield other
+    finally:
+        other.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ by about as much as PyTorch from the exact result, and the largest of many such 
 times that. How much of the allowance each recipe uses is in benchmarks/results/recipes.json.
 """
 
-RunnerFactory = Callable[["onnx.ModelProto"], AbstractContextManager[Runner]]
+RunnerFactory = Callable[["onnx.ModelProto | Path"], AbstractContextManager[Runner]]
 
 
 # Infinite and undefined numbers are for the verdict to report, not for numpy to warn about.
@@ -81,7 +81,8 @@ def check_parity(
         batch: Batch sizes it accepts.
         inputs: The model's other inputs by name, ``[B, ...]`` float32; None for those of
             ``inputs_of``.
-        runner_factory: Makes a runner of a graph: ONNX Runtime, or an engine on a GPU.
+        runner_factory: Makes a runner of a graph, or of its file where the graph was given as one
+            and has its weights beside it: ONNX Runtime, or an engine on a GPU.
         candidate: Name of graph and runtime for the report.
         engine: Whether the candidate is an engine of TensorRT, and no ONNX runtime.
         activation: What makes scores of logits; None for the usual one of so many.
@@ -92,7 +93,7 @@ def check_parity(
         InputError: if there is no image.
         ExportError: if the runtime refuses the graph.
     """
-    from tome_export.onnx.files import load
+    from tome_export.onnx.files import beside, data_of, load
     from tome_export.onnx.twin import twin_from_model
 
     if len(images) == 0:
@@ -106,9 +107,12 @@ def check_parity(
     progress(f"PyTorch's own error in {precision}")
     yardstick = run_yardstick(model, images, precision, reference, inputs)
     progress(candidate)
-    graph = load(exported) if isinstance(exported, Path) else exported
+    # Weights in a file of their own stay there; ONNX Runtime's emulation of bfloat16 changes them.
+    file = exported if isinstance(exported, Path) else None
+    stays = file is not None and precision != "bf16" and data_of(file).exists()
+    graph = load(exported, weights=not stays) if isinstance(exported, Path) else exported
     output_name = graph.graph.output[0].name
-    with runner_factory(graph) as runner:
+    with runner_factory(file if file is not None and stays else graph) as runner:
         shown = infer_in_batches(runner, pixels, len(images), size)
     shipped = shown[output_name]
     scores = activation or usual_activation(shipped.shape[-1]) if output_name == LOGITS else None
@@ -117,7 +121,10 @@ def check_parity(
         free = led = Pass(shipped, {}, shown.get(SOURCE_MAP), shown.get(ENTROPY))
     else:
         progress(f"{candidate}, instrumented")
-        with runner_factory(twin.model) as runner:
+        with (
+            beside(twin.model, file if stays else None) as runnable,
+            runner_factory(runnable) as runner,
+        ):
             free, led = _run_twin(twin, runner, pixels, size, output_name, reference)
 
     diverged = _first_divergence(reference, free)
