@@ -188,8 +188,8 @@ def _legend(found: Evaluation) -> list[str]:
         lines.append("agreement: share of images whose answer is that of unmerged")
     if apart := [one for c in candidates if (one := c.deviation_from_unmerged)]:
         lines.append(
-            "deviation: of the numbers from those of unmerged, whose standard deviation over the "
-            f"images is {apart[0].spread:.4g}"
+            "deviation: of the numbers, or of the probability of a yes, from those of unmerged, "
+            f"whose standard deviation over the images is {apart[0].spread:.4g}"
         )
     if any(c.cosine_to_unmerged for c in candidates):
         lines.append("cosine: of an image's features to those of unmerged")

@@ -86,6 +86,7 @@ _HEADS = re.compile(
     r"(?:classifier|cls_classifier|distillation_classifier|visual_projection|pooler\.dense)"
     r"\.(?:weight|bias)"
 )
+_CLASSIFIER = re.compile(r"(?:classifier|cls_classifier|distillation_classifier)\.weight")
 _POOLING_HEAD = re.compile(r"(?:vision_model\.)?head\..+")
 
 
@@ -142,7 +143,14 @@ class HfLoader:
         # The library draws weights first, also where all are replaced.
         with torch.random.fork_rng(devices=[]):
             state, info = self._state(weights, recipe.weights_key)
-            return loaded(self._resampled(self._filled(state)), recipe, info)
+            module = self._filled(state)
+            # A bare model's class leaves the classifier of its checkpoint out: not in silence.
+            own = {name.partition(".")[0] for name, _ in module.named_parameters()}
+            heads = sorted({key.partition(".")[0] for key in state if _CLASSIFIER.fullmatch(key)})
+            if left := ", ".join(head for head in heads if head not in own):
+                remark = f"its {left} left out, as {self.cls} has none"
+                info = replace(info, source=f"{info.source}; {remark}")
+            return loaded(self._resampled(module), recipe, info)
 
     def architecture(self, recipe: Recipe | None = None) -> nn.Module:  # noqa: ARG002
         """The model without memory for its weights."""

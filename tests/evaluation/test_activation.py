@@ -26,8 +26,10 @@ LOGITS = np.array([[2.0], [-1.0], [np.nan]])
 
 def test_one_logit_says_no_or_yes():
     found = ranked(LOGITS, "sigmoid")
-    assert found[:, :2].tolist() == [[1, 0], [0, 1], [-1, -1]]
-    assert ranked(as_classes(LOGITS, "sigmoid"), "softmax").tolist() == found.tolist()
+    assert found[:, [0, 2, 3]].tolist() == [[1, 1, 0], [0, 0, 1], [-1, -1, -1]]
+    np.testing.assert_allclose(found[:2, 1], 1 / (1 + np.exp(-LOGITS[:2, 0])))
+    classes = ranked(as_classes(LOGITS, "sigmoid"), "softmax")
+    assert classes.tolist() == found[:, -TOP:].tolist()
     assert answers(LOGITS[:2], "sigmoid").tolist() == [[True], [False]]
 
 

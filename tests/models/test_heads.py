@@ -199,6 +199,15 @@ def test_problem_type_says_what_makes_scores(tmp_path, function, more, activatio
         assert activation_of(recipe, (more["num_labels"],)) == activation
 
 
+def test_a_classifier_that_a_bare_model_leaves_out_is_named(tmp_path):
+    vit(num_labels=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["ViTModel"]}))
+    loaded = resolve(f"hf:{tmp_path}").load()
+    assert loaded.recipe.output_name == "features"
+    assert loaded.weights.source.endswith("; its classifier left out, as ViTModel has none")
+
+
 def test_a_classifier_that_was_taken_off_leaves_features(function):
     assert resolve(function(vit(num_labels=0))).output_name == "features"
 

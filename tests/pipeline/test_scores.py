@@ -69,6 +69,9 @@ def test_one_logit_from_build_to_serve(tmp_path, function, images, monkeypatch):
     labels = np.array([path.parent.name == "bright" for path in paths])
     rows = {row.name: row for row in found.candidates}
     assert found.classes == 2
+    apart = rows["merged"].deviation_from_unmerged
+    assert apart.spread == pytest.approx(float(logits.double().sigmoid().std(correction=0)), 1e-4)
+    assert 0 < apart.mean < apart.max
     assert rows["unmerged"].top1.correct == int(((logits > 0).numpy() == labels).sum())
     folders = pipeline_folders(artifact, "one", ServeOptions())
     settings = json.loads(folders[1].files["1/postprocessing.json"])

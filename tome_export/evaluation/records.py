@@ -114,21 +114,26 @@ def as_classes(logits: NDArray[Any], activation: Activation) -> NDArray[Any]:
     return np.concatenate([np.zeros_like(logits), logits], axis=1)
 
 
-def ranked(logits: NDArray[Any], activation: Activation) -> NDArray[np.int64]:
+def ranked(logits: NDArray[Any], activation: Activation) -> NDArray[Any]:
     """What is kept of the logits ``[B, K]`` of a classifier.
 
     Returns:
-        ``[B, TOP]``, the best classes; of a yes or no for each of several classes ``[B, 1 + TOP]``,
-        in front the set of those with a yes, as a number that other sets do not have. All are -1
-        where an output is not finite.
+        The answer in the first column, the best classes in the last ``TOP``; all are -1 where an
+        output is not finite. Of a softmax ``[B, TOP]`` int64, as the best class is the answer. Of a
+        yes or no for each of several classes ``[B, 1 + TOP]`` int64, the answer being a number for
+        the set of those with a yes. Of one logit ``[B, 2 + TOP]`` float64, the probability of a yes
+        between the two.
     """
-    logits = as_classes(logits, activation)
-    classes = best(logits).astype(np.int64)
-    if activation == "softmax" or logits.shape[1] == 2:
+    classes = best(as_classes(logits, activation)).astype(np.int64)
+    if activation == "softmax":
         return classes
+    known = classes[:, :1] >= 0
+    if logits.shape[1] == 1:
+        yes = (1 + np.tanh(logits.astype(np.float64) / 2)) / 2
+        return np.concatenate([classes[:, :1], np.where(known, yes, -1), classes], axis=1)
     packed = np.packbits(answers(logits, activation), axis=1)
     sets = [int.from_bytes(sha256(row.tobytes()).digest()[:7], "big") for row in packed]
-    whole = np.where(classes[:, :1] < 0, -1, np.array(sets, np.int64)[:, None])
+    whole = np.where(known, np.array(sets, np.int64)[:, None], -1)
     return np.concatenate([whole, classes], axis=1)
 
 

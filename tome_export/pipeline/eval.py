@@ -434,7 +434,9 @@ def _measure_notes(
 
 def _one_answer(table: Table, classes: Classes | None, plain: Candidate | None) -> Iterator[str]:
     """A note where agreement with the unmerged model could hardly fail."""
-    found = table.values(plain.run) if classes is not None and plain is not None else ()
+    if classes is None or plain is None:
+        return
+    found = table.values(plain.run)
     if len(found) > 1 and (found[:, 0] == found[0, 0]).all():
         yield (
             f"the unmerged model says the same of all {len(found)} images, so agreement with it "
@@ -460,9 +462,13 @@ def _result(
     if activation == "none":
         if base is not None:
             values["deviation_from_unmerged"] = deviations(found, base)
-    elif classes is None:
+    elif activation == "sigmoid" and base is not None and found.shape[1] == 2 + TOP:
+        # Images may all have one answer; their probabilities tell more.
+        both = finite & (base[:, 0] >= 0)
+        values["deviation_from_unmerged"] = deviations(found[both, 1:2], base[both, 1:2])
+    if classes is None:
         cosines = found[finite]
-        if len(cosines) and other:
+        if activation is None and len(cosines) and other:
             summary = Cosines(mean=float(cosines.mean()), min=float(cosines.min()))
             values["cosine_to_unmerged"] = summary
     elif labels is not None:
