@@ -120,6 +120,12 @@ CASES = {
         2,
         "backend is 'torch'; a cascade runs the artifacts, choose another one",
     ),
+    "backend that is none": (
+        ("--data", "samples", *MACS, "--backend", "cpu"),
+        2,
+        "backend is 'cpu'; expected one of ort-cpu, ort-cuda, ort-rtx, openvino, tensorrt, "
+        "tensorrt-rtx",
+    ),
     "a name without a repository": (
         ("--data", "samples", *MACS, "--name", "mine"),
         2,

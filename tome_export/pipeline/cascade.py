@@ -203,7 +203,7 @@ def _check(request: CascadeRequest) -> None:
         raise UsageError(
             f"output is {request.page}, which is the page's name; give one such as a .json"
         )
-    require((request.backend,))
+    require((request.backend,), but=TORCH)
     check_new_file(request.output, force=request.force)
     check_new_file(request.page, force=request.force)
 

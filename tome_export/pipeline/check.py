@@ -176,6 +176,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         )
     accuracy = None
     labelled = labelled_samples(recipe) if request.images is None else None
+    if manifest.labels is None or manifest.labels != recipe.labels:
+        labelled = None  # features, or other classes than those of the samples
     if model.extra_inputs:
         labelled = None  # an accuracy would be that of the random inputs that parity is checked on
     if labelled is not None:
@@ -251,13 +253,13 @@ def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ..
     engines = artifact.manifest.engines
     if not asked:
         return usual_backends(engines)
+    require(asked)
     for name in asked:
         if backend_of(name).opens == "engine" and name not in engines:
             raise InputError(
                 f"the artifact has no {name} engine; build one with 'tome-export engine "
                 f"{artifact.path} --engine {name}'"
             )
-    require(asked)
     return asked, {}
 
 

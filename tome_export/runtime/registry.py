@@ -30,26 +30,35 @@ BACKENDS = {one.name: one for one in _ALL}
 ORT_CPU, TORCH = OrtCpu.name, Torch.name
 
 
-def backend_of(name: str) -> Backend:
+def backend_of(name: str, but: str | None = None) -> Backend:
     """The backend of a name.
+
+    Args:
+        name: Of ``BACKENDS``.
+        but: One that the caller cannot use, and does not list among those that it can.
 
     Raises:
         UsageError: if there is none.
     """
     if name not in BACKENDS:
-        raise UsageError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}")
+        known = ", ".join(one for one in BACKENDS if one != but)
+        raise UsageError(f"backend is {name!r}; expected one of {known}")
     return BACKENDS[name]
 
 
-def require(names: Sequence[str]) -> None:
+def require(names: Sequence[str], but: str | None = None) -> None:
     """Check that backends exist and can run here, before any work is done.
+
+    Args:
+        names: Of the backends.
+        but: See ``backend_of``.
 
     Raises:
         UsageError: if there is no such backend, or one is named twice.
         MissingComponentError: if one cannot run here.
     """
     for name in names:
-        backend = backend_of(name)
+        backend = backend_of(name, but)
         if names.count(name) > 1:
             raise UsageError(f"backend {name} is named twice; name each once")
         reason = backend.missing()
