@@ -75,7 +75,7 @@ ROWS = 6
 @activation_option
 @reducer_options
 @click.option("--min-entropy", type=float, metavar="X", help="Least token-size entropy, 0 to 1.")
-@click.option("--time-limit", default=600.0, show_default=True, help="Seconds of search.")
+@click.option("--time-limit", default=600.0, show_default=True, help="Seconds after loading.")
 @click.option("--seed", default=0, show_default=True, help="Of images, their split, the search.")
 @click.option(
     "-o", "--output", type=FILE, default="schedule.json", show_default=True, metavar="FILE"

@@ -15,7 +15,7 @@ from tome_export.models import resolve
 from tome_export.patch import patch
 from tome_export.pipeline import tune_images
 from tome_export.pipeline.tune import estimate as estimate_of
-from tome_export.pipeline.tune_images import TuneImages
+from tome_export.pipeline.tune_images import FEWEST, TuneImages
 from tome_export.pipeline.tune_score import Scorer
 from tome_export.progress import Silent
 
@@ -112,3 +112,20 @@ def test_more_images_than_memory_should_hold(monkeypatch):
     recipe = resolve("vit_digits")
     with pytest.raises(UsageError, match=r"--limit is 400; 400 images of 1x32x32 numbers take mor"):
         tune_images.tune_images(recipe, 10**6, Classes(10), ("samples",), None, 400, 0, Silent())
+
+
+def test_late_steps_take_what_they_cannot_do_without(small):
+    recipe = resolve("vit_digits")
+    classes = Classes(10)
+    given = (recipe, 1, classes, ("samples",), None, 400, 0, Silent())
+    assert len(tune_images.tune_images(*given).pixels) == 400
+    images = tune_images.tune_images(*given, until=0.0)
+    assert len(images.pixels) == FEWEST
+    assert f"{FEWEST} of 450 images are used; --limit and --time-limit set how many" in images.notes
+    with Scorer(small, images_of(small, 100, 50, 75), until=0.0) as scorer:
+        images = scorer.images
+        assert FEWEST <= len(images.pixels) < 100
+        assert len(scorer.unmerged_right) == len(images.pixels)
+        assert 0 < images.search < images.chosen_on < len(images.pixels)
+        assert scorer.search(R).images == images.search
+        assert images.notes[-1].endswith(" of 100 images are used: the time limit leaves no more")

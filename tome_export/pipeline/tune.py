@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 FREE = 160
 """Free lists that are measured."""
 
-SEARCH_SHARE, CHOICE_SHARE = 0.75, 0.95
-"""Shares of the time limit after which no more is searched, and no finalist measured."""
+READ_SHARE, COST_SHARE, UNMERGED_SHARE, SEARCH_SHARE, CHOICE_SHARE = 0.15, 0.35, 0.5, 0.75, 0.95
+"""Shares of the time limit after which no more images are read, no more schedules timed for the
+cost table, the unmerged model is run on no more images, no more is searched, and no finalist is
+measured."""
 
 LATENCY_TRIES = 3
 """Times that a schedule whose real latency is above its target is exchanged for a cheaper one."""
@@ -70,7 +72,8 @@ class TuneRequest:
         activation: What makes scores of the output; None for what the model says.
         batch: Images per run, for latency.
         precision: Of the model whose latency is measured; classes are counted in fp32.
-        time_limit: Seconds of search after which the best by then is taken.
+        time_limit: Seconds, from when the model is loaded, after which the best by then is taken.
+            What is begun then is finished.
         seed: Of the images drawn, their split, the search, and of random weights.
         force: Replace an existing file.
         reducer: Name of the reducer.
@@ -125,6 +128,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
         )
     classes = output_classes(shape[-1], loaded.recipe.label_names(shape[-1]))
     progress.stage("Read images")
+    ready = time.monotonic()
     images = tune_images(
         sized(loaded.recipe, model.image_size),
         model.macs(merged=False),
@@ -134,11 +138,14 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
         request.limit,
         request.seed,
         progress,
+        ready + READ_SHARE * request.time_limit,
     )
+    costs = _Costs(request, loaded, model, images, ready, progress)
     progress.stage(f"Measure the unmerged model on {len(images.pixels)} images")
-    with Scorer(model, images, activation) as scorer:
-        images = _judged(images, scorer, request.goal)
-        found = _Tuning(request, loaded, model, images, scorer, progress).result(start)
+    with Scorer(model, images, activation, ready + UNMERGED_SHARE * request.time_limit) as scorer:
+        images = _judged(scorer.images, scorer, request.goal)
+        tuning = _Tuning(request, loaded, model, images, scorer, costs, ready, progress)
+        found = tuning.result(start)
     with keeping(found):
         check_new_file(request.output, force=request.force)
         with writing_to(request.output, "file"):
@@ -223,11 +230,15 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
     return loaded, model
 
 
-class _Tuning:
-    """One search, from the scored images to the result, within its time.
+class _Costs:
+    """What schedules cost, and how much they may: known before any image is classified.
 
-    The time limit is for what is optional: it begins with the search, after the images were read
-    and the cost table measured, and what is begun is finished.
+    Attributes:
+        space: All schedules.
+        stopwatch: Times schedules, where the target is a latency.
+        table: What they take by it.
+        cost: MACs, or milliseconds by the table.
+        budget: Most cost; None if an accuracy is the target.
 
     Raises:
         InputError: if nothing can meet the target.
@@ -240,14 +251,76 @@ class _Tuning:
         loaded: LoadedModel,
         model: MergedModel,
         images: TuneImages,
+        ready: float,
+        progress: Progress,
+    ) -> None:
+        goal = request.goal
+        self.space = space_of(model)
+        self.unmerged: Rs = (0,) * self.space.depth
+        self.stopwatch: Stopwatch | None = None
+        self.table: CostTable | None = None
+        self.cost: Cost = self.space.macs
+        if goal.kind == "target-latency-ms":
+            progress.stage("Measure the cost of each layer")
+            pixels = images.pixels[: request.batch]
+            self.stopwatch = Stopwatch(
+                model, pixels, request.batch, request.precision, loaded.recipe.output_name
+            )
+            until = ready + COST_SHARE * request.time_limit
+            self.table = self.stopwatch.table(self.space, progress, goal.value, until)
+            self.cost = self.table.latency_ms
+        self.budget = self._checked_budget(goal)
+
+    def cheapest(self) -> Rs:
+        """The schedule that costs least: of MACs surely, of milliseconds among those to start from.
+
+        In MACs it is the one that merges most. In time, merging itself may cost more than it saves.
+        """
+        found = [self.space.most_merged()]
+        if self.table is not None:
+            found += [r for method in BASELINES for r in self.space.baselines(method)]
+            found += [r for row in self.space.neighbours(self.unmerged) if any(r := rs_of(row))]
+        return found[int(self.cost(table_of(found)).argmin())]
+
+    def _checked_budget(self, goal: Goal) -> float | None:
+        unmerged, least = map(float, self.cost(table_of([self.unmerged, self.cheapest()])))
+        budget = goal.budget(unmerged)
+        if budget is None or budget >= least:
+            return budget
+        if self.table is not None:
+            raise InputError(
+                f"target is {goal}; the fastest schedule by the cost table takes "
+                f"{least:.3g} ms and the unmerged model {unmerged:.3g} ms, ask for no less"
+            )
+        raise InputError(
+            f"target is {goal}; merging all that can be in every layer still takes "
+            f"{least / 1e6:.2f} M of the unmerged model's {unmerged / 1e6:.2f} M, ask for no less"
+        )
+
+
+class _Tuning:
+    """One search, from the scored images to the result, within its time.
+
+    Raises:
+        InputError: if nothing can meet the target.
+    """
+
+    def __init__(
+        self,
+        request: TuneRequest,
+        loaded: LoadedModel,
+        model: MergedModel,
+        images: TuneImages,
         scorer: Scorer,
+        costs: _Costs,
+        ready: float,
         progress: Progress,
     ) -> None:
         self._request, self._goal, self._progress = request, request.goal, progress
         self._loaded, self._model = loaded, model
         self._images, self._scorer = images, scorer
-        self._space = space_of(model)
-        self._unmerged: Rs = (0,) * self._space.depth
+        self._space, self._unmerged, self._table = costs.space, costs.unmerged, costs.table
+        self._costs, self._budget = costs, costs.budget
         self._right = scorer.unmerged_right[: images.chosen_on]
         self._needed = self._goal.needed(len(self._right), int(self._right.sum())) or 0
         if self._goal.kind == "min-accuracy" and self._needed > self._right.sum():
@@ -255,19 +328,7 @@ class _Tuning:
                 f"target is {self._goal}; the unmerged model itself has "
                 f"{100 * self._right.mean():.2f} %, ask for no more"
             )
-        self._stopwatch: Stopwatch | None = None
-        self._table: CostTable | None = None
-        self._cost: Cost = self._space.macs
-        if self._goal.kind == "target-latency-ms":
-            progress.stage("Measure the cost of each layer")
-            pixels = images.pixels[: request.batch]
-            self._stopwatch = Stopwatch(
-                model, pixels, request.batch, request.precision, loaded.recipe.output_name
-            )
-            self._table = self._stopwatch.table(self._space, progress)
-            self._cost = self._table.latency_ms
-        self._budget = self._checked_budget()
-        self._start = time.monotonic()
+        self._start = ready
         self._cut_short = False
         self._search = self._searched()
         validates = images.chosen_on > images.search
@@ -377,37 +438,11 @@ class _Tuning:
         self._cut_short = time.monotonic() - self._start > limit
         return self._cut_short
 
-    def _cheapest(self) -> Rs:
-        """The schedule that costs least: of MACs surely, of milliseconds among those to start from.
-
-        In MACs it is the one that merges most. In time, merging itself may cost more than it saves.
-        """
-        found = [self._space.most_merged()]
-        if self._table is not None:
-            found += [r for method in BASELINES for r in self._space.baselines(method)]
-            found += [r for row in self._space.neighbours(self._unmerged) if any(r := rs_of(row))]
-        return found[int(self._cost(table_of(found)).argmin())]
-
-    def _checked_budget(self) -> float | None:
-        unmerged, least = map(float, self._cost(table_of([self._unmerged, self._cheapest()])))
-        budget = self._goal.budget(unmerged)
-        if budget is None or budget >= least:
-            return budget
-        if self._table is not None:
-            raise InputError(
-                f"target is {self._goal}; the fastest schedule by the cost table takes "
-                f"{least:.3g} ms and the unmerged model {unmerged:.3g} ms, ask for no less"
-            )
-        raise InputError(
-            f"target is {self._goal}; merging all that can be in every layer still takes "
-            f"{least / 1e6:.2f} M of the unmerged model's {unmerged / 1e6:.2f} M, ask for no less"
-        )
-
     def _searched(self) -> Search:
         count = self._images.search
         search = Search(
             self._space,
-            self._cost,
+            self._costs.cost,
             self._scorer.search,
             budget=self._budget,
             needed=self._goal.needed(count, int(self._right[:count].sum())),
@@ -419,7 +454,7 @@ class _Tuning:
         self._progress.stage(f"Search on {count} images")
         search.measure(self._unmerged, "constant")
         # The other end, so that a budget is met however little time there is.
-        search.measure(self._cheapest(), "constant")
+        search.measure(self._costs.cheapest(), "constant")
         search.baselines()
         search.free(FREE)
         return search
@@ -441,9 +476,9 @@ class _Tuning:
             raise InputError(
                 f"no schedule was found for the target, {self._goal}; {self._reachable()}"
             )
-        if self._stopwatch is None:
+        if self._costs.stopwatch is None:
             return found, None, None
-        return self._timed(found, self._stopwatch)
+        return self._timed(found, self._costs.stopwatch)
 
     def _pick(self, points: list[ScoredSchedule], budget: float | None) -> Finalist | None:
         if budget is not None:
@@ -462,7 +497,7 @@ class _Tuning:
             if latency <= target:
                 return cheaper, latency, unmerged
             budget = min(budget, cheaper.point.cost) * target / latency * 0.99
-            picked = self._pick(self._points(), budget)
+            picked = None if self._late() else self._pick(self._points(), budget)
             if picked is None:
                 break
             cheaper = picked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,19 @@ class TuneImages:
         """What is counted."""
         return "top1" if self.labels is not None else "agreement"
 
+    def first(self, count: int) -> TuneImages:
+        """The first images alone, as the time limit leaves no more; split in the same parts."""
+        whole = len(self.pixels)
+        note = f"{count} of {whole} images are used: the time limit leaves no more"
+        return replace(
+            self,
+            pixels=self.pixels[:count],
+            labels=None if self.labels is None else self.labels[:count],
+            search=max(1, self.search * count // whole),
+            chosen_on=max(1, self.chosen_on * count // whole),
+            notes=(*self.notes, note),
+        )
+
 
 def tune_images(
     recipe: Recipe,
@@ -84,6 +98,7 @@ def tune_images(
     limit: int | None,
     seed: int,
     progress: Progress,
+    until: float = math.inf,
 ) -> TuneImages:
     """Read images, drawn and ordered by the seed.
 
@@ -96,6 +111,7 @@ def tune_images(
         limit: Most images; None for as many as a search in minutes can take.
         seed: Of the draw and the split.
         progress: Told how many are read.
+        until: In seconds of ``time.monotonic``; after that no more than ``FEWEST`` are read.
 
     Raises:
         InputError: if there is no image that can be read, or the labels do not fit the model.
@@ -107,7 +123,7 @@ def tune_images(
     found = _source(recipe, classes, data, labels)
     most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs)))
     order = np.random.default_rng(seed).permutation(len(found))
-    pixels, index, unreadable, reason = _read(found, order, most, recipe, progress)
+    pixels, index, unreadable, reason = _read(found, order, most, recipe, progress, until)
     if not index:
         raise InputError(
             f"none of the {len(found)} images of {found.text} can be read ({reason}); give others"
@@ -117,7 +133,9 @@ def tune_images(
     if unreadable:
         notes.append(f"{unreadable} images could not be read and were left out ({reason})")
     if count + unreadable < len(found):
-        notes.append(f"{count} of {len(found)} images are used; --limit sets how many")
+        late = " and --time-limit" if count < min(most, len(found) - unreadable) else ""
+        sets = "set" if late else "sets"
+        notes.append(f"{count} of {len(found)} images are used; --limit{late} {sets} how many")
     search = chosen_on = count
     if count >= SPLIT:
         search = min(count // 2, max(FEWEST, int(SEARCH_MACS // macs)))
@@ -140,12 +158,18 @@ def _source(recipe: Recipe, classes: Classes, data: tuple[str, ...], labels: Pat
         return find_data(data, classes, labels)
     if labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
-    labelled = labelled_source(recipe)
+    # Labels of the recipe's own classes, not of a checkpoint's.
+    labelled = labelled_source(recipe) if classes.names == recipe.labels else None
     return labelled or samples_source(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS), None)
 
 
 def _read(
-    source: Source, order: NDArray[Any], most: int, recipe: Recipe, progress: Progress
+    source: Source,
+    order: NDArray[Any],
+    most: int,
+    recipe: Recipe,
+    progress: Progress,
+    until: float,
 ) -> tuple[NDArray[np.float32], list[int], int, str]:
     """Images until there are enough: pixels, places in the source, unreadable, a reason."""
     from tome_export.models.preprocess import pixels_from_bytes
@@ -162,7 +186,7 @@ def _read(
     index: list[int] = []
     unreadable, reason = 0, ""
     for place in map(int, order):
-        if len(index) == wanted:
+        if len(index) == wanted or (len(index) >= FEWEST and time.monotonic() >= until):
             break
         found = pixels_or_reason(source.items((place,))[0], decode)
         if isinstance(found, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.artifact import MODEL
+from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress
 from tome_export.runtime.registry import ORT_CPU, backend_of
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
 SCHEDULES = 6
 """Schedules that the table is measured on: unmerged, fully merged, and constant r in between."""
 
-RUNS = 15
-"""Runs per measurement, after two to warm up."""
+RUNS, FEWEST_RUNS = 15, 3
+"""Runs per measurement, after two to warm up, and where time is short."""
+
+HOPELESS = 4.0
+"""A target of so small a part of what the schedule that merges most takes, none comes near."""
 
 
 class Stopwatch:
@@ -54,22 +59,42 @@ class Stopwatch:
         self._precision = precision
         self._output_name = output_name
 
-    def table(self, space: Space, progress: Progress) -> CostTable:
+    def table(self, space: Space, progress: Progress, target_ms: float, until: float) -> CostTable:
         """Measure and fit the cost table.
 
+        Args:
+            space: The schedules of the model.
+            progress: Told of the schedules done.
+            target_ms: What a run may take.
+            until: In seconds of ``time.monotonic``; after that no more schedules are measured than
+                the two that it takes.
+
         Raises:
+            InputError: if the target is out of reach of any schedule.
             MissingComponentError: if onnxruntime is not here.
             ExportError: if a model cannot be exported or run.
         """
         from tome_export.bench.profile import profile_onnx
 
-        measured = []
-        schedules = _spread(space)
+        measured: list[Measurement] = []
+        schedules, runs = _spread(space), RUNS
         for done, r in enumerate(schedules):
+            if done > 1 and time.monotonic() >= until:
+                break
             with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
                 path = self._export(r, Path(folder))
-                profile = profile_onnx(path, self._images, RUNS)
-                run_ms = self._times([path])[0]
+                if not measured:
+                    run_ms = self._times([path], 1)[0]
+                    if run_ms > HOPELESS * target_ms:
+                        raise InputError(
+                            f"target is latency of at most {target_ms:g} ms; merging all that can "
+                            f"be in every layer takes {run_ms:.3g} ms, ask for no less"
+                        )
+                    # Each schedule is run with the profiler and without.
+                    each_ms = 1e3 * (until - time.monotonic()) / len(schedules)
+                    runs = int(min(RUNS, max(FEWEST_RUNS, each_ms / (2 * run_ms))))
+                profile = profile_onnx(path, self._images, runs)
+                run_ms = self._times([path], runs)[0]
             layers = tuple(profile.layers_ms)
             inside = sum(sum(groups.values()) for groups in layers)
             measured.append(Measurement(r, layers, profile.total_ms - inside, run_ms))
@@ -107,7 +132,7 @@ class Stopwatch:
             graph=path,
         )
 
-    def _times(self, paths: Sequence[Path]) -> list[float]:
+    def _times(self, paths: Sequence[Path], count: int = RUNS) -> list[float]:
         from tome_export.bench.timing import paired
 
         inputs = {INPUT_NAME: self._images}
@@ -120,13 +145,13 @@ class Stopwatch:
                 str(index): lambda runner=runner: runner.infer(inputs)
                 for index, runner in enumerate(runners)
             }
-            seconds = paired(runs, RUNS)
+            seconds = paired(runs, count)
         return [1e3 * float(np.median(values)) for values in seconds.values()]
 
 
 def _spread(space: Space) -> list[Rs]:
-    """Unmerged, fully merged, and constant schedules evenly between."""
+    """Fully merged, unmerged, and constant schedules evenly between."""
     constant = space.baselines("constant")
     index = np.unique(np.linspace(0, len(constant) - 1, SCHEDULES).round().astype(int))[1:-1]
-    picked = [(0,) * space.depth, *(constant[i] for i in index), space.most_merged()]
+    picked = [space.most_merged(), (0,) * space.depth, *(constant[i] for i in index)]
     return list(dict.fromkeys(picked))

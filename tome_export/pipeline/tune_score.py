@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from tome_export.bench.environment import cores
 from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.pipeline.tune_images import FEWEST
 from tome_export.tune.search import Score
 from tome_export.tune.space import Rs, Space
 
@@ -44,15 +46,22 @@ class Scorer:
         model: The patched model; its weights are shared, or copied to the GPU if there is one.
         images: To measure on.
         activation: What makes scores of the logits: ``softmax`` or ``sigmoid``.
+        until: In seconds of ``time.monotonic``; after that the unmerged model is run on no more
+            than ``FEWEST`` images, and the rest are left out.
 
     Attributes:
+        images: Those that are measured on.
         unmerged_right: ``[B]``: which images the unmerged model has right.
         one_answer: Whether agreement is counted and the unmerged model says the same of all
             images, so that it could hardly fail.
     """
 
     def __init__(
-        self, model: MergedModel, images: TuneImages, activation: Activation = "softmax"
+        self,
+        model: MergedModel,
+        images: TuneImages,
+        activation: Activation = "softmax",
+        until: float = float("inf"),
     ) -> None:
         import copy
 
@@ -61,7 +70,6 @@ class Scorer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         # Moved in place, the caller's model would be on the GPU too.
         self._model = copy.deepcopy(model).to("cuda") if self._device == "cuda" else model
-        self._images = images
         self._pixels = torch.from_numpy(images.pixels)
         largest = max(1, BATCH_TOKENS[self._device] // model.layers[0].tokens_in)
         self._batch = min(largest, max(1, -(-images.search // CHUNKS)))
@@ -74,8 +82,15 @@ class Scorer:
         self._ending = threading.Event()
         self._known: dict[tuple[Rs, int], Right] = {}
         self._sigmoid = activation == "sigmoid"
-        outputs = self._outputs((0,) * len(model.layers), 0, len(self._pixels))
-        self._reference = torch.cat([output for _, output, _ in outputs])
+        found: list[Tensor] = []
+        for start, output, _ in self._outputs((0,) * len(model.layers), 0, len(self._pixels)):
+            found.append(output)
+            seen = start + len(output)
+            if seen >= FEWEST and time.monotonic() >= until and seen < len(self._pixels):
+                images = images.first(seen)
+                break
+        self.images = images
+        self._reference = torch.cat(found)
         predicted = self._reference.argmax(dim=2)
         if images.labels is None:
             self._labels = predicted
@@ -99,11 +114,11 @@ class Scorer:
 
     def search(self, r: Rs, bound: float = float("inf")) -> Score:
         """Measure on the search images, as far as ``Search.evaluate`` wants."""
-        return self._score(r, 0, self._images.search, bound)
+        return self._score(r, 0, self.images.search, bound)
 
     def validation(self, r: Rs) -> Score:
         """Measure on those that finalists are chosen with."""
-        return self._score(r, self._images.search, self._images.chosen_on, float("inf"))
+        return self._score(r, self.images.search, self.images.chosen_on, float("inf"))
 
     def right(self, r: Rs, first: int, last: int) -> Right:
         """``[last - first]``: which of the search, validation or held-out images are right."""
