@@ -40,7 +40,7 @@ Exit codes:
   1  unexpected failure: a bug
   2  usage: an unknown option, or a value of the wrong kind (--r abc)
   3  bad input: model, weights, schedule (--r -1), batch range, images, artifact,
-     output directory
+     output directory; or a result that is printed but could not be written down
   4  a needed component (TensorRT, a GPU, a plugin, a server) is missing
   5  parity failed: the result does not compute what PyTorch computes; or an image is
      merged more than --min-entropy allows
