@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tome_export  # noqa: F401 (before the libraries that would report what the tests do)
+
 ImageMaker = Callable[..., Any]
 VitMaker = Callable[..., Any]
 
