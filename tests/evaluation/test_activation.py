@@ -11,11 +11,12 @@ from tome_export.cascade import policy
 from tome_export.errors import InputError
 from tome_export.evaluation.metrics import deviations
 from tome_export.evaluation.records import TOP, as_classes, ranked
+from tome_export.models import resolve
 from tome_export.parity.check import _output_parity
 from tome_export.patch import patch
 from tome_export.pipeline.eval import output_classes
 from tome_export.pipeline.tune import _judged
-from tome_export.pipeline.tune_images import TuneImages
+from tome_export.pipeline.tune_images import TuneImages, _source
 from tome_export.pipeline.tune_score import Scorer
 from tome_export.serve.python_models.postprocess import top_k
 from tome_export.spec import answers
@@ -141,3 +142,11 @@ def test_agreement_with_one_answer_is_no_target():
         assert "told apart by damage" in noted.notes[0]
     with Scorer(model, images_of(model, np.zeros(8, np.int64)), "sigmoid") as scorer:
         assert not scorer.one_answer
+
+
+def test_the_samples_labels_are_for_the_recipes_own_classes():
+    recipe = resolve("vit_digits")
+    own = output_classes(10, recipe.label_names(10))
+    assert _source(recipe, own, ("samples",), None).labels is not None
+    for other in (output_classes(1, None), output_classes(3, recipe.label_names(3))):
+        assert _source(recipe, other, ("samples",), None).labels is None

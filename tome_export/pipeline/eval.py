@@ -225,10 +225,15 @@ def source_of(artifact: Artifact, request: EvalRequest, classes: Classes | None)
         return find_data(request.data, classes, request.labels)
     if request.labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
-    found = labelled_source(resolve(model_name(artifact.manifest, request.weights)))
+    recipe = resolve(model_name(artifact.manifest, request.weights))
+    found, name = labelled_source(recipe), artifact.manifest.model.name
     if found is None:
-        name = artifact.manifest.model.name
         raise InputError(f"no labelled images come with {name}; give a folder of them with --data")
+    if classes is not None and classes.names != recipe.labels:
+        raise InputError(
+            f"the images that come with {name} have its own labels, and this artifact tells "
+            f"{classes.count} other classes apart; give a folder of images with --data"
+        )
     return found
 
 
@@ -342,6 +347,7 @@ class _Work:
                 if not name.endswith(".json")
             },
             "weights": manifest.model.weights.state_sha256,
+            "activation": manifest.activation,
             "data": self.source.digest,
             "limit": len(self.chosen),
             "batch": batch,
