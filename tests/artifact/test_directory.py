@@ -202,7 +202,9 @@ def test_an_artifact_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG]
+)
 @pytest.mark.parametrize("wrapped", [False, True], ids=["raised", "as a cause"])
 def test_a_disk_that_refuses_is_bad_input(tmp_path, number, wrapped):
     def write_something():

@@ -107,3 +107,24 @@ def built_random(tmp_path_factory) -> Path:
 def artifact(built, tmp_path) -> Path:
     """A copy of ``built`` that may be changed."""
     return Path(shutil.copytree(built, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small filesystem in memory; skips where that is not allowed."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    done = []
+
+    def mount(options: str) -> Path:
+        if shutil.which("mount") is None or os.geteuid() != 0:
+            pytest.skip("mounting a filesystem needs root")
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("this machine does not let a filesystem be mounted")
+        done.append(folder)
+        return folder
+
+    yield mount
+    for _ in done:
+        subprocess.run(["umount", str(folder)], check=True)

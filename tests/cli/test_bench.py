@@ -174,11 +174,13 @@ def test_torch_and_a_result_that_cannot_be_recorded(run, artifact, monkeypatch):
 
     monkeypatch.setattr(Artifact, "with_files", refuse)  # root may write where modes say no
     ran = run("bench", artifact, *QUICK, "--batch", "1", "--backend", "torch")
-    assert ran.code == 0, ran.err
+    assert ran.code == 3, ran.err
     assert ran.out.endswith(
         "\ntorch is not profiled: time per part of the model is measured with ort-cpu only\n"
-        "The result was not recorded: cannot write it: the filesystem is read-only; give another "
-        "directory\n"
+    )
+    assert ran.error == (
+        "the result was not recorded: cannot write it: the filesystem is read-only; give another "
+        "directory"
     )
     assert [p.name for p in artifact.iterdir() if "bench" in p.name] == []
 

@@ -292,11 +292,16 @@ def test_a_result_that_cannot_be_recorded(run, artifact, monkeypatch):
 
     monkeypatch.setattr(Artifact, "record", refuse)  # root may write where modes say no
     ran = run("eval", artifact, "--data", "samples", *ALONE, "--limit", "8")
-    assert ran.code == 0
-    assert ran.out.endswith(
-        "\nThe result was not recorded: cannot write it: the filesystem is read-only; give another "
-        "directory\n"
+    assert ran.code == 3
+    assert "\n8 images of " in ran.out
+    assert "Recorded" not in ran.out
+    assert ran.error == (
+        "the result was not recorded: cannot write it: the filesystem is read-only; give another "
+        "directory"
     )
+    ran = run("eval", artifact, "--data", "samples", *ALONE, "--limit", "8", "--json")
+    assert (ran.code, ran.json["data"]["images"]) == (3, 8)
+    assert ran.json["error"]["message"] == f"the result was not recorded: {ran.json['unrecorded']}"
     assert [p.name for p in artifact.iterdir() if "eval" in p.name] == []
 
 

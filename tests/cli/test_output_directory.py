@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,27 +13,6 @@ BUILD = ("build", "vit_digits", "--r", "8", "--engine", "none")
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Mounts a small filesystem in memory; skips where that is not allowed."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    done = []
-
-    def mount(options: str) -> Path:
-        if shutil.which("mount") is None or os.geteuid() != 0:
-            pytest.skip("mounting a filesystem needs root")
-        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("this machine does not let a filesystem be mounted")
-        done.append(folder)
-        return folder
-
-    yield mount
-    for _ in done:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_existing_artifact_is_kept_without_force(run, artifact):
@@ -152,10 +130,11 @@ def test_verdict_stands_on_a_read_only_artifact(run, mounted, artifact):
     copy = shutil.copytree(artifact, folder / "out")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
     ran = run("check", copy)
-    assert ran.code == 0
-    assert ran.out.endswith(
-        f"The result was not recorded: cannot write {copy}: the filesystem is read-only; give "
-        f"another directory\nPassed: {copy}\n"
+    assert ran.code == 3
+    assert ran.out.endswith(f"\nPassed: {copy}\n")
+    assert ran.error == (
+        f"the result was not recorded: cannot write {copy}: the filesystem is read-only; give "
+        "another directory"
     )
 
 
