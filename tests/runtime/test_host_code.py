@@ -6,7 +6,7 @@ import contextlib
 
 import onnx
 import pytest
-from manifests import engine_values, manifest
+from manifests import engine_values, graph, manifest
 
 from tome_export.artifact import Artifact
 from tome_export.bench import memory
@@ -45,6 +45,7 @@ def loaded(monkeypatch):
 @pytest.mark.parametrize("compatible", [False, True])
 def test_the_manifest_says_whether(tmp_path, loaded, monkeypatch, compatible):
     engine = {**engine_values("model.engine"), "version_compatible": compatible}
+    (tmp_path / "model.onnx").write_bytes(graph())
     artifact = Artifact(tmp_path, manifest(engines={"tensorrt": engine}))
     subject = subject_of(artifact, "merged")
     with open_runner("tensorrt", subject, Silent()):
