@@ -38,6 +38,9 @@ Settings = dict[str, Any]
 from the constants above, ``max_pixels`` and ``formats``."""
 
 
+_MEMORY = "takes more memory to decode than is allowed; give a smaller one"
+
+
 class BadImageError(ValueError):
     """What cannot be used as an image; the message goes behind the image's name."""
 
@@ -72,10 +75,12 @@ def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImageError(_too_large(settings)) from None
     except MemoryError:
-        raise BadImageError("needs more memory than there is for it; give a smaller one") from None
+        raise BadImageError(_MEMORY) from None
     # Whatever a decoder trips over in a damaged file is that file's fault.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.endswith(("decoder error -9", "out of memory when reading image file")):
+            raise BadImageError(_MEMORY) from None
         if "MAX_TEXT" in reason:
             raise BadImageError(
                 "has more text or a larger colour profile than is read; give it without them"
@@ -87,6 +92,8 @@ def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
 
 def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
     formats = settings.get("formats", FORMATS)
+    if "WEBP" in formats and (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+        _check_size(*_webp_size(data), settings)  # its reader takes memory for it at once
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
@@ -101,12 +108,7 @@ def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
             f"is not a {names} file (it begins with {bytes(data[:8])!r}); give one whole"
         ) from None
     with image:
-        width, height = image.size
-        if width * height > (settings.get("max_pixels") or MAX_PIXELS):
-            raise BadImageError(
-                f"is {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); "
-                f"{_too_large(settings)}"
-            )
+        _check_size(*image.size, settings)
         if image.format in ("JPEG", "MPO") and scans(data) > MAX_SCANS:
             raise BadImageError(
                 f"is a JPEG file of more than {MAX_SCANS} scans; save it anew, encoders make 10"
@@ -115,6 +117,28 @@ def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
         turn = _TURNS.get(_orientation(image))
         upright = eight_bit(image)
         return upright if turn is None else upright.transpose(turn)
+
+
+def _check_size(width: int, height: int, settings: Settings) -> None:
+    if width * height > (settings.get("max_pixels") or MAX_PIXELS):
+        raise BadImageError(
+            f"is {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); "
+            f"{_too_large(settings)}"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Of the WebP container, section «Extended File Format» and the formats of its two codes."""
+    kind, at = data[12:16], {b"VP8X": 24, b"VP8L": 21}.get(data[12:16], 26)
+    if kind == b"VP8X":
+        sizes = [int.from_bytes(data[start : start + 3], "little") + 1 for start in (at, at + 3)]
+    elif kind == b"VP8L":
+        bits = int.from_bytes(data[at : at + 4], "little")
+        sizes = [(bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1]
+    else:
+        both = (data[start : start + 2] for start in (at, at + 2))
+        sizes = [int.from_bytes(one, "little") & 0x3FFF for one in both]
+    return sizes[0], sizes[1]
 
 
 def _names(formats: Sequence[str]) -> str:

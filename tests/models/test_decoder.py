@@ -59,12 +59,36 @@ def memory_mb(made: Decoder) -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
 
 
+def webp_of_size(side: int, *, extended: bool) -> bytes:
+    """A WebP file whose header says so, of either container."""
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    if extended:
+        data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+        at = data.index(b"VP8X") + 12
+        return data[:at] + (side - 1).to_bytes(3, "little") * 2 + data[at + 6 :]
+    data = encoded(frames[0], "WEBP", lossless=True)
+    at = data.index(b"VP8L") + 9
+    bits = int.from_bytes(data[at : at + 4], "little") >> 28 << 28 | side - 1 | side - 1 << 14
+    return data[:at] + bits.to_bytes(4, "little") + data[at + 4 :]
+
+
+def tiled_tiff() -> bytes:
+    """A TIFF of one compressed tile of 2^20 x 2^20 pixels."""
+    values = {256: 70, 257: 70, 258: 8, 259: 5, 262: 1, 277: 1}
+    values |= {322: 1 << 20, 323: 1 << 20, 324: 200, 325: 100}
+    ifd = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + ifd + bytes(4096)
+
+
 ZEROS = zlib.compress(b"\0" * 2_000_000)
 BOMBS = {
     "many scans": (progressive(64, MAX_SCANS), "is a JPEG file of more than 64 scans; save it ane"),
     "header": (png_of_size(10_000, 10_000), r"is 10000 x 10000 pixels \(100.0 megapixels\); at mo"),
     "beyond Pillow's limit": (png_of_size(60_000, 60_000), r"is 60000 x 60000 pixels \(3600.0 meg"),
     "one row": (encoded(Image.new("L", (3_000_000, 1))), "is 3000000 x 1 pixels, .* whose sides d"),
+    "webp": (webp_of_size(16_383, extended=False), r"is 16383 x 16383 pixels \(268.4 meg"),
+    "extended webp": (webp_of_size(16_383, extended=True), "is 16383 x 16383 pixels"),
+    "tile": (tiled_tiff(), "takes more memory to decode than is allowed"),
     "text": (
         png_with(chunk(b"zTXt", b"key\0\0" + ZEROS)),
         "has more text or a larger colour profi",
