@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +141,11 @@ def test_a_compiled_part_of_a_model(tmp_path):
     model[1] = torch.compile(model[1])
     assert "1._orig_mod.weight" in model.state_dict()
     assert same(state_of(tmp_path, model.state_dict()).state, expected)
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(InputError, match=r"a{200} cannot be opened \(File name too long\)"):
+        read_checkpoint(Path("a" * 5000 + ".pth"))
 
 
 class Arguments:

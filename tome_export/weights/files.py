@@ -55,6 +55,7 @@ _WRAPPERS = re.compile(
 )
 _DEEPEST = 4
 _SHOWN = 3
+_LONGEST_NAME = 200
 _HALF = ("float16", "bfloat16")
 
 
@@ -102,9 +103,16 @@ def read_checkpoint(path: Path, key: str = "", counts: Collection[str] = ()) -> 
             sparse, or without values.
     """
     expected = f"a file ending in {', '.join(SUFFIXES)}"
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise InputError(
+            f"weights file {str(path)[:_LONGEST_NAME]} cannot be opened ({error.strerror}); "
+            f"expected {expected}"
+        ) from None
+    if is_folder:
         raise InputError(f"weights {path} is a folder; expected {expected}")
-    if not path.is_file():
+    if not is_file:
         raise InputError(
             f"weights file {path} does not exist; expected 'pretrained', 'random', or {expected}"
         )
