@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from manifests import manifest
 from onnx import TensorProto, helper
+from pydantic import ValidationError
 
 from tome_export.errors import ExportError, UsageError
 from tome_export.onnx import opset
@@ -84,13 +86,13 @@ def test_what_an_opset_lacks_is_refused(given, message, tmp_path):
         assert str(caught.value) == message
 
 
-def small(nodes, *initializers):
+def small(nodes, *initializers, shape=(2,)):
     """A model of opset 18, from x [2, 4] to y."""
     graph = helper.make_graph(
         nodes,
         "small",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
         initializer=list(initializers),
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
@@ -118,7 +120,7 @@ def test_axes_become_attributes(how):
 
 def test_axes_that_something_else_reads_stay():
     reduce = helper.make_node("ReduceMax", ["x", "axes"], ["m"], keepdims=0)
-    model = small([reduce, helper.make_node("Unsqueeze", ["m", "axes"], ["y"])], AXES)
+    model = small([reduce, helper.make_node("Unsqueeze", ["m", "axes"], ["y"])], AXES, shape=(2, 1))
     opset.lower(model)
     onnx.checker.check_model(model, full_check=True)
     assert [tensor.name for tensor in model.graph.initializer] == ["axes"]
@@ -126,7 +128,7 @@ def test_axes_that_something_else_reads_stay():
 
 def test_equal_parts_need_no_number_of_them():
     split = helper.make_node("Split", ["x"], ["y", "z"], axis=1, num_outputs=2)
-    model = small([split])
+    model = small([split], shape=(2, 2))
     opset.lower(model)
     onnx.checker.check_model(model, full_check=True)
     assert [a.name for a in model.graph.node[0].attribute] == ["axis"]
@@ -149,3 +151,19 @@ def test_what_17_cannot_say_is_refused(node):
         f"node n is a {node.op_type} that ONNX has from opset 18 on; export with --opset 18 or "
         "above"
     )
+
+
+@pytest.mark.parametrize(
+    ("version", "attention", "said"),
+    [
+        (16, "parts", "greater than or equal to 17"),
+        (24, "parts", "less than or equal to 23"),
+        (22, "fused", "opset 22 has no operator for fused attention"),
+    ],
+)
+def test_a_manifest_says_an_opset_that_a_build_writes(version, attention, said):
+    form = {"opset": version, "attention": attention, "attention_note": "", "nodes": 9}
+    with pytest.raises(ValidationError, match=said):
+        manifest(onnx=form)
+    assert manifest(onnx=form | {"opset": 23}).onnx.opset == 23
+    assert manifest(onnx=form | {"opset": 17, "attention": "parts"}).onnx.opset == 17

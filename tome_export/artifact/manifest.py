@@ -39,6 +39,7 @@ from tome_export.spec import (
     FEATURES,
     INPUT_NAME,
     LOGITS,
+    OPSETS,
     SOURCE_MAP,
     VIDEO_FEATURES,
     Activation,
@@ -282,10 +283,16 @@ class Graph(Part):
         nodes: Number of nodes.
     """
 
-    opset: Count
+    opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[1])]
     attention: AttentionForm
     attention_note: str
     nodes: Count
+
+    @model_validator(mode="after")
+    def _has_its_operators(self) -> Graph:
+        if self.attention.startswith("fused") and self.opset < OPSETS[1]:
+            raise ValueError(f"opset {self.opset} has no operator for {self.attention} attention")
+        return self
 
 
 class PluginInfo(Part):

@@ -165,10 +165,11 @@ def check(path: Path, model: onnx.ModelProto | None = None) -> None:
     try:
         checked = path
         if model is not None and weight_bytes(model) > LARGE_BYTES:
-            heavy, tensors = (lambda t: len(t.raw_data) > HEAVY_BYTES), model.graph.initializer
-            _write(
-                model, bare, [_reference(t, location=path.name) if heavy(t) else t for t in tensors]
-            )
+            tensors = [
+                _reference(t, location=path.name) if len(t.raw_data) > HEAVY_BYTES else t
+                for t in model.graph.initializer
+            ]
+            _write(model, bare, tensors)
             checked = bare
         onnx.checker.check_model(str(checked), full_check=True)
         try:
