@@ -137,6 +137,14 @@ def test_a_file_that_does_not_fit_is_refused(weights_file, change, options, why)
     )
 
 
+def test_values_that_are_not_finite_are_refused(weights_file):
+    weights = state()
+    weights["latents"][0, 0] = torch.nan
+    path = weights_file(weights)
+    with pytest.raises(InputError, match="have NaN or infinite values in latents"):
+        Resampler(str(path), head_width=4).module(WIDTH, GRID)
+
+
 def test_sizes_below_one_are_refused():
     with pytest.raises(InputError, match="option latents of resampler is 0; expected 1 or more"):
         Resampler(latents=0)

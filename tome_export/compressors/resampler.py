@@ -20,6 +20,7 @@ from tome_export.reducers.learned import (
     state_of_file,
 )
 from tome_export.spec import PatchGrid
+from tome_export.weights.files import check_finite
 
 PREFIX = "perceiver."
 """In front of every key of the resampler in a whole checkpoint of OpenFlamingo."""
@@ -97,6 +98,7 @@ class Resampler(Compressor):
             raise self._other(
                 f"has {key} {_shape(found.get(key))}; expected {_shape(wanted.get(key))}"
             )
+        check_finite(state, f"resampler weights {self.weights} have")
         module.load_state_dict(state)
         return frozen(module)
 
