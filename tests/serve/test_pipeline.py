@@ -360,3 +360,31 @@ def test_sources_are_those_of_the_package(artifacts):
     folders = pipeline_folders(artifacts[NAME], NAME, ServeOptions())
     for made, name in zip(folders, ("preprocess.py", "postprocess.py"), strict=False):
         assert made.files["1/model.py"] == folder / name
+
+
+def test_bytes_shorter_than_they_say_fail_their_own_request_only(served):
+    """The server refuses all requests that a model takes together with such a one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tritonclient.grpc import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
+
+    files, _ = digits(1)
+
+    def ask(number):
+        with InferenceServerClient(served.grpc) as client:
+            tensor = InferInput("image", [1, 1], "BYTES")
+            if number % 3:
+                tensor.set_data_from_numpy(np.array([[files[0]]], np.object_))
+            else:
+                tensor._raw_content = b"\xff\xff\xff\x7fx"
+            try:
+                client.infer(PIPELINE, [tensor])
+            except InferenceServerException as error:
+                return error.message()
+        return ""
+
+    with ThreadPoolExecutor(12) as pool:
+        said = [*pool.map(ask, range(120))]
+    assert {s for number, s in enumerate(said) if number % 3} == {""}
+    assert all("incomplete string data" in s for s in said[::3])

@@ -64,6 +64,9 @@ def _preprocess(
             "or 3, serve it without preprocessing"
         )
     config = python_config(f"{name}_preprocess", max_batch, options)
+    # Its answers come one by one, and of requests that are taken together one whose bytes are not
+    # as long as they say fails all, before this model sees any.
+    config.ClearField("dynamic_batching")
     limits = {"max_pixels": pixels.MAX_PIXELS, "formats": pixels.SERVED_FORMATS}
     settings = {**asdict(recipe), **limits}
     add_tensor(config.input, VIDEO if video else IMAGE, "bytes", [1])
