@@ -82,6 +82,19 @@ def test_a_lost_process_is_told_and_the_server_started_again(repository, nothing
         server.stop(0)
 
 
+def test_a_server_that_crashes_is_started_again(repository, nothing_left):
+    with start(repository) as server:
+        nothing_left(server)
+        os.kill(server.pid, signal.SIGSEGV)
+        events = []
+        restarted(server, events)
+        nothing_left(server)
+        assert events[0] == "tritonserver has crashed (SIGSEGV); tritonserver is started again"
+        with connect(server.grpc) as client:
+            assert (client.infer("identity", {"x": X})["y"] == X).all()
+        server.stop(0)
+
+
 @pytest.mark.usefixtures("at_once")
 def test_a_server_that_loses_processes_again_and_again_ends(repository, nothing_left, monkeypatch):
     monkeypatch.setattr(servers, "MOST_RESTARTS", 0)

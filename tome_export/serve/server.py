@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shlex
+import signal
 import socket
 import tempfile
 import time
@@ -47,6 +48,9 @@ CHECK_SECONDS = 0.5
 MOST_RESTARTS, RESTARTS_SECONDS = 3, 600.0
 """A server that loses such a process more often in that time is not started again: a request that
 comes again and again, or too little memory, would end it for ever."""
+
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+"""What ends a server by a fault of its own; other signals are somebody's will."""
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (POSIX shared memory on Linux, no temporary file)
 
@@ -306,7 +310,7 @@ class RunningServer:
         """Start the server again, at the same addresses, if a python model has lost its process.
 
         The server would go on saying that it is ready, and answer requests to that model with
-        errors.
+        errors. A server that has crashed is started again too.
 
         Args:
             on_event: Told in one line each what has happened, and that the server is ready again.
@@ -318,13 +322,17 @@ class RunningServer:
         Raises:
             ExportError: if the server has ended by itself, or has lost processes again and again.
         """
-        if not self.is_alive():
-            raise self._reason("while serving")
         now = time.monotonic()
-        if now < self._look_at:
+        if not self.is_alive():
+            number = -self._process.exit_code()
+            if number not in CRASHES:
+                raise self._reason("while serving")
+            lost = f"tritonserver has crashed ({signal_name(number)})"
+        elif now < self._look_at:
             return False
-        self._look_at = now + CHECK_SECONDS
-        lost = self._stubs.lost()
+        else:
+            self._look_at = now + CHECK_SECONDS
+            lost = self._stubs.lost()
         if not lost:
             return False
         self._restarts = [at for at in self._restarts if now - at < RESTARTS_SECONDS]
