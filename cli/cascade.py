@@ -113,7 +113,8 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) ->
         except UnrecordedError as error:
             found, unrecorded = cast("Cascade", error.result), str(error)
     files = {"file": str(request.output), "page": str(request.page)}
-    values = {**files, **found.model_dump(mode="json"), "unrecorded": unrecorded}
+    values = {**files, **found.model_dump(mode="json")}
+    values |= {"unrecorded": unrecorded} if unrecorded else {}
     where = "" if unrecorded else ", ".join(files.values())
     terminal.recorded(values, cascade_lines(found, where), unrecorded)
 

@@ -105,7 +105,7 @@ def command(terminal: Terminal, /, model: str, output: Path, **given: Any) -> No
     values = {
         "file": str(output),
         **tuned.model_dump(mode="json"),
-        "unrecorded": unrecorded,
+        **({"unrecorded": unrecorded} if unrecorded else {}),
     }
     terminal.recorded(values, tuned_lines(tuned, None if unrecorded else output), unrecorded)
 
