@@ -32,11 +32,12 @@ def test_build_prints_what_the_manifest_holds(run, tmp_path):
     lines = ran.out.splitlines()
     assert lines[0].startswith("Model      vit_digits: ")
     assert lines[1] == "Weights    bundled: vit_digits.safetensors"
-    assert lines[3] == "Merge op   matmul"
-    assert lines[7] == "layer  tokens in  r  tokens out  MACs unmerged  MACs merged"
-    assert lines[8] == "    0         65  8          57         3.74 M       3.47 M"
-    assert lines[13] == "    5         25  8          17         3.74 M       1.05 M"
-    assert lines[14] == "MACs per image: 22.48 M unmerged, 13.46 M merged, ratio 1.67"
+    assert lines[2] == "Output     logits [10], softmax: the model has a head of 10 outputs"
+    assert lines[4] == "Merge op   matmul"
+    assert lines[8] == "layer  tokens in  r  tokens out  MACs unmerged  MACs merged"
+    assert lines[9] == "    0         65  8          57         3.74 M       3.47 M"
+    assert lines[14] == "    5         25  8          17         3.74 M       1.05 M"
+    assert lines[15] == "MACs per image: 22.48 M unmerged, 13.46 M merged, ratio 1.67"
     assert "Engine: none; no engine, as asked" in lines
     assert "Parity passed: onnx on ONNX Runtime CPU, fp16, " in ran.out
     assert lines[-1] == f"Artifact: {tmp_path / 'out'}"
