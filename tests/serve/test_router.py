@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -455,3 +456,26 @@ def test_unreadable_routes_are_an_error(put, tmp_path):
     ):
         put(0)
     assert not (tmp_path / "models" / "small_r0").exists()
+
+
+def test_bytes_shorter_than_they_say_fail_their_own_request_only(server):
+    """The server refuses all requests that a model takes together with such a one."""
+    from tritonclient.grpc import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
+
+    def ask(number):
+        with InferenceServerClient(server.grpc) as client:
+            tensor = InferInput("image", [1, 1], "BYTES")
+            tensor.set_data_from_numpy(images(1)["image"])
+            if number % 3 == 0:
+                tensor._raw_content = b"\xff\xff\xff\x7fx"
+            try:
+                client.infer(IMAGE_ROUTER, [tensor])
+            except InferenceServerException as error:
+                return error.message()
+        return ""
+
+    with ThreadPoolExecutor(12) as pool:
+        said = [*pool.map(ask, range(90))]
+    assert {s for number, s in enumerate(said) if number % 3} == {""}
+    assert all("incomplete string data" in s for s in said[::3])

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from tome_export.artifact import Artifact
 
 ROUTER_INSTANCES = 4
-"""An instance of a router answers the requests that it has taken together, and takes no other until
-the slowest of them is answered."""
+"""Of a router, and of a cascade: an instance of that answers the requests that it has taken together,
+and takes no other until the slowest of them is answered."""
 
 ROUTES_FILE = "routes.json"
 
@@ -158,6 +158,9 @@ def router_folder(
     like = ordered[0].config
     config = python_config(name, min(route.config.max_batch_size for route in ordered), options)
     config.instance_group[0].count = max(ROUTER_INSTANCES, options.instances)
+    # It hands requests on one by one, and of images that are taken together one whose bytes are not
+    # as long as they say fails all.
+    config.ClearField("dynamic_batching")
     config.parameters[ROUTES].string_value = ",".join(route.model for route in ordered)
     take_interface(config, like)
     listed = tuple(RouteEntry(model=one.model, r=one.r, ms=one.ms) for one in ordered)

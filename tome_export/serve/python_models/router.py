@@ -35,10 +35,23 @@ class TritonPythonModel:
         """Read the routes."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.routes = json.loads((folder / ROUTES).read_text())["routes"]
+        self.tasks: set[asyncio.Task[None]] = set()
 
-    async def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer all requests at once, so that the models can batch them."""
-        return await asyncio.gather(*(self._answer(request) for request in requests))
+    async def execute(self, requests: list[Any]) -> None:
+        """Take requests; each is answered when its model has answered it."""
+        for request in requests:
+            task = asyncio.create_task(self._reply(request, request.get_response_sender()))
+            self.tasks.add(task)  # the loop itself would forget it
+            task.add_done_callback(self.tasks.discard)
+
+    async def _reply(self, request: Any, sender: Any) -> None:
+        import triton_python_backend_utils as pb_utils
+
+        try:
+            response = await self._answer(request)
+        except Exception as error:  # whatever it is, a client waits for an answer
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _answer(self, request: Any) -> Any:
         import triton_python_backend_utils as pb_utils
