@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from tome_export.artifact import Artifact
 
 ROUTER_INSTANCES = 4
-"""Of a router, and of a cascade: an instance of that answers the requests that it has taken together,
-and takes no other until the slowest of them is answered."""
+"""Of a router, and of a cascade: an instance of that answers the requests that it has taken
+together, and takes no other until the slowest of them is answered."""
 
 ROUTES_FILE = "routes.json"
 
