@@ -131,7 +131,9 @@ def test_a_missing_gpu(run, built):
 
 def test_another_model(run, built, artifact):
     manifest = json.loads((artifact / "build.json").read_text())
-    manifest["input"]["shape"] = ["batch", 3, 224, 224]
+    for tensor in (manifest["input"], manifest["inputs"][0]):
+        tensor["shape"] = ["batch", 3, 224, 224]
+    manifest["preprocessing"].update(input_size=[3, 224, 224], mean=[0.5] * 3, std=[0.5] * 3)
     (artifact / "build.json").write_text(json.dumps(manifest))
     ran = run("bench", built, "--against", artifact)
     assert ran.code == 3

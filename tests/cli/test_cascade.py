@@ -184,7 +184,16 @@ def test_bad_input(case, run, lowest_and_highest, tmp_path):
 def test_artifacts_that_make_no_cascade(run, digit_members, tmp_path):
     low, high = digit_members[32], digit_members[8]
     same = shutil.copytree(high, tmp_path / "same")
-    tower = edited(high, tmp_path / "tower", lambda m: m["output"].update(name="features"))
+    tower = edited(
+        high,
+        tmp_path / "tower",
+        lambda m: m.update(
+            output={**m["output"], "name": "features"},
+            outputs=[{**m["output"], "name": "features"}],
+            labels=None,
+            activation=None,
+        ),
+    )
     other = edited(
         high, tmp_path / "other", lambda m: m["preprocessing"].update(interpolation="nearest")
     )
@@ -239,7 +248,13 @@ def test_artifacts_that_make_no_cascade(run, digit_members, tmp_path):
 
 
 def test_a_member_of_fixed_batch_is_served_behind_a_front(run, digit_members, tmp_path):
-    fixed = edited(digit_members[8], tmp_path / "fixed", lambda m: m.update(batch="4"))
+    def fix(manifest):
+        manifest["batch"] = "4"
+        tensors = manifest["input"], manifest["output"], *manifest["inputs"], *manifest["outputs"]
+        for tensor in tensors:
+            tensor["shape"][0] = 4
+
+    fixed = edited(digit_members[8], tmp_path / "fixed", fix)
     ran = run(
         *("cascade", digit_members[32], fixed, "--data", "samples", *MACS),
         *("--repository", "models", "--json"),

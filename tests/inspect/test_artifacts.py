@@ -147,6 +147,9 @@ def test_a_manifest_of_another_schedule(digits, tmp_path):
     old = shutil.copytree(digits.path, tmp_path / "old")
     values = json.loads((old / "build.json").read_text())
     values["layers"][5]["tokens_out"] += 1
+    values["layers"][5]["r"] -= 1
+    values["merge"]["r"][5] -= 1
+    values["tokens"][5] += 1
     (old / "build.json").write_text(json.dumps(values))
     with pytest.raises(InputError) as caught:
         merge_maps(Artifact.open(old), [DATA / "digit.png"])
