@@ -169,7 +169,7 @@ class BoundSession:
     What the CUDA provider has no kernel for runs on the CPU.
 
     Args:
-        model: The graph.
+        model: The graph, or its file.
         device: ``cuda`` or ``cpu``.
         tf32: As in ``providers``.
 
@@ -177,16 +177,15 @@ class BoundSession:
         RuntimeError: if the device's provider did not start.
     """
 
-    def __init__(self, model: onnx.ModelProto, device: ort.Provider, tf32: bool) -> None:
+    def __init__(self, model: onnx.ModelProto | Path, device: ort.Provider, tf32: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         wanted = providers(device, tf32)
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=wanted
-        )
+        source = model if isinstance(model, Path) else model.SerializeToString()
+        self._session = onnxruntime.InferenceSession(source, options, providers=wanted)
         first, _ = wanted[0]
         if self._session.get_providers()[0] != first:
             raise RuntimeError(f"{first} did not start; ONNX Runtime took the CPU instead")
