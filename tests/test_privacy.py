@@ -155,4 +155,6 @@ def test_no_command_reaches_out(observe, digit_members, tmp_path):
     ran, lines, left = observe(COMMANDS, json.dumps(commands))
     assert ran.returncode == 0, ran.stderr
     assert lines == []
-    assert [name for name in left if "tome-export" not in name and "matplotlib" not in name] == []
+    # Our journals, matplotlib's list of fonts, and Ray's token for the processes of this machine.
+    own = ("tome-export", "matplotlib", ".ray/")
+    assert [name for name in left if not any(part in name for part in own)] == []
