@@ -210,12 +210,15 @@ def serving_lines() -> list[str]:
 
 
 def soak_line() -> str:
-    """What became of many requests while versions changed."""
-    (row,) = rows("serving_soak")[1]
+    """What became of many requests while versions changed, beside garbage."""
+    _, row = rows("serving_soak")[1]
     return (
-        f"- {row['requests']} requests at concurrency {row['concurrency']} during "
-        f"{row['reloads']} deployments of new versions (`benchmarks/results/serving_soak.json`): "
-        f"{row['wrong']} wrong, {row['lost']} lost."
+        f"- {row['requests']} requests for images at concurrency {row['concurrency']} during "
+        f"{row['reloads']} deployments of new versions, beside {row['garbage']} requests of "
+        f"{row['garbage_kinds']} kinds of garbage and with one process killed "
+        f"(`benchmarks/results/serving_soak.json`): {row['wrong']} wrong, {row['lost']} lost "
+        "outside the restart, 99th percentile "
+        f"{row['p99_over_that_without_garbage']:.1f} times that without garbage."
     )
 
 
