@@ -340,7 +340,9 @@ def _activation(model: Any) -> Activation | None:
 def _labels(model: Any) -> tuple[str, ...] | None:
     """Class names that a model of Transformers or timm carries; None without."""
     if _hf_config(model) is None:
-        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        from tome_export.patch.checks import pretrained_configuration
+
+        names = pretrained_configuration(model).get("label_names")
         return tuple(map(str, names)) if names else None
     from tome_export.models.hf import labels_of
 

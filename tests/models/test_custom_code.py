@@ -254,6 +254,7 @@ def make():
     assert description == f"VisionTransformer from users_t:make{SAID[made]}"
 
 
+UNMERGED = "users_t:make returned a model that cannot be merged: "
 CFG = "users_t:make returned a model whose pretrained_cfg is none ("
 
 
@@ -261,6 +262,8 @@ CFG = "users_t:make returned a model whose pretrained_cfg is none ("
     ("cfg", "said"),
     [
         ("{'mean': 5}", CFG),
+        ("'imagenet'", f"{UNMERGED}pretrained_cfg of the VisionTransformer is a str; expected"),
+        ("[1]", f"{UNMERGED}pretrained_cfg of the VisionTransformer is a list; expected"),
         ("{'crop_pct': 'x'}", CFG),
         ("{'mean': 'abc'}", "preprocessing of users_t:make has mean ('a', 'b', 'c'); expected 3 "),
         ("{'std': (1, 1, 0)}", "preprocessing of users_t:make has std (1, 1, 0); expected 3 "),

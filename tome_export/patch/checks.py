@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,5 +99,20 @@ def counted_macs(model: nn.Module, run: Callable[[Zeros], None]) -> int:
 
 def model_name(model: nn.Module) -> str:
     """Timm's name of the model if it has one, else its class."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)
+    return str(pretrained_configuration(model).get("architecture") or type(model).__name__)
+
+
+def pretrained_configuration(model: nn.Module) -> dict[str, Any]:
+    """What timm says of a model's pretrained weights; empty if it says nothing.
+
+    Raises:
+        InputError: if ``pretrained_cfg`` is set to something else than timm's configuration.
+    """
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    cfg = cfg.to_dict() if hasattr(cfg, "to_dict") else cfg
+    if not isinstance(cfg, dict):
+        raise InputError(
+            f"pretrained_cfg of the {type(model).__name__} is a {type(cfg).__name__}; expected "
+            "timm's dictionary: leave it as timm made it"
+        )
+    return cfg

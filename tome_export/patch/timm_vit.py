@@ -13,7 +13,13 @@ from tome_export.merge.macs import BlockCost
 from tome_export.patch.attention import log_size_bias
 from tome_export.patch.base import MergedModel, OutputChoice
 from tome_export.patch.blocks import BlockForward, block_cost, block_forward
-from tome_export.patch.checks import Zeros, check_plain, counted_macs, model_name
+from tome_export.patch.checks import (
+    Zeros,
+    check_plain,
+    counted_macs,
+    model_name,
+    pretrained_configuration,
+)
 from tome_export.patch.heads import choice_by_heads, head_width
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.spec import PatchGrid
@@ -61,7 +67,7 @@ def output_choice(model: Any) -> OutputChoice:
         why = "without pooling (global_pool='') the output is every token's, not the image's"
         return OutputChoice(classifies=False, why=why)
     width = head_width(model.head)
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    cfg = pretrained_configuration(model)
     pretrained = cfg.get("num_classes")
     if width is None or not pretrained or infer_imagenet_subset({"num_classes": pretrained}):
         return choice
