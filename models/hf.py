@@ -217,12 +217,27 @@ class HfLoader:
             info = WeightsInfo("pretrained", source, digest)
         else:
             file = read_checkpoint(Path(weights), weights_key)
+            self._check_beside(file.path)
             state = {new: v for key, v in file.state.items() if (new := own(key))}
             info = WeightsInfo("file", file.source, sha256(file.path), key=file.key)
         if self.image_size not in (None, before := self.config().image_size):
             remark = f"position embedding resampled {before} -> {self.image_size} pixels"
             info = replace(info, source=f"{info.source}; {remark}")
         return state, replace(info, stored_dtype=stored_dtype(state.values()))
+
+    def _check_beside(self, weights: Path) -> None:
+        """Refuse a file whose config.json says another activation, which no tensor shows."""
+        if not weights.with_name("config.json").is_file():
+            return
+        values = read_config(weights.parent)
+        vision = values.get("vision_config", values)
+        theirs = vision.get("hidden_act") if isinstance(vision, dict) else None
+        ours = self.config().hidden_act
+        if isinstance(theirs, str) and theirs != ours:
+            raise InputError(
+                f"config.json beside {weights} says hidden_act {theirs!r}, but {self.source} has "
+                f"{ours!r}; build hf:{weights.parent}"
+            )
 
     def _filled(self, state: dict[str, Tensor]) -> Any:
         """The model with the tensors of a checkpoint: all of them, and of no other shapes."""

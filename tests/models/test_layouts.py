@@ -327,6 +327,22 @@ def test_openais_clip_has_quickgelu(tmp_path, library):
     assert resolve(right).load(str(path), depth=1).weights.source == "w.pth"
 
 
+def test_a_configuration_beside_the_file_has_the_activation(tmp_path):
+    """Transformers' CLIP of another trainer has GELU, and no tensor shows it."""
+    pytest.importorskip("transformers")
+    path = written(tmp_path, {"vision_model.x": torch.zeros(1)})
+    (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
+    with pytest.raises(InputError) as refused:
+        resolve("hf_clip_b32").load(str(path))
+    assert str(refused.value) == (
+        f"config.json beside {path} says hidden_act 'gelu', but openai/clip-vit-base-patch32 has "
+        f"'quick_gelu'; build hf:{tmp_path}"
+    )
+    (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "quick_gelu"}}')
+    with pytest.raises(InputError, match="do not fit"):
+        resolve("hf_clip_b32").load(str(path))
+
+
 def test_timms_weights_of_quickgelu():
     """timm 1.0 runs them in both architectures, and notes which is theirs."""
     with pytest.raises(InputError) as refused:
