@@ -253,6 +253,7 @@ class RunningServer:
             raise ExportError(f"cannot start tritonserver: {error}; install it again") from error
         self._stubs = Stubs(self.pid, command.repository, reloads=command.reloads)
         self._look_at = 0.0
+        self._ends_by = 0.0
 
     def is_alive(self) -> bool:
         """Whether the server runs."""
@@ -333,6 +334,12 @@ class RunningServer:
         else:
             self._look_at = now + CHECK_SECONDS
             lost = self._stubs.lost()
+            if lost and not self._answers():
+                # Asked to end by somebody, it is no longer ready, and its models' processes go
+                # first. One that stays so is none that was asked.
+                self._ends_by = self._ends_by or now + 2 * STOP_SECONDS
+                if now < self._ends_by:
+                    return False
         if not lost:
             return False
         self._restarts = [at for at in self._restarts if now - at < RESTARTS_SECONDS]
