@@ -196,9 +196,17 @@ def _users_code() -> Iterator[None]:
             sys.path.remove(here)
 
 
+_imported: dict[str, str] = {}
+"""Files in the current folder of then that modules of users were imported from."""
+
+
 def _import(name: str, where: str) -> Any:
     top = where.partition(".")[0]
     own = PathFinder.find_spec(top, sys.path[:1])
+    origin = None if own is None else own.origin
+    if _imported.get(top, origin) != origin:  # by us, from another folder
+        for old in [m for m in sys.modules if m.partition(".")[0] == top]:
+            del sys.modules[old]
     try:
         module = importlib.import_module(where)
     except ModuleNotFoundError as error:
@@ -212,11 +220,13 @@ def _import(name: str, where: str) -> Any:
             raise
         raise InputError(f"model {name!r}: importing {where!r} {_what_happened(error)}") from error
     loaded = getattr(sys.modules.get(top), "__file__", None)
-    if own is not None and own.origin is not None and loaded != own.origin:
+    if origin is not None and loaded != origin:
         raise InputError(
-            f"model {name!r}: {own.origin} has the name of a module that is loaded already "
+            f"model {name!r}: {origin} has the name of a module that is loaded already "
             f"({loaded or 'part of Python'}); give your file another name"
         )
+    if origin is not None:
+        _imported[top] = origin
     return module
 
 

@@ -284,5 +284,5 @@ def test_a_plugin_build_names_the_gpus_and_sums_up_its_folder(run):
     ran = run("build", "vit_digits", "-o", "out", "--merge-op", "plugin", *options)
     assert ran.code == 0
     lines = ran.out.splitlines()
-    assert lines[3] == "Merge op   plugin, kernels for compute capability 9.0"
+    assert "Merge op   plugin, kernels for compute capability 9.0" in lines
     assert [line.split()[0] for line in lines if line.startswith("plugins/")] == ["plugins/"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,11 @@ def test_a_limit_of_file_sizes(digit_members, tmp_path):
         ),
     }
     script = [sys.executable, "-c", UNDER_A_LIMIT, json.dumps([*commands])]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
+    # Python would keep what fits of its bytecode, for all to trip over.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     answers = json.loads(done.stdout)
     for (command, (error, shown)), (code, out, err) in zip(commands.items(), answers, strict=True):
         assert (code, err.splitlines()[-1]) == (3, f"Error: {error}"), (command, err)

@@ -146,10 +146,13 @@ def test_bfloat16_with_the_plugin(models):
 def test_a_manifest_of_another_schedule(digits, tmp_path):
     old = shutil.copytree(digits.path, tmp_path / "old")
     values = json.loads((old / "build.json").read_text())
-    values["layers"][5]["tokens_out"] += 1
-    values["layers"][5]["r"] -= 1
-    values["merge"]["r"][5] -= 1
-    values["tokens"][5] += 1
+    last = max(layer for layer, r in enumerate(values["merge"]["r"]) if r)
+    values["layers"][last]["r"] -= 1
+    values["merge"]["r"][last] -= 1
+    for layer in range(last, len(values["layers"])):
+        values["layers"][layer]["tokens_out"] += 1
+        values["layers"][layer]["tokens_in"] += layer > last
+        values["tokens"][layer] += 1
     (old / "build.json").write_text(json.dumps(values))
     with pytest.raises(InputError) as caught:
         merge_maps(Artifact.open(old), [DATA / "digit.png"])

@@ -143,7 +143,7 @@ def test_another_folders_module_is_not_taken_for_this_ones(written, tmp_path, mo
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     (tmp_path / "other" / "users_t.py").write_text("")
-    assert "has the name of a module that is loaded already" in refused("users_t:make")
+    assert "module 'users_t' has no function 'make'" in refused("users_t:make")
 
 
 MODELS = {

@@ -100,9 +100,8 @@ def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on,
 )
 def test_how_images_are_split(limit, parts):
     recipe = resolve("vit_digits")
-    found = tune_images.tune_images(
-        recipe, 10**6, Classes(10), ("samples",), None, limit, 0, Silent()
-    )
+    classes = Classes(10, recipe.labels)
+    found = tune_images.tune_images(recipe, 10**6, classes, ("samples",), None, limit, 0, Silent())
     assert len(found.pixels) == limit
     assert (found.search, found.chosen_on) == parts
 
@@ -111,12 +110,14 @@ def test_more_images_than_memory_should_hold(monkeypatch):
     monkeypatch.setattr(tune_images, "MOST_BYTES", 1 << 20)
     recipe = resolve("vit_digits")
     with pytest.raises(UsageError, match=r"--limit is 400; 400 images of 1x32x32 numbers take mor"):
-        tune_images.tune_images(recipe, 10**6, Classes(10), ("samples",), None, 400, 0, Silent())
+        tune_images.tune_images(
+            recipe, 10**6, Classes(10, recipe.labels), ("samples",), None, 400, 0, Silent()
+        )
 
 
 def test_late_steps_take_what_they_cannot_do_without(small):
     recipe = resolve("vit_digits")
-    classes = Classes(10)
+    classes = Classes(10, recipe.labels)
     given = (recipe, 1, classes, ("samples",), None, 400, 0, Silent())
     assert len(tune_images.tune_images(*given).pixels) == 400
     images = tune_images.tune_images(*given, until=0.0)

@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_one_clear_line(made, message):
 
 def test_options_survive_the_manifest():
     for options in (VideoOptions(), VideoOptions(8, FrameMerging((1,), (4,), (12.5, 0), False))):
-        entry = manifest(video=options).json_bytes()
+        pixels = {"name": "pixel_values", "dtype": "float32"}
+        pixels["shape"] = ["batch", options.frames or 1, 1, 8, 8]
+        entry = manifest(video=options, input=pixels, inputs=[pixels]).json_bytes()
         assert Manifest.parse(entry, Path("build.json")).video == options
     assert str(FrameMerging()) == "layers 8,9,10 join 2,2,3 clips, 30,10 %"

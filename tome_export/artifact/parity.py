@@ -22,14 +22,14 @@ class Disagreement(Part):
 
     Attributes:
         image: Index of the image.
-        token: Input index of the set-A token concerned.
+        token: Input index of the set-A token concerned, or what a plan has in its place.
         kind: ``selection`` (merged or not), ``destination`` (into which token), ``order`` (of
             the tokens that stay), ``structure`` (what no rounding can change).
         margin: Difference of the two cosine scores, in the reference, that the decision hangs on.
     """
 
     image: Count
-    token: Count
+    token: int
     kind: Kind
     margin: Measured
 

@@ -15,6 +15,7 @@ from tome_export.pipeline.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.pipeline.manifest import learned_sha256, output_names, state_sha256
 from tome_export.progress import Progress
 from tome_export.spec import TowerOptions
+from tome_export.weights.files import sha256
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -42,6 +43,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     name = model_name(manifest, weights)
     if manifest.model.folder and weights is not None and Path(weights).is_dir():
         weights = None  # that of the checkpoint, which is in the name now
+    same = weights is None or (Path(weights).is_file() and sha256(Path(weights)) == recorded.sha256)
+    key = recorded.key if same else ""  # it says nothing of another file
     if weights is None and kind == "file":
         weights = source.partition(";")[0]
         if not Path(weights).is_file():
@@ -65,7 +68,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         recipe,
         name=manifest.model.name,
         reducer_keys=reducer.own_keys,
-        weights_key=recorded.key,
+        weights_key=key,
     )
     loaded = recipe.load(weights=weights, seed=recorded.seed or 0)
     # Behind the first layer that joins frames, proportions say how many tokens merge.
