@@ -133,7 +133,7 @@ def test_the_page_of_an_evaluation_without_labels(run, artifact, tmp_path, monke
     ran = run("eval", artifact, *data)
     assert ran.code == 0, ran.err
     (entry,) = run("eval", artifact, *data, "--json").json["data"]["unreadable"]
-    assert f"  {entry['name']}: is not an image" in ran.out
+    assert f"  {entry['name']}: {entry['reason']}" in ran.out
     ran = run("report", artifact, "mine/odd\udcff.png", "--samples", "0")
     assert ran.code == 0, ran.err
     page = (artifact / "report.html").read_text(encoding="utf-8")
