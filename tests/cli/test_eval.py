@@ -184,7 +184,7 @@ def test_a_late_failure_costs_no_work_and_what_was_unreadable_is_read_again(
     command = ("eval", artifact, "--data", "data", *ALONE, "--batch", "8")
 
     def fail(*_):
-        raise MemoryError("late")
+        raise ZeroDivisionError("late")
 
     with monkeypatch.context() as patch:
         patch.setattr(Artifact, "record", fail)
