@@ -91,7 +91,7 @@ int gethostbyname_r(const char *name, struct hostent *host, char *buffer, size_t
 }
 
 /* A socket of datagrams that is given an address has sent nothing yet: programs do so to learn their
-   own. Only the port of name servers counts. */
+   own. Ray does with that of a name server, and without an answer stays on this machine. */
 int connect(int socket, const struct sockaddr *address, socklen_t length) {
     int (*real)(int, const struct sockaddr *, socklen_t) = dlsym(RTLD_NEXT, "connect");
     int kind = 0;
@@ -101,6 +101,10 @@ int connect(int socket, const struct sockaddr *address, socklen_t length) {
     getsockopt(socket, SOL_SOCKET, SO_TYPE, &kind, &size);
     if (kind == SOCK_DGRAM && ((const struct sockaddr_in *)address)->sin_port != htons(53))
         return real(socket, address, length);
+    if (kind == SOCK_DGRAM) {
+        errno = ENETUNREACH;
+        return -1;
+    }
     write_down("connect", text);
     errno = ENETUNREACH;
     return -1;
