@@ -43,8 +43,11 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     name = model_name(manifest, weights)
     if manifest.model.folder and weights is not None and Path(weights).is_dir():
         weights = None  # that of the checkpoint, which is in the name now
-    same = weights is None or (Path(weights).is_file() and sha256(Path(weights)) == recorded.sha256)
-    key = recorded.key if same else ""  # it says nothing of another file
+    key = recorded.key
+    if key and weights is not None:
+        given = Path(weights)
+        if not given.is_file() or sha256(given) != recorded.sha256:
+            key = ""  # it says nothing of another file
     if weights is None and kind == "file":
         weights = source.partition(";")[0]
         if not Path(weights).is_file():
