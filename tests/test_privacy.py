@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,7 @@ def test_no_command_reaches_out(observe, digit_members, tmp_path):
         ("check", "r8", "--backend", "openvino"),
         ("bench", "r8", "--rounds", "1", "--warmup", "0", "--batch", "1"),
         ("eval", "r8", "--data", "data", "--workers", "1"),
+        *([("eval", "r8", "--data", "data", "--ray", "local")] if find_spec("ray") else []),
         ("tune", "vit_digits", "--target-macs", "80%", *limit),
         ("cascade", "r32", "r8", "--data", "samples", "--target-macs", "60%", "--limit", "40"),
         ("inspect", "r8", "data/3/0.png"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -69,3 +74,29 @@ def test_inputs_that_do_not_fit():
             runner.infer({"z": np.ones(3, np.float32)})
         with pytest.raises(ExportError, match=r"^openvino failed to run the model: "):
             runner.infer({"x": np.ones((3, 2), np.float32)})
+
+
+SIGNAL_AFTER_TWO = """
+import gc, signal
+from test_openvino import OpenVino, graph, runnable
+
+first, second = (OpenVino().open(runnable(graph())) for _ in range(2))
+for one in (first, second):
+    one.__enter__()
+for one in (first, second):
+    one.__exit__(None, None, None)
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_ctrl_c_after_two_models():
+    """It was a segmentation fault: the stack for signals of the first was put back by the second."""
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", SIGNAL_AFTER_TWO]
+    ran = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran.stderr

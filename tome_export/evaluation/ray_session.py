@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -28,6 +30,8 @@ END_S = 10.0
 
 MAX_FOLDER = 40
 """Longest temporary folder: below it Ray makes sockets, whose paths may have 107 characters."""
+
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -113,7 +117,15 @@ def ray_session(ray: Any, address: str, cores: int) -> Iterator[Signals]:
             if address == LOCAL:
                 folder = stack.enter_context(_folder())
                 stack.callback(_end, folder)
-                options |= {"_temp_dir": str(folder), "include_dashboard": False, "num_cpus": cores}
+                options |= {
+                    "_temp_dir": str(folder),
+                    # Of itself Ray finds the address by which others reach this machine.
+                    "_node_ip_address": "127.0.0.1",
+                    "include_dashboard": False,
+                    "num_cpus": cores,
+                }
+                stack.enter_context(_without_api_server(ray))
+                stack.enter_context(_own_token())
             else:
                 _reach(address)
             stack.callback(ray.shutdown)
@@ -135,6 +147,41 @@ def _start(init: Callable[[], Any], address: str) -> None:
                 "address"
             ) from error
         raise InputError(_unreachable(address, reason)) from error
+
+
+@contextlib.contextmanager
+def _without_api_server(ray: Any) -> Iterator[None]:
+    """Start no server of Ray's dashboard, which nothing here asks.
+
+    Ray starts it even without a dashboard, and for usage statistics even if they are off: it asks
+    the metadata addresses of cloud providers what machine it is on. There is no option.
+    """
+    with contextlib.ExitStack() as stack:
+        services = ray._private.services
+        if hasattr(services, "start_api_server"):
+            before = services.start_api_server
+            stack.callback(setattr, services, "start_api_server", before)
+            services.start_api_server = lambda *_, **__: ("", None)
+        yield
+
+
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """Without it Ray writes one into the home folder, which clusters of later days ask for."""
+    if any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        yield
+        return
+    os.environ[TOKEN_VARIABLES[0]] = _token()
+    try:
+        yield
+    finally:
+        del os.environ[TOKEN_VARIABLES[0]]
+
+
+@functools.cache
+def _token() -> str:
+    """One for the life of this process: Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 @contextlib.contextmanager

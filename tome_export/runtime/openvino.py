@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class OpenVino(Backend):
 
                 loadable = stack.enter_context(serialized(graph))
             try:
-                core = openvino.Core()
+                core = _core()
                 compiled = core.compile_model(core.read_model(loadable), "CPU", settings)
             except RuntimeError as error:
                 raise ExportError(_refusal(openvino.__version__, error)) from error
@@ -91,6 +92,19 @@ class _OpenVinoRunner:
         except RuntimeError as error:
             raise ExportError(f"openvino failed to run the model: {_line(error)}") from error
         return {name: value for port, value in results.items() for name in port.get_names()}
+
+
+@functools.cache
+def _core() -> Any:
+    """The only one of this process.
+
+    Each has a stack of its own for signals, and on its end puts back the one that it found: of two
+    that end in the order in which they were made, the second puts back that of the first, which is
+    gone, and the next Ctrl-C is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 @contextlib.contextmanager
