@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import getpass
 import json
 import re
@@ -396,3 +397,14 @@ def test_large_models_are_simplified_too(export, make_vit, tmp_path, monkeypatch
         for m in (whole.proto, light)
     )
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * np.abs(first).max())
+
+
+def test_an_export_holds_no_weights_of_the_model(make_vit, tmp_path):
+    """Rules of rewriting live as long as the process, and keep the graph that they saw last."""
+    model = patch(make_vit(), 2)
+    onnx_from_model(model, tmp_path / "model.onnx", ExportOptions(), "logits")
+    gc.collect()
+    own = {weight.data_ptr() for weight in model.parameters()}
+    tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+    held = [tuple(t.shape) for t in tensors if t.layout == torch.strided and t.data_ptr() in own]
+    assert held == []

@@ -31,7 +31,7 @@ END_S = 10.0
 MAX_FOLDER = 40
 """Longest temporary folder: below it Ray makes sockets, whose paths may have 107 characters."""
 
-TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+AUTHENTICATION = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -117,13 +117,7 @@ def ray_session(ray: Any, address: str, cores: int) -> Iterator[Signals]:
             if address == LOCAL:
                 folder = stack.enter_context(_folder())
                 stack.callback(_end, folder)
-                options |= {
-                    "_temp_dir": str(folder),
-                    # Of itself Ray finds the address by which others reach this machine.
-                    "_node_ip_address": "127.0.0.1",
-                    "include_dashboard": False,
-                    "num_cpus": cores,
-                }
+                options |= {"_temp_dir": str(folder), "include_dashboard": False, "num_cpus": cores}
                 stack.enter_context(_without_api_server(ray))
                 stack.enter_context(_own_token())
             else:
@@ -168,14 +162,17 @@ def _without_api_server(ray: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _own_token() -> Iterator[None]:
     """Without it Ray writes one into the home folder, which clusters of later days ask for."""
-    if any(os.environ.get(name) for name in TOKEN_VARIABLES):
-        yield
-        return
-    os.environ[TOKEN_VARIABLES[0]] = _token()
+    before = {name: os.environ.get(name) for name in AUTHENTICATION}
+    if not any(before[name] for name in AUTHENTICATION[:2]):
+        os.environ[AUTHENTICATION[0]] = _token()
     try:
         yield
     finally:
-        del os.environ[TOKEN_VARIABLES[0]]
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @functools.cache

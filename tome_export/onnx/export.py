@@ -162,10 +162,8 @@ def onnx_from_model(
         ExportError: if the model cannot be traced, or the result is not valid ONNX with a known
             shape for every tensor.
     """
-    from onnx_ir import serde
-
     names = [output_names] if isinstance(output_names, str) else output_names
-    proto = serde.serialize_model(_ir_from_model(model, options, names))
+    proto = _proto_of(_ir_from_model(model, options, names))
     if files.weight_bytes(proto) > files.LARGE_BYTES:
         gc.collect()  # what was traced, with weights of its own in half precision, is in a circle
     traced = max(options.opset, opset.TRACED)
@@ -188,6 +186,20 @@ def onnx_from_model(
     written = files.save(proto, path, threshold=external_data_bytes)
     files.check(path, proto)
     return OnnxFiles(tuple(written), options.opset, nodes)
+
+
+def _proto_of(traced: ir.Model) -> onnx.ModelProto:
+    """The model as a message; its own weights go.
+
+    ONNX Script's rules of rewriting, which live as long as the process, keep the last graph that
+    they saw: with it they would keep the model's weights, whatever becomes of the model.
+    """
+    from onnx_ir import serde
+
+    proto = serde.serialize_model(traced)
+    for weight in traced.graph.initializers.values():
+        weight.const_value = None
+    return proto
 
 
 def _ir_from_model(
