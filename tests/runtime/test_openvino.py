@@ -95,7 +95,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 def test_ctrl_c_after_two_models():
-    """It was a segmentation fault: the stack for signals of the first was put back by the second."""
+    """It was a segmentation fault: the second put back the stack for signals of the first."""
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", SIGNAL_AFTER_TWO]
     ran = subprocess.run(command, env=here, capture_output=True, text=True, check=False)

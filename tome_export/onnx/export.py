@@ -7,7 +7,6 @@ simplified by onnxsim; named, described, written and checked.
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import io
 import json
@@ -32,7 +31,7 @@ from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
 from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
-from tome_export.patch.precision import copy_in
+from tome_export.patch.precision import copy_in, drop_weights
 from tome_export.spec import (
     INPUT_NAME,
     OPSETS,
@@ -163,9 +162,7 @@ def onnx_from_model(
             shape for every tensor.
     """
     names = [output_names] if isinstance(output_names, str) else output_names
-    proto = _proto_of(_ir_from_model(model, options, names))
-    if files.weight_bytes(proto) > files.LARGE_BYTES:
-        gc.collect()  # what was traced, with weights of its own in half precision, is in a circle
+    proto = _proto_from_model(model, options, names)
     traced = max(options.opset, opset.TRACED)
     functions = functions_for(proto.graph.node, options.lowering, traced, plugin=options.plugin)
     proto.functions.extend(functions)
@@ -188,17 +185,23 @@ def onnx_from_model(
     return OnnxFiles(tuple(written), options.opset, nodes)
 
 
-def _proto_of(traced: ir.Model) -> onnx.ModelProto:
-    """The model as a message; its own weights go.
+def _proto_from_model(
+    model: MergedModel, options: ExportOptions, output_names: Sequence[str]
+) -> onnx.ModelProto:
+    """The traced graph as a message, the only thing left that holds weights besides the model.
 
     ONNX Script's rules of rewriting, which live as long as the process, keep the last graph that
-    they saw: with it they would keep the model's weights, whatever becomes of the model.
+    they saw, and with it its weights.
     """
     from onnx_ir import serde
 
-    proto = serde.serialize_model(traced)
-    for weight in traced.graph.initializers.values():
+    exported = in_precision(model, options.precision)
+    graph = _ir_from_model(exported, options, output_names)
+    proto = serde.serialize_model(graph)
+    for weight in graph.graph.initializers.values():
         weight.const_value = None
+    if exported is not model:
+        drop_weights(exported)
     return proto
 
 
@@ -213,7 +216,7 @@ def _ir_from_model(
     merge across clips ahead of layer i, ``blocks.i.across`` stands for ``blocks.i``.
 
     Args:
-        model: In eval mode, fp32 weights.
+        model: In eval mode, with weights of the precision.
         options: Precision, batch range, operator forms.
         output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
             gives them.
@@ -224,7 +227,7 @@ def _ir_from_model(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     dtype = TORCH_DTYPES[options.precision]
-    module = PrecisionBoundary(in_precision(model, options.precision), dtype).eval()
+    module = PrecisionBoundary(model, dtype).eval()
     # A traced batch of 1 would be specialised to the constant 1.
     size = options.batch.opt if options.batch.is_static else max(2, options.batch.min)
     inputs = {INPUT_NAME: model.input_size, **model.extra_inputs}

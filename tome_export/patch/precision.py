@@ -43,6 +43,12 @@ def widened(model: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
+def drop_weights(model: nn.Module) -> None:
+    """Free what a model that is no longer used holds, whoever else still holds the model."""
+    for tensor in _floating(model):
+        tensor.data = tensor.data.new_empty(0)
+
+
 def _floating(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, each once."""
     return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
