@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from tome_export.cli.options import FILE, order_option, output_options
+from tome_export.cli.options import FILE, order_option, output_options, self_test_option
 from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import RANDOM
@@ -90,6 +90,7 @@ ROWS = 14
 @click.option(
     "--preprocess", is_flag=True, help="Also a pipeline from JPEG or PNG bytes to labels."
 )
+@self_test_option
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @output_options
 @click.pass_obj

@@ -154,6 +154,13 @@ order_option = click.option(
     "whatever they are called.",
 )
 
+self_test_option = click.option(
+    "--self-test/--no-self-test",
+    default=None,
+    help="Have a server answer about one image before anything is written.  [default: where one is "
+    "on this machine]",
+)
+
 query_option = click.option(
     "--query",
     type=FILE,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tome_export.cli.options import FILE, grouped, output_options
+from tome_export.cli.options import FILE, grouped, output_options, self_test_option
 from tome_export.cli.output import Terminal, fields, table
 from tome_export.cli.progress import working
 from tome_export.cli.signals import Interrupted
@@ -102,12 +102,7 @@ repository_options = grouped(
         help="Where the cluster finds the repository.  [default: pvc://<model>]",
     ),
     click.option("--force", is_flag=True, help="Replace a version that has other files."),
-    click.option(
-        "--self-test/--no-self-test",
-        default=None,
-        help="Have a server answer about one image before anything is written.  [default: where "
-        "one is on this machine]",
-    ),
+    self_test_option,
 )
 
 run_options = grouped(

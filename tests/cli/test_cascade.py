@@ -129,7 +129,7 @@ CASES = {
     "a name without a repository": (
         ("--data", "samples", *MACS, "--name", "mine"),
         2,
-        "--preprocess and --name are for what is served; give --repository too",
+        "--preprocess, --name and --self-test are for what is served; give --repository too",
     ),
     "a name that is taken": (
         ("--data", "samples", *MACS, "--repository", "models", "--name", "x_router"),

@@ -18,12 +18,14 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import ConfidencePolicy
 from tome_export.cascade import policy
 from tome_export.cascade.calibrate import Costs
-from tome_export.errors import InputError, UsageError
+from tome_export.errors import InputError, MissingComponentError, UnrecordedError, UsageError
 from tome_export.models.recipe import DATA
 from tome_export.models.samples import digits_test
+from tome_export.pipeline import serve as pipeline_serve
 from tome_export.pipeline.cascade import CascadeRequest, cascade, members_of
 from tome_export.pipeline.cascade_serve import CascadeServing
 from tome_export.progress import Silent
+from tome_export.serve import cascades
 from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
 from tome_export.serve.config import (
@@ -84,7 +86,7 @@ def request_of(members, folder, name="confidence", **more):
 def calibrated(digit_members, tmp_path_factory):
     """The repository of a cascade by confidence, with a pipeline, and the result."""
     folder = tmp_path_factory.mktemp("cascade")
-    done = cascade(request_of(digit_members, folder, preprocess=True))
+    done = cascade(request_of(digit_members, folder, preprocess=True, self_test=None))
     return folder / "repository", done
 
 
@@ -280,6 +282,36 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
     with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
         CascadeServing(tmp_path / "repository", members).serve(costs, settings, Silent())
     assert kept(tmp_path) == {theirs: b"mine"}
+
+
+@pytest.mark.usefixtures("installation")
+def test_a_cascade_that_does_not_answer_is_not_written(digit_members, tmp_path, monkeypatch):
+    """The calibration is not lost with it."""
+
+    def broken(*given):
+        made = cascade_folder(*given)
+        return ModelFolder(made.name, made.config, {**made.files, "1/policy.py": b"import nowhere"})
+
+    monkeypatch.setattr(cascades, "cascade_folder", broken)
+    said = rf"the self-test failed and nothing was written: .*{NAME}.*nowhere"
+    with pytest.raises(UnrecordedError, match=said) as raised:
+        cascade(request_of(digit_members, tmp_path, preprocess=True, self_test=True))
+    assert raised.value.result.chosen.test.met
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_self_test_without_a_server_is_refused_before_the_calibration(
+    digit_members, tmp_path, monkeypatch
+):
+    def missing():
+        raise MissingComponentError("no server")
+
+    monkeypatch.setattr(pipeline_serve, "find", missing)
+    asked = vars(request_of(digit_members, tmp_path, self_test=True))
+    with pytest.raises(MissingComponentError, match=r"^no server; leave --self-test out$"):
+        cascade(CascadeRequest(**{**asked, "data": ("nowhere",)}))
+    done = cascade(request_of(digit_members, tmp_path, self_test=None))
+    assert "No self-test: no server" in done.served.notes
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -192,11 +192,11 @@ def keeping(result: object) -> Iterator[None]:
     """Write down what long work has found; where that fails, the error holds it.
 
     Raises:
-        UnrecordedError: in place of an ``InputError`` inside.
+        UnrecordedError: in place of an ``InputError`` or ``ExportError`` inside.
     """
     try:
         yield
-    except InputError as error:
+    except (InputError, ExportError) as error:
         raise UnrecordedError(str(error), result) from error
 
 

@@ -92,6 +92,7 @@ class CascadeRequest:
         name: What the names of the models in there begin with; None for the model's.
         preprocess: Write also a pipeline that takes encoded images.
         force: Replace existing files.
+        self_test: As of ``ServeRequest``, of what is written into the repository.
     """
 
     artifacts: tuple[Path, ...]
@@ -113,6 +114,7 @@ class CascadeRequest:
     name: str | None = None
     preprocess: bool = False
     force: bool = False
+    self_test: bool | None = False
 
     @property
     def page(self) -> Path:
@@ -150,7 +152,12 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     serving = None
     if request.repository is not None:
         serving = CascadeServing(
-            request.repository, members, request.name, request.preprocess, request.force
+            request.repository,
+            members,
+            request.name,
+            request.preprocess,
+            request.force,
+            request.self_test,
         )
         serving.check()
     embedding = _embedding(members[-1]) if request.policy == "learned" else None
@@ -197,8 +204,12 @@ def _check(request: CascadeRequest) -> None:
     _check_apart(request)
     if request.backend == TORCH:
         raise UsageError("backend is 'torch'; a cascade runs the artifacts, choose another one")
-    if request.repository is None and (request.preprocess or request.name is not None):
-        raise UsageError("--preprocess and --name are for what is served; give --repository too")
+    if request.repository is None and (
+        request.preprocess or request.name is not None or request.self_test
+    ):
+        raise UsageError(
+            "--preprocess, --name and --self-test are for what is served; give --repository too"
+        )
     if request.output == request.page:
         raise UsageError(
             f"output is {request.page}, which is the page's name; give one such as a .json"

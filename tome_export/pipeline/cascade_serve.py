@@ -9,7 +9,7 @@ from pathlib import Path
 from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import Policy, ServedCascade
 from tome_export.cascade.calibrate import Costs
-from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.pipeline.serve import ServeRequest, serve, why_untested
 from tome_export.progress import Progress
 from tome_export.serve.client import ROUTER
 from tome_export.serve.config import ModelFolder, ServeOptions, check_packages
@@ -32,6 +32,7 @@ class CascadeServing:
         name: What the names of the models begin with; None for the model's.
         preprocess: Write also a pipeline that takes encoded images.
         force: Replace existing models.
+        self_test: As of ``ServeRequest``.
     """
 
     repository: Path
@@ -39,6 +40,7 @@ class CascadeServing:
     name: str | None = None
     preprocess: bool = False
     force: bool = False
+    self_test: bool | None = False
 
     @property
     def model(self) -> str:
@@ -55,7 +57,8 @@ class CascadeServing:
             UsageError: if the name is none that a user may choose.
             InputError: if the repository is no place for one, a folder of its name is not ours or
                 holds another calibration and is not to be replaced.
-            MissingComponentError: if the server's schema is not installed.
+            MissingComponentError: if the server's schema is not installed, or what a self-test
+                needs that was asked for.
         """
         check_packages()
         repository = check_repository(self.repository)
@@ -68,14 +71,16 @@ class CascadeServing:
                 check_ours(folder)
         if versions_of(model) and not self.force:
             raise cascade_there(model)
-        for one in self.members:
-            source_from_artifact(one)
+        sources = [(one, source_from_artifact(one)) for one in self.members]
+        if self.self_test:
+            why_untested(sources, self.self_test)
 
     def serve(self, costs: Costs, policy: Policy, progress: Progress) -> ServedCascade:
         """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
         Raises:
-            InputError: if the repository cannot take them.
+            InputError: if the repository cannot take them, or a model fails the self-test.
+            ExportError: if the self-test's server does not start.
         """
         from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
 
@@ -90,12 +95,15 @@ class CascadeServing:
 
         paths = tuple(one.path for one in self.members)
         options = ServeOptions(name=self.name)
-        asking = ServeRequest(paths, self.repository, options, force=self.force)
+        asking = ServeRequest(
+            paths, self.repository, options, force=self.force, self_test=self.self_test
+        )
         done = serve(asking, progress, cascade_of)
         names = [model.name for model in done.models]
         first = names.index(self.model)
         asked = (name for name in names[:first] if not name.endswith(ROUTER))
         models = (*asked, *names[first:])
+        notes = (*done.notes, done.self_test) if done.self_test else done.notes
         return ServedCascade(
-            repository=str(done.repository), models=models, entry=models[-1], notes=done.notes
+            repository=str(done.repository), models=models, entry=models[-1], notes=notes
         )

@@ -202,15 +202,13 @@ def serve(
     stale = [name for one in served if (name := _stale(one, repository))]
     removed = [n for n in stale if request.force and not is_named_elsewhere(repository, n)]
     server = server_options_from_repository(repository, folders, removed)
-    gpu = bool(detect().gpus)
-    untested = _untested(served, gpu) if request.self_test is not False else ""
-    if untested and request.self_test:
-        raise MissingComponentError(f"{untested}; leave --self-test out")
+    sources = [(one.artifact, one.source) for one in served]
+    untested = why_untested(sources, request.self_test) if request.self_test is not False else ""
     tested = [f"No self-test: {untested}"] if untested else []
 
     def check(view: Path) -> None:
         progress.stage("Try the models out on one image")
-        tested.append(try_out(view, repository, folders, server, gpu=_needs_gpu(served)))
+        tested.append(try_out(view, repository, folders, server, gpu=_needs_gpu(sources)))
         progress.stage(f"Write {repository}")
 
     if request.self_test is False or untested:
@@ -357,23 +355,30 @@ def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
     return [None] * len(served)
 
 
-def _needs_gpu(served: Sequence[_Served]) -> bool:
+def _needs_gpu(sources: Sequence[tuple[Artifact, Source]]) -> bool:
     """Whether what is served runs on GPUs only."""
     return any(
-        one.source.platform == "tensorrt_plan" or one.artifact.manifest.precision == "bf16"
-        for one in served
+        source.platform == "tensorrt_plan" or artifact.manifest.precision == "bf16"
+        for artifact, source in sources
     )
 
 
-def _untested(served: Sequence[_Served], gpu: bool) -> str:
-    """Why the models cannot be tried out on this machine; empty if they can."""
+def why_untested(sources: Sequence[tuple[Artifact, Source]], asked: bool | None) -> str:
+    """Why what is served cannot be tried out on this machine; empty if it can.
+
+    Raises:
+        MissingComponentError: if it cannot, and was asked for by name.
+    """
+    why = ""
     try:
         find()
+        if _needs_gpu(sources) and not detect().gpus:
+            why = "what is served runs on GPUs, and this machine has none that CUDA sees"
     except MissingComponentError as error:
-        return str(error)
-    if _needs_gpu(served) and not gpu:
-        return "what is served runs on GPUs, and this machine has none that CUDA sees"
-    return ""
+        why = str(error)
+    if why and asked:
+        raise MissingComponentError(f"{why}; leave --self-test out")
+    return why
 
 
 def _check_alike(artifacts: Sequence[Artifact]) -> None:

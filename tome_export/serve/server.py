@@ -404,7 +404,9 @@ class RunningServer:
         """Why the server has ended, as an error to raise; tidies up after it."""
         log, code = self._process.log(), self._process.exit_code()
         self.stop(0)
-        if code < 0:
+        failed = server_log.failed_models(log)
+        # After a model that it cannot load the server may crash on its way out.
+        if code < 0 and not (failed and -code in CRASHES):
             return ExportError(
                 f"tritonserver was ended by {signal_name(-code)} {when}; if nobody did that, see "
                 "whether the system was out of memory, and start it again"
@@ -414,7 +416,6 @@ class RunningServer:
             return ExportError(
                 f"tritonserver was asked to stop by {asked} {when}, not by us; start it again"
             )
-        failed = server_log.failed_models(log)
         if failed:
             reasons = "; ".join(f"{model}: {why}" for model, why in failed.items())
             return InputError(
