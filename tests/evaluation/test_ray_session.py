@@ -202,7 +202,7 @@ def test_an_actor_that_dies(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=True,
     )
     told = [line for line in ran.stdout.splitlines() if line.startswith("told: ")]

@@ -101,22 +101,13 @@ def try_out(
     Raises:
         InputError: if the server cannot load a model, or a model refuses, or gives another output
             than its config says or numbers that are not finite.
-        ExportError: if the server does not start otherwise.
+        ExportError: if the server does not start otherwise, at the second try either.
     """
     try:
-        with (
-            start(
-                view,
-                config_name=None if gpu else CPU,
-                arguments=options.arguments,
-                environment=options.environment,
-                ready_seconds=READY_SECONDS,
-            ) as server,
-            connect(server.grpc, "grpc", READY_SECONDS) as client,
-        ):
-            for folder in folders:
-                _ask(client, folders, folder)
-            server.stop(0)
+        try:
+            _try(view, folders, options, gpu=gpu)
+        except ExportError:  # a busy server may crash while it loads, and not do so again
+            _try(view, folders, options, gpu=gpu)
     except (InputError, ExportError, MissingComponentError) as error:
         reason = str(error).replace(str(view), str(repository))
         raise type(error)(
@@ -125,6 +116,22 @@ def try_out(
         ) from error
     where = "on a GPU" if gpu else "on the CPU"
     return f"Self-test: {len(folders)} model{'s' * (len(folders) > 1)} answered {where}"
+
+
+def _try(view: Path, folders: Sequence[ModelFolder], options: ServerOptions, *, gpu: bool) -> None:
+    with (
+        start(
+            view,
+            config_name=None if gpu else CPU,
+            arguments=options.arguments,
+            environment=options.environment,
+            ready_seconds=READY_SECONDS,
+        ) as server,
+        connect(server.grpc, "grpc", READY_SECONDS) as client,
+    ):
+        for folder in folders:
+            _ask(client, folders, folder)
+        server.stop(0)
 
 
 def _ask(client: Client, folders: Sequence[ModelFolder], folder: ModelFolder) -> None:
