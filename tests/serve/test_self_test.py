@@ -75,8 +75,9 @@ def test_a_server_that_crashes_once_is_tried_again(make_artifact, monkeypatch, t
 
     crashes = {1, 3, 4}
     monkeypatch.setattr(self_test, "start", crashing)
-    serve(ServeRequest((make_artifact(),), tmp_path / "a", self_test=True))
+    done = serve(ServeRequest((make_artifact(),), tmp_path / "a", self_test=True))
     assert len(starts) == 2
+    assert "on the CPU, at the second try; at the first: tritonserver was ended" in done.self_test
     with pytest.raises(ExportError, match=r"self-test failed .* ended by SIGABRT"):
         serve(ServeRequest((make_artifact(),), tmp_path / "b", self_test=True))
     assert [path.name for path in tmp_path.glob("?")] == ["a"]

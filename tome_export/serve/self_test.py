@@ -103,10 +103,12 @@ def try_out(
             than its config says or numbers that are not finite.
         ExportError: if the server does not start otherwise, at the second try either.
     """
+    again = ""
     try:
         try:
             _try(view, folders, options, gpu=gpu)
-        except ExportError:  # a busy server may crash while it loads, and not do so again
+        except ExportError as error:  # a busy server may crash while it loads, and not do so again
+            again = f", at the second try; at the first: {error}"
             _try(view, folders, options, gpu=gpu)
     except (InputError, ExportError, MissingComponentError) as error:
         reason = str(error).replace(str(view), str(repository))
@@ -115,7 +117,7 @@ def try_out(
             "all the same"
         ) from error
     where = "on a GPU" if gpu else "on the CPU"
-    return f"Self-test: {len(folders)} model{'s' * (len(folders) > 1)} answered {where}"
+    return f"Self-test: {len(folders)} model{'s' * (len(folders) > 1)} answered {where}{again}"
 
 
 def _try(view: Path, folders: Sequence[ModelFolder], options: ServerOptions, *, gpu: bool) -> None:
