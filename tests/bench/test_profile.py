@@ -11,7 +11,7 @@ import pytest
 
 from tome_export.bench.profile import profile_from_events, profile_in_turn, profile_onnx
 from tome_export.onnx.export import ExportOptions, onnx_from_model
-from tome_export.onnx.names import GROUPS, Place, place_finder, place_of_scope, places
+from tome_export.onnx.names import GROUPS, NodePlace, place_finder, place_of_scope, places
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import BatchRange
@@ -112,9 +112,9 @@ def test_what_a_runtime_makes_of_nodes_is_found_by_their_names():
         ["blocks.1.mlp/MatMul_1"] logits = MatMul (k, w)
     }""".replace("W", ", ".join(["0"] * 16))
     find = place_finder(onnx.parser.parse_graph(text))
-    assert find("blocks.1.mlp/MatMul/MatmulTransposeFusion/") == Place(1, "mlp")
-    assert find("InsertedPrecisionFreeCast_blocks.11.attn/MatMul") == Place(11, "attention")
-    assert find("InsertedPrecisionFreeCast_w") == Place(1, "mlp")
+    assert find("blocks.1.mlp/MatMul/MatmulTransposeFusion/") == NodePlace(1, "mlp")
+    assert find("InsertedPrecisionFreeCast_blocks.11.attn/MatMul") == NodePlace(11, "attention")
+    assert find("InsertedPrecisionFreeCast_w") == NodePlace(1, "mlp")
     assert find("ReorderOutput") is None
 
 

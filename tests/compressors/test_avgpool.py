@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tome_export.compressors.avgpool import AvgPool
-from tome_export.compressors.base import Final
+from tome_export.compressors.base import FinalTokens
 from tome_export.errors import InputError
 from tome_export.merge.plan import source_map
 from tome_export.patch import patch
@@ -33,7 +33,7 @@ def pooled(features, grid, cells):
 def test_every_cell_is_the_mean_of_its_patches(grid, cells):
     x = np.random.default_rng(0).standard_normal((2, grid[0] * grid[1], 6)).astype(np.float32)
     pool = AvgPool(cells).module(6, PatchGrid(*grid, 4, 4))
-    found = pool(Final(torch.from_numpy(x), None, None, PatchGrid(*grid, 4, 4))).numpy()
+    found = pool(FinalTokens(torch.from_numpy(x), None, None, PatchGrid(*grid, 4, 4))).numpy()
     assert np.abs(found - pooled(x, grid, cells)).max() <= 1e-6
     shaped = torch.from_numpy(x).transpose(1, 2).reshape(2, 6, *grid)
     torchs = torch.nn.functional.adaptive_avg_pool2d(shaped, cells).flatten(2).transpose(1, 2)
@@ -63,7 +63,7 @@ def test_equal_tokens_give_equal_cells():
     places = source_map(plans, 1, 16)
     x = torch.ones(1, 16, 3)
     grid = PatchGrid(4, 4, 1, 1)
-    found = AvgPool((3, 3)).module(3, grid)(Final(x, None, places, grid))
+    found = AvgPool((3, 3)).module(3, grid)(FinalTokens(x, None, places, grid))
     assert torch.allclose(found, torch.ones(1, 9, 3))
 
 

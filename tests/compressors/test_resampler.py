@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tome_export.compressors.base import Final
+from tome_export.compressors.base import FinalTokens
 from tome_export.compressors.resampler import Resampler
 from tome_export.errors import InputError
 from tome_export.patch import patch
@@ -83,8 +83,8 @@ def test_a_token_counts_as_its_patches(weights_file, prefix):
     x = torch.from_numpy(np.random.default_rng(2).standard_normal((2, 4, WIDTH)).astype("float32"))
     size = torch.tensor([[1.0, 4.0, 2.0, 2.0], [3.0, 1.0, 1.0, 4.0]])
     with torch.no_grad():
-        found = module(Final(x, size, None, GRID)).numpy()
-        plain = module(Final(x, None, None, GRID)).numpy()
+        found = module(FinalTokens(x, size, None, GRID)).numpy()
+        plain = module(FinalTokens(x, None, None, GRID)).numpy()
     for image in range(2):
         copies = x[image].repeat_interleave(size[image].long(), dim=0).double().numpy()
         assert np.abs(found[image] - reference(weights, copies, 2)).max() <= 1e-5

@@ -19,7 +19,7 @@ from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.twin import LEAD, twin_from_model
 from tome_export.parity.check import check_parity, inputs_of
 from tome_export.patch import MergedModel, patch
-from tome_export.reducers.base import Attended, Reducer, Seen
+from tome_export.reducers.base import AttentionInputs, LayerContext, Reducer
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import infer_in_batches
 from tome_export.spec import BatchRange, Precision
@@ -36,7 +36,7 @@ Reference = Callable[[SimpleNamespace], Plan]
 class Step(NamedTuple):
     """What a reducer saw in one layer, its plan, and the tokens and sizes that came of it."""
 
-    seen: Seen
+    seen: LayerContext
     plan: Plan
     x: torch.Tensor
     size: torch.Tensor
@@ -58,7 +58,7 @@ def steps(model: MergedModel, images: np.ndarray[Any, Any]) -> list[Step]:
     reducer = model.settings.reducer
     apply = type(reducer).apply
 
-    def watched(self: Reducer, seen: Seen, plan: Any) -> Any:
+    def watched(self: Reducer, seen: LayerContext, plan: Any) -> Any:
         x, size = apply(self, seen, plan)
         found.append(Step(seen, plan, x, size))
         return x, size
@@ -75,7 +75,7 @@ def steps(model: MergedModel, images: np.ndarray[Any, Any]) -> list[Step]:
     return found
 
 
-def plain(seen: Seen, image: int) -> SimpleNamespace:
+def plain(seen: LayerContext, image: int) -> SimpleNamespace:
     """One image of a layer as lists of floats, for references.
 
     Fields: ``x [N][C]``, ``size [N]``, ``keys`` and ``queries [H][N][D]``, ``scale``, ``bias [N]``
@@ -115,7 +115,7 @@ def assert_plans_are_the_references(
             assert_plans(plan, step.seen, reference)
 
 
-def assert_plans(plan: Any, seen: Seen, reference: Reference) -> None:
+def assert_plans(plan: Any, seen: LayerContext, reference: Reference) -> None:
     """The plan of every image of a layer is the reference's."""
     for image in range(len(seen.x)):
         expected = [list(part) for part in reference(plain(seen, image))]
@@ -181,7 +181,7 @@ def random_seen(
     width: int = 16,
     heads: int = 2,
     **more: Any,
-) -> Seen:
+) -> LayerContext:
     """A layer of random tokens, for property tests.
 
     Args:
@@ -193,7 +193,7 @@ def random_seen(
         duplicates: Let many tokens be equal, of numbers whose products are exact, so that ties are.
         width: C, and D of each head.
         heads: H.
-        more: Other fields of ``Seen``.
+        more: Other fields of ``LayerContext``.
     """
     rng = np.random.default_rng(seed)
 
@@ -206,7 +206,9 @@ def random_seen(
 
     size = torch.from_numpy(rng.integers(1, 9, (batch, tokens))).float()
     size[:, :prefix] = 1  # protected tokens never grow
-    attended = Attended(drawn(batch, heads, tokens, width), drawn(batch, heads, tokens, width))
+    attended = AttentionInputs(
+        drawn(batch, heads, tokens, width), drawn(batch, heads, tokens, width)
+    )
     attended = attended._replace(tokens=drawn(batch, tokens, width))
     values = {
         "layer": 1,
@@ -216,19 +218,19 @@ def random_seen(
         "module": None,
         "inputs": {},
     }
-    return Seen(
+    return LayerContext(
         drawn(batch, tokens, width), size, attended, r=r, prefix=prefix, **{**values, **more}
     )
 
 
-def one_image(seen: Seen, image: int) -> Seen:
+def one_image(seen: LayerContext, image: int) -> LayerContext:
     """The same layer of one image alone."""
     alone = slice(image, image + 1)
     keys, queries, scale, bias, tokens = seen.attended
-    return Seen(
+    return LayerContext(
         seen.x[alone],
         seen.size[alone],
-        Attended(
+        AttentionInputs(
             keys[alone],
             None if queries is None else queries[alone],
             scale,
@@ -246,7 +248,7 @@ def one_image(seen: Seen, image: int) -> Seen:
     )
 
 
-def assert_holds(reducer: Reducer, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+def assert_holds(reducer: Reducer, seen: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
     """What holds for every reducer and every layer: the invariant, shapes, batch independence.
 
     Returns:
@@ -273,7 +275,7 @@ def assert_holds(reducer: Reducer, seen: Seen) -> tuple[torch.Tensor, torch.Tens
     return x, size
 
 
-def assert_nothing_lost(seen: Seen, x: torch.Tensor, size: torch.Tensor) -> None:
+def assert_nothing_lost(seen: LayerContext, x: torch.Tensor, size: torch.Tensor) -> None:
     """Sizes add up as before, and so do tokens weighed by them: every one is a mean."""
     torch.testing.assert_close(size.sum(1), seen.size.sum(1))
     total = (seen.x * seen.size[..., None]).sum(1)

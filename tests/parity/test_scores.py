@@ -14,7 +14,7 @@ from reducers import digit_images, digit_model
 from tome_export.parity.check import K
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
 from tome_export.parity.scores import judge_scores
-from tome_export.reducers.base import Place
+from tome_export.reducers.base import LayerSpec
 from tome_export.reducers.pitome import PiToMe
 from tome_export.reducers.topk import TopK
 
@@ -41,7 +41,7 @@ def decided(model, signals, layer=LAYER):
     """What these scores lead to."""
     signals = tuple(np.asarray(signal, np.float32) for signal in signals)
     counts = model.layers[layer]
-    place = Place(
+    place = LayerSpec(
         layer, counts.r, model.prefix, model.class_token, len(model.layers), counts.tokens_in
     )
     plan = model.settings.reducer.plan(tuple(map(torch.from_numpy, signals)), place)

@@ -66,7 +66,7 @@ def test_macs_are_those_of_torch(checkpoint, tmp_path):
     """As many more than without as torch counts in the compressor alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tome_export.compressors.base import Final
+    from tome_export.compressors.base import FinalTokens
 
     request: dict[str, Any] = {
         "model": f"hf:{checkpoint}",
@@ -83,7 +83,7 @@ def test_macs_are_those_of_torch(checkpoint, tmp_path):
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         x = torch.zeros(1, tokens, model.width, requires_grad=True)
-        model.compressor(Final(x, torch.ones(1, tokens), None, model.patch_grid))
+        model.compressor(FinalTokens(x, torch.ones(1, tokens), None, model.patch_grid))
     extra = compressed.manifest.macs.merged - plain.manifest.macs.merged
     assert extra == counter.get_total_flops() // 2 > 0
 

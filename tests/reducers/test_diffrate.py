@@ -27,7 +27,7 @@ from references import diffrate as reference
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.reducers.base import Tower
+from tome_export.reducers.base import ModelShape
 from tome_export.reducers.diffrate import DiffRate
 from tome_export.reducers.options import reducer_from_text
 
@@ -141,7 +141,7 @@ def test_the_authors_file(tmp_path):
         "prune_kept": prune,
         "merge_kept": merge,
     }
-    tower = Tower(384, 12, 197, 1)
+    tower = ModelShape(384, 12, 197, 1)
     assert list(reducer.counts(tower).per_layer) == reference.counts(197, 1, prune, merge)
     file.write_text(json.dumps(DEIT))
     assert reducer_from_text("diffrate", [f"file={file}"]) == reducer

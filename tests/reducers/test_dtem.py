@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.reducers.base import Tower
+from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dtem import DTEM
 from tome_export.reducers.options import reducer_from_text
 
@@ -68,7 +68,7 @@ def test_parity_and_engine_in_fp16(tmp_path):
 def test_what_always_holds(patches, prefix, r, seed):
     tokens = patches + prefix
     r = min(r, RANDOM.limit(tokens, prefix))
-    module = RANDOM.module(Tower(16, 4, tokens, prefix))
+    module = RANDOM.module(ModelShape(16, 4, tokens, prefix))
     seen = random_seen(tokens, r, prefix, seed=seed, module=module)
     with torch.no_grad():
         _, size = assert_holds(RANDOM, seen)
@@ -104,7 +104,7 @@ def test_weights_of_a_file(tmp_path, layout):
 def test_blocks_beyond_a_cut_are_left_alone(tmp_path):
     path = tmp_path / "metric.safetensors"
     save_file(state_of(16, 12), path)
-    found = DTEM(str(path), 8).module(Tower(16, 11, 65, 1)).state_dict()
+    found = DTEM(str(path), 8).module(ModelShape(16, 11, 65, 1)).state_dict()
     assert max(int(key.split(".")[1]) for key in found) == 10
 
 
@@ -133,7 +133,7 @@ def test_files_that_do_not_fit(tmp_path, state, message):
     path = tmp_path / "metric.safetensors"
     save_file(state, path)
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        DTEM(str(path), 8).module(Tower(16, 2, 65, 1))
+        DTEM(str(path), 8).module(ModelShape(16, 2, 65, 1))
     assert str(caught.value) == f"weights file {path} {message}"
 
 

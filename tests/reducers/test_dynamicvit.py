@@ -28,7 +28,7 @@ from tome_export.models import RECIPES
 from tome_export.patch import patch
 from tome_export.pipeline.build import BuildRequest, build
 from tome_export.pipeline.reference import reference_model
-from tome_export.reducers.base import Tower
+from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dynamicvit import DynamicViT, Predictors
 from tome_export.reducers.options import reducer_from_text
 
@@ -67,7 +67,7 @@ def test_parity(tmp_path, precision):
 def test_what_always_holds(patches, prefix, r, seed, duplicates):
     tokens = patches + prefix
     r = min(r, RANDOM.limit(tokens, prefix))
-    module = RANDOM.module(Tower(16, 4, tokens, prefix))
+    module = RANDOM.module(ModelShape(16, 4, tokens, prefix))
     seen = random_seen(
         tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates, layer=2, module=module
     )
@@ -79,7 +79,7 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates):
 
 
 def test_ties_go_to_the_lowest_position():
-    module = RANDOM.module(Tower(16, 4, 7, 2))
+    module = RANDOM.module(ModelShape(16, 4, 7, 2))
     seen = random_seen(7, 2, 2, layer=0, module=module)
     object.__setattr__(seen, "x", torch.ones_like(seen.x))
     plan = RANDOM.decide(seen).plan
@@ -97,7 +97,7 @@ def test_ties_go_to_the_lowest_position():
 )
 def test_counts_are_the_papers(depth, patches, keep, at, rates, stages):
     options = [f"keep={keep}", *([f"at={at}"] if at else [])]
-    reducer, tower = reducer_from_text("dynamicvit", options), Tower(32, depth, patches + 1, 1)
+    reducer, tower = reducer_from_text("dynamicvit", options), ModelShape(32, depth, patches + 1, 1)
     expected = reference.counts(depth, patches, rates, stages)
     assert list(reducer.counts(tower).per_layer) == expected
     layers = reducer.layers(reducer.counts(tower), tower)
@@ -107,7 +107,7 @@ def test_counts_are_the_papers(depth, patches, keep, at, rates, stages):
 
 def test_deit_has_the_tokens_of_the_paper():
     """Of 196 patches 137, 96 and 67 are left, and the class token."""
-    tower = Tower(384, 12, 197, 1)
+    tower = ModelShape(384, 12, 197, 1)
     layers = DynamicViT().layers(DynamicViT().counts(tower), tower)
     assert [(i, layer.tokens_out) for i, layer in enumerate(layers) if layer.r] == [
         (2, 138),

@@ -27,7 +27,7 @@ from references import evit as reference
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.reducers.base import Tower
+from tome_export.reducers.base import ModelShape
 from tome_export.reducers.evit import EViT
 from tome_export.reducers.options import reducer_from_text
 
@@ -94,7 +94,7 @@ def test_counts_are_the_papers(name, depth, patches, prefix, keep, at, stages):
         *([f"at={','.join(map(str, at))}"] if at else []),
     ]
     reducer = reducer_from_text(name, options)
-    tower = Tower(32, depth, patches + prefix, prefix)
+    tower = ModelShape(32, depth, patches + prefix, prefix)
     rates = keep * len(stages) if len(keep) == 1 else keep
     expected = reference.counts(depth, patches, rates, stages, fused=name == "evit")
     assert list(reducer.counts(tower).per_layer) == expected
@@ -103,7 +103,7 @@ def test_counts_are_the_papers(name, depth, patches, prefix, keep, at, stages):
 
 def test_deit_has_the_tokens_of_the_paper():
     """Of 196 patches 138, 98 and 70 are left, the fused token among them from the first on."""
-    layers = EViT().layers(EViT().counts(Tower(384, 12, 197, 1)), Tower(384, 12, 197, 1))
+    layers = EViT().layers(EViT().counts(ModelShape(384, 12, 197, 1)), ModelShape(384, 12, 197, 1))
     assert [layer.tokens_out for layer in layers if layer.r] == [140, 100, 72]
 
 

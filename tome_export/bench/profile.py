@@ -17,12 +17,12 @@ import numpy as np
 from tome_export.artifact.bench import LayerTimes, ModelProfile
 from tome_export.onnx.files import extra_inputs_of, load
 from tome_export.onnx.functions import inline
-from tome_export.onnx.names import GROUPS, OTHER, Place, place_finder
+from tome_export.onnx.names import GROUPS, OTHER, NodePlace, place_finder
 from tome_export.runtime.inputs import Fed
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME
 
-PlaceFinder = Callable[[str], Place | None]
+NodePlaceFinder = Callable[[str], NodePlace | None]
 
 NODE, RUN = "_kernel_time", "model_run"
 
@@ -38,7 +38,7 @@ class NodeTime:
     """
 
     operator: str
-    place: Place
+    place: NodePlace
     ms: float
 
 
@@ -127,7 +127,7 @@ def profile_in_turn(
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder, ExitStack() as stack:
         runners: dict[str, OrtRunner] = {}
         fed: dict[str, Fed] = {}
-        finders: dict[str, PlaceFinder] = {}
+        finders: dict[str, NodePlaceFinder] = {}
         for index, (name, path) in enumerate(model_paths.items()):
             prefix = Path(folder) / f"profile-{index}"
             graph = load(path)
@@ -146,7 +146,7 @@ def profile_in_turn(
 
 
 def profile_from_events(
-    events: Sequence[Mapping[str, Any]], batch: int, find: PlaceFinder
+    events: Sequence[Mapping[str, Any]], batch: int, find: NodePlaceFinder
 ) -> Profile:
     """Read the events of ONNX Runtime's profile; the first run is left out.
 
@@ -158,11 +158,11 @@ def profile_from_events(
     spans = sorted((e["ts"], e["dur"]) for e in events if e["name"] == RUN)[1:]
     nodes = [e for e in events if e["cat"] == "Node" and e["name"].endswith(NODE)]
     nodes.sort(key=lambda event: int(event["ts"]))
-    places: dict[tuple[str, str], Place] = {}
+    places: dict[tuple[str, str], NodePlace] = {}
     operators: dict[tuple[str, str], str] = {}
     times: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(spans))
     for run, (start, duration) in enumerate(spans):
-        last = Place(None, OTHER)
+        last = NodePlace(None, OTHER)
         for event in nodes:
             if not start <= event["ts"] <= start + duration:
                 continue

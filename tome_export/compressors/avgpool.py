@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tome_export.compressors.base import Compressor, Final
+from tome_export.compressors.base import Compressor, FinalTokens
 from tome_export.errors import InputError
 from tome_export.merge.lowering import accumulate_dtype
 from tome_export.merge.plan import unmerge
@@ -70,7 +70,7 @@ class GridPool(nn.Module):
         self.patches = patches
         self._rows, self._cols = map(averaging, patches, cells)
 
-    def forward(self, final: Final) -> Tensor:
+    def forward(self, final: FinalTokens) -> Tensor:
         """``[B, K, C] -> [B, rows * cols, C]``; sums are fp32."""
         x = final.x if final.places is None else unmerge(final.x, final.places)
         dtype = accumulate_dtype(x)

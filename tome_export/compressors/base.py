@@ -12,7 +12,7 @@ from tome_export.errors import InputError
 from tome_export.spec import PatchGrid
 
 
-class Final(NamedTuple):
+class FinalTokens(NamedTuple):
     """The tokens at the end of a tower, as a compressor sees them: prefix tokens left out.
 
     Attributes:
@@ -52,7 +52,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def module(self, width: int, grid: PatchGrid) -> nn.Module:
-        """What computes it: ``forward(final: Final) -> [B, tokens, C]``.
+        """What computes it: ``forward(final: FinalTokens) -> [B, tokens, C]``.
 
         Args:
             width: C of the features.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.compressors.base import Compressor, Final
+from tome_export.compressors.base import Compressor, FinalTokens
 from tome_export.errors import InputError
 from tome_export.reducers.learned import (
     RANDOM,
@@ -171,7 +171,7 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, final: Final) -> Tensor:
+    def forward(self, final: FinalTokens) -> Tensor:
         """``[B, K, C] -> [B, latents, C]``."""
         x, size = final.x, final.size
         latents = self.latents.expand(x.shape[0], -1, -1)

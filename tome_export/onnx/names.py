@@ -64,7 +64,7 @@ _MODEL = "model.model."
 
 
 @dataclass(frozen=True)
-class Place:
+class NodePlace:
     """Where a node belongs.
 
     Attributes:
@@ -76,7 +76,7 @@ class Place:
     group: str
 
 
-def place_of_scope(scope: str) -> Place | None:
+def place_of_scope(scope: str) -> NodePlace | None:
     """The place of a module or parameter by its name in the model, such as ``blocks.3.mlp.fc1``.
 
     None for a name that tells nothing.
@@ -88,17 +88,17 @@ def place_of_scope(scope: str) -> Place | None:
             del parts[0]
         root = parts[0]
         if root in _EMBEDDING:
-            return Place(None, EMBEDDING)
+            return NodePlace(None, EMBEDDING)
         if root.startswith("head") or root in _HEAD:
-            return Place(None, HEAD)
-        return Place(None, NORM) if _is_norm(root) else None
+            return NodePlace(None, HEAD)
+        return NodePlace(None, NORM) if _is_norm(root) else None
     layer, rest = int(found[1]), found[2]
     if rest is None:
         return None
     if _is_norm(rest.rpartition(".")[2]):
-        return Place(layer, NORM)
+        return NodePlace(layer, NORM)
     group = _PARTS.get(rest.removeprefix("across.").partition(".")[0])
-    return None if group is None else Place(layer, group)
+    return None if group is None else NodePlace(layer, group)
 
 
 def _is_norm(name: str) -> bool:
@@ -106,7 +106,7 @@ def _is_norm(name: str) -> bool:
     return "norm" in name or name.startswith("ln_")
 
 
-def places(graph: onnx.GraphProto) -> list[Place]:
+def places(graph: onnx.GraphProto) -> list[NodePlace]:
     """The place of every node, in the graph's order.
 
     Requires: nodes in the order in which the model runs, as the exporter and onnxsim leave them.
@@ -120,7 +120,7 @@ def places(graph: onnx.GraphProto) -> list[Place]:
         for name in node.input:
             consumers[name].append(index)
     aside = _aside(nodes, parameters)
-    result: list[Place | None] = _filled(nodes, known, aside, parameters)
+    result: list[NodePlace | None] = _filled(nodes, known, aside, parameters)
     for index in reversed(range(len(nodes))):
         if known[index] is not None:
             continue
@@ -131,7 +131,7 @@ def places(graph: onnx.GraphProto) -> list[Place]:
         # Sizes and shapes belong to whom they are for, and so do keys that only match reads.
         if first is not None and (aside[index] or only_match):
             result[index] = first
-    return [place or Place(None, OTHER) for place in result]
+    return [place or NodePlace(None, OTHER) for place in result]
 
 
 def _scope_of_node(node: onnx.NodeProto, parameters: set[str]) -> str | None:
@@ -144,7 +144,7 @@ def _scope_of_node(node: onnx.NodeProto, parameters: set[str]) -> str | None:
     return next((scope for scope in scopes if place_of_scope(scope) is not None), None)
 
 
-def _scope_of_place(place: Place) -> str:
+def _scope_of_place(place: NodePlace) -> str:
     """A name that ``place_of_scope`` reads as that place."""
     if place.layer is None:
         return place.group
@@ -166,23 +166,23 @@ def _aside(nodes: list[onnx.NodeProto], parameters: set[str]) -> list[bool]:
 
 def _filled(
     nodes: list[onnx.NodeProto],
-    known: list[Place | None],
+    known: list[NodePlace | None],
     aside: list[bool],
     parameters: set[str],
-) -> list[Place | None]:
+) -> list[NodePlace | None]:
     """Nodes that say nothing get the place of the landmark they stand behind, or before."""
-    following: list[Place | None] = [None] * len(nodes)
-    coming: Place | None = None
+    following: list[NodePlace | None] = [None] * len(nodes)
+    coming: NodePlace | None = None
     for index in reversed(range(len(nodes))):
         following[index] = coming
         place = known[index]
         if place is not None and place.group != NORM:
             coming = place
         elif place is not None and place.layer is None:
-            coming = Place(None, HEAD)
-    result: list[Place | None] = []
-    behind: Place | None = None
-    normed: Place | None = None
+            coming = NodePlace(None, HEAD)
+    result: list[NodePlace | None] = []
+    behind: NodePlace | None = None
+    normed: NodePlace | None = None
     for index, node in enumerate(nodes):
         place = known[index]
         if place is not None:
@@ -199,10 +199,10 @@ def _filled(
         if residual and behind is None and normed is not None:
             behind = normed
         if behind is None or behind.group in (MATCH, MERGE):
-            result.append(following[index] or Place(None, HEAD))
+            result.append(following[index] or NodePlace(None, HEAD))
             continue
         if behind.group == BOTH and _is_after_split(nodes, index, known):
-            result.append(Place(behind.layer, ATTENTION))
+            result.append(NodePlace(behind.layer, ATTENTION))
             continue
         result.append(behind)
         if residual and behind.group in (MLP, BOTH):
@@ -210,7 +210,7 @@ def _filled(
     return result
 
 
-def _is_after_split(nodes: list[onnx.NodeProto], index: int, known: list[Place | None]) -> bool:
+def _is_after_split(nodes: list[onnx.NodeProto], index: int, known: list[NodePlace | None]) -> bool:
     """Whether the joint projection of a parallel block has been split into its parts by now."""
     for before in reversed(range(index)):
         if nodes[before].op_type == "Split":
@@ -270,7 +270,7 @@ def name_by_place(graph: onnx.GraphProto) -> None:
         value.name = tensors.get(value.name, value.name)
 
 
-def place_finder(graph: onnx.GraphProto) -> Callable[[str], Place | None]:
+def place_finder(graph: onnx.GraphProto) -> Callable[[str], NodePlace | None]:
     """What finds the place of a node that a runtime made of a graph's nodes, by its name.
 
     Runtimes fuse nodes and insert new ones, and call what results after the nodes and tensors it
@@ -278,14 +278,14 @@ def place_finder(graph: onnx.GraphProto) -> Callable[[str], Place | None]:
     where it is first used. None without such a name.
     """
     weights = {tensor.name for tensor in graph.initializer}
-    known: dict[str, Place] = {}
+    known: dict[str, NodePlace] = {}
     for node, place in zip(graph.node, places(graph), strict=True):
         known |= dict.fromkeys((node.name, *node.output), place)
         known = dict.fromkeys(weights.intersection(node.input), place) | known
     names = sorted(filter(None, known), key=len, reverse=True)
 
     @cache
-    def find(text: str) -> Place | None:
+    def find(text: str) -> NodePlace | None:
         return next((known[name] for name in names if name in text), None)
 
     return find

@@ -128,11 +128,11 @@ def _plans_again(model: MergedModel, layer: int, record: LayerRecord) -> LayerRe
     """The plans that a record's own scores lead to in PyTorch."""
     import torch
 
-    from tome_export.reducers.base import Place, ScoredReducer
+    from tome_export.reducers.base import LayerSpec, ScoredReducer
 
     reducer = cast(ScoredReducer, model.settings.reducer)
     counts = model.layers[layer]
-    place = Place(
+    place = LayerSpec(
         layer, counts.r, model.prefix, model.class_token, len(model.layers), counts.tokens_in
     )
     plan = reducer.plan(tuple(torch.from_numpy(s) for s in record.signals), place)

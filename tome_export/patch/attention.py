@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 
 def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -40,7 +40,7 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
     )
 
 
-def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """``timm.layers.Attention``: gate, q/k norm and scale norm included.
 
     Args:
@@ -59,21 +59,21 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attend
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), Attended(k, q, attn.scale, bias, x)
+    return attn.proj_drop(attn.proj(out)), AttentionInputs(k, q, attn.scale, bias, x)
 
 
-def joined(branches: Sequence[Attended]) -> Attended:
+def joined(branches: Sequence[AttentionInputs]) -> AttentionInputs:
     """The heads of parallel attentions over the same tokens as those of one."""
     keys = torch.cat([branch.keys for branch in branches], dim=1)
     queries = [branch.queries for branch in branches if branch.queries is not None]
     if len(queries) < len(branches):
-        return Attended(keys)
-    return Attended(keys, torch.cat(queries, dim=1), branches[0].scale, branches[0].bias)
+        return AttentionInputs(keys)
+    return AttentionInputs(keys, torch.cat(queries, dim=1), branches[0].scale, branches[0].bias)
 
 
 def _differential(
     module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Attended]:
+) -> tuple[Tensor, AttentionInputs]:
     """The difference of two softmax maps (arXiv 2410.05258); q, k, v are ``[B, N, C]``."""
     batch, tokens, width = q.shape
     halves = (batch, tokens, 2 * module.num_heads, module.head_dim)
@@ -85,17 +85,17 @@ def _differential(
     factor = module._compute_lambda().type_as(q)
     out = _attend(module, q1, k1, v, bias) - factor * _attend(module, q2, k2, v, bias)
     out = module.sub_norm(out) * (1 - module.lambda_init)
-    return out.transpose(1, 2).reshape(batch, tokens, width), Attended(k)
+    return out.transpose(1, 2).reshape(batch, tokens, width), AttentionInputs(k)
 
 
-def diff_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def diff_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """``timm.layers.DiffAttention``; the keys ``[B, 2 H, N, D]`` are those of all half-heads."""
     q, k, v = attn.qkv(x).chunk(3, dim=2)
     out, keys = _differential(attn, q, k, v, bias)
     return attn.proj_drop(attn.proj(attn.norm(out))), keys._replace(tokens=x)
 
 
-def parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """``ParallelScalingBlock`` (arXiv 2302.05442): attention and MLP side by side."""
     batch, tokens, width = x.shape
     normed = block.in_norm(x)
@@ -105,10 +105,12 @@ def parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor
     k = block.k_norm(k.view(heads)).transpose(1, 2)
     out = _attend(block, q, k, v.view(heads).transpose(1, 2), bias)
     out = out.transpose(1, 2).reshape(batch, tokens, width)
-    return x + _parallel_output(block, out, mlp), Attended(k, q, block.scale, bias, normed)
+    return x + _parallel_output(block, out, mlp), AttentionInputs(k, q, block.scale, bias, normed)
 
 
-def diff_parallel_scaling(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def diff_parallel_scaling(
+    block: Any, x: Tensor, bias: Tensor | None
+) -> tuple[Tensor, AttentionInputs]:
     """``DiffParallelScalingBlock``: as above with differential attention."""
     normed = block.in_norm(x)
     mlp, q, k, v = block.in_proj(normed).split(block.in_split, dim=-1)
@@ -127,4 +129,4 @@ def _parallel_output(block: Any, attn_out: Tensor, mlp: Tensor) -> Tensor:
     return cast(Tensor, block.drop_path(block.ls(out)))
 
 
-AttentionForward = Callable[[nn.Module, Tensor, "Tensor | None"], tuple[Tensor, Attended]]
+AttentionForward = Callable[[nn.Module, Tensor, "Tensor | None"], tuple[Tensor, AttentionInputs]]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tome_export.compressors.base import Final, check_compressor
+from tome_export.compressors.base import FinalTokens, check_compressor
 from tome_export.errors import InputError
 from tome_export.merge.entropy import size_entropy
 from tome_export.merge.macs import BlockCost, total_macs
@@ -25,7 +25,7 @@ from tome_export.patch.merger import (
     Tokens,
     check_reducer,
 )
-from tome_export.reducers.base import Tower
+from tome_export.reducers.base import ModelShape
 from tome_export.spec import PatchGrid
 
 _INNER = "model."
@@ -74,7 +74,7 @@ class MergedModel(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.prefix = prefix
-        self.tower = Tower(self.width, depth, tokens, prefix, settings.learned)
+        self.tower = ModelShape(self.width, depth, tokens, prefix, settings.learned)
         check_reducer(settings, self.class_token)
         reducer = settings.reducer
         schedule = settings.schedule
@@ -212,7 +212,7 @@ class MergedModel(nn.Module, ABC):
         """The compressor's tokens, of those that are no prefix tokens."""
         size, places = merger.size, merger.positions
         assert self.compressor is not None and self.patch_grid is not None  # noqa: S101, PT018
-        final = Final(
+        final = FinalTokens(
             x[:, self.prefix :],
             None if size is None else size[:, self.prefix :],
             None if places is None else places[:, self.prefix :] - self.prefix,
@@ -231,7 +231,7 @@ class MergedModel(nn.Module, ABC):
 
         def compress(zeros: Zeros) -> None:
             x = zeros(1, count, width)
-            compressor(Final(x, None if unmerged else x[:, :, 0] + 1, None, grid))
+            compressor(FinalTokens(x, None if unmerged else x[:, :, 0] + 1, None, grid))
 
         width = self._feature_width()
         return counted_macs(self.model, compress)

@@ -16,7 +16,7 @@ from tome_export.merge.macs import BlockCost
 from tome_export.patch import attention as attn_forward
 from tome_export.patch.checks import require
 from tome_export.patch.merger import Merger, Tokens
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 BlockForward = Callable[[Any, Tokens, "Tensor | None", Merger, int], Tokens]
 
@@ -63,7 +63,9 @@ def _diff_parallel_scaling(
     return merge(Tokens(out, t.size), attended, layer)
 
 
-def _run_attention(attn: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def _run_attention(
+    attn: nn.Module, x: Tensor, bias: Tensor | None
+) -> tuple[Tensor, AttentionInputs]:
     return _attention_forwards()[type(attn)](attn, x, bias)
 
 

@@ -12,7 +12,7 @@ from tome_export.patch import hf
 from tome_export.patch.base import MergedModel, NoImageOutputError, OutputChoice
 from tome_export.patch.heads import choice_by_heads, mean_of_patches
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 CLASSES = {
     "clip": ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
@@ -71,7 +71,7 @@ def layer_forward(
     x = layer.layer_norm1(tokens.x)
     q, k, v = (hf.split_heads(p(x), attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     out = hf.attend(attn, q, k, v, bias, attn.scale, attn.dropout)
-    attended = Attended(k, q, attn.scale, bias, x)
+    attended = AttentionInputs(k, q, attn.scale, bias, x)
     tokens = merger(Tokens(tokens.x + attn.out_proj(out), tokens.size), attended, index)
     return Tokens(tokens.x + layer.mlp(layer.layer_norm2(tokens.x)), tokens.size)
 

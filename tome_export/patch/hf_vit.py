@@ -13,7 +13,7 @@ from tome_export.patch import hf
 from tome_export.patch.base import MergedModel, OutputChoice
 from tome_export.patch.heads import choice_by_heads, mean_of_patches
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 CLASSES = {
     "vit": ("ViTModel", "ViTForImageClassification"),
@@ -58,7 +58,7 @@ def _layers(base: Any) -> Any:
     return base.encoder.layer if hasattr(base, "encoder") else base.layers
 
 
-def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """The attention of ViT, DeiT and DINOv2, in the layout of transformers 4 or 5.
 
     Args:
@@ -73,13 +73,13 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attend
         parts, width = (attn.q_proj, attn.k_proj, attn.v_proj), attn.head_dim
         q, k, v = (hf.split_heads(part(x), width) for part in parts)
         out = hf.attend(attn, q, k, v, bias, attn.scaling, attn.attention_dropout)
-        return attn.o_proj(out), Attended(k, q, attn.scaling, bias, x)
+        return attn.o_proj(out), AttentionInputs(k, q, attn.scaling, bias, x)
     inner = attn.attention
     parts, width = (inner.query, inner.key, inner.value), inner.attention_head_size
     q, k, v = (hf.split_heads(part(x), width) for part in parts)
     out = hf.attend(inner, q, k, v, bias, inner.scaling, inner.dropout_prob)
     out = attn.output.dropout(attn.output.dense(out))
-    return out, Attended(k, q, inner.scaling, bias, x)
+    return out, AttentionInputs(k, q, inner.scaling, bias, x)
 
 
 def attention_cost(attn: Any) -> tuple[int, int]:

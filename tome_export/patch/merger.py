@@ -14,7 +14,7 @@ from tome_export.errors import InputError
 from tome_export.merge.lowering import mean_keys
 from tome_export.merge.plan import Across, MergePlan, Step, StepPlans, composed
 from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.reducers.base import Attended, Reducer, Seen
+from tome_export.reducers.base import AttentionInputs, LayerContext, Reducer
 from tome_export.reducers.tome import ToMe
 
 
@@ -140,9 +140,9 @@ class Merger:
         self.reducer = reducer or ToMe()
         self.module = module
         self.inputs = inputs or {}
-        self._attended: Attended | None = None
+        self._attended: AttentionInputs | None = None
 
-    def __call__(self, tokens: Tokens, attended: Attended, layer: int) -> Tokens:
+    def __call__(self, tokens: Tokens, attended: AttentionInputs, layer: int) -> Tokens:
         """Called between attention and MLP of every block."""
         self.plan = None
         if self.reducer.behind_block:
@@ -155,7 +155,7 @@ class Merger:
         attended, self._attended = self._attended, None
         return tokens if attended is None else self._reduced(tokens, attended, layer)
 
-    def _reduced(self, tokens: Tokens, attended: Attended, layer: int) -> Tokens:
+    def _reduced(self, tokens: Tokens, attended: AttentionInputs, layer: int) -> Tokens:
         count = tokens.x.shape[1]
         # Fewer tokens than scheduled come when patches are dropped in training.
         r = max(0, min(self.layers[layer].r, self.reducer.limit(count, self.prefix)))
@@ -164,7 +164,7 @@ class Merger:
         size = tokens.size
         if size is None:
             size = tokens.x.new_ones((tokens.x.shape[0], count), dtype=torch.float32)
-        seen = Seen(
+        seen = LayerContext(
             tokens.x,
             size,
             attended,

@@ -13,7 +13,7 @@ from torch.overrides import BaseTorchFunctionMode
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost
 from tome_export.patch.checks import require
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 
 def check_multihead(attn: nn.Module, model_name: str, role: str = "attention") -> None:
@@ -34,7 +34,7 @@ def check_multihead(attn: nn.Module, model_name: str, role: str = "attention") -
 
 def multihead(
     attn: Any, queries: Tensor, context: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Attended]:
+) -> tuple[Tensor, AttentionInputs]:
     """What the class's own ``forward`` computes, with a packed or separate input projection.
 
     ``batch_first`` only says how the class's own ``forward`` takes its inputs.
@@ -63,7 +63,9 @@ def multihead(
     q, k, v = (x.reshape(*x.shape[:2], *heads).transpose(1, 2) for x in (q, k, v))
     dropout = attn.dropout if attn.training else 0.0
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    return attn.out_proj(out.transpose(1, 2).flatten(-2)), Attended(k, q, None, bias, context)
+    return attn.out_proj(out.transpose(1, 2).flatten(-2)), AttentionInputs(
+        k, q, None, bias, context
+    )
 
 
 @contextmanager

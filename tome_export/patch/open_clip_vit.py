@@ -24,7 +24,7 @@ from tome_export.patch.multihead import (
     multihead_block_cost,
     same_arithmetic,
 )
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 from tome_export.spec import PatchGrid
 
 SUPPORTED = "open_clip's VisionTransformer and TimmModel"
@@ -176,7 +176,7 @@ class MergedOpenClip(MergedModel):
         return multihead(pool.attn, queries, pool.ln_k(tokens.x), bias)[0]
 
 
-def _attention(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def _attention(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """Output of, and what was compared by, either block's attention, on ``[B, N, C]``."""
     from open_clip.transformer import CustomResidualAttentionBlock
 
@@ -187,7 +187,7 @@ def _attention(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Atte
     return multihead(block.attn, normed, normed, bias)
 
 
-def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """``open_clip.transformer.Attention``: q/k norm, head scale and inner norm included."""
     packed = functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
@@ -198,7 +198,7 @@ def _custom_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor
     if attn.head_scale is not None:
         out = out * attn.head_scale
     out = attn.ln_inner(out.transpose(1, 2).flatten(-2))
-    return attn.out_drop(attn.out_proj(out)), Attended(k, q, None, bias, x)
+    return attn.out_drop(attn.out_proj(out)), AttentionInputs(k, q, None, bias, x)
 
 
 def _check(model: Any) -> None:

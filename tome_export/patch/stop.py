@@ -23,7 +23,7 @@ from tome_export.patch.clips import ClipMerger
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.multihead import multihead_block_cost, same_arithmetic
 from tome_export.patch.video import MergedVideo
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 SUPPORTED = "STOP's video tower (stop_b32)"
 
@@ -111,7 +111,7 @@ class MergedStop(MergedVideo):
 
     def _attention(
         self, block: Any, tokens: Tokens, shared: Tensor, layer: int
-    ) -> tuple[Tensor, Tensor, Attended]:
+    ) -> tuple[Tensor, Tensor, AttentionInputs]:
         """Attention and its residual, of clips and of global prompts.
 
         Clips see the global prompts and themselves, global prompts everything. Each token is
@@ -151,4 +151,4 @@ class MergedStop(MergedVideo):
         out = attend(q, keys, values, attn_mask=bias).transpose(1, 2).reshape(x.shape)
         own = attend(own_q, every_k, every_v, attn_mask=all_bias).transpose(1, 2)
         own = own.reshape(shared.shape)
-        return x + attn.out_proj(out), shared + attn.out_proj(own), Attended(k)
+        return x + attn.out_proj(out), shared + attn.out_proj(own), AttentionInputs(k)

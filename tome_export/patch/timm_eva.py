@@ -19,7 +19,7 @@ from tome_export.patch.blocks import BlockForward, pointwise_mlps, pointwise_nor
 from tome_export.patch.checks import require
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.timm_vit import MergedVisionTransformer
-from tome_export.reducers.base import Attended
+from tome_export.reducers.base import AttentionInputs
 
 SUPPORTED = "timm's Eva (EVA-02, EVA-CLIP, DINOv3)"
 
@@ -129,7 +129,7 @@ def _post_norm(given: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer:
 
 def _attention(
     attn: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Attended]:
+) -> tuple[Tensor, AttentionInputs]:
     """``EvaAttention`` and ``AttentionRope``: output ``[B, N, C]``, and what was compared."""
     from timm.layers import apply_rot_embed_cat
 
@@ -144,7 +144,7 @@ def _attention(
             return torch.cat([y[:, :, :prefix], patches], dim=2).type_as(v)
 
         q, k = turn(q), turn(k)
-    attended, groups = Attended(k, q, None, bias, x), q.shape[1] // k.shape[1]
+    attended, groups = AttentionInputs(k, q, None, bias, x), q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     dropout = attn.attn_drop.p if attn.training else 0.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tome_export.patch import MergedModel
     from tome_export.patch.merger import Merger, Tokens
     from tome_export.pipeline.tune_images import TuneImages
-    from tome_export.reducers.base import Attended
+    from tome_export.reducers.base import AttentionInputs
     from tome_export.spec import Activation
 
 Right = np.ndarray[Any, np.dtype[np.bool_]]
@@ -202,7 +202,7 @@ class _Leaving:
     def __init__(self, merger: Merger, stops: tuple[threading.Event, ...]) -> None:
         self._merger, self._stops = merger, stops
 
-    def __call__(self, tokens: Tokens, attended: Attended, layer: int) -> Tokens:
+    def __call__(self, tokens: Tokens, attended: AttentionInputs, layer: int) -> Tokens:
         if any(stop.is_set() for stop in self._stops):
             raise _LeftError
         return self._merger(tokens, attended, layer)

@@ -19,7 +19,7 @@ from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.merge.spec import clamp_r
 
 
-class Attended(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What attention compared in one layer.
 
     Attributes:
@@ -38,7 +38,7 @@ class Attended(NamedTuple):
     tokens: Tensor | None = None
 
 
-class Tower(NamedTuple):
+class ModelShape(NamedTuple):
     """What a learned reducer's parameters depend on.
 
     Attributes:
@@ -58,7 +58,7 @@ class Tower(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerContext:
     """The tokens of one layer, as a reducer sees them.
 
     Attributes:
@@ -77,7 +77,7 @@ class Seen:
 
     x: Tensor
     size: Tensor
-    attended: Attended
+    attended: AttentionInputs
     layer: int
     r: int
     prefix: int
@@ -113,7 +113,7 @@ class Seen:
         return logits.softmax(dim=-1).mean(dim=1)[:, 0]
 
 
-def kept_tokens(seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+def kept_tokens(seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
     """The tokens that stay, ``[B, K, C]`` and ``[B, K]``, as they are."""
     return gather_tokens(seen.x, plan.keep), seen.size.gather(1, plan.keep.long())
 
@@ -132,8 +132,8 @@ class Decision(NamedTuple):
     scores: tuple[Tensor, ...] = ()
 
 
-class Place(NamedTuple):
-    """What a plan depends on besides the signals: the plain numbers of ``Seen``.
+class LayerSpec(NamedTuple):
+    """What a plan depends on besides the signals: the plain numbers of ``LayerContext``.
 
     Attributes:
         layer: Index of the block.
@@ -191,7 +191,7 @@ class Reducer(ABC):
         """The most tokens that one layer can remove."""
         return clamp_r(tokens, tokens, prefix)
 
-    def counts(self, tower: Tower) -> Schedule:
+    def counts(self, tower: ModelShape) -> Schedule:
         """The schedule that the options ask for; only of reducers with ``own_counts``.
 
         Raises:
@@ -199,12 +199,12 @@ class Reducer(ABC):
         """
         raise NotImplementedError(f"{self.name} takes its counts from a schedule")
 
-    def layers(self, schedule: Schedule, tower: Tower) -> tuple[LayerTokens, ...]:
+    def layers(self, schedule: Schedule, tower: ModelShape) -> tuple[LayerTokens, ...]:
         """Token counts of every block, no layer removing more than it can."""
         depth, tokens, prefix = tower.depth, tower.tokens, tower.prefix
         return schedule.tokens(depth, tokens, prefix, self.limit, behind_block=self.behind_block)
 
-    def module(self, tower: Tower) -> nn.Module | None:  # noqa: ARG002
+    def module(self, tower: ModelShape) -> nn.Module | None:  # noqa: ARG002
         """The learned part, with its weights; None if there is none.
 
         Raises:
@@ -212,11 +212,11 @@ class Reducer(ABC):
         """
         return None
 
-    def macs(self, layer: LayerTokens, tower: Tower) -> int:  # noqa: ARG002
+    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:  # noqa: ARG002
         """MACs per image of its learned part in one layer; comparing tokens is under 1 %."""
         return 0
 
-    def inputs(self, tower: Tower) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
+    def inputs(self, tower: ModelShape) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
         """Inputs of the model besides the images: shape of each without the batch, float32."""
         return {}
 
@@ -225,10 +225,10 @@ class Reducer(ABC):
         return asdict(self)
 
     @abstractmethod
-    def decide(self, seen: Seen) -> Decision:
+    def decide(self, seen: LayerContext) -> Decision:
         """The plan of one layer."""
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """Carry out a plan: by default the mean weighted by size.
 
         Returns:
@@ -240,11 +240,11 @@ class Reducer(ABC):
 class MatchReducer(Reducer):
     """A reducer by bipartite soft matching: one operator decides, which the plugin can take."""
 
-    def metric(self, seen: Seen) -> Tensor:
+    def metric(self, seen: LayerContext) -> Tensor:
         """What is compared: keys ``[B, H, N, D]`` or a metric ``[B, N, D]``."""
         return seen.attended.keys
 
-    def decide(self, seen: Seen) -> Decision:
+    def decide(self, seen: LayerContext) -> Decision:
         """See ``merge.ops.match``."""
         metric = self.metric(seen)
         return Decision(match(metric, seen.r, seen.prefix, seen.class_token), metric)
@@ -259,19 +259,21 @@ class ScoredReducer(Reducer):
     scored = True
 
     @abstractmethod
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """The numbers that the plan hangs on, each ``[B, ...]`` float32 (float64 for float64)."""
 
     @abstractmethod
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """The plan, by comparisons of signals only: no arithmetic on them.
 
         Ties go to the lowest index. Every token is in ``keep`` or ``src`` exactly once.
         """
 
-    def decide(self, seen: Seen) -> Decision:
+    def decide(self, seen: LayerContext) -> Decision:
         """Signals, then the plan, both marked in exported graphs."""
-        place = Place(seen.layer, seen.r, seen.prefix, seen.class_token, seen.depth, seen.tokens)
+        place = LayerSpec(
+            seen.layer, seen.r, seen.prefix, seen.class_token, seen.depth, seen.tokens
+        )
         found = self.signals(seen)
         marked = tuple(
             mark_signal(torch.where(signal.isfinite(), signal, 0.0).detach(), seen.layer, index)

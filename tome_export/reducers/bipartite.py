@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tome_export.merge.lowering import behind_prefix, by_position, mean_keys, rank, unit_vectors
 from tome_export.merge.plan import MergePlan
-from tome_export.reducers.base import Place, ScoredReducer, Seen
+from tome_export.reducers.base import LayerContext, LayerSpec, ScoredReducer
 
 
-def patch_directions(seen: Seen) -> Tensor:
+def patch_directions(seen: LayerContext) -> Tensor:
     """The mean key over heads of every token behind the prefix, of length 1.
 
     Returns:
@@ -53,13 +53,13 @@ class FixedSets(ScoredReducer):
             r: Tokens to remove, at most the size of A.
         """
 
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """Cosines ``[B, |A|, |B|]``."""
         directions = patch_directions(seen)
         a, b = self._indices(directions, directions.shape[1], seen.layer, seen.r)
         return (directions[:, a] @ directions[:, b].transpose(-1, -2),)
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """Best partner of each, then the best pairs."""
         (cosines,) = signals
         a, b = self._indices(cosines, place.tokens - place.prefix, place.layer, place.r)

@@ -21,10 +21,10 @@ from tome_export.merge.ops import merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.reducers.base import (
-    Place,
+    LayerContext,
+    LayerSpec,
+    ModelShape,
     ScoredReducer,
-    Seen,
-    Tower,
     kept_tokens,
 )
 from tome_export.reducers.ranked import cosines, ranked_plan
@@ -102,7 +102,7 @@ class DiffRate(ScoredReducer):
         """All patches but one."""
         return max(0, tokens - prefix - 1)
 
-    def counts(self, tower: Tower) -> Schedule:
+    def counts(self, tower: ModelShape) -> Schedule:
         """What the counts remove from the tokens of this model."""
         if not self.prune_kept:
             raise InputError(
@@ -117,12 +117,12 @@ class DiffRate(ScoredReducer):
             tokens -= removed[-1]
         return Schedule(per_layer=tuple(removed))
 
-    def layers(self, schedule: Schedule, tower: Tower) -> tuple[LayerTokens, ...]:
+    def layers(self, schedule: Schedule, tower: ModelShape) -> tuple[LayerTokens, ...]:
         """See ``Reducer.layers``."""
         self._check_depth(tower)
         return super().layers(schedule, tower)
 
-    def _check_depth(self, tower: Tower) -> None:
+    def _check_depth(self, tower: ModelShape) -> None:
         if self.prune_kept and len(self.prune_kept) != tower.depth:
             raise InputError(
                 f"reducer diffrate has counts of {len(self.prune_kept)} layers; the model has "
@@ -134,20 +134,20 @@ class DiffRate(ScoredReducer):
         prune_kept = self.prune_kept[layer] if self.prune_kept else tokens
         return r - min(r, max(0, tokens - prune_kept))
 
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """Class attention ``[B, n]``, and where tokens merge cosines ``[B, n, n]``; n = N - P."""
         attention = seen.class_attention[:, seen.prefix :]
         if not self._merging(seen.layer, seen.tokens, seen.r):
             return (attention,)
         return attention, cosines(seen.x[:, seen.prefix :])
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """Rank, cut twice, and find the most similar token that stays."""
         merging = self._merging(place.layer, place.tokens, place.r)
         alike = signals[1] if merging else None
         return ranked_plan(signals[0], place.prefix, place.r, alike, merging)
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The plain mean, and sizes that grow by similarity."""
         if not self._merging(seen.layer, seen.tokens, seen.r):
             return kept_tokens(seen, plan)

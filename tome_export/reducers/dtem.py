@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import LayerTokens
-from tome_export.reducers.base import MatchReducer, Seen, Tower
+from tome_export.reducers.base import LayerContext, MatchReducer, ModelShape
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
 
 _KEY = ".attn.qkv.metric_layer."
@@ -47,7 +47,7 @@ class DTEM(MatchReducer):
             raise InputError(f"features of reducer dtem is {self.features}; expected 1 or more")
         object.__setattr__(self, "weights", absolute(self.weights))
 
-    def module(self, tower: Tower) -> nn.Module:
+    def module(self, tower: ModelShape) -> nn.Module:
         """One linear layer per block.
 
         Raises:
@@ -72,11 +72,11 @@ class DTEM(MatchReducer):
         own = {key: value for key, value in found.items() if key.startswith(blocks)}
         return filled(Metrics(tower, self.features), own, where, self.name)
 
-    def macs(self, layer: LayerTokens, tower: Tower) -> int:
+    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:
         """Of the linear layer."""
         return layer.tokens_in * tower.width * self.features
 
-    def metric(self, seen: Seen) -> Tensor:
+    def metric(self, seen: LayerContext) -> Tensor:
         """``[B, N, features]``."""
         if seen.attended.tokens is None:
             raise InputError(
@@ -91,7 +91,7 @@ class DTEM(MatchReducer):
 class Metrics(nn.Module):
     """The metric layers of all blocks, with the keys of the authors' checkpoints."""
 
-    def __init__(self, tower: Tower, features: int) -> None:
+    def __init__(self, tower: ModelShape, features: int) -> None:
         super().__init__()
 
         def block() -> nn.Module:

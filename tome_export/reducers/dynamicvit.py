@@ -11,7 +11,13 @@ from tome_export.errors import InputError
 from tome_export.merge.lowering import accumulate_dtype
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.reducers.base import Place, ScoredReducer, Seen, Tower, kept_tokens
+from tome_export.reducers.base import (
+    LayerContext,
+    LayerSpec,
+    ModelShape,
+    ScoredReducer,
+    kept_tokens,
+)
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
 from tome_export.reducers.ranked import ranked_plan
 from tome_export.reducers.stages import KEEP, check_rates, stages
@@ -72,7 +78,7 @@ class DynamicViT(ScoredReducer):
         """Blocks behind which tokens go."""
         return tuple(layer - 1 for layer in stages(self.name, self.keep, self.at, depth))
 
-    def counts(self, tower: Tower) -> Schedule:
+    def counts(self, tower: ModelShape) -> Schedule:
         """The shares of the tokens of the first layer, as in the authors' code."""
         initial = tower.tokens - tower.prefix
         rates = stages(self.name, self.keep, self.at, tower.depth).values()
@@ -84,14 +90,14 @@ class DynamicViT(ScoredReducer):
             left = stay
         return Schedule(per_layer=tuple(removed))
 
-    def layers(self, schedule: Schedule, tower: Tower) -> tuple[LayerTokens, ...]:
+    def layers(self, schedule: Schedule, tower: ModelShape) -> tuple[LayerTokens, ...]:
         """See ``Reducer.layers``; a layer without predictor removes nothing."""
         blocks = self._stages(tower.depth)
         wanted = enumerate(schedule.resolve(tower.depth))
         there = tuple(r if layer in blocks else 0 for layer, r in wanted)
         return super().layers(Schedule(per_layer=there), tower)
 
-    def module(self, tower: Tower) -> nn.Module:
+    def module(self, tower: ModelShape) -> nn.Module:
         """One predictor per stage.
 
         Raises:
@@ -118,23 +124,23 @@ class DynamicViT(ScoredReducer):
             )
         return filled(Predictors(tower.width, count), own, where, self.name)
 
-    def macs(self, layer: LayerTokens, tower: Tower) -> int:
+    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:
         """Of the linear layers."""
         c = tower.width
         per_token = c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2
         return (layer.tokens_in - tower.prefix) * per_token
 
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """Log-probability of keeping each token, ``[B, N - P]``."""
         assert isinstance(seen.module, Predictors)  # noqa: S101 (what ``module`` made)
         stage = self._stages(seen.depth).index(seen.layer)
         return (seen.module.score_predictor[stage](seen.x[:, seen.prefix :])[..., 0],)
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """Rank, cut, and put what stays in order of position."""
         return ranked_plan(signals[0], place.prefix, place.r)
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay, as they are."""
         return kept_tokens(seen, plan)
 

@@ -16,7 +16,7 @@ from tome_export.merge.lowering import (
     rank,
 )
 from tome_export.merge.plan import MergePlan
-from tome_export.reducers.base import Place, Seen, kept_tokens
+from tome_export.reducers.base import LayerContext, LayerSpec, kept_tokens
 from tome_export.reducers.stages import AttentiveReducer
 
 
@@ -41,7 +41,7 @@ class EViT(AttentiveReducer):
     source = "EViT: Expediting Vision Transformers via Token Reorganizations, arXiv 2202.07800"
     fused = 1
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """What stays in order of position, then the best of the rest, which takes in the others."""
         order = rank(signals[0])
         left = order.shape[1] - place.r - 1
@@ -50,7 +50,7 @@ class EViT(AttentiveReducer):
         src = (order[:, left + 1 :] + place.prefix).int()
         return MergePlan(keep, src, torch.full_like(src, place.prefix + left))
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay as they are, and the sum of the others weighted by attention."""
         kept, _ = kept_tokens(seen, plan)
         rest = torch.cat([plan.keep[:, -1:], plan.src], dim=1)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tome_export.errors import InputError
 from tome_export.merge.lowering import gather_tokens, rank
 from tome_export.merge.plan import MergePlan
-from tome_export.reducers.base import Place, ScoredReducer, Seen
+from tome_export.reducers.base import LayerContext, LayerSpec, ScoredReducer
 from tome_export.reducers.bipartite import patch_directions, plan_by_position
 
 _NEVER = -2.0
@@ -73,7 +73,7 @@ class PiToMe(ScoredReducer):
         first = layer < math.ceil(depth / 2)
         return self.split == (_FIRST_HALF if first else _LAST_HALF)
 
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """Energies ``[B, M]`` and cosines ``[B, M, M]``."""
         directions = patch_directions(seen)
         cosines = directions @ directions.transpose(-1, -2)
@@ -81,7 +81,7 @@ class PiToMe(ScoredReducer):
         energies = functional.elu(cosines - margin, alpha=self.alpha).mean(dim=-1)
         return energies, cosines
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """Rank by energy, split, and match A with B."""
         energies, cosines = signals
         order = rank(energies)

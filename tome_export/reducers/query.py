@@ -13,7 +13,13 @@ from tome_export.merge.lowering import accumulate_dtype, mean_keys
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens
 from tome_export.merge.spec import NORM_EPS
-from tome_export.reducers.base import Place, ScoredReducer, Seen, Tower, kept_tokens
+from tome_export.reducers.base import (
+    LayerContext,
+    LayerSpec,
+    ModelShape,
+    ScoredReducer,
+    kept_tokens,
+)
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
 from tome_export.reducers.ranked import cosines, ranked_plan
 
@@ -68,7 +74,7 @@ class Query(ScoredReducer):
         """All patches but one."""
         return max(0, tokens - prefix - 1)
 
-    def _width(self, tower: Tower) -> int:
+    def _width(self, tower: ModelShape) -> int:
         if self.weights is None and self.width not in (0, tower.width):
             raise InputError(
                 f"option width of reducer query is {self.width} and the model's tokens are "
@@ -76,11 +82,11 @@ class Query(ScoredReducer):
             )
         return self.width or tower.width
 
-    def inputs(self, tower: Tower) -> Mapping[str, tuple[int, ...]]:
+    def inputs(self, tower: ModelShape) -> Mapping[str, tuple[int, ...]]:
         """The query, ``[B, E]``."""
         return {INPUT: (self._width(tower),)}
 
-    def module(self, tower: Tower) -> nn.Module | None:
+    def module(self, tower: ModelShape) -> nn.Module | None:
         """The projection W.
 
         Raises:
@@ -95,13 +101,13 @@ class Query(ScoredReducer):
         layer = nn.Linear(tower.width, width, bias="bias" in state)
         return filled(layer, state, f"weights file {self.weights}", self.name)
 
-    def macs(self, layer: LayerTokens, tower: Tower) -> int:
+    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:
         """Of the projection."""
         if self.weights is None:
             return 0
         return (layer.tokens_in - tower.prefix) * tower.width * self._width(tower)
 
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """Relevance ``[B, n]``, and to merge the keys' cosines ``[B, n, n]``; n = N - P."""
         tokens = seen.x[:, seen.prefix :]
         projected = tokens if seen.module is None else seen.module(tokens)
@@ -113,11 +119,11 @@ class Query(ScoredReducer):
             return (relevance,)
         return relevance, cosines(mean_keys(seen.attended.keys)[:, seen.prefix :])
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """Rank, cut, and find the most similar token that stays."""
         alike = signals[1] if self.mode == MERGE else None
         return ranked_plan(signals[0], place.prefix, place.r, alike, place.r)
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay, as they are or as means."""
         return kept_tokens(seen, plan) if self.mode == DROP else super().apply(seen, plan)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
-from tome_export.reducers.base import ScoredReducer, Seen, Tower
+from tome_export.reducers.base import LayerContext, ModelShape, ScoredReducer
 
 KEEP = 0.7
 """The keep rate that both EViT (table 1) and DynamicViT (table 1) recommend."""
@@ -91,7 +91,7 @@ class AttentiveReducer(ScoredReducer):
         """One patch stays, beside the one that the others are fused into."""
         return max(0, tokens - prefix - 1 - self.fused)
 
-    def counts(self, tower: Tower) -> Schedule:
+    def counts(self, tower: ModelShape) -> Schedule:
         """``ceil(keep * (N - P))`` of the tokens stay (EViT, section 3.1), and the fused one."""
         removed, tokens = [0] * tower.depth, tower.tokens
         for layer, rate in stages(self.name, self.keep, self.at, tower.depth).items():
@@ -101,6 +101,6 @@ class AttentiveReducer(ScoredReducer):
             tokens -= removed[layer]
         return Schedule(per_layer=tuple(removed))
 
-    def signals(self, seen: Seen) -> tuple[Tensor, ...]:
+    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
         """Class attention ``[B, N - P]``."""
         return (seen.class_attention[:, seen.prefix :],)

@@ -12,7 +12,7 @@ from tome_export.merge.lowering import accumulate_dtype, merged_size, spread
 from tome_export.merge.ops import merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.spec import NORM_EPS
-from tome_export.reducers.base import MatchReducer, Seen, kept_tokens
+from tome_export.reducers.base import LayerContext, MatchReducer, kept_tokens
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ToFu(MatchReducer):
         if not 0 <= self.prune <= 1:
             raise InputError(f"prune of reducer tofu is {self.prune:g}; expected 0 to 1")
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """Prune or MLERP."""
         if seen.layer < self.prune * seen.depth:
             return kept_tokens(seen, plan)[0], merged_size(seen.size, plan)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tome_export.merge.plan import MergePlan
-from tome_export.reducers.base import Place, Seen, kept_tokens
+from tome_export.reducers.base import LayerContext, LayerSpec, kept_tokens
 from tome_export.reducers.ranked import ranked_plan
 from tome_export.reducers.stages import AttentiveReducer
 
@@ -28,10 +28,10 @@ class TopK(AttentiveReducer):
     drops = True
     fused = 0
 
-    def plan(self, signals: tuple[Tensor, ...], place: Place) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
         """Rank, cut, and put what stays in order of position."""
         return ranked_plan(signals[0], place.prefix, place.r)
 
-    def apply(self, seen: Seen, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay, as they are."""
         return kept_tokens(seen, plan)
