@@ -20,8 +20,8 @@ import onnx
 import torch
 
 from benchmarks.harness import paired, percentiles, write_rows
+from tome_export.data.samples import sample_pixels
 from tome_export.models import resolve
-from tome_export.models.samples import sample_pixels
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner

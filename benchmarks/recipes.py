@@ -19,10 +19,10 @@ import onnx
 
 from benchmarks.harness import write_rows
 from tome_export.artifact.parity import ParityReport
+from tome_export.data.samples import sample_pixels
 from tome_export.engine import EngineOptions, select
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
-from tome_export.models.samples import sample_pixels
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.parity.check import check_parity
 from tome_export.patch import patch

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, paired, percentiles, write_rows
+from tome_export.data.samples import digits_test
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
-from tome_export.models.samples import digits_test
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.parity.check import inputs_of
 from tome_export.patch import MergedModel, patch

@@ -43,9 +43,9 @@ from PIL import Image
 
 from benchmarks.harness import write_rows
 from tome_export.artifact import Artifact
+from tome_export.data.preprocess import load_images
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
-from tome_export.models.preprocess import load_images
 from tome_export.models.recipe import DATA
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve

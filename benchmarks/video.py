@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.artifact import Artifact
+from tome_export.data.videos import moving_samples
 from tome_export.merge.schedule import FrameMerging, Schedule, VideoOptions
-from tome_export.models.video import moving_samples
 from tome_export.onnx.files import load
 from tome_export.pipeline import BuildRequest, build
 from tome_export.runtime.inputs import Fed

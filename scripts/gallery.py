@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from tome_export.artifact import Artifact
+from tome_export.data.preprocess import load_images
 from tome_export.inspect.draw import draw
 from tome_export.inspect.groups import (
     LayerGroups,
@@ -31,7 +32,6 @@ from tome_export.inspect.groups import (
 )
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
-from tome_export.models.preprocess import load_images
 from tome_export.models.recipe import DATA
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.inspect import merge_maps

@@ -62,8 +62,8 @@ def entropies(r: int) -> tuple[np.ndarray, float, int, int]:
     """Of vit_digits on its test images: entropy of each, top-1, final tokens and patches."""
     import torch
 
+    from tome_export.data.samples import labelled_samples
     from tome_export.models import resolve
-    from tome_export.models.samples import labelled_samples
     from tome_export.patch import patch
 
     recipe = resolve("vit_digits")

@@ -23,8 +23,8 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tome_export.data.preprocess import pixels_from_image
 from tome_export.models import resolve
-from tome_export.models.preprocess import pixels_from_image
 from tome_export.patch import patch
 
 DATA = Path(__file__).parent.parent / "models" / "data"

@@ -138,7 +138,7 @@ def parity(
 
 
 def _images(graphs: Graphs, count: int) -> np.ndarray[Any, Any]:
-    from tome_export.models.samples import sample_pixels
+    from tome_export.data.samples import sample_pixels
 
     found = sample_pixels(graphs.recipe, min(count, 6))
     return np.ascontiguousarray(np.resize(found, (count, *found.shape[1:])))

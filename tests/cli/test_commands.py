@@ -79,7 +79,7 @@ def test_check_as_json(run, artifact):
 
 
 def test_check_on_the_users_images(run, artifact, tmp_path):
-    from tome_export.models.samples import sample_paths
+    from tome_export.data.samples import sample_paths
 
     (tmp_path / "mine").mkdir()
     for path in sample_paths()[:3]:

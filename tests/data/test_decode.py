@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tome_export.data import preprocess
 from tome_export.data.decode import Task, decoded_chunks, reason_of
+from tome_export.data.preprocess import load_images, pixels_from_bytes
+from tome_export.data.samples import sample_paths
 from tome_export.data.source import Item
 from tome_export.errors import ExportError, InputError
-from tome_export.models import preprocess
-from tome_export.models.preprocess import load_images, pixels_from_bytes
-from tome_export.models.samples import sample_paths
 from tome_export.spec import Preprocessing
 
 TINY = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bilinear")
@@ -118,8 +118,8 @@ def test_processes_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
-        "from tome_export.models import preprocess\n"
-        "from tome_export.models.samples import sample_paths\n"
+        "from tome_export.data import preprocess\n"
+        "from tome_export.data.samples import sample_paths\n"
         "preprocess.read_image(sample_paths()[0])\n"
         "print(preprocess._own.decoder.start()[1].pid, flush=True)\n"
         "time.sleep(600)\n"

@@ -12,9 +12,9 @@ import pytest
 from tests.data import conftest as layouts
 from tome_export.data.find import MOST_NAMES, expand, find_data
 from tome_export.data.images import parity_images
+from tome_export.data.preprocess import find_images
 from tome_export.errors import InputError
 from tome_export.models import resolve
-from tome_export.models.preprocess import find_images
 from tome_export.progress import Silent
 
 

@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tome_export.data.samples import sample_pixels
 from tome_export.models import RECIPES
-from tome_export.models.samples import sample_pixels
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.twin import LEAD, twin_from_model
 from tome_export.parity.check import check_parity, inputs_of

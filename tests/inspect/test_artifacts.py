@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tome_export.artifact import Artifact
+from tome_export.data.samples import digits_test
 from tome_export.engine import EngineOptions
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.plan import source_map
 from tome_export.merge.schedule import Schedule
 from tome_export.models.recipe import DATA
-from tome_export.models.samples import digits_test
 from tome_export.pipeline import BuildRequest, build
 from tome_export.pipeline.inspect import layers_from_text, merge_maps
 from tome_export.pipeline.reference import reference_model

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact import Manifest
+from tome_export.data.preprocess import pixels_from_image
 from tome_export.errors import InputError
 from tome_export.inspect.groups import grid_from_manifest, image_from_pixels
 from tome_export.models import RECIPES
-from tome_export.models.preprocess import pixels_from_image
 from tome_export.pipeline import BuildRequest, build
 from tome_export.spec import PatchGrid
 

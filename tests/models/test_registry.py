@@ -112,7 +112,7 @@ def test_labels_are_loaded_lazily():
 def test_recipes_import_neither_torch_nor_timm_nor_scikit_learn():
     code = (
         "import sys, tome_export.models as m; m.resolve('vit_b16'); "
-        "import tome_export.models.samples, tome_export.models.preprocess; "
+        "import tome_export.data.samples, tome_export.data.preprocess; "
         "bad = {'torch', 'timm', 'sklearn', 'skimage'} & set(sys.modules); "
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights, get_weight
 
+from tome_export.data.preprocess import pixels_from_image
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, hub, resolve
-from tome_export.models.preprocess import pixels_from_image
 from tome_export.models.torchvision_models import (
     TORCHVISION,
     TorchvisionLoader,

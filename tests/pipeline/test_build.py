@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.manifest import Tensor
+from tome_export.data.samples import sample_pixels
 from tome_export.engine import EngineOptions
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
 from tome_export.models.recipe import DATA
-from tome_export.models.samples import sample_pixels
 from tome_export.patch import patch
 from tome_export.pipeline import (
     BuildRequest,

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
+from tome_export.data.samples import sample_pixels
 from tome_export.merge.schedule import Schedule
-from tome_export.models.samples import sample_pixels
 from tome_export.pipeline import BuildRequest, CheckRequest, build, check
 from tome_export.pipeline.reference import reference_model
 from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve

@@ -9,8 +9,8 @@ import pytest
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.manifest import Tensor, read_manifest
+from tome_export.data.preprocess import find_images
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.models.preprocess import find_images
 from tome_export.models.recipe import DATA
 from tome_export.pipeline.bench import BenchRequest, bench
 from tome_export.pipeline.build import BuildRequest, build
@@ -116,7 +116,7 @@ def test_a_server_answers_to_image_and_query(artifact, vector, tmp_path):
         with pytest.raises(UsageError, match=r"the model takes query \[24\] with every image"):
             query(QueryRequest(url, (DIGIT,)))
     model, recipe = reference_model(Artifact.open(artifact.path))
-    from tome_export.models.preprocess import load_images
+    from tome_export.data.preprocess import load_images
 
     pixels = load_images(find_images(DIGIT), recipe.preprocessing)
     given = inputs_from_file({"query": (24,)}, vector, 1)

@@ -61,7 +61,7 @@ def test_one_logit_from_build_to_serve(tmp_path, function, images, monkeypatch):
     assert manifest.form.note == "the model has a head of 1 output"
     found = evaluate(EvalRequest(artifact.path, (str(images),), against=("unmerged",))).evaluation
     model = small_vit(depth=2, num_classes=1)
-    from tome_export.models.preprocess import load_images
+    from tome_export.data.preprocess import load_images
 
     paths = sorted(images.rglob("*.png"))
     with torch.no_grad():

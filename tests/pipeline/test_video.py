@@ -16,10 +16,10 @@ from video_reference import stop as stop_reference
 from video_towers import MERGING, clip4clip, groups, schedule, stop, videos
 
 from tome_export.artifact import Artifact
+from tome_export.data.videos import load_videos, moving_samples
 from tome_export.errors import InputError
 from tome_export.merge.plan import Across
 from tome_export.merge.schedule import Schedule, VideoOptions
-from tome_export.models.video import load_videos, moving_samples
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.files import load
 from tome_export.onnx.plugin import merging_of

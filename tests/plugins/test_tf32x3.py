@@ -166,8 +166,8 @@ def test_one_product_is_not(make, width):
 @pytest.fixture(scope="module")
 def digit_metrics():
     """Mean keys ``[N, D]`` of four images in every merging layer of the trained digits model."""
+    from tome_export.data.samples import digits_test
     from tome_export.models import RECIPES
-    from tome_export.models.samples import digits_test
     from tome_export.parity.reference import run_reference
     from tome_export.patch import patch
 

@@ -58,7 +58,7 @@ def test_it_opens_without_an_error_or_a_request(look, page):
 
 @pytest.mark.parametrize("layer", [0, 3, 5])
 def test_the_slider_draws_what_inspect_draws(look, page, full, layer):
-    from tome_export.models.samples import digits_test
+    from tome_export.data.samples import digits_test
 
     opened = drawn(look(page))
     opened.evaluate(SLIDE, layer + 1)

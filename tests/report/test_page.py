@@ -13,8 +13,8 @@ from PIL import Image
 from tome_export.artifact import Artifact
 from tome_export.artifact.document import Part
 from tome_export.artifact.manifest import FileRecord
+from tome_export.data.samples import sample_paths
 from tome_export.inspect.groups import MergeMap, Plans, groups_by_layer, layers_from_positions
-from tome_export.models.samples import sample_paths
 from tome_export.pipeline.report import MOST_PICTURES, ReportRequest, report
 from tome_export.report.origin import commands
 from tome_export.report.page import MOST_BYTES, Content, render

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact import Artifact
+from tome_export.data.pixels import pixels_from_bytes
 from tome_export.errors import InputError, UsageError
-from tome_export.models.pixels import pixels_from_bytes
 from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.serve.client import connect
 from tome_export.serve.config import ServeOptions, folders_from_source

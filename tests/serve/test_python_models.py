@@ -17,11 +17,12 @@ from PIL import Image
 from timm.data import create_transform
 from video_files import write_video
 
-from tome_export.models import RECIPES, decoder
-from tome_export.models import pixels as pixels_module
-from tome_export.models.pixels import BadImageError, pixels_from_bytes, pixels_from_image
-from tome_export.models.preprocess import load_images
-from tome_export.models.samples import sample_paths
+from tome_export.data import decoder
+from tome_export.data import pixels as pixels_module
+from tome_export.data.pixels import BadImageError, pixels_from_bytes, pixels_from_image
+from tome_export.data.preprocess import load_images
+from tome_export.data.samples import sample_paths
+from tome_export.models import RECIPES
 from tome_export.serve.python_models import postprocess, preprocess, router
 from tome_export.spec import Preprocessing
 from tome_export.video import frames

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tome_export.data.folders import some, suffix
 from tome_export.data.labels import Classes
 from tome_export.data.source import Source, printable, samples_source
 from tome_export.errors import InputError, UsageError
-from tome_export.models.folders import some, suffix
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
@@ -55,7 +55,7 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
         UsageError: if labels are given for shards, which hold their own.
     """
     from tome_export.data.formats import folder_source, parquet_source, tar_source
-    from tome_export.models.preprocess import IMAGE_SUFFIXES
+    from tome_export.data.preprocess import IMAGE_SUFFIXES
 
     text = printable(", ".join(data))
     paths = [path for given in data for path in expand(given)]
@@ -111,7 +111,7 @@ def _place(path: Path) -> tuple[int, int]:
 
 def labelled_source(recipe: Recipe) -> Source | None:
     """The labelled images that come with a recipe; None if there are none."""
-    from tome_export.models.samples import labelled_samples
+    from tome_export.data.samples import labelled_samples
 
     found = labelled_samples(recipe)
     return None if found is None else samples_source(found[0], found[1].astype(np.int32))

@@ -23,10 +23,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tome_export.data.folders import some, suffix, walk
 from tome_export.data.labels import Classes, class_folders, labels_from_file, numbered_classes
 from tome_export.data.source import Source, printable, stamp
 from tome_export.errors import InputError
-from tome_export.models.folders import some, suffix, walk
 
 LABEL_MEMBERS = (".cls", ".json", ".txt")
 """Members of a tar file that may hold a label; the first that a sample has is its label."""

@@ -55,7 +55,7 @@ def parity_images(
         InputError: if there is no image or video, or one cannot be read.
         MissingComponentError: if videos are given, and what decodes them is not installed.
     """
-    from tome_export.models.samples import sample_pixels
+    from tome_export.data.samples import sample_pixels
 
     channels, height, width = input_size[-3:]
     preprocessing = replace(recipe.preprocessing, input_size=(channels, height, width))
@@ -69,7 +69,7 @@ def parity_images(
 
 def _items(place: Path, most: int, progress: Progress) -> list[Item]:
     """The first images of a folder or of shards; a single image file stands for itself."""
-    from tome_export.models.preprocess import find_images
+    from tome_export.data.preprocess import find_images
 
     if place.is_dir() or place.suffix.lower() in SHARDS:
         source = find_data((str(place),), None)
@@ -84,7 +84,7 @@ def _items(place: Path, most: int, progress: Progress) -> list[Item]:
 
 
 def _pixels(item: Item, preprocessing: Preprocessing) -> Array:
-    from tome_export.models.preprocess import pixels_from_bytes
+    from tome_export.data.preprocess import pixels_from_bytes
 
     try:
         data = item.load()
@@ -105,8 +105,8 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
         InputError: naming the file, if one cannot be used.
         MissingComponentError: if what decodes videos is not installed.
     """
-    from tome_export.models.preprocess import load_images
-    from tome_export.models.video import load_videos
+    from tome_export.data.preprocess import load_images
+    from tome_export.data.videos import load_videos
 
     if manifest.video is not None and manifest.video.frames is not None:
         return load_videos(paths, manifest.preprocessing, manifest.video.frames)
@@ -114,7 +114,7 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
 
 
 def _videos(preprocessing: Preprocessing, frames: int, folder: Path | None, count: int) -> Array:
-    from tome_export.models.video import find_videos, load_videos, moving_samples
+    from tome_export.data.videos import find_videos, load_videos, moving_samples
 
     if folder is None:
         return moving_samples(preprocessing, count, frames)
@@ -129,7 +129,7 @@ def image_names(folder: Path | None, count: int, *, videos: bool = False) -> lis
         count: Images that it gave.
         videos: Whether they are videos.
     """
-    from tome_export.models.video import find_videos
+    from tome_export.data.videos import find_videos
 
     if folder is None:
         return [f"sample {index}" for index in range(count)]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from tome_export.data.folders import some
 from tome_export.data.source import printable
 from tome_export.errors import InputError
-from tome_export.models.folders import some
 
 FIX = "or give every image's class with --labels"
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_export.data.decoder import DecodeError, check_size
 from tome_export.errors import InputError
-from tome_export.models.decoder import DecodeError, check_size
 
 if TYPE_CHECKING:
     from datasets import Dataset

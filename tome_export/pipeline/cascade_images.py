@@ -79,7 +79,7 @@ def observed(
         InputError: if no image can be read, or the members share no batch size.
         ExportError: if a member fails.
     """
-    from tome_export.models.preprocess import pixels_from_bytes
+    from tome_export.data.preprocess import pixels_from_bytes
 
     chosen = selection(len(source), limit or LIMIT)
     preprocessing = spec.members[0].manifest.preprocessing

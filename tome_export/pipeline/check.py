@@ -133,7 +133,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     """
     check_entropy_option(request.min_entropy)
     _check_names(request.backends)
-    from tome_export.models.samples import labelled_samples
+    from tome_export.data.samples import labelled_samples
     from tome_export.onnx.files import load
     from tome_export.parity.check import check_parity
 

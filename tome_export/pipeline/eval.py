@@ -306,7 +306,7 @@ class _Work:
     def _records(self, classifier: Classifier, table: Table) -> Iterator[Iterator[Record]]:
         """Records as they come; closed at once when the block ends, also by an interrupt."""
         from tome_export.bench.environment import cores
-        from tome_export.models.preprocess import pixels_from_bytes
+        from tome_export.data.preprocess import pixels_from_bytes
 
         decode: Decode = partial(
             pixels_from_bytes, preprocessing=self.artifact.manifest.preprocessing

@@ -158,9 +158,9 @@ def _frames(client: Client, model: str) -> int:
 
 def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tuple[Path, bytes]]:
     """The files to send: those named, and those of the model's kind in folders."""
-    from tome_export.models.pixels import SERVED_FORMATS
-    from tome_export.models.preprocess import find_images, read_image
-    from tome_export.models.video import find_videos, read_frames
+    from tome_export.data.pixels import SERVED_FORMATS
+    from tome_export.data.preprocess import find_images, read_image
+    from tome_export.data.videos import find_videos, read_frames
 
     find = find_videos if kind == VIDEO else find_images
     paths = [path for place in given for path in find(place)]
@@ -178,7 +178,7 @@ def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tup
 
 def _check_kind(model: str, kind: str, paths: Sequence[Path]) -> None:
     """Refuse images for a model of videos, and the other way round."""
-    from tome_export.models.video import is_video
+    from tome_export.data.videos import is_video
 
     wrong = next((path for path in paths if is_video(path) != (kind == VIDEO)), None)
     if wrong is not None:

@@ -200,9 +200,9 @@ def _samples(
     Raises:
         UsageError: if more are asked for than there are.
     """
-    from tome_export.models.preprocess import load_images
-    from tome_export.models.samples import digits_test, sample_paths
-    from tome_export.models.video import moving_samples
+    from tome_export.data.preprocess import load_images
+    from tome_export.data.samples import digits_test, sample_paths
+    from tome_export.data.videos import moving_samples
 
     if manifest.model.name == "vit_digits":
         digits, labels = digits_test()

@@ -152,7 +152,7 @@ def tune_images(
 
 
 def _source(recipe: Recipe, classes: Classes, data: tuple[str, ...], labels: Path | None) -> Source:
-    from tome_export.models.samples import MAX_PHOTOGRAPH_PIXELS, sample_pixels
+    from tome_export.data.samples import MAX_PHOTOGRAPH_PIXELS, sample_pixels
 
     if data != (SAMPLES,):
         return find_data(data, classes, labels)
@@ -172,7 +172,7 @@ def _read(
     until: float,
 ) -> tuple[NDArray[np.float32], list[int], int, str]:
     """Images until there are enough: pixels, places in the source, unreadable, a reason."""
-    from tome_export.models.preprocess import pixels_from_bytes
+    from tome_export.data.preprocess import pixels_from_bytes
 
     decode = partial(pixels_from_bytes, preprocessing=recipe.preprocessing)
     shape = recipe.preprocessing.input_size

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tome_export.data import decoder, pixels
 from tome_export.errors import InputError
-from tome_export.models import decoder, pixels
 from tome_export.serve.client import IMAGE, PIPELINE, VIDEO
 from tome_export.serve.config import (
     KEPT_VERSIONS,

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.errors import InputError
-from tome_export.models.folders import find_files
-from tome_export.models.preprocess import (
+from tome_export.data.folders import find_files
+from tome_export.data.preprocess import (
     check_channels,
     check_file,
     decoded,
     pixels_from_image,
     read_image,
 )
-from tome_export.models.samples import sample_paths
+from tome_export.data.samples import sample_paths
+from tome_export.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

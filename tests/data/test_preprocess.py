@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
+from tome_export.data.preprocess import find_images, load_images, pixels_from_image, read_image
+from tome_export.data.samples import sample_paths
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
-from tome_export.models.preprocess import find_images, load_images, pixels_from_image, read_image
-from tome_export.models.samples import sample_paths
 from tome_export.spec import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

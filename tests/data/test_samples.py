@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tome_export.data.samples import digits_test, sample_paths, sample_pixels
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
 from tome_export.models.recipe import DATA
-from tome_export.models.samples import digits_test, sample_paths, sample_pixels
 from tome_export.patch import patch
 
 

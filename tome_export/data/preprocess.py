@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.models import pixels
-from tome_export.models.decoder import (
+from tome_export.data import pixels
+from tome_export.data.decoder import (
     DecodeError,
     Decoder,
     NoDecoderError,
     NoProcessError,
     check_size,
 )
-from tome_export.models.folders import find_files
-from tome_export.models.pixels import BadImageError
+from tome_export.data.folders import find_files
+from tome_export.data.pixels import BadImageError
+from tome_export.errors import ExportError, InputError, MissingComponentError
 from tome_export.video import frames
 
 if TYPE_CHECKING:

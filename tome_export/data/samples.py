@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tome_export.data.preprocess import load_images, pixels_from_image
 from tome_export.errors import InputError
-from tome_export.models.preprocess import load_images, pixels_from_image
 from tome_export.models.recipe import DATA
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from video_files import grey, write_video
 
+from tome_export.data import preprocess
+from tome_export.data.videos import find_videos, load_videos, moving_samples, read_frames
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models import preprocess
-from tome_export.models.video import find_videos, load_videos, moving_samples, read_frames
 from tome_export.spec import Preprocessing
 from tome_export.video.frames import BadVideoError, _upright, frames_of, sampled
 

@@ -27,13 +27,13 @@ from image_bombs import (
 )
 from PIL import Image, features
 
+from tome_export.data import decoder as decoding
+from tome_export.data import pixels as pixels_module
+from tome_export.data.decoder import DecodeError, Decoder
+from tome_export.data.pixels import FORMATS, MAX_SCANS, SERVED_FORMATS, scans
+from tome_export.data.preprocess import load_images, read_image
+from tome_export.data.samples import sample_paths
 from tome_export.errors import InputError
-from tome_export.models import decoder as decoding
-from tome_export.models import pixels as pixels_module
-from tome_export.models.decoder import DecodeError, Decoder
-from tome_export.models.pixels import FORMATS, MAX_SCANS, SERVED_FORMATS, scans
-from tome_export.models.preprocess import load_images, read_image
-from tome_export.models.samples import sample_paths
 from tome_export.spec import Preprocessing
 
 TINY = {
