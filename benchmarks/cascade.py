@@ -36,14 +36,14 @@ from PIL import Image
 
 from benchmarks.harness import write_rows
 from tome_export.artifact.cascade import PolicyName
+from tome_export.build import BuildRequest, build
+from tome_export.cascade.main import CascadeRequest, cascade
 from tome_export.data.samples import digits_test
-from tome_export.evaluation.metrics import share_of
+from tome_export.evaluate.metrics import share_of
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.recipe import DATA
 from tome_export.patch import patch
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.cascade import CascadeRequest, cascade
 from tome_export.serve.cascades import CASCADE
 from tome_export.serve.client import connect
 from tome_export.serve.config import CPU

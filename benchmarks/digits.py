@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import write_rows
+from tome_export.build import BuildRequest, build
 from tome_export.data.find import SAMPLES
+from tome_export.evaluate.main import EvalRequest, evaluate
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.eval import EvalRequest, evaluate
 
 MODEL, R = "vit_digits", 8
 SCHEDULES = (0, 2, 4, 8, 16, 24)

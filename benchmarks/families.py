@@ -28,13 +28,13 @@ from benchmarks.family_models import FAMILIES, Family
 from benchmarks.harness import write_rows
 from tome_export.artifact import Artifact
 from tome_export.artifact.parity import PARITY, ParityFile
+from tome_export.build import BuildRequest, build
 from tome_export.data.images import parity_images
 from tome_export.merge import reference
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.reference import reference_model, rescheduled
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.runtime.ort import OrtRunner
+from tome_export.runtime.reference import reference_model, rescheduled
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.spec import INPUT_NAME
 
 IMAGES = 4

@@ -27,7 +27,7 @@ from tome_export.data.samples import digits_test
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
 from tome_export.onnx.export import ExportOptions, onnx_from_model
-from tome_export.parity.check import inputs_of
+from tome_export.parity.compare import inputs_of
 from tome_export.patch import MergedModel, patch
 from tome_export.reducers import REDUCERS
 from tome_export.reducers.base import Reducer

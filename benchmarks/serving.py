@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import write_rows
 from benchmarks.perf_analyzer import Load, PerfAnalyzer
+from tome_export.build import BuildRequest, build
 from tome_export.data.samples import sample_pixels
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve.config import CPU
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.server import RunningServer, start
 from tome_export.spec import BatchRange
 

@@ -43,14 +43,14 @@ from PIL import Image
 
 from benchmarks.harness import write_rows
 from tome_export.artifact import Artifact
+from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models.recipe import DATA
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve.client import PIPELINE, Client, connect
 from tome_export.serve.config import CPU
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.pipeline_models import TOP_K
 from tome_export.serve.probe import stub_states
 from tome_export.serve.server import RunningServer, start

@@ -62,7 +62,7 @@ def _numbers(context: Any, param: Any, values: tuple[str, ...]) -> tuple[int, ..
 def command(terminal: Terminal, /, artifact: Path, **options: Any) -> None:
     """Measure latency, throughput and memory of ARTIFACT beside another model, in turn."""
     with working(terminal) as progress:
-        from tome_export.pipeline.bench import BenchRequest, bench
+        from tome_export.bench.main import BenchRequest, bench
 
         result = bench(BenchRequest(artifact, **options), progress)
     found, manifest = result.bench, result.artifact.manifest

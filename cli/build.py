@@ -46,7 +46,7 @@ def command(terminal: Terminal, /, model: str, **given: Any) -> None:
     if given["no_check"] and given["images"] is not None:
         raise click.UsageError("--images are for the check that --no-check omits; give one")
     with working(terminal) as progress:
-        from tome_export.pipeline import build
+        from tome_export.build import build
 
         artifact = build(build_request(model, precision, given), progress)
     manifest = artifact.manifest

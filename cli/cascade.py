@@ -103,7 +103,7 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) ->
     """
     name = the_target(given, "target_macs", "min_accuracy")
     with working(terminal) as progress:
-        from tome_export.pipeline.cascade import CascadeRequest, cascade
+        from tome_export.cascade.main import CascadeRequest, cascade
 
         goal = goal_from_option(name, given[name])
         kept = {k: v for k, v in given.items() if k not in ("target_macs", "min_accuracy")}

@@ -16,7 +16,7 @@ from tome_export.cli.text import model_lines, parity_lines
 from tome_export.runtime.registry import BACKENDS, TORCH
 
 if TYPE_CHECKING:
-    from tome_export.pipeline.check import CheckResult, EntropyResult
+    from tome_export.parity.main import CheckResult, EntropyResult
 
 UNDER = 10
 """Most images that are listed as merged too much."""
@@ -46,9 +46,8 @@ UNDER = 10
 def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
     """Check that ARTIFACT computes what PyTorch computes with the same weights."""
     with working(terminal) as progress:
-        from tome_export.pipeline import CheckRequest, check
-        from tome_export.pipeline.build import ParityFailedError
-        from tome_export.pipeline.check import OverMergedError
+        from tome_export.build.main import ParityFailedError
+        from tome_export.parity.main import CheckRequest, OverMergedError, check
 
         result = check(CheckRequest(artifact, **given), progress)
     manifest = result.artifact.manifest

@@ -17,7 +17,7 @@ from tome_export.cli.progress import working
 def command(terminal: Terminal) -> None:
     """Say what this machine can do, and what to install for the rest."""
     with working(terminal) as progress:
-        from tome_export.pipeline.doctor import survey
+        from tome_export.doctor import survey
 
         findings = survey(progress)
     rows = [(f.name, "yes" if f.ok else "no", f.found) for f in findings]

@@ -33,7 +33,7 @@ def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
     Needs no PyTorch: run it on the machine whose GPU will run the engine.
     """
     with working(terminal) as progress:
-        from tome_export.pipeline import EngineRequest, add_engine
+        from tome_export.build.engine import EngineRequest, add_engine
 
         options = engine_options_of(given)
         request = EngineRequest(artifact, given["engine"], options, given["batch"])

@@ -92,7 +92,7 @@ def command(terminal: Terminal, /, **options: Any) -> None:
     """Measure the accuracy of ARTIFACT; go on where the same command was interrupted."""
     artifact: Path = options.pop("artifact")
     with working(terminal) as progress:
-        from tome_export.pipeline.eval import EvalRequest, evaluate
+        from tome_export.evaluate.main import EvalRequest, evaluate
 
         result = evaluate(EvalRequest(artifact, **options), progress)
     manifest = result.artifact.manifest

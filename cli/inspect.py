@@ -13,7 +13,7 @@ from tome_export.cli.progress import working
 from tome_export.cli.text import warning_lines
 
 if TYPE_CHECKING:
-    from tome_export.pipeline.inspect import InspectResult
+    from tome_export.visualize.main import InspectResult
 
 
 @click.command("inspect", short_help="Draw which patches became one token.")
@@ -40,7 +40,7 @@ def command(
     patches in several of them.
     """
     with working(terminal) as progress:
-        from tome_export.pipeline.inspect import InspectRequest, inspect
+        from tome_export.visualize.main import InspectRequest, inspect
 
         options["format"] = options.pop("form")
         result = inspect(InspectRequest(artifact, images, **options), progress)

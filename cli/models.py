@@ -12,7 +12,7 @@ from tome_export.cli.output import Terminal, fields, macs, table
 from tome_export.cli.progress import working
 
 if TYPE_CHECKING:
-    from tome_export.pipeline.catalog import ModelDetails, ModelRow
+    from tome_export.models.catalog import ModelDetails, ModelRow
 
 HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "family")
 
@@ -27,7 +27,7 @@ def command(terminal: Terminal, name: str | None) -> None:
     r is the recommended number of tokens to merge per layer, MACs ratio what it saves.
     """
     with working(terminal):
-        from tome_export.pipeline.catalog import catalog, details
+        from tome_export.models.catalog import catalog, details
 
         found = details(name) if name else None
         models = [] if name else catalog()

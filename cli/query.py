@@ -12,7 +12,7 @@ from tome_export.cli.output import Terminal, table
 from tome_export.cli.progress import working
 
 if TYPE_CHECKING:
-    from tome_export.pipeline.query import ImageAnswer
+    from tome_export.serve.query import ImageAnswer
 
 
 @click.command("query", short_help="Ask a running server about images.")
@@ -43,7 +43,7 @@ def command(terminal: Terminal, /, url: str, images: tuple[Path, ...], **given: 
     artifacts served together have a router, which --r or --max-ms tells how much to merge.
     """
     with working(terminal) as progress:
-        from tome_export.pipeline.query import QueryRequest, query
+        from tome_export.serve.query import QueryRequest, query
 
         result = query(QueryRequest(url, images, **given), progress)
     values = {

@@ -13,7 +13,7 @@ from tome_export.cli.progress import working
 from tome_export.cli.text import warning_lines
 
 if TYPE_CHECKING:
-    from tome_export.pipeline.report import ReportResult
+    from tome_export.report.main import ReportResult
 
 
 @click.command("report", short_help="Write one HTML page with all that was found.")
@@ -49,7 +49,7 @@ def command(
     tokens it was merged to, layer by layer.
     """
     with working(terminal) as progress:
-        from tome_export.pipeline.report import ReportRequest, report
+        from tome_export.report.main import ReportRequest, report
 
         done = report(ReportRequest(artifact, images, output, samples), progress)
     terminal.result(done.to_dict(), _lines(done))

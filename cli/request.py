@@ -15,8 +15,8 @@ from tome_export.reducers import DEFAULT, reducer_class
 from tome_export.spec import PRECISIONS, Precision, TowerOptions
 
 if TYPE_CHECKING:
+    from tome_export.build import BuildRequest
     from tome_export.engine import EngineOptions
-    from tome_export.pipeline import BuildRequest
 
 __all__ = ["build_request", "engine_options_of", "precision_of"]
 
@@ -54,7 +54,7 @@ def build_request(model: str, precision: Precision, given: dict[str, Any]) -> Bu
     Raises:
         InputError: if the schedule is not one, or the model unknown.
     """
-    from tome_export.pipeline import BuildRequest
+    from tome_export.build import BuildRequest
 
     tower = TowerOptions(**{field.name: given[field.name] for field in fields(TowerOptions)})
     file = _schedule_file(given["schedule"])
@@ -139,7 +139,7 @@ def _schedule_file(text: str | None) -> Path | None:
 def _schedule(
     model: str, r: int | None, text: str | None, file: Path | None, tower: TowerOptions
 ) -> Schedule:
-    from tome_export.pipeline.catalog import recommended_r
+    from tome_export.models.catalog import recommended_r
 
     if file is not None:
         from tome_export.artifact.schedule import ScheduleFile

@@ -20,7 +20,7 @@ from tome_export.cli.signals import Interrupted
 from tome_export.cli.text import RANDOM, STAND_IN
 
 if TYPE_CHECKING:
-    from tome_export.pipeline.serve import ServeRequest, ServeResult
+    from tome_export.serve.main import ServeRequest, ServeResult
     from tome_export.serve.server import RunRequest
 
 Options = TypeVar("Options")
@@ -137,7 +137,7 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) ->
     SIGTERM, and the exit code is then 0.
     """
     with working(terminal) as progress:
-        from tome_export.pipeline.serve import serve
+        from tome_export.serve.main import serve
         from tome_export.serve.server import RunRequest
 
         # Before anything is written.
@@ -158,7 +158,7 @@ def _from_options(kind: Callable[..., Options], given: dict[str, Any]) -> Option
 
 
 def _request(artifacts: tuple[Path, ...], given: dict[str, Any]) -> ServeRequest:
-    from tome_export.pipeline.serve import KServeOptions, ServeOptions, ServeRequest
+    from tome_export.serve.main import KServeOptions, ServeOptions, ServeRequest
 
     if given["storage_uri"] is not None and given["kserve"] is None:
         raise click.UsageError("--storage-uri is for the manifest of --kserve FILE; give both")

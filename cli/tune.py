@@ -91,7 +91,7 @@ def command(terminal: Terminal, /, model: str, output: Path, **given: Any) -> No
     asked = the_target(given, "target_latency_ms", "target_macs", "min_accuracy")
     precision = precision_of(given)
     with working(terminal) as progress:
-        from tome_export.pipeline.tune import TuneRequest, tune
+        from tome_export.tune.main import TuneRequest, tune
 
         more: dict[str, Any] = {name: given[name] for name in (*KEPT, "reducer_options")}
         if given["data"]:

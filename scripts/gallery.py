@@ -22,20 +22,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from tome_export.artifact import Artifact
+from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
-from tome_export.inspect.draw import draw
-from tome_export.inspect.groups import (
+from tome_export.merge.schedule import Schedule
+from tome_export.models import RECIPES
+from tome_export.models.recipe import DATA
+from tome_export.spec import PatchGrid
+from tome_export.visualize.draw import draw
+from tome_export.visualize.groups import (
     LayerGroups,
     MergeMap,
     grid_from_manifest,
     image_from_pixels,
 )
-from tome_export.merge.schedule import Schedule
-from tome_export.models import RECIPES
-from tome_export.models.recipe import DATA
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.inspect import merge_maps
-from tome_export.spec import PatchGrid
+from tome_export.visualize.main import merge_maps
 
 ROOT = Path(__file__).parents[1]
 GALLERY = ROOT / "docs" / "gallery"

@@ -184,8 +184,8 @@ def make_tower() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def digit_members(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Artifacts of vit_digits by r, for cascades: 32, 16 and 8; not to be changed."""
+    from tome_export.build import BuildRequest, build
     from tome_export.merge.schedule import Schedule
-    from tome_export.pipeline import BuildRequest, build
 
     folder = tmp_path_factory.mktemp("members")
     options = {"engine": "none", "check": False}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tome_export.build import BuildRequest, build
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline import BuildRequest, build
 
 ROOT = Path(__file__).parents[1]
 STALE = "docs/gallery is stale; run `python scripts/gallery.py`"

@@ -14,7 +14,7 @@ from tome_export.data.samples import sample_pixels
 from tome_export.engine import EngineOptions, select
 from tome_export.models import resolve
 from tome_export.onnx.export import ExportOptions, onnx_from_model
-from tome_export.parity.check import check_parity
+from tome_export.parity.compare import check_parity
 from tome_export.patch import patch
 from tome_export.spec import BatchRange, Precision
 

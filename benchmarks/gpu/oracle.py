@@ -15,7 +15,7 @@ from torch import Tensor
 from tome_export.merge import ops, reference
 from tome_export.merge.lowering import merge_index_add
 from tome_export.merge.plan import MergePlan
-from tome_export.parity.check import fp32_score_bound
+from tome_export.parity.compare import fp32_score_bound
 from tome_export.parity.decisions import Plan, disagreements
 
 Content = Literal["normal", "duplicates", "one-hot", "not finite", "huge"]

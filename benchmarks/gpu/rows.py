@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tome_export.bench import environment as machine
+from tome_export.runtime import environment as machine
 
 Row = dict[str, Any]
 _MARK = "row: "

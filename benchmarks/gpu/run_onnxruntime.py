@@ -124,7 +124,7 @@ def parity(
     tf32: bool,
 ) -> ParityReport:
     """The project's own check against PyTorch."""
-    from tome_export.parity.check import check_parity
+    from tome_export.parity.compare import check_parity
 
     return check_parity(
         graphs.model(r),

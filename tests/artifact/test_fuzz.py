@@ -26,9 +26,9 @@ from tome_export.artifact.manifest import Manifest
 from tome_export.artifact.parity import Comparison, LayerParity, OutputParity, ParityFile
 from tome_export.artifact.schedule import ScheduleFile, TunedSchedule, read_search
 from tome_export.errors import TomeExportError
-from tome_export.evaluation.journal import Journal
-from tome_export.evaluation.records import Record
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
+from tome_export.evaluate.journal import Journal
+from tome_export.evaluate.records import Record
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.routers import RouteList
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)

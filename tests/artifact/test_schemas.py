@@ -13,8 +13,8 @@ from results import REPORTS
 from tome_export.artifact.bench import Bench
 from tome_export.artifact.evaluation import Evaluation
 from tome_export.artifact.schedule import read_search
+from tome_export.build import BuildRequest, build
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline import BuildRequest, build
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "docs" / "schemas"

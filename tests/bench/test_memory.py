@@ -9,8 +9,8 @@ import zlib
 
 import pytest
 
-from tome_export.bench.environment import environment, nvidia_smi
 from tome_export.bench.memory import forget_peak, measure, resident_bytes
+from tome_export.runtime.environment import environment, nvidia_smi
 
 BLOCK = 64 << 20
 ENOUGH = """

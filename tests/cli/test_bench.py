@@ -17,7 +17,7 @@ QUICK = ("--rounds", "2", "--warmup", "0")
 @pytest.fixture(scope="module")
 def measured(built, tmp_path_factory):
     """A measured copy of ``built``, and its result; any profile is called slow."""
-    from tome_export.pipeline import bench
+    from tome_export.bench import main as bench
 
     path = shutil.copytree(built, tmp_path_factory.mktemp("measured") / "artifact")
     with pytest.MonkeyPatch.context() as patch:
@@ -191,7 +191,7 @@ def test_images_that_no_photograph_gives(built):
     """A model of two channels is timed on noise; one that samples fit, on those, repeated."""
     import numpy as np
 
-    from tome_export.pipeline.bench import bench_images
+    from tome_export.bench.main import bench_images
 
     manifest = Artifact.open(built).manifest
     samples, kind = bench_images(manifest, 26)

@@ -201,7 +201,7 @@ def test_a_late_failure_costs_no_work_and_what_was_unreadable_is_read_again(
 
 def test_one_process_per_core_that_may_be_used(run, artifact, digits, monkeypatch):
     from tome_export.bench import environment
-    from tome_export.pipeline import eval as evaluation
+    from tome_export.evaluate import main as evaluation
 
     seen = []
 

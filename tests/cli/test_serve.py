@@ -19,7 +19,7 @@ from tome_export.artifact.manifest import EngineInfo
 from tome_export.cli import signals
 from tome_export.cli.output import Terminal
 from tome_export.errors import MissingComponentError
-from tome_export.pipeline import serve as pipeline_serve
+from tome_export.serve import main as pipeline_serve
 from tome_export.serve.installation import find
 from tome_export.serve.server import RunningServer
 

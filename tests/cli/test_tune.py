@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact.schedule import read_search
-from tome_export.pipeline import tune_images, tune_score
+from tome_export.tune import images as tune_images
+from tome_export.tune import score as tune_score
 
 TUNE = ("tune", "vit_digits", "--limit", "64", "--time-limit", "10")
 BUILD = ("build", "vit_digits", "--engine", "none", "--no-check", "-o", "out")

@@ -17,7 +17,7 @@ from tome_export.data.samples import sample_pixels
 from tome_export.models import RECIPES
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.twin import LEAD, twin_from_model
-from tome_export.parity.check import check_parity, inputs_of
+from tome_export.parity.compare import check_parity, inputs_of
 from tome_export.patch import MergedModel, patch
 from tome_export.reducers.base import AttentionInputs, LayerContext, Reducer
 from tome_export.runtime.ort import OrtRunner

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tome_export.build import BuildRequest, build
 from tome_export.merge import reference
 from tome_export.models.recipe import LoadedModel, Recipe, WeightsInfo
 from tome_export.patch import patch
-from tome_export.pipeline import BuildRequest, build
 from tome_export.spec import Preprocessing
 
 

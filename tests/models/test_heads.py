@@ -14,10 +14,10 @@ from torch import nn
 from tests.conftest import small_vit
 from tome_export.errors import InputError
 from tome_export.models import resolve
+from tome_export.models.activation import activation_of
 from tome_export.patch import patch
 from tome_export.patch.merger import Tokens
 from tome_export.patch.timm_vit import output_choice
-from tome_export.pipeline.manifest import activation_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -365,7 +365,7 @@ def test_the_layouts_of_all_versions_are_one(tmp_path, kind):
 
 
 def test_the_named_recipes_are_counted_as_they_are():
-    from tome_export.pipeline.catalog import sizes_from_geometry, sizes_from_model
+    from tome_export.models.catalog import sizes_from_geometry, sizes_from_model
 
     names = [name for name in RECIPES if name.startswith("hf_")]
     assert names == [
@@ -442,8 +442,8 @@ def test_heads_that_the_class_has_no_use_for_are_left(tmp_path, kind, bare):
 
 @pytest.mark.parametrize("keeps_head", [False, True])
 def test_a_siglip_without_a_head(tmp_path, keeps_head):
-    from tome_export.pipeline import BuildRequest, build
-    from tome_export.pipeline.catalog import details
+    from tome_export.build import BuildRequest, build
+    from tome_export.models.catalog import details
 
     model = saved(tmp_path, "SigLIP", vision_use_head=False)
     if keeps_head:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tome_export.artifact.manifest import Tower
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.models import resolve
+from tome_export.models.catalog import sizes_from_geometry, sizes_from_model
 from tome_export.models.hf_checkpoint import PADS, SQUASHES, TILES
 from tome_export.models.llava_recipes import (
     KNOWN,
@@ -29,7 +30,6 @@ from tome_export.models.llava_recipes import (
     with_tower,
 )
 from tome_export.models.recipe import RULE, recommended_r
-from tome_export.pipeline.catalog import sizes_from_geometry, sizes_from_model
 from tome_export.spec import TowerOptions
 
 pytest.importorskip("transformers")

@@ -9,11 +9,11 @@ from manifests import manifest
 from onnx import TensorProto, helper
 from pydantic import ValidationError
 
+from tome_export.build import BuildRequest
 from tome_export.errors import ExportError, UsageError
 from tome_export.onnx import opset
 from tome_export.onnx.export import ExportOptions
-from tome_export.parity.check import check_parity
-from tome_export.pipeline import BuildRequest
+from tome_export.parity.compare import check_parity
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import BatchRange
 

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tome_export.onnx.export import ExportOptions, onnx_from_model
-from tome_export.parity.check import check_parity
+from tome_export.parity.compare import check_parity
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import BatchRange

@@ -16,7 +16,7 @@ from tome_export.errors import ExportError, InputError
 from tome_export.onnx import files
 from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import inline, match_function
-from tome_export.parity.check import check_parity
+from tome_export.parity.compare import check_parity
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import BatchRange

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reducers import digit_images, digit_model
 
-from tome_export.parity.check import K
+from tome_export.parity.compare import K
 from tome_export.parity.reference import LayerRecord, Pass, run_reference, run_yardstick
 from tome_export.parity.scores import judge_scores
 from tome_export.reducers.base import LayerSpec

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from tome_export.merge import spec
 from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import match_function, merge_function
-from tome_export.parity.check import check_parity, fp32_score_bound
+from tome_export.parity.compare import check_parity, fp32_score_bound
 from tome_export.parity.decisions import Plan, cosine_scores, disagreements
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner

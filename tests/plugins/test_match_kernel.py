@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tome_export.merge import ops, reference, spec
-from tome_export.parity.check import fp32_score_bound
+from tome_export.parity.compare import fp32_score_bound
 from tome_export.parity.decisions import Plan, disagreements
 from tome_export.plugins import torch_ops
 from tome_export.plugins.match import contract

@@ -55,8 +55,8 @@ class Probed:
 
 def digits_artifact(path: Path, _: str) -> list[Any]:
     """The whole way: what ``tome-export build vit_digits --merge-op plugin`` writes."""
+    from tome_export.build.main import BuildRequest, build
     from tome_export.merge.schedule import LayerTokens, Schedule
-    from tome_export.pipeline.build import BuildRequest, build
 
     request = BuildRequest(
         "vit_digits", path, Schedule(8), "fp16", merge_op="plugin", engine="none", check=False
@@ -70,10 +70,10 @@ def small_artifact(path: Path, case: str) -> list[Any]:
     import timm
     import torch
 
+    from tome_export.engine.plugins import compile_kernels
     from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.plugin import merging_of
     from tome_export.patch import patch
-    from tome_export.pipeline.kernels import compile_kernels
     from tome_export.progress import Silent
 
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tome_export.parity.check import fp32_score_bound
+from tome_export.parity.compare import fp32_score_bound
 from tome_export.plugins.match.contract import BLOCK_D
 
 F32 = np.float32

@@ -23,14 +23,14 @@ from reducers import (
 from references import dynamicvit as reference
 from safetensors.torch import save_file
 
+from tome_export.build.main import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
 from tome_export.patch import patch
-from tome_export.pipeline.build import BuildRequest, build
-from tome_export.pipeline.reference import reference_model
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dynamicvit import DynamicViT, Predictors
 from tome_export.reducers.options import reducer_from_text
+from tome_export.runtime.reference import reference_model
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)
 RANDOM = DynamicViT(weights="random")

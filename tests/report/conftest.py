@@ -16,9 +16,9 @@ from results import REPORTS
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.files import json_bytes
+from tome_export.build import BuildRequest, build
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.report import ReportRequest, report
+from tome_export.report.main import ReportRequest, report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -12,11 +12,11 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.evaluation import Evaluation
 from tome_export.data.labels import Classes
 from tome_export.data.source import samples_source
-from tome_export.evaluation.records import TOP, Record, Table
-from tome_export.pipeline.eval import evaluation_from_table
-from tome_export.pipeline.eval_runs import Candidate
-from tome_export.pipeline.subject import Subject
+from tome_export.evaluate.main import evaluation_from_table
+from tome_export.evaluate.records import TOP, Record, Table
+from tome_export.evaluate.runs import Candidate
 from tome_export.report.page import Content, render
+from tome_export.runtime.subject import Subject
 from tome_export.spec import BatchRange
 
 IMAGES = 40

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact import Artifact
-from tome_export.inspect.draw import pixels_from_map
-from tome_export.pipeline.inspect import merge_maps
-from tome_export.pipeline.report import ReportRequest, report
+from tome_export.report.main import ReportRequest, report
+from tome_export.visualize.draw import pixels_from_map
+from tome_export.visualize.main import merge_maps
 
 SLIDE = """value => {
   const slider = document.getElementById("layer");

@@ -14,11 +14,11 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.document import Part
 from tome_export.artifact.manifest import FileRecord
 from tome_export.data.samples import sample_paths
-from tome_export.inspect.groups import MergeMap, Plans, groups_by_layer, layers_from_positions
-from tome_export.pipeline.report import MOST_PICTURES, ReportRequest, report
+from tome_export.report.main import MOST_PICTURES, ReportRequest, report
 from tome_export.report.origin import commands
 from tome_export.report.page import MOST_BYTES, Content, render
 from tome_export.spec import BatchRange, PatchGrid
+from tome_export.visualize.groups import MergeMap, Plans, groups_by_layer, layers_from_positions
 
 
 def changed(part: Part, changes: dict) -> Part:

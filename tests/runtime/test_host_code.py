@@ -11,11 +11,11 @@ from manifests import engine_values, graph, manifest
 from tome_export.artifact import Artifact
 from tome_export.bench import memory
 from tome_export.engine import Availability
-from tome_export.pipeline.check import _opened
-from tome_export.pipeline.subject import open_runner, subject_of
+from tome_export.parity.main import _opened
 from tome_export.progress import Silent
 from tome_export.runtime import polygraphy
 from tome_export.runtime.registry import BACKENDS
+from tome_export.runtime.subject import open_runner, subject_of
 
 
 class Anything:

@@ -18,14 +18,14 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import ConfidencePolicy
 from tome_export.cascade import policy
 from tome_export.cascade.calibrate import Costs
+from tome_export.cascade.main import CascadeRequest, cascade, members_of
 from tome_export.data.samples import digits_test
 from tome_export.errors import InputError, MissingComponentError, UnrecordedError, UsageError
 from tome_export.models.recipe import DATA
-from tome_export.pipeline import serve as pipeline_serve
-from tome_export.pipeline.cascade import CascadeRequest, cascade, members_of
-from tome_export.pipeline.cascade_serve import CascadeServing
 from tome_export.progress import Silent
 from tome_export.serve import cascades
+from tome_export.serve import main as pipeline_serve
+from tome_export.serve.cascade import CascadeServing
 from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
 from tome_export.serve.client import connect
 from tome_export.serve.config import (

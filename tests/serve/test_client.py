@@ -17,8 +17,8 @@ from video_files import write_video
 
 from tome_export.cli.main import main
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve.client import connect, parse_url
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.server import SHARED_MEMORY, start
 
 BOTH = pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -15,9 +15,9 @@ from PIL import Image
 from tome_export.artifact import Artifact
 from tome_export.data.pixels import pixels_from_bytes
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.serve.client import connect
 from tome_export.serve.config import ServeOptions, folders_from_source
+from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.python_models.fixed import filled_up
 from tome_export.serve.repository import write
 from tome_export.serve.server import RunRequest, running, start

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.serve.client import parse_url
 from tome_export.serve.config import HEADER, ServeOptions
 from tome_export.serve.log import LIMIT, asked_to_stop, failed_models, last_words, port_in_use
+from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.python_models.router import BadBudgetError, chosen
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))

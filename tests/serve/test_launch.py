@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from tome_export.errors import InputError, TomeExportError
-from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.serve import server as servers
 from tome_export.serve.config import ServeOptions
 from tome_export.serve.kserve import KServeOptions, kserve_manifest
+from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.process import GroupProcess
 from tome_export.serve.server import (
     RunRequest,

@@ -21,11 +21,11 @@ from server_rules import problems
 from timm.data import create_transform
 
 from tome_export.artifact import Artifact
+from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
 from tome_export.data.samples import _digits, sample_paths
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
-from tome_export.pipeline import BuildRequest, build
 from tome_export.serve.config import ServeOptions, folders_from_source
 from tome_export.serve.pipeline_models import pipeline_folders
 from tome_export.serve.repository import write

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tome_export.errors import InputError, UsageError
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve import repository as repository_module
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.repository import STAGING, versions_of
 from tome_export.serve.server import RunRequest, running, start
 
@@ -234,7 +234,7 @@ def test_a_write_that_ends_early_leaves_what_was_there(
 KILLED = """
 import os, pathlib, sys
 from tome_export.serve import repository
-from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.serve.main import ServeRequest, serve
 repository._publish = lambda *_: os.kill(os.getpid(), 9)
 serve(ServeRequest((pathlib.Path(sys.argv[1]),), pathlib.Path(sys.argv[2])))
 """

@@ -23,9 +23,9 @@ from PIL import Image
 from tome_export.artifact import Artifact, write_manifest
 from tome_export.artifact.manifest import read_manifest
 from tome_export.errors import InputError
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.serve.client import ROUTES, connect
 from tome_export.serve.config import config_from_text, folder_from_source
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.repository import write
 from tome_export.serve.routers import (
     ROUTER_INSTANCES,

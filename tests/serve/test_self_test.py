@@ -14,10 +14,10 @@ import pytest
 
 from tome_export.artifact import Artifact
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.pipeline import serve as pipeline_serve
-from tome_export.pipeline.serve import ServeRequest, serve
+from tome_export.serve import main as pipeline_serve
 from tome_export.serve import self_test
 from tome_export.serve.config import ServeOptions, folders_from_source
+from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.self_test import sample_request
 from tome_export.serve.server import start
 from tome_export.serve.source import source_from_artifact

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from tome_export.errors import MissingComponentError, UsageError
-from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.serve.config import CPU, ServeOptions
 from tome_export.serve.installation import find
+from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.server import RunRequest, start
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")

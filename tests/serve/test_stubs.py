@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from tome_export.errors import ExportError
-from tome_export.pipeline.serve import ServeRequest, serve
 from tome_export.serve import server as servers
 from tome_export.serve import stubs as watching
 from tome_export.serve.client import connect
 from tome_export.serve.config import ServeOptions
 from tome_export.serve.kserve import HTTP_PORT
+from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.probe import stub_states
 from tome_export.serve.server import start
 

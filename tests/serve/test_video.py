@@ -11,16 +11,16 @@ import pytest
 from video_files import write_video
 from video_towers import MERGING
 
+from tome_export.build import BuildRequest, build
 from tome_export.cli.main import main
 from tome_export.data import preprocess
 from tome_export.data.samples import sample_paths
 from tome_export.data.videos import load_videos
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule, VideoOptions
-from tome_export.pipeline import BuildRequest, build
-from tome_export.pipeline.query import QueryRequest, query
-from tome_export.pipeline.serve import ServeOptions, ServeRequest, serve
 from tome_export.progress import Silent
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
+from tome_export.serve.query import QueryRequest, query
 from tome_export.serve.server import start
 from tome_export.spec import BatchRange
 

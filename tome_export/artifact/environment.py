@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
+import tome_export
 from tome_export.artifact.document import Part
 
 
@@ -27,3 +30,13 @@ class Environment(Part):
     python: str
     versions: dict[str, str]
     date: str
+
+
+PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxsim")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it used."""
+    found = {"tome-export": tome_export.__version__}
+    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    return found | {name: installed[name] for name in PACKAGES if name in installed}

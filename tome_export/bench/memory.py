@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tome_export.bench.environment import nvidia_smi
+from tome_export.runtime.environment import nvidia_smi
 from tome_export.runtime.registry import ORT_CPU, backend_of
 from tome_export.runtime.runner import Runnable
 from tome_export.spec import INPUT_NAME

@@ -32,7 +32,7 @@ from tome_export.report.speed import against, speed_section
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from tome_export.inspect.groups import MergeMap
+    from tome_export.visualize.groups import MergeMap
 
 NAME = "report.html"
 """What the page is called in an artifact."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tome_export.display import counted
-from tome_export.inspect.draw import (
+from tome_export.report.parts import Gallery, Picture, Section, Text
+from tome_export.visualize.draw import (
     DARK,
     HATCH,
     PALETTE,
@@ -23,14 +24,13 @@ from tome_export.inspect.draw import (
     mean_colours,
     outline_colours,
 )
-from tome_export.inspect.groups import DROPPED
-from tome_export.inspect.svg import data_url, dropped_paths, path_around
-from tome_export.report.parts import Gallery, Picture, Section, Text
+from tome_export.visualize.groups import DROPPED
+from tome_export.visualize.svg import data_url, dropped_paths, path_around
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tome_export.inspect.groups import LayerGroups, MergeMap
+    from tome_export.visualize.groups import LayerGroups, MergeMap
 
 TITLE = "Which patches became one token"
 

@@ -1,14 +1,26 @@
-"""Inputs of a model besides its images, such as the query of the reducer ``query``."""
+"""Inputs of a model besides its images, such as the query of the reducer ``query``.
+
+Commands that need no answer of the model's give it random ones; the others take the user's or say
+that they cannot.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tome_export.artifact import Manifest
+from tome_export.errors import InputError, UsageError
 from tome_export.runtime.runner import Arrays, Runner
 from tome_export.spec import VIDEO_MASK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tome_export.artifact import Artifact
 
 SEED = 0
 
@@ -54,3 +66,80 @@ class Fed:
         if count not in self._ready:
             self._ready[count] = unit_inputs(self._shapes, count)
         return self._runner.infer({**self._ready[count], **inputs})
+
+
+def extra_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Shape of each input besides the images, without the batch."""
+    return {one.name: tuple(int(size) for size in one.shape[1:]) for one in manifest.inputs[1:]}
+
+
+def asked_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Those of ``extra_inputs`` that a user has to give: not which frames of a video count."""
+    return {name: shape for name, shape in extra_inputs(manifest).items() if name != VIDEO_MASK}
+
+
+def refuse_videos(artifact: Artifact, command: str) -> None:
+    """Stop a command that has only images for the model.
+
+    Raises:
+        InputError: if the model takes videos.
+    """
+    if artifact.manifest.video:
+        raise InputError(
+            f"the model of {artifact.path} takes videos, and 'tome-export {command}' is for models "
+            "of images; use check, bench, inspect, report or serve"
+        )
+
+
+def refuse_extra_inputs(artifact: Artifact, command: str) -> None:
+    """Stop a command that has only images for the model.
+
+    Raises:
+        InputError: if the model takes more.
+    """
+    extra = asked_inputs(artifact.manifest)
+    if extra:
+        raise InputError(
+            f"the model of {artifact.path} takes {', '.join(extra)} with every image, which "
+            f"'tome-export {command}' cannot give; use check, bench, inspect --query or serve"
+        )
+
+
+def inputs_from_file(
+    shapes: Mapping[str, tuple[int, ...]], path: Path | None, count: int
+) -> dict[str, NDArray[np.float32]]:
+    """The further input of a model from a .npy file, for so many images.
+
+    Args:
+        shapes: Inputs that are wanted, without the batch; at most one.
+        path: ``[E]`` for all images alike, or ``[count, E]``; None for no file.
+        count: Images.
+
+    Raises:
+        UsageError: if a file is given that is not wanted, or wanted and not given.
+        InputError: if it cannot be read or is of another shape.
+    """
+    wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    if path is None and shapes:
+        raise UsageError(f"the model takes {wanted} with every image; give it by --query FILE.npy")
+    if path is None:
+        return {}
+    if not shapes:
+        raise UsageError(f"--query is {path}, but the model takes images only; leave it out")
+    try:
+        with path.open("rb") as stream:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"query file {path} cannot be read ({error.strerror or error})") from None
+    except ValueError:
+        raise InputError(
+            f"query file {path} holds no array of numbers; write one with numpy.save"
+        ) from None
+    ((name, shape),) = shapes.items()
+    fits = array.shape in (shape, (count, *shape)) and array.dtype.kind in "fiu"
+    if not fits or not np.isfinite(array).all():
+        raise InputError(
+            f"query file {path} holds {array.dtype} {list(array.shape)}; expected finite numbers "
+            f"of shape {list(shape)}, or {[count, *shape]} for {count} images"
+        )
+    return {name: np.broadcast_to(array.astype(np.float32), (count, *shape)).copy()}

@@ -437,7 +437,7 @@ class Bare:
 # Without the finder of an editable installation.
 sys.meta_path = [Bare(f) for f in sys.meta_path if "editable" not in str(f).lower()]
 from benchmarks.gpu import check_kernels, run_onnxruntime, run_tools, time_kernels, time_models
-import tome_export.data.samples, tome_export.parity.check, tome_export.plugins
+import tome_export.data.samples, tome_export.parity.compare, tome_export.plugins
 print(tome_export.plugins.__file__)
 """
 

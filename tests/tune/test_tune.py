@@ -1,0 +1,132 @@
+"""The images of a search and how schedules are scored on them."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from tome_export.data.labels import Classes
+from tome_export.errors import UsageError
+from tome_export.models import resolve
+from tome_export.patch import patch
+from tome_export.progress import Silent
+from tome_export.tune import images as tune_images
+from tome_export.tune.images import FEWEST, TuneImages
+from tome_export.tune.main import estimate as estimate_of
+from tome_export.tune.score import Scorer
+
+R = (5, 0, 4)
+
+
+@pytest.fixture(scope="module")
+def small():
+    from tests.conftest import small_vit
+
+    return patch(small_vit(depth=3), 0)
+
+
+def images_of(model, count=30, search=16, chosen_on=24):
+    pixels = np.random.default_rng(0).standard_normal((count, *model.input_size), np.float32)
+    return TuneImages(pixels, None, search, chosen_on, "mine", count, 0, ())
+
+
+def test_scores_are_those_of_the_patched_model(small):
+    images = images_of(small)
+    threads = torch.get_num_threads()
+    with Scorer(small, images) as scorer:
+        parts = [scorer.search(R), scorer.validation(R)]
+        again = Scorer.search(scorer, R)
+        right = np.concatenate([scorer.right(R, a, b) for a, b in ((0, 16), (16, 24), (24, 30))])
+    with torch.no_grad():
+        merged = patch(small, list(R))(torch.from_numpy(images.pixels))
+        plain = small(torch.from_numpy(images.pixels))
+    expected = (merged.argmax(1) == plain.argmax(1)).numpy()
+    np.testing.assert_array_equal(right, expected)
+    assert [part.images for part in parts] == [16, 8]
+    assert sum(part.correct for part in parts) == expected[:24].sum()
+    reference, logits = (x[:24].double().log_softmax(1) for x in (plain, merged))
+    damage = (reference.exp() * (reference - logits)).sum(1).mean()
+    whole = sum(part.damage * part.images for part in parts) / 24
+    assert whole == pytest.approx(float(damage), rel=1e-4)
+    assert again == parts[0]
+    # Neither this thread nor later ones are left with fewer cores.
+    assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == threads
+
+
+def test_a_bad_schedule_is_left_early(small):
+    with Scorer(small, images_of(small)) as scorer:
+        whole = scorer.search((32, 16, 8))
+        left = scorer.search((32, 16, 8), bound=whole.damage / 1000)
+        assert whole.complete
+        assert (left.complete, left.images) == (False, 4)
+        assert scorer.search((32, 16, 8)) == whole
+
+
+def test_no_thread_is_left(small):
+    before = threading.active_count()
+    with Scorer(small, images_of(small)) as scorer:
+        scorer.search(R)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("parts", "on", "count"),
+    [((16, 24), "held out", 6), ((16, 30), "validation", 14), ((30, 30), None, 0)],
+)
+def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on, count):
+    images = images_of(small, 30, *parts)
+    with Scorer(small, images) as scorer:
+        estimate = estimate_of(R, images, scorer)
+        if on is None:
+            assert estimate is None
+            return
+        right = scorer.right(R, 30 - count, 30)
+    assert (estimate.on, estimate.images) == (on, count)
+    assert estimate.correct == right.sum()
+    assert estimate.low <= estimate.share <= estimate.high
+    assert estimate.unmerged.share == 1.0  # agreement with itself
+    assert estimate.change.share == pytest.approx(right.mean() - 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts"), [(40, (40, 40)), (64, (32, 64)), (299, (149, 299)), (300, (150, 225))]
+)
+def test_how_images_are_split(limit, parts):
+    recipe = resolve("vit_digits")
+    classes = Classes(10, recipe.labels)
+    found = tune_images.tune_images(recipe, 10**6, classes, ("samples",), None, limit, 0, Silent())
+    assert len(found.pixels) == limit
+    assert (found.search, found.chosen_on) == parts
+
+
+def test_more_images_than_memory_should_hold(monkeypatch):
+    monkeypatch.setattr(tune_images, "MOST_BYTES", 1 << 20)
+    recipe = resolve("vit_digits")
+    with pytest.raises(UsageError, match=r"--limit is 400; 400 images of 1x32x32 numbers take mor"):
+        tune_images.tune_images(
+            recipe, 10**6, Classes(10, recipe.labels), ("samples",), None, 400, 0, Silent()
+        )
+
+
+def test_late_steps_take_what_they_cannot_do_without(small):
+    recipe = resolve("vit_digits")
+    classes = Classes(10, recipe.labels)
+    given = (recipe, 1, classes, ("samples",), None, 400, 0, Silent())
+    assert len(tune_images.tune_images(*given).pixels) == 400
+    images = tune_images.tune_images(*given, until=0.0)
+    assert len(images.pixels) == FEWEST
+    assert f"{FEWEST} of 450 images are used; --limit and --time-limit set how many" in images.notes
+    with Scorer(small, images_of(small, 100, 50, 75), until=0.0) as scorer:
+        images = scorer.images
+        assert FEWEST <= len(images.pixels) < 100
+        assert len(scorer.unmerged_right) == len(images.pixels)
+        assert 0 < images.search < images.chosen_on < len(images.pixels)
+        assert scorer.search(R).images == images.search
+        assert images.notes[-1].endswith(" of 100 images are used: the time limit leaves no more")

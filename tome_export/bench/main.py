@@ -1,0 +1,353 @@
+"""``tome-export bench``: how fast an artifact is, beside the unmerged model or another artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tome_export.artifact import MODEL, Artifact, Manifest
+from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow
+from tome_export.bench.timing import AGAINST, MERGED, row_from_seconds, times
+from tome_export.data.images import parity_images
+from tome_export.errors import InputError, UsageError
+from tome_export.progress import Progress, Silent
+from tome_export.runtime.inputs import asked_inputs
+from tome_export.runtime.reference import model_name, reference_model, rescheduled
+from tome_export.runtime.registry import ORT_CPU, TORCH, backend_of, require, usual_backends
+from tome_export.runtime.subject import Subject, open_runner, subject_of, variant, with_engine
+
+if TYPE_CHECKING:
+    from tome_export.parity.decisions import Array
+    from tome_export.spec import BatchRange
+
+UNMERGED = "unmerged"
+SAMPLES, NOISE = "samples", "noise"
+COUNT = 24
+"""Sample images, repeated up to the batch."""
+
+PROFILE_RUNS = 10
+NO_PROFILE = "{} is not profiled: time per part of the model is measured with ort-cpu only"
+"""On a GPU, ONNX Runtime's profiler sees kernels being launched, not running."""
+
+SLOWED = 1.15
+"""Times the median latency above which a profile's total is remarked on."""
+
+_HALF = {"fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to measure.
+
+    Attributes:
+        artifact: The artifact directory.
+        batches: Batch sizes; empty for 1 and the one the artifact is tuned for.
+        against: ``unmerged``, or the directory of another artifact.
+        backends: By name; empty for ONNX Runtime plus every engine of the artifact that can run.
+        rounds: Timed runs of each model.
+        warmup: Untimed runs of each model, first.
+        weights: Where the weights are now, if not where they were at the build.
+        profile: Whether to take ONNX Runtime's profile too.
+
+    Raises:
+        UsageError: if rounds or warm-up runs are too few.
+    """
+
+    artifact: Path
+    batches: tuple[int, ...] = ()
+    against: str = UNMERGED
+    backends: tuple[str, ...] = ()
+    rounds: int = 20
+    warmup: int = 3
+    weights: str | None = None
+    profile: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("rounds", self.rounds, 1), ("warmup", self.warmup, 0)):
+            if value < least:
+                raise UsageError(f"--{name} is {value}; expected {least} or more")
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured.
+
+    Attributes:
+        artifact: The artifact, with ``bench.json`` in it.
+        bench: The content of ``bench.json``.
+        unrecorded: Why the result is not in the artifact, as when that is read-only; else None.
+    """
+
+    artifact: Artifact
+    bench: Bench
+    unrecorded: str | None = None
+
+
+def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResult:
+    """Time an artifact beside another model, profile both, and record it in the artifact.
+
+    Raises:
+        UsageError: if a backend does not exist.
+        InputError: if an artifact is damaged, its weights cannot be found, the two are not
+            comparable, or a batch size is outside what they take.
+        MissingComponentError: if a backend asked for cannot run here.
+        ExportError: if a backend refuses a model.
+    """
+    from tome_export.runtime.environment import environment
+
+    progress = progress or Silent()
+    require(request.backends)
+    progress.stage("Verify the artifact")
+    artifact = Artifact.open(request.artifact.absolute())
+    backends, skipped = request.backends, dict[str, str]()
+    if not backends:
+        backends, skipped = usual_backends(artifact.manifest.engines)
+    other = None
+    if request.against != UNMERGED:
+        other = Artifact.open(Path(request.against).absolute())
+        _check_comparable(artifact, other)
+    batches = _batches(request.batches, artifact, other, backends)
+    ours, theirs = artifact.manifest.macs, (other or artifact).manifest.macs
+    ratio = (theirs.unmerged if other is None else theirs.merged) / ours.merged
+    images, kind = bench_images(artifact.manifest, max(*batches, 1))
+    with _subjects(artifact, other, request.weights, backends, progress) as subjects:
+        bencher = _Bencher(request, subjects, images, ratio, progress)
+        for name in backends:
+            bencher.measure(name, batches, _takes(artifact, name).min == 1)
+    found = Bench(
+        latency_ms=bencher.latency_ms,
+        environment=environment(),
+        against=UNMERGED if other is None else str(other.path),
+        macs_ratio=ratio,
+        rounds=request.rounds,
+        warmup=request.warmup,
+        images=kind,
+        notes=(*_notes(request, artifact.manifest, backends, skipped), *bencher.notes),
+        rows=tuple(bencher.rows),
+        profile=tuple(bencher.profiles),
+    )
+    try:
+        return BenchResult(artifact.record(BENCH, found), found)
+    # The figures stand also where they cannot be written down, as on a read-only mount.
+    except InputError as error:
+        return BenchResult(artifact, found, str(error))
+
+
+def _notes(
+    request: BenchRequest, manifest: Manifest, backends: tuple[str, ...], skipped: dict[str, str]
+) -> list[str]:
+    notes = [f"Skipped {name}: {reason}" for name, reason in skipped.items()]
+    if request.against == UNMERGED and not any(manifest.merge.r):
+        notes.append(
+            "This artifact does not merge: it is compared with itself, so the speed-up is noise"
+        )
+    for name in backends:
+        if backend_of(name).computes(manifest.precision) != manifest.precision:
+            half = _HALF[manifest.precision]
+            notes.append(
+                f"{name} computes {half} in float32: its times say nothing of {half} hardware"
+            )
+    if request.profile:
+        notes += [NO_PROFILE.format(name) for name in backends if name != ORT_CPU]
+    if extra := asked_inputs(manifest):
+        notes.append(f"Given for {', '.join(extra)}: random vectors of unit length")
+    return notes
+
+
+def bench_images(manifest: Manifest, batch: int) -> tuple[Array, str]:
+    """Images to time a model on: the recipe's samples, repeated; noise where they do not fit.
+
+    Args:
+        manifest: Of the artifact.
+        batch: How many.
+
+    Returns:
+        ``pixel_values [batch, C, H, W]`` float32, frames in front of C for a model of videos, and
+        ``samples`` or ``noise``.
+    """
+    from tome_export.models import resolve
+
+    preprocessing = manifest.preprocessing
+    shape = tuple(int(size) for size in manifest.input.shape[1:])
+    try:
+        recipe = replace(resolve(model_name(manifest)), preprocessing=preprocessing)
+        samples = parity_images(recipe, shape, None, COUNT)
+    # A user's own model may not be importable here, or take what no photograph gives.
+    except InputError:
+        samples = None
+    if samples is not None and samples.shape[1:] == shape:
+        return samples[np.arange(batch) % len(samples)], SAMPLES
+    channels = (preprocessing.input_size[0], 1, 1)
+    mean, std = (
+        np.resize(np.array(values, np.float32), channels)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    pixels = np.random.default_rng(0).random((batch, *shape), np.float32)
+    return (pixels - mean) / std, NOISE
+
+
+@contextlib.contextmanager
+def _subjects(
+    artifact: Artifact,
+    other: Artifact | None,
+    weights: str | None,
+    backends: tuple[str, ...],
+    progress: Progress,
+) -> Iterator[dict[str, Subject]]:
+    """The artifact and what it is compared with."""
+    from tome_export.merge.schedule import Schedule
+
+    module = None
+    if other is None or TORCH in backends:
+        progress.stage(f"Load {artifact.manifest.model.name}")
+        module, _ = reference_model(artifact, weights)
+    merged = subject_of(artifact, MERGED, module)
+    if other is not None:
+        theirs = reference_model(other, weights)[0] if TORCH in backends else None
+        yield {MERGED: merged, AGAINST: subject_of(other, str(other.path), theirs)}
+    elif module is not None:
+        progress.stage("Export the unmerged model")
+        with variant(artifact, UNMERGED, rescheduled(module, Schedule()), progress) as unmerged:
+            yield {MERGED: merged, AGAINST: unmerged}
+
+
+def _takes(artifact: Artifact, name: str) -> BatchRange:
+    engine = artifact.manifest.engines.get(name)
+    return artifact.manifest.batch if engine is None else engine.batch
+
+
+def _batches(
+    asked: tuple[int, ...], artifact: Artifact, other: Artifact | None, backends: tuple[str, ...]
+) -> tuple[int, ...]:
+    """The batch sizes to measure, each within what models and engines take."""
+    takes = artifact.manifest.batch
+    chosen = tuple(dict.fromkeys(asked or (max(1, takes.min), takes.opt)))
+    for one in (artifact, *([other] if other else [])):
+        limits = {"model": one.manifest.batch}
+        limits |= {f"{b} engine": _takes(one, b) for b in backends if b in one.manifest.engines}
+        for what, limit in limits.items():
+            for batch in chosen:
+                if not limit.min <= batch <= limit.max:
+                    raise InputError(
+                        f"batch is {batch}; the {what} of {one.path} takes {limit.min} to "
+                        f"{limit.max}: choose --batch within that"
+                    )
+    return chosen
+
+
+def _check_comparable(artifact: Artifact, other: Artifact) -> None:
+    """Require the same input and output of two artifacts."""
+    mine, theirs = artifact.manifest, other.manifest
+    for what, a, b in (
+        ("input", mine.input, theirs.input),
+        ("output", mine.output, theirs.output),
+    ):
+        if (a.name, a.dtype, a.shape[1:]) != (b.name, b.dtype, b.shape[1:]):
+            raise InputError(
+                f"{other.path} has the {what} {b.name} {list(b.shape[1:])}, {artifact.path} has "
+                f"{a.name} {list(a.shape[1:])}; only models with the same input and output are "
+                "comparable"
+            )
+
+
+@dataclass
+class _Bencher:
+    """Measures backend after backend and collects what was found."""
+
+    request: BenchRequest
+    subjects: dict[str, Subject]
+    images: Array
+    macs_ratio: float
+    progress: Progress
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    rows: list[BenchRow] = field(default_factory=list)
+    profiles: list[BenchProfile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self, name: str, batches: tuple[int, ...], takes_one: bool) -> None:
+        """Time both models on one backend; then their memory, and their profile."""
+        with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+            ready = {}
+            for label, subject in self.subjects.items():
+                own = Path(folder) / label
+                own.mkdir()
+                ready[label] = with_engine(name, subject, own, self.progress)
+            rows = self._timed(name, ready, batches, takes_one)
+            self.rows += [self._with_memory(row, ready) for row in rows]
+        if self.request.profile and name == ORT_CPU:
+            self.profiles += map(self._profile, rows)
+
+    def _timed(
+        self, name: str, ready: dict[str, Subject], batches: tuple[int, ...], takes_one: bool
+    ) -> list[BenchRow]:
+        from tome_export.runtime.inputs import Fed
+
+        rounds, warmup, rows = self.request.rounds, self.request.warmup, []
+        with contextlib.ExitStack() as stack:
+            self.progress.stage(f"Load the models on {name}")
+            runners = {
+                label: Fed(
+                    stack.enter_context(open_runner(name, subject, self.progress)), subject.further
+                )
+                for label, subject in ready.items()
+            }
+
+            def on_round(done: int) -> None:
+                self.progress.step("round", done, rounds)
+
+            for batch in batches:
+                self.progress.stage(f"Time {rounds} rounds on {name}, batch {batch}")
+                seconds = times(runners, self.images[:batch], rounds, warmup, on_round)
+                rows.append(row_from_seconds(name, batch, seconds, self.macs_ratio))
+            one = next((r.merged.latency_ms.p50 for r in rows if r.batch == 1), None)
+            if one is None and takes_one:
+                # Whoever routes requests between artifacts compares single images.
+                self.progress.stage(f"Time {rounds} rounds on {name}, batch 1")
+                alone = {MERGED: runners[MERGED]}
+                seconds = times(alone, self.images[:1], rounds, warmup)
+                one = 1e3 * float(np.median(seconds[MERGED]))
+            if one is not None:
+                self.latency_ms[name] = one
+        return rows
+
+    def _with_memory(self, row: BenchRow, ready: dict[str, Subject]) -> BenchRow:
+        from tome_export.bench.memory import peak_memory
+
+        self.progress.stage(f"Measure memory on {row.backend}, batch {row.batch}")
+        shape, measured = (row.batch, *self.images.shape[1:]), {}
+        for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):
+            memory = peak_memory(row.backend, ready[label], ready[label].further, shape)
+            measured[label] = timed.model_copy(update={"peak_memory_bytes": memory.peak_bytes})
+            note = f"Peak memory on {row.backend} is not known: {memory.reason}"
+            if memory.reason is not None and note not in self.notes:
+                self.notes.append(note)
+        return row.model_copy(update=measured)
+
+    def _profile(self, row: BenchRow) -> BenchProfile:
+        from tome_export.bench.profile import profile_in_turn
+
+        self.progress.stage(f"Profile {row.backend}, batch {row.batch}")
+        paths = {label: subject.folder / MODEL for label, subject in self.subjects.items()}
+        found = profile_in_turn(paths, self.images[: row.batch], PROFILE_RUNS)
+        for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):
+            if found[label].total_ms > SLOWED * timed.latency_ms.p50:
+                self.notes.append(
+                    f"Profiled on {row.backend} at batch {row.batch}, the nodes of {label} take "
+                    f"{found[label].total_ms:.2f} ms, a run without the profiler "
+                    f"{timed.latency_ms.p50:.2f} ms: read its parts as shares, or measure again "
+                    "on a quiet machine"
+                )
+        return BenchProfile(
+            backend=row.backend,
+            batch=row.batch,
+            total_ms=found[MERGED].total_ms,
+            attributed_share=found[MERGED].attributed_share,
+            merged=found[MERGED].entry(),
+            against=found[AGAINST].entry(),
+        )

@@ -1,0 +1,197 @@
+"""What ``build.json`` says: everything later commands need, and what a colleague would ask."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tome_export.artifact.environment import versions
+from tome_export.artifact.manifest import (
+    FORMAT,
+    Component,
+    Graph,
+    Layer,
+    Macs,
+    Manifest,
+    MergeInfo,
+    ModelInfo,
+    OutputForm,
+    PluginInfo,
+    Tensor,
+    Tower,
+    Weights,
+)
+from tome_export.merge.schedule import VideoOptions
+from tome_export.models.activation import activation_of
+from tome_export.patch.describe import fake_outputs, learned_sha256, output_names, state_sha256
+from tome_export.spec import (
+    INPUT_NAME,
+    LOGITS,
+)
+
+if TYPE_CHECKING:
+    from tome_export.models import LoadedModel
+    from tome_export.onnx.export import ExportOptions, OnnxFiles
+    from tome_export.patch import MergedModel
+
+
+def manifest_of(
+    loaded: LoadedModel,
+    model: MergedModel,
+    options: ExportOptions,
+    exported: OnnxFiles,
+    *,
+    plugins: PluginInfo | None = None,
+    merge_note: str = "",
+    attention_note: str = "",
+    engine_note: str = "",
+) -> Manifest:
+    """The manifest of a build, before its files, engines and parity are known.
+
+    Args:
+        loaded: The model and where it is from.
+        model: The same, patched.
+        options: How it was exported.
+        exported: What was written.
+        plugins: The kernels of its plugin nodes; None without any.
+        merge_note: Why the merge is written so.
+        attention_note: Why attention is written so.
+        engine_note: Which engines can be had here.
+    """
+    recipe = loaded.recipe
+    merged, unmerged = model.macs(), model.macs(merged=False)
+    batch: int | Literal["batch"] = options.batch.max if options.batch.is_static else "batch"
+    inputs = tuple(
+        Tensor(name=name, dtype="float32", shape=(batch, *shape))
+        for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
+    )
+    outputs = _outputs(recipe.output_name, model, batch)
+    shape = tuple(int(size) for size in outputs[0].shape[1:])
+    channels, height, width = model.image_size
+    compressor, settings = model.settings.compressor, model.settings
+    classifies = outputs[0].name == LOGITS
+    return Manifest(
+        format=FORMAT,
+        model=model_info(loaded, model),
+        merge=merge_info(model, options, merge_note),
+        tokens=tuple(layer.total_out for layer in model.layers),
+        tokens_in=model.layers[0].total_in if model.layers else 0,
+        patches=model.patch_grid,
+        layers=_layers(model),
+        video=_video(model),
+        macs=Macs(merged=merged, unmerged=unmerged, ratio=unmerged / merged),
+        precision=options.precision,
+        batch=options.batch,
+        input=inputs[0],
+        inputs=inputs,
+        output=outputs[0],
+        outputs=outputs,
+        form=OutputForm(
+            dense=settings.dense,
+            source_map=settings.source_map,
+            entropy=settings.entropy,
+            note="" if settings.dense else recipe.output_note,
+        ),
+        compressor=None
+        if compressor is None
+        else Component(name=compressor.name, options=compressor.options()),
+        tower=_tower(loaded, model, shape),
+        preprocessing=replace(recipe.preprocessing, input_size=(channels, height, width)),
+        activation=activation_of(recipe, shape) if classifies else None,
+        labels=recipe.label_names(shape[-1]) if classifies else None,
+        onnx=Graph(
+            opset=options.opset,
+            attention=options.attention_form,
+            attention_note=attention_note,
+            nodes=exported.nodes,
+        ),
+        plugins=plugins,
+        engine_note=engine_note,
+        versions=versions(),
+    )
+
+
+def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
+    """What the manifest says of a model and its weights."""
+    recipe, weights = loaded.recipe, loaded.weights
+    return ModelInfo(
+        name=recipe.name,
+        folder=checkpoint_folder(recipe.name),
+        family=recipe.family,
+        timm_name=recipe.timm_name,
+        description=recipe.description,
+        weights=Weights(**asdict(weights), state_sha256=state_sha256(model)),
+        learned_sha256=learned_sha256(model),
+        random_weights=weights.kind == "random",
+    )
+
+
+def merge_info(model: MergedModel, options: ExportOptions, note: str) -> MergeInfo:
+    """What the manifest says of how a model merges."""
+    reducer = model.settings.reducer
+    return MergeInfo(
+        reducer=Component(name=reducer.name, options=reducer.options()),
+        schedule=str(model.settings.schedule),
+        r=tuple(layer.r for layer in model.layers),
+        prop_attn=model.settings.prop_attn,
+        prefix=model.prefix,
+        class_token=model.class_token,
+        scored=reducer.scored,
+        merge_op="plugin" if options.plugin else options.lowering,
+        note=note,
+    )
+
+
+def checkpoint_folder(name: str) -> str | None:
+    """Where the checkpoint of ``hf:<folder>`` is, whatever folder is the current one later.
+
+    Args:
+        name: Of any model.
+
+    Returns:
+        Its absolute path; None for a model that is in no folder.
+    """
+    kind, _, where = name.partition(":")
+    folder = Path(where).expanduser()
+    return str(folder.resolve()) if kind == "hf" and where and folder.is_dir() else None
+
+
+def _tower(loaded: LoadedModel, model: MergedModel, shape: tuple[int, ...]) -> Tower | None:
+    """What the side of the language model is to be configured with; None for no tower."""
+    tower = loaded.recipe.tower
+    if tower is None:
+        return None
+    grid, compressor = model.patch_grid, model.settings.compressor
+    cells = (grid.rows, grid.cols) if grid else None
+    if compressor is not None:
+        cells = compressor.cells()
+    return Tower(**tower.given, tokens=shape[0], width=shape[1], grid=cells)
+
+
+def _video(model: MergedModel) -> VideoOptions | None:
+    """Frames of one video, and where they are joined; None for a model of images."""
+    if not model.takes_video:
+        return None
+    schedule = model.settings.schedule
+    return VideoOptions(model.input_size[0], None if schedule is None else schedule.frames)
+
+
+def _layers(model: MergedModel) -> tuple[Layer, ...]:
+    rows = zip(model.layers, model.unmerged_layers, model.block_costs, strict=True)
+    return tuple(
+        Layer(**asdict(layer), macs=cost.macs(layer), macs_unmerged=cost.macs(plain))
+        for layer, plain, cost in rows
+    )
+
+
+def _outputs(name: str, model: MergedModel, batch: int | Literal["batch"]) -> tuple[Tensor, ...]:
+    """Name, dtype and shape of every output."""
+    return tuple(
+        Tensor(
+            name=output,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=(batch, *tensor.shape[1:]),
+        )
+        for output, tensor in zip(output_names(name, model), fake_outputs(model), strict=True)
+    )

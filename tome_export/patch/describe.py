@@ -1,0 +1,61 @@
+"""Facts of a patched model: its outputs, and digests of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from tome_export.spec import ENTROPY, FEATURES, SOURCE_MAP
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tome_export.patch import MergedModel
+
+
+def fake_outputs(model: MergedModel) -> tuple[Tensor, ...]:
+    """Outputs for a batch of one with shapes and dtypes but no data."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        extra = (torch.zeros(1, *shape) for shape in model.extra_inputs.values())
+        found = model(torch.zeros(1, *model.input_size), *extra)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def output_shape(model: MergedModel) -> tuple[int, ...]:
+    """Shape of the main output for one image."""
+    return tuple(int(size) for size in fake_outputs(model)[0].shape[1:])
+
+
+def output_names(name: str, model: MergedModel) -> list[str]:
+    """Names of a model's outputs.
+
+    Args:
+        name: Of the main output of the recipe; dense outputs are features whatever it is.
+        model: The patched model.
+    """
+    settings = model.settings
+    main = FEATURES if settings.dense else name
+    asked = ((SOURCE_MAP, settings.source_map), (ENTROPY, settings.entropy))
+    return [main, *(output for output, given in asked if given)]
+
+
+def state_sha256(model: MergedModel) -> str:
+    """Digest of the library model's weights by name, shape and value: the same ones anywhere."""
+    return _digest(model.model)
+
+
+def learned_sha256(model: MergedModel) -> str | None:
+    """Digest of what reducer and compressor learned; None where neither learns anything."""
+    parts = [part for part in (model.reducer, model.compressor) if part and part.state_dict()]
+    return ",".join(map(_digest, parts)) or None
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

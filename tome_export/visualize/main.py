@@ -1,0 +1,317 @@
+"""``tome-export inspect``: pictures of which patches became one token, decided by the artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tome_export.artifact import Artifact, staged, write_json
+from tome_export.data.images import load_inputs
+from tome_export.errors import InputError, UsageError
+from tome_export.progress import Progress, Silent
+from tome_export.runtime.inputs import (
+    asked_inputs,
+    extra_inputs,
+    inputs_from_file,
+    refuse_extra_inputs,
+)
+from tome_export.runtime.registry import ORT_CPU
+from tome_export.runtime.subject import open_runner, subject_of
+from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tome_export.merge.plan import Step
+    from tome_export.onnx.twin import Twin
+    from tome_export.runtime.runner import Runner
+    from tome_export.visualize.draw import Format
+    from tome_export.visualize.groups import LayerGroups, MergeMap, Plans
+
+SUMMARY = "inspect.json"
+
+MAX_SIZE = 8192
+"""Most pixels of a picture's longer side that can be asked for."""
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """What to draw.
+
+    Attributes:
+        artifact: The artifact directory.
+        images: Image files; video files for a model of videos.
+        layer: Index of a layer, ``all`` or ``last``.
+        format: ``png`` or ``svg``.
+        output: Folder to write; None for ``<artifact's name>-inspect`` in the current one.
+        size: Least longer side of a picture, in pixels; None for the usual.
+        force: Replace a folder that an earlier inspection wrote.
+        query: File of what the model takes besides images; see ``inputs.inputs_from_file``.
+    """
+
+    artifact: Path
+    images: tuple[Path, ...]
+    layer: str = "last"
+    format: Format = "png"
+    output: Path | None = None
+    size: int | None = None
+    force: bool = False
+    query: Path | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file that was written.
+
+    Attributes:
+        file: Its name in the output folder.
+        image: The image file it shows.
+        layer: Index of the layer, from 0.
+        tokens: Tokens that leave the layer, prefix tokens included.
+        groups: Tokens of more than one patch.
+        largest: Patches of the largest token.
+        patches_in_prefix: Patches merged into a class, distillation or register token.
+        dropped: Patches of which nothing is left.
+    """
+
+    file: str
+    image: str
+    layer: int
+    tokens: int
+    groups: int
+    largest: int
+    patches_in_prefix: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What was drawn.
+
+    Attributes:
+        artifact: The artifact.
+        output: The folder, which also holds ``inspect.json``: the same as data.
+        grid: How the model cuts an image into patches.
+        pictures: In the order of images, then layers.
+    """
+
+    artifact: Artifact
+    output: Path
+    grid: PatchGrid
+    pictures: tuple[Picture, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``inspect.json`` says: nothing of where the files lie."""
+        model = self.artifact.manifest.model
+        return {
+            "model": model.name,
+            "random_weights": model.random_weights,
+            "patches": asdict(self.grid),
+            "pictures": [asdict(picture) for picture in self.pictures],
+        }
+
+
+def inspect(request: InspectRequest, progress: Progress | None = None) -> InspectResult:
+    """Draw the tokens of an artifact on images.
+
+    Raises:
+        InputError: if the artifact is damaged or its patches cannot be placed, an image cannot be
+            read, there is no such layer, or the output exists and is not to be replaced.
+        UsageError: if the layer is no number, the size is out of range, or a query is missing or
+            too many.
+        MissingComponentError: if ONNX Runtime is not here.
+    """
+    from tome_export.visualize.draw import LONGER_SIDE, draw
+    from tome_export.visualize.svg import draw_svg
+
+    progress = progress or Silent()
+    size = LONGER_SIDE if request.size is None else request.size
+    if not 1 <= size <= MAX_SIZE:
+        raise UsageError(f"size is {size}; expected 1 to {MAX_SIZE} pixels")
+    progress.stage("Verify the artifact")
+    artifact = Artifact.open(request.artifact.absolute())
+    layers = layers_from_text(request.layer, len(artifact.manifest.merge.r))
+    shapes = asked_inputs(artifact.manifest)
+    given = inputs_from_file(shapes, request.query, len(request.images))
+    output = request.output or Path(f"{artifact.path.resolve().name}-inspect")
+    with staged(output, force=request.force, replaceable=_is_ours) as folder:
+        kind, count = "video" if artifact.manifest.video else "image", len(request.images)
+        on = f"{count} {kind}{'s' * (count != 1)}"
+        progress.stage(f"Run {artifact.manifest.model.name} on {on}")
+        maps = merge_maps(artifact, request.images, progress, given)
+        progress.stage("Draw")
+        pictures = []
+        names = _names(request.images)
+        for index, (path, name, found) in enumerate(zip(request.images, names, maps, strict=True)):
+            progress.step(f"{kind}s", index + 1, len(maps))
+            for layer in layers:
+                file = folder / f"{name}-layer{layer:02d}.{request.format}"
+                if request.format == "svg":
+                    file.write_text(draw_svg(found, layer, size), encoding="utf-8")
+                else:
+                    draw(found, layer, size).save(file, optimize=True)
+                pictures.append(_picture(file.name, path, found.layers[layer]))
+        result = InspectResult(artifact, output.absolute(), maps[0].grid, tuple(pictures))
+        write_json(folder / SUMMARY, result.to_dict())
+    return result
+
+
+def merge_maps(
+    artifact: Artifact,
+    images: Sequence[Path] | NDArray[np.float32],
+    progress: Progress | None = None,
+    inputs: Mapping[str, NDArray[np.float32]] | None = None,
+) -> list[MergeMap]:
+    """Which patches are one token after each layer, as the shipped graph decides it.
+
+    The graph runs on ONNX Runtime's CPU provider, instrumented and free to choose; no PyTorch.
+
+    Args:
+        artifact: The artifact.
+        images: Image files, or ``pixel_values [B, C, H, W]`` float32; at least one. For a model of
+            videos, video files, or ``[B, F, C, H, W]``.
+        progress: Told what is being done.
+        inputs: What the model takes besides, ``[B, ...]`` by name; None for no such thing.
+
+    Raises:
+        InputError: if an image cannot be read, or it cannot be told where the patches lie.
+        MissingComponentError: if ONNX Runtime is not here.
+    """
+    from tome_export.onnx.files import load
+    from tome_export.onnx.twin import twin_from_model
+    from tome_export.runtime.inputs import unit_inputs
+    from tome_export.visualize.groups import grid_from_manifest, maps_from_plans
+
+    progress = progress or Silent()
+    if inputs is None:
+        refuse_extra_inputs(artifact, "report")
+    manifest = artifact.manifest
+    grid_from_manifest(manifest, artifact.path)  # refuses what cannot be drawn, before any work
+    pixels = images if isinstance(images, np.ndarray) else load_inputs(manifest, images)
+    plans: dict[Step, Plans] = {}
+    if manifest.merges:
+        progress.detail("reading the model")
+        twin = twin_from_model(load(artifact.model_path))
+        progress.detail("running it")
+        masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
+        subject = replace(subject_of(artifact, str(artifact.path)), graph=twin.model)
+        with open_runner(ORT_CPU, subject, progress) as runner:
+            batch = manifest.batch
+            plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})
+    return maps_from_plans(manifest, artifact.path, plans, pixels)
+
+
+def chosen_plans(
+    twin: Twin,
+    runner: Runner,
+    pixels: NDArray[np.float32],
+    batch: BatchRange,
+    further: Mapping[str, NDArray[np.float32]] | None = None,
+) -> dict[Step, Plans]:
+    """The plans that an instrumented graph chooses by itself, by merge.
+
+    Args:
+        twin: From ``onnx.twin``.
+        runner: Runs ``twin.model``.
+        pixels: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
+        batch: Batch sizes the model takes.
+        further: What it takes besides, by name.
+
+    Returns:
+        Where a merge works on several sequences of one video, those of all videos follow each
+        other.
+    """
+    from tome_export.onnx.twin import LEAD
+    from tome_export.runtime.runner import infer_in_batches
+    from tome_export.visualize.groups import Plans
+
+    count = len(pixels)
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
+        for value in twin.model.graph.input
+    }
+    # Not led: the plans it could be led by are looked at for their shape only.
+    inputs = {**(further or {}), INPUT_NAME: pixels, LEAD: np.zeros((count, 1), bool)}
+    for layer in twin.layers:
+        inputs |= {name: np.zeros((count, *shapes[name]), np.int32) for name in layer.given}
+    size = max(batch.min, min(batch.opt, count))
+    results = infer_in_batches(runner, inputs, count, size)
+    return {
+        layer.step: Plans(*(_rows(results[name]) for name in layer.chosen)) for layer in twin.layers
+    }
+
+
+def _rows(plan: NDArray[Any]) -> NDArray[Any]:
+    return plan.reshape(-1, plan.shape[-1])
+
+
+def layers_from_text(text: str, depth: int) -> tuple[int, ...]:
+    """Read ``--layer``.
+
+    Raises:
+        UsageError: if it is neither a number nor ``all`` nor ``last``.
+        InputError: if the model has no such layer.
+    """
+    if text == "all":
+        return tuple(range(depth))
+    if text == "last":
+        return (depth - 1,)
+    try:
+        layer = int(text)
+    except ValueError:
+        raise UsageError(f"layer is {text!r}; expected a number, all or last") from None
+    if not 0 <= layer < depth:
+        raise InputError(
+            f"layer is {layer}; the model has {depth} layers, give 0 to {depth - 1}, all or last"
+        )
+    return (layer,)
+
+
+def _names(images: Sequence[Path]) -> list[str]:
+    """One name per image, told apart by a number where several files have the same."""
+    names: list[str] = []
+    for path in images:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _picture(file: str, image: Path, groups: LayerGroups) -> Picture:
+    return Picture(
+        file=file,
+        image=str(image),
+        layer=groups.layer,
+        tokens=groups.tokens,
+        groups=len(groups.merged),
+        largest=groups.largest,
+        patches_in_prefix=groups.patches_in_prefix,
+        dropped=groups.dropped,
+    )
+
+
+def _is_ours(output: Path) -> None:
+    """Refuse to replace a folder that holds anything but an earlier inspection's files."""
+    written = _written(output)
+    entries = list(output.iterdir()) if output.is_dir() else [output]
+    foreign = sorted(e.name for e in entries if e.name not in written or not e.is_file())
+    if foreign:
+        what = f" ({', '.join(foreign[:3])})" if output.is_dir() else ""
+        raise InputError(
+            f"{output} holds what 'tome-export inspect' did not write{what}, which --force would "
+            "delete; give another directory"
+        )
+
+
+def _written(output: Path) -> Collection[str]:
+    try:
+        pictures = json.loads((output / SUMMARY).read_text(encoding="utf-8"))["pictures"]
+        return {SUMMARY, *(str(picture["file"]) for picture in pictures)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
