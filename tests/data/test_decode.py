@@ -16,6 +16,7 @@ import pytest
 
 from tome_export.data import preprocess
 from tome_export.data.decode import Task, decoded_chunks, reason_of
+from tome_export.data.image_folder import read_file
 from tome_export.data.preprocess import load_images, pixels_from_bytes
 from tome_export.data.samples import sample_paths
 from tome_export.data.source import Item
@@ -26,8 +27,12 @@ TINY = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bilinear")
 DECODE = partial(pixels_from_bytes, preprocessing=TINY)
 
 
+def reader(path):
+    return partial(read_file, str(path.parent), path.name, 0, 0)
+
+
 def tasks_of(paths, size=2):
-    items = [Item(path.name, "folder", str(path)) for path in paths]
+    items = [Item(path.name, reader(path)) for path in paths]
     return [Task(n, tuple(items[i : i + size])) for n, i in enumerate(range(0, len(items), size))]
 
 
@@ -73,8 +78,8 @@ def test_an_error_of_the_decoder_itself_is_one_bad_image():
     task = Task(
         0,
         (
-            Item("x", "folder", __file__),
-            Item("y", "samples", pixels=np.ones((1, 2, 2), np.float32)),
+            Item("x", reader(Path(__file__))),
+            Item("y", np.ones((1, 2, 2), np.float32)),
         ),
     )
     (found,) = decoded_chunks([task], decode, 0)

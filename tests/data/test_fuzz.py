@@ -228,11 +228,11 @@ def test_braces_stand_for_what_braceexpand_makes_of_them(pattern):
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(find, "MOST_NAMES", len(made) or find.MOST_NAMES)
-        assert find._is_small(pattern) == bool(made)
+        assert find._has_braces(pattern) == bool(made)
         if len(made) > 1:
             patch.setattr(find, "MOST_NAMES", len(made) - 1)
             with pytest.raises(InputError, match="too many names"):
-                find._is_small(pattern)
+                find._has_braces(pattern)
 
 
 def test_what_is_fuzzed_is_listed_when_whole(folder):

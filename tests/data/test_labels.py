@@ -8,7 +8,8 @@ import pytest
 
 from tests.data import conftest as layouts
 from tome_export.data.find import find_data
-from tome_export.data.labels import Classes, class_folders, labels_from_file, numbered_classes
+from tome_export.data.image_folder import class_folders, labels_from_file
+from tome_export.data.labels import Classes
 from tome_export.errors import InputError
 
 WORDS = Classes(5, ("cat", "dog", "crane", "owl", "crane"))
@@ -100,14 +101,14 @@ def test_refused(folders, classes, message):
     ],
 )
 def test_numbers_of_a_data_set_that_names_its_classes(names, expected, rule):
-    index, note = numbered_classes(names, DIGITS, "x")
+    index, note = DIGITS.indices(names, "x")
     assert index == expected
     assert note == f"{len(names)} classes, {rule}"
 
 
 def test_numbers_that_names_contradict():
     with pytest.raises(InputError) as caught:
-        numbered_classes(["1", "one", "0"], DIGITS, "x.parquet")
+        DIGITS.indices(["1", "one", "0"], "x.parquet")
     assert str(caught.value) == (
         "x.parquet has the classes 1, 0 at other numbers than the model, whose labels one are not; "
         "rename them to labels of the model"
@@ -117,12 +118,12 @@ def test_numbers_that_names_contradict():
 def test_numbers_of_a_data_set_of_other_names_need_a_reason():
     words = ["zero", "one", "two"]
     with pytest.raises(InputError) as caught:
-        numbered_classes(words, DIGITS, "x.parquet")
+        DIGITS.indices(words, "x.parquet")
     assert str(caught.value) == (
         "x.parquet has the classes zero, one, two, which are not among the model's labels, such as "
         "0, 1, 2; rename them, or say --classes-in-order if the numbers are the model's"
     )
-    given = numbered_classes(words, Classes(3, DIGITS.names, in_order=True), "x.parquet")
+    given = Classes(3, DIGITS.names, in_order=True).indices(words, "x.parquet")
     assert given == ([0, 1, 2], "3 classes, matched by number (--classes-in-order)")
 
 

@@ -151,18 +151,6 @@ def test_what_is_no_image_of_a_sample_is_said(tmp_path, ten):
     ]
 
 
-def test_a_member_with_holes(tmp_path, ten):
-    path = shard(tmp_path / "s.tar", ("0.png", 0))
-    data = bytearray(path.read_bytes())
-    data[156:157] = tarfile.GNUTYPE_SPARSE
-    data[148:156] = b"        "
-    data[148:156] = b"%06o\0 " % sum(data[:512])
-    path.write_bytes(data)
-    assert fails(path, ten) == (
-        f"{path}:0.png is stored with holes; write the shard without --sparse"
-    )
-
-
 # A shard that is given twice.
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,12 +18,7 @@ Decode = Callable[[bytes, str], Pixels]
 
 @dataclass(frozen=True)
 class Task:
-    """A chunk: the unit of work for processes, machines and resuming.
-
-    Attributes:
-        chunk: Its number.
-        items: Its images.
-    """
+    """A numbered chunk of images: the unit of work for processes, machines and resuming."""
 
     chunk: int
     items: tuple[Item, ...]
@@ -31,10 +26,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A chunk's images.
+    """The images of a chunk.
 
     Attributes:
-        chunk: Its number.
+        chunk: Number of the chunk.
         pixels: Those that could be read, ``[B, C, H, W]`` float32.
         unreadable: Position, name and reason of the others.
     """
@@ -46,18 +41,15 @@ class Decoded:
 
 def decode_task(task: Task, decode: Decode) -> Decoded:
     """Read and preprocess the images of one chunk; what cannot be read is told, not raised."""
-    return _joined(task, [pixels_or_reason(item, decode) for item in task.items])
-
-
-def _joined(task: Task, found: Sequence[Pixels | str]) -> Decoded:
-    pixels = [one for one in found if not isinstance(one, str)]
+    pixels, unreadable = [], []
+    for position, item in enumerate(task.items):
+        found = pixels_or_reason(item, decode)
+        if isinstance(found, str):
+            unreadable.append((position, item.name, found))
+        else:
+            pixels.append(found)
     array = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 1), np.float32)
-    unreadable = tuple(
-        (position, item.name, reason)
-        for position, (item, reason) in enumerate(zip(task.items, found, strict=True))
-        if isinstance(reason, str)
-    )
-    return Decoded(task.chunk, array, unreadable)
+    return Decoded(task.chunk, array, tuple(unreadable))
 
 
 def pixels_or_reason(item: Item, decode: Decode) -> Pixels | str:
@@ -73,12 +65,7 @@ def pixels_or_reason(item: Item, decode: Decode) -> Pixels | str:
 
 
 def reason_of(error: BaseException, name: str = "") -> str:
-    """Why an image could not be had, in one line that can be printed.
-
-    Args:
-        error: Whatever reading or decoding raised.
-        name: The image, which the reason need not repeat.
-    """
+    """Why an image could not be had, in one line that can be printed and need not name it."""
     if isinstance(error, OSError) and error.strerror:
         return printable(error.strerror)
     text = printable(" ".join(str(error).split()))
@@ -94,7 +81,7 @@ def decoded_chunks(
 
     Args:
         tasks: Chunks.
-        decode: See ``Decode``; each thread that calls it has a process that decodes.
+        decode: Each thread that calls it has a process that decodes.
         workers: Threads; 0 decodes when a chunk is taken.
 
     Raises:

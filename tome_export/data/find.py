@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import math
 import os
 import re
 import string
@@ -39,8 +41,6 @@ EXPECTED = (
     "'samples'"
 )
 
-LABELS_UNUSED = "--labels are not used: the model has no classes"
-
 
 def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None = None) -> Source:
     """List the images that a user named.
@@ -54,22 +54,25 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
         InputError: if there are none, or their labels are not usable.
         UsageError: if labels are given for shards, which hold their own.
     """
-    from tome_export.data.formats import folder_source, parquet_source, tar_source
+    from tome_export.data.image_folder import folder_source
+    from tome_export.data.parquet_files import parquet_source
     from tome_export.data.preprocess import IMAGE_SUFFIXES
+    from tome_export.data.tar_shards import tar_source
 
     text = printable(", ".join(data))
     paths = [path for given in data for path in expand(given)]
     notes = []
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
-        inside, others = _shards_in(folder)
-        if not inside:
+        paths, others = _shards_in(folder)
+        if not paths:
             source = folder_source(folder, IMAGE_SUFFIXES, classes, labels)
-            return _noted(source, [LABELS_UNUSED] if labels and classes is None else [])
+            if labels and classes is None:
+                source.notes.append("--labels are not used: the model has no classes")
+            return source
         if others:
             shown = printable(some(others))
             notes.append(f"read of {text} are its shards only; beside them are {shown}")
-        paths = inside
         # As a data set is kept whose parts are in one folder.
         parts = sorted({re.split(r"[-_.]?\d|\.", path.name)[0] for path in paths})
         if len(parts) > 1:
@@ -77,6 +80,17 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
                 f"read as one are the shards of {printable(some(parts))} in {text}; a star, as in "
                 f"'{printable(parts[0])}*', takes those of one name"
             )
+    _check_shards(text, paths, labels)
+    if paths[0].suffix.lower() == ".tar":
+        source = tar_source(text, paths, IMAGE_SUFFIXES, classes)
+    else:
+        source = parquet_source(text, paths, classes)
+    source.notes += notes
+    return source
+
+
+def _check_shards(text: str, paths: Sequence[Path], labels: Path | None) -> None:
+    """Require regular files of one kind, each once."""
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1 or not kinds <= set(SHARDS):
         raise InputError(
@@ -88,22 +102,14 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
         raise InputError(f"{special} is not a regular file; expected .tar or .parquet shards")
     if labels is not None:
         raise UsageError("--labels are for a folder of images; shards hold their own labels")
-    places: dict[tuple[int, int], Path] = {}
+    first: dict[tuple[int, int], Path] = {}
     for path in paths:
-        if (first := places.setdefault(_place(path), path)) is not path:
-            again = f", also as {first}" if first != path else ""
+        if (same := first.setdefault(_file_id(path), path)) is not path:
+            again = f", also as {same}" if same != path else ""
             raise InputError(f"the shard {path} is given twice{again}; give each once")
-    if kinds == {".tar"}:
-        return _noted(tar_source(text, paths, IMAGE_SUFFIXES, classes), notes)
-    return _noted(parquet_source(text, paths, classes), notes)
 
 
-def _noted(source: Source, notes: Sequence[str]) -> Source:
-    source.notes += notes
-    return source
-
-
-def _place(path: Path) -> tuple[int, int]:
+def _file_id(path: Path) -> tuple[int, int]:
     """What tells whether two paths are one file or folder, also through links."""
     status = path.stat()
     return status.st_dev, status.st_ino
@@ -133,9 +139,9 @@ def shared_path(data: Sequence[str], others: Sequence[str]) -> Path | None:
         for named in (data, others)
     )
     for paths, above in ((second, first), (first, second)):
-        places = set(map(_place, above))
+        ids = set(map(_file_id, above))
         for path in sorted(paths):
-            if not places.isdisjoint(map(_place, (path, *path.parents))):
+            if not ids.isdisjoint(map(_file_id, (path, *path.parents))):
                 return path
     return None
 
@@ -166,7 +172,7 @@ def expand(pattern: str) -> list[Path]:
     if os.path.exists(pattern):  # noqa: PTH110 - which takes names that are too long
         return [Path(pattern)]
     paths: list[Path] = []
-    for name in braceexpand(pattern, escape=False) if _is_small(pattern) else [pattern]:
+    for name in braceexpand(pattern, escape=False) if _has_braces(pattern) else [pattern]:
         there = os.path.exists(name)  # noqa: PTH110
         magic = not there and glob.has_magic(name)
         found = sorted(glob.glob(name)) if magic else [name]  # noqa: PTH207
@@ -176,8 +182,8 @@ def expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _is_small(pattern: str) -> bool:
-    """Whether braces are in pairs, and stand for as many names as can be looked up.
+def _has_braces(pattern: str) -> bool:
+    """Whether all braces are in pairs; they may stand for as many names as can be looked up.
 
     The grammar is that of ``braceexpand``, which makes all names of a part before the first is
     taken, and calls itself for each part within another.
@@ -185,44 +191,39 @@ def _is_small(pattern: str) -> bool:
     Raises:
         InputError: if there are too many, or too many in one another.
     """
-    # Of the pattern and each open part: where it begins, names of its words before the last comma,
-    # those of the word since then, and whether it is neither a range nor nothing but a word.
-    start, before, names, simple = 0, 0, 1, True
-    parts: list[tuple[int, int, int, bool]] = []
-    most = min(MOST_NAMES, MOST_CHARACTERS // len(pattern))
-    for position, character in enumerate(pattern):
-        if character == "{":
-            parts.append((start, before, names, False))
-            start, before, names, simple = position + 1, 0, 1, True
-        elif character == "}" and not parts:
-            return False
-        elif character == "}":
-            inside = before + names
-            if simple:
-                try:
-                    inside = _in_range(pattern[start:position])
-                except ValueError:  # a number of thousands of digits
-                    return False
-            start, before, names, simple = parts.pop()
-            names *= inside
-        elif character == "," and parts:
-            before, names, simple = before + names, 1, False
-        if before + names > most or len(parts) > MOST_NESTED:
-            raise InputError(
-                f"{pattern[:80]}{'…' * (len(pattern) > 80)} stands for too many names; expected "
-                f"at most {most:,}, and braces at most {MOST_NESTED} deep: give a folder, or a star"
-            )
-    return not parts
+    depths = list(itertools.accumulate((c == "{") - (c == "}") for c in pattern))
+    counted, most = pattern.replace("\0", ""), min(MOST_NAMES, MOST_CHARACTERS // len(pattern))
+    try:
+        # From the inside out, each part becomes the number of names that it stands for.
+        while max(depths) <= MOST_NESTED and re.search(r"\{[^{}]*\}", counted):
+            counted = re.sub(r"\{([^{}]*)\}", _counted, counted)
+    except ValueError:  # a number of thousands of digits
+        return False
+    if max(depths) > MOST_NESTED or _product(counted) > most:
+        raise InputError(
+            f"{pattern[:80]}{'…' * (len(pattern) > 80)} stands for too many names; expected "
+            f"at most {most:,}, and braces at most {MOST_NESTED} deep: give a folder, or a star"
+        )
+    return min(depths) >= 0 == depths[-1]
 
 
-def _in_range(text: str) -> int:
-    """How many names ``1..9`` or ``a..z`` stand for, with a step or without; 1 if it is neither."""
-    found = re.match(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$", text)
+def _counted(part: re.Match[str]) -> str:
+    return f"\0{min(_count(part[1]), MOST_CHARACTERS)}\0"
+
+
+def _count(inside: str) -> int:
+    """How many names a part stands for: ``1..9`` or ``a..z``, or alternatives with commas."""
+    found = re.match(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$", inside)
     index: Callable[[str], int] = int
     if found is None:
-        found = re.match(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$", text)
+        found = re.match(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$", inside)
         index = string.ascii_letters.swapcase().index
     if found is None:
-        return 1
+        return sum(map(_product, inside.split(",")))
     first, last, step = found.groups()
     return abs(index(last) - index(first)) // (int(step or 1) or 1) + 1
+
+
+def _product(text: str) -> int:
+    """The product of the numbers of names that stand in a text."""
+    return math.prod(map(int, re.findall("\0(\\d+)\0", text)))

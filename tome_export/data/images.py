@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 
 from tome_export.artifact import Manifest
 from tome_export.data.find import SHARDS, find_data
+from tome_export.data.image_folder import read_file
 from tome_export.data.source import Item, printable
 from tome_export.errors import InputError
 from tome_export.progress import Progress, Silent
-from tome_export.spec import Preprocessing
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
@@ -55,44 +56,49 @@ def parity_images(
         InputError: if there is no image or video, or one cannot be read.
         MissingComponentError: if videos are given, and what decodes them is not installed.
     """
+    from tome_export.data.preprocess import pixels_from_bytes
     from tome_export.data.samples import sample_pixels
+    from tome_export.data.videos import find_videos, load_videos, moving_samples
 
     channels, height, width = input_size[-3:]
     preprocessing = replace(recipe.preprocessing, input_size=(channels, height, width))
     if len(input_size) > 3:
-        return _videos(preprocessing, input_size[0], folder, max(2, count // 3))
+        frames = input_size[0]
+        if folder is None:
+            return moving_samples(preprocessing, max(2, count // 3), frames)
+        return load_videos(find_videos(folder)[: max(1, LIMIT // frames)], preprocessing, frames)
     if folder is None:
         return sample_pixels(replace(recipe, preprocessing=preprocessing), count)
-    items = _items(folder, LIMIT, progress or Silent())
-    return np.stack([_pixels(item, preprocessing) for item in items])
+    found = []
+    for item in _items(folder, LIMIT, progress or Silent()):
+        try:
+            data = item.load()
+        except OSError as error:
+            raise InputError(
+                f"image {item.name} cannot be read ({error.strerror}); expected an image file"
+            ) from None
+        if isinstance(data, bytes):
+            data = pixels_from_bytes(data, item.name, preprocessing)
+        found.append(data)
+    return np.stack(found)
 
 
 def _items(place: Path, most: int, progress: Progress) -> list[Item]:
     """The first images of a folder or of shards; a single image file stands for itself."""
     from tome_export.data.preprocess import find_images
 
-    if place.is_dir() or place.suffix.lower() in SHARDS:
-        source = find_data((str(place),), None)
-        for note in source.notes:
-            progress.stage(f"Note: {note}")
-        items = source.items(range(min(most, len(source))))
-        if source.kind != "folder":
-            return items
-        # Named as the folder was, so that the file can be opened by what is shown.
-        return [replace(item, name=printable(str(place / item.name))) for item in items]
-    return [Item(printable(str(path)), "folder", str(path)) for path in find_images(place)]
-
-
-def _pixels(item: Item, preprocessing: Preprocessing) -> Array:
-    from tome_export.data.preprocess import pixels_from_bytes
-
-    try:
-        data = item.load()
-    except OSError as error:
-        raise InputError(
-            f"image {item.name} cannot be read ({error.strerror}); expected an image file"
-        ) from None
-    return pixels_from_bytes(data, item.name, preprocessing) if isinstance(data, bytes) else data
+    if not place.is_dir() and place.suffix.lower() not in SHARDS:
+        (path,) = find_images(place)
+        read = partial(read_file, str(path.parent), path.name, 0, 0)
+        return [Item(printable(str(path)), read)]
+    source = find_data((str(place),), None)
+    for note in source.notes:
+        progress.stage(f"Note: {note}")
+    items = source.items(range(min(most, len(source))))
+    if source.kind != "folder":
+        return items
+    # Named as the folder was, so that the file can be opened by what is shown.
+    return [replace(item, name=printable(str(place / item.name))) for item in items]
 
 
 def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
@@ -113,22 +119,8 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
     return load_images(paths, manifest.preprocessing)
 
 
-def _videos(preprocessing: Preprocessing, frames: int, folder: Path | None, count: int) -> Array:
-    from tome_export.data.videos import find_videos, load_videos, moving_samples
-
-    if folder is None:
-        return moving_samples(preprocessing, count, frames)
-    return load_videos(find_videos(folder)[: max(1, LIMIT // frames)], preprocessing, frames)
-
-
 def image_names(folder: Path | None, count: int, *, videos: bool = False) -> list[str]:
-    """What to call the images or videos that ``parity_images`` gave.
-
-    Args:
-        folder: As given to it.
-        count: Images that it gave.
-        videos: Whether they are videos.
-    """
+    """What to call the ``count`` images or videos that ``parity_images`` gave of a folder."""
     from tome_export.data.videos import find_videos
 
     if folder is None:
