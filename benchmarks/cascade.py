@@ -36,10 +36,11 @@ from PIL import Image
 
 from benchmarks.harness import write_rows
 from tome_export.artifact.cascade import PolicyName
+from tome_export.artifact.goal import Goal
 from tome_export.build import BuildRequest, build
 from tome_export.cascade.main import CascadeRequest, cascade
+from tome_export.data.metrics import share_of
 from tome_export.data.samples import digits_test
-from tome_export.evaluate.metrics import share_of
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.recipe import DATA
@@ -48,7 +49,6 @@ from tome_export.serve.cascades import CASCADE
 from tome_export.serve.client import connect
 from tome_export.serve.config import CPU
 from tome_export.serve.server import start
-from tome_export.tune.goal import Goal
 
 MODEL = "vit_digits"
 MEMBERS = (32, 16, 8)

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tome_export.bench.timing import paired, percentiles
 from tome_export.runtime import environment as environments
 from tome_export.runtime.environment import PACKAGES, cpu_name
+from tome_export.runtime.timing import paired, percentiles
 
 __all__ = ["PACKAGES", "RESULTS", "cpu_name", "environment", "paired", "percentiles", "write_rows"]
 

@@ -24,8 +24,8 @@ from tome_export.errors import UnrecordedError
 from tome_export.reducers import DEFAULT
 
 if TYPE_CHECKING:
+    from tome_export.artifact.goal import Goal
     from tome_export.artifact.schedule import Estimate, TunedPoint, TunedSchedule
-    from tome_export.tune.goal import Goal
 
 KEPT = (
     "limit",
@@ -129,7 +129,7 @@ def goal_from_option(name: str, value: Any) -> Goal:
     Raises:
         InputError: if the value is not one.
     """
-    from tome_export.tune.goal import Goal
+    from tome_export.artifact.goal import Goal
 
     if name == "target_latency_ms":
         return Goal.target_latency(value)

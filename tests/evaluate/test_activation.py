@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from tests.conftest import small_vit
+from tome_export.artifact.goal import Goal
 from tome_export.cascade import policy
+from tome_export.data.metrics import deviations
 from tome_export.errors import InputError
 from tome_export.evaluate.main import output_classes
-from tome_export.evaluate.metrics import deviations
 from tome_export.evaluate.records import TOP, as_classes, ranked
 from tome_export.models import resolve
 from tome_export.parity.compare import _output_parity
 from tome_export.patch import patch
 from tome_export.serve.python_models.postprocess import top_k
 from tome_export.spec import answers
-from tome_export.tune.goal import Goal
 from tome_export.tune.images import TuneImages, _source
 from tome_export.tune.main import _judged
 from tome_export.tune.score import Scorer

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tome_export.artifact.goal import Goal
 from tome_export.build import BuildRequest, build
 from tome_export.errors import UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.parity.main import CheckRequest, OverMergedError, check
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
-from tome_export.tune.goal import Goal
 from tome_export.tune.main import TuneRequest, tune
 
 

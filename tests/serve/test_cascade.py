@@ -16,6 +16,7 @@ from server_rules import problems
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import ConfidencePolicy
+from tome_export.artifact.goal import Goal
 from tome_export.cascade import policy
 from tome_export.cascade.calibrate import Costs
 from tome_export.cascade.main import CascadeRequest, cascade, members_of
@@ -39,7 +40,6 @@ from tome_export.serve.repository import write
 from tome_export.serve.server import start
 from tome_export.serve.source import check_free_name, source_from_artifact
 from tome_export.serve.validate import validate
-from tome_export.tune.goal import Goal
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import save_file
 
+from tome_export.artifact.goal import Goal
 from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.models import resolve
-from tome_export.tune.goal import Goal
 from tome_export.tune.main import TuneRequest, tune
 
 

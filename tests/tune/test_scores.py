@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import small_vit
+from tome_export.artifact.goal import Goal
 from tome_export.build import BuildRequest, build
 from tome_export.cascade.main import members_of
 from tome_export.errors import InputError
@@ -19,7 +20,6 @@ from tome_export.evaluate.main import EvalRequest, evaluate
 from tome_export.merge.schedule import Schedule
 from tome_export.serve.config import ServeOptions
 from tome_export.serve.pipeline_models import pipeline_folders
-from tome_export.tune.goal import Goal
 from tome_export.tune.main import TuneRequest, tune
 
 

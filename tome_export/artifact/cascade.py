@@ -67,7 +67,7 @@ Policy = ComplexityPolicy | ConfidencePolicy | LearnedPolicy
 
 
 class CascadeTarget(Part):
-    """The target as in ``tune.goal.Goal``, and in words."""
+    """The target as in ``goal.Goal``, and in words."""
 
     kind: TargetKind
     value: float

@@ -127,6 +127,26 @@ class ModelInfo(Part):
     learned_sha256: str | None
     random_weights: bool
 
+    def resolvable_name(self, weights: str | None = None) -> str:
+        """What ``models.resolve`` finds the model by, from any current folder.
+
+        Args:
+            weights: A folder stands for that of the checkpoint.
+
+        Raises:
+            InputError: if the model was a folder's, and the folder is no more.
+        """
+        if self.folder is None:
+            return self.name
+        if weights is not None and Path(weights).is_dir():
+            return f"hf:{weights}"
+        if not Path(self.folder).is_dir():
+            raise InputError(
+                f"the artifact was built from the checkpoint folder {self.folder}, which is not "
+                "there; put it back, or give its path with --weights"
+            )
+        return f"hf:{self.folder}"
+
 
 class Component(Part):
     """A reducer or compressor by name, with its options."""

@@ -142,7 +142,7 @@ class ScheduleFile(Document):
 
 
 class Objective(Part):
-    """The target as in ``tune.goal.Goal`` and in words; what counts as right by ``metric``."""
+    """The target as in ``goal.Goal`` and in words; what counts as right by ``metric``."""
 
     kind: TargetKind
     value: float

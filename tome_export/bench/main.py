@@ -13,14 +13,14 @@ import numpy as np
 
 from tome_export.artifact import MODEL, Artifact, Manifest
 from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow
-from tome_export.bench.timing import AGAINST, MERGED, row_from_seconds, times
 from tome_export.data.images import parity_images
 from tome_export.errors import InputError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import asked_inputs
-from tome_export.runtime.reference import model_name, reference_model, rescheduled
+from tome_export.runtime.reference import reference_model, rescheduled
 from tome_export.runtime.registry import ORT_CPU, TORCH, backend_of, require, usual_backends
 from tome_export.runtime.subject import Subject, open_runner, subject_of, variant, with_engine
+from tome_export.runtime.timing import AGAINST, MERGED, row_from_seconds, times
 
 if TYPE_CHECKING:
     from tome_export.parity.decisions import Array
@@ -176,7 +176,7 @@ def bench_images(manifest: Manifest, batch: int) -> tuple[Array, str]:
     preprocessing = manifest.preprocessing
     shape = tuple(int(size) for size in manifest.input.shape[1:])
     try:
-        recipe = replace(resolve(model_name(manifest)), preprocessing=preprocessing)
+        recipe = replace(resolve(manifest.model.resolvable_name()), preprocessing=preprocessing)
         samples = parity_images(recipe, shape, None, COUNT)
     # A user's own model may not be importable here, or take what no photograph gives.
     except InputError:
@@ -330,7 +330,7 @@ class _Bencher:
         return row.model_copy(update=measured)
 
     def _profile(self, row: BenchRow) -> BenchProfile:
-        from tome_export.bench.profile import profile_in_turn
+        from tome_export.runtime.profile import profile_in_turn
 
         self.progress.stage(f"Profile {row.backend}, batch {row.batch}")
         paths = {label: subject.folder / MODEL for label, subject in self.subjects.items()}

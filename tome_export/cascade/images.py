@@ -17,7 +17,6 @@ from tome_export.cascade.calibrate import Observations
 from tome_export.data.decode import Task, decoded_chunks
 from tome_export.data.source import Source, selection
 from tome_export.errors import ExportError, InputError
-from tome_export.evaluate.records import best
 from tome_export.progress import Progress
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.runtime.subject import open_runner, subject_of
@@ -128,7 +127,7 @@ def _seen(
     batch: int,
 ) -> Observations:
     logits = [policy.two_classes(_logits(one, pixels, spec, batch)) for one in runners]
-    classes = np.stack([best(one)[:, 0].astype(np.int64) for one in logits])
+    classes = np.stack([_best_class(one) for one in logits])
     truth = classes[-1] if labels is None else labels
     return Observations(
         classes,
@@ -138,6 +137,12 @@ def _seen(
         policy.mean_patch(pixels, spec.patch) if spec.patch else np.empty((len(pixels), 0)),
         truth,
     )
+
+
+def _best_class(logits: NDArray[Any]) -> NDArray[np.int64]:
+    """``[B]``: of equal ones the lowest; -1 where an output is not finite."""
+    finite = np.isfinite(logits).all(axis=1)
+    return np.where(finite, logits.argmax(axis=1), -1).astype(np.int64)
 
 
 def _surprise(logits: NDArray[Any], truth: NDArray[np.int64]) -> NDArray[np.float64]:

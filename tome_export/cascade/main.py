@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tome_export.artifact.cascade import (
 from tome_export.artifact.compatibility import check_one_model, shared_facts
 from tome_export.artifact.evaluation import UnreadableImage
 from tome_export.artifact.files import check_new_file, keeping, write_whole, writing_to
+from tome_export.artifact.goal import Goal
 from tome_export.cascade.calibrate import (
     CalibratedSetting,
     Costs,
@@ -46,16 +47,15 @@ from tome_export.cascade.calibrate import (
 )
 from tome_export.cascade.images import ObservationSpec, ObservedImages, observed
 from tome_export.cascade.policy import MEASURES, POLICIES
-from tome_export.data.find import SAMPLES, shared_path
+from tome_export.data.find import SAMPLES, shared_path, source_of
+from tome_export.data.labels import classes_of
+from tome_export.data.metrics import CONFIDENCE, METHODS, paired_difference, share_of
 from tome_export.errors import InputError, UsageError
-from tome_export.evaluate.main import EvalRequest, classes_of, source_of
-from tome_export.evaluate.metrics import CONFIDENCE, METHODS, paired_difference, share_of
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import refuse_extra_inputs
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.serve.cascade import CascadeServing
 from tome_export.serve.source import sizes
-from tome_export.tune.goal import Goal
 
 LEAST = 10
 """Fewest images of a part: calibration, training of a head, or test."""
@@ -323,8 +323,10 @@ def _images(
     spec = ObservationSpec(members, request.backend, request.measure, patch)
 
     def of(data: tuple[str, ...], labels: Path | None) -> ObservedImages:
-        listed = EvalRequest(members[-1].path, data, labels, request.classes_in_order)
-        source = source_of(members[-1], listed, classes_of(members[-1]))
+        classes = classes_of(members[-1])
+        if classes is not None:
+            classes = replace(classes, in_order=request.classes_in_order)
+        source = source_of(members[-1], data, labels, classes)
         return observed(source, request.limit, spec, progress)
 
     progress.stage(f"Run {len(members)} artifacts on the images")

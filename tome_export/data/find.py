@@ -20,6 +20,7 @@ from tome_export.data.source import Source, printable, samples_source
 from tome_export.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from tome_export.artifact import Artifact
     from tome_export.models import Recipe
 
 SAMPLES = "samples"
@@ -107,6 +108,44 @@ def _check_shards(text: str, paths: Sequence[Path], labels: Path | None) -> None
         if (same := first.setdefault(_file_id(path), path)) is not path:
             again = f", also as {same}" if same != path else ""
             raise InputError(f"the shard {path} is given twice{again}; give each once")
+
+
+def source_of(
+    artifact: Artifact,
+    data: Sequence[str],
+    labels: Path | None,
+    classes: Classes | None,
+    weights: str | None = None,
+) -> Source:
+    """The images that a user named, or those that come with the artifact's model.
+
+    Args:
+        artifact: Whose model is to see them.
+        data: As of ``find_data``, or ``samples``.
+        labels: File of labels for a folder of images.
+        classes: Of the artifact; None for a model without classes.
+        weights: Where the checkpoint folder of the model is now.
+
+    Raises:
+        InputError: if there are none, or their labels are not usable.
+        UsageError: if labels are given for what has its own.
+    """
+    from tome_export.models import resolve
+
+    if tuple(data) != (SAMPLES,):
+        return find_data(data, classes, labels)
+    if labels is not None:
+        raise UsageError("--labels are for a folder of images; the samples have their own")
+    recipe = resolve(artifact.manifest.model.resolvable_name(weights))
+    found, name = labelled_source(recipe), artifact.manifest.model.name
+    if found is None:
+        raise InputError(f"no labelled images come with {name}; give a folder of them with --data")
+    if classes is not None and classes.names != recipe.labels:
+        raise InputError(
+            f"the images that come with {name} have its own labels, and this artifact tells "
+            f"{classes.count} other classes apart; give a folder of images with --data"
+        )
+    return found
 
 
 def _file_id(path: Path) -> tuple[int, int]:

@@ -7,10 +7,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tome_export.data.folders import some
 from tome_export.data.source import printable
 from tome_export.errors import InputError
+
+if TYPE_CHECKING:
+    from tome_export.artifact import Artifact
 
 IN_ORDER = "--classes-in-order"
 """The option that says that numbers and sorted names are the model's, whatever it calls them."""
@@ -61,6 +65,19 @@ class Classes:
     def ordered_as(self, names: Sequence[str]) -> bool:
         """Whether sorted names, none of which is the model's, may be its classes in their order."""
         return self.names is None or all(map(WORDNET.fullmatch, names))
+
+    @classmethod
+    def of_outputs(cls, outputs: int, names: tuple[str, ...] | None) -> Classes:
+        """The classes that a classifier of so many logits tells apart: one logit says no or yes.
+
+        Args:
+            outputs: Logits.
+            names: What the model calls them.
+        """
+        names = names if names and len(names) == outputs else None
+        if outputs > 1:
+            return cls(outputs, names)
+        return cls(2, (f"not {names[0]}", names[0]) if names else None)
 
     def index(self, value: object, where: str) -> int:
         """The class that a label means: a whole number, or text that is a number or a name.
@@ -138,3 +155,11 @@ class Classes:
             f"labels, such as {some_printable(list(self.by_name))}; rename them, or say {IN_ORDER} "
             "if the numbers are the model's"
         )
+
+
+def classes_of(artifact: Artifact) -> Classes | None:
+    """The classes of an artifact; None if it gives features, or a regression's numbers."""
+    manifest = artifact.manifest
+    if manifest.activation in (None, "none"):
+        return None
+    return Classes.of_outputs(int(manifest.output.shape[-1]), manifest.labels)

@@ -23,18 +23,18 @@ from tome_export.artifact.evaluation import (
     UnreadableImage,
 )
 from tome_export.data.decode import Decode, Task, decoded_chunks
-from tome_export.data.find import SAMPLES, find_data, labelled_source
-from tome_export.data.labels import Classes
-from tome_export.data.source import Labels, Source, selection
-from tome_export.errors import InputError, UsageError
-from tome_export.evaluate.journal import Journal, open_journal
-from tome_export.evaluate.metrics import (
+from tome_export.data.find import source_of
+from tome_export.data.labels import Classes, classes_of
+from tome_export.data.metrics import (
     CONFIDENCE,
     METHODS,
     deviations,
     paired_difference,
     share_of,
 )
+from tome_export.data.source import Labels, Source, selection
+from tome_export.errors import InputError, UsageError
+from tome_export.evaluate.journal import Journal, open_journal
 from tome_export.evaluate.records import TOP, Classifier, Record, Table
 from tome_export.evaluate.runs import (
     UNMERGED,
@@ -47,7 +47,7 @@ from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import output_shape
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import refuse_extra_inputs, refuse_videos
-from tome_export.runtime.reference import model_name, reference_model, rescheduled
+from tome_export.runtime.reference import reference_model, rescheduled
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.spec import Activation
 
@@ -136,7 +136,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     batch = _batch(artifact, request)
     progress.stage("List the images")
     classes = classes_of(artifact)
-    source = source_of(artifact, request, classes)
+    if classes is not None:
+        classes = replace(classes, in_order=request.classes_in_order)
+    source = source_of(artifact, request.data, request.labels, classes, request.weights)
     chosen = selection(len(source), request.limit)
     progress.stage(f"Load {artifact.manifest.model.name}")
     model, _ = reference_model(artifact, request.weights)
@@ -178,27 +180,6 @@ def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
         )
 
 
-def classes_of(artifact: Artifact) -> Classes | None:
-    """The classes of an artifact; None if it gives features, or a regression's numbers."""
-    manifest = artifact.manifest
-    if manifest.activation in (None, "none"):
-        return None
-    return output_classes(int(manifest.output.shape[-1]), manifest.labels)
-
-
-def output_classes(outputs: int, names: tuple[str, ...] | None) -> Classes:
-    """The classes that a classifier of so many logits tells apart: one logit says no or yes.
-
-    Args:
-        outputs: Logits.
-        names: What the model calls them.
-    """
-    names = names if names and len(names) == outputs else None
-    if outputs > 1:
-        return Classes(outputs, names)
-    return Classes(2, (f"not {names[0]}", names[0]) if names else None)
-
-
 def _batch(artifact: Artifact, request: EvalRequest) -> int:
     engine = artifact.manifest.engines.get(request.backend)
     able = (engine or artifact.manifest).batch
@@ -209,33 +190,6 @@ def _batch(artifact: Artifact, request: EvalRequest) -> int:
             "or rebuild it with another --batch"
         )
     return batch
-
-
-def source_of(artifact: Artifact, request: EvalRequest, classes: Classes | None) -> Source:
-    """The images that a request names, listed.
-
-    Raises:
-        InputError: if there are none, or their labels are not usable.
-        UsageError: if labels are given for what has its own.
-    """
-    from tome_export.models import resolve
-
-    if request.data != (SAMPLES,):
-        if classes is not None:
-            classes = replace(classes, in_order=request.classes_in_order)
-        return find_data(request.data, classes, request.labels)
-    if request.labels is not None:
-        raise UsageError("--labels are for a folder of images; the samples have their own")
-    recipe = resolve(model_name(artifact.manifest, request.weights))
-    found, name = labelled_source(recipe), artifact.manifest.model.name
-    if found is None:
-        raise InputError(f"no labelled images come with {name}; give a folder of them with --data")
-    if classes is not None and classes.names != recipe.labels:
-        raise InputError(
-            f"the images that come with {name} have its own labels, and this artifact tells "
-            f"{classes.count} other classes apart; give a folder of images with --data"
-        )
-    return found
 
 
 def _recorded(artifact: Artifact, evaluation: Evaluation) -> EvalResult:

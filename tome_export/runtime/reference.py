@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.artifact import MODEL, Artifact, Manifest
+from tome_export.artifact import MODEL, Artifact
 from tome_export.artifact.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.artifact.manifest import PluginInfo
 from tome_export.engine.plugins import capabilities_of, compile_kernels
@@ -40,7 +40,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     manifest = artifact.manifest
     recorded = manifest.model.weights
     kind, source = recorded.kind, recorded.source
-    name = model_name(manifest, weights)
+    name = manifest.model.resolvable_name(weights)
     if manifest.model.folder and weights is not None and Path(weights).is_dir():
         weights = None  # that of the checkpoint, which is in the name now
     key = recorded.key
@@ -99,30 +99,6 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
             "the build; rebuild the artifact"
         )
     return model, loaded.recipe
-
-
-def model_name(manifest: Manifest, weights: str | None = None) -> str:
-    """What ``resolve`` finds an artifact's model by, from any current folder.
-
-    Args:
-        manifest: Of the artifact.
-        weights: A folder stands for that of the checkpoint.
-
-    Raises:
-        InputError: if the model was a folder's, and the folder is no more.
-    """
-    model = manifest.model
-    folder = model.folder
-    if folder is None:
-        return model.name
-    if weights is not None and Path(weights).is_dir():
-        return f"hf:{weights}"
-    if not Path(folder).is_dir():
-        raise InputError(
-            f"the artifact was built from the checkpoint folder {folder}, which is not there; put "
-            "it back, or give its path with --weights"
-        )
-    return f"hf:{folder}"
 
 
 def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:

@@ -74,7 +74,7 @@ class Stopwatch:
             MissingComponentError: if onnxruntime is not here.
             ExportError: if a model cannot be exported or run.
         """
-        from tome_export.bench.profile import profile_onnx
+        from tome_export.runtime.profile import profile_onnx
 
         measured: list[Measurement] = []
         schedules, runs = _spread(space), RUNS
@@ -133,7 +133,7 @@ class Stopwatch:
         )
 
     def _times(self, paths: Sequence[Path], count: int = RUNS) -> list[float]:
-        from tome_export.bench.timing import paired
+        from tome_export.runtime.timing import paired
 
         inputs = {INPUT_NAME: self._images}
         with ExitStack() as stack:

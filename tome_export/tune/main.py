@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tome_export.artifact.files import check_new_file, keeping, write_whole, writing_to
+from tome_export.artifact.goal import Goal
 from tome_export.artifact.schedule import (
     ChosenPoint,
     Estimate,
@@ -21,18 +22,17 @@ from tome_export.artifact.schedule import (
     UnmergedPoint,
 )
 from tome_export.data.find import SAMPLES
+from tome_export.data.labels import Classes
+from tome_export.data.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.errors import InputError, UsageError
-from tome_export.evaluate.main import output_classes
-from tome_export.evaluate.metrics import CONFIDENCE, paired_difference, share_of
+from tome_export.merge.entropy import check_min_entropy
 from tome_export.merge.schedule import Schedule
 from tome_export.models.activation import activation_of
-from tome_export.parity.main import check_entropy_option
 from tome_export.patch.describe import output_shape, state_sha256
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.spec import Activation, Precision
 from tome_export.tune.choose import Finalist, Finalists
-from tome_export.tune.goal import Goal
 from tome_export.tune.images import TuneImages, sized, tune_images
 from tome_export.tune.latency import Stopwatch
 from tome_export.tune.score import Scorer, space_of
@@ -127,7 +127,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
             f"{loaded.recipe.name} gives numbers (a regression), not classes to count; tune a "
             "classifier, or give a schedule to 'tome-export build' yourself"
         )
-    classes = output_classes(shape[-1], loaded.recipe.label_names(shape[-1]))
+    classes = Classes.of_outputs(shape[-1], loaded.recipe.label_names(shape[-1]))
     progress.stage("Read images")
     ready = time.monotonic()
     images = tune_images(
@@ -187,7 +187,7 @@ def _check_numbers(request: TuneRequest) -> None:
         raise UsageError(f"--time-limit is {request.time_limit:g}; expected seconds above 0")
     if request.seed < 0:
         raise UsageError(f"--seed is {request.seed}; expected 0 or more")
-    check_entropy_option(request.min_entropy)
+    check_min_entropy(request.min_entropy)
 
 
 def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:

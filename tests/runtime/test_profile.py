@@ -9,11 +9,11 @@ import hf_models
 import onnx
 import pytest
 
-from tome_export.bench.profile import profile_from_events, profile_in_turn, profile_onnx
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.names import GROUPS, NodePlace, place_finder, place_of_scope, places
 from tome_export.patch import patch
 from tome_export.runtime.ort import OrtRunner
+from tome_export.runtime.profile import profile_from_events, profile_in_turn, profile_onnx
 from tome_export.spec import BatchRange
 
 NARROW = {"embed_dim": 64, "num_heads": 2}

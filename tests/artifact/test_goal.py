@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tome_export.artifact.goal import Goal
 from tome_export.errors import InputError
-from tome_export.tune.goal import Goal
 
 
 @pytest.mark.parametrize(

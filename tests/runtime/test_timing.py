@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tome_export.artifact.bench import Quantiles
-from tome_export.bench.timing import paired, percentiles, row_from_seconds
+from tome_export.runtime.timing import paired, percentiles, row_from_seconds
 
 
 def test_rounds_alternate_their_order():

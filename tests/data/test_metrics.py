@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tome_export.evaluate.metrics import (
+from tome_export.data.metrics import (
     difference_of_counts,
     paired_difference,
     share_of,
