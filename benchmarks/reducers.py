@@ -29,9 +29,8 @@ from tome_export.models import RECIPES, resolve
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.parity.compare import inputs_of
 from tome_export.patch import MergedModel, patch
-from tome_export.reducers import REDUCERS
+from tome_export.reducers import REDUCERS, reducer_from_text
 from tome_export.reducers.base import Reducer
-from tome_export.reducers.options import json_from_reducer, reducer_from_text
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange
 
@@ -147,7 +146,7 @@ def speed(folder: Path) -> list[dict[str, Any]]:
                 "benchmark": "reducers",
                 "part": "speed",
                 "reducer": name,
-                "reducer_options": json_from_reducer(model.settings.reducer)["options"],
+                "reducer_options": model.settings.reducer.record()["options"],
                 "model": SPEED_MODEL,
                 "batch": BATCH,
                 "rounds": ROUNDS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,9 +35,9 @@ Reference = Callable[[SimpleNamespace], Plan]
 
 
 class Step(NamedTuple):
-    """What a reducer saw in one layer, its plan, and the tokens and sizes that came of it."""
+    """One layer as a reducer had it, its plan, and the tokens and sizes that came of it."""
 
-    seen: LayerContext
+    layer: LayerContext
     plan: Plan
     x: torch.Tensor
     size: torch.Tensor
@@ -58,9 +59,9 @@ def steps(model: MergedModel, images: np.ndarray[Any, Any]) -> list[Step]:
     reducer = model.settings.reducer
     apply = type(reducer).apply
 
-    def watched(self: Reducer, seen: LayerContext, plan: Any) -> Any:
-        x, size = apply(self, seen, plan)
-        found.append(Step(seen, plan, x, size))
+    def watched(self: Reducer, layer: LayerContext, plan: Any) -> Any:
+        x, size = apply(self, layer, plan)
+        found.append(Step(layer, plan, x, size))
         return x, size
 
     inputs = {
@@ -75,29 +76,28 @@ def steps(model: MergedModel, images: np.ndarray[Any, Any]) -> list[Step]:
     return found
 
 
-def plain(seen: LayerContext, image: int) -> SimpleNamespace:
+def plain(layer: LayerContext, image: int) -> SimpleNamespace:
     """One image of a layer as lists of floats, for references.
 
     Fields: ``x [N][C]``, ``size [N]``, ``keys`` and ``queries [H][N][D]``, ``scale``, ``bias [N]``
     of the class token's row or None, ``tokens [N][C]`` that attention read or None, ``layer``,
-    ``r``, ``prefix``, ``class_token``, ``depth``, ``initial``, ``inputs`` by name.
+    ``r``, ``prefix``, ``class_token``, ``depth``, ``inputs`` by name.
     """
-    keys, queries, scale, bias, tokens = seen.attended
+    keys, queries, scale, bias, tokens = layer.attention
     return SimpleNamespace(
-        x=seen.x[image].tolist(),
-        size=seen.size[image].tolist(),
+        x=layer.x[image].tolist(),
+        size=layer.size[image].tolist(),
         keys=keys[image].tolist(),
         queries=None if queries is None else queries[image].tolist(),
         scale=keys.shape[-1] ** -0.5 if scale is None else scale,
         bias=None if bias is None else bias[image, 0, 0].tolist(),
         tokens=None if tokens is None else tokens[image].tolist(),
-        layer=seen.layer,
-        r=seen.r,
-        prefix=seen.prefix,
-        class_token=seen.class_token,
-        depth=seen.depth,
-        initial=seen.initial,
-        inputs={name: value[image].tolist() for name, value in seen.inputs.items()},
+        layer=layer.index,
+        r=layer.r,
+        prefix=layer.prefix,
+        class_token=layer.class_token,
+        depth=layer.depth,
+        inputs={name: value[image].tolist() for name, value in layer.inputs.items()},
     )
 
 
@@ -107,18 +107,19 @@ def assert_plans_are_the_references(
     """On real images: PyTorch's plans, and those of the graph on ORT CPU, are the reference's."""
     images = digit_images(count)
     found = steps(model, images)
-    assert [step.seen.layer for step in found] == [i for i, one in enumerate(model.layers) if one.r]
+    reduced = [index for index, layer in enumerate(model.layers) if layer.r]
+    assert [step.layer.index for step in found] == reduced
     onnx_plans = ort_plans(model, images, folder)
     for step in found:
-        assert_is_plan(step.plan, step.seen.tokens, step.seen.prefix)
-        for plan in (step.plan, onnx_plans[step.seen.layer]):
-            assert_plans(plan, step.seen, reference)
+        assert_is_plan(step.plan, step.layer.tokens, step.layer.prefix)
+        for plan in (step.plan, onnx_plans[step.layer.index]):
+            assert_plans(plan, step.layer, reference)
 
 
-def assert_plans(plan: Any, seen: LayerContext, reference: Reference) -> None:
+def assert_plans(plan: Any, layer: LayerContext, reference: Reference) -> None:
     """The plan of every image of a layer is the reference's."""
-    for image in range(len(seen.x)):
-        expected = [list(part) for part in reference(plain(seen, image))]
+    for image in range(len(layer.x)):
+        expected = [list(part) for part in reference(plain(layer, image))]
         assert [part[image].tolist() for part in plan] == expected
 
 
@@ -170,7 +171,7 @@ def assert_is_plan(plan: Any, tokens: int, prefix: int) -> None:
         assert all(place < 0 or place >= prefix for place in dst)
 
 
-def random_seen(
+def random_layer(
     tokens: int,
     r: int,
     prefix: int = 1,
@@ -206,68 +207,56 @@ def random_seen(
 
     size = torch.from_numpy(rng.integers(1, 9, (batch, tokens))).float()
     size[:, :prefix] = 1  # protected tokens never grow
-    attended = AttentionInputs(
-        drawn(batch, heads, tokens, width), drawn(batch, heads, tokens, width)
-    )
-    attended = attended._replace(tokens=drawn(batch, tokens, width))
+    keys, queries = drawn(batch, heads, tokens, width), drawn(batch, heads, tokens, width)
+    attention = AttentionInputs(keys, queries, tokens=drawn(batch, tokens, width))
     values = {
-        "layer": 1,
+        "index": 1,
         "class_token": prefix > 0,
         "depth": 4,
-        "initial": tokens,
+        "x": drawn(batch, tokens, width),
+        "size": size,
+        "attention": attention,
         "module": None,
         "inputs": {},
     }
-    return LayerContext(
-        drawn(batch, tokens, width), size, attended, r=r, prefix=prefix, **{**values, **more}
-    )
+    return LayerContext(r=r, prefix=prefix, tokens=tokens, **{**values, **more})
 
 
-def one_image(seen: LayerContext, image: int) -> LayerContext:
+def one_image(layer: LayerContext, image: int) -> LayerContext:
     """The same layer of one image alone."""
     alone = slice(image, image + 1)
-    keys, queries, scale, bias, tokens = seen.attended
-    return LayerContext(
-        seen.x[alone],
-        seen.size[alone],
-        AttentionInputs(
-            keys[alone],
-            None if queries is None else queries[alone],
-            scale,
-            None if bias is None else bias[alone],
-            None if tokens is None else tokens[alone],
-        ),
-        layer=seen.layer,
-        r=seen.r,
-        prefix=seen.prefix,
-        class_token=seen.class_token,
-        depth=seen.depth,
-        initial=seen.initial,
-        module=seen.module,
-        inputs={name: value[alone] for name, value in seen.inputs.items()},
+    attention = AttentionInputs(
+        *(part[alone] if isinstance(part, torch.Tensor) else part for part in layer.attention)
+    )
+    return replace(
+        layer,
+        x=layer.x[alone],
+        size=layer.size[alone],
+        attention=attention,
+        inputs={name: value[alone] for name, value in layer.inputs.items()},
     )
 
 
-def assert_holds(reducer: Reducer, seen: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
+def assert_holds(reducer: Reducer, layer: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
     """What holds for every reducer and every layer: the invariant, shapes, batch independence.
 
     Returns:
         Tokens and sizes behind the plan.
     """
-    plan = reducer.decide(seen).plan
-    kept = seen.tokens - seen.r
-    assert plan.keep.shape == (len(seen.x), kept)
+    plan = reducer.decide(layer).plan
+    kept = layer.tokens - layer.r
+    assert plan.keep.shape == (len(layer.x), kept)
     assert {part.dtype for part in plan} == {torch.int32}
-    assert_is_plan(plan, seen.tokens, seen.prefix)
+    assert_is_plan(plan, layer.tokens, layer.prefix)
     assert reducer.drops or (plan.dst >= 0).all()
-    x, size = reducer.apply(seen, plan)
-    assert (x.shape, x.dtype) == ((len(seen.x), kept, seen.x.shape[-1]), seen.x.dtype)
-    assert (size.shape, size.dtype) == ((len(seen.x), kept), torch.float32)
+    x, size = reducer.apply(layer, plan)
+    assert (x.shape, x.dtype) == ((len(layer.x), kept, layer.x.shape[-1]), layer.x.dtype)
+    assert (size.shape, size.dtype) == ((len(layer.x), kept), torch.float32)
     assert x.isfinite().all()
     assert (size > 0).all()
-    assert torch.equal(x[:, : seen.prefix], seen.x[:, : seen.prefix])
-    for image in range(len(seen.x)):
-        alone = one_image(seen, image)
+    assert torch.equal(x[:, : layer.prefix], layer.x[:, : layer.prefix])
+    for image in range(len(layer.x)):
+        alone = one_image(layer, image)
         single = reducer.decide(alone).plan
         for part, whole in zip(single, plan, strict=True):
             assert torch.equal(part[0], whole[image])
@@ -275,10 +264,10 @@ def assert_holds(reducer: Reducer, seen: LayerContext) -> tuple[torch.Tensor, to
     return x, size
 
 
-def assert_nothing_lost(seen: LayerContext, x: torch.Tensor, size: torch.Tensor) -> None:
+def assert_nothing_lost(layer: LayerContext, x: torch.Tensor, size: torch.Tensor) -> None:
     """Sizes add up as before, and so do tokens weighed by them: every one is a mean."""
-    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
-    total = (seen.x * seen.size[..., None]).sum(1)
+    torch.testing.assert_close(size.sum(1), layer.size.sum(1))
+    total = (layer.x * layer.size[..., None]).sum(1)
     torch.testing.assert_close((x * size[..., None]).sum(1), total, rtol=1e-4, atol=1e-4)
 
 
@@ -316,9 +305,8 @@ def options_of(reducer: Reducer) -> Mapping[str, Any]:
 
     from tome_export.artifact.manifest import Component
     from tome_export.reducers import reducer_class
-    from tome_export.reducers.options import json_from_reducer
 
-    entry = Component.model_validate(json_from_reducer(reducer))
+    entry = Component.model_validate(reducer.record())
     again = entry.made(reducer_class(entry.name))
     assert again == reducer
-    return again.options()
+    return again.record()["options"]

@@ -16,7 +16,7 @@ from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model
 from tome_export.onnx.functions import match_function
 from tome_export.onnx.twin import LEAD, Twin, twin_from_model
 from tome_export.patch import patch
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.spec import BatchRange
 
 BATCH = BatchRange(1, 4, 8)

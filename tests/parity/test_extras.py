@@ -11,7 +11,7 @@ from tome_export.merge.entropy import entropy_bound
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.parity.compare import check_parity
 from tome_export.patch import patch
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import BatchRange
 

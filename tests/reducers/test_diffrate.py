@@ -20,16 +20,16 @@ from reducers import (
     digit_model,
     options_of,
     plain,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import diffrate as reference
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.diffrate import DiffRate
-from tome_export.reducers.options import reducer_from_text
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -66,14 +66,14 @@ def test_an_explicit_schedule_is_pruned_as_far_as_the_counts_say(tmp_path):
 
 def test_without_counts_all_merge():
     for step in steps(digit_model(DiffRate(), 6), digit_images(2)):
-        assert_plans(step.plan, step.seen, reference.plan)
+        assert_plans(step.plan, step.layer, reference.plan)
         assert step.plan.dst.min() >= 1
 
 
 def test_means_and_sizes_are_the_authors():
     for step in steps(digits(), digit_images(2)):
         for image in range(2):
-            x, size = reference.tokens(plain(step.seen, image), PRUNE)
+            x, size = reference.tokens(plain(step.layer, image), PRUNE)
             torch.testing.assert_close(step.x[image], torch.tensor(x), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(step.size[image], torch.tensor(size))
 
@@ -97,29 +97,29 @@ def test_what_always_holds(patches, prefix, r, pruned, seed, duplicates):
     kept = (max(1, tokens - pruned),) * 4
     reducer = DiffRate(prune_kept=kept, merge_kept=kept)
     r = min(r, reducer.limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates)
-    _, size = assert_holds(reducer, seen)
-    assert (size.sum(1) <= seen.size.sum(1) + 1e-3).all()
-    plan = reducer.decide(seen).plan
+    layer = random_layer(tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates)
+    _, size = assert_holds(reducer, layer)
+    assert (size.sum(1) <= layer.size.sum(1) + 1e-3).all()
+    plan = reducer.decide(layer).plan
     assert ((plan.dst < 0).sum(1) == min(r, pruned)).all()
     if not duplicates:  # the reference's rounding decides ties otherwise
-        assert_plans(plan, seen, lambda one: reference.plan(one, kept))
+        assert_plans(plan, layer, lambda one: reference.plan(one, kept))
 
 
 def test_ties_go_to_the_lowest_position():
-    seen = random_seen(8, 3, 2)
-    alike = seen.attended._replace(keys=torch.ones_like(seen.attended.keys))
-    object.__setattr__(seen, "attended", alike)
-    object.__setattr__(seen, "x", torch.ones_like(seen.x))
-    plan = DiffRate(prune_kept=(8, 7), merge_kept=(8, 5)).decide(seen).plan
+    layer = random_layer(8, 3, 2)
+    alike = layer.attention._replace(keys=torch.ones_like(layer.attention.keys))
+    object.__setattr__(layer, "attention", alike)
+    object.__setattr__(layer, "x", torch.ones_like(layer.x))
+    plan = DiffRate(prune_kept=(8, 7), merge_kept=(8, 5)).decide(layer).plan
     assert [part[0].tolist() for part in plan] == [[0, 1, 2, 3, 4], [5, 6, 7], [2, 2, -1]]
 
 
 def test_tokens_of_opposite_direction_leave_a_size_above_zero():
-    seen = random_seen(4, 2, 1)
+    layer = random_layer(4, 2, 1)
     sign = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]
-    object.__setattr__(seen, "x", sign * torch.ones_like(seen.x))
-    assert_holds(DiffRate(), seen)
+    object.__setattr__(layer, "x", sign * torch.ones_like(layer.x))
+    assert_holds(DiffRate(), layer)
 
 
 def test_r_is_clamped_and_counted():

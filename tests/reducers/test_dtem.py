@@ -19,7 +19,7 @@ from reducers import (
     digit_images,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import dtem as reference
@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dtem import DTEM
-from tome_export.reducers.options import reducer_from_text
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)
 RANDOM = DTEM(weights="random", features=8)
@@ -69,12 +69,12 @@ def test_what_always_holds(patches, prefix, r, seed):
     tokens = patches + prefix
     r = min(r, RANDOM.limit(tokens, prefix))
     module = RANDOM.module(ModelShape(16, 4, tokens, prefix))
-    seen = random_seen(tokens, r, prefix, seed=seed, module=module)
+    layer = random_layer(tokens, r, prefix, seed=seed, module=module)
     with torch.no_grad():
-        _, size = assert_holds(RANDOM, seen)
-    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
+        _, size = assert_holds(RANDOM, layer)
+    torch.testing.assert_close(size.sum(1), layer.size.sum(1))
     state = lists(module.state_dict())
-    assert_plans(RANDOM.decide(seen).plan, seen, lambda one: reference.plan(one, state))
+    assert_plans(RANDOM.decide(layer).plan, layer, lambda one: reference.plan(one, state))
 
 
 @pytest.mark.parametrize("layout", ["alone", "authors"])
@@ -95,7 +95,7 @@ def test_weights_of_a_file(tmp_path, layout):
     model = digit_model(DTEM(str(path), 8), [5, 5])
     assert set(lists(state)) == set(model.reducer.state_dict())
     for step in steps(model, digit_images(2)):
-        assert_plans(step.plan, step.seen, lambda one: reference.plan(one, lists(state)))
+        assert_plans(step.plan, step.layer, lambda one: reference.plan(one, lists(state)))
     assert {key for key in model.state_dict() if key.startswith("reducer.")} == {
         f"reducer.{key}" for key in state
     }
@@ -154,7 +154,7 @@ def test_the_metric_reads_what_the_keys_read(make_vit, make_images, name):
     block = getattr(vision_transformer, name)
     model = patch(make_vit("test_vit", block_fn=block), [5], reducer=RANDOM)
     (step,) = steps(model, make_images(model, 2))
-    attended, first = step.seen.attended, model.model.blocks[0]
+    attended, first = step.layer.attention, model.model.blocks[0]
     with torch.no_grad():
         if name == "ParallelScalingBlock":
             k = first.in_proj(attended.tokens).split(first.in_split, dim=-1)[2]

@@ -17,7 +17,7 @@ from reducers import (
     assert_plans_are_the_references,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import dynamicvit as reference
@@ -27,9 +27,9 @@ from tome_export.build.main import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
 from tome_export.patch import patch
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dynamicvit import DynamicViT, Predictors
-from tome_export.reducers.options import reducer_from_text
 from tome_export.runtime.reference import reference_model
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)
@@ -68,21 +68,21 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates):
     tokens = patches + prefix
     r = min(r, RANDOM.limit(tokens, prefix))
     module = RANDOM.module(ModelShape(16, 4, tokens, prefix))
-    seen = random_seen(
-        tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates, layer=2, module=module
+    layer = random_layer(
+        tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates, index=2, module=module
     )
-    assert_holds(RANDOM, seen)
+    assert_holds(RANDOM, layer)
     state = {key: value.tolist() for key, value in module.state_dict().items()}
-    plan = RANDOM.decide(seen).plan
+    plan = RANDOM.decide(layer).plan
     if not duplicates:  # the reference's rounding decides ties otherwise
-        assert_plans(plan, seen, lambda one: reference.plan(one, state, (1, 2, 3)))
+        assert_plans(plan, layer, lambda one: reference.plan(one, state, (1, 2, 3)))
 
 
 def test_ties_go_to_the_lowest_position():
     module = RANDOM.module(ModelShape(16, 4, 7, 2))
-    seen = random_seen(7, 2, 2, layer=0, module=module)
-    object.__setattr__(seen, "x", torch.ones_like(seen.x))
-    plan = RANDOM.decide(seen).plan
+    layer = random_layer(7, 2, 2, index=0, module=module)
+    object.__setattr__(layer, "x", torch.ones_like(layer.x))
+    plan = RANDOM.decide(layer).plan
     assert [part[0].tolist() for part in plan] == [[0, 1, 2, 3, 4], [5, 6], [-1, -1]]
 
 
@@ -130,7 +130,7 @@ def test_any_prefix(make_vit, make_images):
         model, stages=tuple(i + 1 for i, one in enumerate(model.layers) if one.r)
     )
     for step in steps(model, make_images(model, 2)):
-        assert_plans(step.plan, step.seen, expected)
+        assert_plans(step.plan, step.layer, expected)
 
 
 def test_one_file_has_the_model_and_its_predictors(tmp_path):

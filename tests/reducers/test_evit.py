@@ -20,16 +20,16 @@ from reducers import (
     digit_model,
     options_of,
     plain,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import evit as reference
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.evit import EViT
-from tome_export.reducers.options import reducer_from_text
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -42,7 +42,7 @@ def test_plans_are_the_references(tmp_path, r):
 def test_the_fused_token_is_the_papers():
     for step in steps(digit_model(EViT(), [5, 0, 9]), digit_images(2)):
         for image in range(2):
-            x, size = reference.tokens(plain(step.seen, image))
+            x, size = reference.tokens(plain(step.layer, image))
             torch.testing.assert_close(step.x[image], torch.tensor(x), rtol=1e-5, atol=1e-6)
             assert step.size[image].tolist() == size
 
@@ -59,19 +59,19 @@ def test_parity(tmp_path, precision):
 def test_what_always_holds(patches, prefix, r, seed, duplicates):
     tokens = patches + prefix
     r = min(r, EViT().limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates)
-    _, size = assert_holds(EViT(), seen)
-    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
-    plan = EViT().decide(seen).plan
+    layer = random_layer(tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates)
+    _, size = assert_holds(EViT(), layer)
+    torch.testing.assert_close(size.sum(1), layer.size.sum(1))
+    plan = EViT().decide(layer).plan
     if not duplicates:  # the reference's rounding decides ties otherwise
-        assert_plans(plan, seen, reference.plan)
+        assert_plans(plan, layer, reference.plan)
 
 
 def test_ties_go_to_the_lowest_position():
-    seen = random_seen(7, 2, 2)
-    alike = seen.attended._replace(keys=torch.ones_like(seen.attended.keys))
-    object.__setattr__(seen, "attended", alike)
-    plan = EViT().decide(seen).plan
+    layer = random_layer(7, 2, 2)
+    alike = layer.attention._replace(keys=torch.ones_like(layer.attention.keys))
+    object.__setattr__(layer, "attention", alike)
+    plan = EViT().decide(layer).plan
     assert [part[0].tolist() for part in plan] == [[0, 1, 2, 3, 4], [5, 6], [4, 4]]
 
 
@@ -116,7 +116,7 @@ def test_r_is_clamped_and_counted():
 def test_any_prefix(make_vit, make_images):
     model = patch(make_vit("test_vit", reg_tokens=3), 5, reducer=EViT())
     for step in steps(model, make_images(model, 2)):
-        assert_plans(step.plan, step.seen, reference.plan)
+        assert_plans(step.plan, step.layer, reference.plan)
 
 
 def test_dense_outputs_have_the_fused_token_where_its_patches_are(make_vit, make_images):

@@ -17,14 +17,14 @@ from reducers import (
     digit_images,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references.sets import kth
 
 from tome_export.errors import InputError
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.kth import Kth
-from tome_export.reducers.options import reducer_from_text
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -48,7 +48,7 @@ def test_the_option_reaches_the_plan():
     given, default = (steps(digit_model(one, [7, 5]), images) for one in (Kth(2), Kth()))
     assert not torch.equal(given[0].plan.src, default[0].plan.src)
     for step in given:
-        assert_plans(step.plan, step.seen, lambda one: kth(one, 2))
+        assert_plans(step.plan, step.layer, lambda one: kth(one, 2))
 
 
 @QUICK
@@ -59,25 +59,25 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates):
     tokens = patches + prefix
     reducer = Kth()
     r = min(r, reducer.limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3)
-    x, size = assert_holds(reducer, seen)
-    assert_nothing_lost(seen, x, size)
+    layer = random_layer(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3)
+    x, size = assert_holds(reducer, layer)
+    assert_nothing_lost(layer, x, size)
     if duplicates:  # of equal cosines the reference's rounding decides otherwise
         return
-    assert_plans(reducer.decide(seen).plan, seen, kth)
+    assert_plans(reducer.decide(layer).plan, layer, kth)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_keys_that_are_no_numbers_give_a_plan(bad):
-    seen = random_seen(9, 3, 1)
-    seen.attended.keys[0, 0, 3] = bad
-    assert_holds(Kth(), seen)
+    layer = random_layer(9, 3, 1)
+    layer.attention.keys[0, 0, 3] = bad
+    assert_holds(Kth(), layer)
 
 
 def test_a_tie_goes_to_the_lowest_position():
-    seen = random_seen(10, 3, 1)
-    seen.attended.keys.fill_(1.0)
-    keep, src, dst = (part[0].tolist() for part in Kth().decide(seen).plan)
+    layer = random_layer(10, 3, 1)
+    layer.attention.keys.fill_(1.0)
+    keep, src, dst = (part[0].tolist() for part in Kth().decide(layer).plan)
     assert (keep, src, dst) == ([0, 4, 5, 6, 7, 8, 9], [1, 2, 3], [1, 1, 1])
 
 

@@ -18,14 +18,14 @@ from reducers import (
     digit_images,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import pitome as reference
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.pitome import PiToMe
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -56,10 +56,10 @@ def test_plans_of_the_authors_split_are_the_references(tmp_path, split):
 
 def test_the_split_takes_half_of_the_patches_in_half_of_the_layers():
     """Set A has half of the patches there, so that the most similar pairs of all can merge."""
-    seen = random_seen(13, 2, 1, depth=5, layer=0)
+    layer = random_layer(13, 2, 1, depth=5, index=0)
     for split, layers in (("none", []), ("deit", [0, 1, 2]), ("mae", [3, 4])):
         assert [n for n in range(5) if PiToMe(split=split).splits(n, 5)] == layers
-    whole, part = (PiToMe(split=split).decide(seen).plan for split in ("deit", "none"))
+    whole, part = (PiToMe(split=split).decide(layer).plan for split in ("deit", "none"))
     assert not torch.equal(whole.src, part.src)
 
 
@@ -79,7 +79,7 @@ def test_options_reach_the_plan():
         steps(digit_model(one, [7]), images)[0] for one in (PiToMe(0.4, 0.2), PiToMe())
     )
     assert not torch.equal(given.plan.src, default.plan.src)
-    assert_plans(given.plan, given.seen, lambda one: reference.plan(one, 0.4, 0.2))
+    assert_plans(given.plan, given.layer, lambda one: reference.plan(one, 0.4, 0.2))
 
 
 @QUICK
@@ -95,38 +95,40 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates, split):
     tokens = patches + prefix
     reducer = PiToMe(split=split)
     r = min(r, reducer.limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3, layer=seed % 4)
-    x, size = assert_holds(reducer, seen)
-    assert_nothing_lost(seen, x, size)
+    layer = random_layer(
+        tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3, index=seed % 4
+    )
+    x, size = assert_holds(reducer, layer)
+    assert_nothing_lost(layer, x, size)
     if duplicates:  # of equal energies the reference's rounding decides otherwise
         return
-    assert_plans(reducer.decide(seen).plan, seen, lambda one: reference.plan(one, split=split))
+    assert_plans(reducer.decide(layer).plan, layer, lambda one: reference.plan(one, split=split))
 
 
 def test_a_tie_goes_to_the_lowest_position():
-    seen = random_seen(9, 2, 1)
-    seen.attended.keys.fill_(1.0)
-    keep, src, dst = (part[0].tolist() for part in PiToMe().decide(seen).plan)
+    layer = random_layer(9, 2, 1)
+    layer.attention.keys.fill_(1.0)
+    keep, src, dst = (part[0].tolist() for part in PiToMe().decide(layer).plan)
     assert (keep, src, dst) == ([0, 2, 4, 5, 6, 7, 8], [1, 3], [1, 1])
 
 
 def test_unusual_tokens_are_protected():
     """A cluster merges; what is like nothing else stays."""
     rng = np.random.default_rng(0)
-    seen = random_seen(14, 3, 1, batch=1)
+    layer = random_layer(14, 3, 1, batch=1)
     keys = rng.standard_normal((1, 2, 14, 16), dtype=np.float32)
     cluster = [2, 4, 5, 8, 10, 11, 13]
     keys[:, :, cluster] = keys[:, :, 1:2] + 0.01 * keys[:, :, cluster]
-    seen.attended.keys.copy_(torch.from_numpy(keys))
-    plan = PiToMe().decide(seen).plan
+    layer.attention.keys.copy_(torch.from_numpy(keys))
+    plan = PiToMe().decide(layer).plan
     assert {*plan.src[0].tolist(), *plan.keep[0, plan.dst[0].long()].tolist()} <= {1, *cluster}
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_keys_that_are_no_numbers_give_a_plan(bad):
-    seen = random_seen(9, 3, 1)
-    seen.attended.keys[0, 0, 3] = bad
-    assert_holds(PiToMe(), seen)
+    layer = random_layer(9, 3, 1)
+    layer.attention.keys[0, 0, 3] = bad
+    assert_holds(PiToMe(), layer)
 
 
 def test_r_is_clamped_to_half_of_the_patches():
@@ -143,7 +145,7 @@ def test_any_prefix(make_vit, make_images, kwargs):
     model = patch(make_vit("test_vit", **kwargs), 5, reducer=PiToMe())
     images = make_images(model, 2)
     for step in steps(model, images):
-        assert_plans(step.plan, step.seen, reference.plan)
+        assert_plans(step.plan, step.layer, reference.plan)
 
 
 def test_options():

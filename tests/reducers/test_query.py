@@ -18,7 +18,7 @@ from reducers import (
     digit_images,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import query as reference
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.query import Query
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -61,7 +61,7 @@ def test_the_projection_is_the_files(tmp_path, bias):
     assert {f"reducer.{key}" for key in state} <= model.state_dict().keys()
     expected = reference_of(model)
     for step in steps(model, digit_images(2)):
-        assert_plans(step.plan, step.seen, expected)
+        assert_plans(step.plan, step.layer, expected)
 
 
 def test_another_query_leaves_other_tokens():
@@ -95,21 +95,21 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates, mode):
     tokens, reducer = patches + prefix, Query(mode=mode)
     r = min(r, reducer.limit(tokens, prefix))
     query = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
-    seen = random_seen(tokens, r, prefix, 3, seed, duplicates=duplicates, inputs={"query": query})
-    _, size = assert_holds(reducer, seen)
+    layer = random_layer(tokens, r, prefix, 3, seed, duplicates=duplicates, inputs={"query": query})
+    _, size = assert_holds(reducer, layer)
     if mode == "merge":
-        torch.testing.assert_close(size.sum(1), seen.size.sum(1))
-    plan = reducer.decide(seen).plan
+        torch.testing.assert_close(size.sum(1), layer.size.sum(1))
+    plan = reducer.decide(layer).plan
     if not duplicates:  # the reference's rounding decides ties otherwise
-        assert_plans(plan, seen, lambda one: reference.plan(one, merge=mode == "merge"))
+        assert_plans(plan, layer, lambda one: reference.plan(one, merge=mode == "merge"))
 
 
 def test_ties_go_to_the_lowest_position():
-    seen = random_seen(7, 2, 2, inputs={"query": torch.zeros(2, 16)})
-    alike = seen.attended._replace(keys=torch.ones_like(seen.attended.keys))
-    object.__setattr__(seen, "attended", alike)
+    layer = random_layer(7, 2, 2, inputs={"query": torch.zeros(2, 16)})
+    alike = layer.attention._replace(keys=torch.ones_like(layer.attention.keys))
+    object.__setattr__(layer, "attention", alike)
     for mode, dst in (("drop", [-1, -1]), ("merge", [2, 2])):
-        plan = Query(mode=mode).decide(seen).plan
+        plan = Query(mode=mode).decide(layer).plan
         assert [part[0].tolist() for part in plan] == [[0, 1, 2, 3, 4], [5, 6], dst]
 
 
@@ -127,7 +127,7 @@ def test_any_prefix(make_vit, make_images):
     assert model.settings.prop_attn
     assert not patch(vit, 5, reducer=Query()).settings.prop_attn
     for step in steps(model, make_images(model, 2)):
-        assert_plans(step.plan, step.seen, lambda one: reference.plan(one, merge=True))
+        assert_plans(step.plan, step.layer, lambda one: reference.plan(one, merge=True))
 
 
 def test_only_merging_has_dense_outputs(make_vit):

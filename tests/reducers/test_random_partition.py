@@ -17,12 +17,12 @@ from reducers import (
     digit_images,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references.sets import drawn
 
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.random_partition import RandomPartition
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -49,7 +49,7 @@ def test_the_option_reaches_the_plan():
     )
     assert not torch.equal(given[0].plan.src, default[0].plan.src)
     for step in given:
-        assert_plans(step.plan, step.seen, lambda one: drawn(one, 7))
+        assert_plans(step.plan, step.layer, lambda one: drawn(one, 7))
 
 
 @QUICK
@@ -60,26 +60,26 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates):
     tokens = patches + prefix
     reducer = RandomPartition()
     r = min(r, reducer.limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3)
-    x, size = assert_holds(reducer, seen)
-    assert_nothing_lost(seen, x, size)
+    layer = random_layer(tokens, r, prefix, seed=seed, duplicates=duplicates, batch=3)
+    x, size = assert_holds(reducer, layer)
+    assert_nothing_lost(layer, x, size)
     if duplicates:  # of equal cosines the reference's rounding decides otherwise
         return
-    assert_plans(reducer.decide(seen).plan, seen, drawn)
+    assert_plans(reducer.decide(layer).plan, layer, drawn)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_keys_that_are_no_numbers_give_a_plan(bad):
-    seen = random_seen(9, 3, 1)
-    seen.attended.keys[0, 0, 3] = bad
-    assert_holds(RandomPartition(), seen)
+    layer = random_layer(9, 3, 1)
+    layer.attention.keys[0, 0, 3] = bad
+    assert_holds(RandomPartition(), layer)
 
 
 def test_every_layer_draws_anew_and_every_image_alike():
-    seen = random_seen(33, 10, 1, batch=4)
-    plans = [RandomPartition().decide(random_seen(33, 10, 1, layer=n)).plan for n in (0, 1)]
+    layer = random_layer(33, 10, 1, batch=4)
+    plans = [RandomPartition().decide(random_layer(33, 10, 1, index=n)).plan for n in (0, 1)]
     assert set(plans[0].src[0].tolist()) != set(plans[1].src[0].tolist())
-    sources = {frozenset(row) for row in RandomPartition().decide(seen).plan.src.tolist()}
+    sources = {frozenset(row) for row in RandomPartition().decide(layer).plan.src.tolist()}
     assert len(sources) == 1
 
 

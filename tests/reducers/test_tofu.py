@@ -18,14 +18,14 @@ from reducers import (
     digit_model,
     options_of,
     plain,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import tofu as reference
 
 from tome_export.errors import InputError
 from tome_export.patch import patch
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.tofu import ToFu
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -49,7 +49,7 @@ def test_parity_and_engine_in_fp16(tmp_path):
 def test_tokens_are_the_references(prune):
     for step in steps(digit_model(ToFu(prune), SCHEDULE), digit_images(3)):
         for image in range(3):
-            rows, size = reference.tokens(plain(step.seen, image), prune)
+            rows, size = reference.tokens(plain(step.layer, image), prune)
             torch.testing.assert_close(step.x[image], torch.tensor(rows), rtol=1e-5, atol=1e-6)
             assert step.size[image].tolist() == size
 
@@ -67,31 +67,31 @@ def test_what_always_holds(patches, prefix, r, seed, duplicates, layer):
     tokens = patches + prefix
     reducer = ToFu()
     r = min(r, reducer.limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, seed=seed, duplicates=duplicates, layer=layer)
-    x, size = assert_holds(reducer, seen)
-    torch.testing.assert_close(size.sum(1), seen.size.sum(1))
-    plan = reducer.decide(seen).plan
-    norm, before = x.norm(dim=-1), seen.x.norm(dim=-1)
+    layer = random_layer(tokens, r, prefix, seed=seed, duplicates=duplicates, index=layer)
+    x, size = assert_holds(reducer, layer)
+    torch.testing.assert_close(size.sum(1), layer.size.sum(1))
+    plan = reducer.decide(layer).plan
+    norm, before = x.norm(dim=-1), layer.x.norm(dim=-1)
     for image in range(len(x)):
         for place, token in enumerate(plan.keep[image].tolist()):
             members = [token, *plan.src[image][plan.dst[image] == place].tolist()]
             if layer < 2 or len(members) == 1:
-                assert torch.equal(x[image, place], seen.x[image, token])
+                assert torch.equal(x[image, place], layer.x[image, token])
             else:
                 torch.testing.assert_close(norm[image, place], before[image, members].max())
 
 
 def test_opposite_tokens_leave_a_finite_one():
     """Their mean has no direction."""
-    seen = random_seen(4, 1, 0, batch=1, layer=3)
-    seen.x[0, 1::2] = -seen.x[0, :1]
-    seen.x[0, ::2] = seen.x[0, :1]
-    assert_holds(ToFu(), seen)
+    layer = random_layer(4, 1, 0, batch=1, index=3)
+    layer.x[0, 1::2] = -layer.x[0, :1]
+    layer.x[0, ::2] = layer.x[0, :1]
+    assert_holds(ToFu(), layer)
 
 
 def test_half_precision_does_not_overflow():
-    seen = random_seen(9, 3, 1, layer=3)
-    large = replace(seen, x=(seen.x * 3e3).half())
+    layer = random_layer(9, 3, 1, index=3)
+    large = replace(layer, x=(layer.x * 3e3).half())
     x, _ = assert_holds(ToFu(), large)
     assert x.norm(dim=-1, dtype=torch.float32).max() > 5e3
 

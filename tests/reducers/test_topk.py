@@ -16,13 +16,13 @@ from reducers import (
     digit_images,
     digit_model,
     options_of,
-    random_seen,
+    random_layer,
     steps,
 )
 from references import evit as reference
 
 from tome_export.errors import InputError
-from tome_export.reducers.options import reducer_from_text
+from tome_export.reducers import reducer_from_text
 from tome_export.reducers.topk import TopK
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -37,8 +37,8 @@ def test_tokens_that_stay_are_untouched():
     for step in steps(digit_model(TopK(), 7), digit_images(2)):
         for image in range(2):
             keep = step.plan.keep[image].tolist()
-            assert torch.equal(step.x[image], step.seen.x[image, keep])
-            assert torch.equal(step.size[image], step.seen.size[image, keep])
+            assert torch.equal(step.x[image], step.layer.x[image, keep])
+            assert torch.equal(step.size[image], step.layer.size[image, keep])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -53,26 +53,26 @@ def test_parity(tmp_path, precision):
 def test_what_always_holds(patches, prefix, r, seed, duplicates):
     tokens = patches + prefix
     r = min(r, TopK().limit(tokens, prefix))
-    seen = random_seen(tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates)
-    assert_holds(TopK(), seen)
-    plan = TopK().decide(seen).plan
+    layer = random_layer(tokens, r, prefix, batch=3, seed=seed, duplicates=duplicates)
+    assert_holds(TopK(), layer)
+    plan = TopK().decide(layer).plan
     assert (plan.dst == -1).all()
     if not duplicates:  # the reference's rounding decides ties otherwise
-        assert_plans(plan, seen, reference.topk)
+        assert_plans(plan, layer, reference.topk)
 
 
 def test_ties_go_to_the_lowest_position():
-    seen = random_seen(7, 2, 2)
-    alike = seen.attended._replace(keys=torch.ones_like(seen.attended.keys))
-    object.__setattr__(seen, "attended", alike)
-    plan = TopK().decide(seen).plan
+    layer = random_layer(7, 2, 2)
+    alike = layer.attention._replace(keys=torch.ones_like(layer.attention.keys))
+    object.__setattr__(layer, "attention", alike)
+    plan = TopK().decide(layer).plan
     assert [part[0].tolist() for part in plan] == [[0, 1, 2, 3, 4], [5, 6], [-1, -1]]
 
 
 def test_attention_that_is_no_number_counts_as_none():
-    seen = random_seen(7, 2, 1)
-    seen.attended.keys[0, 0, 3] = torch.nan
-    assert_holds(TopK(), seen)
+    layer = random_layer(7, 2, 1)
+    layer.attention.keys[0, 0, 3] = torch.nan
+    assert_holds(TopK(), layer)
 
 
 def test_r_is_clamped_and_counted():

@@ -333,11 +333,11 @@ def _export_and_check(
     progress: Progress,
 ) -> tuple[Manifest, MergeForm]:
     """The manifest so far, and the form as it was written."""
-    from tome_export.compressors.options import compressor_from_text
+    from tome_export.compressors import compressor_from_text
     from tome_export.models import resolve
     from tome_export.onnx.export import ExportOptions
     from tome_export.patch import patch
-    from tome_export.reducers.options import json_from_reducer, reducer_from_text
+    from tome_export.reducers import reducer_from_text
 
     progress.stage(f"Load {request.model}")
     recipe = resolve(request.model, request.tower, request.video)
@@ -354,7 +354,7 @@ def _export_and_check(
     given = None if request.schedule_file is None else ScheduleFile.read(request.schedule_file)
     if given is not None:
         given.check_model(recipe.name)
-        given.check_reducer(json_from_reducer(reducer))
+        given.check_reducer(reducer.record())
         schedule = Schedule(per_layer=given.schedule)
     if schedule is not None and recipe.video is not None:
         schedule = replace(schedule, frames=recipe.video.merging)

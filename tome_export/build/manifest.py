@@ -93,9 +93,7 @@ def manifest_of(
             entropy=settings.entropy,
             note="" if settings.dense else recipe.output_note,
         ),
-        compressor=None
-        if compressor is None
-        else Component(name=compressor.name, options=compressor.options()),
+        compressor=None if compressor is None else Component(**compressor.record()),
         tower=_tower(loaded, model, shape),
         preprocessing=replace(recipe.preprocessing, input_size=(channels, height, width)),
         activation=activation_of(recipe, shape) if classifies else None,
@@ -131,7 +129,7 @@ def merge_info(model: MergedModel, options: ExportOptions, note: str) -> MergeIn
     """What the manifest says of how a model merges."""
     reducer = model.settings.reducer
     return MergeInfo(
-        reducer=Component(name=reducer.name, options=reducer.options()),
+        reducer=Component(**reducer.record()),
         schedule=str(model.settings.schedule),
         r=tuple(layer.r for layer in model.layers),
         prop_attn=model.settings.prop_attn,

@@ -5,10 +5,12 @@ One file each, a line in ``COMPRESSORS`` each.
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
+from tome_export.reducers import class_of, values_from_text
 
 if TYPE_CHECKING:
     from tome_export.compressors.base import Compressor
@@ -26,8 +28,33 @@ def compressor_class(name: str) -> type[Compressor]:
     Raises:
         InputError: if there is none of that name.
     """
-    if name not in COMPRESSORS:
-        raise InputError(f"compressor is {name!r}; expected one of {', '.join(COMPRESSORS)}")
-    module, _, cls = COMPRESSORS[name].partition(".")
-    found: type[Compressor] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
-    return found
+    return class_of(COMPRESSORS, __name__, "compressor", name)
+
+
+def compressor_from_text(text: str | None, options: Iterable[str] = ()) -> Compressor | None:
+    """A compressor as the command line has it: ``avgpool:12x12``, ``resampler:weights.pt``.
+
+    Args:
+        text: Name, and behind a colon the value of its first option; None for no compressor.
+        options: Further ones, each ``key=value``.
+
+    Raises:
+        InputError: if there is no such compressor or option, a value does not fit, or one is
+            missing.
+    """
+    if text is None:
+        if lone := next(iter(options), None):
+            raise InputError(f"compressor option {lone!r} is given without --compress; give both")
+        return None
+    name, colon, first = text.partition(":")
+    cls = compressor_class(name)
+    own = fields(cls)
+    given = [*([f"{own[0].name}={first}"] if colon else []), *options]
+    values = values_from_text(cls, f"compressor {name}", given)
+    for field in own:
+        if field.default is MISSING and field.name not in values:
+            raise InputError(
+                f"compressor {name} is given without its {field.name}; expected it behind a "
+                f"colon, such as {name}:12x12"
+            )
+    return cls(**values)

@@ -62,9 +62,9 @@ class Compressor(ABC):
             InputError: if the options do not fit, or weights are missing or do not.
         """
 
-    def options(self) -> dict[str, Any]:
-        """Its options as JSON has them."""
-        return asdict(self)
+    def record(self) -> dict[str, Any]:
+        """Name and options, as a manifest records them."""
+        return {"name": self.name, "options": asdict(self)}
 
 
 def check_compressor(
@@ -73,8 +73,8 @@ def check_compressor(
     """Refuse models whose output a compressor has nothing to do with.
 
     Args:
-        compressor: It.
-        grid: Where the model's patches lie, if they do.
+        compressor: The compressor.
+        grid: Where the model's patches lie; None where they lie on no grid.
         gives_tokens: Whether the output is one feature vector per token.
         classifies: Whether the model's own output is one score per class.
 

@@ -15,6 +15,7 @@ from tome_export.errors import InputError
 from tome_export.reducers.learned import (
     RANDOM,
     absolute,
+    first_misfit,
     frozen,
     random_module,
     state_of_file,
@@ -88,16 +89,13 @@ class Resampler(Compressor):
         state = state_of_file(self.weights)
         if any(key.startswith(PREFIX) for key in state):
             state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-        module = PerceiverResampler(
-            width, head_width=self.head_width, **self._counts(state, width), **_inner(state)
-        )
-        wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in state.items()}
-        if wanted != found:
-            key = min(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-            raise self._other(
-                f"has {key} {_shape(found.get(key))}; expected {_shape(wanted.get(key))}"
-            )
+        feed_forward = state.get("layers.0.1.1.weight")
+        inner = 0 if feed_forward is None else feed_forward.shape[0]
+        counts = self._counts(state, width)
+        module = PerceiverResampler(width, head_width=self.head_width, inner=inner, **counts)
+        if misfit := first_misfit(module, state):
+            key, got, wanted = misfit
+            raise self._other(f"has {key} {_shape(got)}; expected {_shape(wanted)}")
         check_finite(state, f"resampler weights {self.weights} have")
         module.load_state_dict(state)
         return frozen(module)
@@ -194,11 +192,5 @@ def _feed_forward(width: int, inner: int) -> nn.Sequential:
     )
 
 
-def _inner(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Width of the feed-forward layer, if the file says it."""
-    weight = state.get("layers.0.1.1.weight")
-    return {} if weight is None else {"inner": weight.shape[0]}
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else f"of shape {list(shape)}"
+def _shape(shape: list[int] | None) -> str:
+    return "nothing" if shape is None else f"of shape {shape}"

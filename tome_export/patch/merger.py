@@ -164,22 +164,22 @@ class Merger:
         size = tokens.size
         if size is None:
             size = tokens.x.new_ones((tokens.x.shape[0], count), dtype=torch.float32)
-        seen = LayerContext(
-            tokens.x,
-            size,
-            attended,
-            layer=layer,
+        context = LayerContext(
+            index=layer,
             r=r,
             prefix=self.prefix,
             class_token=self.class_token,
             depth=len(self.layers),
-            initial=self.layers[0].tokens_in,
+            tokens=count,
+            x=tokens.x,
+            size=size,
+            attention=attended,
             module=self.module,
             inputs=self.inputs,
         )
-        decision = self.reducer.decide(seen)
+        decision = self.reducer.decide(context)
         plan = self.plan = self.forced.get(layer, decision.plan)
-        x, size = self.reducer.apply(seen, plan)
+        x, size = self.reducer.apply(context, plan)
         self.size = size
         if self.observe is not None:
             keys = decision.metric if decision.metric is not None else attended.keys
@@ -197,7 +197,7 @@ def check_reducer(settings: MergeSettings, class_token: bool) -> None:
             outputs, or has no sizes whose entropy means anything.
     """
     reducer = settings.reducer
-    if reducer.attention and not class_token:
+    if reducer.needs_class_attention and not class_token:
         raise InputError(
             f"reducer {reducer.name} ranks tokens by the class token's attention, and this model "
             "has no class token; use a reducer that compares tokens, such as tome"

@@ -20,7 +20,7 @@ from tome_export.merge.spec import clamp_r
 
 
 class AttentionInputs(NamedTuple):
-    """What attention compared in one layer.
+    """What attention compares in one layer.
 
     Attributes:
         keys: ``[B, H, N, D]`` in the model's dtype.
@@ -39,11 +39,11 @@ class AttentionInputs(NamedTuple):
 
 
 class ModelShape(NamedTuple):
-    """What a learned reducer's parameters depend on.
+    """What token counts and learned parts of a reducer depend on.
 
     Attributes:
         width: C of the tokens.
-        depth: Blocks.
+        depth: Number of blocks.
         tokens: N that enter the first block, prefix included.
         prefix: Protected tokens at the front.
         learned: Weights under the reducer's ``own_keys`` in the file of the model's weights; None
@@ -58,48 +58,52 @@ class ModelShape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerContext:
-    """The tokens of one layer, as a reducer sees them.
+class LayerSpec:
+    """The numbers of one layer that a plan depends on.
 
     Attributes:
-        x: ``[B, N, C]``, behind attention and its residual, or behind the whole block.
-        size: ``[B, N]`` float32, patches that each token stands for.
-        attended: What attention compared.
-        layer: Index of the block.
+        index: Number of the block, from 0.
         r: Tokens to remove.
-        prefix: Protected tokens at the front.
+        prefix: Protected tokens P at the front.
         class_token: Whether one of them is a class token; it is the first then.
-        depth: Blocks of the model.
-        initial: Tokens that enter the first block.
+        depth: Number of blocks of the model.
+        tokens: N.
+    """
+
+    index: int
+    r: int
+    prefix: int
+    class_token: bool
+    depth: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LayerContext(LayerSpec):
+    """All that a reducer knows of one layer.
+
+    Attributes:
+        x: ``[B, N, C]`` tokens behind attention and its residual, or behind the whole block.
+        size: ``[B, N]`` float32, patches that each token stands for.
+        attention: What attention compares.
         module: The reducer's learned part for the whole model, or None.
         inputs: The model's inputs besides the images, by name.
     """
 
     x: Tensor
     size: Tensor
-    attended: AttentionInputs
-    layer: int
-    r: int
-    prefix: int
-    class_token: bool
-    depth: int
-    initial: int
+    attention: AttentionInputs
     module: nn.Module | None
     inputs: Mapping[str, Tensor]
 
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.x.shape[1]
-
     @cached_property
     def class_attention(self) -> Tensor:
-        """How much the class token attends to every token, the mean over heads.
+        """Attention that the class token pays to every token, the mean over heads.
 
         Returns:
             ``[B, N]`` float32 (float64 for float64 keys); rows sum to 1.
         """
-        keys, queries, scale, bias = self.attended[:4]
+        keys, queries, scale, bias = self.attention[:4]
         if queries is None:
             raise InputError("this attention has no single map that could rank tokens")
         dtype = accumulate_dtype(keys)
@@ -112,10 +116,9 @@ class LayerContext:
             logits = logits + bias[:, :, :1].to(dtype)
         return logits.softmax(dim=-1).mean(dim=1)[:, 0]
 
-
-def kept_tokens(seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
-    """The tokens that stay, ``[B, K, C]`` and ``[B, K]``, as they are."""
-    return gather_tokens(seen.x, plan.keep), seen.size.gather(1, plan.keep.long())
+    def kept(self, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, K, C]`` and sizes ``[B, K]`` that a plan keeps, as they are."""
+        return gather_tokens(self.x, plan.keep), self.size.gather(1, plan.keep.long())
 
 
 class Decision(NamedTuple):
@@ -132,39 +135,20 @@ class Decision(NamedTuple):
     scores: tuple[Tensor, ...] = ()
 
 
-class LayerSpec(NamedTuple):
-    """What a plan depends on besides the signals: the plain numbers of ``LayerContext``.
-
-    Attributes:
-        layer: Index of the block.
-        r: Tokens to remove.
-        prefix: Protected tokens at the front.
-        class_token: Whether one of them is a class token.
-        depth: Blocks of the model.
-        tokens: N.
-    """
-
-    layer: int
-    r: int
-    prefix: int
-    class_token: bool
-    depth: int
-    tokens: int
-
-
 @dataclass(frozen=True)
 class Reducer(ABC):
     """One way to make fewer tokens of many, with static shapes. Its fields are its options.
 
     Attributes:
-        name: On the command line.
+        name: What the command line calls it.
         summary: One line for help and tables.
         source: Where the method is published.
         behind_block: Whether tokens go behind the block's MLP, and not between attention and MLP.
         drops: Whether tokens can be dropped; nothing of them is left for dense outputs then.
         prop_attn: Whether attention is proportional as the authors run it; None where that is the
             model's setting, which is off for off-the-shelf MAE.
-        attention: Whether it needs the class token's attention.
+        needs_class_attention: Whether it ranks tokens by the class token's attention.
+        at_most_half: Whether a layer removes at most half of its patches, and not all but one.
         own_counts: Whether its options say how many tokens each layer removes, and not a schedule.
         scored: Whether it is a ``ScoredReducer``.
         own_keys: How the keys of its weights begin in a file that holds the model's weights too.
@@ -177,7 +161,8 @@ class Reducer(ABC):
     behind_block: ClassVar[bool] = False
     drops: ClassVar[bool] = False
     prop_attn: ClassVar[bool | None] = None
-    attention: ClassVar[bool] = False
+    needs_class_attention: ClassVar[bool] = False
+    at_most_half: ClassVar[bool] = True
     own_counts: ClassVar[bool] = False
     scored: ClassVar[bool] = False
     own_keys: ClassVar[tuple[str, ...]] = ()
@@ -189,9 +174,11 @@ class Reducer(ABC):
 
     def limit(self, tokens: int, prefix: int) -> int:
         """The most tokens that one layer can remove."""
-        return clamp_r(tokens, tokens, prefix)
+        if self.at_most_half:
+            return clamp_r(tokens, tokens, prefix)
+        return max(0, tokens - prefix - 1)
 
-    def counts(self, tower: ModelShape) -> Schedule:
+    def counts(self, shape: ModelShape) -> Schedule:
         """The schedule that the options ask for; only of reducers with ``own_counts``.
 
         Raises:
@@ -199,12 +186,12 @@ class Reducer(ABC):
         """
         raise NotImplementedError(f"{self.name} takes its counts from a schedule")
 
-    def layers(self, schedule: Schedule, tower: ModelShape) -> tuple[LayerTokens, ...]:
+    def layers(self, schedule: Schedule, shape: ModelShape) -> tuple[LayerTokens, ...]:
         """Token counts of every block, no layer removing more than it can."""
-        depth, tokens, prefix = tower.depth, tower.tokens, tower.prefix
+        depth, tokens, prefix = shape.depth, shape.tokens, shape.prefix
         return schedule.tokens(depth, tokens, prefix, self.limit, behind_block=self.behind_block)
 
-    def module(self, tower: ModelShape) -> nn.Module | None:  # noqa: ARG002
+    def module(self, shape: ModelShape) -> nn.Module | None:  # noqa: ARG002
         """The learned part, with its weights; None if there is none.
 
         Raises:
@@ -212,42 +199,42 @@ class Reducer(ABC):
         """
         return None
 
-    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:  # noqa: ARG002
+    def macs(self, layer: LayerTokens, shape: ModelShape) -> int:  # noqa: ARG002
         """MACs per image of its learned part in one layer; comparing tokens is under 1 %."""
         return 0
 
-    def inputs(self, tower: ModelShape) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
+    def inputs(self, shape: ModelShape) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
         """Inputs of the model besides the images: shape of each without the batch, float32."""
         return {}
 
-    def options(self) -> dict[str, Any]:
-        """Its options as JSON has them; ``reducer_of`` reads them back."""
-        return asdict(self)
+    def record(self) -> dict[str, Any]:
+        """Name and options, as a manifest records them."""
+        return {"name": self.name, "options": asdict(self)}
 
     @abstractmethod
-    def decide(self, seen: LayerContext) -> Decision:
+    def decide(self, layer: LayerContext) -> Decision:
         """The plan of one layer."""
 
-    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """Carry out a plan: by default the mean weighted by size.
 
         Returns:
             ``x' [B, K, C]`` in the dtype of x and ``size' [B, K]`` float32.
         """
-        return merge(seen.x, seen.size, plan)
+        return merge(layer.x, layer.size, plan)
 
 
 class MatchReducer(Reducer):
     """A reducer by bipartite soft matching: one operator decides, which the plugin can take."""
 
-    def metric(self, seen: LayerContext) -> Tensor:
+    def metric(self, layer: LayerContext) -> Tensor:
         """What is compared: keys ``[B, H, N, D]`` or a metric ``[B, N, D]``."""
-        return seen.attended.keys
+        return layer.attention.keys
 
-    def decide(self, seen: LayerContext) -> Decision:
+    def decide(self, layer: LayerContext) -> Decision:
         """See ``merge.ops.match``."""
-        metric = self.metric(seen)
-        return Decision(match(metric, seen.r, seen.prefix, seen.class_token), metric)
+        metric = self.metric(layer)
+        return Decision(match(metric, layer.r, layer.prefix, layer.class_token), metric)
 
 
 class ScoredReducer(Reducer):
@@ -259,24 +246,20 @@ class ScoredReducer(Reducer):
     scored = True
 
     @abstractmethod
-    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
-        """The numbers that the plan hangs on, each ``[B, ...]`` float32 (float64 for float64)."""
+    def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
+        """The numbers that the plan depends on, each ``[B, ...]`` float32 (float64 for float64)."""
 
     @abstractmethod
-    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
         """The plan, by comparisons of signals only: no arithmetic on them.
 
         Ties go to the lowest index. Every token is in ``keep`` or ``src`` exactly once.
         """
 
-    def decide(self, seen: LayerContext) -> Decision:
+    def decide(self, layer: LayerContext) -> Decision:
         """Signals, then the plan, both marked in exported graphs."""
-        place = LayerSpec(
-            seen.layer, seen.r, seen.prefix, seen.class_token, seen.depth, seen.tokens
-        )
-        found = self.signals(seen)
         marked = tuple(
-            mark_signal(torch.where(signal.isfinite(), signal, 0.0).detach(), seen.layer, index)
-            for index, signal in enumerate(found)
+            mark_signal(torch.where(signal.isfinite(), signal, 0.0).detach(), layer.index, number)
+            for number, signal in enumerate(self.signals(layer))
         )
-        return Decision(mark_plan(self.plan(marked, place), seen.layer), scores=marked)
+        return Decision(mark_plan(self.plan(marked, layer), layer.index), scores=marked)

@@ -25,9 +25,8 @@ from tome_export.reducers.base import (
     LayerSpec,
     ModelShape,
     ScoredReducer,
-    kept_tokens,
 )
-from tome_export.reducers.ranked import cosines, ranked_plan
+from tome_export.reducers.plans import cosines, ranked_plan
 
 _KEYS = ("prune_kept_num", "merge_kept_num")
 
@@ -69,7 +68,8 @@ class DiffRate(ScoredReducer):
     source = "DiffRate: Differentiable Compression Rate for Efficient ViTs, arXiv 2305.17997"
     drops = True
     prop_attn = True
-    attention = True
+    needs_class_attention = True
+    at_most_half = False
     own_counts = True
     counts_patches = False
 
@@ -98,35 +98,31 @@ class DiffRate(ScoredReducer):
                     f"reducer diffrate has {min(values)} in {name}; expected 1 or more tokens"
                 )
 
-    def limit(self, tokens: int, prefix: int) -> int:
-        """All patches but one."""
-        return max(0, tokens - prefix - 1)
-
-    def counts(self, tower: ModelShape) -> Schedule:
+    def counts(self, shape: ModelShape) -> Schedule:
         """What the counts remove from the tokens of this model."""
         if not self.prune_kept:
             raise InputError(
                 "reducer diffrate has no counts; give --reducer-option file=FILE, a JSON file with "
                 "prune_kept_num and merge_kept_num, or --r N to merge N tokens per layer"
             )
-        self._check_depth(tower)
-        removed, tokens = [], tower.tokens
+        self._check_depth(shape)
+        removed, tokens = [], shape.tokens
         for prune, merged in zip(self.prune_kept, self.merge_kept, strict=True):
-            limit = self.limit(tokens, tower.prefix)
+            limit = self.limit(tokens, shape.prefix)
             removed.append(min(limit, max(0, tokens - min(prune, merged))))
             tokens -= removed[-1]
         return Schedule(per_layer=tuple(removed))
 
-    def layers(self, schedule: Schedule, tower: ModelShape) -> tuple[LayerTokens, ...]:
+    def layers(self, schedule: Schedule, shape: ModelShape) -> tuple[LayerTokens, ...]:
         """See ``Reducer.layers``."""
-        self._check_depth(tower)
-        return super().layers(schedule, tower)
+        self._check_depth(shape)
+        return super().layers(schedule, shape)
 
-    def _check_depth(self, tower: ModelShape) -> None:
-        if self.prune_kept and len(self.prune_kept) != tower.depth:
+    def _check_depth(self, shape: ModelShape) -> None:
+        if self.prune_kept and len(self.prune_kept) != shape.depth:
             raise InputError(
                 f"reducer diffrate has counts of {len(self.prune_kept)} layers; the model has "
-                f"{tower.depth}: give counts that were found for it"
+                f"{shape.depth}: give counts that were found for it"
             )
 
     def _merging(self, layer: int, tokens: int, r: int) -> int:
@@ -134,30 +130,30 @@ class DiffRate(ScoredReducer):
         prune_kept = self.prune_kept[layer] if self.prune_kept else tokens
         return r - min(r, max(0, tokens - prune_kept))
 
-    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
+    def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
         """Class attention ``[B, n]``, and where tokens merge cosines ``[B, n, n]``; n = N - P."""
-        attention = seen.class_attention[:, seen.prefix :]
-        if not self._merging(seen.layer, seen.tokens, seen.r):
+        attention = layer.class_attention[:, layer.prefix :]
+        if not self._merging(layer.index, layer.tokens, layer.r):
             return (attention,)
-        return attention, cosines(seen.x[:, seen.prefix :])
+        return attention, cosines(layer.x[:, layer.prefix :])
 
-    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
         """Rank, cut twice, and find the most similar token that stays."""
-        merging = self._merging(place.layer, place.tokens, place.r)
-        alike = signals[1] if merging else None
-        return ranked_plan(signals[0], place.prefix, place.r, alike, merging)
+        merging = self._merging(layer.index, layer.tokens, layer.r)
+        similarity = signals[1] if merging else None
+        return ranked_plan(signals[0], layer, similarity, merging)
 
-    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The plain mean, and sizes that grow by similarity."""
-        if not self._merging(seen.layer, seen.tokens, seen.r):
-            return kept_tokens(seen, plan)
-        x, _ = merge(seen.x, torch.ones_like(seen.size), plan)
+        if not self._merging(layer.index, layer.tokens, layer.r):
+            return layer.kept(plan)
+        x, _ = merge(layer.x, torch.ones_like(layer.size), plan)
         into = plan.keep.gather(1, plan.dst.clamp_min(0).long())
-        unit = unit_vectors(seen.x.to(accumulate_dtype(seen.x)))
-        alike = (gather_tokens(unit, plan.src) * gather_tokens(unit, into)).sum(dim=-1)
-        grown = seen.size.gather(1, plan.src.long()) * alike.clamp_min(0).float()
+        unit = unit_vectors(layer.x.to(accumulate_dtype(layer.x)))
+        similarity = (gather_tokens(unit, plan.src) * gather_tokens(unit, into)).sum(dim=-1)
+        grown = layer.size.gather(1, plan.src.long()) * similarity.clamp_min(0).float()
         moved = spread(plan.dst, grown, plan.keep.shape[1]).sum(dim=-1)
-        return x, seen.size.gather(1, plan.keep.long()) + moved
+        return x, layer.size.gather(1, plan.keep.long()) + moved
 
 
 def _counts_from_file(path: Path, entry: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

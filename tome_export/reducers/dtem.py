@@ -47,14 +47,14 @@ class DTEM(MatchReducer):
             raise InputError(f"features of reducer dtem is {self.features}; expected 1 or more")
         object.__setattr__(self, "weights", absolute(self.weights))
 
-    def module(self, tower: ModelShape) -> nn.Module:
+    def module(self, shape: ModelShape) -> nn.Module:
         """One linear layer per block.
 
         Raises:
             InputError: if the weights are missing or of another size.
         """
         if self.weights == RANDOM:
-            return random_module(lambda: Metrics(tower, self.features))
+            return random_module(lambda: Metrics(shape, self.features))
         if self.weights is None:
             raise InputError(
                 "reducer dtem has no weights; give a DTEM checkpoint with --reducer-option "
@@ -68,37 +68,37 @@ class DTEM(MatchReducer):
                 "checkpoint of the authors' code, or its metric layers alone"
             )
         # Of a tower that is cut behind an inner layer the blocks beyond are gone.
-        blocks = tuple(f"blocks.{index}{_KEY}" for index in range(tower.depth))
+        blocks = tuple(f"blocks.{index}{_KEY}" for index in range(shape.depth))
         own = {key: value for key, value in found.items() if key.startswith(blocks)}
-        return filled(Metrics(tower, self.features), own, where, self.name)
+        return filled(Metrics(shape, self.features), own, where, self.name)
 
-    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:
+    def macs(self, layer: LayerTokens, shape: ModelShape) -> int:
         """Of the linear layer."""
-        return layer.tokens_in * tower.width * self.features
+        return layer.tokens_in * shape.width * self.features
 
-    def metric(self, seen: LayerContext) -> Tensor:
+    def metric(self, layer: LayerContext) -> Tensor:
         """``[B, N, features]``."""
-        if seen.attended.tokens is None:
+        if layer.attention.tokens is None:
             raise InputError(
                 "reducer dtem needs blocks with one attention each; this model has attentions side "
                 "by side, use a reducer that compares keys, such as tome"
             )
-        assert isinstance(seen.module, Metrics)  # noqa: S101 (what ``module`` made)
-        metric: Tensor = seen.module(seen.attended.tokens, seen.layer)
+        assert isinstance(layer.module, Metrics)  # noqa: S101 (what ``module`` made)
+        metric: Tensor = layer.module(layer.attention.tokens, layer.index)
         return metric
 
 
 class Metrics(nn.Module):
     """The metric layers of all blocks, with the keys of the authors' checkpoints."""
 
-    def __init__(self, tower: ModelShape, features: int) -> None:
+    def __init__(self, shape: ModelShape, features: int) -> None:
         super().__init__()
 
         def block() -> nn.Module:
-            layer = nn.ModuleDict({"metric_layer": nn.Linear(tower.width, features)})
+            layer = nn.ModuleDict({"metric_layer": nn.Linear(shape.width, features)})
             return nn.ModuleDict({"attn": nn.ModuleDict({"qkv": layer})})
 
-        self.blocks = nn.ModuleList(block() for _ in range(tower.depth))
+        self.blocks = nn.ModuleList(block() for _ in range(shape.depth))
 
     def forward(self, tokens: Tensor, layer: int) -> Tensor:
         """``[B, N, C]`` of one block -> ``[B, N, features]``."""

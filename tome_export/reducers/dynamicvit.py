@@ -15,18 +15,16 @@ from tome_export.reducers.base import (
     LayerContext,
     LayerSpec,
     ModelShape,
-    ScoredReducer,
-    kept_tokens,
 )
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
-from tome_export.reducers.ranked import ranked_plan
-from tome_export.reducers.stages import KEEP, check_rates, stages
+from tome_export.reducers.plans import ranked_plan
+from tome_export.reducers.staged import StagedReducer
 
 _OWN = "score_predictor."
 
 
 @dataclass(frozen=True)
-class DynamicViT(ScoredReducer):
+class DynamicViT(StagedReducer):
     """In front of a few layers a predictor scores the tokens, and a fixed share of them stays.
 
     For the n tokens behind the prefix ``z = GELU(Linear(LayerNorm(x)))``; its first half stays
@@ -49,20 +47,16 @@ class DynamicViT(ScoredReducer):
     """
 
     weights: str | None = None
-    keep: tuple[float, ...] = (KEEP,)
-    at: tuple[int, ...] = ()
 
     name = "dynamicvit"
     summary = "drop the tokens that trained predictors score lowest"
     source = "DynamicViT: Efficient Vision Transformers with Dynamic Sparsification, 2106.02034"
     behind_block = True
     drops = True
-    prop_attn = False
-    own_counts = True
     own_keys = (_OWN,)
 
     def __post_init__(self) -> None:
-        check_rates(self.name, self.keep, self.at)
+        super().__post_init__()
         if 0 in self.at:
             raise InputError(
                 "option at of reducer dynamicvit has layer 0; expected layers from 1, because "
@@ -70,51 +64,46 @@ class DynamicViT(ScoredReducer):
             )
         object.__setattr__(self, "weights", absolute(self.weights))
 
-    def limit(self, tokens: int, prefix: int) -> int:
-        """All patches but one."""
-        return max(0, tokens - prefix - 1)
-
-    def _stages(self, depth: int) -> tuple[int, ...]:
+    def blocks(self, depth: int) -> list[int]:
         """Blocks behind which tokens go."""
-        return tuple(layer - 1 for layer in stages(self.name, self.keep, self.at, depth))
+        return [layer - 1 for layer in self.stages(depth)]
 
-    def counts(self, tower: ModelShape) -> Schedule:
+    def counts(self, shape: ModelShape) -> Schedule:
         """The shares of the tokens of the first layer, as in the authors' code."""
-        initial = tower.tokens - tower.prefix
-        rates = stages(self.name, self.keep, self.at, tower.depth).values()
-        removed, left = [0] * tower.depth, initial
-        for stage, (block, rate) in enumerate(zip(self._stages(tower.depth), rates, strict=True)):
-            share = rate if len(self.keep) > 1 else rate ** (stage + 1)
+        left = initial = shape.tokens - shape.prefix
+        removed = [0] * shape.depth
+        for number, (layer, rate) in enumerate(self.stages(shape.depth).items()):
+            share = rate if len(self.keep) > 1 else rate ** (number + 1)
             stay = min(left, max(1, int(initial * share)))
-            removed[block] = left - stay
+            removed[layer - 1] = left - stay
             left = stay
         return Schedule(per_layer=tuple(removed))
 
-    def layers(self, schedule: Schedule, tower: ModelShape) -> tuple[LayerTokens, ...]:
+    def layers(self, schedule: Schedule, shape: ModelShape) -> tuple[LayerTokens, ...]:
         """See ``Reducer.layers``; a layer without predictor removes nothing."""
-        blocks = self._stages(tower.depth)
-        wanted = enumerate(schedule.resolve(tower.depth))
-        there = tuple(r if layer in blocks else 0 for layer, r in wanted)
-        return super().layers(Schedule(per_layer=there), tower)
+        blocks = self.blocks(shape.depth)
+        wanted = enumerate(schedule.resolve(shape.depth))
+        there = tuple(r if block in blocks else 0 for block, r in wanted)
+        return super().layers(Schedule(per_layer=there), shape)
 
-    def module(self, tower: ModelShape) -> nn.Module:
+    def module(self, shape: ModelShape) -> nn.Module:
         """One predictor per stage.
 
         Raises:
             InputError: if the width cannot be halved twice, or the weights are missing or of
                 another size.
         """
-        count = len(self._stages(tower.depth))
-        if tower.width % 4:
+        count = len(self.blocks(shape.depth))
+        if shape.width % 4:
             raise InputError(
-                f"reducer dynamicvit needs a width that 4 divides; the model's is {tower.width}"
+                f"reducer dynamicvit needs a width that 4 divides; the model's is {shape.width}"
             )
         if self.weights == RANDOM:
-            return random_module(lambda: Predictors(tower.width, count))
-        where = f"weights file {self.weights}"
-        state = {} if self.weights is None else state_of_file(self.weights)
+            return random_module(lambda: Predictors(shape.width, count))
         if self.weights is None:
-            where, state = "the file of the model's weights", dict(tower.learned or {})
+            where, state = "the file of the model's weights", shape.learned or {}
+        else:
+            where, state = f"weights file {self.weights}", state_of_file(self.weights)
         own = {key: value for key, value in state.items() if key.startswith(_OWN)}
         if not own:
             raise InputError(
@@ -122,27 +111,27 @@ class DynamicViT(ScoredReducer):
                 "checkpoint with --weights PATH or --reducer-option weights=PATH, or try the "
                 "toolchain with --reducer-option weights=random"
             )
-        return filled(Predictors(tower.width, count), own, where, self.name)
+        return filled(Predictors(shape.width, count), own, where, self.name)
 
-    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:
+    def macs(self, layer: LayerTokens, shape: ModelShape) -> int:
         """Of the linear layers."""
-        c = tower.width
+        c = shape.width
         per_token = c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2
-        return (layer.tokens_in - tower.prefix) * per_token
+        return (layer.tokens_in - shape.prefix) * per_token
 
-    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
+    def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
         """Log-probability of keeping each token, ``[B, N - P]``."""
-        assert isinstance(seen.module, Predictors)  # noqa: S101 (what ``module`` made)
-        stage = self._stages(seen.depth).index(seen.layer)
-        return (seen.module.score_predictor[stage](seen.x[:, seen.prefix :])[..., 0],)
+        assert isinstance(layer.module, Predictors)  # noqa: S101 (what ``module`` made)
+        stage = self.blocks(layer.depth).index(layer.index)
+        return (layer.module.score_predictor[stage](layer.x[:, layer.prefix :])[..., 0],)
 
-    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
         """Rank, cut, and put what stays in order of position."""
-        return ranked_plan(signals[0], place.prefix, place.r)
+        return ranked_plan(signals[0], layer)
 
-    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay, as they are."""
-        return kept_tokens(seen, plan)
+        return layer.kept(plan)
 
 
 class Predictors(nn.Module):

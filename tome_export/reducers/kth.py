@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tome_export.errors import InputError
-from tome_export.reducers.bipartite import FixedSets
+from tome_export.reducers.plans import FixedSets
 
 
 @dataclass(frozen=True)

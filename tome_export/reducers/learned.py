@@ -1,4 +1,4 @@
-"""Learned parts of reducers: weights of a file, of the model's own file, or random ones."""
+"""Learned parts of reducers and compressors: weights of a file, or random ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from tome_export.weights.files import check_finite, read_checkpoint
 RANDOM = "random"
 """What an option ``weights`` is for random weights, always the same ones."""
 
-SEED = 0
-"""Of random weights."""
-
 
 def absolute(weights: str | None) -> str | None:
     """A ``weights`` option whose path holds from any current folder."""
@@ -25,7 +22,7 @@ def absolute(weights: str | None) -> str | None:
     return str(Path(weights).expanduser().resolve())
 
 
-def random_module(make: Callable[[], nn.Module], seed: int = SEED) -> nn.Module:
+def random_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """A module with random weights, which leaves torch's own generator as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -41,11 +38,22 @@ def state_of_file(weights: str) -> dict[str, Tensor]:
     return read_checkpoint(Path(weights)).state
 
 
+def first_misfit(
+    module: nn.Module, state: Mapping[str, Tensor]
+) -> tuple[str, list[int] | None, list[int] | None] | None:
+    """The first key that does not fit, its shape in the state and in the module; None if all do."""
+    wanted = {key: list(value.shape) for key, value in module.state_dict().items()}
+    found = {key: list(value.shape) for key, value in state.items()}
+    keys = sorted(wanted.keys() | found.keys())
+    wrong = next((key for key in keys if wanted.get(key) != found.get(key)), None)
+    return None if wrong is None else (wrong, found.get(wrong), wanted.get(wrong))
+
+
 def filled(module: nn.Module, state: Mapping[str, Tensor], where: str, reducer: str) -> nn.Module:
     """A module with given weights.
 
     Args:
-        module: Changed in place.
+        module: The module, changed in place.
         state: Its weights by key.
         where: What holds them, for messages.
         reducer: Name of the reducer, for messages.
@@ -53,14 +61,11 @@ def filled(module: nn.Module, state: Mapping[str, Tensor], where: str, reducer: 
     Raises:
         InputError: naming the first key that is missing, of another shape, or too many.
     """
-    wanted = {key: list(value.shape) for key, value in module.state_dict().items()}
-    found = {key: list(value.shape) for key, value in state.items()}
-    if wanted != found:
-        key = min(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-        got, expected = (shapes.get(key) or "missing" for shapes in (found, wanted))
+    if misfit := first_misfit(module, state):
+        key, got, expected = misfit
         raise InputError(
-            f"{where} does not fit reducer {reducer} on this model: {key} is {got}; expected "
-            f"{'nothing of that name' if expected == 'missing' else expected}"
+            f"{where} does not fit reducer {reducer} on this model: {key} is {got or 'missing'}; "
+            f"expected {expected or 'nothing of that name'}"
         )
     check_finite(state, f"{where} has")
     module.load_state_dict(state)

@@ -13,7 +13,7 @@ from tome_export.errors import InputError
 from tome_export.merge.lowering import gather_tokens, rank
 from tome_export.merge.plan import MergePlan
 from tome_export.reducers.base import LayerContext, LayerSpec, ScoredReducer
-from tome_export.reducers.bipartite import patch_directions, plan_by_position
+from tome_export.reducers.plans import patch_directions, plan_by_position
 
 _NEVER = -2.0
 """Below every cosine."""
@@ -73,28 +73,28 @@ class PiToMe(ScoredReducer):
         first = layer < math.ceil(depth / 2)
         return self.split == (_FIRST_HALF if first else _LAST_HALF)
 
-    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
+    def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
         """Energies ``[B, M]`` and cosines ``[B, M, M]``."""
-        directions = patch_directions(seen)
+        directions = patch_directions(layer)
         cosines = directions @ directions.transpose(-1, -2)
-        margin = self.margin * (1.0 - seen.layer / seen.depth)
+        margin = self.margin * (1.0 - layer.index / layer.depth)
         energies = functional.elu(cosines - margin, alpha=self.alpha).mean(dim=-1)
         return energies, cosines
 
-    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
         """Rank by energy, split, and match A with B."""
         energies, cosines = signals
         order = rank(energies)
-        end = order.shape[1] if self.splits(place.layer, place.depth) else 2 * place.r
+        end = order.shape[1] if self.splits(layer.index, layer.depth) else 2 * layer.r
         a, b = order[:, 0:end:2], order[:, 1:end:2]
         in_b = torch.zeros_like(energies).scatter(1, b, 1.0) > 0
         # Over all patches and not over B alone, so that the first maximum is the lowest position.
         to_b = torch.where(in_b[:, None], cosines, _NEVER)
-        if end > 2 * place.r:
+        if end > 2 * layer.r:
             # Over all patches likewise, those of B last; so of equal pairs the lowest A goes.
             ranked = rank(torch.where(in_b, _NEVER, to_b.amax(dim=-1)))
-            a, stay = ranked[:, : place.r], ranked[:, place.r :]
+            a, stay = ranked[:, : layer.r], ranked[:, layer.r :]
         else:
             stay = torch.cat([b, order[:, end:]], dim=1) if end < order.shape[1] else b
         best = gather_tokens(to_b, a).argmax(dim=-1)
-        return plan_by_position(stay, a, best, place.prefix)
+        return plan_by_position(stay, a, best, layer.prefix)

@@ -18,10 +18,9 @@ from tome_export.reducers.base import (
     LayerSpec,
     ModelShape,
     ScoredReducer,
-    kept_tokens,
 )
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
-from tome_export.reducers.ranked import cosines, ranked_plan
+from tome_export.reducers.plans import cosines, ranked_plan
 
 INPUT = "query"
 DROP, MERGE = "drop", "merge"
@@ -56,6 +55,7 @@ class Query(ScoredReducer):
     name = "query"
     summary = "drop or merge the tokens that are least relevant to a second input"
     source = "this project's own rule; merging as in ToMe, arXiv 2210.09461"
+    at_most_half = False
 
     def __post_init__(self) -> None:
         if self.mode not in (DROP, MERGE):
@@ -70,60 +70,56 @@ class Query(ScoredReducer):
             object.__setattr__(self, "drops", True)
             object.__setattr__(self, "prop_attn", False)
 
-    def limit(self, tokens: int, prefix: int) -> int:
-        """All patches but one."""
-        return max(0, tokens - prefix - 1)
-
-    def _width(self, tower: ModelShape) -> int:
-        if self.weights is None and self.width not in (0, tower.width):
+    def _width(self, shape: ModelShape) -> int:
+        if self.weights is None and self.width not in (0, shape.width):
             raise InputError(
                 f"option width of reducer query is {self.width} and the model's tokens are "
-                f"{tower.width} wide; give a projection with --reducer-option weights=FILE"
+                f"{shape.width} wide; give a projection with --reducer-option weights=FILE"
             )
-        return self.width or tower.width
+        return self.width or shape.width
 
-    def inputs(self, tower: ModelShape) -> Mapping[str, tuple[int, ...]]:
+    def inputs(self, shape: ModelShape) -> Mapping[str, tuple[int, ...]]:
         """The query, ``[B, E]``."""
-        return {INPUT: (self._width(tower),)}
+        return {INPUT: (self._width(shape),)}
 
-    def module(self, tower: ModelShape) -> nn.Module | None:
+    def module(self, shape: ModelShape) -> nn.Module | None:
         """The projection W.
 
         Raises:
             InputError: if the widths do not fit, or the file is not one of a linear layer.
         """
-        width = self._width(tower)
+        width = self._width(shape)
         if self.weights is None:
             return None
         if self.weights == RANDOM:
-            return random_module(lambda: nn.Linear(tower.width, width))
+            return random_module(lambda: nn.Linear(shape.width, width))
         state = state_of_file(self.weights)
-        layer = nn.Linear(tower.width, width, bias="bias" in state)
+        layer = nn.Linear(shape.width, width, bias="bias" in state)
         return filled(layer, state, f"weights file {self.weights}", self.name)
 
-    def macs(self, layer: LayerTokens, tower: ModelShape) -> int:
+    def macs(self, layer: LayerTokens, shape: ModelShape) -> int:
         """Of the projection."""
         if self.weights is None:
             return 0
-        return (layer.tokens_in - tower.prefix) * tower.width * self._width(tower)
+        return (layer.tokens_in - shape.prefix) * shape.width * self._width(shape)
 
-    def signals(self, seen: LayerContext) -> tuple[Tensor, ...]:
+    def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
         """Relevance ``[B, n]``, and to merge the keys' cosines ``[B, n, n]``; n = N - P."""
-        tokens = seen.x[:, seen.prefix :]
-        projected = tokens if seen.module is None else seen.module(tokens)
+        tokens = layer.x[:, layer.prefix :]
+        projected = tokens if layer.module is None else layer.module(tokens)
         dtype = accumulate_dtype(projected)
-        query = functional.normalize(seen.inputs[INPUT].to(dtype), dim=-1, eps=NORM_EPS)
+        query = functional.normalize(layer.inputs[INPUT].to(dtype), dim=-1, eps=NORM_EPS)
         unit = functional.normalize(projected.to(dtype), dim=-1, eps=NORM_EPS)
         relevance = (unit * query[:, None]).sum(dim=-1)
         if self.mode == DROP:
             return (relevance,)
-        return relevance, cosines(mean_keys(seen.attended.keys)[:, seen.prefix :])
+        return relevance, cosines(mean_keys(layer.attention.keys)[:, layer.prefix :])
 
-    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
         """Rank, cut, and find the most similar token that stays."""
-        alike = signals[1] if self.mode == MERGE else None
-        return ranked_plan(signals[0], place.prefix, place.r, alike, place.r)
+        similarity = signals[1] if self.mode == MERGE else None
+        return ranked_plan(signals[0], layer, similarity, layer.r)
 
-    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay, as they are or as means."""
-        return kept_tokens(seen, plan) if self.mode == DROP else super().apply(seen, plan)
+        return layer.kept(plan) if self.mode == DROP else super().apply(layer, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from tome_export.reducers.bipartite import FixedSets
+from tome_export.reducers.plans import FixedSets
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RandomPartition(FixedSets):
     Output is in order of position.
 
     Attributes:
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
 
     name = "random"
@@ -31,9 +31,7 @@ class RandomPartition(FixedSets):
 
     seed: int = 0
 
-    def limit(self, tokens: int, prefix: int) -> int:
-        """All patches but one."""
-        return max(0, tokens - prefix - 1)
+    at_most_half = False
 
     def sets(self, patches: int, layer: int, r: int) -> tuple[list[int], list[int]]:
         """Drawn for this layer and number of patches, the same for all images."""

@@ -12,7 +12,7 @@ from tome_export.merge.lowering import accumulate_dtype, merged_size, spread
 from tome_export.merge.ops import merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.spec import NORM_EPS
-from tome_export.reducers.base import LayerContext, MatchReducer, kept_tokens
+from tome_export.reducers.base import LayerContext, MatchReducer
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class ToFu(MatchReducer):
         if not 0 <= self.prune <= 1:
             raise InputError(f"prune of reducer tofu is {self.prune:g}; expected 0 to 1")
 
-    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """Prune or MLERP."""
-        if seen.layer < self.prune * seen.depth:
-            return kept_tokens(seen, plan)[0], merged_size(seen.size, plan)
-        mean, members = merge(seen.x, torch.ones_like(seen.size), plan)
-        dtype = accumulate_dtype(seen.x)
-        norm = torch.linalg.vector_norm(seen.x, dim=-1, dtype=dtype)
+        if layer.index < self.prune * layer.depth:
+            return layer.kept(plan)[0], merged_size(layer.size, plan)
+        mean, members = merge(layer.x, torch.ones_like(layer.size), plan)
+        dtype = accumulate_dtype(layer.x)
+        norm = torch.linalg.vector_norm(layer.x, dim=-1, dtype=dtype)
         moved = spread(plan.dst, norm.gather(1, plan.src.long()), plan.keep.shape[1])
         largest = torch.maximum(norm.gather(1, plan.keep.long()), moved.amax(dim=-1))
         of_mean = torch.linalg.vector_norm(mean, dim=-1, dtype=dtype).clamp_min(NORM_EPS)
         # A token alone stays what it is, to the last bit.
         scale = torch.where(members > 1, largest / of_mean, 1.0)
-        x = (mean.to(dtype) * scale[..., None]).to(seen.x.dtype)
-        return x, merged_size(seen.size, plan)
+        x = (mean.to(dtype) * scale[..., None]).to(layer.x.dtype)
+        return x, merged_size(layer.size, plan)

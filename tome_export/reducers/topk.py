@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tome_export.merge.plan import MergePlan
-from tome_export.reducers.base import LayerContext, LayerSpec, kept_tokens
-from tome_export.reducers.ranked import ranked_plan
-from tome_export.reducers.stages import AttentiveReducer
+from tome_export.reducers.base import LayerContext, LayerSpec
+from tome_export.reducers.evit import AttentiveReducer
+from tome_export.reducers.plans import ranked_plan
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,11 @@ class TopK(AttentiveReducer):
     summary = "drop the tokens with the least class attention"
     source = "EViT: Expediting Vision Transformers via Token Reorganizations, arXiv 2202.07800"
     drops = True
-    fused = 0
 
-    def plan(self, signals: tuple[Tensor, ...], place: LayerSpec) -> MergePlan:
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
         """Rank, cut, and put what stays in order of position."""
-        return ranked_plan(signals[0], place.prefix, place.r)
+        return ranked_plan(signals[0], layer)
 
-    def apply(self, seen: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
         """The tokens that stay, as they are."""
-        return kept_tokens(seen, plan)
+        return layer.kept(plan)

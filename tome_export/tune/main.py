@@ -193,7 +193,7 @@ def _check_numbers(request: TuneRequest) -> None:
 def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel]:
     from tome_export.models import resolve
     from tome_export.patch import patch
-    from tome_export.reducers.options import reducer_from_text
+    from tome_export.reducers import reducer_from_text
 
     reducer = reducer_from_text(request.reducer, request.reducer_options)
     if request.min_entropy is not None and not reducer.counts_patches:
@@ -345,7 +345,6 @@ class _Tuning:
             InputError: if no schedule was found in time that meets the target; it says what can be
                 reached.
         """
-        from tome_export.reducers.options import json_from_reducer
         from tome_export.runtime.environment import environment
 
         images, request, weights = self._images, self._request, self._loaded.weights
@@ -386,7 +385,7 @@ class _Tuning:
             weights=ScheduleWeights(
                 kind=weights.kind, source=weights.source, state_sha256=state_sha256(self._model)
             ),
-            reducer=ScheduleReducer(**json_from_reducer(self._model.settings.reducer)),
+            reducer=ScheduleReducer(**self._model.settings.reducer.record()),
             objective=Objective(
                 kind=self._goal.kind,
                 value=self._goal.value,
