@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reducers import (
-    assert_engine_builds,
-    assert_holds,
     assert_macs,
-    assert_parity,
     assert_plans,
-    assert_plans_are_the_references,
     digit_images,
     digit_model,
     options_of,
-    random_layer,
     steps,
 )
 from references import dtem as reference
@@ -31,7 +23,6 @@ from tome_export.reducers import reducer_from_text
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dtem import DTEM
 
-QUICK = settings(max_examples=30, deadline=None, derandomize=True)
 RANDOM = DTEM(weights="random", features=8)
 
 
@@ -47,34 +38,6 @@ def state_of(width, depth, features=8, seed=0):
         state[key + "weight"] = torch.randn(features, width, generator=generator)
         state[key + "bias"] = torch.randn(features, generator=generator)
     return state
-
-
-def test_plans_are_the_references(tmp_path):
-    model = digit_model(RANDOM, [7, 0, 0, 1000])
-    expected = partial(reference.plan, state=lists(model.reducer.state_dict()))
-    assert_plans_are_the_references(model, expected, tmp_path, count=2)
-    assert_parity(model, tmp_path, "fp32")
-    assert_engine_builds(model, tmp_path, "fp32")
-
-
-def test_parity_and_engine_in_fp16(tmp_path):
-    model = digit_model(RANDOM, [7, 9])
-    assert_parity(model, tmp_path, "fp16")
-    assert_engine_builds(model, tmp_path, "fp16")
-
-
-@QUICK
-@given(st.integers(2, 24), st.integers(0, 4), st.integers(1, 12), st.integers(0, 2**31))
-def test_what_always_holds(patches, prefix, r, seed):
-    tokens = patches + prefix
-    r = min(r, RANDOM.limit(tokens, prefix))
-    module = RANDOM.module(ModelShape(16, 4, tokens, prefix))
-    layer = random_layer(tokens, r, prefix, seed=seed, module=module)
-    with torch.no_grad():
-        _, size = assert_holds(RANDOM, layer)
-    torch.testing.assert_close(size.sum(1), layer.size.sum(1))
-    state = lists(module.state_dict())
-    assert_plans(RANDOM.decide(layer).plan, layer, lambda one: reference.plan(one, state))
 
 
 @pytest.mark.parametrize("layout", ["alone", "authors"])

@@ -348,6 +348,6 @@ class _Bencher:
             batch=row.batch,
             total_ms=found[MERGED].total_ms,
             attributed_share=found[MERGED].attributed_share,
-            merged=found[MERGED].record(),
-            against=found[AGAINST].record(),
+            merged=found[MERGED].entry(),
+            against=found[AGAINST].entry(),
         )
