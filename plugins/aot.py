@@ -44,10 +44,6 @@ _SCRATCH_PARAMETERS = 2
 def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
     """Compile one kernel for one compute capability.
 
-    Args:
-        variant: The kernel.
-        capability: Such as ``(9, 0)``.
-
     Raises:
         UsageError: if no kernels can be compiled for such a GPU.
         MissingComponentError: if the Triton language is not installed.
@@ -60,12 +56,12 @@ def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
             f"compute capability is {capability[0]}.{capability[1]}; the plugin's kernels can be "
             f"compiled for {known}"
         )
-    triton = _triton()
+    triton = require_compiler()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     major, minor = capability
-    kernel, contract = _kernel(variant.op), _contract(variant.op)
+    kernel, contract = _kernel(variant.op)
     signature = {
         **contract.signature(variant.dtype),
         **dict.fromkeys(variant.constants, "constexpr"),
@@ -111,9 +107,12 @@ def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
         )
     arguments = len(signature) - len(variant.constants)
     ptx = without_scratch_parameters(compiled.asm["ptx"], metadata.name, arguments)
+    gpu = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if gpu is None:
+        raise ExportError("the compiled kernel names no .target; expected PTX")
     return Binary(
         compute_capability=f"{major}.{minor}",
-        target=_target(ptx),
+        target=gpu[1],
         entry=metadata.name,
         threads=32 * metadata.num_warps,
         shared_bytes=metadata.shared,
@@ -122,24 +121,16 @@ def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
 
 
 def compiler() -> str:
-    """Name and version of what compiles the kernels.
+    """Name and version of what compiles the kernels; raises as ``require_compiler``."""
+    return f"triton {require_compiler().__version__}"
+
+
+def require_compiler() -> ModuleType:
+    """The Triton language, to be asked for before any work is done for it.
 
     Raises:
-        MissingComponentError: if the Triton language is not installed.
+        MissingComponentError: if it is missing, too old, or set to interpret.
     """
-    return f"triton {_triton().__version__}"
-
-
-def require_compiler() -> None:
-    """See that kernels can be compiled here, before any work is done for it.
-
-    Raises:
-        MissingComponentError: if the Triton language is missing, too old, or set to interpret.
-    """
-    _triton()
-
-
-def _triton() -> ModuleType:
     wanted = ".".join(map(str, MINIMUM))
     try:
         import triton
@@ -161,25 +152,15 @@ def _triton() -> ModuleType:
     return module
 
 
-def _kernel(op: str) -> Any:
+def _kernel(op: str) -> tuple[Any, ModuleType]:
+    """The kernel of an operator and its contract."""
+    from tome_export.plugins.match import contract as match_contract
     from tome_export.plugins.match.kernel import match_kernel
+    from tome_export.plugins.merge import contract as merge_contract
     from tome_export.plugins.merge.kernel import merge_kernel
 
-    return {spec.MATCH: match_kernel, spec.MERGE: merge_kernel}[op]
-
-
-def _contract(op: str) -> ModuleType:
-    from tome_export.plugins.match import contract as match_contract
-    from tome_export.plugins.merge import contract as merge_contract
-
-    return {spec.MATCH: match_contract, spec.MERGE: merge_contract}[op]
-
-
-def _target(ptx: str) -> str:
-    found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    if found is None:
-        raise ExportError("the compiled kernel names no .target; expected PTX")
-    return found[1]
+    known = {spec.MATCH: (match_kernel, match_contract), spec.MERGE: (merge_kernel, merge_contract)}
+    return known[op]
 
 
 def _problem(metadata: Any, ptx: str) -> str | None:
@@ -198,13 +179,8 @@ def _problem(metadata: Any, ptx: str) -> str | None:
 def without_scratch_parameters(ptx: str, entry: str, arguments: int) -> str:
     """Remove the scratch pointers that the compiler appends and the kernel does not use.
 
-    TensorRT passes inputs, scalars and outputs; a kernel with more parameters would be started
-    with whatever lies behind them.
-
-    Args:
-        ptx: The compiled kernel.
-        entry: Its name.
-        arguments: Parameters that the kernel's source has.
+    TensorRT passes inputs, scalars and outputs, the ``arguments`` of the kernel's source; one with
+    more parameters would be started with whatever lies behind them.
 
     Raises:
         ExportError: if the parameters are not the expected ones, or the extra ones are used.

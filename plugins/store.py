@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
 from tome_export.errors import InputError
 from tome_export.merge import spec
@@ -25,39 +26,69 @@ FORMAT = 1
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 """Compute capabilities compiled for unless others are asked for: Ampere to Blackwell."""
 
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
 
 @dataclass(frozen=True)
 class Binary:
     """A kernel compiled for one GPU architecture.
 
     Attributes:
-        compute_capability: It was compiled for, such as ``9.0``.
+        compute_capability: Compute capability it was compiled for, such as ``9.0``.
         target: PTX target: ``sm_89`` runs on 8.9 and all later GPUs, ``sm_90a`` on 9.0 only.
         entry: Name of the kernel in the PTX.
-        threads: Per program.
+        threads: Threads per program.
         shared_bytes: Dynamic shared memory per program.
-        ptx: The code.
+        ptx: The code, which is in a file of its own and not in the index.
+        file: Name of that file; empty until the binary is written.
     """
 
     compute_capability: str
     target: str
     entry: str
-    threads: int
-    shared_bytes: int
-    ptx: str
+    threads: NonNegativeInt
+    shared_bytes: NonNegativeInt
+    ptx: str = ""
+    file: str = field(default="", compare=False)
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether a GPU of that compute capability can run it (PTX ISA, directive ``.target``)."""
         own = parse_capability(self.compute_capability)
         return own == capability if self.target[-1].isalpha() else own <= capability
 
+    def with_code(self, folder: Path) -> Binary:
+        """The binary with the code of its file in a folder.
+
+        Raises:
+            ValueError: if the file holds another kernel.
+            OSError: if it cannot be read.
+        """
+        ptx = (folder / Path(self.file).name).read_text()
+        if f".entry {self.entry}(" not in ptx or f".target {self.target}\n" not in ptx:
+            raise ValueError(f"{self.file} is not the kernel that its record describes")
+        parse_capability(self.compute_capability)
+        return replace(self, ptx=ptx)
+
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Variant):
     """A variant with what it was compiled to."""
 
-    variant: Variant
-    binaries: tuple[Binary, ...]
+    binaries: tuple[Binary, ...] = field(kw_only=True)
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @classmethod
+    def of(cls, variant: Variant, binaries: Iterable[Binary]) -> Kernel:
+        """The kernel of a variant."""
+        return cls(**vars(variant), binaries=tuple(binaries))
+
+    @property
+    def variant(self) -> Variant:
+        """What was compiled."""
+        return Variant(**{one.name: getattr(self, one.name) for one in fields(Variant)})
 
     def binary_for(self, capability: tuple[int, int]) -> Binary:
         """The binary for a GPU: its own, else the newest one that runs on it.
@@ -70,18 +101,33 @@ class Kernel:
             have = ", ".join(binary.compute_capability for binary in self.binaries)
             major, minor = capability
             raise InputError(
-                f"the artifact's {self.variant.op} kernel was compiled for compute capabilities "
+                f"the artifact's {self.op} kernel was compiled for compute capabilities "
                 f"{have}; the engine is for {major}.{minor}: rebuild the artifact with "
                 f"--compute-capability {major}.{minor}, or with --merge-op matmul"
             )
         return max(fitting, key=lambda binary: parse_capability(binary.compute_capability))
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The file ``kernels.json``."""
+
+    format: int
+    operators: int
+    compiler: str
+    kernels: tuple[Kernel, ...]
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+_INDEX = TypeAdapter(_Index)
+
+
 class KernelStore:
-    """The kernels of an artifact by variant."""
+    """The kernels of an artifact by the name of their variant."""
 
     def __init__(self, kernels: Iterable[Kernel]) -> None:
-        self.kernels = {kernel.variant.name: kernel for kernel in kernels}
+        self.kernels = {kernel.name: kernel for kernel in kernels}
 
     def kernel(self, variant: Variant) -> Kernel:
         """The kernel of a variant.
@@ -103,30 +149,27 @@ class KernelStore:
             kernel.binary_for(capability)
 
     def write(self, folder: Path, compiler: str) -> list[Path]:
-        """Write the index and the PTX files into a new folder.
+        """Write the index and the PTX files into a new folder; returns what was written.
 
         Args:
             folder: Made here.
             compiler: What compiled them, with its version.
-
-        Returns:
-            What was written.
         """
         folder.mkdir()
-        files, entries = {}, []
-        for kernel in self.kernels.values():
-            records = []
-            for binary in kernel.binaries:
-                file = f"{kernel.variant.name}.{binary.target}.ptx"
-                fields = asdict(binary)
-                files[file] = fields.pop("ptx")
-                records.append(_Record(file=file, **fields))
-            variant = {**vars(kernel.variant), "constants": dict(kernel.variant.constants)}
-            entries.append(_Entry(**variant, binaries=tuple(records)))
-        index = _Index(
-            format=FORMAT, operators=spec.VERSION, compiler=compiler, kernels=tuple(entries)
+        kernels = tuple(
+            replace(
+                kernel,
+                binaries=tuple(
+                    replace(binary, file=f"{kernel.name}.{binary.target}.ptx")
+                    for binary in kernel.binaries
+                ),
+            )
+            for kernel in self.kernels.values()
         )
-        files = {INDEX: index.model_dump_json(indent=2) + "\n", **files}
+        index = _Index(FORMAT, spec.VERSION, compiler, kernels)
+        code = {"kernels": {"__all__": {"binaries": {"__all__": {"ptx"}}}}}
+        files = {INDEX: _INDEX.dump_json(index, indent=2, exclude=code).decode() + "\n"}
+        files |= {binary.file: binary.ptx for kernel in kernels for binary in kernel.binaries}
         for file, content in files.items():
             (folder / file).write_text(content)
         return [folder / file for file in files]
@@ -136,17 +179,20 @@ class KernelStore:
         """Read what ``write`` wrote.
 
         Raises:
-            InputError: if it is missing, damaged or of another format.
+            InputError: if a file is missing, damaged, or of another version.
         """
         path = folder / INDEX
         try:
-            index = _Index.model_validate_json(path.read_bytes())
+            index = _INDEX.validate_json(path.read_bytes())
             if (index.format, index.operators) != (FORMAT, spec.VERSION):
                 raise InputError(
                     f"{path} has format {index.format} for operators version {index.operators}; "
                     f"this version reads {FORMAT} and {spec.VERSION}: rebuild the artifact"
                 )
-            return cls([entry.kernel(folder) for entry in index.kernels])
+            return cls(
+                Kernel.of(kernel.variant, [one.with_code(folder) for one in kernel.binaries])
+                for kernel in index.kernels
+            )
         except OSError as error:
             raise InputError(
                 f"cannot read {error.filename or path} ({error.strerror}): rebuild the artifact or "
@@ -157,53 +203,6 @@ class KernelStore:
                 f"{path} is not an index of kernels ({_reason(error)}); rebuild the artifact or "
                 "copy it again"
             ) from error
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class _Record(_Part):
-    """A binary in the index: its code is in a file of its own."""
-
-    file: str
-    compute_capability: str
-    target: str
-    entry: str
-    threads: NonNegativeInt
-    shared_bytes: NonNegativeInt
-
-    def binary(self, folder: Path) -> Binary:
-        ptx = (folder / Path(self.file).name).read_text()
-        if f".entry {self.entry}(" not in ptx or f".target {self.target}\n" not in ptx:
-            raise ValueError(f"{self.file} is not the kernel that its record describes")
-        parse_capability(self.compute_capability)
-        return Binary(**self.model_dump(exclude={"file"}), ptx=ptx)
-
-
-class _Entry(_Part):
-    """A kernel in the index."""
-
-    name: str
-    op: str
-    dtype: str
-    constants: dict[str, int | str]
-    num_warps: int
-    max_registers: int | None
-    binaries: tuple[_Record, ...]
-
-    def kernel(self, folder: Path) -> Kernel:
-        variant = Variant(**self.model_dump(exclude={"binaries"}))
-        return Kernel(variant, tuple(record.binary(folder) for record in self.binaries))
-
-
-class _Index(_Part):
-    """The file ``kernels.json``."""
-
-    format: int
-    operators: int
-    compiler: str
-    kernels: tuple[_Entry, ...]
 
 
 def _reason(error: ValueError) -> str:

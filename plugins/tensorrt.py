@@ -47,10 +47,6 @@ def register(store: KernelStore, capability: tuple[int, int]) -> None:
 
     May be called again with other kernels; the latest call counts for engines built from then on.
 
-    Args:
-        store: The artifact's kernels.
-        capability: Compute capability of the GPU the engine is built on.
-
     Raises:
         MissingComponentError: if this TensorRT has no ahead-of-time plugins.
         InputError: if no kernel of the artifact runs on the GPU.

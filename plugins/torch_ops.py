@@ -26,15 +26,8 @@ if TYPE_CHECKING:
 def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
     """Run the TomeMatch kernel.
 
-    Args:
-        keys: ``[B, H, N, D]`` or ``[B, N, D]``, float32, float16 or bfloat16, on CUDA (on the CPU
-            where the Triton interpreter is on).
-        r: Tokens to merge, ``0 <= r <= (N - prefix) // 2``.
-        prefix: Protected tokens.
-        class_token: Whether the output order is by position.
-
-    Returns:
-        ``keep [B, N - r]``, ``src [B, r]``, ``dst [B, r]``, int32.
+    Args and returns: as ``merge.ops.match``. Keys are float32, float16 or bfloat16 on CUDA (on the
+    CPU where the Triton interpreter is on); r may be 0.
 
     Raises:
         ValueError: if the kernel cannot take the keys, or r or prefix is out of range.
@@ -72,16 +65,8 @@ def match(keys: Tensor, r: int, prefix: int, class_token: bool) -> Plan:
 def merge(x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """Run the TomeMerge kernel.
 
-    Args:
-        x: ``[B, N, C]`` float32, float16 or bfloat16, on CUDA (on the CPU where the Triton
-            interpreter is on).
-        size: ``[B, N]`` float32.
-        keep: ``[B, K]`` int32.
-        src: ``[B, r]`` int32, ``K + r = N``.
-        dst: ``[B, r]`` int32.
-
-    Returns:
-        ``x' [B, K, C]`` in the dtype of x, ``size' [B, K]`` float32.
+    Args and returns: as ``merge.ops.merge``. x is float32, float16 or bfloat16 on CUDA (on the CPU
+    where the Triton interpreter is on).
 
     Raises:
         ValueError: if the kernel cannot take x.
@@ -137,7 +122,7 @@ def install(eager_match: Match, eager_merge: Merge) -> bool:
         eager_merge: What ``tome_export::merge`` does without the kernels.
 
     Returns:
-        Whether they are installed; not without the Triton language.
+        Whether the kernels are installed, which takes the Triton language.
     """
     import torch
 

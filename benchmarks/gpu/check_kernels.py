@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import merge_cases
 from benchmarks.gpu.driver import Driver
 from benchmarks.gpu.kernels import PrecompiledKernels
+from benchmarks.gpu.merge_cases import MergeCase
 from benchmarks.gpu.oracle import Keys, judge_match, judge_merge, make_keys
 from benchmarks.gpu.parts import Context
 from benchmarks.gpu.rows import Row, attempt
 from tome_export.merge import ops
 from tome_export.plugins.match import contract as match_contract
-from tome_export.plugins.merge import benchmark as merge_benchmark
 from tome_export.plugins.merge import contract as merge_contract
-from tome_export.plugins.merge.benchmark import MergeCase
 from tome_export.plugins.store import Binary, KernelStore
 from tome_export.plugins.variants import Launch, Variant
 
@@ -117,7 +117,7 @@ def kernel_run_from_case(case: Case, device: str) -> KernelRun:
     data = case.data
     if isinstance(data, MergeCase):
         generator = torch.Generator(device).manual_seed(0)
-        inputs = merge_benchmark.make_inputs(data, generator)
+        inputs = merge_cases.make_inputs(data, generator)
         kept = (data.batch, data.tokens - data.r)
         return KernelRun(
             case,

@@ -119,7 +119,7 @@ def write_kernels(prepared: Prepared, capability: str) -> None:
         parse_capability(text) for text in dict.fromkeys((capability, OLDEST_CAPABILITY))
     ]
     store = KernelStore(
-        Kernel(variant, tuple(compile_ptx(variant, one) for one in capabilities))
+        Kernel.of(variant, tuple(compile_ptx(variant, one) for one in capabilities))
         for variant in {variant.name: variant for variant in needed}.values()
     )
     prepared.kernels.parent.mkdir(parents=True, exist_ok=True)

@@ -15,18 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import timing
+from benchmarks.gpu import match_cases, merge_cases, timing
 from benchmarks.gpu.check_kernels import precompiled_kernels
+from benchmarks.gpu.match_cases import MatchCase
+from benchmarks.gpu.merge_cases import MergeCase
 from benchmarks.gpu.parts import Context
 from benchmarks.gpu.rows import attempt, emit
 from benchmarks.harness import percentiles
 from tome_export.merge import ops
-from tome_export.plugins.match import benchmark as match_benchmark
 from tome_export.plugins.match import contract as match_contract
-from tome_export.plugins.match.benchmark import MatchCase
-from tome_export.plugins.merge import benchmark as merge_benchmark
 from tome_export.plugins.merge import contract as merge_contract
-from tome_export.plugins.merge.benchmark import MergeCase
 from tome_export.plugins.variants import Variant
 
 WIDTH = 64
@@ -111,11 +109,11 @@ def both(
 ) -> dict[str, Any]:
     """A match and the merge by its plan."""
     keys_case, case = shape.match_case(batch), shape.merge_case(batch)
-    moved = match_benchmark.bytes_moved(keys_case) + merge_benchmark.bytes_moved(case)
+    moved = match_cases.bytes_moved(keys_case) + merge_cases.bytes_moved(case)
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
-        keys = match_benchmark.make_keys(keys_case, generator)
-        return keys, *merge_benchmark.make_inputs(case, generator)[:2]
+        keys = match_cases.make_keys(keys_case, generator)
+        return keys, *merge_cases.make_inputs(case, generator)[:2]
 
     def chained(way: Operations) -> Callable[..., object]:
         def run(keys: Tensor, x: Tensor, size: Tensor) -> object:
@@ -136,10 +134,10 @@ def match(
         name: lambda keys, way=way: way.match(keys, case.r, case.prefix, case.class_token)
         for name, way in ways.items()
     }
-    moved = match_benchmark.bytes_moved(case)
+    moved = match_cases.bytes_moved(case)
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
-        return (match_benchmark.make_keys(case, generator),)
+        return (match_cases.make_keys(case, generator),)
 
     return _timed(runs, inputs, moved, bandwidth, device)
 
@@ -151,9 +149,9 @@ def merge(
     case = shape.merge_case(batch)
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
-        return merge_benchmark.make_inputs(case, generator)
+        return merge_cases.make_inputs(case, generator)
 
-    moved = merge_benchmark.bytes_moved(case)
+    moved = merge_cases.bytes_moved(case)
     return _timed({n: way.merge for n, way in ways.items()}, inputs, moved, bandwidth, device)
 
 

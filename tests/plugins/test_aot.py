@@ -17,8 +17,6 @@ from tome_export.plugins.variants import POINTER_TYPES
 
 pytest.importorskip("triton", reason="the Triton language compiles the kernels")
 
-CONTRACTS = {spec.MATCH: match_contract, spec.MERGE: merge_contract}
-
 VARIANTS = {
     "match_197": match_contract.variant(197, 64, "float16"),
     "match_4096": match_contract.variant(4096, 64, "float16"),
@@ -29,7 +27,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_signature_is_the_kernels_own(name):
     variant = VARIANTS[name]
-    kernel, contract = aot._kernel(variant.op), CONTRACTS[variant.op]
+    kernel, contract = aot._kernel(variant.op)
     assert kernel.arg_names == [*contract.signature("float32"), *variant.constants]
     pointers = [*contract.INPUTS, *contract.OUTPUTS]
     kinds = contract.signature("bfloat16")

@@ -37,7 +37,7 @@ def binary(capability, target):
 def store(variants=VARIANTS, capabilities=DEFAULT_CAPABILITIES):
     targets = dict(zip(DEFAULT_CAPABILITIES, TARGETS, strict=True))
     binaries = tuple(binary(capability, targets[capability]) for capability in capabilities)
-    return KernelStore([Kernel(variant, binaries) for variant in variants])
+    return KernelStore([Kernel.of(variant, binaries) for variant in variants])
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -116,7 +116,7 @@ def compile_kernels(
     for variant in variants.values():
         progress.detail(variant.name)
         binaries = tuple(compile_ptx(variant, capability) for capability in capabilities)
-        kernels.append(store.Kernel(variant, binaries))
+        kernels.append(store.Kernel.of(variant, binaries))
     store.KernelStore(kernels).write(folder / store.FOLDER, compiler())
     return PluginInfo(
         kernels=tuple(variants),

@@ -110,7 +110,7 @@ def store():
         merge_contract.variant(96, "float16"),
     ]
     return KernelStore(
-        Kernel(variant, tuple(compile_ptx(variant, one) for one in ((8, 0), (9, 0))))
+        Kernel.of(variant, tuple(compile_ptx(variant, one) for one in ((8, 0), (9, 0))))
         for variant in variants
     )
 
@@ -187,7 +187,7 @@ def test_no_kernel_that_ran_fails_the_memory_check(gpu_bench, stub, monkeypatch,
 
     check, tools = gpu_bench("check_kernels"), gpu_bench("run_tools")
     store = KernelStore(
-        Kernel(case.variant, (compile_ptx(case.variant, (9, 0)),))
+        Kernel.of(case.variant, (compile_ptx(case.variant, (9, 0)),))
         for case in check.memcheck_cases()
     )
     carried = make_carried(gpu_bench, stub, store)

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import match_cases, merge_cases
+from benchmarks.gpu.match_cases import MatchCase
+from benchmarks.gpu.merge_cases import MergeCase
 from tome_export.merge import ops
 from tome_export.merge.plan import MergePlan
-from tome_export.plugins.match import benchmark as match_benchmark
 from tome_export.plugins.match import contract as match_contract
-from tome_export.plugins.match.benchmark import MatchCase
-from tome_export.plugins.merge import benchmark as merge_benchmark
 from tome_export.plugins.merge import contract as merge_contract
-from tome_export.plugins.merge.benchmark import MergeCase
 from tome_export.plugins.store import Binary, Kernel, KernelStore
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +71,7 @@ class OnTheCpu:
 
     def made(self, variants):
         code = (Binary("8.0", "sm_80", "k", 1, 0, "8"), Binary("9.0", "sm_90a", "k", 1, 0, "9"))
-        return self.of(KernelStore(Kernel(variant, code) for variant in variants), None, (9, 0))
+        return self.of(KernelStore(Kernel.of(variant, code) for variant in variants), None, (9, 0))
 
 
 def small(check, oracle):
@@ -157,7 +156,7 @@ def test_every_kernel_that_a_part_starts_is_carried(gpu_bench, monkeypatch, tmp_
     needed = [case.variant for case in (*check.cases(), *check.memcheck_cases())]
     for shape in timed.SHAPES:
         case = shape.match_case(2)
-        strides = match_benchmark.make_keys(case, generator()).stride()[:3]
+        strides = match_cases.make_keys(case, generator()).stride()[:3]
         needed.append(match_contract.variant(case.tokens, case.width, case.dtype, strides))
         needed.append(merge_contract.variant(shape.merge_case(2).width, "float16"))
     for variant in needed:
@@ -298,27 +297,27 @@ def test_nothing_in_a_captured_graph_waits_for_the_gpu(gpu_bench):
 def test_the_sizes_of_elements_are_written_once():
     from tome_export.plugins import variants
 
-    assert match_benchmark.ITEM_BYTES is merge_benchmark.ITEM_BYTES is variants.ITEM_BYTES
+    assert match_cases.ITEM_BYTES is merge_cases.ITEM_BYTES is variants.ITEM_BYTES
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "qkv"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_match_bytes_are_those_of_its_tensors(layout, dtype):
     case = MatchCase(2, 3, 50, 16, 7, dtype=dtype, layout=layout)
-    keys = match_benchmark.make_keys(case, generator())
+    keys = match_cases.make_keys(case, generator())
     assert keys.shape == (2, 3, 50, 16)
     assert keys.is_contiguous() == (layout == "contiguous")
     assert keys.stride(-1) == 1
     plan = ops.match(keys, case.r, case.prefix, case.class_token)
     held = sum(part.numel() * part.element_size() for part in (keys, *plan))
-    assert match_benchmark.bytes_moved(case) == held
+    assert match_cases.bytes_moved(case) == held
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_merge_inputs_are_a_plan_and_its_bytes_are_counted(prefix, dtype):
     case = MergeCase(3, 51, 24, 9, prefix, dtype)
-    x, size, keep, src, dst = inputs = merge_benchmark.make_inputs(case, generator())
+    x, size, keep, src, dst = inputs = merge_cases.make_inputs(case, generator())
     everyone = torch.cat([keep, src], 1).sort(1).values
     assert torch.equal(everyone, torch.arange(51, dtype=torch.int32).expand(3, 51))
     assert torch.equal(keep[:, :prefix], torch.arange(prefix, dtype=torch.int32).expand(3, -1))
@@ -326,7 +325,7 @@ def test_merge_inputs_are_a_plan_and_its_bytes_are_counted(prefix, dtype):
     merged = ops.merge(x, size, MergePlan(keep, src, dst))
     tensors = (*inputs, *merged)
     held = sum(part.numel() * part.element_size() for part in tensors)
-    assert merge_benchmark.bytes_moved(case) == held
+    assert merge_cases.bytes_moved(case) == held
 
 
 # ONNX Runtime

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import merge_cases
+from benchmarks.gpu.merge_cases import MergeCase
 from tome_export.merge import ops, reference
 from tome_export.merge.plan import MergePlan
-from tome_export.plugins.merge import benchmark as merge_benchmark
-from tome_export.plugins.merge.benchmark import MergeCase
 
 CONTENTS = ("normal", "duplicates", "one-hot", "not finite", "huge")
 
@@ -82,7 +82,7 @@ def test_a_tie_decided_the_other_way_fails(gpu_bench):
 
 def test_merges_are_measured_against_torchs_error(gpu_bench):
     oracle = gpu_bench("oracle")
-    inputs = merge_benchmark.make_inputs(MergeCase(2, 51, 32, 9), torch.Generator().manual_seed(0))
+    inputs = merge_cases.make_inputs(MergeCase(2, 51, 32, 9), torch.Generator().manual_seed(0))
     x, size, *plan = inputs
     exact, sizes = ops.merge(x.double(), size, MergePlan(*plan))
     eager = ops.merge(x, size, MergePlan(*plan))
