@@ -232,7 +232,7 @@ def attention_graph(
 
 def fusion_rows() -> list[Row]:
     """What TensorRT-RTX makes of every bias; empty where it is not installed."""
-    backend = select("auto").backend
+    backend = select("auto").builder
     if backend is None or backend.name != "tensorrt-rtx":
         return []
     rows = []

@@ -233,7 +233,7 @@ def run_onnxruntime(tokens: int, r: int, class_token: bool, lowering: Lowering) 
 
 def run_tensorrt_rtx(tokens: int, r: int, class_token: bool) -> dict[str, Any]:
     """Parsing and building, and why not where it is refused."""
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     if backend is None:
         raise AssertionError("a backend asked for by name is there or refused")
     with tempfile.TemporaryDirectory() as folder:

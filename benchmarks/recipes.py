@@ -91,7 +91,7 @@ def case(
         report = check_parity(model, onnx.load(path), images, precision, options.batch)
         built = None
         if engine:
-            backend = select("tensorrt-rtx").backend
+            backend = select("tensorrt-rtx").builder
             if backend is None:
                 raise SystemExit("TensorRT-RTX is not here; give --no-engine")
             output = Path(folder) / backend.file_name

@@ -36,7 +36,7 @@ def test_recipe_through_the_chain(name: str, precision: Precision, tmp_path: Pat
     assert report.output.cosine > 0.999
     if precision == "fp32":
         assert report.led_output.relative < 1e-5
-    backend = select("tensorrt-rtx").backend if _has_rtx() else None
+    backend = select("tensorrt-rtx").builder if _has_rtx() else None
     if backend is None:
         pytest.skip("parity passed; no engine: tensorrt-rtx is not installed")
     info = backend.build(path, EngineOptions(batch=options.batch), tmp_path / backend.file_name)
@@ -44,6 +44,6 @@ def test_recipe_through_the_chain(name: str, precision: Precision, tmp_path: Pat
 
 
 def _has_rtx() -> bool:
-    from tome_export.engine.select import BUILDERS
+    from tome_export.engine import BUILDERS
 
     return any(b.name == "tensorrt-rtx" and b.can_build().available for b in BUILDERS)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 import tome_export
-from tome_export.engine import gpu
-from tome_export.engine.select import BUILDERS
+from tome_export.engine import BUILDERS, gpu
 from tome_export.progress import Progress, Silent
 from tome_export.runtime import registry
 from tome_export.runtime.environment import cores

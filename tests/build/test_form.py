@@ -10,8 +10,7 @@ import pytest
 from tome_export.build import BuildRequest, build
 from tome_export.build.engine import EngineRequest, add_engine
 from tome_export.build.main import choose_form, fit_form
-from tome_export.engine import EngineOptions, Selection, gpu, limits
-from tome_export.engine.select import BUILDERS
+from tome_export.engine import BUILDERS, EngineOptions, Selection, gpu, limits
 from tome_export.errors import ExportError, InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load

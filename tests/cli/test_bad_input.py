@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tome_export.engine.select import BUILDERS
+from tome_export.engine import BUILDERS
 from tome_export.models.recipe import DATA
 from tome_export.runtime.registry import BACKENDS
 

@@ -16,7 +16,7 @@ import pytest
 from tome_export.artifact.manifest import read_manifest
 from tome_export.cli import text
 from tome_export.data.images import BUILD_COUNT
-from tome_export.engine.select import BUILDERS
+from tome_export.engine import BUILDERS
 from tome_export.models import RECIPES
 
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"

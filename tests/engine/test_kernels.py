@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,15 @@ from manifests import manifest
 from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
 from tome_export.build.engine import EngineRequest, add_engine
-from tome_export.engine import EngineOptions, Selection, gpu
-from tome_export.engine import plugins as kernels
-from tome_export.engine.select import BUILDERS
+from tome_export.engine import BUILDERS, EngineOptions, Selection, gpu
+from tome_export.engine import build as kernels
 from tome_export.errors import ExportError, InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.plugin import merging_of
 from tome_export.plugins.match import contract as match_contract
 from tome_export.plugins.merge import contract as merge_contract
 from tome_export.plugins.store import KernelStore
+from tome_export.progress import Silent
 from tome_export.spec import BatchRange
 
 # The function of that name is in the way of the module.
@@ -276,39 +277,56 @@ def test_a_model_that_does_not_merge_needs_no_plugin(tmp_path):
     assert sorted(path.name for path in artifact.path.iterdir()) == ["build.json", "model.onnx"]
 
 
+class Builder:
+    """Builds nothing and says how many plugin layers there were."""
+
+    file_name = "model.engine"
+
+    def __init__(self, name="tensorrt", plugin_layers=12):
+        self.name, self.plugin_layers = name, plugin_layers
+
+    def build(self, *_):
+        return SimpleNamespace(version="11.4.0", plugin_layers=self.plugin_layers, notes=())
+
+
+def engine_of(artifact, plugins, builder):
+    return kernels.build_engine(builder, artifact.path, EngineOptions(), Silent(), plugins=plugins)
+
+
 def test_registration_wants_a_gpu_and_a_kernel_for_it(built, on):
     on(gpu.GpuReport((), "none"))
-    names = kernels.plugins_of(built.manifest).kernels
-    assert names == built.manifest.plugins.kernels
+    plugins = kernels.plugins_of(built.manifest)
+    assert plugins.kernels == built.manifest.plugins.kernels
     with pytest.raises(InputError, match="no GPU is visible; a TensorRT engine with plugins"):
-        kernels.register_plugins(TENSORRT, built.path, names, EngineOptions())
+        engine_of(built, plugins, Builder())
     # Other backends run the function bodies, whatever the GPU.
-    kernels.register_plugins(RTX, built.path, names, EngineOptions())
+    engine_of(built, plugins, Builder("tensorrt-rtx", plugin_layers=0))
 
 
 def test_kernels_that_the_manifest_lists_must_be_there(built, on):
     on(H200)
     with pytest.raises(InputError, match=r"plugins lacks TomeMatch_x, which build.json lists: reb"):
-        kernels.register_plugins(TENSORRT, built.path, ("TomeMatch_x",), EngineOptions())
+        engine_of(built, kernels.Plugins(12, ("TomeMatch_x",)), Builder())
     with pytest.raises(InputError, match=r"build\.json lists no kernels of its plugins: rebuild"):
         kernels.plugins_of(built.manifest.model_copy(update={"plugins": None}))
     assert kernels.plugins_of(manifest()) is None
 
 
-def test_a_parser_that_passes_the_plugins_over_is_noticed():
-    class Info:
-        backend, version, plugin_layers = "tensorrt", "11.4.0", 0
-
+def test_a_parser_that_passes_the_plugins_over_is_noticed(built, on, monkeypatch):
+    on(H200)
+    registered = []
+    monkeypatch.setattr(
+        "tome_export.plugins.tensorrt.register", lambda *args: registered.append(args)
+    )
+    plugins = kernels.plugins_of(built.manifest)
     with pytest.raises(ExportError) as refused:
-        kernels.check_plugin_layers(Info(), 12)
+        engine_of(built, plugins, Builder(plugin_layers=0))
     assert str(refused.value) == (
         "TensorRT 11.4.0 took 0 plugin layers; expected 12: its parser did not choose the plugins, "
         "rebuild the artifact with --merge-op matmul"
     )
-    Info.plugin_layers = 12
-    kernels.check_plugin_layers(Info(), 12)
-    Info.backend, Info.plugin_layers = "tensorrt-rtx", 0
-    kernels.check_plugin_layers(Info(), 12)
+    engine_of(built, plugins, Builder())
+    assert [capability for _, capability in registered] == [H200.gpus[0].compute_capability] * 2
 
 
 def test_compute_capabilities_are_not_passed_on_to_tensorrt(tmp_path, monkeypatch, on):

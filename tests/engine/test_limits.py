@@ -77,7 +77,7 @@ def test_tensorrt_rtx_refuses_the_same_sorts(tmp_path, tokens, r, class_token, f
     onnx.save(
         helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11), path
     )
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     backend.parse(path)
     options = EngineOptions(batch=BatchRange(1, 2, 4))
     if fits:

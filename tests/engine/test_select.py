@@ -47,7 +47,7 @@ def machine(monkeypatch):
 def test_auto(machine, has_gpu, packages, expected):
     machine(has_gpu, **{name: MODULES[name] for name in packages})
     selection = select("auto")
-    assert (selection.backend and selection.backend.name) == expected
+    assert (selection.builder and selection.builder.name) == expected
     if expected is None:
         assert selection.line.startswith("no engine is built: ")
         assert "pip install tensorrt-rtx" in selection.line
@@ -90,7 +90,7 @@ def test_library_that_does_not_load(tmp_path, monkeypatch):
 
 
 def test_none_and_unknown():
-    assert select("none").backend is None
+    assert select("none").builder is None
     with pytest.raises(UsageError, match="expected one of auto, tensorrt, tensorrt-rtx, none"):
         select("trt")
 

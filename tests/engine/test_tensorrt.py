@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tome_export.build import BuildRequest, build
-from tome_export.engine.select import BUILDERS
+from tome_export.engine import BUILDERS
 from tome_export.merge.schedule import Schedule
 from tome_export.parity.main import CheckRequest, check
 from tome_export.progress import Silent

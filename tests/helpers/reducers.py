@@ -292,7 +292,7 @@ def assert_engine_builds(model: MergedModel, folder: Path, precision: Precision 
     from tome_export.engine import EngineOptions, select
 
     exported(model, folder, precision)
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     assert backend is not None
     info = backend.build(
         folder / f"{precision}.onnx", EngineOptions(batch=BATCH), folder / "model.rtx.engine"

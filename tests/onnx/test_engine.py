@@ -24,7 +24,7 @@ BATCH = BatchRange(1, 4, 8)
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])
 def test_parser_and_builder_accept_the_export(export, make_vit, tmp_path, name, precision):
     made = export(make_vit, name, 5, ExportOptions(precision=precision, batch=BATCH), depth=2)
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     info = backend.build(made.path, EngineOptions(batch=BATCH), tmp_path / "model.rtx.engine")
     assert info.size_bytes > 50_000
     assert [t.name for t in info.inputs] == ["pixel_values"]
@@ -43,7 +43,7 @@ def test_parser_and_builder_accept_the_export(export, make_vit, tmp_path, name, 
 def test_parser_accepts_every_prefix_and_clamp(export, make_vit, name, schedule, kwargs):
     options = ExportOptions(precision="fp16", batch=BATCH)
     made = export(make_vit, name, schedule, options, **kwargs)
-    select("tensorrt-rtx").backend.parse(made.path)
+    select("tensorrt-rtx").builder.parse(made.path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -51,7 +51,7 @@ def test_parser_accepts_every_prefix_and_clamp(export, make_vit, name, schedule,
 def test_plugin_nodes_are_inlined_where_no_plugin_is(export, make_vit, tmp_path, batch, precision):
     options = ExportOptions(precision=precision, batch=batch, plugin=True)
     made = export(make_vit, "test_vit", 5, options, depth=2)
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     info = backend.build(made.path, EngineOptions(batch=batch), tmp_path / "model.rtx.engine")
     assert info.size_bytes > 50_000
 
@@ -63,7 +63,7 @@ def test_builder_accepts_the_twin(export, make_vit, tmp_path, precision, plugin)
     made = export(make_vit, "test_vit", 5, options, depth=2)
     path = tmp_path / "twin.onnx"
     onnx.save(twin_from_model(made.proto).model, path)
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     info = backend.build(path, EngineOptions(batch=BATCH), tmp_path / "twin.engine")
     outputs = {t.name: (t.shape, t.dtype) for t in info.outputs}
     assert outputs["blocks.1.metric"] == ((-1, 60, 32), "float32")
@@ -84,7 +84,7 @@ def test_what_fused_attention_sums_in(export, make_vit, tmp_path, form, sums):
     options = ExportOptions(precision="fp16", batch=BATCH, attention=form)
     made = export(make_vit, "test_vit", 5, options, depth=2)
     path = tmp_path / "model.rtx.engine"
-    select("tensorrt-rtx").backend.build(made.path, EngineOptions(batch=BATCH), path)
+    select("tensorrt-rtx").builder.build(made.path, EngineOptions(batch=BATCH), path)
     found = KERNEL.findall(path.read_bytes())
     assert len(found) == 2, "an attention is not fused, or this version shows no kernels"
     assert sums <= set(found)
@@ -108,10 +108,10 @@ def test_parser_accepts_a_ready_metric(tmp_path):
         onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11),
         path,
     )
-    select("tensorrt-rtx").backend.parse(path)
+    select("tensorrt-rtx").builder.parse(path)
 
 
 def test_scatter_add_is_refused_by_the_parser_as_documented(export, make_vit):
     made = export(make_vit, "test_vit", 5, ExportOptions(batch=BATCH, lowering="index_add"))
     with pytest.raises(ExportError, match="try --merge-op matmul"):
-        select("tensorrt-rtx").backend.parse(made.path)
+        select("tensorrt-rtx").builder.parse(made.path)

@@ -70,7 +70,7 @@ def small_artifact(path: Path, case: str) -> list[Any]:
     import timm
     import torch
 
-    from tome_export.engine.plugins import compile_kernels
+    from tome_export.engine.build import compile_kernels
     from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.plugin import merging_of
     from tome_export.patch import patch

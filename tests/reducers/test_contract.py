@@ -240,7 +240,7 @@ def test_plans_are_the_references(tmp_path, name):
 def test_half_precision_is_explained_and_parsed(tmp_path, name):
     model = model_of(name)
     assert_parity(model, tmp_path, "fp16")
-    backend = select("tensorrt-rtx").backend
+    backend = select("tensorrt-rtx").builder
     assert backend is not None
     backend.parse(tmp_path / "fp16.onnx")
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from tome_export.artifact import Artifact, Manifest, writing_to
 from tome_export.engine import EngineOptions, limits, select
-from tome_export.engine.build import build_engine
-from tome_export.engine.plugins import plugins_of
+from tome_export.engine.build import build_engine, plugins_of
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.spec import OPSETS, AttentionForm, BatchRange, Precision
@@ -61,11 +60,11 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
             "rebuild it with --merge-op matmul"
         )
     selection = select(request.engine)
-    if selection.backend is None:
+    if selection.builder is None:
         raise MissingComponentError(selection.line)
-    if refusal := _attention_refusal(artifact.manifest.onnx.attention, selection.backend):
+    if refusal := _attention_refusal(artifact.manifest.onnx.attention, selection.builder):
         raise InputError(f"the artifact's {refusal}")
-    if refusal := _length_refusal(artifact.manifest, selection.backend):
+    if refusal := _length_refusal(artifact.manifest, selection.builder):
         raise InputError(f"the artifact cannot become an engine: {refusal}")
     built = artifact.manifest.batch
     batch = request.batch or built
@@ -78,13 +77,13 @@ def add_engine(request: EngineRequest, progress: Progress | None = None) -> Arti
 
     check_memory(artifact.model_path)
     options = replace(request.options, batch=batch)
-    progress.stage(f"Build the {selection.backend.name} engine")
+    progress.stage(f"Build the {selection.builder.name} engine")
     with (
         writing_to(artifact.path),
         tempfile.TemporaryDirectory(dir=artifact.path, prefix=".engine-") as folder,
     ):
         info = build_engine(
-            selection.backend,
+            selection.builder,
             artifact.path,
             options,
             progress,

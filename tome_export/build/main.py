@@ -17,8 +17,8 @@ from tome_export.build.library import check_library
 from tome_export.build.manifest import manifest_of, merge_info, model_info
 from tome_export.data.images import BUILD_COUNT, parity_images
 from tome_export.engine import EngineOptions, Selection, gpu, limits, select
-from tome_export.engine.build import build_engine
-from tome_export.engine.plugins import (
+from tome_export.engine.build import (
+    build_engine,
     capabilities_of,
     compile_kernels,
     plugins_of,
@@ -191,16 +191,16 @@ def choose_form(request: BuildRequest) -> MergeForm:
 
         require_compiler()
         batch, note = _plugin_batch(request)
-        capabilities = capabilities_of(asked, selection.backend)
+        capabilities = capabilities_of(asked, selection.builder)
         return MergeForm(selection, batch, capabilities=capabilities, required=True, note=note)
     form = MergeForm(selection, batch)
-    if request.merge_op == "auto" and takes_plugins(selection.backend):
+    if request.merge_op == "auto" and takes_plugins(selection.builder):
         if not batch.is_static:
             return form.without_plugin(
                 f"the batch is {batch} and {LEAK}; with one batch size, such as --batch "
                 f"{batch.opt}, it is taken"
             )
-        return replace(form, capabilities=capabilities_of(asked, selection.backend))
+        return replace(form, capabilities=capabilities_of(asked, selection.builder))
     if request.merge_op == "index_add":
         return _scattering(request, form)
     return form
@@ -237,7 +237,7 @@ def _scattering(request: BuildRequest, form: MergeForm) -> MergeForm:
             "--merge-op matmul, or --engine none"
         )
     selection = form.selection
-    if selection.backend is not None:
+    if selection.builder is not None:
         line = f"no engine is built: {reason} of --merge-op index_add; use matmul for an engine"
         selection = replace(selection, backend=None, line=line)
     return replace(form, selection=selection, lowering="index_add")
@@ -260,7 +260,7 @@ def fit_form(form: MergeForm, model: MergedModel, engine: str) -> MergeForm:
         reason = drawback(tokens, gpu.detect().gpus[0].compute_capability)
         if reason:
             form = form.without_plugin(reason)
-    backend = form.selection.backend
+    backend = form.selection.builder
     if backend is None:
         return form
     refused = limits.refusal(
@@ -297,7 +297,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
 
 def _attention(request: BuildRequest, form: MergeForm) -> AttentionDecision:
     """The form of attention for what runs the graph in the end."""
-    backend = form.selection.backend
+    backend = form.selection.builder
     return attention_form(
         request.attention, request.precision, backend, form.lowering, request.opset
     )
@@ -311,16 +311,16 @@ def _build_into(
 ) -> Manifest:
     manifest, form = _export_and_check(folder, request, form, progress)
     selection = form.selection
-    if selection.backend is not None:
+    if selection.builder is not None:
         # The builder needs gigabytes of its own; the torch model is garbage by now.
         gc.collect()
-        progress.stage(f"Build the {selection.backend.name} engine")
+        progress.stage(f"Build the {selection.builder.name} engine")
         options = replace(request.engine_options, batch=form.batch)
         plugins = plugins_of(manifest)
-        if plugins and selection.backend.name == "tensorrt":
+        if plugins and selection.builder.name == "tensorrt":
             # They were for the kernels; a TensorRT engine is for the GPU of this machine.
             options = replace(options, compute_capabilities=())
-        info = build_engine(selection.backend, folder, options, progress, plugins=plugins)
+        info = build_engine(selection.builder, folder, options, progress, plugins=plugins)
         manifest = manifest.model_copy(update={"engines": {info.backend: info}})
     progress.stage("Write the artifact")
     return write_manifest(folder, manifest)

@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,7 @@ class EngineOptions:
     """How an engine is built.
 
     Attributes:
-        batch: Batch sizes of the one optimisation profile: least, tuned for, most.
+        batch: Batch sizes of the optimisation profile: least, tuned for, most.
         workspace_bytes: Most scratch memory a tactic may use; None leaves the builder's default.
         optimization_level: 0 (fast build) to 5 (longest search); None leaves the default (3).
         timing_cache: File of tactic timings, read when it exists and written after the build.
@@ -78,13 +79,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a component can be used here.
-
-    Attributes:
-        available: Whether it can.
-        version: Its version, where it is installed.
-        reason: One line: what was found, or what is missing and how to get it.
-    """
+    """Whether a component can be used here, and one line that says what is there or missing."""
 
     available: bool
     version: str | None
@@ -117,22 +112,17 @@ class EngineBuilder(ABC):
         """Whether its library is installed and recent enough."""
         try:
             version = str(importlib.import_module(self.module_name).__version__)
-        except ModuleNotFoundError as error:
-            if error.name == self.module_name:
-                return Availability(False, None, f"{self.title} is not installed: {self.install}")
-            return self._broken(error)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            return self._broken(error)
+            if isinstance(error, ModuleNotFoundError) and error.name == self.module_name:
+                return Availability(False, None, f"{self.title} is not installed: {self.install}")
+            reason = " ".join(str(error).split())
+            line = f"{self.title} does not load ({reason}): reinstall it with {self.install}"
+            return Availability(False, None, line)
         if tuple(int(part) for part in version.split(".")[:2]) < self.minimum:
             least = ".".join(str(part) for part in self.minimum)
             reason = f"{self.title} {version} is older than {least}: {self.install}"
             return Availability(False, version, reason)
         return Availability(True, version, f"{self.title} {version}")
-
-    def _broken(self, error: Exception) -> Availability:
-        reason = " ".join(str(error).split())
-        line = f"{self.title} does not load ({reason}): reinstall it with {self.install}"
-        return Availability(False, None, line)
 
     def can_build(self) -> Availability:
         """Whether it can build an engine on this machine."""
@@ -160,9 +150,7 @@ class EngineBuilder(ABC):
 
         def work() -> None:
             with collect(trt) as (logger, messages):
-                builder = self._builder(trt, logger, messages)
-                flags = self.network_flags(trt)
-                _network_from_onnx(trt, builder, logger, messages, onnx_path, flags)
+                self._network_from_onnx(trt, logger, messages, onnx_path)
 
         run_interruptibly(work, cancel)
 
@@ -181,7 +169,7 @@ class EngineBuilder(ABC):
             onnx_path: The model; external data is looked up beside it.
             options: How to build.
             output_path: The engine file; its folder must exist.
-            progress: Told of the builder's phases and their steps, from another thread.
+            progress: What is told of the builder's phases and their steps, from another thread.
 
         Raises:
             MissingComponentError: if it cannot build on this machine.
@@ -215,10 +203,8 @@ class EngineBuilder(ABC):
         output_path: Path,
     ) -> tuple[Any, EngineInfo]:
         started = time.monotonic()
-        builder = self._builder(trt, logger, messages)
-        flags = self.network_flags(trt)
         # The parser owns weights the network refers to: it must live until the build is over.
-        net, parser = _network_from_onnx(trt, builder, logger, messages, onnx_path, flags)
+        builder, net, parser = self._network_from_onnx(trt, logger, messages, onnx_path)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -241,7 +227,7 @@ class EngineBuilder(ABC):
                 f"{self.title} could not build {onnx_path.name}: {messages.first_errors()}; "
                 "use --engine none to keep only the ONNX model"
             )
-        notes += self.after_build(trt, config, options)
+        self.after_build(config, options)
         layers = self._layers(trt, logger, plan, options)
         if layers is None:
             notes.append("the engine's layers were not recorded: reading them needs a GPU")
@@ -255,8 +241,8 @@ class EngineBuilder(ABC):
             size_bytes=int(plan.nbytes),
             build_seconds=round(time.monotonic() - started, 3),
             batch=options.batch,
-            inputs=_tensors(net, outputs=False),
-            outputs=_tensors(net, outputs=True),
+            inputs=_tensors(net.num_inputs, net.get_input),
+            outputs=_tensors(net.num_outputs, net.get_output),
             targets=self.targets(options),
             network_layers=int(net.num_layers),
             plugin_layers=_plugin_layers(trt, net),
@@ -266,13 +252,31 @@ class EngineBuilder(ABC):
         )
         return plan, info
 
-    def _builder(self, trt: ModuleType, logger: Any, messages: Messages) -> Any:
+    def _network_from_onnx(
+        self, trt: ModuleType, logger: Any, messages: Messages, onnx_path: Path
+    ) -> tuple[Any, Any, Any]:
+        """The builder, the network and its parser; the path lets external data be found.
+
+        Raises:
+            MissingComponentError: if the library does not start.
+            InputError: if the file is missing or holds no graph.
+            ExportError: with node, operator and reason for what the parser refuses.
+        """
         try:
             builder = trt.Builder(logger)
         except TypeError as error:  # pybind11: the library's factory returned null
             reason = messages.first_errors()
             raise MissingComponentError(f"{self.title} does not start here: {reason}") from error
-        return builder
+        if not onnx_path.is_file():
+            raise InputError(f"no ONNX model at {onnx_path}; build one with tome-export build")
+        network = builder.create_network(self.network_flags(trt))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(onnx_path)):
+            raise ExportError(f"{onnx_path.name}: {_parser_errors(parser, messages)}")
+        if network.num_inputs == 0 or network.num_outputs == 0:
+            # The parser reads a file of noise as an empty model and reports success.
+            raise InputError(f"{onnx_path} holds no graph with inputs and outputs; build it again")
+        return builder, network, parser
 
     def _layers(
         self, trt: ModuleType, logger: Any, plan: Any, options: EngineOptions
@@ -287,17 +291,16 @@ class EngineBuilder(ABC):
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return tuple(json.loads(text).get("Layers", ()))
 
-    @abstractmethod
     def network_flags(self, trt: ModuleType) -> int:
         """Flags of ``create_network``: the network must be strongly typed."""
+        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
     @abstractmethod
     def configure(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:
         """Apply the options that the two libraries treat differently; returns notes."""
 
-    @abstractmethod
-    def after_build(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:
-        """Keep what the build learned; returns notes."""
+    def after_build(self, config: Any, options: EngineOptions) -> None:  # noqa: B027
+        """Keep what the build learned."""
 
     @abstractmethod
     def targets(self, options: EngineOptions) -> tuple[str, ...]:
@@ -307,11 +310,8 @@ class EngineBuilder(ABC):
 def runtime_for(trt: ModuleType, logger: Any, *, version_compatible: bool) -> Any:
     """TensorRT's runtime, which runs code out of an engine only if it is known to hold such.
 
-    Args:
-        trt: The library's module.
-        logger: From ``messages.collect``.
-        version_compatible: Whether the engine was built so: it then brings the runtime of the
-            TensorRT that built it. The default refuses it, as an engine may come from anywhere.
+    A version-compatible engine brings the runtime of the TensorRT that built it. The default
+    refuses that, as an engine may come from anywhere.
     """
     runtime = trt.Runtime(logger)
     if version_compatible:
@@ -325,39 +325,15 @@ def write_engine(path: Path, content: Any) -> None:
     Raises:
         ExportError: if the folder is missing or read-only, or the disk is full.
     """
-    try:
-        from tome_export.artifact.files import write_whole
+    from tome_export.artifact.files import write_whole
 
+    try:
         write_whole(path, content)
     except OSError as error:
         reason = error.strerror or error
         raise ExportError(
             f"cannot write {path}: {reason}; free space or choose another folder"
         ) from error
-
-
-def _network_from_onnx(
-    trt: ModuleType, builder: Any, logger: Any, messages: Messages, onnx_path: Path, flags: int
-) -> tuple[Any, Any]:
-    """Parse a model from its path, so that external data beside it is found.
-
-    Returns:
-        The network and its parser, which owns the weights: keep both until the build is over.
-
-    Raises:
-        InputError: if the file is missing or holds no graph.
-        ExportError: with node, operator and reason for what the parser refuses.
-    """
-    if not onnx_path.is_file():
-        raise InputError(f"no ONNX model at {onnx_path}; build one with tome-export build")
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx_path)):
-        raise ExportError(f"{onnx_path.name}: {_parser_errors(parser, messages)}")
-    if network.num_inputs == 0 or network.num_outputs == 0:
-        # The parser reads a file of noise as an empty model and reports success.
-        raise InputError(f"{onnx_path} holds no graph with inputs and outputs; build it again")
-    return network, parser
 
 
 def _parser_errors(parser: Any, messages: Messages) -> str:
@@ -378,17 +354,11 @@ def _parser_errors(parser: Any, messages: Messages) -> str:
     return f"the parser refuses {'; '.join(dict.fromkeys(lines))}; {_WAY_OUT}"
 
 
-def _tensors(network: Any, *, outputs: bool) -> tuple[TensorInfo, ...]:
-    """The network's inputs or outputs."""
-    count, get = (
-        (network.num_outputs, network.get_output)
-        if outputs
-        else (network.num_inputs, network.get_input)
-    )
-    found = [get(index) for index in range(count)]
+def _tensors(count: int, get: Callable[[int], Any]) -> tuple[TensorInfo, ...]:
+    """Inputs or outputs of a network, by their number and what gives one."""
     return tuple(
         TensorInfo(t.name, tuple(t.shape), _DTYPES.get(t.dtype.name, t.dtype.name.lower()))
-        for t in found
+        for t in map(get, range(count))
     )
 
 

@@ -22,7 +22,7 @@ def run_interruptibly(call: Callable[[], T], cancel: threading.Event) -> T:
 
     Args:
         call: The work; it must end soon after ``cancel`` is set.
-        cancel: The flag it looks at; clear at the start.
+        cancel: A flag that it looks at, clear at the start.
 
     Raises:
         BaseException: whatever the call raised, or the interrupt.
@@ -44,17 +44,13 @@ def run_interruptibly(call: Callable[[], T], cancel: threading.Event) -> T:
 
     try:
         threading.Thread(target=work, name="engine-build", daemon=True).start()
-        _wait(done)
+        while not done.wait(_POLL_SECONDS):
+            pass
     except BaseException:
         cancel.set()
-        if began.is_set():
-            _wait(done)
+        while began.is_set() and not done.wait(_POLL_SECONDS):
+            pass
         raise
     if failures:
         raise failures[0]
     return results[0]
-
-
-def _wait(done: threading.Event) -> None:
-    while not done.wait(_POLL_SECONDS):
-        pass

@@ -36,8 +36,8 @@ class MergeCounts(NamedTuple):
     Attributes:
         name: ``blocks.3``, or ``blocks.3.across``.
         tokens: N of one sequence.
-        r: Tokens removed from each.
-        prefix: Protected tokens of each.
+        r: Tokens removed from each sequence.
+        prefix: Protected tokens of each sequence.
         sequences: Sequences of one image or video.
     """
 
@@ -53,12 +53,7 @@ class MergeCounts(NamedTuple):
         return 4 * self.sequences * (self.tokens - self.r) * self.r
 
     def sorted_by_match(self, class_token: bool) -> int:
-        """Numbers that the body of TomeMatch sorts.
-
-        Args:
-            class_token: Whether kept tokens are in order of position; otherwise they are in order
-                of rank, which takes all of set A.
-        """
+        """Numbers that TomeMatch sorts: all of set A where what stays is in order of rank."""
         return self.r if class_token else (self.tokens + 1) // 2
 
     @property
@@ -68,12 +63,7 @@ class MergeCounts(NamedTuple):
 
 
 def merges_of(layers: Iterable[LayerTokens | Layer], prefix: int) -> list[MergeCounts]:
-    """The merges of a model.
-
-    Args:
-        layers: Token counts of every layer, as ``build.json`` or a patched model has them.
-        prefix: Protected tokens of one image.
-    """
+    """The merges of a model, by its layers and the protected tokens of one image."""
     found = []
     for index, layer in enumerate(layers):
         # Those of videos have more to them.
@@ -101,9 +91,9 @@ def refusal(
     """Why no engine can be built of a merging model, in one line; None if nothing is in the way.
 
     Args:
-        backend: That is to build it.
-        merges: Of the model.
-        class_token: Whether it has one.
+        backend: What is to build the engine.
+        merges: Merges of the model.
+        class_token: Whether the model has one.
         scored: Whether its reducer ranks scores of its own and has no TomeMatch.
         plugin: Whether match and merge nodes are for plugins. TensorRT then sorts nothing for a
             match and has no matrix; TensorRT-RTX runs the bodies all the same.
@@ -124,13 +114,9 @@ def refusal(
                 f"{TOPK_MAX:,}: use {cure}, or --engine none"
             )
         if merge.one_hot_bytes > ONE_HOT_MAX_BYTES and not plugged:
+            size, most = (f"{n / 2**20:.1f} MiB" for n in (merge.one_hot_bytes, ONE_HOT_MAX_BYTES))
             return (
-                f"{where} by a matrix of {_mebibytes(merge.one_hot_bytes)} per image; expected at "
-                f"most {_mebibytes(ONE_HOT_MAX_BYTES)} for {title}: use a smaller r, or --engine "
-                "none with --merge-op index_add"
+                f"{where} by a matrix of {size} per image; expected at most {most} for {title}: "
+                "use a smaller r, or --engine none with --merge-op index_add"
             )
     return None
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

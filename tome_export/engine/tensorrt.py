@@ -24,9 +24,7 @@ class TensorRT(EngineBuilder):
 
     def network_flags(self, trt: ModuleType) -> int:
         """Strongly typed by flag in 10.x, always so from 11.0 on."""
-        if int(trt.__version__.split(".")[0]) >= 11:
-            return 0
-        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        return 0 if int(trt.__version__.split(".")[0]) >= 11 else super().network_flags(trt)
 
     def configure(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:
         """Compatibility levels and the timing cache.
@@ -46,12 +44,10 @@ class TensorRT(EngineBuilder):
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         return _read_timing_cache(config, options)
 
-    def after_build(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:  # noqa: ARG002
+    def after_build(self, config: Any, options: EngineOptions) -> None:
         """Write the timings, those read and those measured."""
-        if options.timing_cache is None:
-            return []
-        write_engine(options.timing_cache, config.get_timing_cache().serialize())
-        return []
+        if options.timing_cache is not None:
+            write_engine(options.timing_cache, config.get_timing_cache().serialize())
 
     def targets(self, options: EngineOptions) -> tuple[str, ...]:
         """The first GPU's, and later ones if hardware-compatible."""

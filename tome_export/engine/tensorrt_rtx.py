@@ -26,10 +26,6 @@ class TensorRTRTX(EngineBuilder):
     install = "pip install tensorrt-rtx"
     gpu_to_build = False
 
-    def network_flags(self, trt: ModuleType) -> int:
-        """Strongly typed, stated although it is the default."""
-        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-
     def configure(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:
         """Targets; and a note for each option without effect.
 
@@ -43,7 +39,10 @@ class TensorRTRTX(EngineBuilder):
                 "version that built them: leave the option out, or use --engine tensorrt"
             )
         known = trt.ComputeCapability
-        members = [_member(capability) for capability in options.compute_capabilities]
+        members = [
+            "CURRENT" if capability == "current" else "SM" + capability.replace(".", "")
+            for capability in options.compute_capabilities
+        ]
         for capability, member in zip(options.compute_capabilities, members, strict=True):
             if not hasattr(known, member):
                 names = (name for name in known.__members__ if name.startswith("SM"))
@@ -69,14 +68,6 @@ class TensorRTRTX(EngineBuilder):
             notes.append("TensorRT-RTX times no tactics: the timing cache was not used")
         return notes
 
-    def after_build(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:  # noqa: ARG002
-        """Nothing is learned that a later build could use."""
-        return []
-
     def targets(self, options: EngineOptions) -> tuple[str, ...]:
         """As asked for, else NVIDIA's statement about its default."""
         return options.compute_capabilities or ("8.0, 8.6, 8.9, 12.0 and later",)
-
-
-def _member(capability: str) -> str:
-    return "CURRENT" if capability == "current" else "SM" + capability.replace(".", "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.artifact import MODEL, Artifact
 from tome_export.artifact.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.artifact.manifest import PluginInfo
-from tome_export.engine.plugins import capabilities_of, compile_kernels
+from tome_export.engine.build import capabilities_of, compile_kernels
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.patch.describe import learned_sha256, output_names, state_sha256

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from tome_export.artifact import MODEL, Artifact
 from tome_export.engine import EngineOptions
-from tome_export.engine.build import build_engine
-from tome_export.engine.plugins import Plugins, plugins_of
+from tome_export.engine.build import Plugins, build_engine, plugins_of
 from tome_export.progress import Progress
 from tome_export.runtime.inputs import extra_inputs
 from tome_export.runtime.reference import export_variant
