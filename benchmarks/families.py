@@ -32,8 +32,8 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.images import parity_images
 from tome_export.merge import reference
 from tome_export.merge.schedule import Schedule
+from tome_export.runtime.model import reference_model, rescheduled
 from tome_export.runtime.ort import OrtRunner
-from tome_export.runtime.reference import reference_model, rescheduled
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.spec import INPUT_NAME
 

@@ -109,7 +109,7 @@ def test_a_variant_has_the_artifacts_form(fused, tmp_path):
     import onnx
 
     from tome_export.progress import Silent
-    from tome_export.runtime.reference import export_variant, reference_model
+    from tome_export.runtime.model import export_variant, reference_model
 
     model, _ = reference_model(fused)
     assert export_variant(fused, model, tmp_path, Silent()) is None

@@ -13,7 +13,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.samples import sample_pixels
 from tome_export.merge.schedule import Schedule
 from tome_export.parity.main import CheckRequest, check
-from tome_export.runtime.reference import reference_model
+from tome_export.runtime.model import reference_model
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.spec import BatchRange
 

@@ -20,8 +20,8 @@ from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.evaluate.main import EvalRequest, evaluate
 from tome_export.merge.schedule import Schedule
+from tome_export.runtime.model import reference_model, rescheduled
 from tome_export.runtime.ort import OrtRunner
-from tome_export.runtime.reference import reference_model, rescheduled
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.spec import INPUT_NAME, TowerOptions
 

@@ -12,7 +12,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import learned_sha256, state_sha256
-from tome_export.runtime.reference import reference_model
+from tome_export.runtime.model import reference_model
 from tome_export.serve.main import shared_facts
 
 

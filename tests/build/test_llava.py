@@ -15,7 +15,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.parity.main import CheckRequest, check
-from tome_export.runtime.reference import reference_model, rescheduled
+from tome_export.runtime.model import reference_model, rescheduled
 from tome_export.spec import TowerOptions
 
 pytest.importorskip("transformers")

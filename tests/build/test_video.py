@@ -29,8 +29,8 @@ from tome_export.onnx.twin import twin_from_model
 from tome_export.parity.main import CheckRequest, OverMergedError, check
 from tome_export.plugins.match import contract
 from tome_export.report.main import ReportRequest, report
+from tome_export.runtime.model import reference_model
 from tome_export.runtime.ort import OrtRunner
-from tome_export.runtime.reference import reference_model
 from tome_export.spec import INPUT_NAME, BatchRange
 from tome_export.visualize.main import InspectRequest, chosen_plans, inspect, merge_maps
 

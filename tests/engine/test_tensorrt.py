@@ -14,7 +14,7 @@ from tome_export.engine import BUILDERS
 from tome_export.merge.schedule import Schedule
 from tome_export.parity.main import CheckRequest, check
 from tome_export.progress import Silent
-from tome_export.runtime.subject import open_runner, subject_of
+from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.spec import BatchRange
 
 TENSORRT = next(backend for backend in BUILDERS if backend.name == "tensorrt")
@@ -33,11 +33,11 @@ from pathlib import Path
 import numpy as np
 
 from tome_export.artifact import Artifact
-from tome_export.runtime.subject import open_runner, subject_of
+from tome_export.runtime.model import open_runner, model_from_artifact
 from tome_export.progress import Silent
 
 folder, pixels, output = (Path(argument) for argument in sys.argv[1:])
-with open_runner("tensorrt", subject_of(Artifact.open(folder), "it"), Silent()) as runner:
+with open_runner("tensorrt", model_from_artifact(Artifact.open(folder), "it"), Silent()) as runner:
     np.save(output, runner.infer({"pixel_values": np.load(pixels)})["logits"])
 loaded = [name for name in sys.modules if name.startswith(("tome_export.plugins", "triton"))]
 assert loaded == [], loaded
@@ -76,7 +76,7 @@ def test_it_runs_in_a_fresh_process_without_registration(built, tmp_path):
     np.save(tmp_path / "pixels.npy", pixels)
     arguments = [built.path, tmp_path / "pixels.npy", tmp_path / "logits.npy"]
     subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True)
-    with open_runner("tensorrt", subject_of(built, "it"), Silent()) as runner:
+    with open_runner("tensorrt", model_from_artifact(built, "it"), Silent()) as runner:
         here = runner.infer({"pixel_values": pixels})["logits"]
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), here)
 

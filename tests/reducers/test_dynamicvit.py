@@ -20,7 +20,7 @@ from tome_export.models import RECIPES
 from tome_export.reducers import reducer_from_text
 from tome_export.reducers.base import ModelShape
 from tome_export.reducers.dynamicvit import DynamicViT, Predictors
-from tome_export.runtime.reference import reference_model
+from tome_export.runtime.model import reference_model
 
 RANDOM = DynamicViT(weights="random")
 

@@ -16,7 +16,7 @@ from tome_export.evaluate.main import evaluation_from_table
 from tome_export.evaluate.records import TOP, Record, Table
 from tome_export.evaluate.runs import Candidate
 from tome_export.report.page import Content, render
-from tome_export.runtime.subject import Subject
+from tome_export.runtime.model import ArtifactModel
 from tome_export.spec import BatchRange
 
 IMAGES = 40
@@ -32,7 +32,7 @@ def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged"
         against: Candidates besides the merged one.
     """
     about = {"label": "x", "precision": "fp32", "output_name": "logits"}
-    subject = Subject(**about, folder=Path("x"), batch=BatchRange(1, 1, 1))
+    subject = ArtifactModel(**about, folder=Path("x"), batch=BatchRange(1, 1, 1))
     candidates = [
         Candidate(name, (r,) * 6, backend, 13_000_000 + 2_000_000 * (4 - r), subject)
         for name, r, backend in NAMES

@@ -99,7 +99,7 @@ def test_served_models_take_it(artifact, tmp_path):
 
 
 def test_a_server_answers_to_image_and_query(artifact, vector, tmp_path):
-    from tome_export.runtime.reference import reference_model
+    from tome_export.runtime.model import reference_model
     from tome_export.serve.installation import find
     from tome_export.serve.server import start
 

@@ -13,9 +13,9 @@ from tome_export.bench import memory
 from tome_export.engine import Availability
 from tome_export.parity.main import _opened
 from tome_export.progress import Silent
-from tome_export.runtime import polygraphy
+from tome_export.runtime import tensorrt as polygraphy
+from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.runtime.registry import BACKENDS
-from tome_export.runtime.subject import open_runner, subject_of
 
 
 class Anything:
@@ -47,7 +47,7 @@ def test_the_manifest_says_whether(tmp_path, loaded, monkeypatch, compatible):
     engine = {**engine_values("model.engine"), "version_compatible": compatible}
     (tmp_path / "model.onnx").write_bytes(graph())
     artifact = Artifact(tmp_path, manifest(engines={"tensorrt": engine}))
-    subject = subject_of(artifact, "merged")
+    subject = model_from_artifact(artifact, "merged")
     with open_runner("tensorrt", subject, Silent()):
         pass
     with _opened("tensorrt", subject, Silent(), onnx.ModelProto()):

@@ -17,9 +17,16 @@ from tome_export.data.images import parity_images
 from tome_export.errors import InputError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import asked_inputs
-from tome_export.runtime.reference import reference_model, rescheduled
+from tome_export.runtime.model import (
+    ArtifactModel,
+    exported_variant,
+    model_from_artifact,
+    open_runner,
+    reference_model,
+    rescheduled,
+    with_engine,
+)
 from tome_export.runtime.registry import ORT_CPU, TORCH, backend_of, require, usual_backends
-from tome_export.runtime.subject import Subject, open_runner, subject_of, variant, with_engine
 from tome_export.runtime.timing import AGAINST, MERGED, row_from_seconds, times
 
 if TYPE_CHECKING:
@@ -199,7 +206,7 @@ def _subjects(
     weights: str | None,
     backends: tuple[str, ...],
     progress: Progress,
-) -> Iterator[dict[str, Subject]]:
+) -> Iterator[dict[str, ArtifactModel]]:
     """The artifact and what it is compared with."""
     from tome_export.merge.schedule import Schedule
 
@@ -207,13 +214,15 @@ def _subjects(
     if other is None or TORCH in backends:
         progress.stage(f"Load {artifact.manifest.model.name}")
         module, _ = reference_model(artifact, weights)
-    merged = subject_of(artifact, MERGED, module)
+    merged = model_from_artifact(artifact, MERGED, module)
     if other is not None:
         theirs = reference_model(other, weights)[0] if TORCH in backends else None
-        yield {MERGED: merged, AGAINST: subject_of(other, str(other.path), theirs)}
+        yield {MERGED: merged, AGAINST: model_from_artifact(other, str(other.path), theirs)}
     elif module is not None:
         progress.stage("Export the unmerged model")
-        with variant(artifact, UNMERGED, rescheduled(module, Schedule()), progress) as unmerged:
+        with exported_variant(
+            artifact, UNMERGED, rescheduled(module, Schedule()), progress
+        ) as unmerged:
             yield {MERGED: merged, AGAINST: unmerged}
 
 
@@ -261,7 +270,7 @@ class _Bencher:
     """Measures backend after backend and collects what was found."""
 
     request: BenchRequest
-    subjects: dict[str, Subject]
+    subjects: dict[str, ArtifactModel]
     images: Array
     macs_ratio: float
     progress: Progress
@@ -284,7 +293,7 @@ class _Bencher:
             self.profiles += map(self._profile, rows)
 
     def _timed(
-        self, name: str, ready: dict[str, Subject], batches: tuple[int, ...], takes_one: bool
+        self, name: str, ready: dict[str, ArtifactModel], batches: tuple[int, ...], takes_one: bool
     ) -> list[BenchRow]:
         from tome_export.runtime.inputs import Fed
 
@@ -293,7 +302,8 @@ class _Bencher:
             self.progress.stage(f"Load the models on {name}")
             runners = {
                 label: Fed(
-                    stack.enter_context(open_runner(name, subject, self.progress)), subject.further
+                    stack.enter_context(open_runner(name, subject, self.progress)),
+                    subject.extra_inputs,
                 )
                 for label, subject in ready.items()
             }
@@ -316,13 +326,13 @@ class _Bencher:
                 self.latency_ms[name] = one
         return rows
 
-    def _with_memory(self, row: BenchRow, ready: dict[str, Subject]) -> BenchRow:
+    def _with_memory(self, row: BenchRow, ready: dict[str, ArtifactModel]) -> BenchRow:
         from tome_export.bench.memory import peak_memory
 
         self.progress.stage(f"Measure memory on {row.backend}, batch {row.batch}")
         shape, measured = (row.batch, *self.images.shape[1:]), {}
         for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):
-            memory = peak_memory(row.backend, ready[label], ready[label].further, shape)
+            memory = peak_memory(row.backend, ready[label], ready[label].extra_inputs, shape)
             measured[label] = timed.model_copy(update={"peak_memory_bytes": memory.peak_bytes})
             note = f"Peak memory on {row.backend} is not known: {memory.reason}"
             if memory.reason is not None and note not in self.notes:

@@ -239,7 +239,7 @@ def _scattering(request: BuildRequest, form: MergeForm) -> MergeForm:
     selection = form.selection
     if selection.builder is not None:
         line = f"no engine is built: {reason} of --merge-op index_add; use matmul for an engine"
-        selection = replace(selection, backend=None, line=line)
+        selection = replace(selection, builder=None, line=line)
     return replace(form, selection=selection, lowering="index_add")
 
 
@@ -275,7 +275,7 @@ def fit_form(form: MergeForm, model: MergedModel, engine: str) -> MergeForm:
     if engine != "auto":
         raise InputError(refused)
     line = f"no engine is built: {refused}"
-    return replace(form, selection=replace(form.selection, backend=None, line=line))
+    return replace(form, selection=replace(form.selection, builder=None, line=line))
 
 
 def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:

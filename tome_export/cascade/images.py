@@ -18,8 +18,8 @@ from tome_export.data.decode import Task, decoded_chunks
 from tome_export.data.source import Source, selection
 from tome_export.errors import ExportError, InputError
 from tome_export.progress import Progress
+from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.runtime.subject import open_runner, subject_of
 from tome_export.spec import INPUT_NAME
 
 LIMIT = 2048
@@ -95,7 +95,9 @@ def observed(
     unreadable: list[tuple[str, str]] = []
     with contextlib.ExitStack() as stack:
         runners = [
-            stack.enter_context(open_runner(spec.backend, subject_of(one, str(one.path)), progress))
+            stack.enter_context(
+                open_runner(spec.backend, model_from_artifact(one, str(one.path)), progress)
+            )
             for one in spec.members
         ]
         for decoded in decoded_chunks(tasks, decode, 0):

@@ -47,7 +47,7 @@ from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import output_shape
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import refuse_extra_inputs, refuse_videos
-from tome_export.runtime.reference import reference_model, rescheduled
+from tome_export.runtime.model import reference_model, rescheduled
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
 from tome_export.spec import Activation
 

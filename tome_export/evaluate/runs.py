@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import MODEL, Artifact
 from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress, Silent
-from tome_export.runtime.reference import rescheduled
+from tome_export.runtime.model import (
+    ArtifactModel,
+    exported_variant,
+    model_from_artifact,
+    open_runner,
+    rescheduled,
+)
 from tome_export.runtime.registry import TORCH
 from tome_export.runtime.runner import EngineFile
-from tome_export.runtime.subject import Subject, open_runner, subject_of, variant
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -40,7 +45,7 @@ class Candidate:
     r: tuple[int, ...]
     backend: str
     macs: int
-    subject: Subject
+    subject: ArtifactModel
 
     @property
     def run(self) -> str:
@@ -72,16 +77,16 @@ def candidates_of(
         wanted.append((UNMERGED, rescheduled(model, Schedule())))
     wanted += [(f"r={n}", rescheduled(model, Schedule(r=n))) for n in r]
     found: list[Candidate] = []
-    subjects: dict[tuple[int, ...], Subject] = {}
+    subjects: dict[tuple[int, ...], ArtifactModel] = {}
     with contextlib.ExitStack() as stack:
         for name, module in wanted:
             layers = tuple(layer.r for layer in module.layers)
             if layers not in subjects:
                 if name == MERGED:
-                    subjects[layers] = subject_of(artifact, name, module)
+                    subjects[layers] = model_from_artifact(artifact, name, module)
                 else:
                     progress.stage(f"Export {name}")
-                    context = variant(artifact, name, module, progress)
+                    context = exported_variant(artifact, name, module, progress)
                     subjects[layers] = stack.enter_context(context)
             subject = subjects[layers]
             found.append(Candidate(name, layers, backend, module.macs(), subject))

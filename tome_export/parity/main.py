@@ -16,7 +16,12 @@ from tome_export.data.images import CHECK_COUNT, image_names, parity_images
 from tome_export.errors import InputError, ParityError, UsageError
 from tome_export.merge.entropy import check_min_entropy, effective_tokens
 from tome_export.progress import Progress, Silent
-from tome_export.runtime.reference import reference_model
+from tome_export.runtime.model import (
+    ArtifactModel,
+    model_from_artifact,
+    open_runner,
+    reference_model,
+)
 from tome_export.runtime.registry import (
     BACKENDS,
     TORCH,
@@ -25,7 +30,6 @@ from tome_export.runtime.registry import (
     usual_backends,
 )
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.runtime.subject import Subject, open_runner, subject_of
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -147,12 +151,15 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     recipe = replace(recipe, preprocessing=manifest.preprocessing)
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT, progress)
     exported = load(artifact.model_path)
-    subjects: dict[str, Subject] = {}
+    subjects: dict[str, ArtifactModel] = {}
     reports: list[ParityReport] = []
     for name in backends:
         what = "videos" if model.takes_video else "images"
         progress.stage(f"Check parity on {len(images)} {what}, {name}")
-        subject, engine = subject_of(artifact, str(artifact.path)), manifest.engines.get(name)
+        subject, engine = (
+            model_from_artifact(artifact, str(artifact.path)),
+            manifest.engines.get(name),
+        )
         if engine is not None:
             subject = replace(subject, batch=engine.batch)
         subjects[name] = subject
@@ -218,7 +225,7 @@ def _entropy(
 
 
 def _opened(
-    name: str, subject: Subject, progress: Progress, graph: onnx.ModelProto
+    name: str, subject: ArtifactModel, progress: Progress, graph: onnx.ModelProto
 ) -> AbstractContextManager[Runner]:
     """A runner of the shipped graph, or of its twin, which an engine has to be built of first."""
     from tome_export.onnx.twin import is_twin
@@ -254,7 +261,7 @@ def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ..
 
 
 def _accuracy(
-    model: MergedModel, runner: Runner, subject: Subject, pixels: Array, labels: Array
+    model: MergedModel, runner: Runner, subject: ArtifactModel, pixels: Array, labels: Array
 ) -> dict[str, Any]:
     """Top-1 of the unmerged model in PyTorch, fp32, and of the exported one."""
     import torch

@@ -1,4 +1,4 @@
-"""ONNX Runtime, whatever provider computes: what the backends ``ort_*`` share."""
+"""ONNX Runtime on the CPU and on NVIDIA GPUs, and what ``ort_rtx`` shares with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.runtime.runner import Arrays, Runnable
+from tome_export.runtime.runner import Arrays, Backend, Runnable
+from tome_export.spec import Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,3 +153,46 @@ class OrtRunner:
     def end_profiling(self) -> Path:
         """Write the profile; returns its file."""
         return Path(self._session.end_profiling())
+
+
+class OrtCpu(Backend):
+    """ONNX Runtime on the CPU. It takes no bfloat16, which is computed in float32 and rounded."""
+
+    name = "ort-cpu"
+    title = "ONNX Runtime CPU"
+
+    def missing(self) -> str | None:
+        """See ``Backend.missing``."""
+        return missing("cpu")
+
+    def open(self, runnable: Runnable) -> OrtRunner:
+        """See ``Backend.open``."""
+        graph = graph_of(runnable)
+        if runnable.precision == "bf16" and isinstance(graph, Path):
+            from tome_export.onnx.files import load
+
+            graph = load(graph)
+        return OrtRunner(graph)
+
+    def computes(self, precision: Precision) -> Precision:
+        """See ``Backend.computes``."""
+        return "fp32" if precision == "bf16" else precision
+
+    def on_gpu(self) -> bool:
+        """See ``Backend.on_gpu``."""
+        return False
+
+
+class OrtCuda(Backend):
+    """ONNX Runtime with the CUDA provider of onnxruntime-gpu; fp32 is computed without TF32."""
+
+    name = "ort-cuda"
+    title = "ONNX Runtime CUDA"
+
+    def missing(self) -> str | None:
+        """See ``Backend.missing``."""
+        return missing("cuda")
+
+    def open(self, runnable: Runnable) -> OrtRunner:
+        """See ``Backend.open``."""
+        return OrtRunner(graph_of(runnable), "cuda")

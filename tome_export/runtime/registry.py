@@ -6,12 +6,10 @@ from collections.abc import Collection, Sequence
 
 from tome_export.errors import MissingComponentError, UsageError
 from tome_export.runtime.openvino import OpenVino
-from tome_export.runtime.ort_cpu import OrtCpu
-from tome_export.runtime.ort_cuda import OrtCuda
+from tome_export.runtime.ort import OrtCpu, OrtCuda
 from tome_export.runtime.ort_rtx import OrtRtx
 from tome_export.runtime.runner import Backend
-from tome_export.runtime.tensorrt import TensorRT
-from tome_export.runtime.tensorrt_rtx import TensorRTRTX
+from tome_export.runtime.tensorrt import TensorRT, TensorRTRTX
 from tome_export.runtime.torch import Torch
 
 # In the order in which they are shown.

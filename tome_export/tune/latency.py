@@ -117,7 +117,7 @@ class Stopwatch:
 
     def _export(self, r: Rs, folder: Path) -> Path:
         from tome_export.onnx.export import ExportOptions, onnx_from_model
-        from tome_export.runtime.reference import rescheduled
+        from tome_export.runtime.model import rescheduled
 
         model = rescheduled(self._model, Schedule(per_layer=r))
         options = ExportOptions(precision=self._precision, batch=self._batch)

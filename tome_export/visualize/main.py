@@ -20,8 +20,8 @@ from tome_export.runtime.inputs import (
     inputs_from_file,
     refuse_extra_inputs,
 )
+from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.runtime.registry import ORT_CPU
-from tome_export.runtime.subject import open_runner, subject_of
 from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def merge_maps(
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
         masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
-        subject = replace(subject_of(artifact, str(artifact.path)), graph=twin.model)
+        subject = replace(model_from_artifact(artifact, str(artifact.path)), graph=twin.model)
         with open_runner(ORT_CPU, subject, progress) as runner:
             batch = manifest.batch
             plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})

@@ -15,7 +15,7 @@ import os, sys
 import tensorrt_rtx
 from polygraphy import config, cuda
 from tome_export.errors import MissingComponentError
-from tome_export.runtime import polygraphy as runner
+from tome_export.runtime import tensorrt as runner
 before = dict(os.environ)
 runner._prepare_polygraphy(tensorrt_rtx)
 assert dict(os.environ) == before
@@ -33,7 +33,7 @@ except MissingComponentError as error:
 
 def test_polygraphy_takes_tensorrt_rtx_and_the_cuda_runtime_of_the_wheels():
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from tome_export.runtime.polygraphy import _cuda_wheel_folders
+    from tome_export.runtime.tensorrt import _cuda_wheel_folders
 
     if not _cuda_wheel_folders():
         pytest.skip("no CUDA runtime wheel is installed")
@@ -50,7 +50,7 @@ import sys, types
 from pathlib import Path
 import tensorrt_rtx
 from tome_export.errors import InputError
-from tome_export.runtime.polygraphy import _load
+from tome_export.runtime.tensorrt import _load
 from tome_export.runtime.runner import EngineFile
 made = []
 library = types.ModuleType("tensorrt_rtx")
@@ -68,7 +68,7 @@ for given in ({}, {"version_compatible": True}):
 
 def test_code_of_an_engine_may_run_only_if_it_was_built_version_compatible(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from tome_export.runtime.polygraphy import _cuda_wheel_folders
+    from tome_export.runtime.tensorrt import _cuda_wheel_folders
 
     if not _cuda_wheel_folders():
         pytest.skip("no CUDA runtime wheel is installed")

@@ -12,7 +12,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
-from tome_export.runtime.reference import reference_model
+from tome_export.runtime.model import reference_model
 
 
 def test_the_same_weights_of_a_trainers_file_are_taken_again(tmp_path, monkeypatch):

@@ -1,20 +1,33 @@
-"""The PyTorch model that an artifact was built from, and the same model at other schedules."""
+"""An artifact opened again: its PyTorch model, that model at other schedules, and its runners."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import MODEL, Artifact
 from tome_export.artifact.learned import COMPRESSOR, REDUCER, with_own_weights
 from tome_export.artifact.manifest import PluginInfo
-from tome_export.engine.build import capabilities_of, compile_kernels
+from tome_export.engine import EngineOptions
+from tome_export.engine.build import (
+    Plugins,
+    build_engine,
+    capabilities_of,
+    compile_kernels,
+    plugins_of,
+)
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.patch.describe import learned_sha256, output_names, state_sha256
 from tome_export.progress import Progress
-from tome_export.spec import TowerOptions
+from tome_export.runtime.inputs import extra_inputs
+from tome_export.runtime.registry import backend_of
+from tome_export.runtime.runner import EngineFile, Runnable, Runner
+from tome_export.spec import BatchRange, TowerOptions
 from tome_export.weights.files import sha256
 
 if TYPE_CHECKING:
@@ -118,10 +131,10 @@ def export_variant(
     """Export a model as the artifact's was: same precision, batch, operators, merge op.
 
     Args:
-        artifact: Whose build to repeat.
+        artifact: The artifact whose build is repeated.
         model: From ``reference_model`` or ``rescheduled``.
         folder: Where ``model.onnx`` goes, and the plugin's kernels if the artifact has them.
-        progress: Told about the kernels.
+        progress: What is told about the kernels.
 
     Returns:
         What the manifest would say of the kernels; None without any.
@@ -133,6 +146,7 @@ def export_variant(
     from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.files import load
     from tome_export.onnx.plugin import merging_of
+    from tome_export.plugins.aot import require_compiler
 
     manifest = artifact.manifest
     plugin = manifest.merge.merge_op == "plugin" and model.merges
@@ -148,9 +162,110 @@ def export_variant(
     onnx_from_model(model, folder / MODEL, options, names)
     if not plugin or manifest.plugins is None:
         return None
-    from tome_export.plugins.aot import require_compiler
-
     require_compiler()
     capabilities = capabilities_of(manifest.plugins.compute_capabilities, None)
     merging = merging_of(load(folder / MODEL, weights=False))
     return compile_kernels(merging, capabilities, folder, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactModel(Runnable):
+    """A model with all that is needed to build an engine of it and to feed it.
+
+    Attributes:
+        folder: Folder with ``model.onnx`` and, with the plugin, its kernels.
+        batch: Batch sizes that it takes.
+        plugins: Plugins of the model; None if it has none.
+        extra_inputs: Inputs besides the images: shape of each without the batch.
+    """
+
+    folder: Path
+    batch: BatchRange
+    plugins: Plugins | None = None
+    extra_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def model_from_artifact(
+    artifact: Artifact, label: str, module: MergedModel | None = None
+) -> ArtifactModel:
+    """What an artifact holds, and its model in PyTorch if there is need of it.
+
+    Raises:
+        InputError: if its graph asks for more memory than this machine has.
+    """
+    from tome_export.onnx.files import check_memory
+
+    check_memory(artifact.model_path)
+    manifest = artifact.manifest
+    return ArtifactModel(
+        label=label,
+        folder=artifact.path,
+        graph=artifact.model_path,
+        precision=manifest.precision,
+        output_name=manifest.output.name,
+        batch=manifest.batch,
+        engines={
+            name: EngineFile(artifact.path / engine.file, engine.version_compatible)
+            for name, engine in manifest.engines.items()
+        },
+        plugins=plugins_of(manifest),
+        module=module,
+        extra_inputs=extra_inputs(manifest),
+    )
+
+
+@contextlib.contextmanager
+def exported_variant(
+    artifact: Artifact, label: str, module: MergedModel, progress: Progress
+) -> Iterator[ArtifactModel]:
+    """A model from ``rescheduled``, exported as the artifact's was into a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as name:
+        folder = Path(name)
+        kernels = export_variant(artifact, module, folder, progress)
+        yield replace(
+            model_from_artifact(artifact, label, module),
+            folder=folder,
+            graph=folder / MODEL,
+            engines={},
+            plugins=None if kernels is None else Plugins(2 * len(module.steps), kernels.kernels),
+            extra_inputs=module.extra_inputs,
+        )
+
+
+def with_engine(name: str, model: ArtifactModel, folder: Path, progress: Progress) -> ArtifactModel:
+    """The model with an engine for a backend, built into a folder if it has none and needs one.
+
+    Raises:
+        MissingComponentError: if the backend cannot build here.
+        ExportError: if it refuses the model.
+    """
+    builder = backend_of(name).builder
+    if builder is None or name in model.engines or model.graph is None:
+        return model
+    progress.detail(f"building a {name} engine of {model.label}")
+    graph = model.graph
+    if not isinstance(graph, Path):
+        from tome_export.onnx.files import save
+
+        graph = save(graph, folder / MODEL)[0]
+    options = EngineOptions(batch=model.batch)
+    build_engine(
+        builder, model.folder, options, progress, folder, plugins=model.plugins, model=graph
+    )
+    engine = EngineFile(folder / builder.file_name)
+    return replace(model, engines={**model.engines, name: engine})
+
+
+@contextlib.contextmanager
+def open_runner(name: str, model: ArtifactModel, progress: Progress) -> Iterator[Runner]:
+    """Load a model on a backend; where it has no engine for one, that is built first.
+
+    Raises:
+        MissingComponentError: if the backend cannot run here.
+        InputError: if the model lacks what the backend opens.
+        ExportError: if the backend refuses the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+        ready = with_engine(name, model, Path(folder), progress)
+        with backend_of(name).open(ready) as runner:
+            yield runner
