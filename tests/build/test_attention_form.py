@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 
 from tome_export.build import BuildRequest, build
-from tome_export.build.engine import EngineRequest, add_engine, attention_form
+from tome_export.build.engine import EngineRequest, add_engine
+from tome_export.build.form import attention_form
 from tome_export.engine import Availability, Selection
 from tome_export.errors import InputError, UsageError
 

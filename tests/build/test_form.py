@@ -9,7 +9,7 @@ import pytest
 
 from tome_export.build import BuildRequest, build
 from tome_export.build.engine import EngineRequest, add_engine
-from tome_export.build.main import choose_form, fit_form
+from tome_export.build.form import choose_form, fit_form
 from tome_export.engine import BUILDERS, EngineOptions, Selection, gpu, limits
 from tome_export.errors import ExportError, InputError, UsageError
 from tome_export.merge.schedule import Schedule
@@ -20,6 +20,7 @@ from tome_export.runtime import ort
 from tome_export.spec import BatchRange
 
 BUILD = sys.modules["tome_export.build.main"]
+FORM = sys.modules["tome_export.build.form"]
 TENSORRT, RTX = BUILDERS
 H100 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H100", (9, 0), 80 << 30),), "NVIDIA H100")
 FIXED = BatchRange(4, 4, 4)
@@ -36,7 +37,7 @@ def digits(output: Any = "unused", **options: Any) -> BuildRequest:
 def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with TensorRT and a GPU, as far as choices are concerned."""
     monkeypatch.setattr(gpu, "detect", lambda: H100)
-    monkeypatch.setattr(BUILD, "select", lambda _: Selection(TENSORRT, "TensorRT builds"))
+    monkeypatch.setattr(FORM, "select", lambda _: Selection(TENSORRT, "TensorRT builds"))
 
 
 def test_a_plugin_has_one_batch_size_by_default(tmp_path):

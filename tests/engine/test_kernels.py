@@ -31,6 +31,7 @@ from tome_export.spec import BatchRange
 
 # The function of that name is in the way of the module.
 BUILD = sys.modules["tome_export.build.main"]
+FORM = sys.modules["tome_export.build.form"]
 TENSORRT, RTX = BUILDERS
 H200 = gpu.GpuReport((gpu.Gpu(0, "NVIDIA H200", (9, 0), 150 << 30),), "NVIDIA H200")
 FIXED = BatchRange(2, 2, 2)
@@ -206,7 +207,7 @@ def test_a_model_beyond_the_kernels_limits_is_refused(tmp_path, monkeypatch):
 def test_auto_falls_back_to_plain_operators_beyond_the_limits(tmp_path, monkeypatch, on):
     on(H200)
     monkeypatch.setattr(match_contract, "MAX_TOKENS", 64)
-    monkeypatch.setattr(BUILD, "takes_plugins", lambda _: True)
+    monkeypatch.setattr(FORM, "takes_plugins", lambda _: True)
     artifact = build(digits(tmp_path / "x", merge_op="auto", batch=FIXED, check=False))
     assert artifact.manifest.merge.note == f"no plugin: {LIMITS['tokens'][3]}; {NO_KERNEL}"
     assert artifact.manifest.merge.merge_op == "matmul"
@@ -259,7 +260,7 @@ def test_without_the_compiler_nothing_is_begun(tmp_path, monkeypatch, on, case):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, on, merge_op):
     """With ``auto`` the artifact does without kernels that cannot be compiled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/no-such-folder")
-    monkeypatch.setattr(BUILD, "takes_plugins", lambda _: True)
+    monkeypatch.setattr(FORM, "takes_plugins", lambda _: True)
     on(H200)
     request = digits(tmp_path / "x", merge_op=merge_op, batch=FIXED, check=False)
     if merge_op == "auto":
@@ -339,7 +340,7 @@ def test_compute_capabilities_are_not_passed_on_to_tensorrt(tmp_path, monkeypatc
         raise ExportError("far enough")
 
     monkeypatch.setattr(BUILD, "build_engine", build_engine)
-    monkeypatch.setattr(BUILD, "select", lambda _: Selection(TENSORRT, "x"))
+    monkeypatch.setattr(FORM, "select", lambda _: Selection(TENSORRT, "x"))
     options = EngineOptions(compute_capabilities=("9.0",))
     request = digits(tmp_path / "x", engine="tensorrt", engine_options=options, check=False)
     with pytest.raises(ExportError, match="far enough"):

@@ -55,7 +55,7 @@ class Probed:
 
 def digits_artifact(path: Path, _: str) -> list[Any]:
     """The whole way: what ``tome-export build vit_digits --merge-op plugin`` writes."""
-    from tome_export.build.main import BuildRequest, build
+    from tome_export.build import BuildRequest, build
     from tome_export.merge.schedule import LayerTokens, Schedule
 
     request = BuildRequest(

@@ -14,7 +14,7 @@ from reducers import (
 from references import dynamicvit as reference
 from safetensors.torch import save_file
 
-from tome_export.build.main import BuildRequest, build
+from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
 from tome_export.reducers import reducer_from_text

@@ -10,7 +10,7 @@ import pytest
 from tome_export.artifact import Artifact
 from tome_export.artifact.manifest import Tensor, read_manifest
 from tome_export.bench.main import BenchRequest, bench
-from tome_export.build.main import BuildRequest, build
+from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import find_images
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.evaluate.main import EvalRequest, evaluate

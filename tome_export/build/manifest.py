@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,16 +36,22 @@ if TYPE_CHECKING:
     from tome_export.patch import MergedModel
 
 
+@dataclass(frozen=True)
+class Notes:
+    """Why merge and attention are written so, and which engines can be had here; for people."""
+
+    merge: str
+    attention: str
+    engine: str
+
+
 def manifest_of(
     loaded: LoadedModel,
     model: MergedModel,
     options: ExportOptions,
     exported: OnnxFiles,
-    *,
-    plugins: PluginInfo | None = None,
-    merge_note: str = "",
-    attention_note: str = "",
-    engine_note: str = "",
+    plugins: PluginInfo | None,
+    notes: Notes,
 ) -> Manifest:
     """The manifest of a build, before its files, engines and parity are known.
 
@@ -55,9 +61,7 @@ def manifest_of(
         options: How it was exported.
         exported: What was written.
         plugins: The kernels of its plugin nodes; None without any.
-        merge_note: Why the merge is written so.
-        attention_note: Why attention is written so.
-        engine_note: Which engines can be had here.
+        notes: The reasons for its form.
     """
     recipe = loaded.recipe
     merged, unmerged = model.macs(), model.macs(merged=False)
@@ -74,7 +78,7 @@ def manifest_of(
     return Manifest(
         format=FORMAT,
         model=model_info(loaded, model),
-        merge=merge_info(model, options, merge_note),
+        merge=merge_info(model, options, notes.merge),
         tokens=tuple(layer.total_out for layer in model.layers),
         tokens_in=model.layers[0].total_in if model.layers else 0,
         patches=model.patch_grid,
@@ -101,11 +105,11 @@ def manifest_of(
         onnx=Graph(
             opset=options.opset,
             attention=options.attention_form,
-            attention_note=attention_note,
+            attention_note=notes.attention,
             nodes=exported.nodes,
         ),
         plugins=plugins,
-        engine_note=engine_note,
+        engine_note=notes.engine,
         versions=versions(),
     )
 
