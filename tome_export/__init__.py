@@ -1,6 +1,12 @@
 """Token Merging (ToMe) for deployment: patch, export to ONNX and TensorRT, prove parity."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tome_export.runtime.load import ArtifactModel
 
 __version__ = "0.1.0"
 
@@ -19,3 +25,22 @@ The libraries read them when they are imported, and processes that are started i
 for _name, _value in TELEMETRY_OFF.items():
     # Whoever wants a report says so with a value of their own.
     os.environ[_name] = os.environ.get(_name) or _value
+
+
+def load(path: str | os.PathLike[str], backend: str = "ort-cpu") -> ArtifactModel:
+    """Load an artifact's model, to be called with images.
+
+    Args:
+        path: The artifact directory.
+        backend: What runs it, as ``--backend`` takes it; not ``torch``.
+
+    Raises:
+        InputError: if it is no artifact, or damaged.
+        UsageError: if the backend is unknown.
+        MissingComponentError: if the backend cannot run here.
+    """
+    from pathlib import Path
+
+    from tome_export.runtime.load import ArtifactModel
+
+    return ArtifactModel(Path(path), backend)

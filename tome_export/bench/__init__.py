@@ -1,1 +1,5 @@
-"""How fast a model runs, and where the time goes."""
+"""Latency and throughput against the unmerged model."""
+
+from tome_export.bench.main import BenchRequest, BenchResult, bench
+
+__all__ = ["BenchRequest", "BenchResult", "bench"]

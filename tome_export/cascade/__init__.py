@@ -1,1 +1,5 @@
-"""Budgets per image: several artifacts of one model, and what decides which one an image gets."""
+"""A budget for each image, out of several artifacts."""
+
+from tome_export.cascade.main import CascadeRequest, cascade, members_of
+
+__all__ = ["CascadeRequest", "cascade", "members_of"]

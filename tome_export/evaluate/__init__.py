@@ -1,1 +1,5 @@
-"""How often a model is right, on any number of images."""
+"""Right answers on labelled images, merged against unmerged."""
+
+from tome_export.evaluate.main import EvalRequest, EvalResult, evaluate
+
+__all__ = ["EvalRequest", "EvalResult", "evaluate"]

@@ -1,1 +1,5 @@
-"""Parity: does the exported graph decide and compute what PyTorch does, as rounding allows?"""
+"""Compare decisions and numbers with PyTorch."""
+
+from tome_export.parity.main import CheckRequest, CheckResult, check
+
+__all__ = ["CheckRequest", "CheckResult", "check"]

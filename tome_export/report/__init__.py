@@ -1,1 +1,5 @@
-"""One self-contained HTML page on an artifact."""
+"""All that was found out about an artifact, on one page."""
+
+from tome_export.report.main import ReportRequest, ReportResult, report
+
+__all__ = ["ReportRequest", "ReportResult", "report"]

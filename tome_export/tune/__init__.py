@@ -1,1 +1,5 @@
-"""Which per-layer schedule to build: search, cost tables and the schedule file."""
+"""Search the tokens to merge in each layer for a target."""
+
+from tome_export.tune.main import TuneRequest, tune
+
+__all__ = ["TuneRequest", "tune"]

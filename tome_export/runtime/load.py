@@ -1,0 +1,75 @@
+"""An artifact as a function of images: ``tome_export.load``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tome_export.artifact import Artifact
+from tome_export.errors import UsageError
+from tome_export.progress import Silent
+from tome_export.runtime.registry import backend_of, require
+from tome_export.runtime.runner import infer_in_batches
+from tome_export.runtime.subject import open_runner, subject_of
+from tome_export.spec import INPUT_NAME
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+class ArtifactModel:
+    """The model of an artifact, loaded on a backend; a context manager that unloads it.
+
+    Attributes:
+        artifact: The artifact, whose manifest says what the model takes and gives.
+    """
+
+    def __init__(self, path: Path, backend: str) -> None:
+        if backend_of(backend).opens == "module":
+            raise UsageError(
+                f"backend is {backend!r}, which runs no artifact; choose one that runs graphs or "
+                "engines, such as 'ort-cpu'"
+            )
+        require((backend,))
+        self.artifact = Artifact.open(path.absolute())
+        subject = subject_of(self.artifact, str(path))
+        self._stack = ExitStack()
+        self._runner = self._stack.enter_context(open_runner(backend, subject, Silent()))
+
+    def __call__(self, pixel_values: Array, **inputs: Array) -> dict[str, Array]:
+        """Run any number of images, in batches of at most the largest that the model takes.
+
+        Args:
+            pixel_values: ``[B, C, H, W]`` float32, preprocessed as the manifest says;
+                ``[B, F, C, H, W]`` for a model of videos.
+            **inputs: Further inputs by name, batch first.
+
+        Returns:
+            Every output by name, batch first.
+
+        Raises:
+            InputError: if a name, dtype or shape does not fit the model.
+            ExportError: if the model fails.
+        """
+        count, batch = len(pixel_values), self.artifact.manifest.batch
+        given = {INPUT_NAME: pixel_values, **inputs}
+        return infer_in_batches(self._runner, given, count, min(batch.max, max(batch.min, count)))
+
+    def close(self) -> None:
+        """Unload the model."""
+        self._stack.close()
+
+    def __enter__(self) -> ArtifactModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
