@@ -46,7 +46,7 @@ UNDER = 10
 def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
     """Check that ARTIFACT computes what PyTorch computes with the same weights."""
     with working(terminal) as progress:
-        from tome_export.build.main import ParityFailedError
+        from tome_export.parity.compare import ParityFailedError
         from tome_export.parity.main import CheckRequest, OverMergedError, check
 
         result = check(CheckRequest(artifact, **given), progress)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tome_export.runtime.load import ArtifactModel
+    from tome_export.runtime.load import LoadedArtifact
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ for _name, _value in TELEMETRY_OFF.items():
     os.environ[_name] = os.environ.get(_name) or _value
 
 
-def load(path: str | os.PathLike[str], backend: str = "ort-cpu") -> ArtifactModel:
+def load(path: str | os.PathLike[str], backend: str = "ort-cpu") -> LoadedArtifact:
     """Load an artifact's model, to be called with images.
 
     Args:
@@ -41,6 +41,6 @@ def load(path: str | os.PathLike[str], backend: str = "ort-cpu") -> ArtifactMode
     """
     from pathlib import Path
 
-    from tome_export.runtime.load import ArtifactModel
+    from tome_export.runtime.load import LoadedArtifact
 
-    return ArtifactModel(Path(path), backend)
+    return LoadedArtifact(Path(path), backend)

@@ -10,7 +10,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.runtime import registry
-from tome_export.runtime.reference import reference_model
+from tome_export.runtime.model import reference_model
 from tome_export.spec import BatchRange
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import MODEL, Artifact, Manifest, staged, write_manifest
 from tome_export.artifact.environment import versions
 from tome_export.artifact.learned import write_learned
-from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
+from tome_export.artifact.parity import PARITY, ParityFile
 from tome_export.artifact.schedule import SCHEDULE, ScheduleFile
 from tome_export.build.form import GraphForm, attention_form, choose_form, fit_form
 from tome_export.build.library import check_library
@@ -26,7 +26,6 @@ from tome_export.errors import (
     ExportError,
     InputError,
     MissingComponentError,
-    ParityError,
 )
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import output_names, state_sha256
@@ -234,7 +233,7 @@ class _Build:
         Raises:
             ParityFailedError: if they differ by more than rounding.
         """
-        from tome_export.parity.compare import check_parity
+        from tome_export.parity.compare import ParityFailedError, check_parity
 
         what = "videos" if self.model.takes_video else "images"
         self.progress.stage(f"Check parity on {len(images)} {what}")
@@ -269,20 +268,3 @@ def _build_engine(
         options = replace(options, compute_capabilities=())
     info = build_engine(backend, folder, options, progress, plugins=plugins)
     return manifest.model_copy(update={"engines": {info.backend: info}})
-
-
-class ParityFailedError(ParityError):
-    """Parity failed; ``report`` says where.
-
-    Attributes:
-        report: The whole report.
-    """
-
-    def __init__(self, report: ParityReport) -> None:
-        first, more = report.failures[0], len(report.failures) - 1
-        also = f" (and {more} more findings)" if more else ""
-        super().__init__(
-            f"parity failed for {report.candidate} in {report.precision}: {first}{also}; expected "
-            "PyTorch's results as far as rounding allows"
-        )
-        self.report = report

@@ -16,7 +16,7 @@ from tome_export.artifact.parity import (
     OutputParity,
     ParityReport,
 )
-from tome_export.errors import InputError
+from tome_export.errors import InputError, ParityError
 from tome_export.merge.plan import Across, Step, step_layer, step_number
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
 from tome_export.parity.extras import entropies, entropy_defects, source_map_defects
@@ -51,6 +51,23 @@ times that. How much of the allowance each recipe uses is in benchmarks/results/
 """
 
 RunnerFactory = Callable[["onnx.ModelProto | Path"], AbstractContextManager[Runner]]
+
+
+class ParityFailedError(ParityError):
+    """Parity failed; ``report`` says where.
+
+    Attributes:
+        report: The whole report.
+    """
+
+    def __init__(self, report: ParityReport) -> None:
+        first, more = report.failures[0], len(report.failures) - 1
+        also = f" (and {more} more findings)" if more else ""
+        super().__init__(
+            f"parity failed for {report.candidate} in {report.precision}: {first}{also}; expected "
+            "PyTorch's results as far as rounding allows"
+        )
+        self.report = report
 
 
 # Infinite and undefined numbers are for the verdict to report, not for numpy to warn about.

@@ -14,7 +14,7 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
 from tome_export.data.images import CHECK_COUNT, image_names, parity_images
 from tome_export.errors import InputError, ParityError, UsageError
-from tome_export.merge.entropy import check_min_entropy, effective_tokens
+from tome_export.merge.entropy import effective_tokens
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.model import (
     ArtifactModel,
@@ -135,7 +135,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         MissingComponentError: if a backend asked for cannot run here.
         UsageError: if a backend is unknown, or the entropy not 0 to 1.
     """
-    check_min_entropy(request.min_entropy)
+    check_entropy_option(request.min_entropy)
     _check_names(request.backends)
     from tome_export.data.samples import labelled_samples
     from tome_export.onnx.files import load
@@ -151,31 +151,23 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     recipe = replace(recipe, preprocessing=manifest.preprocessing)
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT, progress)
     exported = load(artifact.model_path)
+    what = "videos" if model.takes_video else "images"
     subjects: dict[str, ArtifactModel] = {}
     reports: list[ParityReport] = []
     for name in backends:
-        what = "videos" if model.takes_video else "images"
         progress.stage(f"Check parity on {len(images)} {what}, {name}")
-        subject, engine = (
-            model_from_artifact(artifact, str(artifact.path)),
-            manifest.engines.get(name),
-        )
-        if engine is not None:
-            subject = replace(subject, batch=engine.batch)
-        subjects[name] = subject
+        subjects[name] = _subject(artifact, name)
+        engine = manifest.engines.get(name)
+        title = backend_of(name).title
         reports.append(
             check_parity(
                 model,
                 exported,
                 images,
                 manifest.precision,
-                subject.batch,
-                runner_factory=partial(_opened, name, subject, progress),
-                candidate=(
-                    f"onnx on {backend_of(name).title}"
-                    if engine is None
-                    else f"{engine.file} on {name}"
-                ),
+                subjects[name].batch,
+                runner_factory=partial(_opened, name, subjects[name], progress),
+                candidate=f"{engine.file} on {name}" if engine else f"onnx on {title}",
                 engine=engine is not None,
                 activation=manifest.activation,
                 progress=progress.detail,
@@ -183,21 +175,19 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         )
     accuracy = None
     labelled = labelled_samples(recipe) if request.images is None else None
-    if manifest.labels is None or manifest.labels != recipe.labels:
-        labelled = None  # features, or other classes than those of the samples
-    if model.extra_inputs:
-        labelled = None  # an accuracy would be that of the random inputs that parity is checked on
-    if labelled is not None:
+    # None for features, for other classes than those of the samples, and where it would be the
+    # accuracy of the random inputs that parity is checked on.
+    same = manifest.labels is not None and manifest.labels == recipe.labels
+    if labelled is not None and same and not model.extra_inputs:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
         name, subject = next(iter(subjects.items()))
         with open_runner(name, subject, progress) as runner:
-            accuracy = {
-                "backend": backend_of(name).title,
-                **_accuracy(model, runner, subject, *labelled),
-            }
+            found = _accuracy(model, runner, subject, *labelled)
+        accuracy = {"backend": backend_of(name).title, **found}
     unrecorded = None
     try:
-        artifact = _record(artifact, reports)
+        worst = min(reports, key=lambda report: report.passed)
+        artifact = artifact.record(PARITY, ParityFile(checks=tuple(reports)), worst.summary())
     # The verdict stands also where it cannot be written down, as on a read-only mount.
     except InputError as error:
         unrecorded = str(error)
@@ -207,6 +197,16 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     patches = frames * (model.tower.tokens - model.prefix)
     entropy = _entropy(reports, names, patches, request.min_entropy)
     return CheckResult(artifact, tuple(reports), accuracy, skipped, entropy, unrecorded)
+
+
+def check_entropy_option(value: float | None) -> None:
+    """Refuse a least entropy that is none.
+
+    Raises:
+        UsageError: unless it is 0 to 1.
+    """
+    if value is not None and not 0 <= value <= 1:
+        raise UsageError(f"--min-entropy is {value:g}; expected 0 to 1, such as 0.8")
 
 
 def _entropy(
@@ -222,6 +222,12 @@ def _entropy(
         asked=asked,
         under=tuple((name, value) for name, value in under if asked is not None and value < asked),
     )
+
+
+def _subject(artifact: Artifact, name: str) -> ArtifactModel:
+    """What a backend runs of an artifact, in the batch sizes that its engine takes."""
+    subject, engine = model_from_artifact(artifact, str(artifact.path)), artifact.manifest.engines.get(name)
+    return subject if engine is None else replace(subject, batch=engine.batch)
 
 
 def _opened(
@@ -275,8 +281,3 @@ def _accuracy(
         "unmerged": float((np.argmax(plain, axis=1) == labels).mean()),
         "merged": float((np.argmax(merged, axis=1) == labels).mean()),
     }
-
-
-def _record(artifact: Artifact, reports: list[ParityReport]) -> Artifact:
-    worst = min(reports, key=lambda report: report.passed)
-    return artifact.record(PARITY, ParityFile(checks=tuple(reports)), worst.summary())

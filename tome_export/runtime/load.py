@@ -12,7 +12,7 @@ from tome_export.errors import UsageError
 from tome_export.progress import Silent
 from tome_export.runtime.registry import backend_of, require
 from tome_export.runtime.runner import infer_in_batches
-from tome_export.runtime.subject import open_runner, subject_of
+from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-class ArtifactModel:
+class LoadedArtifact:
     """The model of an artifact, loaded on a backend; a context manager that unloads it.
 
     Attributes:
@@ -36,9 +36,9 @@ class ArtifactModel:
             )
         require((backend,))
         self.artifact = Artifact.open(path.absolute())
-        subject = subject_of(self.artifact, str(path))
+        loaded = model_from_artifact(self.artifact, str(path))
         self._stack = ExitStack()
-        self._runner = self._stack.enter_context(open_runner(backend, subject, Silent()))
+        self._runner = self._stack.enter_context(open_runner(backend, loaded, Silent()))
 
     def __call__(self, pixel_values: Array, **inputs: Array) -> dict[str, Array]:
         """Run any number of images, in batches of at most the largest that the model takes.
@@ -63,7 +63,7 @@ class ArtifactModel:
         """Unload the model."""
         self._stack.close()
 
-    def __enter__(self) -> ArtifactModel:
+    def __enter__(self) -> LoadedArtifact:
         return self
 
     def __exit__(
