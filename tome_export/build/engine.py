@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from tome_export.artifact import Artifact, Manifest, writing_to
 from tome_export.build.form import attention_refusal
 from tome_export.engine import EngineOptions, limits, select
-from tome_export.engine.build import build_engine
-from tome_export.engine.build import plugins_of
+from tome_export.engine.build import build_engine, plugins_of
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.progress import Progress, Silent
 from tome_export.spec import BatchRange

@@ -156,7 +156,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     reports: list[ParityReport] = []
     for name in backends:
         progress.stage(f"Check parity on {len(images)} {what}, {name}")
-        subjects[name] = _subject(artifact, name)
+        subjects[name] = _runnable(artifact, name)
         engine = manifest.engines.get(name)
         title = backend_of(name).title
         reports.append(
@@ -224,9 +224,12 @@ def _entropy(
     )
 
 
-def _subject(artifact: Artifact, name: str) -> ArtifactModel:
+def _runnable(artifact: Artifact, name: str) -> ArtifactModel:
     """What a backend runs of an artifact, in the batch sizes that its engine takes."""
-    subject, engine = model_from_artifact(artifact, str(artifact.path)), artifact.manifest.engines.get(name)
+    subject, engine = (
+        model_from_artifact(artifact, str(artifact.path)),
+        artifact.manifest.engines.get(name),
+    )
     return subject if engine is None else replace(subject, batch=engine.batch)
 
 

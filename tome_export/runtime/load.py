@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tome_export.artifact import Artifact
 from tome_export.errors import UsageError
 from tome_export.progress import Silent
+from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.runtime.registry import backend_of, require
 from tome_export.runtime.runner import infer_in_batches
-from tome_export.runtime.model import model_from_artifact, open_runner
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
