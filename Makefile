@@ -1,12 +1,12 @@
 # Two commands set everything up on a machine that has Python 3.10 or later, make and a C compiler:
 #   make demo    build, check and measure the bundled model on its real test images
-#   make test    the whole test suite
+#   make test    the tests that a change can break; make test-all adds those that take long
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/vit_digits
 
-.PHONY: demo test lint format bench bench-gpu clean
+.PHONY: demo test test-slow test-all lint format bench bench-gpu clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else "Python %d.%d found; tome-export needs 3.10 to 3.13: set PYTHON=" % v[:2])'
@@ -45,11 +45,23 @@ demo: $(VENV)/installed
 	$(BIN)/tome-export build vit_digits --r 8 --fp16 --force --output $(OUT)
 	$(BIN)/tome-export check $(OUT)
 
-test: $(VENV)/installed $(VENV)/onnxruntime-gpu $(VENV)/onnxruntime-web $(VENV)/ort-rtx
-	# One thread each: workers that share two cores wait for each other at every barrier. Three, for
-	# a quarter of the time a test waits for a server or a process of its own.
-	# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3
+# One thread each: workers that share two cores wait for each other at every barrier. Three, for
+# a quarter of the time a test waits for a server or a process of its own.
+# Neighbours stay in one worker, which makes their fixtures once; a worker that has no more takes from another.
+# Hundreds of the suite's processes import torch: its bytecode is kept, whatever the environment says.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal
+
+TESTED = $(VENV)/installed $(VENV)/onnxruntime-gpu $(VENV)/onnxruntime-web $(VENV)/ort-rtx
+
+test: $(TESTED)
+	$(PYTEST) -m "not slow"
+
+# What test leaves out: the full registry, full products of cases, Ray, soak.
+test-slow: $(TESTED)
+	$(PYTEST) -m slow
+
+test-all: $(TESTED)
+	$(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

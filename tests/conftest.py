@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forkserver import ForkServer
+from traces import shared_traces
 
 import tome_export  # noqa: F401 (before the libraries that would report what the tests do)
 
@@ -62,9 +66,26 @@ def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, 0.5 if len(shape) > 1 else 0.1  # tokens and position embeddings; biases
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: begun last, one would keep a worker busy while the others have no more."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(run_folder: Path) -> Iterator[None]:
+    """See ``shared_traces``."""
+    with shared_traces(run_folder / "traces"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Runs Python code in processes that have torch already."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

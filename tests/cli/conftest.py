@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forkserver import Forked
 
 from tome_export.cli.main import main
 
@@ -62,8 +63,11 @@ def run(capfd, tmp_path, monkeypatch) -> Callable[..., Ran]:
 
 @pytest.fixture
 def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
-    """Start the command line as a process of its own, in an empty folder with its own temp."""
-    (tmp_path / "tmp").mkdir()
+    """Start the command line as a new process, in an empty folder with its own temp.
+
+    For what a fork would not show: signals, what is imported, the environment of libraries.
+    """
+    (tmp_path / "tmp").mkdir(exist_ok=True)
     started = []
 
     def call(*arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -79,6 +83,23 @@ def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
         )
         started.append(process)
         return process
+
+    yield call
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def cli(fork_server, tmp_path) -> Iterator[Callable[..., Forked]]:
+    """``start`` without the seconds in which a new process imports torch."""
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    started = []
+
+    def call(*arguments: object, **environment: str) -> Forked:
+        own = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), **environment}
+        started.append(fork_server.start(ENTRY, *map(str, arguments), cwd=tmp_path, env=own))
+        return started[-1]
 
     yield call
     for process in started:

@@ -240,10 +240,10 @@ def test_without_labels_only_agreement_is_told(run, artifact, digits, tmp_path):
     assert values["candidates"][0]["agreement_with_unmerged"]["share"] == 1
 
 
-def test_killed_and_started_again(start, run, artifact, digits, cache):
+def test_killed_and_started_again(cli, run, artifact, digits, cache):
     command = ("eval", artifact, "--data", digits, *ALONE, "--batch", "2", "--json")
     whole = numbers(run(*command))
-    process = start(*command, "-v")
+    process = cli(*command, "-v")
     for line in process.stderr:
         if line.startswith("  images: ") and int(line.split()[1].split("/")[0]) >= 100:
             break
@@ -261,9 +261,9 @@ def test_killed_and_started_again(start, run, artifact, digits, cache):
     assert list(cache.iterdir()) == []
 
 
-def test_restart_begins_anew(start, run, artifact, digits):
+def test_restart_begins_anew(cli, run, artifact, digits):
     command = ("eval", artifact, "--data", digits, *ALONE, "--batch", "2")
-    process = start(*command, "-v")
+    process = cli(*command, "-v")
     for line in process.stderr:
         if line.startswith("  images: 20/"):
             break

@@ -65,10 +65,8 @@ def test_ctrl_c_during_the_engine_build(start, tmp_path):
     assert left_behind(tmp_path) == set()
 
 
-def test_second_build_is_refused_and_the_leftovers_of_a_killed_one_are_cleared(
-    start, run, tmp_path
-):
-    process = start(*BUILD, "--engine", "none")
+def test_second_build_is_refused_and_the_leftovers_of_a_killed_one_are_cleared(cli, run, tmp_path):
+    process = cli(*BUILD, "--engine", "none")
     wait_for(process, "Export")
     ran = run(*BUILD, "--engine", "none")
     assert ran.code == 3
@@ -82,8 +80,8 @@ def test_second_build_is_refused_and_the_leftovers_of_a_killed_one_are_cleared(
     assert left_behind(tmp_path) == {"out"}
 
 
-def test_of_two_builds_at_once_exactly_one_wins(start, tmp_path):
-    processes = [start(*BUILD, "--engine", "none", "--no-check") for _ in range(2)]
+def test_of_two_builds_at_once_exactly_one_wins(cli, tmp_path):
+    processes = [cli(*BUILD, "--engine", "none", "--no-check") for _ in range(2)]
     ended = [(p.communicate(timeout=90)[1], p.returncode) for p in processes]
     assert sorted(code for _, code in ended) == [0, 3]
     refused = next(err for err, code in ended if code == 3)

@@ -130,13 +130,13 @@ def noisy():
 """
 
 
-def test_the_noise_of_others_stays_off_both_streams(start, tmp_path):
+def test_the_noise_of_others_stays_off_both_streams(cli, tmp_path):
     (tmp_path / "noisy.py").write_text(NOISY)
-    process = start("build", "noisy:noisy", "--json")
+    process = cli("build", "noisy:noisy", "--json")
     out, err = process.communicate(timeout=60)
     assert json.loads(out)["error"]["type"] == "InputError"
     assert err == f"Error: {json.loads(out)['error']['message']}\n"
-    process = start("build", "noisy:noisy", "--json", "--debug")
+    process = cli("build", "noisy:noisy", "--json", "--debug")
     out, err = process.communicate(timeout=60)
     assert json.loads(out)["error"]["exit_code"] == 3
     for line in ("python on stdout", "python on stderr", "descriptor 1", "descriptor 2"):

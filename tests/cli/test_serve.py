@@ -442,9 +442,9 @@ def test_what_cannot_be_tried_out_is_said(run, artifact, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
-def test_run_until_it_is_ended(start, built, tmp_path, ended_by):
+def test_run_until_it_is_ended(cli, built, tmp_path, ended_by):
     find_or_skip()
-    process = start("serve", built, *WRITE, "--run", "--log", "--json", *PORTS)
+    process = cli("serve", built, *WRITE, "--run", "--log", "--json", *PORTS)
     text = ""
     for line in process.stdout:
         text += line
