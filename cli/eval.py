@@ -78,7 +78,7 @@ eval_options = grouped(
         help="Of unmerged (on the same backend) and torch (merged, fp32).",
     ),
     click.option("--weights", metavar="PATH", help="Where the weights are now."),
-    click.option("--ray", metavar="local|ADDRESS", help="Run on Ray Data, an actor per device."),
+    click.option("--ray", metavar="local|ADDRESS", help="Run on Ray, an actor per device."),
     click.option("--restart", is_flag=True, help="Do not go on where it was interrupted."),
 )
 

@@ -9,9 +9,9 @@ import torch
 from tests.conftest import small_vit
 from tome_export.artifact.goal import Goal
 from tome_export.cascade import policy
+from tome_export.data.labels import Classes
 from tome_export.data.metrics import deviations
 from tome_export.errors import InputError
-from tome_export.evaluate.main import output_classes
 from tome_export.evaluate.records import TOP, as_classes, ranked
 from tome_export.models import resolve
 from tome_export.parity.compare import _output_parity
@@ -79,9 +79,9 @@ def test_parity_tells_other_answers_of_one_logit():
 
 
 def test_classes_of_one_logit_are_two():
-    assert (output_classes(1, None).count, output_classes(1, ("LABEL",)).count) == (2, 2)
-    assert output_classes(1, ("hot dog",)).by_name == {"not hot dog": 0, "hot dog": 1}
-    assert output_classes(3, ("a",)).names is None
+    assert (Classes.of_outputs(1, None).count, Classes.of_outputs(1, ("LABEL",)).count) == (2, 2)
+    assert Classes.of_outputs(1, ("hot dog",)).by_name == {"not hot dog": 0, "hot dog": 1}
+    assert Classes.of_outputs(3, ("a",)).names is None
 
 
 def test_deviations_leave_out_what_is_not_finite():
@@ -146,7 +146,7 @@ def test_agreement_with_one_answer_is_no_target():
 
 def test_the_samples_labels_are_for_the_recipes_own_classes():
     recipe = resolve("vit_digits")
-    own = output_classes(10, recipe.label_names(10))
+    own = Classes.of_outputs(10, recipe.label_names(10))
     assert _source(recipe, own, ("samples",), None).labels is not None
-    for other in (output_classes(1, None), output_classes(3, recipe.label_names(3))):
+    for other in (Classes.of_outputs(1, None), Classes.of_outputs(3, recipe.label_names(3))):
         assert _source(recipe, other, ("samples",), None).labels is None

@@ -12,9 +12,9 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.evaluation import Evaluation
 from tome_export.data.labels import Classes
 from tome_export.data.source import samples_source
-from tome_export.evaluate.main import evaluation_from_table
+from tome_export.evaluate.candidates import Candidate
+from tome_export.evaluate.measures import Comparison, evaluation_from_table
 from tome_export.evaluate.records import TOP, Record, Table
-from tome_export.evaluate.runs import Candidate
 from tome_export.report.page import Content, render
 from tome_export.runtime.model import ArtifactModel
 from tome_export.spec import BatchRange
@@ -55,10 +55,8 @@ def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged"
     table.add(Record(0, ((IMAGES - 1, "bad.png", "cut short"),), values_without_last(values)))
     source = samples_source(np.zeros((IMAGES, 1, 8, 8), np.float32), labels)
     known = labels if kind == "labelled" else None
-    plain = next((one for one in candidates if one.name == "unmerged"), None)
-    return evaluation_from_table(
-        table, source, known, candidates, classes, plain, classes and "softmax"
-    )
+    comparison = Comparison(candidates, classes, classes and "softmax")
+    return evaluation_from_table(table, source, known, comparison)
 
 
 def values_without_last(values):

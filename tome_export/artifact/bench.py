@@ -19,13 +19,7 @@ class Quantiles(Part):
 
 
 class Timed(Part):
-    """One of the two models.
-
-    Attributes:
-        latency_ms: Milliseconds of one run of a batch.
-        throughput: Images or videos per second, by the median.
-        peak_memory_bytes: See ``bench.memory.Memory``; None where it is not known.
-    """
+    """Milliseconds of a batch, images or videos per second by the median, and peak memory."""
 
     latency_ms: Quantiles
     throughput: float
@@ -53,11 +47,7 @@ class BenchRow(Part):
 
 
 class LayerTimes(Part):
-    """Milliseconds of one transformer block by group of nodes: ``attention``, ``match``, ...
-
-    Attributes:
-        layer: Index of the block.
-    """
+    """Milliseconds of one transformer block by group of nodes: ``attention``, ``match``, ..."""
 
     __pydantic_extra__: dict[str, float]
 

@@ -11,15 +11,7 @@ EVAL = "eval.json"
 
 
 class Share(Part):
-    """A share of images with its interval.
-
-    Attributes:
-        correct: Images that count.
-        images: All images.
-        share: ``correct / images``.
-        low: Lower limit.
-        high: Upper limit.
-    """
+    """A share of images, ``correct / images``, with the limits of its interval."""
 
     correct: Count
     images: Count
@@ -29,10 +21,10 @@ class Share(Part):
 
 
 class Difference(Part):
-    """A difference of two shares of the same images, with its interval.
+    """A difference of two shares of the same images, first minus second, with its interval.
 
     Attributes:
-        share: First minus second.
+        share: Difference of the shares.
         low: Lower limit.
         high: Upper limit.
         gained: Images that only the first has right.
@@ -78,12 +70,12 @@ class EvaluationData(Part):
     """What was evaluated on.
 
     Attributes:
-        source: As it was given.
-        kind: ``folder``, ``shards``, ``samples``, ...
-        images: Images that could be read.
+        source: Name that the user gave.
+        kind: ``folder``, ``tar``, ``parquet`` or ``samples``.
+        images: Number of images that could be read.
         labelled: Whether they have labels.
-        unreadable: Those that could not be read.
-        unreadable_count: How many these are.
+        unreadable: Images that could not be read.
+        unreadable_count: Number of these.
         notes: What a reader should know of the images or labels.
     """
 
@@ -129,7 +121,7 @@ class CandidateResult(Part):
 
 
 class Methods(Part):
-    """How the intervals were made, of shares and of differences."""
+    """How the intervals of shares and of differences were made."""
 
     share: str
     difference: str
@@ -141,11 +133,11 @@ class Evaluation(Document):
     Attributes:
         format: Version of this file.
         data: What was evaluated on.
-        classes: Classes of the model; None if it gives features or a regression's numbers. One
-            logit tells two classes apart.
-        candidates: The models, the artifact first.
+        classes: Number of classes of the model, two where there is one logit; None if it gives
+            features or a regression's numbers.
+        candidates: Results of the models, the artifact's first.
         confidence: Level of the intervals.
-        methods: How these were made.
+        methods: How the intervals were made.
         batch: Images per run.
         environment: Where it was evaluated.
     """

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tome_export.artifact import MODEL, Artifact, Manifest
-from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow
+from tome_export.artifact.bench import BENCH, Bench, BenchProfile, BenchRow, Quantiles, Timed
+from tome_export.bench.memory import peak_memory
 from tome_export.data.images import parity_images
 from tome_export.errors import InputError, UsageError
+from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress, Silent
-from tome_export.runtime.inputs import asked_inputs
+from tome_export.runtime.environment import environment
+from tome_export.runtime.inputs import Fed, asked_inputs
 from tome_export.runtime.model import (
     ArtifactModel,
     exported_variant,
@@ -26,12 +30,12 @@ from tome_export.runtime.model import (
     rescheduled,
     with_engine,
 )
-from tome_export.runtime.registry import ORT_CPU, TORCH, backend_of, require, usual_backends
-from tome_export.runtime.timing import AGAINST, MERGED, row_from_seconds, times
+from tome_export.runtime.registry import ORT_CPU, backend_of, require, usual_backends
+from tome_export.runtime.timing import Seconds, paired, percentiles
+from tome_export.spec import INPUT_NAME, BatchRange
 
-if TYPE_CHECKING:
-    from tome_export.parity.decisions import Array
-    from tome_export.spec import BatchRange
+MERGED, AGAINST = "merged", "against"
+"""Names of the artifact and of what it is compared with."""
 
 UNMERGED = "unmerged"
 SAMPLES, NOISE = "samples", "noise"
@@ -106,8 +110,6 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
         MissingComponentError: if a backend asked for cannot run here.
         ExportError: if a backend refuses a model.
     """
-    from tome_export.runtime.environment import environment
-
     progress = progress or Silent()
     require(request.backends)
     progress.stage("Verify the artifact")
@@ -124,26 +126,119 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
     ratio = (theirs.unmerged if other is None else theirs.merged) / ours.merged
     images, kind = bench_images(artifact.manifest, max(*batches, 1))
     with _subjects(artifact, other, request.weights, backends, progress) as subjects:
-        bencher = _Bencher(request, subjects, images, ratio, progress)
+        measured = _Measurements(request, subjects, images, ratio, progress)
         for name in backends:
-            bencher.measure(name, batches, _takes(artifact, name).min == 1)
+            measured.add(name, batches, _takes(artifact, name).min == 1)
     found = Bench(
-        latency_ms=bencher.latency_ms,
+        latency_ms=measured.latency_ms,
         environment=environment(),
         against=UNMERGED if other is None else str(other.path),
         macs_ratio=ratio,
         rounds=request.rounds,
         warmup=request.warmup,
         images=kind,
-        notes=(*_notes(request, artifact.manifest, backends, skipped), *bencher.notes),
-        rows=tuple(bencher.rows),
-        profile=tuple(bencher.profiles),
+        notes=(*_notes(request, artifact.manifest, backends, skipped), *measured.notes),
+        rows=tuple(measured.rows),
+        profile=tuple(measured.profiles),
     )
     try:
         return BenchResult(artifact.record(BENCH, found), found)
     # The figures stand also where they cannot be written down, as on a read-only mount.
     except InputError as error:
         return BenchResult(artifact, found, str(error))
+
+
+def _check_comparable(artifact: Artifact, other: Artifact) -> None:
+    """Require the same input and output of two artifacts."""
+    mine, theirs = artifact.manifest, other.manifest
+    for what, a, b in (
+        ("input", mine.input, theirs.input),
+        ("output", mine.output, theirs.output),
+    ):
+        if (a.name, a.dtype, a.shape[1:]) != (b.name, b.dtype, b.shape[1:]):
+            raise InputError(
+                f"{other.path} has the {what} {b.name} {list(b.shape[1:])}, {artifact.path} has "
+                f"{a.name} {list(a.shape[1:])}; only models with the same input and output are "
+                "comparable"
+            )
+
+
+def _batches(
+    asked: tuple[int, ...], artifact: Artifact, other: Artifact | None, backends: tuple[str, ...]
+) -> tuple[int, ...]:
+    """The batch sizes to measure, each within what models and engines take."""
+    takes = artifact.manifest.batch
+    chosen = tuple(dict.fromkeys(asked or (max(1, takes.min), takes.opt)))
+    for one in (artifact, *([other] if other else [])):
+        limits = {"model": one.manifest.batch}
+        limits |= {f"{b} engine": _takes(one, b) for b in backends if b in one.manifest.engines}
+        for what, limit in limits.items():
+            for batch in chosen:
+                if not limit.min <= batch <= limit.max:
+                    raise InputError(
+                        f"batch is {batch}; the {what} of {one.path} takes {limit.min} to "
+                        f"{limit.max}: choose --batch within that"
+                    )
+    return chosen
+
+
+def _takes(artifact: Artifact, name: str) -> BatchRange:
+    engine = artifact.manifest.engines.get(name)
+    return artifact.manifest.batch if engine is None else engine.batch
+
+
+def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[np.float32], str]:
+    """Images to time a model on: the recipe's samples, repeated; noise where they do not fit.
+
+    Returns:
+        ``pixel_values [batch, C, H, W]`` float32, frames in front of C for a model of videos, and
+        ``samples`` or ``noise``.
+    """
+    from tome_export.models import resolve
+
+    preprocessing = manifest.preprocessing
+    shape = tuple(int(size) for size in manifest.input.shape[1:])
+    # A user's own model may not be importable here, or take what no photograph gives.
+    with contextlib.suppress(InputError):
+        recipe = replace(resolve(manifest.model.resolvable_name()), preprocessing=preprocessing)
+        samples = parity_images(recipe, shape, None, COUNT)
+        if samples.shape[1:] == shape:
+            return samples[np.arange(batch) % len(samples)], SAMPLES
+    channels = (preprocessing.input_size[0], 1, 1)
+    mean, std = (
+        np.resize(np.array(values, np.float32), channels)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    pixels = np.random.default_rng(0).random((batch, *shape), np.float32)
+    return (pixels - mean) / std, NOISE
+
+
+@contextlib.contextmanager
+def _subjects(
+    artifact: Artifact,
+    other: Artifact | None,
+    weights: str | None,
+    backends: tuple[str, ...],
+    progress: Progress,
+) -> Iterator[dict[str, ArtifactModel]]:
+    """The artifact and what it is compared with."""
+    opened = {backend_of(name).opens for name in backends}
+    module = None
+    if other is None or "module" in opened:
+        progress.stage(f"Load {artifact.manifest.model.name}")
+        module, _ = reference_model(artifact, weights)
+    merged = model_from_artifact(artifact, MERGED, module)
+    if other is not None:
+        theirs = reference_model(other, weights)[0] if "module" in opened else None
+        yield {MERGED: merged, AGAINST: model_from_artifact(other, str(other.path), theirs)}
+    elif module is not None:
+        unmerged = rescheduled(module, Schedule())
+        if opened == {"module"}:
+            yield {MERGED: merged, AGAINST: replace(merged, label=UNMERGED, module=unmerged)}
+            return
+        progress.stage("Export the unmerged model")
+        with exported_variant(artifact, UNMERGED, unmerged, progress) as exported:
+            yield {MERGED: merged, AGAINST: exported}
 
 
 def _notes(
@@ -167,170 +262,73 @@ def _notes(
     return notes
 
 
-def bench_images(manifest: Manifest, batch: int) -> tuple[Array, str]:
-    """Images to time a model on: the recipe's samples, repeated; noise where they do not fit.
+class _Measurements:
+    """What is measured of both models, backend after backend."""
 
-    Args:
-        manifest: Of the artifact.
-        batch: How many.
+    def __init__(
+        self,
+        request: BenchRequest,
+        subjects: Mapping[str, ArtifactModel],
+        images: NDArray[np.float32],
+        macs_ratio: float,
+        progress: Progress,
+    ) -> None:
+        self._request, self._subjects, self._images = request, subjects, images
+        self._macs_ratio, self._progress = macs_ratio, progress
+        self.latency_ms: dict[str, float] = {}
+        self.rows: list[BenchRow] = []
+        self.profiles: list[BenchProfile] = []
+        self.notes: list[str] = []
 
-    Returns:
-        ``pixel_values [batch, C, H, W]`` float32, frames in front of C for a model of videos, and
-        ``samples`` or ``noise``.
-    """
-    from tome_export.models import resolve
-
-    preprocessing = manifest.preprocessing
-    shape = tuple(int(size) for size in manifest.input.shape[1:])
-    try:
-        recipe = replace(resolve(manifest.model.resolvable_name()), preprocessing=preprocessing)
-        samples = parity_images(recipe, shape, None, COUNT)
-    # A user's own model may not be importable here, or take what no photograph gives.
-    except InputError:
-        samples = None
-    if samples is not None and samples.shape[1:] == shape:
-        return samples[np.arange(batch) % len(samples)], SAMPLES
-    channels = (preprocessing.input_size[0], 1, 1)
-    mean, std = (
-        np.resize(np.array(values, np.float32), channels)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    pixels = np.random.default_rng(0).random((batch, *shape), np.float32)
-    return (pixels - mean) / std, NOISE
-
-
-@contextlib.contextmanager
-def _subjects(
-    artifact: Artifact,
-    other: Artifact | None,
-    weights: str | None,
-    backends: tuple[str, ...],
-    progress: Progress,
-) -> Iterator[dict[str, ArtifactModel]]:
-    """The artifact and what it is compared with."""
-    from tome_export.merge.schedule import Schedule
-
-    module = None
-    if other is None or TORCH in backends:
-        progress.stage(f"Load {artifact.manifest.model.name}")
-        module, _ = reference_model(artifact, weights)
-    merged = model_from_artifact(artifact, MERGED, module)
-    if other is not None:
-        theirs = reference_model(other, weights)[0] if TORCH in backends else None
-        yield {MERGED: merged, AGAINST: model_from_artifact(other, str(other.path), theirs)}
-    elif module is not None:
-        progress.stage("Export the unmerged model")
-        with exported_variant(
-            artifact, UNMERGED, rescheduled(module, Schedule()), progress
-        ) as unmerged:
-            yield {MERGED: merged, AGAINST: unmerged}
-
-
-def _takes(artifact: Artifact, name: str) -> BatchRange:
-    engine = artifact.manifest.engines.get(name)
-    return artifact.manifest.batch if engine is None else engine.batch
-
-
-def _batches(
-    asked: tuple[int, ...], artifact: Artifact, other: Artifact | None, backends: tuple[str, ...]
-) -> tuple[int, ...]:
-    """The batch sizes to measure, each within what models and engines take."""
-    takes = artifact.manifest.batch
-    chosen = tuple(dict.fromkeys(asked or (max(1, takes.min), takes.opt)))
-    for one in (artifact, *([other] if other else [])):
-        limits = {"model": one.manifest.batch}
-        limits |= {f"{b} engine": _takes(one, b) for b in backends if b in one.manifest.engines}
-        for what, limit in limits.items():
-            for batch in chosen:
-                if not limit.min <= batch <= limit.max:
-                    raise InputError(
-                        f"batch is {batch}; the {what} of {one.path} takes {limit.min} to "
-                        f"{limit.max}: choose --batch within that"
-                    )
-    return chosen
-
-
-def _check_comparable(artifact: Artifact, other: Artifact) -> None:
-    """Require the same input and output of two artifacts."""
-    mine, theirs = artifact.manifest, other.manifest
-    for what, a, b in (
-        ("input", mine.input, theirs.input),
-        ("output", mine.output, theirs.output),
-    ):
-        if (a.name, a.dtype, a.shape[1:]) != (b.name, b.dtype, b.shape[1:]):
-            raise InputError(
-                f"{other.path} has the {what} {b.name} {list(b.shape[1:])}, {artifact.path} has "
-                f"{a.name} {list(a.shape[1:])}; only models with the same input and output are "
-                "comparable"
-            )
-
-
-@dataclass
-class _Bencher:
-    """Measures backend after backend and collects what was found."""
-
-    request: BenchRequest
-    subjects: dict[str, ArtifactModel]
-    images: Array
-    macs_ratio: float
-    progress: Progress
-    latency_ms: dict[str, float] = field(default_factory=dict)
-    rows: list[BenchRow] = field(default_factory=list)
-    profiles: list[BenchProfile] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def measure(self, name: str, batches: tuple[int, ...], takes_one: bool) -> None:
+    def add(self, name: str, batches: Sequence[int], takes_one: bool) -> None:
         """Time both models on one backend; then their memory, and their profile."""
         with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
             ready = {}
-            for label, subject in self.subjects.items():
+            for label, subject in self._subjects.items():
                 own = Path(folder) / label
                 own.mkdir()
-                ready[label] = with_engine(name, subject, own, self.progress)
-            rows = self._timed(name, ready, batches, takes_one)
+                ready[label] = with_engine(name, subject, own, self._progress)
+            seconds = self._times(name, ready, batches, takes_one)
+            rows = [
+                row_from_seconds(name, batch, seconds[batch], self._macs_ratio) for batch in batches
+            ]
+            if 1 in seconds:
+                self.latency_ms[name] = 1e3 * float(np.median(seconds[1][MERGED]))
             self.rows += [self._with_memory(row, ready) for row in rows]
-        if self.request.profile and name == ORT_CPU:
+        if self._request.profile and name == ORT_CPU:
             self.profiles += map(self._profile, rows)
 
-    def _timed(
-        self, name: str, ready: dict[str, ArtifactModel], batches: tuple[int, ...], takes_one: bool
-    ) -> list[BenchRow]:
-        from tome_export.runtime.inputs import Fed
-
-        rounds, warmup, rows = self.request.rounds, self.request.warmup, []
+    def _times(
+        self, name: str, ready: Mapping[str, ArtifactModel], batches: Sequence[int], takes_one: bool
+    ) -> dict[int, dict[str, Seconds]]:
+        """Seconds of each model by batch size, of which one image is of the artifact alone."""
+        rounds, warmup = self._request.rounds, self._request.warmup
         with contextlib.ExitStack() as stack:
-            self.progress.stage(f"Load the models on {name}")
+            self._progress.stage(f"Load the models on {name}")
             runners = {
                 label: Fed(
-                    stack.enter_context(open_runner(name, subject, self.progress)),
+                    stack.enter_context(open_runner(name, subject, self._progress)),
                     subject.extra_inputs,
                 )
                 for label, subject in ready.items()
             }
+            # Whoever routes requests between artifacts compares single images.
+            alone = [(1, {MERGED: runners[MERGED]})] if takes_one and 1 not in batches else []
+            found = {}
+            for batch, timed in [*((batch, runners) for batch in batches), *alone]:
+                self._progress.stage(f"Time {rounds} rounds on {name}, batch {batch}")
+                inputs = {INPUT_NAME: self._images[:batch]}
+                found[batch] = paired(
+                    {label: partial(one.infer, inputs) for label, one in timed.items()},
+                    rounds,
+                    warmup,
+                    on_round=lambda done: self._progress.step("round", done, rounds),
+                )
+            return found
 
-            def on_round(done: int) -> None:
-                self.progress.step("round", done, rounds)
-
-            for batch in batches:
-                self.progress.stage(f"Time {rounds} rounds on {name}, batch {batch}")
-                seconds = times(runners, self.images[:batch], rounds, warmup, on_round)
-                rows.append(row_from_seconds(name, batch, seconds, self.macs_ratio))
-            one = next((r.merged.latency_ms.p50 for r in rows if r.batch == 1), None)
-            if one is None and takes_one:
-                # Whoever routes requests between artifacts compares single images.
-                self.progress.stage(f"Time {rounds} rounds on {name}, batch 1")
-                alone = {MERGED: runners[MERGED]}
-                seconds = times(alone, self.images[:1], rounds, warmup)
-                one = 1e3 * float(np.median(seconds[MERGED]))
-            if one is not None:
-                self.latency_ms[name] = one
-        return rows
-
-    def _with_memory(self, row: BenchRow, ready: dict[str, ArtifactModel]) -> BenchRow:
-        from tome_export.bench.memory import peak_memory
-
-        self.progress.stage(f"Measure memory on {row.backend}, batch {row.batch}")
-        shape, measured = (row.batch, *self.images.shape[1:]), {}
+    def _with_memory(self, row: BenchRow, ready: Mapping[str, ArtifactModel]) -> BenchRow:
+        self._progress.stage(f"Measure memory on {row.backend}, batch {row.batch}")
+        shape, measured = (row.batch, *self._images.shape[1:]), {}
         for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):
             memory = peak_memory(row.backend, ready[label], ready[label].extra_inputs, shape)
             measured[label] = timed.model_copy(update={"peak_memory_bytes": memory.peak_bytes})
@@ -342,9 +340,10 @@ class _Bencher:
     def _profile(self, row: BenchRow) -> BenchProfile:
         from tome_export.runtime.profile import profile_in_turn
 
-        self.progress.stage(f"Profile {row.backend}, batch {row.batch}")
-        paths = {label: subject.folder / MODEL for label, subject in self.subjects.items()}
-        found = profile_in_turn(paths, self.images[: row.batch], PROFILE_RUNS)
+        self._progress.stage(f"Profile {row.backend}, batch {row.batch}")
+        paths = {label: subject.folder / MODEL for label, subject in self._subjects.items()}
+        profiles = profile_in_turn(paths, self._images[: row.batch], PROFILE_RUNS)
+        found = {label: profile.entry() for label, profile in profiles.items()}
         for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):
             if found[label].total_ms > SLOWED * timed.latency_ms.p50:
                 self.notes.append(
@@ -358,6 +357,32 @@ class _Bencher:
             batch=row.batch,
             total_ms=found[MERGED].total_ms,
             attributed_share=found[MERGED].attributed_share,
-            merged=found[MERGED].entry(),
-            against=found[AGAINST].entry(),
+            **found,
         )
+
+
+def row_from_seconds(
+    backend: str, batch: int, seconds: Mapping[str, Seconds], macs_ratio: float
+) -> BenchRow:
+    """A line of ``bench.json``, without the memory.
+
+    Args:
+        backend: Where the models ran.
+        batch: Images per run.
+        seconds: Of each run ``[rounds]``, by ``merged`` and ``against``; entry i of both is of the
+            same round.
+        macs_ratio: MACs of the other over those of the merged one: the speed-up if merging cost
+            nothing and time went with MACs.
+    """
+    speedup = Quantiles(**percentiles(seconds[AGAINST] / seconds[MERGED]))
+    timed = {}
+    for name in (MERGED, AGAINST):
+        latency = Quantiles(**percentiles(1e3 * seconds[name]))
+        timed[name] = Timed(latency_ms=latency, throughput=1e3 * batch / latency.p50)
+    return BenchRow(
+        backend=backend,
+        batch=batch,
+        **timed,
+        speedup=speedup,
+        share_of_macs_limit=speedup.p50 / macs_ratio,
+    )

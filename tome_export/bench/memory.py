@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
+import io
 import os
-import pickle
 import platform
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.runtime.environment import nvidia_smi
+from tome_export.runtime.process import COMMAND, answers, request
 from tome_export.runtime.registry import ORT_CPU, backend_of
 from tome_export.runtime.runner import Runnable
 from tome_export.spec import INPUT_NAME
@@ -27,18 +26,6 @@ STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 TIMEOUT_S = 600.0
 RUNS = 2
-
-_ANSWER = "tome-export's answer: "
-_START = """
-import sys
-# Python looks for modules in the current folder first, where a user may have a torch or an inspect.
-if sys.path[:1] == [""]:
-    del sys.path[0]
-import pickle
-sys.path[:] = pickle.load(sys.stdin.buffer)
-from tome_export.bench.memory import main
-main(*pickle.load(sys.stdin.buffer))
-"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +44,85 @@ class Memory:
     reason: str | None = None
 
 
+def peak_memory(
+    name: str, runnable: Runnable, further: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
+) -> Memory:
+    """Peak memory of a model on a backend, in a fresh process.
+
+    Args:
+        name: Of the backend.
+        runnable: The model; its graph is a file.
+        further: Inputs besides the images: shape of each without the batch.
+        shape: ``[B, C, H, W]`` of the images.
+    """
+    if name == ORT_CPU and runnable.precision == "bf16":
+        return Memory(None, "bfloat16 is emulated in float32 on the CPU")
+    backend, module = backend_of(name), runnable.module
+    sent = Runnable(
+        label=runnable.label,
+        precision=runnable.precision,
+        output_name=runnable.output_name,
+        graph=runnable.graph,
+        engines=dict(runnable.engines),
+    )
+    if backend.opens != "module":
+        return measure(_prepared, (name, sent, dict(further), shape), gpu=backend.on_gpu())
+    if module is None:
+        return Memory(None, "the model is not at hand in PyTorch")
+    import torch
+
+    from tome_export.onnx.export import in_precision
+
+    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
+        file = Path(folder) / "module.pt"
+        imports = sorted({type(part).__module__ for part in module.modules()})
+        try:
+            torch.save(in_precision(module, runnable.precision), file)
+        # Models of a user's own function may hold what cannot be stored.
+        except Exception as error:
+            return Memory(None, f"the PyTorch model cannot be stored: {error}")
+        # What is stored is in its precision, and need not be copied to get there.
+        sent = replace(sent, precision="fp32")
+        arguments = (name, sent, dict(further), shape, file, imports)
+        return measure(_prepared, arguments, gpu=backend.on_gpu())
+
+
+def _prepared(
+    name: str,
+    runnable: Runnable,
+    further: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, ...],
+    module: Path | None = None,
+    imports: Sequence[str] = (),
+) -> Callable[[], object]:
+    """What loads a model and runs it; libraries are imported ahead."""
+    import numpy as np
+
+    from tome_export.runtime.inputs import unit_inputs
+
+    inputs: dict[str, Any] = unit_inputs(further, shape[0])
+    inputs[INPUT_NAME] = np.zeros(shape, np.float32)
+    backend = backend_of(name)
+    backend.missing()
+    for one in imports:
+        importlib.import_module(one)
+
+    def work() -> object:
+        loaded = runnable
+        if module is not None:
+            import torch
+
+            stored = cast("MergedModel", torch.load(module, weights_only=False))
+            loaded = replace(runnable, module=stored)
+        context = backend.open(loaded)
+        runner = context.__enter__()
+        for _ in range(RUNS):
+            runner.infer(inputs)
+        return context, runner
+
+    return work
+
+
 def measure(
     prepare: Callable[..., Callable[[], object]],
     arguments: Sequence[object],
@@ -73,31 +139,22 @@ def measure(
         gpu: Whether to count device memory.
         timeout_s: Seconds in which all of it must be done.
     """
-    path = pickle.dumps([folder for folder in sys.path if folder])
-    request = path + pickle.dumps((prepare, tuple(arguments), gpu))
+    task = request(_measured, prepare, tuple(arguments), gpu)
     who = "the process that measures memory"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _START],
-            input=request,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
+            COMMAND, input=task, capture_output=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
         return Memory(None, f"{who} did not end within {timeout_s:g} s")
-    # Whatever libraries print is not the answer.
-    for line in done.stdout.decode(errors="replace").splitlines():
-        if line.startswith(_ANSWER):
-            return Memory(**json.loads(line.removeprefix(_ANSWER)))
     errors = done.stderr.decode(errors="replace").strip().splitlines()
-    return Memory(None, f"{who} failed: {errors[-1] if errors else 'it ended without a word'}")
+    failed = Memory(None, f"{who} failed: {errors[-1] if errors else 'it ended without a word'}")
+    return next(answers(io.BytesIO(done.stdout)), failed)
 
 
-def main(
-    prepare: Callable[..., Callable[[], object]], arguments: tuple[object, ...], gpu: bool
-) -> None:
-    """Do the work of ``measure`` in the process of its own, print the answer, and end it."""
+def _measured(
+    prepare: Callable[..., Callable[[], object]], arguments: Sequence[object], gpu: bool
+) -> Iterator[Memory]:
     work = prepare(*arguments)
     # Importing libraries can take more for a moment than what is left of it afterwards.
     fresh = forget_peak()
@@ -107,15 +164,12 @@ def main(
     if gpu:
         found = _device_bytes(os.getpid())
         hidden = "nvidia-smi does not show this process, as in a container with its own processes"
-        memory = Memory(found, None if found is not None else hidden)
+        yield Memory(found, None if found is not None else hidden)
     elif fresh and before is not None and peak is not None:
-        memory = Memory(max(0, peak - before))
+        yield Memory(max(0, peak - before))
     else:
-        memory = Memory(None, f"{platform.system()} does not tell it here, by {STATUS} and {CLEAR}")
-    sys.stdout.write(f"\n{_ANSWER}{json.dumps(asdict(memory))}\n")
-    sys.stdout.flush()
+        yield Memory(None, f"{platform.system()} does not tell it here, by {STATUS} and {CLEAR}")
     del kept
-    os._exit(0)  # whatever libraries do at the end is not waited for
 
 
 def resident_bytes(field: str, status: Path = STATUS) -> int | None:
@@ -147,82 +201,3 @@ def _device_bytes(pid: int) -> int | None:
     found = [cells[1] for cells in rows if len(cells) == 2 and cells[0] == str(pid)]
     known = [int(mib) << 20 for mib in found if mib.isdigit()]
     return sum(known) if known else None
-
-
-def peak_memory(
-    name: str, runnable: Runnable, further: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
-) -> Memory:
-    """Peak memory of a model on a backend, in a fresh process.
-
-    Args:
-        name: Of the backend.
-        runnable: The model; its graph is a file.
-        further: Inputs besides the images: shape of each without the batch.
-        shape: ``[B, C, H, W]`` of the images.
-    """
-    if name == ORT_CPU and runnable.precision == "bf16":
-        return Memory(None, "bfloat16 is emulated in float32 on the CPU")
-    backend, module = backend_of(name), runnable.module
-    sent = Runnable(
-        label=runnable.label,
-        precision=runnable.precision,
-        output_name=runnable.output_name,
-        graph=runnable.graph,
-        engines=dict(runnable.engines),
-    )
-    if backend.opens != "module":
-        return measure(_prepared, (name, sent, dict(further), shape), gpu=backend.on_gpu())
-    import torch
-
-    from tome_export.onnx.export import in_precision
-
-    if module is None:
-        return Memory(None, "the model is not at hand in PyTorch")
-    with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
-        file = Path(folder) / "module.pt"
-        classes_of = sorted({type(part).__module__ for part in module.modules()})
-        try:
-            torch.save(in_precision(module, runnable.precision), file)
-        # Models of a user's own function may hold what cannot be stored.
-        except Exception as error:
-            return Memory(None, f"the PyTorch model cannot be stored: {error}")
-        # What is stored is in its precision, and need not be copied to get there.
-        sent = replace(sent, precision="fp32")
-        arguments = (name, sent, dict(further), shape, file, classes_of)
-        return measure(_prepared, arguments, gpu=backend.on_gpu())
-
-
-def _prepared(
-    name: str,
-    runnable: Runnable,
-    further: Mapping[str, tuple[int, ...]],
-    shape: tuple[int, ...],
-    module: Path | None = None,
-    classes_of: Sequence[str] = (),
-) -> Callable[[], object]:
-    """What loads a model and runs it; libraries are imported ahead."""
-    import numpy as np
-
-    from tome_export.runtime.inputs import unit_inputs
-
-    inputs: dict[str, Any] = unit_inputs(further, shape[0])
-    inputs[INPUT_NAME] = np.zeros(shape, np.float32)
-    backend = backend_of(name)
-    backend.missing()
-    for one in classes_of:
-        importlib.import_module(one)
-
-    def work() -> object:
-        loaded = runnable
-        if module is not None:
-            import torch
-
-            stored = cast("MergedModel", torch.load(module, weights_only=False))
-            loaded = replace(runnable, module=stored)
-        context = backend.open(loaded)
-        runner = context.__enter__()
-        for _ in range(RUNS):
-            runner.infer(inputs)
-        return context, runner
-
-    return work

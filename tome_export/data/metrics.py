@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -32,15 +31,10 @@ def wilson(correct: int, images: int, confidence: float = CONFIDENCE) -> tuple[f
     It stays within 0 and 1 and holds its coverage also near them, where the textbook's normal
     interval has no width.
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = correct / images
-    centre = p + z * z / (2 * images)
-    half = z * math.sqrt(p * (1 - p) / images + z * z / (4 * images * images))
-    scale = 1 + z * z / images
-    # The limits are exact at the ends; rounding must not leave them.
-    low = 0.0 if correct == 0 else (centre - half) / scale
-    high = 1.0 if correct == images else (centre + half) / scale
-    return low, high
+    from scipy.stats import binomtest
+
+    limits = binomtest(correct, images).proportion_ci(confidence, method="wilson")
+    return float(limits.low), float(limits.high)
 
 
 def paired_difference(

@@ -1,12 +1,12 @@
-"""Finished chunks in an SQLite file, so that a killed evaluation goes on where it was."""
+"""Finished chunks, a line each in a file, so that a killed evaluation goes on where it was."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,9 +22,6 @@ KEPT_DAYS = 30
 class Journal:
     """Records of one evaluation; its file is locked while this is open.
 
-    Args:
-        file: The database, which is made where it is missing, and made anew where it is damaged.
-
     Raises:
         InputError: if another process has it open.
         OSError: if it cannot be written.
@@ -32,25 +29,19 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._stream = file.open("a+", encoding="utf-8", errors="replace")
         try:
-            self._database = _opened(file)
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise InputError(
-                    "the same evaluation is running already; wait for it to end, or stop it"
-                ) from None
-            raise OSError(0, str(error)) from None
-        except sqlite3.DatabaseError:
-            self._database = _anew(file)
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(
+                "the same evaluation is running already; wait for it to end, or stop it"
+            ) from None
 
     def records(self) -> list[Record]:
-        """What is there; of a damaged file nothing, which then is empty."""
-        try:
-            rows = self._database.execute("SELECT record FROM records").fetchall()
-            return [Record.from_json(row) for (row,) in rows]
-        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, RecursionError):
-            self.clear()
-            return []
+        """What is there; a damaged line, as the last of a killed process, is left out."""
+        self._stream.seek(0)
+        return list(filter(None, map(_record, self._stream)))
 
     def append(self, record: Record) -> None:
         """Write one down.
@@ -59,22 +50,18 @@ class Journal:
             InputError: if the disk is full.
         """
         try:
-            self._database.execute(
-                "INSERT OR REPLACE INTO records VALUES (?, ?)", (record.chunk, record.to_json())
-            )
-        except sqlite3.Error as error:
+            # The line before may be without its end.
+            self._stream.write(f"\n{record.to_json()}")
+            self._stream.flush()
+        except OSError as error:
             raise InputError(
-                f"cannot write {self._file} ({error}); free some space, or set XDG_CACHE_HOME to "
-                "another place"
+                f"cannot write {self._file} ({error.strerror}); free some space, or set "
+                "XDG_CACHE_HOME to another place"
             ) from error
 
     def clear(self) -> None:
         """Forget all records."""
-        try:
-            self._database.execute("DELETE FROM records")
-        except sqlite3.DatabaseError:
-            self._database.close()
-            self._database = _anew(self._file)
+        self._stream.truncate(0)
 
     def remove(self) -> None:
         """Delete the journal: its evaluation has ended."""
@@ -83,31 +70,15 @@ class Journal:
 
     def close(self) -> None:
         """Give up the lock."""
-        self._database.close()
+        with contextlib.suppress(OSError):  # of what could not be written
+            self._stream.close()
 
 
-def _opened(file: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(file, timeout=0, isolation_level=None)
+def _record(line: str) -> Record | None:
     try:
-        # One process alone; a kill costs nothing, and after a loss of power what is damaged is
-        # done again: no need to wait for the disk.
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("BEGIN IMMEDIATE")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS records (chunk INTEGER PRIMARY KEY, record TEXT)"
-        )
-        database.execute("COMMIT")
-    except BaseException:
-        database.close()
-        raise
-    return database
-
-
-def _anew(file: Path) -> sqlite3.Connection:
-    for one in (file, file.with_name(f"{file.name}-journal")):
-        one.unlink(missing_ok=True)
-    return _opened(file)
+        return Record.from_json(line)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 @contextlib.contextmanager
@@ -128,22 +99,17 @@ def open_journal(key: Mapping[str, Any]) -> Iterator[Journal]:
     folder = base / "tome-export" / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    with contextlib.closing(Journal(folder / f"{name}.sqlite3")) as journal:
-        os.utime(folder / f"{name}.sqlite3")
-        _sweep(folder)
-        yield journal
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what was abandoned; what is locked, or cannot be deleted, stays."""
-    for file in folder.glob("*.sqlite3"):
-        with contextlib.suppress(OSError, InputError):
-            if not _expired(file):
-                continue
-            with contextlib.closing(Journal(file)) as journal:
-                # Someone may have taken it up before it was locked.
+    with contextlib.closing(Journal(folder / f"{name}.jsonl")) as journal:
+        os.utime(folder / f"{name}.jsonl")
+        for file in folder.glob("*.jsonl"):
+            # What is locked, or cannot be deleted, stays.
+            with contextlib.suppress(OSError, InputError):
                 if _expired(file):
-                    journal.remove()
+                    with contextlib.closing(Journal(file)) as abandoned:
+                        # Someone may have taken it up before it was locked.
+                        if _expired(file):
+                            abandoned.remove()
+        yield journal
 
 
 def _expired(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Images to records: what is kept of each chunk; every number of the result comes from these."""
+"""What is kept of each chunk of images; every number of the result comes from these records."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Record:
     """The outcome of a chunk.
 
     Attributes:
-        chunk: Its number.
+        chunk: Number of the chunk.
         unreadable: Position in the chunk, name and reason of what could not be read.
-        values: Per run, for the images that could: the answer and the best classes, see
-            ``ranked``; of a regression its numbers ``[B, K]`` float64; or of features the cosine
-            to the unmerged output ``[B, 1]`` float64.
+        values: For each run of a model, of the images that could be read: the answer and the best
+            classes, see ``ranked``; of a regression its numbers ``[B, K]`` float64; or of features
+            the cosine to the unmerged output ``[B, 1]`` float64.
     """
 
     chunk: int
@@ -43,16 +43,13 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """Inverse of ``to_json``."""
-        chunk, unreadable, values = json.loads(line)
-        found = cls(
-            int(chunk),
-            tuple((int(position), str(name), str(why)) for position, name, why in unreadable),
-            {run: np.asarray(rows) for run, rows in values.items()},
-        )
-        if not all(array.ndim == 2 and array.dtype.kind in "if" for array in found.values.values()):
+        """Inverse of ``to_json``; raises what it meets in a line that is no record."""
+        chunk, unreadable, rows = json.loads(line)
+        values = {run: np.asarray(array) for run, array in rows.items()}
+        if not all(array.ndim == 2 and array.dtype.kind in "if" for array in values.values()):
             raise ValueError(f"record of chunk {chunk} holds what is no table of numbers")
-        return found
+        images = tuple((int(position), str(name), str(why)) for position, name, why in unreadable)
+        return cls(int(chunk), images, values)
 
 
 @dataclass(frozen=True)
@@ -79,23 +76,24 @@ class Classifier:
         Raises:
             ExportError: if a runner fails.
         """
-        count = len(decoded.pixels)
         values: dict[str, NDArray[Any]] = {}
-        if count:
-            outputs = {name: self._infer(name, r, decoded, count) for name, r in runners.items()}
-            if self.activation == "none":
-                values = {name: out.astype(np.float64) for name, out in outputs.items()}
-            elif self.activation is not None:
-                values = {n: ranked(output, self.activation) for n, output in outputs.items()}
-            else:
-                plain = outputs[self.baseline]
-                values = {name: cosine(output, plain) for name, output in outputs.items()}
+        if len(decoded.pixels):
+            outputs = {
+                name: self._infer(name, one, decoded.pixels) for name, one in runners.items()
+            }
+            for name, output in outputs.items():
+                if self.activation is None:
+                    values[name] = cosine(output, outputs[self.baseline])
+                elif self.activation == "none":
+                    values[name] = output.astype(np.float64)
+                else:
+                    values[name] = ranked(output, self.activation)
         return Record(decoded.chunk, decoded.unreadable, values)
 
-    def _infer(self, name: str, runner: Runner, decoded: Decoded, count: int) -> NDArray[Any]:
-        inputs = {INPUT_NAME: decoded.pixels}
+    def _infer(self, name: str, runner: Runner, pixels: NDArray[np.float32]) -> NDArray[Any]:
+        inputs = {INPUT_NAME: pixels}
         try:
-            return infer_in_batches(runner, inputs, count, self.batch)[self.output_name]
+            return infer_in_batches(runner, inputs, len(pixels), self.batch)[self.output_name]
         # Runtimes raise what they please: out of memory, a kernel that is not there.
         except Exception as error:
             raise ExportError(
@@ -159,12 +157,7 @@ def cosine(features: NDArray[Any], baseline: NDArray[Any]) -> NDArray[np.float64
 
 
 class Table:
-    """Records put together.
-
-    Args:
-        images: Images in all.
-        batch: Images per chunk.
-    """
+    """The records of so many images, in chunks of a batch."""
 
     def __init__(self, images: int, batch: int) -> None:
         self.images, self.batch = images, batch
@@ -207,11 +200,7 @@ class Table:
         return [(name, reason) for record in done for _, name, reason in record.unreadable]
 
     def require_images(self) -> None:
-        """Check that there is something to tell of.
-
-        Raises:
-            InputError: if no image could be read.
-        """
+        """Raise ``InputError`` if no image could be read."""
         if not self.readable.any():
             name, reason = self.unreadable()[0]
             raise InputError(

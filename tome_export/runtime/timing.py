@@ -8,13 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tome_export.artifact.bench import BenchRow, Quantiles, Timed
-from tome_export.runtime.runner import Runner
-from tome_export.spec import INPUT_NAME
-
 Seconds = np.ndarray[Any, Any]
-
-MERGED, AGAINST = "merged", "against"
 
 
 def paired(
@@ -53,58 +47,3 @@ def paired(
 def percentiles(values: Seconds) -> dict[str, float]:
     """p20, p50 and p80."""
     return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
-
-
-def times(
-    runners: Mapping[str, Runner],
-    images: np.ndarray[Any, Any],
-    rounds: int,
-    warmup: int,
-    on_round: Callable[[int], None] = lambda _: None,
-) -> dict[str, Seconds]:
-    """Time models in turn on the same images.
-
-    Args:
-        runners: By name.
-        images: ``pixel_values [B, C, H, W]`` float32.
-        rounds: Timed runs of each.
-        warmup: Untimed runs of each, first.
-        on_round: Told how many rounds are done.
-
-    Returns:
-        See ``paired``.
-    """
-    runs = {
-        name: lambda runner=runner: runner.infer({INPUT_NAME: images})
-        for name, runner in runners.items()
-    }
-    return paired(runs, rounds, warmup, on_round=on_round)
-
-
-def row_from_seconds(
-    backend: str, batch: int, seconds: Mapping[str, Seconds], macs_ratio: float
-) -> BenchRow:
-    """A line of ``bench.json``, without the memory.
-
-    Args:
-        backend: Where the models ran.
-        batch: Images per run.
-        seconds: Per run, ``[rounds]``, by ``merged`` and ``against``; entry i of both is of the
-            same round.
-        macs_ratio: MACs of the other over those of the merged one: the speed-up if merging cost
-            nothing and time went with MACs.
-    """
-    speedup = Quantiles(**percentiles(seconds[AGAINST] / seconds[MERGED]))
-    latency_ms = {name: Quantiles(**percentiles(1e3 * seconds[name])) for name in (MERGED, AGAINST)}
-    timed = {
-        name: Timed(latency_ms=found, throughput=1e3 * batch / found.p50)
-        for name, found in latency_ms.items()
-    }
-    return BenchRow(
-        backend=backend,
-        batch=batch,
-        merged=timed[MERGED],
-        against=timed[AGAINST],
-        speedup=speedup,
-        share_of_macs_limit=speedup.p50 / macs_ratio,
-    )

@@ -1,78 +1,20 @@
-"""Sessions of Ray: signals, what they leave, and how failures are told."""
+"""Sessions of Ray: what they leave, and how failures are told."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.evaluate import ray_session as sessions
-from tome_export.evaluate.ray_data import _portable, _told
-from tome_export.evaluate.ray_session import Signals
-
-
-class Ended(BaseException):
-    """What a handler of the command line raises."""
-
-
-@pytest.fixture
-def handled():
-    """Handlers as the command line has them; afterwards those that were."""
-
-    def end(number, _frame):
-        raise Ended(number)
-
-    before = {number: signal.signal(number, end) for number in sessions.SIGNALS}
-    yield end
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", sessions.SIGNALS)
-def test_what_a_handler_raises_passes_code_that_only_knows_ctrl_c(handled, number):
-    signals = Signals()
-    signals.take()
-    # A loop in C++ takes a Ctrl-C for itself, to end at its own time.
-    with pytest.raises(Ended), signals.inside(), contextlib.suppress(KeyboardInterrupt):
-        signal.raise_signal(number)
-    with pytest.raises(Ended):  # between calls of Ray it is raised as it is
-        signal.raise_signal(number)
-    signals.restore()
-    assert signal.getsignal(number) is handled
-
-
-def test_a_handler_that_ray_puts_in_place_of_ours(handled):
-    signals = Signals()
-    signals.take()
-
-    def start():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        signal.raise_signal(signal.SIGTERM)
-
-    with pytest.raises(Ended), signals.inside():
-        start()
-    signals.restore()
-    assert signal.getsignal(signal.SIGTERM) is handled
-
-
-def test_signals_that_nobody_handles_stay_so():
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        signals = Signals()
-        signals.take()
-        with signals.inside():
-            signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        signals.restore()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+from tome_export.evaluate import ray_cluster
+from tome_export.evaluate.ray_cluster import RayWork, _portable, _told
 
 
 def test_processes_that_use_the_folder_are_ended(tmp_path):
@@ -83,10 +25,10 @@ def test_processes_that_use_the_folder_are_ended(tmp_path):
         named = subprocess.Popen([*sleep, f"--log={folder}/x"])
         writing = subprocess.Popen(sleep, stdout=log)
         other = subprocess.Popen([*sleep, f"{folder}-other/x"])
-    assert {process.pid for process in sessions._using(folder)} == {named.pid, writing.pid}
+    assert {process.pid for process in ray_cluster._using(folder)} == {named.pid, writing.pid}
     started = time.monotonic()
-    sessions._end(folder)
-    assert time.monotonic() - started < sessions.END_S
+    ray_cluster._end(folder)
+    assert time.monotonic() - started < ray_cluster.END_S
     assert named.wait() == writing.wait() == -signal.SIGKILL
     assert other.poll() is None
     other.kill()
@@ -95,36 +37,41 @@ def test_processes_that_use_the_folder_are_ended(tmp_path):
 
 def test_the_folder_has_a_short_path(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    deep = tmp_path / ("x" * sessions.MAX_FOLDER)
+    deep = tmp_path / ("x" * ray_cluster.MAX_FOLDER)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    with sessions._folder() as folder:
+    with ray_cluster._folder() as folder:
         assert folder.is_dir()
-        assert len(str(folder)) <= sessions.MAX_FOLDER
+        assert len(str(folder)) <= ray_cluster.MAX_FOLDER
     assert not folder.exists()
     monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
-    with pytest.raises(MissingComponentError) as caught, sessions._folder():
+    with pytest.raises(MissingComponentError) as caught, ray_cluster._folder():
         pass
     assert str(caught.value).startswith(
         "Ray cannot be started here: no folder can be made in /nowhere (No such file or directory)"
     )
 
 
-def test_a_start_that_fails():
-    def init():
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("local", MissingComponentError, "Ray cannot be started here (ValueError: no room); run "
+         "without --ray, or give a cluster's address"),
+        ("1.2.3.4:5", InputError, "no Ray cluster can be reached at 1.2.3.4:5 (ValueError: no "
+         "room); start one with 'ray start --head' and give its address, or use --ray local"),
+    ],
+)  # fmt: skip
+def test_a_start_that_fails(monkeypatch, address, kind, message):
+    def init(**_):
         raise ValueError("no\nroom")
 
-    with pytest.raises(MissingComponentError) as here:
-        sessions._start(init, "local")
-    assert str(here.value) == (
-        "Ray cannot be started here (ValueError: no room); run without --ray, or give a cluster's "
-        "address"
-    )
-    with pytest.raises(InputError) as there:
-        sessions._start(init, "1.2.3.4:5")
-    assert str(there.value).startswith(
-        "no Ray cluster can be reached at 1.2.3.4:5 (ValueError: no room); start one"
-    )
+    for name in ("RAY_ENABLE_AUTO_CONNECT", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "x")
+    fake = ModuleType("ray")
+    fake.init, fake._private = init, SimpleNamespace(services=None)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    (told,) = ray_cluster._drive(RayWork([], print, print, None), address, {})
+    assert (type(told), str(told)) == (kind, message)
 
 
 AGAIN = "; run the same command again to go on from here, or without --ray"
@@ -175,14 +122,15 @@ import deadly_opener
 from tome_export.data.decode import Task
 from tome_export.data.source import Item
 from tome_export.errors import TomeExportError
-from tome_export.evaluate.ray_data import ray_records
+from tome_export.evaluate.ray_cluster import RayWork, ray_records
 from tome_export.evaluate.records import Classifier
 
-task = Task(0, (Item("x", "samples", pixels=np.zeros((1, 2, 2), np.float32)),))
+task = Task(0, (Item("x", np.zeros((1, 2, 2), np.float32)),))
 classifier = Classifier(1, "y", "softmax", "")
 for _ in range(2):  # the second finds what the first left in this process
     try:
-        list(ray_records([task], print, deadly_opener.dies, classifier, "local", 1))
+        work = RayWork([task], print, deadly_opener.dies, classifier)
+        list(ray_records(work, "local", 1))
     except TomeExportError as error:
         print("told:", type(error).__name__, error)
 print("left:", [name for name in os.environ if name.startswith("RAY_AUTH")])
@@ -199,7 +147,11 @@ def test_an_actor_that_dies(tmp_path):
     ran = subprocess.run(
         [sys.executable, "script.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(home)},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+            "HOME": str(home),
+        },
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,0 +1,160 @@
+"""The content of ``eval.json``, from records and labels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tome_export.artifact.evaluation import (
+    CandidateResult,
+    Cosines,
+    Evaluation,
+    EvaluationData,
+    UnreadableImage,
+)
+from tome_export.data.labels import Classes
+from tome_export.data.metrics import CONFIDENCE, METHODS, deviations, paired_difference, share_of
+from tome_export.data.source import Labels, Source
+from tome_export.evaluate.candidates import Candidate
+from tome_export.evaluate.records import TOP, Table
+from tome_export.runtime.environment import environment
+from tome_export.runtime.registry import TORCH
+from tome_export.spec import Activation
+
+TOP5_FROM = 10
+"""Fewest classes for which top-5 is told: with fewer, guessing is right most of the time."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how.
+
+    Attributes:
+        candidates: The models.
+        classes: Of the models; None if they give no classes.
+        activation: Of their logits; None if they give features.
+    """
+
+    candidates: Sequence[Candidate]
+    classes: Classes | None
+    activation: Activation | None
+
+    @property
+    def plain(self) -> Candidate | None:
+        """The candidate that is not merged, if there is one."""
+        # By name: on the backend torch all are of PyTorch.
+        return next((c for c in self.candidates if not any(c.r) and c.name != TORCH), None)
+
+
+def evaluation_from_table(
+    table: Table, source: Source, labels: Labels | None, comparison: Comparison
+) -> Evaluation:
+    """The content of ``eval.json``.
+
+    Args:
+        table: Every record.
+        source: Where the images are from.
+        labels: Class of each image of the table ``[B]``; None where there are none.
+        comparison: What was run.
+    """
+    unreadable = tuple(UnreadableImage(name=n, reason=r) for n, r in table.unreadable())
+    known = None if labels is None else labels[table.readable]
+    classes = comparison.classes
+    return Evaluation(
+        data=EvaluationData(
+            source=source.text,
+            kind=source.kind,
+            images=int(np.count_nonzero(table.readable)),
+            labelled=known is not None,
+            unreadable=unreadable,
+            unreadable_count=len(unreadable),
+            notes=(*source.notes, *_notes(table, known, comparison)),
+        ),
+        classes=None if classes is None else classes.count,
+        candidates=tuple(_result(one, table, known, comparison) for one in comparison.candidates),
+        confidence=CONFIDENCE,
+        methods=METHODS,
+        batch=table.batch,
+        environment=environment(),
+    )
+
+
+def _notes(table: Table, labels: Labels | None, comparison: Comparison) -> Iterator[str]:
+    """What a reader should know of the measure."""
+    classes, plain = comparison.classes, comparison.plain
+    if comparison.activation == "none":
+        yield (
+            "the model gives numbers (a regression), not classes: labels are not used, and told is "
+            "how far the numbers are from the unmerged model's"
+        )
+    if classes is None:
+        return
+    if comparison.activation == "sigmoid" and classes.count > 2:
+        same = "agreement is of all classes of an image, each of which has a yes or a no"
+        top = "top-1 is of the class of the largest logit, as each image has one label"
+        yield same if labels is None else f"{top}; {same}"
+    found = np.empty((0, 1)) if plain is None else table.values(plain.run)
+    if len(found) > 1 and (found[:, 0] == found[0, 0]).all():
+        yield (
+            f"the unmerged model says the same of all {len(found)} images, so agreement with it "
+            "says little"
+        )
+
+
+def _result(
+    candidate: Candidate, table: Table, labels: Labels | None, comparison: Comparison
+) -> CandidateResult:
+    classes, activation, plain = comparison.classes, comparison.activation, comparison.plain
+    found = table.values(candidate.run)
+    finite = np.isfinite(found).all(axis=1) if classes is None else found[:, 0] >= 0
+    values: dict[str, Any] = {}
+    if classes is not None and labels is not None:
+        best = found[:, -TOP:]
+        right = best[:, 0] == labels
+        values["top1"] = share_of(right)
+        if classes.count >= TOP5_FROM:
+            values["top5"] = share_of((best == labels[:, None]).any(axis=1))
+    # A model against itself would be told as a finding, with an interval.
+    if plain is not None and plain.run != candidate.run:
+        base = table.values(plain.run)
+        values |= _against_plain(found, base, finite, activation)
+        if "top1" in values:
+            values["difference_to_unmerged"] = paired_difference(right, base[:, -TOP] == labels)
+    return CandidateResult(
+        name=candidate.name,
+        r=candidate.r,
+        backend=candidate.backend,
+        macs=candidate.macs,
+        not_finite=int(np.count_nonzero(~finite)),
+        **values,
+    )
+
+
+def _against_plain(
+    found: NDArray[Any],
+    base: NDArray[Any],
+    finite: NDArray[np.bool_],
+    activation: Activation | None,
+) -> dict[str, Any]:
+    """How a candidate's values compare with those of the unmerged model, labels aside."""
+    if activation is None:
+        cosines = found[finite]
+        if not len(cosines):
+            return {}
+        summary = Cosines(mean=float(cosines.mean()), min=float(cosines.min()))
+        return {"cosine_to_unmerged": summary}
+    if activation == "none":
+        return {"deviation_from_unmerged": deviations(found, base)}
+    # An output that is not finite agrees with none, not with another such.
+    values: dict[str, Any] = {
+        "agreement_with_unmerged": share_of((found[:, 0] == base[:, 0]) & finite)
+    }
+    if found.shape[1] == 2 + TOP:
+        # One logit: images may all have one answer; their probabilities tell more.
+        both = finite & (base[:, 0] >= 0)
+        values["deviation_from_unmerged"] = deviations(found[both, 1:2], base[both, 1:2])
+    return values
