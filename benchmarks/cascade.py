@@ -45,10 +45,9 @@ from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.recipe import DATA
 from tome_export.patch import patch
-from tome_export.serve.cascades import CASCADE
+from tome_export.serve.cascade import CASCADE
 from tome_export.serve.client import connect
-from tome_export.serve.config import CPU
-from tome_export.serve.server import start
+from tome_export.serve.server import RunRequest, running
 
 MODEL = "vit_digits"
 MEMBERS = (32, 16, 8)
@@ -159,7 +158,7 @@ def server_of(
     truth = np.array([path.parent.name.encode() for path in paths], np.object_)
     entry = calibrated(POLICIES[0], SHARES[0])
     with (
-        start(repository, config_name=CPU, control="explicit", load=["*"]) as server,
+        running(RunRequest(repository, gpu=False, control="explicit", load=["*"])) as server,
         connect(server.grpc, seconds=300) as client,
         grpc.InferenceServerClient(server.grpc) as control,
     ):

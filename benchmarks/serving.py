@@ -35,9 +35,8 @@ from tome_export.data.samples import sample_pixels
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
-from tome_export.serve.config import CPU
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
-from tome_export.serve.server import RunningServer, start
+from tome_export.serve.server import RunningServer, RunRequest, running
 from tome_export.spec import BatchRange
 
 MODEL, R = "timm:vit_small_patch16_224", 16
@@ -175,7 +174,7 @@ def main() -> int:
             serve(ServeRequest((path,), folder / "repository", ServeOptions(name=kind)))
         load = os.getloadavg()[0]
         alone = Alone(artifacts, images)
-        server = stack.enter_context(start(folder / "repository", config_name=CPU))
+        server = stack.enter_context(running(RunRequest(folder / "repository", gpu=False)))
         rows = measure(server, tool, alone, images, arguments.rounds, arguments.seconds)
         common = {
             "benchmark": "serving",

@@ -48,12 +48,12 @@ from tome_export.data.preprocess import load_images
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models.recipe import DATA
-from tome_export.serve.client import PIPELINE, Client, connect
-from tome_export.serve.config import CPU
+from tome_export.serve.client import Client, connect
+from tome_export.serve.ensemble import TOP_K
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
-from tome_export.serve.pipeline_models import TOP_K
+from tome_export.serve.names import PIPELINE
 from tome_export.serve.probe import stub_states
-from tome_export.serve.server import RunningServer, start
+from tome_export.serve.server import RunningServer, RunRequest, running
 from tome_export.spec import BatchRange
 
 MODEL, RS = "vit_digits", (8, 4)
@@ -375,7 +375,9 @@ def main() -> int:
             deployments.deploy(lambda _: None)
             models = sorted(path.name for path in repository.iterdir())
             with (
-                start(repository, config_name=CPU, control="explicit", load=models) as server,
+                running(
+                    RunRequest(repository, gpu=False, control="explicit", load=models)
+                ) as server,
                 contextlib.ExitStack() as stack,
             ):
                 beside = stack.enter_context(Garbage(server, MODEL, shape)) if garbage else None

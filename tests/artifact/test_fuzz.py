@@ -29,7 +29,7 @@ from tome_export.errors import TomeExportError
 from tome_export.evaluate.journal import Journal
 from tome_export.evaluate.records import Record
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
-from tome_export.serve.routers import RouteList
+from tome_export.serve.router import RouteList
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 

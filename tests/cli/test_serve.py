@@ -19,7 +19,7 @@ from tome_export.artifact.manifest import EngineInfo
 from tome_export.cli import signals
 from tome_export.cli.output import Terminal
 from tome_export.errors import MissingComponentError
-from tome_export.serve import main as pipeline_serve
+from tome_export.serve import main as serve_module
 from tome_export.serve.installation import find
 from tome_export.serve.server import RunningServer
 
@@ -426,7 +426,7 @@ def test_what_cannot_be_tried_out_is_said(run, artifact, tmp_path, monkeypatch):
     def missing():
         raise MissingComponentError("no server")
 
-    monkeypatch.setattr(pipeline_serve, "find", missing)
+    monkeypatch.setattr(serve_module, "find", missing)
     ran = run("serve", artifact, "--repository", "models", "--self-test")
     assert (ran.code, ran.error) == (4, "no server; leave --self-test out")
     assert not (tmp_path / "models").exists()

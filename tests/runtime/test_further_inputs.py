@@ -101,7 +101,7 @@ def test_served_models_take_it(artifact, tmp_path):
 def test_a_server_answers_to_image_and_query(artifact, vector, tmp_path):
     from tome_export.runtime.model import reference_model
     from tome_export.serve.installation import find
-    from tome_export.serve.server import start
+    from tome_export.serve.server import RunRequest, running
 
     pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
     try:
@@ -110,7 +110,7 @@ def test_a_server_answers_to_image_and_query(artifact, vector, tmp_path):
         pytest.skip(str(error))
     options = ServeOptions(name="digits", preprocess=True)
     serve(ServeRequest((artifact.path,), tmp_path / "models", options))
-    with start(tmp_path / "models", config_name="cpu") as server:
+    with running(RunRequest(tmp_path / "models", gpu=False)) as server:
         url = f"grpc://{server.grpc}"
         answer = query(QueryRequest(url, (DIGIT,), query=vector)).answers[0]
         with pytest.raises(UsageError, match=r"the model takes query \[24\] with every image"):

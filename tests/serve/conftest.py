@@ -21,7 +21,7 @@ from tome_export.artifact.bench import BENCH, Bench
 from tome_export.artifact.environment import Environment
 from tome_export.errors import MissingComponentError
 from tome_export.serve.installation import Installation, find
-from tome_export.serve.server import SHARED_MEMORY, RunningServer, start
+from tome_export.serve.server import SHARED_MEMORY, RunningServer, RunRequest, running
 from tome_export.spec import Preprocessing
 
 IDENTITY = """
@@ -234,7 +234,7 @@ def plain_server(tmp_path_factory) -> Iterator[tuple[RunningServer, Path]]:
     repository = tmp_path_factory.mktemp("plain")
     model = write_onnx(repository)
     write_identity(repository)
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         yield server, model
         server.stop(0)
 
@@ -248,7 +248,7 @@ def image_server(tmp_path_factory) -> Iterator[RunningServer]:
     features = [("features", "FP32", [2])]
     write_python(repository, "tower_pipeline", FEATURES, [IMAGE_INPUT], features)
     write_identity(repository, "tower")
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         yield server
         server.stop(0)
 

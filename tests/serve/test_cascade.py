@@ -18,28 +18,32 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import ConfidencePolicy
 from tome_export.artifact.goal import Goal
 from tome_export.cascade import policy
-from tome_export.cascade.calibrate import Costs
 from tome_export.cascade.main import CascadeRequest, cascade, members_of
 from tome_export.data.samples import digits_test
 from tome_export.errors import InputError, MissingComponentError, UnrecordedError, UsageError
 from tome_export.models.recipe import DATA
 from tome_export.progress import Silent
-from tome_export.serve import cascades
-from tome_export.serve import main as pipeline_serve
-from tome_export.serve.cascade import CascadeServing
-from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
+from tome_export.serve import cascade as cascade_module
+from tome_export.serve import main as serve_module
+from tome_export.serve.cascade import (
+    OUTPUTS,
+    CascadeServeRequest,
+    cascade_folder,
+    serve_cascade,
+)
 from tome_export.serve.client import connect
 from tome_export.serve.config import (
     ModelFolder,
     ServeOptions,
     config_from_text,
-    folder_from_source,
+    file_folder,
 )
+from tome_export.serve.ensemble import pipeline_folders
+from tome_export.serve.model_file import model_file_from_artifact
+from tome_export.serve.names import check_chosen_name
 from tome_export.serve.python_models import cascade as served_model
 from tome_export.serve.repository import write
-from tome_export.serve.server import start
-from tome_export.serve.source import check_free_name, source_from_artifact
-from tome_export.serve.validate import validate
+from tome_export.serve.server import RunRequest, running
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -48,6 +52,18 @@ RS = (32, 16, 8)
 COUNT = 48
 NEAR = 1e-5
 """Of a threshold: kernels may round otherwise in batches of other sizes."""
+
+
+POLICY = Path(policy.__file__)
+
+
+def result_of(members, thresholds=(0.5,), macs=0):
+    """What is read of a calibrated cascade."""
+    return SimpleNamespace(
+        settings=ConfidencePolicy(measure="max", thresholds=thresholds),
+        policy_macs=macs,
+        members=[SimpleNamespace(macs=one) for one in members],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +109,9 @@ def calibrated(digit_members, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(request, calibrated):
     request.getfixturevalue("installation")
-    with start(calibrated[0], config_name="cpu", control="explicit", load=["*"]) as running:
-        yield running
-        running.stop(0)
+    with running(RunRequest(calibrated[0], gpu=False, control="explicit", load=["*"])) as made:
+        yield made
+        made.stop(0)
 
 
 @pytest.fixture
@@ -277,10 +293,11 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
     members = members_of(request_of(digit_members, tmp_path).artifacts)
-    costs = Costs(tuple(one.manifest.macs.merged for one in members), 0)
-    settings = ConfidencePolicy(measure="max", thresholds=(0.5, 0.5))
+    result = result_of([one.manifest.macs.merged for one in members], (0.5, 0.5))
     with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
-        CascadeServing(tmp_path / "repository", members).serve(costs, settings, Silent())
+        serve_cascade(
+            CascadeServeRequest(tmp_path / "repository", members), result, POLICY, Silent()
+        )
     assert kept(tmp_path) == {theirs: b"mine"}
 
 
@@ -292,7 +309,7 @@ def test_a_cascade_that_does_not_answer_is_not_written(digit_members, tmp_path, 
         made = cascade_folder(*given)
         return ModelFolder(made.name, made.config, {**made.files, "1/policy.py": b"import nowhere"})
 
-    monkeypatch.setattr(cascades, "cascade_folder", broken)
+    monkeypatch.setattr(cascade_module, "cascade_folder", broken)
     said = rf"the self-test failed and nothing was written: .*{NAME}.*nowhere"
     with pytest.raises(UnrecordedError, match=said) as raised:
         cascade(request_of(digit_members, tmp_path, preprocess=True, self_test=True))
@@ -306,7 +323,7 @@ def test_a_self_test_without_a_server_is_refused_before_the_calibration(
     def missing():
         raise MissingComponentError("no server")
 
-    monkeypatch.setattr(pipeline_serve, "find", missing)
+    monkeypatch.setattr(serve_module, "find", missing)
     asked = vars(request_of(digit_members, tmp_path, self_test=True))
     with pytest.raises(MissingComponentError, match=r"^no server; leave --self-test out$"):
         cascade(CascadeRequest(**{**asked, "data": ("nowhere",)}))
@@ -350,47 +367,45 @@ def test_the_copy_beside_the_model_is_the_calibrations_own_file(calibrated):
 def member(make_artifact):
     def make(model, **changes):
         artifact = Artifact.open(make_artifact(**changes))
-        return folder_from_source(source_from_artifact(artifact), model, ServeOptions()), artifact
+        return file_folder(model_file_from_artifact(artifact), model, ServeOptions()), artifact
 
     return make
-
-
-SETTINGS = {"policy": "confidence", "measure": "max", "thresholds": [0.5]}
 
 
 def test_the_folder_of_a_cascade_is_valid(member):
     (low, artifact), (high, _) = member("low"), member("high", batch="1:2:4")
     options = ServeOptions()
-    folder = cascade_folder("x_cascade", [low, high], [3, 8], SETTINGS, 2, options)
+    folder = cascade_folder("x_cascade", [low, high], result_of((3, 8), macs=2), POLICY, options)
     assert {*folder.files} == {"1/model.py", "1/cascade.json", "1/policy.py"}
     assert folder.config.max_batch_size == 4
     assert [t.name for t in folder.config.output] == ["logits", "budget", "macs"]
     content = json.loads(folder.files["1/cascade.json"])
     assert content == {
-        **SETTINGS,
+        "policy": "confidence",
+        "measure": "max",
+        "thresholds": [0.5],
         "policy_macs": 2,
         "members": [{"model": "low", "macs": 3}, {"model": "high", "macs": 8}],
     }
-    around = cascade_pipeline_folders(artifact, folder, options)
+    around = pipeline_folders(artifact, "x_cascade", options, 4, OUTPUTS)
     names = [one.name for one in around]
     assert names == [f"x_cascade_{end}" for end in ("preprocess", "postprocess", "pipeline")]
     assert [t.name for t in around[-1].config.output][-2:] == ["budget", "macs"]
     for one in (folder, *around):
-        validate(one)
         assert [*problems(one.config, one, {"x_cascade", *names})] == []
 
 
 @pytest.mark.usefixtures("installation")
 def test_a_member_that_fails_many_requests_at_once_leaves_the_server(member, by_hand, tmp_path):
     asked = [member(name)[0] for name in ("low", "high")]
-    folder = cascade_folder("x_cascade", asked, [3, 8], SETTINGS, 2, ServeOptions())
+    folder = cascade_folder("x_cascade", asked, result_of((3, 8)), POLICY, ServeOptions())
     folder.config.instance_group[0].count = 1
     folder.config.dynamic_batching.max_queue_delay_microseconds = 200_000
     repository = tmp_path / "repository"
     write(repository, [folder])
     for model in ("low", "high"):
         by_hand.write_refusing(repository, model)
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
 
         def ask(part):
             with connect(server.grpc) as client, pytest.raises(InputError, match="not today"):
@@ -407,7 +422,7 @@ def test_a_repository_keeps_other_thresholds(member, tmp_path):
     asked = [member(name)[0] for name in ("low", "high")]
     options = ServeOptions()
     first, other = (
-        cascade_folder("x_cascade", asked, [3, 8], {**SETTINGS, "thresholds": [one]}, 0, options)
+        cascade_folder("x_cascade", asked, result_of((3, 8), (one,)), POLICY, options)
         for one in (0.5, 0.9)
     )
     assert write(tmp_path, [first])[0].status == "written"
@@ -424,9 +439,9 @@ def test_members_that_make_no_cascade(member):
     text = str(low.config).replace('name: "logits"', 'name: "features"')
     other = ModelFolder("other", config_from_text(text, "other"))
     with pytest.raises(InputError, match="models low and other have different inputs or outputs"):
-        cascade_folder("x", [low, other], [3, 8], SETTINGS, 0, ServeOptions())
+        cascade_folder("x", [low, other], result_of((3, 8)), POLICY, ServeOptions())
 
 
 def test_the_end_of_the_name_is_reserved():
     with pytest.raises(UsageError, match="names that end in _cascade are given to models made"):
-        check_free_name("mine_cascade")
+        check_chosen_name("mine_cascade")

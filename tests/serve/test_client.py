@@ -19,7 +19,7 @@ from tome_export.cli.main import main
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.serve.client import connect, parse_url
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
-from tome_export.serve.server import SHARED_MEMORY, start
+from tome_export.serve.server import SHARED_MEMORY, RunRequest, running
 
 BOTH = pytest.mark.parametrize("protocol", ["grpc", "http"])
 
@@ -46,7 +46,7 @@ def router_server(request, by_hand, tmp_path_factory):
     ]
     options = ServeOptions(preprocess=True)
     serve(ServeRequest(tuple(artifacts), folder / "models", options))
-    with start(folder / "models", config_name="cpu") as server:
+    with running(RunRequest(folder / "models", gpu=False)) as server:
         yield server
         server.stop(0)
 
@@ -201,7 +201,7 @@ def test_a_pipeline_is_known_by_what_it_does(installation, by_hand, tmp_path, pr
     by_hand.write_python(tmp_path, "my_pipeline", IDLE, [pixels], [pixels])
     by_hand.write_python(tmp_path, "decode", IDLE, [image], [pixels])
     by_hand.write_python(tmp_path, "cat", IDLE, [image], label)
-    with start(tmp_path) as server:
+    with running(RunRequest(tmp_path)) as server:
         with connect(getattr(server, protocol), protocol) as client:
             assert client.pipeline() == "cat"
             with pytest.raises(InputError, match=r"my_pipeline at .* takes no encoded .* of cat$"):
@@ -321,7 +321,7 @@ def test_the_server_is_killed_during_a_request(
 ):
     assert installation.binary.is_file()
     by_hand.write_identity(tmp_path, "sleeps", SLEEPS)
-    with start(tmp_path) as server:
+    with running(RunRequest(tmp_path)) as server:
         nothing_left(server)
         with connect(getattr(server, protocol), protocol) as client:
             timer = threading.Timer(0.5, os.kill, (server.pid, signal.SIGKILL))

@@ -16,12 +16,13 @@ from tome_export.artifact import Artifact
 from tome_export.data.pixels import pixels_from_bytes
 from tome_export.errors import InputError, UsageError
 from tome_export.serve.client import connect
-from tome_export.serve.config import ServeOptions, folders_from_source
+from tome_export.serve.config import ServeOptions, model_folders
 from tome_export.serve.main import ServeRequest, serve
+from tome_export.serve.model_file import model_file_from_artifact
+from tome_export.serve.names import check_chosen_name
 from tome_export.serve.python_models.fixed import filled_up
 from tome_export.serve.repository import write
-from tome_export.serve.server import RunRequest, running, start
-from tome_export.serve.source import check_free_name, source_from_artifact
+from tome_export.serve.server import RunRequest, running
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -162,12 +163,12 @@ def test_router_over_fixed_batches(client):
 
 @pytest.mark.usefixtures("installation")
 def test_an_error_of_the_model_is_the_answer_to_every_request(make_artifact, by_hand, tmp_path):
-    source = source_from_artifact(Artifact.open(make_artifact(batch="4")))
+    source = model_file_from_artifact(Artifact.open(make_artifact(batch="4")))
     options = ServeOptions(max_queue_delay_us=200_000)
     repository = tmp_path / "repository"
-    write(repository, folders_from_source(source, "x", options)[-1:])
+    write(repository, model_folders(source, "x", options)[-1:])
     by_hand.write_refusing(repository, "x_fixed")
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
 
         def ask(part):
             with connect(server.grpc) as client, pytest.raises(InputError, match="not today"):
@@ -187,9 +188,9 @@ def test_rows_are_filled_up_with_the_last():
 
 
 def test_queue_and_labels_are_those_of_the_batching_model(make_artifact):
-    source = source_from_artifact(Artifact.open(make_artifact(batch="4", labels=LABELS)))
+    source = model_file_from_artifact(Artifact.open(make_artifact(batch="4", labels=LABELS)))
     options = ServeOptions(instances=2, max_queue_delay_us=70, max_queue_size=9)
-    model, batching = folders_from_source(source, "x", options)
+    model, batching = model_folders(source, "x", options)
     assert (model.name, batching.name) == ("x_fixed", "x")
     assert [folder.config.max_batch_size for folder in (model, batching)] == [0, BATCH]
     assert not model.config.HasField("dynamic_batching")
@@ -212,7 +213,7 @@ def test_what_is_said(make_artifact, tmp_path):
         "requests and fills them up for it",
     )
     with pytest.raises(UsageError, match="names that end in _fixed are given to models made"):
-        check_free_name("mine_fixed")
+        check_chosen_name("mine_fixed")
 
 
 RANGE, ONE_SIZE = {}, {"batch": "4"}
@@ -283,7 +284,7 @@ def test_a_batch_of_one_is_the_file_itself_until_models_ask_it(by_hand, tmp_path
         ("asked_r8_fixed", "unchanged"),
         ("asked_r8", "unchanged"),
     ]
-    with start(repository, config_name="cpu") as server:
+    with running(RunRequest(repository, gpu=False)) as server:
         with connect(server.grpc) as client:
             for model in ("alone_r8", "asked_r8"):
                 answer = client.infer(model, {"pixel_values": PIXELS[:1]})["logits"]

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from tome_export.errors import InputError, UsageError
 from tome_export.serve.client import parse_url
 from tome_export.serve.config import HEADER, ServeOptions
-from tome_export.serve.log import LIMIT, asked_to_stop, failed_models, last_words, port_in_use
 from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.python_models.router import BadBudgetError, chosen
+from tome_export.serve.server_log import (
+    LIMIT,
+    asked_to_stop,
+    failed_models,
+    last_words,
+    port_in_use,
+)
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 """More in a longer run."""

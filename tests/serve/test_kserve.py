@@ -9,6 +9,7 @@ import yaml
 
 from tome_export.errors import UsageError
 from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text, service_name
+from tome_export.serve.server import ServerOptions
 
 # From the CustomResourceDefinition inferenceservices.serving.kserve.io, version v1beta1, of KServe
 # 0.15 to 0.17: type, or {field: type}; a list is one of its words. Fields that are not here are
@@ -72,20 +73,22 @@ def wrong(value, schema, where=""):
         yield f"{where} is {value!r}"
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-@pytest.mark.parametrize("model", ["vit_b16_r8", "8-BIT.model_", "timm_vit_x_y_r0-inflect_0.5"])
-def test_manifest_follows_the_schema(model, gpu):
+def manifest_of(model, storage_uri=None):
     probe = ["python3", "-c", "print(1)\n"]
-    manifest = kserve_manifest(model, KServeOptions("s3://bucket/models"), probe=probe, gpu=gpu)
+    return kserve_manifest(model, KServeOptions(storage_uri), ServerOptions(), probe)
+
+
+@pytest.mark.parametrize("model", ["vit_b16_r8", "8-BIT.model_", "timm_vit_x_y_r0-inflect_0.5"])
+def test_manifest_follows_the_schema(model):
+    manifest = manifest_of(model, "s3://bucket/models")
     assert [*wrong(manifest, SCHEMA)] == []
     predictor = manifest["spec"]["predictor"]
     assert predictor["model"]["storageUri"] == "s3://bucket/models"
-    assert ("nvidia.com/gpu" in predictor["model"]["resources"]["limits"]) is gpu
-    assert ("--model-config-name=cpu" in predictor["model"]["args"]) is not gpu
+    assert "nvidia.com/gpu" in predictor["model"]["resources"]["limits"]
 
 
 def test_the_check_finds_what_is_wrong():
-    manifest = kserve_manifest("m", KServeOptions())
+    manifest = manifest_of("m")
     manifest["spec"]["predictor"]["modle"] = {}
     manifest["spec"]["predictor"]["minReplicas"] = "1"
     manifest["metadata"]["name"] = "M_1"
@@ -97,7 +100,7 @@ def test_the_check_finds_what_is_wrong():
 
 
 def test_text_is_yaml_of_the_manifest():
-    manifest = kserve_manifest("vit_b16_r8", KServeOptions())
+    manifest = manifest_of("vit_b16_r8")
     manifest["program"] = "x = {}\n\nif x:\n    print('y: z')  # no\n"
     text = kserve_text(manifest)
     assert yaml.safe_load(text) == manifest
@@ -123,9 +126,7 @@ def test_service_name(model, name):
 
 
 def test_storage_uri():
-    assert kserve_manifest("m", KServeOptions())["spec"]["predictor"]["model"]["storageUri"] == (
-        "pvc://m"
-    )
+    assert manifest_of("m")["spec"]["predictor"]["model"]["storageUri"] == ("pvc://m")
     for uri in ("models", "ftp://x", "s3://", "s3://a b"):
         with pytest.raises(UsageError, match="storage URI is"):
             KServeOptions(uri)

@@ -42,7 +42,7 @@ def test_options(make_artifact, tmp_path, artifact, arguments, environment):
     done = serve(ServeRequest((make_artifact(**artifact),), repository))
     expected = ServerOptions(arguments, environment)
     assert done.server == server_options_from_repository(repository) == expected
-    manifest = kserve_manifest("m", KServeOptions(), done.server)
+    manifest = kserve_manifest("m", KServeOptions(), done.server, [])
     model = manifest["spec"]["predictor"]["model"]
     assert (FLAG in model["args"]) == bool(arguments)
     assert model.get("env", []) == [{"name": n, "value": v} for n, v in environment.items()]

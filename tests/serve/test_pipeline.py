@@ -26,12 +26,11 @@ from tome_export.data.preprocess import load_images
 from tome_export.data.samples import _digits, sample_paths
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
-from tome_export.serve.config import ServeOptions, folders_from_source
-from tome_export.serve.pipeline_models import pipeline_folders
+from tome_export.serve.config import ServeOptions, model_folders
+from tome_export.serve.ensemble import pipeline_folders
+from tome_export.serve.model_file import model_file_from_artifact
 from tome_export.serve.repository import write
-from tome_export.serve.server import start
-from tome_export.serve.source import source_from_artifact
-from tome_export.serve.validate import validate
+from tome_export.serve.server import RunRequest, running
 from tome_export.spec import BatchRange
 
 NAME = "vit_digits_r8"
@@ -77,13 +76,12 @@ def served(request, artifacts, tmp_path_factory) -> Served:
     options = ServeOptions()
     folders = []
     for name, artifact in artifacts.items():
-        folders += folders_from_source(source_from_artifact(artifact), name, options)
+        folders += model_folders(model_file_from_artifact(artifact), name, options)
         folders += pipeline_folders(artifact, name, options)
     for folder in folders:
-        validate(folder)
         assert [*problems(folder.config, folder, [other.name for other in folders])] == []
     write(repository, folders)
-    with start(repository, config_name="cpu") as server:
+    with running(RunRequest(repository, gpu=False)) as server:
         yield Served(server.http, server.grpc, artifacts)
         server.stop(0)
 

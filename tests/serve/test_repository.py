@@ -17,7 +17,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.serve import repository as repository_module
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.repository import STAGING, versions_of
-from tome_export.serve.server import RunRequest, running, start
+from tome_export.serve.server import RunRequest, running
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -285,6 +285,10 @@ def test_a_repository_that_is_a_mount_of_its_own(make_artifact, put, repository)
             path.name for path in repository.parent.iterdir()
         }
         assert {path.name for path in repository.iterdir()} == {"small_r8", "new_r8"}
+        # Replaced as wholes, models hold nothing that is being made.
+        engine = make_artifact(engines={"tensorrt": "1:4:8"})
+        for name in ("small_r8", "new_r8"):
+            assert put(engine, name=name, version=1, force=True) == {name: "written"}
         assert [name for name in names if STAGING in name] == []
     finally:
         subprocess.run(["umount", str(repository)], check=True)
@@ -352,7 +356,7 @@ def test_a_server_that_watches_sees_whole_models_only(make_artifact, put, reposi
 
     put(make_artifact())
     with (
-        start(repository, config_name="cpu", control="poll") as server,
+        running(RunRequest(repository, gpu=False, control="poll")) as server,
         InferenceServerClient(server.grpc) as client,
     ):
         put(make_artifact(seed=1), version=2)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -23,20 +22,21 @@ from PIL import Image
 from tome_export.artifact import Artifact, write_manifest
 from tome_export.artifact.manifest import read_manifest
 from tome_export.errors import InputError
-from tome_export.serve.client import ROUTES, connect
-from tome_export.serve.config import config_from_text, folder_from_source
+from tome_export.serve.client import connect
+from tome_export.serve.config import config_from_text, file_folder
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
+from tome_export.serve.model_file import model_file_from_artifact
+from tome_export.serve.names import ROUTES
 from tome_export.serve.repository import write
-from tome_export.serve.routers import (
+from tome_export.serve.router import (
     ROUTER_INSTANCES,
     ROUTES_FILE,
     Route,
     RouteList,
-    route_of,
+    route_to,
     router_folder,
 )
-from tome_export.serve.server import start
-from tome_export.serve.source import source_from_artifact
+from tome_export.serve.server import RunRequest, running
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -61,9 +61,9 @@ def server(request, artifacts, tmp_path_factory):
     request.getfixturevalue("installation")
     repository = tmp_path_factory.mktemp("repository")
     serve(ServeRequest(tuple(artifacts.values()), repository, ServeOptions(preprocess=True)))
-    with start(repository, config_name="cpu") as running:
-        yield running
-        running.stop(0)
+    with running(RunRequest(repository, gpu=False)) as made:
+        yield made
+        made.stop(0)
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -205,17 +205,18 @@ class TritonPythonModel:
 
 @pytest.mark.usefixtures("installation")
 def test_a_fast_model_does_not_wait_for_a_slow_one(by_hand, tmp_path):
-    slow_seconds, routes = 3, []
+    slow_seconds, routes, configs = 3, [], {}
     for r, (name, seconds) in enumerate({"slow": slow_seconds, "fast": 0}.items()):
         by_hand.write_identity(tmp_path, name, WAITS.replace("{seconds}", str(seconds)))
         text = (tmp_path / name / "config.pbtxt").read_text()
-        routes.append(Route(name, r, None, config_from_text(text, name)))
-    write(tmp_path, [router_folder("router", routes)])
+        routes.append(Route(model=name, r=r, ms=None))
+        configs[name] = config_from_text(text, name)
+    write(tmp_path, [router_folder("router", routes, configs)])
     x = np.ones((1, 4), np.float32)
-    with start(tmp_path) as running:
+    with running(RunRequest(tmp_path)) as server:
 
         def ask(r):
-            with connect(running.grpc) as own:
+            with connect(server.grpc) as own:
                 own.infer("router", {"x": x}, parameters={"r": r})
             ended.append(r)
 
@@ -228,7 +229,7 @@ def test_a_fast_model_does_not_wait_for_a_slow_one(by_hand, tmp_path):
         assert ended == [1, 1, 1]
         slow.join()
         assert ended[-1] == 0
-        running.stop(0)
+        server.stop(0)
 
 
 def artifact_of(make_artifact, **changes):
@@ -236,7 +237,7 @@ def artifact_of(make_artifact, **changes):
 
 
 def folder_of(artifact):
-    return folder_from_source(source_from_artifact(artifact), "small", ServeOptions())
+    return file_folder(model_file_from_artifact(artifact), "small", ServeOptions())
 
 
 def config_of(artifact):
@@ -247,7 +248,8 @@ def config_of(artifact):
 def test_config_of_a_router(make_artifact, instances):
     artifact = artifact_of(make_artifact)
     options = ServeOptions(version=3, instances=instances)
-    folder = router_folder(ROUTER, [route_of(artifact, folder_of(artifact))], options)
+    configs = {"small": config_of(artifact)}
+    folder = router_folder(ROUTER, [route_to(artifact, "small")], configs, options)
     assert {*folder.files} == {"3/model.py", "3/routes.json"}
     assert folder.config.instance_group[0].count == max(ROUTER_INSTANCES, instances)
     assert folder.config.parameters[ROUTES].string_value == "small"
@@ -264,14 +266,15 @@ def test_config_of_a_router(make_artifact, instances):
 )
 def test_r_of_a_route(make_artifact, schedule, layers, r):
     artifact = artifact_of(make_artifact, schedule=schedule, r=layers)
-    assert route_of(artifact, folder_of(artifact)).r == r
+    assert route_to(artifact, "small").r == r
 
 
 def test_routes_are_read_back(make_artifact, tmp_path):
     config = config_of(artifact_of(make_artifact))
-    routes = [Route("b", 8, 1.5, config), Route("a", 0.5, None, config)]
+    routes = [Route(model="b", r=8, ms=1.5), Route(model="a", r=0.5, ms=None)]
     file = tmp_path / ROUTES_FILE
-    file.write_bytes(router_folder(ROUTER, routes).files[f"1/{ROUTES_FILE}"])
+    folder = router_folder(ROUTER, routes, {"a": config, "b": config})
+    file.write_bytes(folder.files[f"1/{ROUTES_FILE}"])
     found = RouteList.read(file).routes
     assert [(one.model, one.r, one.ms) for one in found] == [("a", 0.5, None), ("b", 8, 1.5)]
     assert RouteList(routes=found).json_bytes() == file.read_bytes()
@@ -294,16 +297,15 @@ def test_other_routes_are_refused(text, fault, tmp_path):
 
 
 def test_routes_that_cannot_be_told_apart_are_refused(make_artifact):
-    one = Route("a", 8, None, config_of(artifact_of(make_artifact)))
-    other = Route("t", 2, None, config_of(artifact_of(make_artifact, batch="4")))
-    for routes, message in (
-        ([], "given no models; expected 1 or more"),
-        ([one, replace(one, model="b")], "models a and b both merge r = 8; a router needs one"),
-        ([one, replace(one, r=4)], "model a is given twice to a router"),
-        ([one, other], "models t and a have different inputs or outputs"),
+    configs = dict.fromkeys("ab", config_of(artifact_of(make_artifact)))
+    configs["t"] = config_of(artifact_of(make_artifact, batch="4"))
+    for models, message in (
+        ({"a": 8, "b": 8}, "models a and b both merge r = 8; a router needs one"),
+        ({"a": 8, "t": 2}, "models t and a have different inputs or outputs"),
     ):
+        routes = [Route(model=model, r=r, ms=None) for model, r in models.items()]
         with pytest.raises(InputError, match=message):
-            router_folder(ROUTER, routes)
+            router_folder(ROUTER, routes, configs)
 
 
 def test_outputs_that_depend_on_r_have_no_router_and_it_is_told(make_artifact, tmp_path):

@@ -14,13 +14,13 @@ import pytest
 
 from tome_export.artifact import Artifact
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.serve import main as pipeline_serve
+from tome_export.serve import main as serve_module
 from tome_export.serve import self_test
-from tome_export.serve.config import ServeOptions, folders_from_source
+from tome_export.serve.config import ServeOptions, model_folders
 from tome_export.serve.main import ServeRequest, serve
+from tome_export.serve.model_file import model_file_from_artifact
 from tome_export.serve.self_test import sample_request
-from tome_export.serve.server import start
-from tome_export.serve.source import source_from_artifact
+from tome_export.serve.server import running
 
 pytestmark = pytest.mark.usefixtures("installation")
 
@@ -63,9 +63,9 @@ def test_a_server_that_crashes_once_is_tried_again(make_artifact, monkeypatch, t
     starts = []
 
     @contextlib.contextmanager
-    def crashing(*given, **options):
-        starts.append(given)
-        with start(*given, **options) as server:
+    def crashing(request):
+        starts.append(request)
+        with running(request) as server:
             if len(starts) in crashes:
                 os.kill(server.pid, signal.SIGABRT)
                 while server.is_alive():
@@ -74,7 +74,7 @@ def test_a_server_that_crashes_once_is_tried_again(make_artifact, monkeypatch, t
             yield server
 
     crashes = {1, 3, 4}
-    monkeypatch.setattr(self_test, "start", crashing)
+    monkeypatch.setattr(self_test, "running", crashing)
     done = serve(ServeRequest((make_artifact(),), tmp_path / "a", self_test=True))
     assert len(starts) == 2
     assert "on the CPU, at the second try; at the first: tritonserver was ended" in done.self_test
@@ -85,12 +85,11 @@ def test_a_server_that_crashes_once_is_tried_again(make_artifact, monkeypatch, t
 
 def test_what_the_server_cannot_load_is_not_written(make_artifact, monkeypatch, tmp_path):
     def damaged(*given):
-        model, *more = folders_from_source(*given, asked_by_models=True)
+        model, *more = model_folders(*given, asked_by_models=True)
         name = "1/model.onnx"
         return [type(model)(model.name, model.config, {**model.files, name: b"none"}), *more]
 
-    monkeypatch.setattr(pipeline_serve, "folders_from_source", lambda *g, **_: damaged(*g))
-    monkeypatch.setattr(pipeline_serve, "_validate", lambda *_: None)
+    monkeypatch.setattr(serve_module, "model_folders", lambda *g, **_: damaged(*g))
     repository = tmp_path / "repository"
     said = rf"nothing was written: tritonserver cannot load {repository}: small_r8: .*PROTOBUF"
     with pytest.raises(InputError, match=said):
@@ -133,8 +132,8 @@ def test_requests_have_the_shapes_of_the_config(make_artifact):
     pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
     shapes = {"1:4:8": ("x", [1, 3, 8, 8]), "4": ("x_fixed", [4, 3, 8, 8])}
     for batch, (name, shape) in shapes.items():
-        source = source_from_artifact(Artifact.open(make_artifact(batch=batch)))
-        folder, *_ = folders_from_source(source, "x", ServeOptions())
+        source = model_file_from_artifact(Artifact.open(make_artifact(batch=batch)))
+        folder, *_ = model_folders(source, "x", ServeOptions())
         assert folder.name == name
         (pixels,) = sample_request([folder], folder.config).values()
         assert (list(pixels.shape), pixels.dtype) == (shape, np.float32)

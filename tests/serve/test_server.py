@@ -21,8 +21,8 @@ from tome_export.serve import installation as installations
 from tome_export.serve import process as processes
 from tome_export.serve import server as servers
 from tome_export.serve.client import connect
-from tome_export.serve.log import LIMIT, failed_models, last_words
-from tome_export.serve.server import start
+from tome_export.serve.server import RunRequest, running
+from tome_export.serve.server_log import LIMIT, failed_models, last_words
 
 SLOW_LOAD = """
 import time
@@ -70,7 +70,7 @@ def repository(by_hand, tmp_path):
 
 def test_ready_within_five_seconds_and_every_address_answers(repository, nothing_left):
     began = time.monotonic()
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         seconds = time.monotonic() - began
         nothing_left(server)
         assert all(a.startswith("127.0.0.1:") for a in (server.http, server.grpc, server.metrics))
@@ -110,7 +110,7 @@ def test_requests_are_answered_together_and_each_with_its_own(by_hand, tmp_path,
     config = tmp_path / "small" / "config.pbtxt"
     config.write_text(config.read_text().replace("_microseconds: 1000", "_microseconds: 300000"))
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    with start(tmp_path) as server:
+    with running(RunRequest(tmp_path)) as server:
         nothing_left(server)
 
         def ask(part):
@@ -136,7 +136,7 @@ def test_the_stand_in_is_labelled(plain_server, installation):
 
 
 def test_the_graceful_end_leaves_nothing(repository, nothing_left):
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         group = server.pid
         assert server.is_alive()
@@ -148,7 +148,7 @@ def test_the_graceful_end_leaves_nothing(repository, nothing_left):
 
 def test_nothing_is_written_into_the_repository(repository, nothing_left):
     before = sorted(repository.rglob("*"))
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         server.stop(0)
     assert sorted(repository.rglob("*")) == before
@@ -156,7 +156,7 @@ def test_nothing_is_written_into_the_repository(repository, nothing_left):
 
 def test_the_log_comes_line_by_line(repository, nothing_left):
     lines: list[str] = []
-    with start(repository, on_log=lines.append) as server:
+    with running(RunRequest(repository, on_log=lines.append)) as server:
         nothing_left(server)
         server.stop(1)
     assert any("successfully loaded 'identity'" in line for line in lines)
@@ -164,7 +164,7 @@ def test_the_log_comes_line_by_line(repository, nothing_left):
 
 
 def test_a_killed_server_is_told_and_leaves_nothing(repository, by_hand, nothing_left):
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         assert len(by_hand.members(server.pid)) > 1  # the server and its model's process
         os.kill(server.pid, signal.SIGKILL)
@@ -176,7 +176,7 @@ def test_an_error_in_the_block_ends_the_server(repository, nothing_left):
     started = []
 
     def use():
-        with start(repository) as server:
+        with running(RunRequest(repository)) as server:
             nothing_left(server)
             started.append(server)
             raise ZeroDivisionError
@@ -187,7 +187,7 @@ def test_an_error_in_the_block_ends_the_server(repository, nothing_left):
 
 
 def test_asked_to_stop_by_another(repository, nothing_left):
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         os.kill(server.pid, signal.SIGTERM)
         with pytest.raises(ExportError) as raised:
@@ -218,7 +218,7 @@ def test_killed_while_loading_the_repository_stays_usable(
     by_hand.write_identity(repository, "held", code)
     onnx_model = by_hand.write_onnx(repository)
     before = contents(repository)
-    with start(repository, ready_seconds=None) as server:
+    with running(RunRequest(repository, ready_seconds=None)) as server:
         nothing_left(server)
         assert until(begun.exists, 20)
         os.kill(server.pid, signal.SIGKILL)
@@ -228,7 +228,7 @@ def test_killed_while_loading_the_repository_stays_usable(
     go.touch()
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     session = onnxruntime.InferenceSession(onnx_model, providers=["CPUExecutionProvider"])
-    with start(repository) as again:
+    with running(RunRequest(repository)) as again:
         nothing_left(again)
         with connect(again.grpc) as client:
             np.testing.assert_array_equal(client.infer("held", {"x": x})["y"], 2 * x)
@@ -241,11 +241,11 @@ def test_killed_while_loading_the_repository_stays_usable(
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
 def test_killed_right_after_its_start(repository, nothing_left, delay):
-    with start(repository, ready_seconds=None) as server:
+    with running(RunRequest(repository, ready_seconds=None)) as server:
         nothing_left(server)
         time.sleep(delay)
         os.kill(server.pid, signal.SIGKILL)
-    with start(repository) as again:
+    with running(RunRequest(repository)) as again:
         x = np.ones((1, 4), np.float32)
         with connect(again.grpc) as client:
             np.testing.assert_array_equal(client.infer("identity", {"x": x})["y"], x)
@@ -254,7 +254,7 @@ def test_killed_right_after_its_start(repository, nothing_left, delay):
 
 def test_not_ready_in_time(repository, by_hand, nothing_left):
     by_hand.write_identity(repository, "slow", SLOW_LOAD)
-    with start(repository, ready_seconds=None) as server:
+    with running(RunRequest(repository, ready_seconds=None)) as server:
         nothing_left(server)
         with pytest.raises(ExportError, match=r"not ready after 0\.5 s: .*; allow more time"):
             server.wait_ready(0.5)
@@ -264,8 +264,8 @@ def test_not_ready_in_time(repository, by_hand, nothing_left):
 SERVE = """
 import sys
 from pathlib import Path
-from tome_export.serve.server import start
-with start(Path(sys.argv[1])) as server:
+from tome_export.serve.server import RunRequest, running
+with running(RunRequest(Path(sys.argv[1]))) as server:
     print(server.pid, server.log_path.parent, flush=True)
     server.wait()
 """
@@ -323,7 +323,7 @@ def test_a_server_whose_parent_is_killed_ends_and_leaves_nothing(
 
 
 def test_a_server_goes_on_without_its_watchdog(repository, by_hand):
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         (watchdog,) = set(by_hand.naming(str(server.log_path.parent))) - set(
             by_hand.members(server.pid)
         )
@@ -339,7 +339,7 @@ def test_no_shell_to_watch_with(repository, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "SHELL", str(tmp_path / "sh"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ExportError, match=r"cannot start .*sh, .*No such file.*; install a shell"):
-        start(repository).__enter__()
+        running(RunRequest(repository)).__enter__()
     assert list(tmp_path.glob("tome-export-server-*")) == []
 
 
@@ -388,7 +388,10 @@ class TritonPythonModel:
 def test_the_server_says_in_one_line_why_it_cannot_load(repository, by_hand, write, reason):
     write(by_hand, repository)
     before = by_hand.own_memory()
-    with pytest.raises(InputError, match=reason) as raised, start(repository, stand_in=True):
+    with (
+        pytest.raises(InputError, match=reason) as raised,
+        running(RunRequest(repository, stand_in=True)),
+    ):
         pytest.fail("it started")
     message = str(raised.value)
     assert message.startswith(f"tritonserver cannot load {repository}: bad: ")
@@ -404,7 +407,7 @@ def test_a_taken_port(repository):
         port = taken.getsockname()[1]
         with (
             pytest.raises(UsageError, match=f"{port}: Address already in use; choose another port"),
-            start(repository, grpc_port=port),
+            running(RunRequest(repository, grpc_port=port)),
         ):
             pytest.fail("it started")
 
@@ -419,11 +422,11 @@ def test_a_free_port_lost_to_another_is_no_failure(repository, monkeypatch, noth
             ports = real(host, wanted)
             asked.append(ports)
             if len(asked) == 1:
-                ports[0] = taken.getsockname()[1]
+                ports = (taken.getsockname()[1], *ports[1:])
             return ports
 
         monkeypatch.setattr(servers, "free_ports", free_ports)
-        with start(repository) as server:
+        with running(RunRequest(repository)) as server:
             nothing_left(server)
             assert server.http == f"127.0.0.1:{asked[-1][0]}"
             assert len(asked) == 2
@@ -436,8 +439,8 @@ def test_a_config_of_another_name_and_models_on_request(repository, by_hand, not
     (repository / "other" / "configs").mkdir()
     (repository / "other" / "configs" / "cpu.pbtxt").write_text(config.read_text())
     config.write_text(config.read_text().replace("KIND_CPU", "KIND_GPU"))
-    options = {"control": "explicit", "load": ["other"], "config_name": "cpu"}
-    with start(repository, **options) as server:
+    options = {"control": "explicit", "load": ["other"], "gpu": False}
+    with running(RunRequest(repository, **options)) as server:
         nothing_left(server)
         with connect(server.grpc) as client:
             assert client.models() == ["other"]
@@ -447,16 +450,16 @@ def test_a_config_of_another_name_and_models_on_request(repository, by_hand, not
 def test_nothing_to_serve(tmp_path):
     with (
         pytest.raises(InputError, match=r"no model .*'tome-export serve ARTIFACT"),
-        start(tmp_path),
+        running(RunRequest(tmp_path)),
     ):
         pass
-    with pytest.raises(InputError, match="is not a folder"), start(tmp_path / "none"):
+    with pytest.raises(InputError, match="is not a folder"), running(RunRequest(tmp_path / "none")):
         pass
 
 
 def test_a_host_that_is_not_here(repository):
     with pytest.raises(UsageError, match=r"cannot listen on 203\.0\.113\.1"):
-        start(repository, host="203.0.113.1").__enter__()
+        running(RunRequest(repository, host="203.0.113.1")).__enter__()
 
 
 def test_no_server_installed(monkeypatch, tmp_path):
@@ -502,7 +505,7 @@ def test_a_server_that_does_not_run_says_so_itself(monkeypatch, repository, tmp_
     binary.chmod(0o755)
     monkeypatch.setenv("PATH", f"{binary.parent}:/bin:/usr/bin")
     expected = "exit code 127 while loading: libfoo.so.1: cannot open shared object file"
-    with pytest.raises(ExportError, match=expected), start(repository):
+    with pytest.raises(ExportError, match=expected), running(RunRequest(repository)):
         pass
 
 

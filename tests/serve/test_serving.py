@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from tome_export.errors import MissingComponentError, UsageError
-from tome_export.serve.config import CPU, ServeOptions
+from tome_export.serve.config import ServeOptions
 from tome_export.serve.installation import find
 from tome_export.serve.main import ServeRequest, serve
-from tome_export.serve.server import RunRequest, start
+from tome_export.serve.server import RunRequest, running
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -44,7 +44,7 @@ def served(make_artifact, tmp_path):
         repository = tmp_path / "models"
         serve(ServeRequest((make_artifact(),), repository, options))
         with (
-            start(repository, config_name=CPU, arguments=arguments) as server,
+            running(RunRequest(repository, gpu=False, arguments=arguments)) as server,
             grpc.InferenceServerClient(server.grpc) as client,
         ):
             yield server, client
@@ -168,7 +168,7 @@ def test_largest_versions_are_served(served, version):
         ({"http_port": -1}, "port is -1; expected 0 to 65535, 0 for a free one"),
         ({"metrics_port": 65536}, "port is 65536; expected 0 to 65535, 0 for a free one"),
         (
-            {"http_port": 8001},
+            {"http_port": 8001, "grpc_port": 8001},
             "port 8001 is given twice; give different ones, or 0 for free ones",
         ),
         ({"ready_seconds": 0.0}, "ready timeout is 0; expected seconds above 0"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.serve.server import start
+from tome_export.serve.server import RunRequest, running
 
 MODEL = "small"
 REQUESTS = 500
@@ -45,8 +45,8 @@ def run(soak, make_artifact, tmp_path):
         deployments.deploy(lambda _: None)
         models = sorted(path.name for path in (tmp_path / "repository").iterdir())
         with (
-            start(
-                tmp_path / "repository", config_name="cpu", control="explicit", load=models
+            running(
+                RunRequest(tmp_path / "repository", gpu=False, control="explicit", load=models)
             ) as server,
             during(server) as beside,
         ):

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from tome_export.errors import ExportError
+from tome_export.serve import process as processes
 from tome_export.serve import server as servers
-from tome_export.serve import stubs as watching
 from tome_export.serve.client import connect
 from tome_export.serve.config import ServeOptions
 from tome_export.serve.kserve import HTTP_PORT
 from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.probe import stub_states
-from tome_export.serve.server import start
+from tome_export.serve.server import RunRequest, running
 
 pytestmark = pytest.mark.usefixtures("installation")
 
@@ -37,7 +37,7 @@ def repository(by_hand, tmp_path):
 def at_once(monkeypatch):
     """No patience."""
     monkeypatch.setattr(servers, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(watching, "STOPPED_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "STOPPED_SECONDS", 0.3)
 
 
 def stub_of(server, model):
@@ -60,7 +60,7 @@ def restarted(server, events, seconds=20):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGRTMIN + 6, signal.SIGSTOP])
 @pytest.mark.usefixtures("at_once")
 def test_a_lost_process_is_told_and_the_server_started_again(repository, nothing_left, number):
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         addresses = (server.http, server.grpc, server.metrics)
         assert not server.restart_if_broken()
@@ -83,7 +83,7 @@ def test_a_lost_process_is_told_and_the_server_started_again(repository, nothing
 
 
 def test_a_server_that_crashes_is_started_again(repository, nothing_left):
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         os.kill(server.pid, signal.SIGSEGV)
         events = []
@@ -98,7 +98,7 @@ def test_a_server_that_crashes_is_started_again(repository, nothing_left):
 @pytest.mark.usefixtures("at_once")
 def test_a_server_that_loses_processes_again_and_again_ends(repository, nothing_left, monkeypatch):
     monkeypatch.setattr(servers, "MOST_RESTARTS", 0)
-    with start(repository) as server:
+    with running(RunRequest(repository)) as server:
         nothing_left(server)
         os.kill(stub_of(server, "identity"), signal.SIGKILL)
         with pytest.raises(ExportError, match=r"model identity was ended by SIGKILL, after 0 res"):
@@ -110,7 +110,7 @@ def test_models_that_come_and_go_are_no_loss(repository, by_hand, nothing_left):
     from tritonclient.grpc import InferenceServerClient
 
     by_hand.write_identity(repository, "other")
-    with start(repository, control="explicit", load=["identity", "other"]) as server:
+    with running(RunRequest(repository, control="explicit", load=["identity", "other"])) as server:
         nothing_left(server)
         with InferenceServerClient(server.grpc) as client:
             for call in (client.unload_model, client.load_model):
@@ -132,7 +132,7 @@ def test_the_probe_of_a_manifest_fails_when_a_process_is_lost(make_artifact, tmp
     assert model["startupProbe"]["httpGet"]["port"] == HTTP_PORT
     python, *words = model["readinessProbe"]["exec"]["command"]
     assert python == "python3"
-    with start(repository, config_name="cpu") as server:
+    with running(RunRequest(repository, gpu=False)) as server:
 
         def probe():
             command = [w.replace(f"127.0.0.1:{HTTP_PORT}", server.http) for w in words]
@@ -166,7 +166,7 @@ def test_the_probe_asks_a_model(by_hand, tmp_path):
         '{"inputs": [{"name": "pixel_values", "shape": [1, 3, 8, 8], "datatype": "FP32", '
         '"parameters": {"binary_data_size": 768}}]}'
     )
-    with start(tmp_path) as server:
+    with running(RunRequest(tmp_path)) as server:
         with pytest.raises(SystemExit, match=r"/v2/models/no/infer: 500 .*not today"):
             probe.main(f"http://{server.http}", "no", header, "")
         with pytest.raises(SystemExit, match=r"/v2/models/none/ready: 400 "):

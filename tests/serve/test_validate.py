@@ -9,16 +9,13 @@ from server_rules import problems
 
 from tome_export.artifact import Artifact
 from tome_export.errors import InputError
-from tome_export.onnx.files import tensors_from_graph
 from tome_export.serve.config import (
     ModelFolder,
     ServeOptions,
     config_from_text,
-    folder_from_source,
+    file_folder,
 )
-from tome_export.serve.source import source_from_artifact
-from tome_export.serve.validate import validate
-from tome_export.spec import TensorInfo
+from tome_export.serve.model_file import model_file_from_artifact
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
 
@@ -27,7 +24,7 @@ pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installe
 def folder(make_artifact):
     """A TensorRT plan of ``pixel_values [B, 3, 8, 8]``, B at most 8, with labels."""
     artifact = Artifact.open(make_artifact(engines={"tensorrt": "1:4:8"}, labels=list("abcde")))
-    return folder_from_source(source_from_artifact(artifact), "m", ServeOptions())
+    return file_folder(model_file_from_artifact(artifact), "m", ServeOptions())
 
 
 def graph(config, batch, dims=(3, 8, 8)):
@@ -121,17 +118,16 @@ def test_the_rules_find_what_is_broken(case, folder):
 
 
 @pytest.mark.parametrize(
-    ("batch", "message"),
+    ("batches", "message"),
     [
-        (9, "has a CUDA graph for batch 9; expected 1 to max_batch_size, 8"),
-        (8, "has 2 CUDA graphs for batch 8; expected one"),
+        ((1, 9), "has a CUDA graph for batch 9; expected 1 to max_batch_size, 8"),
+        ((8, 8), "has 2 CUDA graphs for batch 8; expected one"),
     ],
 )
-def test_cuda_graphs_that_cannot_be(folder, batch, message):
-    validate(folder)
-    graph(folder.config, batch)
+def test_cuda_graphs_that_cannot_be(make_artifact, batches, message):
+    file = model_file_from_artifact(Artifact.open(make_artifact(engines={"tensorrt": "1:4:8"})))
     with pytest.raises(InputError) as error:
-        validate(folder)
+        file_folder(file, "m", ServeOptions(cuda_graph_batches=batches))
     assert str(error.value) == f"config.pbtxt of model m {message}"
 
 
@@ -145,66 +141,6 @@ def test_version_folders(folder):
         assert message.startswith(f"comes with the version folder {name!r}; expected")
     none = replace(folder, files={"labels.txt": b""})
     assert "comes without a version folder" in problems(folder.config, none)
-
-
-IN = TensorInfo("pixel_values", (-1, 3, 8, 8), "float32")
-OUT = TensorInfo("logits", (-1, 5), "float32")
-
-
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "message"),
-    [
-        (
-            replace(IN, name="x"),
-            OUT,
-            "has the inputs ['pixel_values']; the file that is served has ['x']",
-        ),
-        (
-            replace(IN, shape=(-1, 3, 8, 9)),
-            OUT,
-            "has input pixel_values [3, 8, 8]; the file that is served has [3, 8, 9]",
-        ),
-        (
-            replace(IN, dtype="float16"),
-            OUT,
-            "has input pixel_values of TYPE_FP32; the file that is served has float16",
-        ),
-        (
-            replace(IN, shape=(8, 3, 8, 8)),
-            OUT,
-            "batches up to 8; the file that is served has a fixed input pixel_values [8, 3, 8, 8]",
-        ),
-        (
-            IN,
-            replace(OUT, shape=(-1, 6)),
-            "has output logits [5]; the file that is served has [6]",
-        ),
-    ],
-)
-def test_config_unlike_the_file(folder, inputs, outputs, message):
-    validate(folder, [IN], [OUT])
-    with pytest.raises(InputError) as error:
-        validate(folder, [inputs], [outputs])
-    assert str(error.value) == f"config.pbtxt of model m {message}"
-
-
-@pytest.mark.parametrize("batch", ["1:4:8", "4"])
-def test_against_a_real_onnx_file(make_artifact, batch):
-    artifact = Artifact.open(make_artifact(batch=batch))
-    inputs, outputs = tensors_from_graph(artifact.model_path)
-    rows = -1 if batch == "1:4:8" else 4
-    assert inputs == (TensorInfo("pixel_values", (rows, 3, 8, 8), "float32"),)
-    assert outputs == (TensorInfo("logits", (rows, 5), "float32"),)
-    folder = folder_from_source(source_from_artifact(artifact), "m", ServeOptions())
-    validate(folder, inputs, outputs)
-
-
-def test_the_cpu_config_is_checked_too(make_artifact):
-    artifact = Artifact.open(make_artifact())
-    folder = folder_from_source(source_from_artifact(artifact), "m", ServeOptions())
-    broken = folder.files["configs/cpu.pbtxt"].replace(b'name: "pixel_values"', b'name: "x"', 1)
-    with pytest.raises(InputError, match=r"^configs/cpu.pbtxt of model m has the inputs \['x'\]"):
-        validate(replace(folder, files={**folder.files, "configs/cpu.pbtxt": broken}), [IN], [OUT])
 
 
 @pytest.mark.parametrize(

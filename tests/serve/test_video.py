@@ -21,7 +21,7 @@ from tome_export.merge.schedule import Schedule, VideoOptions
 from tome_export.progress import Silent
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.query import QueryRequest, query
-from tome_export.serve.server import start
+from tome_export.serve.server import RunRequest, running
 from tome_export.spec import BatchRange
 
 
@@ -60,7 +60,7 @@ def address(request, artifact, tmp_path_factory):
     request.getfixturevalue("installation")
     repository = tmp_path_factory.mktemp("repository")
     serve(ServeRequest((artifact.path,), repository, options=ServeOptions(preprocess=True)))
-    with start(repository, config_name="cpu") as server:
+    with running(RunRequest(repository, gpu=False)) as server:
         yield server.grpc
         server.stop(0)
 

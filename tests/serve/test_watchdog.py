@@ -90,7 +90,7 @@ class Recorder(Watchdog):
 
 def test_a_group_is_forgotten_before_its_number_is_free(places, tmp_path):
     watchdog = Recorder(*places, 1)
-    process = GroupProcess(tmp_path / "log", lambda: None, watchdog)
+    process = GroupProcess(tmp_path / "log", places[1], watchdog)
     for _ in range(2):
         process.launch(["sleep", "60"], {"PATH": os.environ["PATH"]})
         process.stop(0)

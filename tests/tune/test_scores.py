@@ -19,7 +19,7 @@ from tome_export.errors import InputError
 from tome_export.evaluate.main import EvalRequest, evaluate
 from tome_export.merge.schedule import Schedule
 from tome_export.serve.config import ServeOptions
-from tome_export.serve.pipeline_models import pipeline_folders
+from tome_export.serve.ensemble import pipeline_folders
 from tome_export.tune.main import TuneRequest, tune
 
 

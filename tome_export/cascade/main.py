@@ -32,6 +32,7 @@ from tome_export.artifact.compatibility import check_one_model, shared_facts
 from tome_export.artifact.evaluation import UnreadableImage
 from tome_export.artifact.files import check_new_file, keeping, write_whole, writing_to
 from tome_export.artifact.goal import Goal
+from tome_export.cascade import policy
 from tome_export.cascade.calibrate import (
     CalibratedSetting,
     Costs,
@@ -54,8 +55,8 @@ from tome_export.errors import InputError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import refuse_extra_inputs
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
-from tome_export.serve.cascade import CascadeServing
-from tome_export.serve.source import sizes
+from tome_export.serve.cascade import CascadeServeRequest, check_cascade, serve_cascade
+from tome_export.serve.model_file import image_shape
 
 LEAST = 10
 """Fewest images of a part: calibration, training of a head, or test."""
@@ -151,7 +152,7 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     members = members_of(request.artifacts)
     serving = None
     if request.repository is not None:
-        serving = CascadeServing(
+        serving = CascadeServeRequest(
             request.repository,
             members,
             request.name,
@@ -159,7 +160,7 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
             request.force,
             request.self_test,
         )
-        serving.check()
+        check_cascade(serving)
     embedding = _embedding(members[-1]) if request.policy == "learned" else None
     costs = Costs(
         tuple(one.manifest.macs.merged for one in members),
@@ -173,7 +174,7 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     found = _Calibration(request, members, costs, images, embedding).document()
     if serving is not None:
         with keeping(found):
-            served = serving.serve(costs, found.settings, progress)
+            served = serve_cascade(serving, found, Path(policy.__file__), progress)
         found = found.model_copy(update={"served": served})
     # The page first: where the result is, its page is too.
     page = render_cascade(found).encode()
@@ -279,7 +280,7 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
 
 
 def _facts(artifact: Artifact) -> dict[str, Any]:
-    outputs = [(one.name, one.dtype, sizes(one)) for one in artifact.manifest.outputs]
+    outputs = [(one.name, one.dtype, image_shape(one)) for one in artifact.manifest.outputs]
     return {**shared_facts(artifact), "outputs": outputs}
 
 

@@ -1,4 +1,4 @@
-"""A calibrated cascade in a model repository: its members, then the model that asks them."""
+"""A calibrated cascade in a repository: a model that runs its policy and asks its members."""
 
 from __future__ import annotations
 
@@ -7,23 +7,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tome_export.artifact import Artifact
-from tome_export.artifact.cascade import Policy, ServedCascade
-from tome_export.cascade.calibrate import Costs
+from tome_export.artifact.cascade import Cascade, ServedCascade
+from tome_export.errors import InputError
 from tome_export.progress import Progress
-from tome_export.serve.client import ROUTER
-from tome_export.serve.config import ModelFolder, ServeOptions, check_packages
+from tome_export.serve.config import (
+    ModelFolder,
+    ServeOptions,
+    check_packages,
+    interface_of,
+    interface_values,
+    python_config,
+    python_folder,
+    tensor_values,
+)
+from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.main import ServeRequest, serve, why_untested
+from tome_export.serve.model_file import model_file_from_artifact
+from tome_export.serve.names import (
+    CASCADE,
+    PIPELINE,
+    POSTPROCESS,
+    PREPROCESS,
+    ROUTER,
+    check_chosen_name,
+    plain_name,
+)
 from tome_export.serve.repository import (
-    cascade_there,
+    CASCADE_SETTINGS,
+    cascade_exists,
     check_ours,
     check_repository,
     versions_of,
 )
-from tome_export.serve.source import check_free_name, plain_name, source_from_artifact
+from tome_export.serve.router import ROUTER_INSTANCES
+
+OUTPUTS = (("budget", "int32"), ("macs", "int64"))
+"""What a cascade gives besides the models' outputs, each ``[B, 1]``."""
 
 
 @dataclass(frozen=True)
-class CascadeServing:
+class CascadeServeRequest:
     """Where a cascade is to be served, and how.
 
     Attributes:
@@ -45,65 +68,111 @@ class CascadeServing:
     @property
     def model(self) -> str:
         """Name of the model that asks the members."""
-        from tome_export.serve.cascades import CASCADE
+        return f"{self.name or plain_name(self.members[-1].manifest.model.name)}{CASCADE}"
 
-        base = self.name or plain_name(self.members[-1].manifest.model.name)
-        return f"{base}{CASCADE}"
 
-    def check(self) -> None:
-        """Find out before the calibration whether its result can be served.
+def check_cascade(request: CascadeServeRequest) -> None:
+    """Find out before the calibration whether its result can be served.
 
-        Raises:
-            UsageError: if the name is none that a user may choose.
-            InputError: if the repository is no place for one, a folder of its name is not ours or
-                holds another calibration and is not to be replaced.
-            MissingComponentError: if the server's schema is not installed, or what a self-test
-                needs that was asked for.
-        """
-        check_packages()
-        repository = check_repository(self.repository)
-        if self.name is not None:
-            check_free_name(self.name)
-        model = repository / self.model
-        for end in ("", "_preprocess", "_postprocess", "_pipeline") if self.preprocess else ("",):
-            folder = model.with_name(f"{model.name}{end}")
-            if folder.exists():
-                check_ours(folder)
-        if versions_of(model) and not self.force:
-            raise cascade_there(model)
-        sources = [(one, source_from_artifact(one)) for one in self.members]
-        if self.self_test:
-            why_untested(sources, self.self_test)
+    Raises:
+        UsageError: if the name is none that a user may choose.
+        InputError: if the repository is no place for one, a folder of its name is not ours or
+            holds another calibration and is not to be replaced.
+        MissingComponentError: if the server's schema is not installed, or what a self-test needs
+            that was asked for.
+    """
+    check_packages()
+    model = check_repository(request.repository) / request.model
+    if request.name is not None:
+        check_chosen_name(request.name)
+    around = ("", PREPROCESS, POSTPROCESS, PIPELINE) if request.preprocess else ("",)
+    for folder in (model.with_name(f"{model.name}{end}") for end in around):
+        if folder.exists():
+            check_ours(folder)
+    if versions_of(model) and not request.force:
+        raise cascade_exists(model)
+    files = [(one, model_file_from_artifact(one)) for one in request.members]
+    if request.self_test:
+        why_untested(files, request.self_test)
 
-    def serve(self, costs: Costs, policy: Policy, progress: Progress) -> ServedCascade:
-        """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
-        Raises:
-            InputError: if the repository cannot take them, or a model fails the self-test.
-            ExportError: if the self-test's server does not start.
-        """
-        from tome_export.serve.cascades import cascade_folder, cascade_pipeline_folders
+def serve_cascade(
+    request: CascadeServeRequest, result: Cascade, policy_file: Path, progress: Progress
+) -> ServedCascade:
+    """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
-        def cascade_of(folders: Sequence[ModelFolder]) -> list[ModelFolder]:
-            settings, options = policy.model_dump(mode="json"), ServeOptions()
-            made = cascade_folder(
-                self.model, folders, costs.members, settings, costs.policy, options
+    Args:
+        request: Where, and how.
+        result: The calibrated cascade.
+        policy_file: ``policy.py``, which the model runs its policy with.
+        progress: Told of the stages.
+
+    Raises:
+        InputError: if the repository cannot take them, or a model fails the self-test.
+        ExportError: if the self-test's server does not start.
+    """
+    options = ServeOptions()
+
+    def further(members: Sequence[ModelFolder]) -> list[ModelFolder]:
+        cascade = cascade_folder(request.model, members, result, policy_file, options)
+        if not request.preprocess:
+            return [cascade]
+        most = cascade.config.max_batch_size
+        around = pipeline_folders(request.members[-1], cascade.name, options, most, OUTPUTS)
+        return [cascade, *around]
+
+    serving = ServeRequest(
+        tuple(one.path for one in request.members),
+        request.repository,
+        ServeOptions(name=request.name),
+        force=request.force,
+        self_test=request.self_test,
+    )
+    done = serve(serving, progress, further)
+    names = [model.name for model in done.models]
+    first = names.index(request.model)
+    asked = (name for name in names[:first] if not name.endswith(ROUTER))
+    return ServedCascade(
+        repository=str(done.repository),
+        models=(*asked, *names[first:]),
+        entry=names[-1],
+        notes=(*done.notes, *filter(None, [done.self_test])),
+    )
+
+
+def cascade_folder(
+    name: str,
+    members: Sequence[ModelFolder],
+    result: Cascade,
+    policy_file: Path,
+    options: ServeOptions,
+) -> ModelFolder:
+    """A model that runs a calibrated policy and asks its members, those of fewer MACs first.
+
+    Raises:
+        InputError: if inputs or outputs differ.
+    """
+    first = members[0]
+    for member in members:
+        if interface_of(member.config) != interface_of(first.config):
+            raise InputError(
+                f"models {first.name} and {member.name} have different inputs or outputs; a "
+                "cascade needs artifacts of one model"
             )
-            if not self.preprocess:
-                return [made]
-            return [made, *cascade_pipeline_folders(self.members[-1], made, options)]
-
-        paths = tuple(one.path for one in self.members)
-        options = ServeOptions(name=self.name)
-        asking = ServeRequest(
-            paths, self.repository, options, force=self.force, self_test=self.self_test
-        )
-        done = serve(asking, progress, cascade_of)
-        names = [model.name for model in done.models]
-        first = names.index(self.model)
-        asked = (name for name in names[:first] if not name.endswith(ROUTER))
-        models = (*asked, *names[first:])
-        notes = (*done.notes, done.self_test) if done.self_test else done.notes
-        return ServedCascade(
-            repository=str(done.repository), models=models, entry=models[-1], notes=notes
-        )
+    outputs = [tensor_values(tensor, dtype, [1]) for tensor, dtype in OUTPUTS]
+    config = python_config(
+        name,
+        min(one.config.max_batch_size for one in members),
+        count=max(ROUTER_INSTANCES, options.instances),
+        input=interface_values(first.config.input),
+        output=[*interface_values(first.config.output), *outputs],
+    )
+    settings = {
+        **result.settings.model_dump(mode="json"),
+        "policy_macs": result.policy_macs,
+        "members": [
+            {"model": member.name, "macs": one.macs}
+            for member, one in zip(members, result.members, strict=True)
+        ],
+    }
+    return python_folder(config, "cascade", CASCADE_SETTINGS, settings, options, [policy_file])

@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tome_export.errors import InputError, MissingComponentError, TomeExportError, UsageError
+from tome_export.serve.names import IMAGE, PIPELINE, ROUTER, ROUTES, VIDEO
+from tome_export.serve.server_log import shortened
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -19,21 +21,6 @@ Protocol = Literal["grpc", "http"]
 
 PORTS = {"grpc": 8001, "http": 8000}
 """The server's own defaults."""
-
-IMAGE = "image"
-"""The input of a model that takes encoded images: BYTES, a JPEG or PNG file."""
-
-VIDEO = "video"
-"""The input of a model that takes video files: BYTES."""
-
-ROUTES = "routes"
-"""Parameter of a router's config: names of the models behind it, with commas, for clients."""
-
-PIPELINE = "_pipeline"
-"""What ``tome-export serve`` adds to the name of a model, or of a router, for such a model."""
-
-ROUTER = "_router"
-"""What it adds to what the names of several models have in common, for a router of them."""
 
 TIMEOUT_SECONDS = 60.0
 
@@ -45,7 +32,6 @@ _SCHEMES: dict[str, tuple[Protocol | None, bool]] = {
     "https": ("http", True),
 }
 _ADDRESS = re.compile(r"(?P<host>[^\s:/@\[\]\0-\x1f]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
-_LONGEST = 400
 
 
 class Client:
@@ -74,11 +60,7 @@ class Client:
         self._client.close()
 
     def check_reachable(self) -> None:
-        """Ask for a sign of life.
-
-        Raises:
-            MissingComponentError: if no server answers.
-        """
+        """Raise ``MissingComponentError`` if no server answers."""
         try:
             live = self._client.is_server_live(**self._limit)
         except Exception as error:  # of sockets, gevent, gRPC and the client library
@@ -114,17 +96,17 @@ class Client:
 
     def _tensors(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         metadata = self._ask("get_model_metadata", model)
-        inputs, outputs = (
-            {
+
+        def described(kind: str) -> dict[str, Any]:
+            return {
                 tensor["name"]: {
                     "datatype": tensor["datatype"],
                     "shape": [int(size) for size in tensor["shape"]],
                 }
-                for tensor in metadata[which]
+                for tensor in metadata[kind]
             }
-            for which in ("inputs", "outputs")
-        )
-        return inputs, outputs
+
+        return described("inputs"), described("outputs")
 
     def routes(self, model: str) -> tuple[str, ...]:
         """The models behind a router; none if the model is no router."""
@@ -175,10 +157,8 @@ class Client:
     def _is_pipeline(self, model: str) -> bool:
         """Whether it takes encoded images or videos, and gives more than their pixels."""
         inputs, outputs = self._tensors(model)
-        takes = any(
-            inputs[kind]["datatype"] == "BYTES" for kind in (IMAGE, VIDEO) if kind in inputs
-        )
-        return takes and INPUT_NAME not in outputs
+        encoded = (inputs[kind]["datatype"] for kind in (IMAGE, VIDEO) if kind in inputs)
+        return "BYTES" in encoded and INPUT_NAME not in outputs
 
     def infer(
         self,
@@ -264,7 +244,7 @@ class Client:
             message = getattr(error, "message", lambda: None)() or str(error)
             if "DEADLINE_EXCEEDED" in str(error) or isinstance(error, TimeoutError):
                 message = f"no answer within {self._seconds:g} s; is the server overloaded?"
-            raise InputError(f"{self.address} refused: {_line(message)}{hint}") from error
+            raise InputError(f"{self.address} refused: {shortened(message)}{hint}") from error
 
     def _is_live(self) -> bool:
         try:
@@ -274,10 +254,10 @@ class Client:
 
     def _unreachable(self, error: BaseException | None) -> MissingComponentError:
         message = getattr(error, "message", lambda: None)() or str(error or "it is not live")
-        other: Protocol = "http" if self.protocol == "grpc" else "grpc"
+        other = "http" if self.protocol == "grpc" else "grpc"
         return MissingComponentError(
-            f"no server answers {self.protocol} at {self.address} ({_line(message)}); start one "
-            f"with 'tome-export serve ... --run', or is that its port for {other}?"
+            f"no server answers {self.protocol} at {self.address} ({shortened(message)}); start "
+            f"one with 'tome-export serve ... --run', or is that its port for {other}?"
         )
 
 
@@ -336,8 +316,3 @@ def _library(protocol: Protocol) -> ModuleType:
         ) from error
     module: ModuleType = library
     return module
-
-
-def _line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

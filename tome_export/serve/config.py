@@ -1,4 +1,4 @@
-"""The server's model config and files of a model, made from what is served.
+"""Model configs of the server, and the folders of models, made from what is served.
 
 Source of the fields: model_config.proto of Triton Inference Server, and the documentation of its
 TensorRT and ONNX Runtime backends.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.serve.source import FIXED, Source
-from tome_export.spec import BatchRange
+from tome_export.serve.model_file import ModelFile
+from tome_export.serve.names import FIXED
+from tome_export.spec import TensorInfo
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -60,8 +62,12 @@ VERSION_COMPATIBLE = "version_compatible"
 """File beside an engine that brings a runtime of its own, which a server runs only if it is told to
 (see ``server``): what is true of one version is not of another, and they share one config."""
 
+VERSION_COMPATIBLE_NOTE = b"""\
+The engine beside this file is version-compatible: it brings a runtime of its own. Servers load it
+with --backend-config=tensorrt,version-compatible=true only.
+"""
+
 PYTHON_MODELS = Path(__file__).parent / "python_models"
-"""Models of the python backend, as they are copied into a repository."""
 
 MOST = 2**31 - 1
 """Largest number of the options: most are of 32 bits in the server's schema."""
@@ -86,10 +92,8 @@ class ServeOptions:
         preprocess: Also write the models that take encoded images and give labels or features.
         instances: Copies of the model per device; a limited queue takes two or more.
         max_queue_delay_us: How long the server may hold a request back to fill a batch.
-        max_queue_size: Requests that may wait; further ones are rejected at once. None sets no
-            limit.
-        timeout_ms: How long a request may wait in the queue before it is rejected; None for any
-            time.
+        max_queue_size: Requests that may wait; further ones are rejected at once.
+        timeout_ms: How long a request may wait in the queue before it is rejected.
         cuda_graph_batches: Batch sizes recorded as CUDA graphs (TensorRT plans); None for the
             least, tuned and largest batch of the engine.
 
@@ -135,7 +139,7 @@ class ModelFolder:
     """A model of a repository, before it is written.
 
     Attributes:
-        name: Its folder, and its name on the server.
+        name: Name of the folder and of the model on the server.
         config: What becomes ``config.pbtxt``.
         files: Path inside the folder (``1/model.onnx``, ``labels.txt``) -> the file to copy, or
             its content.
@@ -147,11 +151,7 @@ class ModelFolder:
 
 
 def check_packages() -> None:
-    """Whether the server's schema is installed.
-
-    Raises:
-        MissingComponentError: if it is not.
-    """
+    """Raise ``MissingComponentError`` unless the server's schema is installed."""
     try:
         import tritonclient.grpc.model_config_pb2  # noqa: F401
     except ImportError as error:
@@ -160,8 +160,8 @@ def check_packages() -> None:
         ) from error
 
 
-def folders_from_source(
-    source: Source, name: str, options: ServeOptions, *, asked_by_models: bool = True
+def model_folders(
+    file: ModelFile, name: str, options: ServeOptions, *, asked_by_models: bool = True
 ) -> list[ModelFolder]:
     """The model with the file, and last what users call: the same one, or a batching model.
 
@@ -169,126 +169,239 @@ def folders_from_source(
     a copy through another process. Pipelines, routers and cascades cannot: the server batches
     them, and lets them ask only models that it batches as well.
 
-    Args:
-        source: What is served.
-        name: What users call.
-        options: How.
-        asked_by_models: Whether a pipeline, router or cascade may ask it.
-
     Raises:
         UsageError: if a CUDA graph is asked for that the server cannot record: of an ONNX model,
             or of a model of fixed batch.
+        InputError: if CUDA graphs are asked for of batches that the engine does not take.
     """
-    batch = source.batch
+    batch = file.batch
     if not batch.is_static or (batch.max == 1 and not asked_by_models):
-        return [folder_from_source(source, name, options)]
-    model = folder_from_source(source, f"{name}{FIXED}", options, behind=True)
+        return [file_folder(file, name, options)]
+    model = file_folder(file, f"{name}{FIXED}", options, behind=True)
     # It collects requests, fills them up to the batch, and asks the model. The queue is its own:
     # the model is given one full batch after the other.
-    config = python_config(name, batch.max, options)
-    # One process more than instances of the model: it collects the next batch while they run.
-    config.instance_group[0].count = options.instances + 1
-    _add_interface(config, source, batched=True, labelled=True)
-    _add_batching(config, options)
+    config = python_config(
+        name,
+        batch.max,
+        # One process more than instances of the model: it collects the next batch while they run.
+        count=options.instances + 1,
+        input=_tensor_values(file.inputs, batched=True),
+        output=_tensor_values(file.outputs, batched=True, labels=bool(file.labels)),
+        dynamic_batching=_batching(batch.max, options),
+    )
     folder = python_folder(config, "fixed", "fixed.json", {"model": model.name}, options)
-    return [model, ModelFolder(name, config, {**folder.files, **_label_files(source)})]
+    return [model, ModelFolder(name, config, {**folder.files, **_label_files(file)})]
 
 
-def folder_from_source(
-    source: Source, name: str, options: ServeOptions, *, behind: bool = False
+def file_folder(
+    file: ModelFile, name: str, options: ServeOptions, *, behind: bool = False
 ) -> ModelFolder:
     """The model that serves a file as it is; one of fixed batch takes exactly as many rows.
 
-    Args:
-        source: What is served.
-        name: Of the model on the server.
-        options: How.
-        behind: Whether a batching model asks it: that one has the queue and the labels.
+    Behind a batching model it has no queue and no labels of its own.
 
     Raises:
-        UsageError: as ``folders_from_source``.
+        UsageError: as ``model_folders``.
+        InputError: likewise.
     """
     files: dict[str, Path | bytes] = {
-        f"{options.folder}/{file}": path for file, path in source.files.items()
+        f"{options.folder}/{name}": path for name, path in file.files.items()
     }
-    files |= {} if behind else _label_files(source)
-    if source.version_compatible:
-        files[f"{options.folder}/{VERSION_COMPATIBLE}"] = _COMPATIBLE_NOTE
-    config = model_config(source, name, options, behind=behind)
+    files |= {} if behind else _label_files(file)
+    if file.version_compatible:
+        files[f"{options.folder}/{VERSION_COMPATIBLE}"] = VERSION_COMPATIBLE_NOTE
     asked = options.cuda_graph_batches is not None
-    if source.platform == "onnxruntime_onnx":
+    if file.platform == "onnxruntime_onnx":
         if asked:
             raise UsageError(
                 "CUDA graph batches are given and the ONNX model is served; leave them out, or "
                 "serve a TensorRT engine with --format engine"
             )
-        cpu = model_config(source, name, options, behind=behind, gpu=False)
+        cpu = model_config(file, name, options, behind=behind, gpu=False)
         files[f"configs/{CPU}.pbtxt"] = config_text(cpu).encode()
-    elif asked and source.batch.is_static:
+    elif asked and file.batch.is_static:
         recorded = (
             "that batch is recorded"
-            if source.cuda_graphs
+            if file.cuda_graphs
             else "with plugins of a range it is not recorded"
         )
         raise UsageError(
-            f"CUDA graph batches are given for a model of fixed batch {source.batch.max}; leave "
+            f"CUDA graph batches are given for a model of fixed batch {file.batch.max}; leave "
             f"them out, {recorded}"
         )
-    return ModelFolder(name, config, files)
+    return ModelFolder(name, model_config(file, name, options, behind=behind), files)
 
 
-_COMPATIBLE_NOTE = b"""\
-The engine beside this file is version-compatible: it brings a runtime of its own. Servers load it
-with --backend-config=tensorrt,version-compatible=true only.
-"""
-
-
-def _label_files(source: Source) -> dict[str, bytes]:
+def _label_files(file: ModelFile) -> dict[str, bytes]:
     """The file of class names, one a line; none if there are none."""
-    text = "".join(f"{label}\n" for label in source.labels).encode()
-    return {LABELS: text} if text else {}
+    text = "".join(f"{label}\n" for label in file.labels)
+    return {LABELS: text.encode()} if text else {}
 
 
 def model_config(
-    source: Source, name: str, options: ServeOptions, *, behind: bool = False, gpu: bool = True
+    file: ModelFile, name: str, options: ServeOptions, *, behind: bool = False, gpu: bool = True
 ) -> ModelConfig:
     """The config for servers with a GPU, or of an ONNX model for those without."""
-    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
-
-    batch = source.batch
-    config = ModelConfig(name=name, platform=source.platform)
     # A model of fixed batch is one whose tensors have that many rows: the server cannot fill
     # a batch up, so it must not make any.
-    config.max_batch_size = 0 if batch.is_static else batch.max
-    _add_interface(config, source, batched=not batch.is_static, labelled=not behind)
+    most = 0 if file.batch.is_static else file.batch.max
+    inputs = _tensor_values(file.inputs, batched=most > 0)
+    # Zeros: tokens still differ by their positions, so merging has what to decide.
+    zeros = {
+        t["name"]: {"data_type": t["data_type"], "dims": t["dims"], "zero_data": True}
+        for t in inputs
+    }
     count = options.instances
-    if not behind:
-        _add_batching(config, options)
-        count = max(count, LEAST_WITH_LIMITS) if options.limits_queue else count
-    config.version_policy.latest.num_versions = KEPT_VERSIONS
-    for rows in sorted({1, config.max_batch_size or 1}):
-        warmup = config.model_warmup.add(name=f"batch_{rows}", batch_size=rows, count=1)
-        for tensor in config.input:
-            # Zeros: tokens still differ by their positions, so merging has what to decide.
-            warmup.inputs[tensor.name].CopyFrom(
-                type(warmup).Input(data_type=tensor.data_type, dims=tensor.dims, zero_data=True)
-            )
-    kind = ModelInstanceGroup.KIND_GPU if gpu else ModelInstanceGroup.KIND_CPU
-    config.instance_group.add(kind=kind, count=count)
-    if not gpu:
-        return config
-    if source.platform == "tensorrt_plan":
-        if source.cuda_graphs:
-            _add_cuda_graphs(config, batch, options)
-        return config
+    if options.limits_queue and not behind:
+        count = max(count, LEAST_WITH_LIMITS)
+    labels = bool(file.labels) and not behind
+    return config_from_values(
+        name=name,
+        platform=file.platform,
+        max_batch_size=most,
+        input=inputs,
+        output=_tensor_values(file.outputs, batched=most > 0, labels=labels),
+        instance_group=[{"kind": "KIND_GPU" if gpu else "KIND_CPU", "count": count}],
+        model_warmup=[
+            {"name": f"batch_{rows}", "batch_size": rows, "count": 1, "inputs": zeros}
+            for rows in sorted({1, most or 1})
+        ],
+        optimization=_gpu_optimization(file, name, options, inputs) if gpu else None,
+        dynamic_batching=None if behind else _batching(most, options),
+    )
+
+
+def _tensor_values(
+    tensors: Sequence[TensorInfo], *, batched: bool, labels: bool = False
+) -> list[dict[str, Any]]:
+    """Inputs or outputs, without the batch if the server batches; the first one has the labels."""
+    values = []
+    for tensor in tensors:
+        dims = tensor.shape[1:] if batched else tensor.shape
+        values.append(tensor_values(tensor.name, tensor.dtype, dims))
+        if not dims:  # the file's is ``[batch]``
+            values[-1]["reshape"] = {}
+    if labels:
+        values[0]["label_filename"] = LABELS
+    return values
+
+
+def tensor_values(name: str, dtype: str, dims: Sequence[int]) -> dict[str, Any]:
+    """An input or output of a type such as ``float32``, as a config has it.
+
+    The server has no tensors without dims: a number per image is ``[1]``.
+    """
+    if dtype not in DATA_TYPES:
+        raise InputError(
+            f"tensor {name} is {dtype}; expected one of {', '.join(DATA_TYPES)}, rebuild the "
+            "artifact"
+        )
+    return {"name": name, "data_type": DATA_TYPES[dtype], "dims": [*dims] or [1]}
+
+
+def _batching(max_batch: int, options: ServeOptions) -> dict[str, Any]:
+    """How long requests wait for a batch to fill, and how many may wait."""
+    # No preferred_batch_size: the batcher then takes what is waiting, up to the largest batch.
+    batching: dict[str, Any] = {}
+    if max_batch > 1:  # of one image, there is nothing to wait for
+        batching["max_queue_delay_microseconds"] = options.max_queue_delay_us
+    if options.limits_queue:
+        batching["default_queue_policy"] = {  # its timeout_action is REJECT if none is given
+            "max_queue_size": options.max_queue_size or 0,  # 0 is the server's «no limit»
+            "default_timeout_microseconds": (options.timeout_ms or 0) * 1000,
+            "allow_timeout_override": True,  # clients may ask for less
+        }
+    return batching
+
+
+def _gpu_optimization(
+    file: ModelFile, name: str, options: ServeOptions, inputs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """CUDA graphs of an engine; of an ONNX model, ONNX Runtime's providers."""
+    batch = file.batch
+    if file.platform == "tensorrt_plan":
+        if not file.cuda_graphs:
+            return None
+        sizes = options.cuda_graph_batches or sorted({1, batch.opt, batch.max})
+        for size, count in Counter(sizes).items():
+            graph = f"config.pbtxt of model {name} has {{}} for batch {size}; expected {{}}"
+            if size > batch.max:
+                what = f"1 to max_batch_size, {batch.max}"
+                raise InputError(graph.format("a CUDA graph", what))
+            if count > 1:
+                raise InputError(graph.format(f"{count} CUDA graphs", "one"))
+        if batch.is_static:
+            sizes = (0,)  # as the server wants it where it does not batch
+        dims = {tensor["name"]: {"dim": tensor["dims"]} for tensor in inputs}
+        graphs = [{"batch_size": rows, "input": dims} for rows in sorted(sizes)]
+        return {"cuda": {"graphs": True, "graph_spec": graphs}}
+    accelerators = [{"name": "cuda", "parameters": CUDA_OPTIONS}]
     # TensorRT's parser refuses scatter-add: the accelerator would cut the graph into pieces, and
     # ONNX Runtime's own CUDA kernels run such a model whole.
-    if not source.scatters:
-        _add_tensorrt_accelerator(config, source)
-    cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
-    for key, value in CUDA_OPTIONS.items():
-        cuda.parameters[key] = value
-    return config
+    if not file.scatters:
+        least = batch.max if batch.is_static else 1
+        # No precision_mode, for any precision: it lets TensorRT choose types by itself. Without it
+        # the network is strongly typed, and computes in the types that the ONNX model has.
+        parameters = {
+            "trt_engine_cache_enable": "1",
+            # Of the server's machine. The repository may be read-only, and a server that runs as
+            # another user cannot write where it was started.
+            "trt_engine_cache_path": f"/tmp/tome_export_{name}",  # noqa: S108
+        }
+        for which, rows in (("min", least), ("opt", batch.opt), ("max", batch.max)):
+            shapes = (f"{t.name}:{'x'.join(map(str, (rows, *t.shape[1:])))}" for t in file.inputs)
+            parameters[f"trt_profile_{which}_shapes"] = ",".join(shapes)
+        accelerators.insert(0, {"name": "tensorrt", "parameters": parameters})
+    return {"execution_accelerators": {"gpu_execution_accelerator": accelerators}}
+
+
+def python_config(name: str, max_batch: int, *, count: int, **fields: Any) -> ModelConfig:
+    """A model of the python backend on the CPU, batched without waiting.
+
+    Its queue has no limits, whatever the options say: the model of pixels is what is slow, and a
+    limit would want more processes (see ``LEAST_WITH_LIMITS``).
+    """
+    instances = [{"kind": "KIND_CPU", "count": count}]
+    common: dict[str, Any] = {"instance_group": instances, "dynamic_batching": {}}
+    common |= fields
+    return config_from_values(name=name, backend="python", max_batch_size=max_batch, **common)
+
+
+def python_folder(
+    config: ModelConfig,
+    source: str,
+    file: str,
+    settings: Mapping[str, Any],
+    options: ServeOptions,
+    modules: Sequence[Path] = (),
+) -> ModelFolder:
+    """A model of ``python_models`` with its settings, and modules that it loads, beside it."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    files: dict[str, Path | bytes] = {
+        f"{options.folder}/model.py": PYTHON_MODELS / f"{source}.py",
+        f"{options.folder}/{file}": text.encode(),
+        **{f"{options.folder}/{path.name}": path for path in modules},
+    }
+    return ModelFolder(config.name, config, files)
+
+
+def interface_values(tensors: Sequence[Any]) -> list[dict[str, Any]]:
+    """Name, type and dims of the inputs or outputs of a config, for another config."""
+    return [{"name": t.name, "data_type": t.data_type, "dims": [*t.dims]} for t in tensors]
+
+
+def interface_of(config: ModelConfig) -> list[dict[str, Any]]:
+    """Name, type and dims of every input and output."""
+    return interface_values([*config.input, *config.output])
+
+
+def config_from_values(**fields: Any) -> ModelConfig:
+    """A config of our version policy, from fields as JSON has them; those that are None go."""
+    from google.protobuf import json_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    versions = {"latest": {"num_versions": KEPT_VERSIONS}}
+    return json_format.ParseDict({"version_policy": versions, **fields}, ModelConfig())
 
 
 def config_text(config: ModelConfig) -> str:
@@ -299,11 +412,7 @@ def config_text(config: ModelConfig) -> str:
 
 
 def config_from_text(text: str, where: str) -> ModelConfig:
-    """Read a ``config.pbtxt`` with the server's own schema.
-
-    Args:
-        text: Content of the file.
-        where: What a message calls it.
+    """Read a ``config.pbtxt``, which a message calls ``where``, with the server's own schema.
 
     Raises:
         InputError: if the text has an unknown field, a value of the wrong kind, or no syntax.
@@ -318,125 +427,3 @@ def config_from_text(text: str, where: str) -> ModelConfig:
         raise InputError(
             f"{where} is not a model config ({reason}); correct or remove it"
         ) from error
-
-
-def _add_interface(config: ModelConfig, source: Source, *, batched: bool, labelled: bool) -> None:
-    """Inputs and outputs, without the batch if the server batches; with labels if users call it."""
-    for tensors, found in ((config.input, source.inputs), (config.output, source.outputs)):
-        for tensor in found:
-            dims = tensor.shape[1:] if batched else tensor.shape
-            add_tensor(tensors, tensor.name, tensor.dtype, dims)
-            if not dims:  # the file's is ``[batch]``
-                tensors[-1].reshape.SetInParent()
-    if source.labels and labelled:
-        config.output[0].label_filename = LABELS
-
-
-def add_tensor(tensors: Any, name: str, dtype: str, dims: Sequence[int]) -> None:
-    """Add a tensor of a type such as ``float32`` to a config's inputs or outputs.
-
-    The server has no tensors without dims: a number per image is ``[1]``.
-    """
-    from tritonclient.grpc.model_config_pb2 import DataType
-
-    if dtype not in DATA_TYPES:
-        raise InputError(
-            f"tensor {name} is {dtype}; expected one of {', '.join(DATA_TYPES)}, rebuild the "
-            "artifact"
-        )
-    tensors.add(name=name, data_type=DataType.Value(DATA_TYPES[dtype]), dims=dims or [1])
-
-
-def _add_batching(config: ModelConfig, options: ServeOptions) -> None:
-    """How long requests wait for a batch to fill, and how many may wait."""
-    # No preferred_batch_size: the batcher then takes what is waiting, up to the largest batch.
-    batching = config.dynamic_batching
-    batching.SetInParent()
-    if config.max_batch_size > 1:  # of one image, there is nothing to wait for
-        batching.max_queue_delay_microseconds = options.max_queue_delay_us
-    if options.limits_queue:
-        queue = batching.default_queue_policy  # its timeout_action is REJECT if none is given
-        queue.max_queue_size = options.max_queue_size or 0  # 0 is the server's «no limit»
-        queue.default_timeout_microseconds = (options.timeout_ms or 0) * 1000
-        queue.allow_timeout_override = True  # clients may ask for less
-
-
-def _add_cuda_graphs(config: ModelConfig, batch: BatchRange, options: ServeOptions) -> None:
-    """One graph per chosen batch size; other sizes run without."""
-    config.optimization.cuda.graphs = True
-    if batch.is_static:
-        chosen: Sequence[int] = (0,)  # as the server wants it where it does not batch
-    elif options.cuda_graph_batches is None:
-        chosen = sorted({1, batch.opt, batch.max})
-    else:
-        chosen = sorted(options.cuda_graph_batches)
-    for rows in chosen:
-        spec = config.optimization.cuda.graph_spec.add(batch_size=rows)
-        for tensor in config.input:
-            spec.input[tensor.name].dim.extend(tensor.dims)
-
-
-def _add_tensorrt_accelerator(config: ModelConfig, source: Source) -> None:
-    """ONNX Runtime's TensorRT provider, which builds its engine when the model is first loaded."""
-    accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add()
-    accelerator.name = "tensorrt"
-    batch = source.batch
-    parameters = {
-        "trt_engine_cache_enable": "1",
-        # Of the server's machine. The repository may be read-only, and a server that runs as
-        # another user cannot write where it was started.
-        "trt_engine_cache_path": f"/tmp/tome_export_{config.name}",  # noqa: S108
-        "trt_profile_min_shapes": _shapes(source, batch.max if batch.is_static else 1),
-        "trt_profile_opt_shapes": _shapes(source, batch.opt),
-        "trt_profile_max_shapes": _shapes(source, batch.max),
-    }
-    # No precision_mode, for any precision: it lets TensorRT choose types by itself. Without it the
-    # network is strongly typed, and computes in the types that the ONNX model has.
-    for key, value in parameters.items():
-        accelerator.parameters[key] = value
-
-
-def _shapes(source: Source, rows: int) -> str:
-    return ",".join(
-        f"{tensor.name}:{'x'.join(map(str, (rows, *tensor.shape[1:])))}" for tensor in source.inputs
-    )
-
-
-def python_config(name: str, max_batch: int, options: ServeOptions) -> ModelConfig:
-    """A model of the python backend on the CPU, batched without waiting.
-
-    Its queue has no limits, whatever the options say: the model of pixels is what is slow, and a
-    limit would want more processes (see ``LEAST_WITH_LIMITS``).
-    """
-    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
-
-    config = ModelConfig(name=name, backend="python", max_batch_size=max_batch)
-    config.version_policy.latest.num_versions = KEPT_VERSIONS
-    config.instance_group.add(kind=ModelInstanceGroup.KIND_CPU, count=options.instances)
-    config.dynamic_batching.SetInParent()
-    return config
-
-
-def python_folder(
-    config: ModelConfig, source: str, file: str, settings: dict[str, Any], options: ServeOptions
-) -> ModelFolder:
-    """A model of ``python_models`` with its settings beside it."""
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    files: dict[str, Path | bytes] = {
-        f"{options.folder}/model.py": PYTHON_MODELS / f"{source}.py",
-        f"{options.folder}/{file}": text.encode(),
-    }
-    return ModelFolder(config.name, config, files)
-
-
-def interface_of(config: ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
-    """Name, type and dims of every input and output."""
-    tensors = (*config.input, *config.output)
-    return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
-
-
-def take_interface(config: ModelConfig, like: ModelConfig) -> None:
-    """Give a config the inputs and outputs of another."""
-    for mine, theirs in ((config.input, like.input), (config.output, like.output)):
-        for tensor in theirs:
-            mine.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)

@@ -46,14 +46,11 @@ class Installation:
         return self.backends is None or (self.backends / "onnxruntime").is_dir()
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Environment to start it in.
+        """Environment to start it in; may use an empty folder.
 
         The server inside nvidia-pytriton runs python models in the first interpreter on the path,
         and with nothing that the environment says about Python. So that it finds the packages of
         this one, with a NumPy that it can use, it gets a virtual environment of its own.
-
-        Args:
-            folder: An empty folder to use for that, if it is needed.
         """
         environment = dict(os.environ)
         if self.stub is None:
@@ -75,14 +72,11 @@ class Installation:
         return environment
 
     def prepare_backends(self, folder: Path, *, stand_in: bool) -> Path | None:
-        """Put together the folder of backends to start with.
+        """The folder for ``--backend-directory``; None for the server's own.
 
         Args:
-            folder: An empty folder to use for it, if one is needed.
+            folder: An empty folder to put one together in, if that is needed.
             stand_in: Let our stand-in run the models of the ONNX Runtime backend.
-
-        Returns:
-            The folder for ``--backend-directory``; None for the server's own.
         """
         if self.stub is None and not stand_in:
             return self.backends

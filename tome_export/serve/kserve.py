@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tome_export.artifact import writing_to
+from tome_export.artifact.files import write_whole
 from tome_export.errors import UsageError
 from tome_export.serve import probe
 from tome_export.serve.config import ModelFolder
@@ -39,22 +41,19 @@ NOTE = """\
 """
 
 
+MIN_REPLICAS, MAX_REPLICAS = 1, 4
+"""Replicas that are always there, and under the highest load."""
+
+
 @dataclass(frozen=True)
 class KServeOptions:
-    """What a manifest cannot know from the repository.
-
-    Attributes:
-        storage_uri: Where the cluster finds the repository; None for a volume claim of its name.
-        min_replicas: Replicas that are always there.
-        max_replicas: Replicas under the highest load.
+    """Where the cluster finds the repository; None for a volume claim of its name.
 
     Raises:
         UsageError: if the URI is none that KServe takes.
     """
 
     storage_uri: str | None = None
-    min_replicas: int = 1
-    max_replicas: int = 4
 
     def __post_init__(self) -> None:
         uri = self.storage_uri
@@ -65,13 +64,26 @@ class KServeOptions:
             )
 
 
+def write_manifest(
+    path: Path,
+    folders: Sequence[ModelFolder],
+    entry: str,
+    options: KServeOptions,
+    server: ServerOptions,
+) -> None:
+    """Write the manifest of models that are written together; one that is the same stays."""
+    manifest = kserve_manifest(entry, options, server, probe_command(folders, entry))
+    text = kserve_text(manifest).encode()
+    if not path.is_file() or path.read_bytes() != text:
+        with writing_to(path, "file"):
+            write_whole(path, text)
+
+
 def probe_command(folders: Sequence[ModelFolder], entry: str) -> list[str]:
     """What a container runs to find out whether the server in it answers; see ``probe``.
 
-    Args:
-        folders: The models that are written together.
-        entry: The one that is asked. Where it takes videos, and none can be made here for want of
-            PyAV, the first one is asked instead.
+    The model ``entry`` is asked. Where it takes videos, and none can be made here for want of PyAV,
+    the first one is asked instead.
     """
     from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
@@ -96,39 +108,20 @@ def probe_command(folders: Sequence[ModelFolder], entry: str) -> list[str]:
         content += data
     header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}})
     beginning = base64.b64encode(content.rstrip(b"\0")).decode()
+    program = Path(probe.__file__).read_text()
+    words = [f"http://127.0.0.1:{HTTP_PORT}", asked.name, header, beginning]
     others = [folder.name for folder in folders if folder is not asked]
-    address = f"http://127.0.0.1:{HTTP_PORT}"
-    source = Path(probe.__file__).read_text()
-    return ["python3", "-c", source, address, asked.name, header, beginning, *others]
+    return ["python3", "-c", program, *words, *others]
 
 
 def kserve_manifest(
-    model: str,
-    options: KServeOptions,
-    server: ServerOptions | None = None,
-    *,
-    probe: Sequence[str] = (),
-    gpu: bool = True,
+    model: str, options: KServeOptions, server: ServerOptions, probe: Sequence[str]
 ) -> dict[str, Any]:
-    """The InferenceService as data.
-
-    Args:
-        model: The model that it is named after.
-        options: See there.
-        server: What the models of the repository want a server to be started with.
-        probe: From ``probe_command``; none leaves KServe's own probe, an open port.
-        gpu: Whether it asks for a GPU.
-    """
+    """The InferenceService as data, named after a model; ``probe`` is from ``probe_command``."""
     name = service_name(model)
-    limits: dict[str, str] = {"cpu": "4", "memory": "8Gi"}
-    if gpu:
-        limits["nvidia.com/gpu"] = "1"
-    arguments = ["--disable-auto-complete-config", "--strict-readiness=true"]
-    if not gpu:
-        arguments.append("--model-config-name=cpu")
-    server = server or ServerOptions()
-    arguments += server.arguments
+    arguments = ["--disable-auto-complete-config", "--strict-readiness=true", *server.arguments]
     variables = [{"name": name, "value": value} for name, value in server.environment.items()]
+    limits = {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "1"}
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
@@ -142,8 +135,8 @@ def kserve_manifest(
         },
         "spec": {
             "predictor": {
-                "minReplicas": options.min_replicas,
-                "maxReplicas": options.max_replicas,
+                "minReplicas": MIN_REPLICAS,
+                "maxReplicas": MAX_REPLICAS,
                 "scaleMetric": "cpu",
                 "scaleTarget": 80,
                 "model": {
@@ -152,7 +145,7 @@ def kserve_manifest(
                     "storageUri": options.storage_uri or f"pvc://{name}",
                     "args": arguments,
                     **({"env": variables} if variables else {}),
-                    **(_probes(probe) if probe else {}),
+                    **_probes(probe),
                     "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
                 },
             }
@@ -187,10 +180,10 @@ def kserve_text(manifest: Mapping[str, Any]) -> str:
     class Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
         """Writes a text of several lines as such."""
 
-    def lines(dumper: Any, text: str) -> Any:
+    def represented(dumper: Any, text: str) -> Any:
         style = "|" if "\n" in text else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
-    Dumper.add_representer(str, lines)
+    Dumper.add_representer(str, represented)
     written = yaml.dump(manifest, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
     return NOTE + str(written)

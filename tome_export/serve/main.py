@@ -1,4 +1,8 @@
-"""``tome-export serve``: a model repository from artifacts."""
+"""``tome-export serve``: a model repository from artifacts.
+
+What is asked for (``ServeRequest``) becomes model folders: those of each artifact's file, of the
+pipeline around it, and routers. They are tried out on a server, then written, or nothing is.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tome_export.artifact import Artifact, writing_to
+from tome_export.artifact import Artifact
 from tome_export.artifact.bench import BENCH, Bench
 from tome_export.artifact.compatibility import check_one_model, shared_facts
-from tome_export.artifact.files import draft_of, write_whole
+from tome_export.artifact.files import check_new_file
 from tome_export.engine.gpu import detect
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.progress import Progress, Silent
-from tome_export.serve.config import (
-    ModelFolder,
-    ServeOptions,
-    check_packages,
-    folders_from_source,
-)
+from tome_export.serve.config import ModelFolder, ServeOptions, check_packages, model_folders
+from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.installation import find
-from tome_export.serve.kserve import (
-    KServeOptions,
-    kserve_manifest,
-    kserve_text,
-    probe_command,
-)
-from tome_export.serve.pipeline_models import pipeline_folders
+from tome_export.serve.kserve import KServeOptions, write_manifest
+from tome_export.serve.model_file import TENSORRT, ModelFile, model_file_from_artifact
+from tome_export.serve.names import FIXED, check_chosen_name, check_name, default_name, plain_name
 from tome_export.serve.repository import (
-    Written,
+    WrittenModel,
     check_repository,
     choose_version,
     is_named_elsewhere,
@@ -37,33 +33,11 @@ from tome_export.serve.repository import (
     models_in,
     write,
 )
-from tome_export.serve.routers import (
-    has_router,
-    of_one_shape,
-    route_of,
-    router_folders,
-)
+from tome_export.serve.router import has_router, have_one_shape, route_to, router_folders
 from tome_export.serve.self_test import try_out
 from tome_export.serve.server import ServerOptions, server_options_from_repository
-from tome_export.serve.source import (
-    FIXED,
-    TENSORRT,
-    Source,
-    check_free_name,
-    check_name,
-    default_name,
-    plain_name,
-    source_from_artifact,
-)
-from tome_export.serve.validate import validate
 
-__all__ = [
-    "KServeOptions",
-    "ServeOptions",
-    "ServeRequest",
-    "ServeResult",
-    "serve",
-]
+__all__ = ["KServeOptions", "ServeOptions", "ServeRequest", "ServeResult", "serve"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +83,7 @@ class ServeResult:
     """
 
     repository: Path
-    models: tuple[Written, ...]
+    models: tuple[WrittenModel, ...]
     entry: str
     server: ServerOptions
     kserve: Path | None
@@ -129,30 +103,28 @@ class ServeResult:
 
 
 @dataclass(frozen=True)
-class _Served:
-    """An artifact in the repository.
+class _ServedArtifact:
+    """The models of one artifact.
 
     Attributes:
         artifact: It.
-        source: Its file that is served.
+        file: Its file that is served.
         base: What the names behind its router have in common; None if it is behind none.
-        model: The model with the file.
-        folder: The model that users call: the same, or one that fills batches up for it.
+        models: The model with the file, and last the one that users call: the same, or one that
+            fills batches up for it.
         pipeline: The models around it, if images are given to it; last the one that takes them.
     """
 
     artifact: Artifact
-    source: Source
+    file: ModelFile
     base: str | None
-    model: ModelFolder
-    folder: ModelFolder
+    models: Sequence[ModelFolder]
     pipeline: Sequence[ModelFolder]
 
     @property
-    def folders(self) -> list[ModelFolder]:
-        """All of it, each after those that it needs."""
-        own = [self.model] if self.model is self.folder else [self.model, self.folder]
-        return [*own, *self.pipeline]
+    def called(self) -> ModelFolder:
+        """The model that users call."""
+        return self.models[-1]
 
 
 def serve(
@@ -177,61 +149,63 @@ def serve(
     """
     progress = progress or Silent()
     check_packages()
-    repository = check_repository(request.repository)
-    _check_kserve(request.kserve)
-    if request.options.name is not None:
-        check_free_name(request.options.name)
+    repository, options = check_repository(request.repository), request.options
+    if request.kserve is not None:
+        check_new_file(request.kserve, force=True)
+    if options.name is not None:
+        check_chosen_name(options.name)
     many = len(request.artifacts) > 1
     progress.stage("Verify the artifacts" if many else "Verify the artifact")
     artifacts = [Artifact.open(path.absolute()) for path in request.artifacts]
-    _check_alike(artifacts)
+    _check_compatible(artifacts)
     progress.stage("Make and check the model configs")
-    served = [_served(artifact, request, repository) for artifact in artifacts]
-    folders = [folder for one in served for folder in one.folders]
+    served = [_served_artifact(artifact, request, repository) for artifact in artifacts]
+    folders = [folder for one in served for folder in (*one.models, *one.pipeline)]
     entry = folders[-1].name
-    # One that is there already would go on routing to models that it no longer fits: refused below.
-    fixed = served[0].base is not None and has_router(repository, served[0].base)
-    routed = fixed or of_one_shape([one.folder.config for one in served])
-    routers = _routers(served, request.options, repository) if routed else []
+    routers = _routers(served, folders, options, repository)
     folders += routers
-    if len(routers) > request.options.preprocess:
+    if len(routers) > options.preprocess:
         entry = routers[-1].name
     if further is not None:
-        folders += further([one.folder for one in served])
-    _validate(served, folders)
-    stale = [name for one in served if (name := _stale(one, repository))]
-    removed = [n for n in stale if request.force and not is_named_elsewhere(repository, n)]
-    server = server_options_from_repository(repository, folders, removed)
-    sources = [(one.artifact, one.source) for one in served]
-    untested = why_untested(sources, request.self_test) if request.self_test is not False else ""
+        folders += further([one.called for one in served])
+    _check_names(folders)
+    server_options_from_repository(repository)  # finds damaged configs
+    # Models of one batch size that nobody asks any more.
+    unused = [
+        name
+        for one in served
+        if len(one.models) == 1 and is_ours(repository / (name := f"{one.called.name}{FIXED}"))
+    ]
+    removed = [n for n in unused if request.force and not is_named_elsewhere(repository, n)]
+    files = [(one.artifact, one.file) for one in served]
+    untested = why_untested(files, request.self_test) if request.self_test is not False else ""
     tested = [f"No self-test: {untested}"] if untested else []
 
     def check(view: Path) -> None:
         progress.stage("Try the models out on one image")
-        tested.append(try_out(view, repository, folders, server, gpu=_needs_gpu(sources)))
+        tested.append(try_out(view, repository, folders, gpu=_needs_gpu(files)))
         progress.stage(f"Write {repository}")
 
-    if request.self_test is False or untested:
+    testing = request.self_test is not False and not untested
+    if not testing:
         progress.stage(f"Write {repository}")
-    asked = None if request.self_test is False or untested else check
-    written = write(repository, folders, force=request.force, remove=removed, check=asked)
+    written = write(
+        repository, folders, force=request.force, remove=removed, check=check if testing else None
+    )
+    server = server_options_from_repository(repository)
     if request.kserve is not None:
-        command = probe_command(folders, entry)
-        manifest = kserve_manifest(entry, request.kserve_options, server, probe=command)
-        text = kserve_text(manifest).encode()
-        if not request.kserve.is_file() or request.kserve.read_bytes() != text:
-            with writing_to(request.kserve):
-                write_whole(request.kserve, text)
-    notes = {note: None for one in served for note in one.source.notes}
-    notes |= {_batching(one): None for one in served if one.model is not one.folder}
-    notes |= {_left(name, removed, force=request.force): None for name in stale}
-    if not routed:
-        notes[_unrouted(served)] = None
-    notes |= {
-        f"{one.artifact.path}: {one.artifact.stale[BENCH]}": None
-        for one in served
-        if BENCH in one.artifact.stale
-    }
+        write_manifest(request.kserve, folders, entry, request.kserve_options, server)
+    notes = [
+        *(note for one in served for note in one.file.notes),
+        *(_batching_note(one) for one in served if len(one.models) > 1),
+        *(_unused_note(name, removed, force=request.force) for name in unused),
+        *([] if routers or not many else [_no_router_note(served)]),
+        *(
+            f"{artifact.path}: {artifact.stale[BENCH]}"
+            for artifact in artifacts
+            if BENCH in artifact.stale
+        ),
+    ]
     return ServeResult(
         repository,
         tuple(written),
@@ -239,14 +213,40 @@ def serve(
         server,
         request.kserve,
         any(artifact.manifest.model.random_weights for artifact in artifacts),
-        next(iter(tested), ""),
-        tuple(notes),
+        "".join(tested),
+        tuple(dict.fromkeys(notes)),
     )
 
 
-def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Served:
+def _check_compatible(artifacts: Sequence[Artifact]) -> None:
+    """Behind one router a request may get any of the models."""
+    check_one_model(
+        artifacts,
+        shared_facts,
+        "several artifacts served together must be of one model, with different r",
+    )
+    first, *rest = artifacts
+    for other in rest:
+        if first.manifest.merge.r == other.manifest.merge.r:
+            raise InputError(
+                f"{first.path} and {other.path} merge the same tokens per layer; several "
+                "artifacts served together must have different r"
+            )
+
+
+def _check_names(folders: Sequence[ModelFolder]) -> None:
+    names = [folder.name for folder in folders]
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise InputError(f"two models would be called {name}; give another --name")
+
+
+def _served_artifact(
+    artifact: Artifact, request: ServeRequest, repository: Path
+) -> _ServedArtifact:
     options = request.options
-    source = source_from_artifact(artifact, request.format)
+    file = model_file_from_artifact(artifact, request.format)
     base, name = _base_and_name(artifact, request, repository)
     check_name(name)
     asked = (
@@ -256,12 +256,11 @@ def _served(artifact: Artifact, request: ServeRequest, repository: Path) -> _Ser
         # Models that were served with it may be there, and go on asking it.
         or is_ours(repository / f"{name}{FIXED}")
     )
-    model, *_ = folders_from_source(source, name, options, asked_by_models=asked)
+    model, *_ = model_folders(file, name, options, asked_by_models=asked)
     options = replace(options, version=choose_version(repository, model, options.version))
-    model, *batching = folders_from_source(source, name, options, asked_by_models=asked)
-    folder = [model, *batching][-1]
-    around = pipeline_folders(artifact, name, options, source.batch) if options.preprocess else []
-    return _Served(artifact, source, base, model, folder, around)
+    models = model_folders(file, name, options, asked_by_models=asked)
+    around = pipeline_folders(artifact, name, options, file.batch.max) if options.preprocess else []
+    return _ServedArtifact(artifact, file, base, models, around)
 
 
 def _base_and_name(
@@ -285,56 +284,26 @@ def _base_and_name(
 
 
 def _routers(
-    served: Sequence[_Served], options: ServeOptions, repository: Path
+    served: Sequence[_ServedArtifact],
+    folders: Sequence[ModelFolder],
+    options: ServeOptions,
+    repository: Path,
 ) -> list[ModelFolder]:
     """What chooses among the models, and among their pipelines."""
-    base, rows = served[0].base, list(zip(served, _measured_ms(served), strict=True))
-    if base is None:
+    base = served[0].base
+    # A router that is there would go on routing to models that it no longer fits: it is tried.
+    if base is None or not (
+        has_router(repository, base) or have_one_shape([one.called.config for one in served])
+    ):
         return []
-    models = [route_of(one.artifact, one.folder, ms) for one, ms in rows]
-    pipelines = [route_of(one.artifact, one.pipeline[-1], ms) for one, ms in rows if one.pipeline]
-    return router_folders(repository, base, models, pipelines, replace(options, version=None))
+    routes = [
+        route_to(one.artifact, one.called.name, ms)
+        for one, ms in zip(served, _measured_ms(served), strict=True)
+    ]
+    return router_folders(repository, base, routes, folders, replace(options, version=None))
 
 
-def _stale(one: _Served, repository: Path) -> str:
-    """Name of the model of one batch size that nobody asks any more; empty if there is none."""
-    name = f"{one.folder.name}{FIXED}"
-    return name if one.model is one.folder and is_ours(repository / name) else ""
-
-
-def _left(name: str, removed: Sequence[str], *, force: bool) -> str:
-    """What became of such a model."""
-    now = f"{name.removesuffix(FIXED)} holds its file itself now"
-    if name in removed:
-        return f"{now}: {name} is removed"
-    why = "another model's config names it" if force else "give --force to remove it"
-    return f"{now}, and servers go on loading {name}: {why}"
-
-
-def _batching(one: _Served) -> str:
-    """How a model of one batch size is called."""
-    batch, model, name = one.source.batch.max, one.model.name, one.folder.name
-    if batch == 1:
-        return (
-            f"{model} takes one image at a time; {name} hands them on to it for pipelines, routers "
-            "and cascades, which can ask only models that the server batches"
-        )
-    return (
-        f"{model} takes batches of exactly {batch}; {name} takes 1 to {batch} images of any number "
-        "of requests and fills them up for it"
-    )
-
-
-def _unrouted(served: Sequence[_Served]) -> str:
-    """Why there is no router, which would have to promise one shape."""
-    outputs = "; ".join(
-        f"{folder.name} {' '.join(str(list(output.dims)) for output in folder.config.output)}"
-        for folder in (one.folder for one in served)
-    )
-    return f"No router: the shape of the output depends on r ({outputs}); ask each by its name"
-
-
-def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
+def _measured_ms(served: Sequence[_ServedArtifact]) -> list[float | None]:
     """Latency of one image of each, all on one backend that the server may run them on.
 
     Figures of different backends do not compare: unless one backend was measured for all, none
@@ -346,7 +315,7 @@ def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
         else {}
         for one in served
     ]
-    platforms = {one.source.platform for one in served}
+    platforms = {one.file.platform for one in served}
     backends = (TENSORRT,) if platforms == {"tensorrt_plan"} else ("ort-cuda", "ort-cpu")
     if len(platforms) == 1:
         for backend in backends:
@@ -355,15 +324,7 @@ def _measured_ms(served: Sequence[_Served]) -> list[float | None]:
     return [None] * len(served)
 
 
-def _needs_gpu(sources: Sequence[tuple[Artifact, Source]]) -> bool:
-    """Whether what is served runs on GPUs only."""
-    return any(
-        source.platform == "tensorrt_plan" or artifact.manifest.precision == "bf16"
-        for artifact, source in sources
-    )
-
-
-def why_untested(sources: Sequence[tuple[Artifact, Source]], asked: bool | None) -> str:
+def why_untested(files: Sequence[tuple[Artifact, ModelFile]], asked: bool | None) -> str:
     """Why what is served cannot be tried out on this machine; empty if it can.
 
     Raises:
@@ -372,7 +333,7 @@ def why_untested(sources: Sequence[tuple[Artifact, Source]], asked: bool | None)
     why = ""
     try:
         find()
-        if _needs_gpu(sources) and not detect().gpus:
+        if _needs_gpu(files) and not detect().gpus:
             why = "what is served runs on GPUs, and this machine has none that CUDA sees"
     except MissingComponentError as error:
         why = str(error)
@@ -381,57 +342,40 @@ def why_untested(sources: Sequence[tuple[Artifact, Source]], asked: bool | None)
     return why
 
 
-def _check_alike(artifacts: Sequence[Artifact]) -> None:
-    """Behind one router a request may get any of the models."""
-    check_one_model(
-        artifacts,
-        shared_facts,
-        "several artifacts served together must be of one model, with different r",
+def _needs_gpu(files: Sequence[tuple[Artifact, ModelFile]]) -> bool:
+    return any(
+        file.platform == "tensorrt_plan" or artifact.manifest.precision == "bf16"
+        for artifact, file in files
     )
-    first, *rest = artifacts
-    for other in rest:
-        if first.manifest.merge.r == other.manifest.merge.r:
-            raise InputError(
-                f"{first.path} and {other.path} merge the same tokens per layer; several "
-                "artifacts served together must have different r"
-            )
 
 
-def _validate(served: Sequence[_Served], folders: Sequence[ModelFolder]) -> None:
-    names = [folder.name for folder in folders]
-    holding = {one.model.name: one for one in served}
-    for folder in folders:
-        check_name(folder.name)
-        if names.count(folder.name) > 1:
-            raise InputError(f"two models would be called {folder.name}; give another --name")
-        one = holding.get(folder.name)
-        if one is None:
-            validate(folder)
-        elif one.source.platform == "onnxruntime_onnx":
-            from tome_export.onnx.files import check_memory, tensors_from_graph
-
-            check_memory(one.source.files["model.onnx"])
-            validate(folder, *tensors_from_graph(one.source.files["model.onnx"]))
-        else:  # an engine can only be asked on its GPU, at its build
-            engine = one.artifact.manifest.engines[TENSORRT]
-            validate(folder, engine.inputs, engine.outputs)
+def _batching_note(one: _ServedArtifact) -> str:
+    """How a model of one batch size is called."""
+    batch, model, name = one.file.batch.max, one.models[0].name, one.called.name
+    if batch == 1:
+        return (
+            f"{model} takes one image at a time; {name} hands them on to it for pipelines, routers "
+            "and cascades, which can ask only models that the server batches"
+        )
+    return (
+        f"{model} takes batches of exactly {batch}; {name} takes 1 to {batch} images of any number "
+        "of requests and fills them up for it"
+    )
 
 
-def _check_kserve(path: Path | None) -> None:
-    """Whether the manifest can be written, which comes last: found out by making its draft."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file for the KServe manifest")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path.parent} does not exist; make it, or give another file")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is a device, pipe or socket; give a file for the KServe manifest")
-    draft = draft_of(path)
-    try:
-        draft.touch()
-        draft.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; give another file for the KServe manifest"
-        ) from error
+def _unused_note(name: str, removed: Sequence[str], *, force: bool) -> str:
+    """What became of a model of one batch size that nobody asks any more."""
+    now = f"{name.removesuffix(FIXED)} holds its file itself now"
+    if name in removed:
+        return f"{now}: {name} is removed"
+    why = "another model's config names it" if force else "give --force to remove it"
+    return f"{now}, and servers go on loading {name}: {why}"
+
+
+def _no_router_note(served: Sequence[_ServedArtifact]) -> str:
+    """Why there is no router, which would have to promise one shape."""
+    outputs = "; ".join(
+        f"{one.called.name} {' '.join(str(list(o.dims)) for o in one.called.config.output)}"
+        for one in served
+    )
+    return f"No router: the shape of the output depends on r ({outputs}); ask each by its name"

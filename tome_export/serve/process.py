@@ -1,6 +1,7 @@
-"""A child process that leads a group of its own, ended with all that it started.
+"""The server's processes: one that leads a group of its own, ended with all that it started.
 
-A watchdog ends it where this process can no longer do so itself: after SIGKILL, for one.
+A watchdog ends it where this process can no longer do so itself: after SIGKILL, for one. The
+processes of its python models are found gone here, as the server does not say.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tome_export.errors import ExportError
+from tome_export.serve.probe import DEAD, STOPPED, stub_states
 
 POLL_SECONDS = 0.02
+
+DEAD_SECONDS = 0.5
+"""A stub that the server ends itself is dead for a moment, until the server has collected it."""
+
+STOPPED_SECONDS = 5.0
+"""A stub that is stopped (SIGSTOP) answers nothing; for a moment somebody may look at it."""
+
+SHELL = "/bin/sh"
 
 
 def signal_name(number: int) -> str:
@@ -26,8 +36,6 @@ def signal_name(number: int) -> str:
     except ValueError:
         return f"signal {number}"
 
-
-SHELL = "/bin/sh"
 
 # The death of a parent can be signalled to a child, but of the thread that started it: ours ends
 # at once. The end of a pipe comes with that of the process, whatever ended it.
@@ -106,12 +114,12 @@ class GroupProcess:
 
     Args:
         log_path: Where standard output and standard error go.
-        tidy: Called once the program and its group are gone.
+        memory: How the paths of the shared memory begin that the program leaves.
         watchdog: Told which group runs, to end it if this process is killed.
     """
 
-    def __init__(self, log_path: Path, tidy: Callable[[], None], watchdog: Watchdog) -> None:
-        self._log_path, self._tidy, self._watchdog = log_path, tidy, watchdog
+    def __init__(self, log_path: Path, memory: Path, watchdog: Watchdog) -> None:
+        self.log_path, self._memory, self._watchdog = log_path, memory, watchdog
         self._process: subprocess.Popen[bytes] | None = None
         self._launching = threading.Lock()
         self._cancelled = False
@@ -120,16 +128,12 @@ class GroupProcess:
         log_path.touch()
 
     def launch(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the program, after the one before has been stopped.
-
-        Raises:
-            OSError: if the system cannot start it.
-        """
+        """Start the program, after the one before has been stopped; may raise ``OSError``."""
         done = threading.Event()
 
         def work() -> None:
             try:
-                with self._launching, self._log_path.open("ab") as stream:
+                with self._launching, self.log_path.open("ab") as stream:
                     if self._cancelled:
                         return
                     self._process = subprocess.Popen(
@@ -147,7 +151,7 @@ class GroupProcess:
                 done.set()
 
         self._process, self._failure, self._cancelled = None, None, False
-        self._log_from = self._log_path.stat().st_size
+        self._log_from = self.log_path.stat().st_size
         # Signals are handled in the main thread. Started from another one, the process is known
         # to ``stop`` even if an interrupt comes just now.
         threading.Thread(target=work, name="server-launch", daemon=True).start()
@@ -165,7 +169,7 @@ class GroupProcess:
 
     def log(self) -> str:
         """What the program has printed since it was launched."""
-        with self._log_path.open("rb") as stream:
+        with self.log_path.open("rb") as stream:
             stream.seek(self._log_from)
             return stream.read().decode("utf-8", errors="replace")
 
@@ -187,11 +191,7 @@ class GroupProcess:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def stop(self, seconds: float) -> None:
-        """End the program and its group; does nothing if that is done.
-
-        Args:
-            seconds: For the program to end by itself after SIGTERM; 0 kills at once.
-        """
+        """End the program, within so many seconds after SIGTERM by itself, and its group."""
         self._cancelled = True
         with self._launching:  # a launch that was interrupted has come to its end, or will not be
             process = self._process
@@ -208,4 +208,58 @@ class GroupProcess:
                 os.killpg(process.pid, signal.SIGKILL)
             self._watchdog.release()
             process.wait()
-            self._tidy()
+            for region in self._memory.parent.glob(f"{self._memory.name}*"):
+                region.unlink(missing_ok=True)
+
+
+class Stubs:
+    """The processes (stubs) that one server runs its python models in.
+
+    Args:
+        server: Its process id.
+        repository: What it serves.
+        reloads: Whether models, and their stubs, may come and go while it runs.
+    """
+
+    def __init__(self, server: int, repository: Path, *, reloads: bool) -> None:
+        self._server, self._reloads = server, reloads
+        self._root = repository.absolute()
+        self._models: dict[int, str] = {}
+        self._since: dict[int, float] = {}
+
+    def lost(self) -> str:
+        """What has become of a stub that answers no more; empty if there is none."""
+        now, states = time.monotonic(), stub_states(self._server)
+        for pid, (state, status) in states.items():
+            self._models.setdefault(pid, self._model_of(pid))
+            if state not in DEAD + STOPPED:
+                self._since.pop(pid, None)
+                continue
+            seconds = now - self._since.setdefault(pid, now)
+            if state in DEAD and seconds >= DEAD_SECONDS:
+                return f"the process of {self._models[pid]} {_end(status)}"
+            if state in STOPPED and seconds >= STOPPED_SECONDS:
+                return f"the process of {self._models[pid]} is stopped (SIGSTOP)"
+        gone = self._models.keys() - states.keys()
+        if gone and not self._reloads:  # later servers collect it when somebody asks for health
+            return f"the process of {self._models[min(gone)]} has ended"
+        for pid in gone:
+            del self._models[pid]
+        return ""
+
+    def _model_of(self, pid: int) -> str:
+        """Its model, from the path of the file that it runs."""
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        except OSError:
+            words = []
+        paths = (Path(word) for word in words)
+        inside = (p.relative_to(self._root) for p in paths if p.is_relative_to(self._root))
+        named = (f"model {path.parts[0]}" for path in inside if path.parts)
+        return next(named, "a python model")
+
+
+def _end(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"was ended by {signal_name(os.WTERMSIG(status))}"
+    return "has ended"

@@ -1,4 +1,4 @@
-"""Ask a running server about images or videos."""
+"""``tome-export query``: ask a running server about images or videos."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import inputs_from_file
-from tome_export.serve.client import IMAGE, PIPELINE, VIDEO, Protocol, connect
+from tome_export.serve.client import Protocol, connect
+from tome_export.serve.names import IMAGE, PIPELINE, PREPROCESS, VIDEO
 from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tome_export.serve.client import Client
-
-LABEL_OUTPUTS = {"label", "score", "index"}
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,7 @@ class QueryRequest:
 
 @dataclass(frozen=True)
 class Label:
-    """One of the best classes.
-
-    Attributes:
-        label: Its name; empty if the model has none.
-        score: Its probability.
-        index: Its row of the logits.
-    """
+    """One of the best classes: its name (empty if it has none), probability, row of the logits."""
 
     label: str
     score: float
@@ -68,11 +63,11 @@ class Label:
 
 @dataclass(frozen=True)
 class ImageAnswer:
-    """What the server says about one image.
+    """What the server says about one image file.
 
     Attributes:
         image: The file.
-        labels: Best first; None from a tower.
+        labels: Best classes first; None from a tower.
         features: The tower's output by name, without batch; empty from a classifier.
     """
 
@@ -83,13 +78,7 @@ class ImageAnswer:
 
 @dataclass(frozen=True)
 class QueryResult:
-    """Answers in the order of the images.
-
-    Attributes:
-        address: ``host:port`` of the server.
-        protocol: ``grpc`` or ``http``.
-        model: The model that answered.
-    """
+    """Answers in the order of the images, and which server and model gave them."""
 
     address: str
     protocol: Protocol
@@ -126,17 +115,20 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
         images = _read(model, kind, request.images, _frames(client, model) if kind == VIDEO else 1)
         progress.stage(f"Ask {request.url} about {len(images)} {kind}{'s' * (len(images) != 1)}")
         progress.detail(f"model {model} over {client.protocol}")
-        rank = len(tensors[kind]["shape"])
         # What is in front is the batch: -1, or that of a model of fixed batch.
         shapes = {n: tuple(t["shape"][1:]) for n, t in tensors.items() if n != kind}
         further = inputs_from_file(shapes, request.query, len(images))
         answers = []
         for count, (path, data) in enumerate(images, 1):
             one = {name: rows[count - 1 : count] for name, rows in further.items()}
-            image = {**_image(kind, data, rank), **one}
+            image = np.empty([1] * len(tensors[kind]["shape"]), np.object_)
+            image[...] = data
             try:
                 outputs = client.infer(
-                    model, image, shared_memory=request.shared_memory, parameters=parameters
+                    model,
+                    {kind: image, **one},
+                    shared_memory=request.shared_memory,
+                    parameters=parameters,
                 )
             except InputError as error:
                 raise InputError(f"{kind} {path}: {error}") from error
@@ -148,7 +140,7 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
 def _frames(client: Client, model: str) -> int:
     """Frames of a video that the server takes; 1 where it has no decoder that says so."""
     one, *_ = client.routes(model) or (model,)
-    decoder = f"{one.removesuffix(PIPELINE)}_preprocess"
+    decoder = f"{one.removesuffix(PIPELINE)}{PREPROCESS}"
     if decoder not in client.models():
         return 1
     # [batch, frames, channels, height, width]
@@ -160,11 +152,14 @@ def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tup
     """The files to send: those named, and those of the model's kind in folders."""
     from tome_export.data.pixels import SERVED_FORMATS
     from tome_export.data.preprocess import find_images, read_image
-    from tome_export.data.videos import find_videos, read_frames
+    from tome_export.data.videos import find_videos, is_video, read_frames
 
     find = find_videos if kind == VIDEO else find_images
     paths = [path for place in given for path in find(place)]
-    _check_kind(model, kind, paths)
+    for path in paths:
+        if is_video(path) != (kind == VIDEO):
+            other = "an image" if kind == VIDEO else "a video"
+            raise InputError(f"{path} is {other}, and model {model} takes {kind}s")
     for path in paths:
         # Says what is wrong with it.
         if kind == IMAGE:
@@ -174,18 +169,6 @@ def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tup
         with contextlib.suppress(MissingComponentError):
             read_frames(path, frames)
     return [(path, path.read_bytes()) for path in paths]
-
-
-def _check_kind(model: str, kind: str, paths: Sequence[Path]) -> None:
-    """Refuse images for a model of videos, and the other way round."""
-    from tome_export.data.videos import is_video
-
-    wrong = next((path for path in paths if is_video(path) != (kind == VIDEO)), None)
-    if wrong is not None:
-        other = IMAGE if kind == VIDEO else VIDEO
-        raise InputError(
-            f"{wrong} is {'an' if other == IMAGE else 'a'} {other}, and model {model} takes {kind}s"
-        )
 
 
 def _budget(r: int | None, max_ms: float | None) -> Mapping[str, str | int]:
@@ -201,17 +184,9 @@ def _budget(r: int | None, max_ms: float | None) -> Mapping[str, str | int]:
     return {} if max_ms is None else {"max_ms": str(max_ms)}
 
 
-def _image(kind: str, data: bytes, rank: int) -> dict[str, NDArray[Any]]:
-    import numpy as np
-
-    image = np.empty([1] * rank, dtype=np.object_)
-    image[...] = data
-    return {kind: image}
-
-
 def _answer(path: Path, outputs: dict[str, NDArray[Any]], top: int | None) -> ImageAnswer:
     """Outputs ``[1, ...]`` of one image."""
-    if not set(outputs) >= LABEL_OUTPUTS:
+    if not {"label", "score", "index"} <= outputs.keys():
         return ImageAnswer(path, None, {name: array[0] for name, array in outputs.items()})
     names, scores, indices = (outputs[name].reshape(-1) for name in ("label", "score", "index"))
     if top is not None and top > len(scores):

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from tome_export import artifact
-from tome_export.artifact import MANIFEST, writing_to
+from tome_export.artifact import MANIFEST, locked, writing_to
 from tome_export.errors import InputError
 from tome_export.serve.config import (
     HEADER,
@@ -32,7 +31,7 @@ from tome_export.serve.config import (
     interface_of,
     is_version,
 )
-from tome_export.serve.source import FIXED
+from tome_export.serve.names import FIXED
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -51,22 +50,14 @@ VIEW = ".view"
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
 
-Status = Literal["written", "unchanged"]
-
 
 @dataclass(frozen=True)
-class Written:
-    """What became of a model.
-
-    Attributes:
-        name: Of the model.
-        versions: Its versions now.
-        status: Whether anything of it changed.
-    """
+class WrittenModel:
+    """What became of a model: its versions now, and whether anything of it changed."""
 
     name: str
     versions: tuple[int, ...]
-    status: Status
+    status: Literal["written", "unchanged"]
 
 
 @dataclass
@@ -85,11 +76,7 @@ class _Change:
 
 
 def check_repository(repository: Path) -> Path:
-    """The absolute path of a place where a repository is or may be.
-
-    Raises:
-        InputError: if it is a file, or an artifact or inside one.
-    """
+    """The absolute path of a place where a repository is or may be; else ``InputError``."""
     path = Path(os.path.normpath(repository.absolute()))
     if not path.name:
         raise InputError(f"repository is {path}, which has no name; give a directory of its own")
@@ -121,27 +108,22 @@ def models_in(repository: Path) -> tuple[str, ...]:
 def choose_version(repository: Path, folder: ModelFolder, asked: int | None) -> int:
     """The version to write: the one asked for, or that with the same files, or the first.
 
-    Args:
-        repository: Where it goes.
-        folder: The model, with the files of any one version.
-        asked: Version that the user wants.
-
     Raises:
         InputError: if none is asked for and the model has versions, none of them this one.
     """
     model = repository / folder.name
-    there = versions_of(model)
-    if asked is not None or not there:
+    existing = versions_of(model)
+    if asked is not None or not existing:
         return asked or 1
-    (version,) = {PurePosixPath(n).parts[0] for n in folder.files if _is_versioned(n)}
-    same = [v for v in there if _is_same_version(model / str(v), folder, version)]
+    (version,) = _versions_in(folder)
+    same = [v for v in existing if _is_same_version(model / str(v), folder, version)]
     if same:
         return same[-1]
-    if _interface(config_of(model)) != _interface(folder.config):
-        raise _unlike(model, there[-1])
+    if _signature(config_of(model)) != _signature(folder.config):
+        raise _incompatible(model, existing[-1])
     raise InputError(
-        f"{model} has version {there[-1]} of other files; give --version {there[-1] + 1} to add "
-        f"one, --version {there[-1]} --force to replace it, or another --name"
+        f"{model} has version {existing[-1]} of other files; give --version {existing[-1] + 1} to "
+        f"add one, --version {existing[-1]} --force to replace it, or another --name"
     )
 
 
@@ -152,7 +134,7 @@ def write(
     force: bool = False,
     remove: Sequence[str] = (),
     check: Callable[[Path], None] | None = None,
-) -> list[Written]:
+) -> list[WrittenModel]:
     """Add models, or versions of models, to a repository.
 
     Models, versions and files that are there with the same content are not touched. All checks
@@ -160,16 +142,13 @@ def write(
 
     Args:
         repository: The directory; made if it is missing.
-        folders: What to write; validated.
+        folders: What to write.
         force: Replace a version that has other files. Without it only the models around a model
             (decoding, labels, ensemble, router) are replaced, which hold nothing of their own; a
             cascade does.
         remove: Names of models of ours to take away, after the others are there.
         check: Called before anything is changed, with a repository of these models and no others;
             what it raises leaves everything as it was.
-
-    Returns:
-        What became of each, in their order.
 
     Raises:
         InputError: if a model is there that we did not write, whose inputs or outputs differ, or
@@ -187,8 +166,9 @@ def write(
         for name in remove:
             check_ours(repository / name)
         if any(changes) or remove or check is not None:
-            kept = [name for name in models_in(repository) if name not in remove]
-            with _staging(repository, kept) as made:
+            leaving = {*remove, *(one.folder.name for one in changes if one.replaces_all)}
+            staying = [name for name in models_in(repository) if name not in leaving]
+            with _staging(repository, staying) as made:
                 if check is not None:
                     for folder in folders:
                         _stage(made / VIEW / folder.name, _Change(folder, is_new=True))
@@ -200,12 +180,8 @@ def write(
                 for name in remove:
                     (repository / name).rename(made / name)
     return [
-        Written(
-            change.folder.name,
-            versions_of(repository / change.folder.name),
-            "written" if change else "unchanged",
-        )
-        for change in changes
+        WrittenModel(name, versions_of(repository / name), "written" if change else "unchanged")
+        for name, change in zip(named, changes, strict=True)
     ]
 
 
@@ -215,24 +191,28 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
         return _Change(folder, is_new=True)
     check_ours(model)
     change = _Change(folder, is_new=False)
-    old = config_of(model)
-    derived = _is_derived(old)
-    versions = {PurePosixPath(name).parts[0] for name in folder.files if _is_versioned(name)}
+    old, new = config_of(model), folder.config
+    holds_nothing = _is_derived(old) and _is_derived(new)
+    versions = _versions_in(folder)
     for version in sorted(versions):
         target = model / version
         if _is_same_version(target, folder, version):
             continue
         if target.exists() and not force and f"{version}/{CASCADE_SETTINGS}" in folder.files:
-            raise cascade_there(model)
-        if target.exists() and not force and not (derived and _is_derived(folder.config)):
-            if _interface(old) != _interface(folder.config):
-                raise _unlike(model, int(version))
+            raise cascade_exists(model)
+        if target.exists() and not force and not holds_nothing:
+            if _signature(old) != _signature(new):
+                raise _incompatible(model, int(version))
             raise InputError(
                 f"{target} has other files; give --version {versions_of(model)[-1] + 1} to add a "
                 "version, or --force to replace this one"
             )
         change.versions[version] = target.exists()
-    change.replaces_all = not _is_like(model, folder, versions)
+    if _signature(old) != _signature(new):  # all versions of a model share one config
+        others = [version for version in versions_of(model) if str(version) not in versions]
+        if others:
+            raise _incompatible(model, others[-1])
+        change.replaces_all = True
     wanted = {name: content for name, content in _files(folder).items() if not _is_versioned(name)}
     change.files = [name for name, content in wanted.items() if not _holds(model / name, content)]
     ours = [model / LABELS, *filter(_is_ours, model.glob("configs/*.pbtxt"))]
@@ -244,20 +224,16 @@ def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
 
 def _hands_over(model: Path, behind: ModelFolder | None) -> bool:
     """Whether the only version of a model is what a model behind it is to serve from now on."""
-    versions = versions_of(model)
+    versions = [str(version) for version in versions_of(model)]
     return (
         behind is not None
         and len(versions) == 1
-        and _is_same_version(model / str(versions[0]), behind, str(versions[0]))
+        and _is_same_version(model / versions[0], behind, versions[0])
     )
 
 
 def config_of(model: Path) -> ModelConfig:
-    """The config in a model's folder.
-
-    Raises:
-        InputError: if it is none.
-    """
+    """The config in a model's folder; raises ``InputError`` if it is none."""
     file = model / CONFIG
     try:
         text = file.read_text()
@@ -274,24 +250,12 @@ def is_named_elsewhere(repository: Path, name: str) -> bool:
 
 
 def check_ours(model: Path) -> None:
-    """Refuse the folder of a model that we did not write.
-
-    Raises:
-        InputError: if it is one.
-    """
+    """Raise ``InputError`` for the folder of a model that we did not write."""
     if not is_ours(model):
         raise InputError(
             f"{model} is there and its {CONFIG} is not one that 'tome-export serve' wrote; give "
             f"another --name than {model.name}"
         )
-
-
-def cascade_there(model: Path) -> InputError:
-    """What is said of a cascade that another would replace."""
-    return InputError(
-        f"{model} is there, with the thresholds of its own calibration; give another --name, or "
-        "--force to replace it"
-    )
 
 
 def is_ours(model: Path) -> bool:
@@ -303,31 +267,25 @@ def _is_ours(config: Path) -> bool:
     return config.is_file() and config.read_bytes().startswith(HEADER.encode())
 
 
-def _is_like(model: Path, folder: ModelFolder, replaced: set[str]) -> bool:
-    """Whether the new config fits what is there: all versions of a model share one.
-
-    Raises:
-        InputError: if it does not, and other versions stay.
-    """
-    if _interface(config_of(model)) == _interface(folder.config):
-        return True
-    others = [v for v in versions_of(model) if str(v) not in replaced]
-    if others:
-        raise _unlike(model, others[-1])
-    return False
-
-
-def _unlike(model: Path, version: int) -> InputError:
-    """What is said of a version that the new config does not fit."""
-    only = versions_of(model) == (version,)
-    cure = f", or --version {version} --force to replace that one" if only else ""
+def cascade_exists(model: Path) -> InputError:
+    """What is said of a cascade that another would replace."""
     return InputError(
-        f"{model} has version {version} with another platform, batch, inputs or outputs, "
-        f"and versions share one config; give another --name{cure}"
+        f"{model} is there, with the thresholds of its own calibration; give another --name, or "
+        "--force to replace it"
     )
 
 
-def _interface(config: ModelConfig) -> object:
+def _incompatible(model: Path, version: int) -> InputError:
+    """What is said of a version that the new config does not fit."""
+    only = versions_of(model) == (version,)
+    fix = f", or --version {version} --force to replace that one" if only else ""
+    return InputError(
+        f"{model} has version {version} with another platform, batch, inputs or outputs, "
+        f"and versions share one config; give another --name{fix}"
+    )
+
+
+def _signature(config: ModelConfig) -> object:
     return config.platform, config.max_batch_size, interface_of(config)
 
 
@@ -338,6 +296,10 @@ def _is_derived(config: ModelConfig) -> bool:
 
 def _is_versioned(name: str) -> bool:
     return PurePosixPath(name).parts[0].isdecimal()
+
+
+def _versions_in(folder: ModelFolder) -> set[str]:
+    return {PurePosixPath(name).parts[0] for name in folder.files if _is_versioned(name)}
 
 
 def _files(folder: ModelFolder) -> dict[str, Path | bytes]:
@@ -411,7 +373,7 @@ def _locked(repository: Path) -> Iterator[None]:
     except FileNotFoundError as error:  # /proc
         raise InputError(f"cannot make the folder {repository}; give another directory") from error
     try:
-        with artifact.locked(repository):
+        with locked(repository):
             yield
     finally:
         if made:
@@ -420,19 +382,15 @@ def _locked(repository: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _staging(repository: Path, models: Sequence[str]) -> Iterator[Path]:
+def _staging(repository: Path, staying: Sequence[str]) -> Iterator[Path]:
     """A folder on the same filesystem that no server looks into; what a killed command left goes.
 
     Best beside the repository. Where that is another filesystem or not ours to write, inside a
-    model, where folders that are no numbers are ignored; in an empty repository, at its top.
-
-    Args:
-        repository: The directory; ``_locked``.
-        models: Names of the models in it.
+    model of those that stay, where folders that are no numbers are ignored; else at its top.
     """
-    places = [repository.with_name(f".{repository.name}{STAGING}")]
-    inside = [repository / name / STAGING for name in models]
-    places += [*inside[:1], repository / STAGING]
+    inside = [repository / name / STAGING for name in staying]
+    beside = repository.with_name(f".{repository.name}{STAGING}")
+    places = [beside, *inside[:1], repository / STAGING]
     for place in (*places, *inside):
         with contextlib.suppress(OSError):
             shutil.rmtree(place)

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.serve.client import IMAGE, ROUTES, VIDEO, Client, connect
-from tome_export.serve.config import CPU, ModelFolder
-from tome_export.serve.server import ServerOptions, start
+from tome_export.serve.client import Client, connect
+from tome_export.serve.config import ModelFolder
+from tome_export.serve.names import IMAGE, ROUTES, VIDEO
+from tome_export.serve.server import RunRequest, running
 from tome_export.spec import INPUT_NAME
 from tome_export.video.sample import sample_video
 
@@ -42,7 +43,7 @@ def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[
     Args:
         folders: All models that are written together; a decoder among them says how many frames
             a video has to have.
-        config: Of the model.
+        config: The model's config.
 
     Raises:
         ImportError: if it takes videos and PyAV is not installed.
@@ -52,22 +53,20 @@ def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[
 
     request = {}
     for tensor in config.input:
-        shape = [max(size, 1) for size in tensor.dims]  # -1 is any size
-        if config.max_batch_size:
-            shape = [1, *shape]
+        shape = [1] if config.max_batch_size else []
+        shape += [max(size, 1) for size in tensor.dims]  # -1 is any size
         kind = DataType.Name(tensor.data_type).removeprefix("TYPE_")
         if kind != "STRING":
             request[tensor.name] = np.zeros(shape, triton_to_np_dtype(kind))
             continue
-        request[tensor.name] = np.full(shape, b"", np.object_)
-        if tensor.name in (IMAGE, VIDEO):
-            video = tensor.name == VIDEO
-            request[tensor.name][...] = sample_video(_frames(folders)) if video else sample_image()
+        samples = {IMAGE: sample_image, VIDEO: lambda: sample_video(_frames(folders))}
+        request[tensor.name] = np.empty(shape, np.object_)
+        request[tensor.name][...] = samples.get(tensor.name, bytes)()
     return request
 
 
 def _frames(folders: Sequence[ModelFolder]) -> int:
-    """Of the longest video that a decoder among these takes."""
+    """Frames of the longest video that a decoder among these takes."""
     shapes = [
         tensor.dims
         for folder in folders
@@ -78,21 +77,13 @@ def _frames(folders: Sequence[ModelFolder]) -> int:
     return max((int(shape[0]) for shape in shapes), default=1)
 
 
-def try_out(
-    view: Path,
-    repository: Path,
-    folders: Sequence[ModelFolder],
-    options: ServerOptions,
-    *,
-    gpu: bool,
-) -> str:
+def try_out(view: Path, repository: Path, folders: Sequence[ModelFolder], *, gpu: bool) -> str:
     """Run a server on models and ask each about one image.
 
     Args:
         view: A repository that holds them and no others.
         repository: What a message calls it.
         folders: The models.
-        options: What a server of them must be started with.
         gpu: Whether they run on GPUs, and not with the configs for CPUs.
 
     Returns:
@@ -106,10 +97,10 @@ def try_out(
     again = ""
     try:
         try:
-            _try(view, folders, options, gpu=gpu)
+            _ask_all(view, folders, gpu=gpu)
         except ExportError as error:  # a busy server may crash while it loads, and not do so again
             again = f", at the second try; at the first: {error}"
-            _try(view, folders, options, gpu=gpu)
+            _ask_all(view, folders, gpu=gpu)
     except (InputError, ExportError, MissingComponentError) as error:
         reason = str(error).replace(str(view), str(repository))
         raise type(error)(
@@ -120,56 +111,40 @@ def try_out(
     return f"Self-test: {len(folders)} model{'s' * (len(folders) > 1)} answered {where}{again}"
 
 
-def _try(view: Path, folders: Sequence[ModelFolder], options: ServerOptions, *, gpu: bool) -> None:
-    with (
-        start(
-            view,
-            config_name=None if gpu else CPU,
-            arguments=options.arguments,
-            environment=options.environment,
-            ready_seconds=READY_SECONDS,
-        ) as server,
-        connect(server.grpc, "grpc", READY_SECONDS) as client,
-    ):
+def _ask_all(view: Path, folders: Sequence[ModelFolder], *, gpu: bool) -> None:
+    request = RunRequest(view, gpu=gpu, ready_seconds=READY_SECONDS)
+    with running(request) as server, connect(server.grpc, "grpc", READY_SECONDS) as client:
         for folder in folders:
             _ask(client, folders, folder)
         server.stop(0)
 
 
 def _ask(client: Client, folders: Sequence[ModelFolder], folder: ModelFolder) -> None:
+    name = folder.name
     try:
         request = sample_request(folders, folder.config)
     except ImportError as error:
         raise MissingComponentError(
-            f"{error.name} is not installed, which writes the video to ask {folder.name} about; "
+            f"{error.name} is not installed, which writes the video to ask {name} about; "
             "pip install 'tome-export[video]'"
         ) from error
     for parameters in _parameters(folders, folder):
         try:
-            answer = client.infer(folder.name, request, parameters=parameters)
+            answer = client.infer(name, request, parameters=parameters)
         except (InputError, MissingComponentError) as error:
             reason = str(error).removeprefix(f"{client.address} refused: ")
-            raise InputError(f"model {folder.name} does not answer: {reason}") from error
-        _check(folder, request, answer)
+            raise InputError(f"model {name} does not answer: {reason}") from error
+        for tensor in (output.name for output in folder.config.output):
+            if tensor not in answer:
+                raise InputError(f"model {name} gives no {tensor}")
+            # Zeros are no image: a mask of zeros, for one, leaves nothing to take a mean of.
+            numbers = {IMAGE, VIDEO} & request.keys() and answer[tensor].dtype.kind == "f"
+            if numbers and not np.isfinite(answer[tensor]).all():
+                raise InputError(f"model {name} gives a {tensor} that is not finite")
 
 
-def _check(
-    folder: ModelFolder, request: Mapping[str, NDArray[Any]], answer: Mapping[str, NDArray[Any]]
-) -> None:
-    for tensor in folder.config.output:
-        if tensor.name not in answer:
-            raise InputError(f"model {folder.name} gives no {tensor.name}")
-        array = answer[tensor.name]
-        # Zeros are no image: a mask of zeros, for one, leaves nothing to take a mean of.
-        numbers = {IMAGE, VIDEO} & request.keys() and array.dtype.kind == "f"
-        if numbers and not np.isfinite(array).all():
-            raise InputError(f"model {folder.name} gives a {tensor.name} that is not finite")
-
-
-def _parameters(
-    folders: Sequence[ModelFolder], folder: ModelFolder
-) -> Iterator[Mapping[str, str | int | bool]]:
-    """Of the requests: one for each model of these that a router may choose, else one."""
+def _parameters(folders: Sequence[ModelFolder], folder: ModelFolder) -> Iterator[Mapping[str, str]]:
+    """Parameters of the requests: one for each of these models that a router may choose."""
     if ROUTES not in folder.config.parameters:
         yield {}
         return

@@ -12,8 +12,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,14 +27,11 @@ from tome_export.errors import (
     UsageError,
 )
 from tome_export.progress import Progress, Silent
-from tome_export.serve import log as server_log
-from tome_export.serve.config import CPU, KEPT_VERSIONS, VERSION_COMPATIBLE, ModelFolder
+from tome_export.serve import server_log
+from tome_export.serve.config import CPU, KEPT_VERSIONS, VERSION_COMPATIBLE
 from tome_export.serve.installation import find
-from tome_export.serve.process import POLL_SECONDS, GroupProcess, Watchdog, signal_name
-from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
-from tome_export.serve.stubs import Stubs
-
-Control = Literal["none", "explicit", "poll"]
+from tome_export.serve.process import POLL_SECONDS, GroupProcess, Stubs, Watchdog, signal_name
+from tome_export.serve.repository import CONFIG, config_of, is_ours, models_in, versions_of
 
 READY_SECONDS = 60.0
 """Most time to load everything; the TensorRT accelerator builds engines then and needs more."""
@@ -78,9 +75,7 @@ class ServerOptions:
         return " ".join([*variables, "tritonserver", argument, *self.arguments])
 
 
-def server_options_from_repository(
-    repository: Path, folders: Sequence[ModelFolder] = (), removed: Collection[str] = ()
-) -> ServerOptions:
+def server_options_from_repository(repository: Path) -> ServerOptions:
     """What our own models of a repository need to load and to compute right.
 
     - A version-compatible engine brings a runtime of its own, code that the TensorRT backend runs
@@ -89,25 +84,18 @@ def server_options_from_repository(
       default; NVIDIA's libraries read one variable that forbids it.
     - ONNX Runtime reports to its maker (docs/privacy.md).
 
-    Args:
-        repository: The directory.
-        folders: What will be written into it.
-        removed: Names of the models that will be removed from it.
-
     Raises:
         InputError: if a config of ours is damaged.
     """
-    new = {folder.name: folder for folder in folders}
-    there = [
-        name
-        for name in models_in(repository)
-        if name not in {*new, *removed} and is_ours(repository / name)
-    ]
+    models = [repository / name for name in models_in(repository) if is_ours(repository / name)]
+    configs = [config_of(model) for model in models]
     arguments, environment = [], {}
-    if any(_has_version_compatible(repository / name, new.get(name)) for name in (*there, *new)):
+    if any(
+        (model / str(version) / VERSION_COMPATIBLE).is_file()
+        for model in models
+        for version in versions_of(model)[-KEPT_VERSIONS:]
+    ):
         arguments.append("--backend-config=tensorrt,version-compatible=true")
-    configs = [config_of(repository / name) for name in there]
-    configs += [folder.config for folder in folders]
     if any(
         accelerator.name == "tensorrt"
         for config in configs
@@ -119,31 +107,27 @@ def server_options_from_repository(
     return ServerOptions(tuple(arguments), environment)
 
 
-def _has_version_compatible(model: Path, folder: ModelFolder | None) -> bool:
-    """Whether a served version of a model, with what will be written into it, is such an engine."""
-    new = {name.split("/")[0] for name in folder.files} if folder else set()
-    versions = {*map(str, versions_of(model)), *filter(str.isdecimal, new)}
-    return any(
-        f"{version}/{VERSION_COMPATIBLE}" in folder.files
-        if folder and version in new
-        else (model / version / VERSION_COMPATIBLE).is_file()
-        for version in sorted(versions, key=int)[-KEPT_VERSIONS:]
-    )
-
-
 @dataclass(frozen=True)
 class RunRequest:
     """A server to start.
 
     Attributes:
         repository: What it serves.
-        host: Address to listen on.
-        http_port: Port; 0 for a free one, as for the next two.
-        grpc_port: Of gRPC.
-        metrics_port: Of the metrics.
-        ready_seconds: Most time until it is ready. The first start of an ONNX model on a GPU
-            builds TensorRT engines, which takes minutes.
+        host: Address to listen on; only this machine reaches the default.
+        http_port: Port of HTTP; 0 for a free one, as for the next two.
+        grpc_port: Port of gRPC.
+        metrics_port: Port of the metrics.
+        ready_seconds: Most time until it is ready; None does not wait. The first start of an ONNX
+            model on a GPU builds TensorRT engines, which takes minutes.
         on_log: Called with each line of the server's log, from another thread; None drops them.
+        gpu: Whether models run on GPUs, and not with their configs for CPUs; None for where there
+            is one.
+        control: ``none`` serves what is there; ``explicit`` loads ``load`` and then on request;
+            ``poll`` looks for changes every second.
+        load: Models to load at the start under ``explicit``; ``*`` for all.
+        stand_in: Let our stand-in run the models of the ONNX Runtime backend; None where the
+            server comes without that backend.
+        arguments: More arguments of tritonserver.
 
     Raises:
         UsageError: if a port is none or given twice, or the time is none.
@@ -151,16 +135,32 @@ class RunRequest:
 
     repository: Path
     host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    ready_seconds: float = READY_SECONDS
+    http_port: int = 0
+    grpc_port: int = 0
+    metrics_port: int = 0
+    ready_seconds: float | None = READY_SECONDS
     on_log: Callable[[str], None] | None = None
+    gpu: bool | None = None
+    control: Literal["none", "explicit", "poll"] = "none"
+    load: Sequence[str] = ()
+    stand_in: bool | None = None
+    arguments: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        check_ports((self.http_port, self.grpc_port, self.metrics_port))
-        if not 0 < self.ready_seconds < math.inf:
+        for port in self.ports:
+            if not 0 <= port <= 65535:
+                raise UsageError(f"port is {port}; expected 0 to 65535, 0 for a free one")
+            if port and self.ports.count(port) > 1:
+                raise UsageError(
+                    f"port {port} is given twice; give different ones, or 0 for free ones"
+                )
+        if self.ready_seconds is not None and not 0 < self.ready_seconds < math.inf:
             raise UsageError(f"ready timeout is {self.ready_seconds:g}; expected seconds above 0")
+
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        """Ports of HTTP, gRPC and the metrics."""
+        return self.http_port, self.grpc_port, self.metrics_port
 
 
 @contextlib.contextmanager
@@ -169,46 +169,75 @@ def running(request: RunRequest, progress: Progress | None = None) -> Iterator[R
 
     Raises:
         MissingComponentError: if no server is at hand, or a model needs a GPU and there is none.
-        InputError: if the server cannot load a model.
-        UsageError: if a port is taken.
+        InputError: if the repository has no model, or one that the server cannot load.
+        UsageError: if a port is taken, or the host is not an address of this machine.
         ExportError: if it does not start otherwise, or is not ready in time.
     """
-    gpus = detect().gpus
-    plans = () if gpus else sorted(request.repository.glob("*/*/model.plan"))
-    if plans:
-        raise MissingComponentError(
-            f"{plans[0]} is a TensorRT engine and this machine has no GPU that CUDA sees; run "
-            "the server on a machine with one, or serve the ONNX model with --format onnx"
+    repository, gpu = request.repository, request.gpu
+    if not repository.is_dir():
+        raise InputError(f"{repository} is not a folder; expected a model repository")
+    if request.control == "none" and not any(repository.glob(f"*/{CONFIG}")):
+        raise InputError(
+            f"{repository} has no model (no folder with a {CONFIG}); write one with "
+            f"'tome-export serve ARTIFACT --repository {repository}'"
         )
-    options = server_options_from_repository(request.repository)
+    if gpu is None:
+        gpu = bool(detect().gpus)
+        plans = () if gpu else sorted(repository.glob("*/*/model.plan"))
+        if plans:
+            raise MissingComponentError(
+                f"{plans[0]} is a TensorRT engine and this machine has no GPU that CUDA sees; run "
+                "the server on a machine with one, or serve the ONNX model with --format onnx"
+            )
+    options = server_options_from_repository(repository)
     (progress or Silent()).stage("Start tritonserver")
-    with start(
-        request.repository,
-        host=request.host,
-        http_port=request.http_port,
-        grpc_port=request.grpc_port,
-        metrics_port=request.metrics_port,
-        config_name=None if gpus else CPU,
-        arguments=options.arguments,
-        environment=options.environment,
-        on_log=request.on_log,
-        ready_seconds=request.ready_seconds,
-    ) as server:
+    installation = find()
+    stand_in = request.stand_in
+    if stand_in is None:
+        stand_in = not installation.has_onnxruntime
+    with contextlib.ExitStack() as stack:
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="tome-export-server-"))
+        )
+        # Of this server alone, so that what a killed one leaves can be told from another's.
+        memory = f"tome_export_{os.getpid()}_{secrets.token_hex(4)}_"
+        watchdog = Watchdog(folder, SHARED_MEMORY / memory, STOP_SECONDS)
+        stack.callback(watchdog.end)
+        for part in ("backends", "python"):
+            (folder / part).mkdir()
+        backends = installation.prepare_backends(folder / "backends", stand_in=stand_in)
+        prefix = f"shm-region-prefix-name={memory}"
+        arguments = [
+            str(installation.binary),
+            f"--model-repository={repository.absolute()}",
+            *([f"--backend-directory={backends}"] if backends is not None else []),
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={STOP_SECONDS}",
+            f"--model-control-mode={request.control}",
+            *(["--repository-poll-secs=1"] if request.control == "poll" else []),
+            *(f"--load-model={name}" for name in request.load),
+            *([] if gpu else [f"--model-config-name={CPU}"]),
+            *options.arguments,
+            *request.arguments,
+            f"--backend-config=python,{prefix}",
+            *([f"--backend-config=onnxruntime,{prefix}"] if stand_in else []),
+        ]
+        environment = {**options.environment, **installation.environment(folder / "python")}
+        log_path = folder / "log"
+        process = GroupProcess(log_path, SHARED_MEMORY / memory, watchdog)
+        server = RunningServer(request, arguments, environment, process, stand_in=stand_in)
+        if request.on_log is not None:
+            follower = server_log.Follower(log_path, request.on_log)
+            stack.callback(follower.stop)
+        stack.callback(server.stop)
+        server.launch()
+        if request.ready_seconds is not None:
+            server.wait_ready(request.ready_seconds)
         yield server
 
 
-@dataclass(frozen=True)
-class _Command:
-    arguments: tuple[str, ...]
-    environment: Mapping[str, str]
-    repository: Path
-    host: str
-    ports: tuple[int, int, int]
-    reloads: bool
-
-
 class RunningServer:
-    """A server and its child processes; made by ``start``.
+    """A server and its child processes; made by ``running``.
 
     Attributes:
         http: ``host:port`` of HTTP.
@@ -219,13 +248,20 @@ class RunningServer:
     """
 
     def __init__(
-        self, command: _Command, log_path: Path, memory: str, watchdog: Watchdog, *, stand_in: bool
+        self,
+        request: RunRequest,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        process: GroupProcess,
+        *,
+        stand_in: bool,
     ) -> None:
-        self.log_path, self.stand_in = log_path, stand_in
+        self.log_path, self.stand_in = process.log_path, stand_in
         self.http, self.grpc, self.metrics = "", "", ""
-        self._command, self._memory = command, memory
+        self._request, self._ports = request, request.ports
+        self._arguments, self._environment = arguments, environment
         self._restarts: list[float] = []
-        self._process = GroupProcess(log_path, self._remove_memory, watchdog)
+        self._process = process
 
     @property
     def pid(self) -> int:
@@ -234,24 +270,19 @@ class RunningServer:
 
     def launch(self) -> None:
         """Start the process, on free ports where none are asked for."""
-        command = self._command
-        ports = free_ports(command.host, command.ports)
-        self._ports = (ports[0], ports[1], ports[2])
-        host = _REACHED_AT.get(command.host, command.host)
-        self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in ports)
-        prefix = f"shm-region-prefix-name={self._memory}"
-        backends = ("python", *(["onnxruntime"] if self.stand_in else []))
-        arguments = [
-            *command.arguments,
-            *(f"--backend-config={backend},{prefix}" for backend in backends),
-        ]
-        for name, port in zip(("http", "grpc", "metrics"), ports, strict=True):
-            arguments += [f"--{name}-address={command.host}", f"--{name}-port={port}"]
+        listen = self._request.host
+        self._launched_on = free_ports(listen, self._ports)
+        host = _REACHED_AT.get(listen, listen)
+        self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in self._launched_on)
+        arguments = [*self._arguments]
+        for name, port in zip(("http", "grpc", "metrics"), self._launched_on, strict=True):
+            arguments += [f"--{name}-address={listen}", f"--{name}-port={port}"]
         try:
-            self._process.launch(arguments, command.environment)
+            self._process.launch(arguments, self._environment)
         except OSError as error:
             raise ExportError(f"cannot start tritonserver: {error}; install it again") from error
-        self._stubs = Stubs(self.pid, command.repository, reloads=command.reloads)
+        reloads = self._request.control != "none"
+        self._stubs = Stubs(self.pid, self._request.repository, reloads=reloads)
         self._look_at = 0.0
         self._ends_by = 0.0
 
@@ -261,9 +292,6 @@ class RunningServer:
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> None:
         """Return once every model is loaded and all ports answer.
-
-        Args:
-            seconds: Most time to wait.
 
         Raises:
             InputError: if a model cannot be loaded, with the server's reason.
@@ -292,11 +320,7 @@ class RunningServer:
     def wait(
         self, on_event: Callable[[str], None] | None = None, seconds: float = READY_SECONDS
     ) -> None:
-        """Block while the server runs; Ctrl-C ends that.
-
-        Args:
-            on_event: See ``restart_if_broken``.
-            seconds: Likewise.
+        """Block while the server runs; Ctrl-C ends that. Arguments as of ``restart_if_broken``.
 
         Raises:
             ExportError: when the server ends by itself, or loses processes again and again.
@@ -317,12 +341,10 @@ class RunningServer:
             on_event: Told in one line each what has happened, and that the server is ready again.
             seconds: Most time until it is ready again.
 
-        Returns:
-            Whether it was started again.
-
         Raises:
             ExportError: if the server has ended by itself, or has lost processes again and again.
         """
+        tell = on_event or (lambda _: None)
         now = time.monotonic()
         if not self.is_alive():
             number = -self._process.exit_code()
@@ -351,17 +373,15 @@ class RunningServer:
                 "start it again"
             )
         self._restarts.append(now)
-        if on_event is not None:
-            on_event(f"{lost}; tritonserver is started again")
+        tell(f"{lost}; tritonserver is started again")
         self._restart(seconds)
-        if on_event is not None:
-            on_event("tritonserver is ready again")
+        tell("tritonserver is ready again")
         return True
 
     def _restart(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         self.stop(0)  # asked to end, it would wait for the lost process
-        self._command = replace(self._command, ports=self._ports)
+        self._ports = self._launched_on
         while True:
             try:
                 self.launch()
@@ -380,10 +400,6 @@ class RunningServer:
         """
         self._process.stop(seconds)
 
-    def _remove_memory(self) -> None:
-        for region in SHARED_MEMORY.glob(f"{self._memory}*"):
-            region.unlink(missing_ok=True)
-
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection(self.http, timeout=1)
         try:
@@ -397,8 +413,7 @@ class RunningServer:
         return ready and all(map(_is_open, (self.grpc, self.metrics))) and self.is_alive()
 
     def _lost_a_free_port(self) -> bool:
-        taken = server_log.port_in_use(self._process.log())
-        return taken and 0 in self._command.ports
+        return 0 in self._ports and server_log.port_in_use(self._process.log())
 
     def _reason(self, when: str) -> TomeExportError:
         """Why the server has ended, as an error to raise; tidies up after it."""
@@ -419,7 +434,7 @@ class RunningServer:
         if failed:
             reasons = "; ".join(f"{model}: {why}" for model, why in failed.items())
             return InputError(
-                f"tritonserver cannot load {self._command.repository}: {reasons}; "
+                f"tritonserver cannot load {self._request.repository}: {reasons}; "
                 "write the model again, or take it out"
             )
         words = server_log.last_words(log)
@@ -428,124 +443,14 @@ class RunningServer:
         return ExportError(f"tritonserver ended with exit code {code} {when}: {words}")
 
 
-@contextlib.contextmanager
-def start(
-    repository: Path,
-    *,
-    host: str = "127.0.0.1",
-    http_port: int = 0,
-    grpc_port: int = 0,
-    metrics_port: int = 0,
-    config_name: str | None = None,
-    control: Control = "none",
-    load: Sequence[str] = (),
-    stand_in: bool | None = None,
-    arguments: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    on_log: Callable[[str], None] | None = None,
-    ready_seconds: float | None = READY_SECONDS,
-) -> Iterator[RunningServer]:
-    """Run a server on a repository for as long as the block lasts.
-
-    Args:
-        repository: The model repository.
-        host: Address to listen on; only this machine reaches the default.
-        http_port: Port, or 0 for a free one.
-        grpc_port: Port of gRPC, or 0.
-        metrics_port: Port of the metrics, or 0.
-        config_name: Take ``configs/<config_name>.pbtxt`` of the models that have it.
-        control: ``none`` serves what is there; ``explicit`` loads ``load`` and then on request;
-            ``poll`` looks for changes every second.
-        load: Models to load at the start under ``explicit``; ``*`` for all.
-        stand_in: Let our stand-in run the models of the ONNX Runtime backend; None where the
-            server comes without that backend.
-        arguments: More arguments of tritonserver.
-        environment: More variables of its environment; those set already stay.
-        on_log: Called with each line of the server's log, from another thread.
-        ready_seconds: Wait that long until it is ready; None does not wait.
-
-    Yields:
-        The server, ready.
-
-    Raises:
-        MissingComponentError: if no server is installed.
-        InputError: if the repository has no model, or one that the server cannot load.
-        UsageError: if a port is taken, or the host is not an address of this machine.
-        ExportError: if the server does not start otherwise.
-    """
-    installation = find()
-    _check(repository, control)
-    stands_in = not installation.has_onnxruntime if stand_in is None else stand_in
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tome-export-server-"))
-        # Of this server alone, so that what a killed one leaves can be told from another's.
-        memory = f"tome_export_{os.getpid()}_{secrets.token_hex(4)}_"
-        watchdog = Watchdog(Path(folder), SHARED_MEMORY / memory, STOP_SECONDS)
-        stack.callback(watchdog.end)
-        for part in ("backends", "python"):
-            Path(folder, part).mkdir()
-        backends = installation.prepare_backends(Path(folder, "backends"), stand_in=stands_in)
-        command = (
-            str(installation.binary),
-            f"--model-repository={repository.absolute()}",
-            *([f"--backend-directory={backends}"] if backends is not None else []),
-            "--disable-auto-complete-config",
-            f"--exit-timeout-secs={STOP_SECONDS}",
-            f"--model-control-mode={control}",
-            *(["--repository-poll-secs=1"] if control == "poll" else []),
-            *(f"--load-model={name}" for name in load),
-            *([f"--model-config-name={config_name}"] if config_name else []),
-            *arguments,
-        )
-        ports = (http_port, grpc_port, metrics_port)
-        variables = dict(environment or {}) | installation.environment(Path(folder, "python"))
-        reloads = control != "none"
-        plan = _Command(command, variables, repository, host, ports, reloads)
-        log_path = Path(folder, "log")
-        server = RunningServer(plan, log_path, memory, watchdog, stand_in=stands_in)
-        if on_log is not None:
-            follower = server_log.Follower(server.log_path, on_log)
-            stack.callback(follower.stop)
-        stack.callback(server.stop)
-        server.launch()
-        if ready_seconds is not None:
-            server.wait_ready(ready_seconds)
-        yield server
-
-
-def _check(repository: Path, control: Control) -> None:
-    if not repository.is_dir():
-        raise InputError(f"{repository} is not a folder; expected a model repository")
-    if control == "none" and not any(repository.glob("*/config.pbtxt")):
-        raise InputError(
-            f"{repository} has no model (no folder with a config.pbtxt); write one with "
-            f"'tome-export serve ARTIFACT --repository {repository}'"
-        )
-
-
-def check_ports(ports: Sequence[int]) -> None:
-    """Whether a server could listen on all of these; 0 stands for any free one.
-
-    Raises:
-        UsageError: if one is none, or two are the same.
-    """
-    for port in ports:
-        if not 0 <= port <= 65535:
-            raise UsageError(f"port is {port}; expected 0 to 65535, 0 for a free one")
-        if port and ports.count(port) > 1:
-            raise UsageError(f"port {port} is given twice; give different ones, or 0 for free ones")
-
-
-def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
-    """The ports asked for, with free ones in place of 0.
+def free_ports(host: str, wanted: Sequence[int]) -> tuple[int, int, int]:
+    """The three ports asked for, with free ones in place of 0.
 
     A free port may be taken before it is used: whoever uses it must be ready to try again.
 
     Raises:
-        UsageError: if the host is not an address of this machine, or a port is taken, given
-            twice or none.
+        UsageError: if the host is not an address of this machine, or a port is taken.
     """
-    check_ports(wanted)
     with contextlib.ExitStack() as stack:
         ports = []
         for port in wanted:
@@ -562,7 +467,7 @@ def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
                     f"cannot listen on {host}:{port}: {error.strerror or error}; {fix}"
                 ) from error
             ports.append(held.getsockname()[1])
-        return ports
+        return ports[0], ports[1], ports[2]
 
 
 def _is_open(address: str) -> bool:

@@ -1,8 +1,7 @@
-"""Which file of an artifact is served, and what goes into and comes out of it."""
+"""Which file of an artifact the server loads, and what it takes and gives."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,42 +15,29 @@ from tome_export.spec import BatchRange, TensorInfo
 Format = Literal["auto", "engine", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-Platform = Literal["tensorrt_plan", "onnxruntime_onnx"]
-
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 
 NO_RTX = "Triton Inference Server has no backend for TensorRT-RTX engines"
 
-MAX_NAME = 128
-"""Longest name of a model: names of the models around it, and of files, are longer."""
-
-FIXED = "_fixed"
-"""What is added to the name of a model of one batch size: the model itself takes that name, and the
-batching model, which fills requests up to that size, the name without it."""
-
-RESERVED = ("_preprocess", "_postprocess", "_pipeline", "_router", "_cascade", FIXED)
-"""How the names of the models around a model end."""
-
 
 @dataclass(frozen=True)
-class Source:
-    """What is served.
+class ModelFile:
+    """The TensorRT engine or the ONNX model of an artifact, as the server is to load it.
 
     Attributes:
-        platform: What the server loads it as.
+        platform: The server's name for its kind.
         files: Name in the version folder -> file of the artifact.
         batch: Batch sizes that it is given.
-        inputs: By name, dtype and shape; ``-1`` is the batch.
+        inputs: Tensors by name, dtype and shape; ``-1`` is the batch.
         outputs: Likewise.
         scatters: Whether its merge is one that TensorRT's parser refuses.
-        labels: Class names, if it has some.
-        version_compatible: Whether it is an engine that brings a runtime of its own, for servers
-            of later TensorRT versions.
+        labels: Class names; empty where it has none.
+        version_compatible: Whether it is an engine that brings a runtime of its own.
         cuda_graphs: Whether its batches may be recorded as CUDA graphs.
         notes: What a user should know of the choice.
     """
 
-    platform: Platform
+    platform: Literal["tensorrt_plan", "onnxruntime_onnx"]
     files: Mapping[str, Path]
     batch: BatchRange
     inputs: tuple[TensorInfo, ...]
@@ -63,11 +49,11 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
-    """Choose the file to serve.
+def model_file_from_artifact(artifact: Artifact, choice: str = "auto") -> ModelFile:
+    """Choose the file to serve; ``auto`` takes the TensorRT engine where there is one.
 
-    ``auto`` takes the TensorRT engine where there is one, else the ONNX model. An engine with
-    plugins that was built for a range of batch sizes is given only the one it is tuned for.
+    An engine with plugins that was built for a range of batch sizes is given only the one it is
+    tuned for.
 
     Raises:
         UsageError: if the choice is unknown.
@@ -76,12 +62,11 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
     """
     if choice not in FORMATS:
         raise UsageError(f"format is {choice!r}; expected one of {', '.join(FORMATS)}")
-    manifest = artifact.manifest
+    manifest, notes = artifact.manifest, []
     engine = None if choice == "onnx" else manifest.engines.get(TENSORRT)
     if choice == "engine" and engine is None:
         raise InputError(_no_engine(artifact))
     batch = engine.batch if engine else manifest.batch
-    notes = []
     leaks = engine is not None and manifest.merge.merge_op == "plugin" and not batch.is_static
     if leaks:
         notes.append(
@@ -104,12 +89,12 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
         if choice == "auto" and RTX in manifest.engines:
             notes.append(f"{NO_RTX}: the ONNX model is served")
         notes += filter(None, [_attention_note(manifest)])
-    return Source(
+    return ModelFile(
         platform="tensorrt_plan" if engine else "onnxruntime_onnx",
         files=files,
         batch=batch,
-        inputs=_served(manifest.inputs, batch),
-        outputs=_served(manifest.outputs, batch),
+        inputs=_with_batch(manifest.inputs, batch),
+        outputs=_with_batch(manifest.outputs, batch),
         scatters=manifest.merge.merge_op == "index_add",
         # One line each: a name with a line end in it would shift all those after it.
         labels=tuple(" ".join(label.split()) for label in manifest.labels or ()),
@@ -119,21 +104,18 @@ def source_from_artifact(artifact: Artifact, choice: str = "auto") -> Source:
     )
 
 
-def _served(tensors: Sequence[Tensor], batch: BatchRange) -> tuple[TensorInfo, ...]:
+def _with_batch(tensors: Sequence[Tensor], batch: BatchRange) -> tuple[TensorInfo, ...]:
     rows = batch.max if batch.is_static else -1
-    return tuple(TensorInfo(t.name, (rows, *sizes(t)), t.dtype) for t in tensors)
+    return tuple(TensorInfo(t.name, (rows, *image_shape(t)), t.dtype) for t in tensors)
 
 
-def sizes(tensor: Tensor) -> tuple[int, ...]:
+def image_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a tensor for one image or video."""
     return tuple(int(size) for size in tensor.shape[1:])
 
 
 def _attention_note(manifest: Manifest) -> str:
-    """Which servers with GPUs run the attention of an ONNX model right; empty if all do.
-
-    Source: docs/attention.md.
-    """
+    """Which servers with GPUs run the attention of an ONNX model right (docs/attention.md)."""
     form = manifest.onnx.attention
     if form == "parts":
         return ""
@@ -152,55 +134,6 @@ def _attention_note(manifest: Manifest) -> str:
         "may crash where a layer has N % 8 = 4 tokens; let the server have ONNX Runtime 1.27 or "
         "later, or rebuild the artifact with --attention parts"
     )
-
-
-def default_name(manifest: Manifest) -> str:
-    """``<model>_r<r>``, with r as the schedule has it, such as ``vit_digits_r8``."""
-    schedule, _, frames = manifest.merge.schedule.partition("; ")
-    merged = re.fullmatch(r"r=(\d+) (.+)", schedule)
-    if merged is None:
-        r = schedule.replace(",", "-")
-    else:
-        r = merged[1] if merged[2] == "constant" else f"{merged[1]}-{merged[2]}"
-    r = f"{r}-across" if frames else r
-    return f"{plain_name(manifest.model.name)}_r{plain_name(r)}"
-
-
-def plain_name(text: str) -> str:
-    """A name that the server takes, made of any text."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".") or "model"
-
-
-def check_name(name: str) -> None:
-    """Refuse what is no name of a model.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
-        raise UsageError(
-            f"model name is {name!r}; expected letters, digits, _, - and ., such as vit_b16_r8"
-        )
-    if len(name) > MAX_NAME:
-        raise UsageError(
-            f"model name has {len(name)} characters; expected {MAX_NAME} or fewer, give a shorter "
-            "one with --name"
-        )
-
-
-def check_free_name(name: str) -> None:
-    """Refuse what is no name that a user may choose: we add some ends of names ourselves.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    check_name(name)
-    end = next((end for end in RESERVED if name.endswith(end)), None)
-    if end is not None:
-        raise UsageError(
-            f"model name is {name!r}; names that end in {end} are given to models made around a "
-            f"model, choose one such as {name.removesuffix(end) or 'vit_b16'}"
-        )
 
 
 def _no_engine(artifact: Artifact) -> str:

@@ -1,0 +1,192 @@
+"""Routers of a repository, which choose among models that merge differently."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tome_export.artifact.document import Document, Measure, Part
+from tome_export.errors import InputError
+from tome_export.serve.config import (
+    ModelFolder,
+    ServeOptions,
+    interface_of,
+    interface_values,
+    python_config,
+    python_folder,
+)
+from tome_export.serve.names import PIPELINE, ROUTER, ROUTES
+from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    from tome_export.artifact import Artifact
+
+ROUTER_INSTANCES = 4
+"""Least instances of a router or a cascade: one answers the requests that it has taken together,
+and takes no other until the slowest of them is answered."""
+
+ROUTES_FILE = "routes.json"
+
+
+class Route(Part):
+    """A model that a router may choose.
+
+    Attributes:
+        model: Name of the model on the server.
+        r: Tokens merged per layer, as asked for; the mean if layers differ.
+        ms: Measured latency of one image; None if it was not measured.
+    """
+
+    model: str
+    r: Measure
+    ms: Measure | None
+
+
+class RouteList(Document):
+    """``routes.json`` beside a router: the models that it may choose."""
+
+    remedy: ClassVar[str] = "remove the router's folder and serve its models again"
+
+    routes: tuple[Route, ...]
+
+
+def has_router(repository: Path, base: str) -> bool:
+    """Whether the repository has a router of ours for the models of this base name."""
+    return is_ours(repository / f"{base}{ROUTER}")
+
+
+def router_folders(
+    repository: Path,
+    base: str,
+    routes: Sequence[Route],
+    folders: Sequence[ModelFolder],
+    options: ServeOptions,
+) -> list[ModelFolder]:
+    """The routers of a base name, with the routes that they have in the repository already.
+
+    Routes to models that the repository has no more are left out.
+
+    Args:
+        repository: Where they go.
+        base: What the names of the models have in common.
+        routes: Routes to the models that are added or replaced.
+        folders: All models that are added or replaced, pipelines too.
+        options: Instances and queue limits. The routes are all that a router is: there is nothing
+            to go back to, so its version is always 1.
+
+    Returns:
+        ``<base>_router``, then ``<base>_router_pipeline`` if there are pipelines to choose among;
+        none if a single model is given and the repository has no router for it.
+
+    Raises:
+        InputError: if the routes do not go together, or those in the repository are unreadable.
+    """
+    name, image_name = f"{base}{ROUTER}", f"{base}{ROUTER}{PIPELINE}"
+    if len(routes) < 2 and not has_router(repository, base):
+        return []
+    configs = {folder.name: folder.config for folder in folders}
+    known = {*models_in(repository), *configs}
+
+    def router(name: str, routes: Sequence[Route]) -> ModelFolder:
+        older = (one.model for one in routes if one.model not in configs)
+        older_configs = {model: config_of(repository / model) for model in older}
+        return router_folder(name, routes, {**older_configs, **configs}, options)
+
+    # A new route replaces the one to the same model.
+    by_model = {one.model: one for one in (*_routes_in(repository, name), *routes)}
+    merged = [route for route in by_model.values() if route.model in known]
+    routers = [router(name, merged)]
+    images = [
+        route.model_copy(update={"model": pipeline})
+        for route in merged
+        if (pipeline := f"{route.model}{PIPELINE}") in known
+    ]
+    if options.preprocess and (len(images) > 1 or is_ours(repository / image_name)):
+        routers.append(router(image_name, images))
+    return routers
+
+
+def _routes_in(repository: Path, router: str) -> tuple[Route, ...]:
+    folder = repository / router
+    if not is_ours(folder):
+        return ()
+    return RouteList.read(folder / str((*versions_of(folder), 1)[-1]) / ROUTES_FILE).routes
+
+
+def router_folder(
+    name: str,
+    routes: Sequence[Route],
+    configs: Mapping[str, ModelConfig],
+    options: ServeOptions | None = None,
+) -> ModelFolder:
+    """A model that hands each request to one of several, by its parameter ``r`` or ``max_ms``.
+
+    Args:
+        name: Name of the router on the server.
+        routes: Routes to at least one model of pixels, or pipeline of such; in any order.
+        configs: Configs of at least these models.
+        options: Version and instances of the router.
+
+    Raises:
+        InputError: if two routes have the same r, or inputs or outputs differ.
+    """
+    options = options or ServeOptions()
+    ordered = sorted(routes, key=lambda route: route.r)
+    for before, route in itertools.pairwise(ordered):
+        if before.r == route.r:
+            raise InputError(
+                f"models {before.model} and {route.model} both merge r = {route.r:g}; a router "
+                "needs one model for each r, give another --name"
+            )
+        if interface_of(configs[route.model]) != interface_of(configs[before.model]):
+            raise InputError(
+                f"models {before.model} and {route.model} have different inputs or outputs; "
+                "a router needs artifacts of one model, give another --name"
+            )
+    models = [route.model for route in ordered]
+    first = configs[models[0]]
+    config = python_config(
+        name,
+        min(configs[model].max_batch_size for model in models),
+        count=max(ROUTER_INSTANCES, options.instances),
+        input=interface_values(first.input),
+        output=interface_values(first.output),
+        parameters={ROUTES: {"string_value": ",".join(models)}},
+        # It hands requests on one by one, and of images that are taken together one whose bytes are
+        # not as long as they say fails all.
+        dynamic_batching=None,
+    )
+    content = RouteList(routes=tuple(ordered)).model_dump()
+    return python_folder(config, "router", ROUTES_FILE, content, options)
+
+
+def route_to(artifact: Artifact, model: str, ms: float | None = None) -> Route:
+    """The route to a model that serves an artifact."""
+    merge = artifact.manifest.merge
+    asked = re.match(r"r=(\d+)", merge.schedule)
+    mean = sum(merge.r) / len(merge.r) if merge.r else 0
+    return Route(model=model, r=int(asked[1]) if asked else mean, ms=ms)
+
+
+def have_one_shape(configs: Sequence[ModelConfig]) -> bool:
+    """Whether models that are alike in all else also have outputs of one shape.
+
+    The tokens that a vision tower gives are fewer for a larger r, and then no model can stand in
+    for another.
+    """
+
+    def without_sizes(config: ModelConfig) -> list[dict[str, Any]]:
+        outputs = interface_values(config.output)
+        ranks = [{**tensor, "dims": len(tensor["dims"])} for tensor in outputs]
+        return [*interface_values(config.input), *ranks]
+
+    first, *others = configs
+    return all(
+        without_sizes(one) != without_sizes(first) or interface_of(one) == interface_of(first)
+        for one in others
+    )
