@@ -45,8 +45,8 @@ from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.recipe import DATA
 from tome_export.patch import patch
-from tome_export.serve.cascade import CASCADE
 from tome_export.serve.client import connect
+from tome_export.serve.names import CASCADE
 from tome_export.serve.server import RunRequest, running
 
 MODEL = "vit_digits"

@@ -154,7 +154,8 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) ->
 
 def _from_options(kind: Callable[..., Options], given: dict[str, Any]) -> Options:
     """A dataclass whose fields have the names of options."""
-    return kind(**{field.name: given[field.name] for field in fields_of(kind)})  # type: ignore[arg-type]
+    known = {field.name for field in fields_of(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if name in known})
 
 
 def _request(artifacts: tuple[Path, ...], given: dict[str, Any]) -> ServeRequest:
@@ -192,7 +193,7 @@ def _run(terminal: Terminal, done: ServeResult, request: RunRequest, *, log: boo
             ready = True
             try:
                 terminal.result(given, lines)
-                server.wait(_say, request.ready_seconds)
+                server.wait(_say)
             except Interrupted:
                 _say("Stopping tritonserver")
     except Interrupted:  # once more, while the server ends

@@ -59,9 +59,10 @@ def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[
         if kind != "STRING":
             request[tensor.name] = np.zeros(shape, triton_to_np_dtype(kind))
             continue
-        samples = {IMAGE: sample_image, VIDEO: lambda: sample_video(_frames(folders))}
-        request[tensor.name] = np.empty(shape, np.object_)
-        request[tensor.name][...] = samples.get(tensor.name, bytes)()
+        request[tensor.name] = np.full(shape, b"", np.object_)
+        if tensor.name in (IMAGE, VIDEO):
+            video = tensor.name == VIDEO
+            request[tensor.name][...] = sample_video(_frames(folders)) if video else sample_image()
     return request
 
 

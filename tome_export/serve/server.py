@@ -317,21 +317,17 @@ class RunningServer:
             time.sleep(POLL_SECONDS)
         self._stubs.lost()  # what they are of is not known any more once they are gone
 
-    def wait(
-        self, on_event: Callable[[str], None] | None = None, seconds: float = READY_SECONDS
-    ) -> None:
-        """Block while the server runs; Ctrl-C ends that. Arguments as of ``restart_if_broken``.
+    def wait(self, on_event: Callable[[str], None] | None = None) -> None:
+        """Block while the server runs; Ctrl-C ends that. See ``restart_if_broken``.
 
         Raises:
             ExportError: when the server ends by itself, or loses processes again and again.
         """
         while True:
-            self.restart_if_broken(on_event, seconds)
+            self.restart_if_broken(on_event)
             time.sleep(5 * POLL_SECONDS)
 
-    def restart_if_broken(
-        self, on_event: Callable[[str], None] | None = None, seconds: float = READY_SECONDS
-    ) -> bool:
+    def restart_if_broken(self, on_event: Callable[[str], None] | None = None) -> bool:
         """Start the server again, at the same addresses, if a python model has lost its process.
 
         The server would go on saying that it is ready, and answer requests to that model with
@@ -339,7 +335,9 @@ class RunningServer:
 
         Args:
             on_event: Told in one line each what has happened, and that the server is ready again.
-            seconds: Most time until it is ready again.
+
+        Returns:
+            Whether it was started again.
 
         Raises:
             ExportError: if the server has ended by itself, or has lost processes again and again.
@@ -374,7 +372,7 @@ class RunningServer:
             )
         self._restarts.append(now)
         tell(f"{lost}; tritonserver is started again")
-        self._restart(seconds)
+        self._restart(self._request.ready_seconds or READY_SECONDS)
         tell("tritonserver is ready again")
         return True
 
