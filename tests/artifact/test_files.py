@@ -31,3 +31,9 @@ def test_a_file_that_is_there_is_replaced_by_force_only(tmp_path):
     check_new_file(tmp_path / "s.json", force=True)
     check_new_file(tmp_path / "new.json", force=False)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"s.json": "mine"}
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe is a device, pipe or socket; give the name of a"):
+        check_new_file(tmp_path / "pipe", force=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tome_export.errors import UsageError
-from tome_export.serve.kserve import KServeOptions, kserve_manifest, kserve_text, service_name
+from tome_export.serve import probe
+from tome_export.serve.kserve import KServeOptions, manifest_text, service_name
 from tome_export.serve.server import ServerOptions
 
 # From the CustomResourceDefinition inferenceservices.serving.kserve.io, version v1beta1, of KServe
@@ -73,9 +75,15 @@ def wrong(value, schema, where=""):
         yield f"{where} is {value!r}"
 
 
-def manifest_of(model, storage_uri=None):
-    probe = ["python3", "-c", "print(1)\n"]
-    return kserve_manifest(model, KServeOptions(storage_uri), ServerOptions(), probe)
+WORDS = ["http://127.0.0.1:8080", "m", '{"inputs": ["y: z # no"]}', "", "x"]
+
+
+def text_of(model, storage_uri=None):
+    return manifest_text(model, KServeOptions(storage_uri), ServerOptions(), WORDS)
+
+
+def manifest_of(*given):
+    return yaml.safe_load(text_of(*given))
 
 
 @pytest.mark.parametrize("model", ["vit_b16_r8", "8-BIT.model_", "timm_vit_x_y_r0-inflect_0.5"])
@@ -99,22 +107,24 @@ def test_the_check_finds_what_is_wrong():
     ]
 
 
-def test_text_is_yaml_of_the_manifest():
-    manifest = manifest_of("vit_b16_r8")
-    manifest["program"] = "x = {}\n\nif x:\n    print('y: z')  # no\n"
-    text = kserve_text(manifest)
-    assert yaml.safe_load(text) == manifest
-    assert "\n      print('y: z')  # no\n" in text
+def test_the_probe_is_the_program_and_its_words():
+    model = manifest_of("vit_b16_r8")["spec"]["predictor"]["model"]
+    program = Path(probe.__file__).read_text()
+    assert model["readinessProbe"]["exec"]["command"] == ["python3", "-c", program, *WORDS]
+
+
+def test_options_of_the_server_are_in_the_manifest():
+    server = ServerOptions(("--x=y: z # no",), {"A": "1", "B": "ü\n"})
+    text = manifest_text("m", KServeOptions(), server, WORDS)
+    model = yaml.safe_load(text)["spec"]["predictor"]["model"]
+    assert model["args"][-1] == "--x=y: z # no"
+    assert model["env"] == [{"name": "A", "value": "1"}, {"name": "B", "value": "ü\n"}]
+
+
+def test_the_text_says_what_to_scale_by():
+    text = text_of("vit_b16_r8")
     assert "nv_inference_pending_request_count" in text
-    assert all(len(line) <= 100 for line in text.splitlines())
-
-
-@pytest.mark.parametrize(
-    "value",
-    [{"a": "yes", "b": "1", "c": "x: y # z", "d": [], "e": {}, "f": ["- a", "ü\n"], "1x:": None}],
-)
-def test_values_that_yaml_could_misread(value):
-    assert yaml.safe_load(kserve_text(value)) == value
+    assert all(len(line) <= 120 for line in text.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -126,7 +136,7 @@ def test_service_name(model, name):
 
 
 def test_storage_uri():
-    assert manifest_of("m")["spec"]["predictor"]["model"]["storageUri"] == ("pvc://m")
+    assert manifest_of("m")["spec"]["predictor"]["model"]["storageUri"] == "pvc://m"
     for uri in ("models", "ftp://x", "s3://", "s3://a b"):
         with pytest.raises(UsageError, match="storage URI is"):
             KServeOptions(uri)

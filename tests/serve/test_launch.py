@@ -6,11 +6,12 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from tome_export.errors import InputError, TomeExportError
 from tome_export.serve import server as servers
 from tome_export.serve.config import ServeOptions
-from tome_export.serve.kserve import KServeOptions, kserve_manifest
+from tome_export.serve.kserve import KServeOptions, manifest_text
 from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.process import GroupProcess
 from tome_export.serve.server import (
@@ -42,7 +43,7 @@ def test_options(make_artifact, tmp_path, artifact, arguments, environment):
     done = serve(ServeRequest((make_artifact(**artifact),), repository))
     expected = ServerOptions(arguments, environment)
     assert done.server == server_options_from_repository(repository) == expected
-    manifest = kserve_manifest("m", KServeOptions(), done.server, [])
+    manifest = yaml.safe_load(manifest_text("m", KServeOptions(), done.server, []))
     model = manifest["spec"]["predictor"]["model"]
     assert (FLAG in model["args"]) == bool(arguments)
     assert model.get("env", []) == [{"name": n, "value": v} for n, v in environment.items()]

@@ -307,7 +307,7 @@ def test_options_reach_every_config(artifacts):
 
 
 def test_batch_of_the_served_file_counts(artifacts):
-    folders = pipeline_folders(artifacts[NAME], NAME, ServeOptions(), BatchRange(1, 2, 4))
+    folders = pipeline_folders(artifacts[NAME], NAME, ServeOptions(), 4)
     assert [folder.config.max_batch_size for folder in folders] == [4, 4, 4]
 
 

@@ -208,10 +208,12 @@ def check_new_file(path: Path, *, force: bool) -> None:
         force: Whether one that exists may be replaced.
 
     Raises:
-        InputError: if the file exists (without ``force``), is a folder, or cannot be written.
+        InputError: if it exists (without ``force``), is no file, or cannot be written.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # it would be replaced by a file
+        raise InputError(f"{path} is a device, pipe or socket; give the name of a file")
     if path.exists() and not force:
         raise InputError(f"{path} exists; give another file, or --force to replace it")
     with writing_to(path, "file"):

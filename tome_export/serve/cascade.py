@@ -91,7 +91,7 @@ def check_cascade(request: CascadeServeRequest) -> None:
             check_ours(folder)
     if versions_of(model) and not request.force:
         raise cascade_exists(model)
-    files = [(one, model_file_from_artifact(one)) for one in request.members]
+    files = [model_file_from_artifact(one) for one in request.members]
     if request.self_test:
         why_untested(files, request.self_test)
 

@@ -81,20 +81,7 @@ class Client:
         return sorted({entry["name"] for entry in entries if entry.get("state") == "READY"})
 
     def tensors(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Inputs and outputs of a model: name -> ``{datatype, shape}``, batch included.
-
-        Raises:
-            InputError: if the server does not serve it.
-        """
-        known = self.models()
-        if model not in known:
-            raise InputError(
-                f"no model {model} is ready at {self.address}; it serves "
-                f"{', '.join(known) or 'none'}"
-            )
-        return self._tensors(model)
-
-    def _tensors(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs and outputs of a model: name -> ``{datatype, shape}``, batch included."""
         metadata = self._ask("get_model_metadata", model)
 
         def described(kind: str) -> dict[str, Any]:
@@ -119,9 +106,9 @@ class Client:
         """The model that takes encoded images or videos.
 
         Args:
-            name: It, or the model or router it belongs to, or what the names of the models behind
-                a router have in common; None for the only one there is, where a router stands for
-                the models behind it.
+            name: Name of it, or of the model or router it belongs to, or what the names of the
+                models behind a router have in common; None for the only one there is, where a
+                router stands for the models behind it.
 
         Raises:
             InputError: if there is none, or several and no name.
@@ -129,10 +116,13 @@ class Client:
         known = self.models()
         if name is not None:
             for candidate in (name, f"{name}{PIPELINE}", f"{name}{ROUTER}{PIPELINE}"):
-                if candidate in known and {IMAGE, VIDEO} & self._tensors(candidate)[0].keys():
+                if candidate in known and {IMAGE, VIDEO} & self.tensors(candidate)[0].keys():
                     return candidate
             if name not in known:
-                self.tensors(name)  # says what there is
+                raise InputError(
+                    f"no model {name} is ready at {self.address}; it serves "
+                    f"{', '.join(known) or 'none'}"
+                )
         pipelines = [model for model in known if self._is_pipeline(model)]
         if name is not None:
             raise InputError(
@@ -156,7 +146,7 @@ class Client:
 
     def _is_pipeline(self, model: str) -> bool:
         """Whether it takes encoded images or videos, and gives more than their pixels."""
-        inputs, outputs = self._tensors(model)
+        inputs, outputs = self.tensors(model)
         encoded = (inputs[kind]["datatype"] for kind in (IMAGE, VIDEO) if kind in inputs)
         return "BYTES" in encoded and INPUT_NAME not in outputs
 
@@ -172,12 +162,12 @@ class Client:
 
         Args:
             model: Its name; the server takes the newest version.
-            inputs: Name -> array with batch; BYTES as an object array of ``bytes``.
+            inputs: Arrays with batch by name; BYTES as an object array of ``bytes``.
             shared_memory: Hand the inputs over in system shared memory: same machine only.
-            parameters: Of the request, such as ``r`` for a router.
+            parameters: Parameters of the request, such as ``r`` for a router.
 
         Returns:
-            Output name -> array with batch; BYTES as an object array of ``bytes``.
+            The outputs likewise.
 
         Raises:
             InputError: if the server refuses the request, with its reason.
@@ -200,8 +190,10 @@ class Client:
             extra = {**self._limit, "parameters": dict(parameters or {}) or None}
             result = self._client.infer(model, tensors, **extra)
             answer = result.get_response()
-            outputs = answer.outputs if self.protocol == "grpc" else answer["outputs"]
-            names = [o.name if self.protocol == "grpc" else o["name"] for o in outputs]
+            if self.protocol == "grpc":
+                names = [output.name for output in answer.outputs]
+            else:
+                names = [output["name"] for output in answer["outputs"]]
             # Copied: the arrays may look into the response's own memory.
             return {name: result.as_numpy(name).copy() for name in names}
 
@@ -211,8 +203,9 @@ class Client:
         from tritonclient.utils import serialize_byte_tensor
         from tritonclient.utils import shared_memory as memory
 
-        data = serialize_byte_tensor(array) if array.dtype.kind == "O" else array
-        size = len(data.item()) if array.dtype.kind == "O" else array.nbytes
+        encoded = array.dtype.kind == "O"
+        data = serialize_byte_tensor(array) if encoded else array
+        size = len(data.item()) if encoded else array.nbytes
         name = f"tome_export_query_{secrets.token_hex(8)}"
         try:
             region = memory.create_shared_memory_region(name, name, size, create_only=True)

@@ -62,11 +62,6 @@ VERSION_COMPATIBLE = "version_compatible"
 """File beside an engine that brings a runtime of its own, which a server runs only if it is told to
 (see ``server``): what is true of one version is not of another, and they share one config."""
 
-VERSION_COMPATIBLE_NOTE = b"""\
-The engine beside this file is version-compatible: it brings a runtime of its own. Servers load it
-with --backend-config=tensorrt,version-compatible=true only.
-"""
-
 PYTHON_MODELS = Path(__file__).parent / "python_models"
 
 MOST = 2**31 - 1
@@ -209,7 +204,8 @@ def file_folder(
     }
     files |= {} if behind else _label_files(file)
     if file.version_compatible:
-        files[f"{options.folder}/{VERSION_COMPATIBLE}"] = VERSION_COMPATIBLE_NOTE
+        note = b"Servers load it with --backend-config=tensorrt,version-compatible=true only.\n"
+        files[f"{options.folder}/{VERSION_COMPATIBLE}"] = note
     asked = options.cuda_graph_batches is not None
     if file.platform == "onnxruntime_onnx":
         if asked:

@@ -30,8 +30,8 @@ class Installation:
     """A server that can be started.
 
     Attributes:
-        binary: The executable.
-        backends: Its folder of backends; None where the server knows by itself.
+        binary: Path of the executable.
+        backends: Folder of its backends; None where the server knows by itself.
         stub: The python backend's interpreter process for this Python, of the server inside
             nvidia-pytriton; None where the server brings its own.
     """

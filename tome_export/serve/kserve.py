@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tome_export.artifact import writing_to
 from tome_export.artifact.files import write_whole
@@ -27,7 +27,7 @@ SCHEMES = ("gs", "s3", "hdfs", "webhdfs", "pvc", "http", "https", "hf", "oci")
 HTTP_PORT = 8080
 """Where KServe's runtime for this server lets it listen."""
 
-NOTE = """\
+MANIFEST = """\
 # The whole repository is served: storageUri is its root, as the server sees it at /mnt/models.
 # Nodes without a GPU: remove the GPU limit and add --model-config-name=cpu to args (ONNX models).
 # Scaling: what says that replicas are short is the queue. The server counts it at :8002/metrics as
@@ -38,11 +38,50 @@ NOTE = """\
 # Probes: /v2/health/ready goes on answering 200 when the process of a python model (decoding,
 # labels, router) has died, and every request fails. So a program looks at these processes and sends
 # a request; where it fails, the replica gets no requests and is then started again.
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {name}
+  annotations:  # a plain Deployment, which is what a HorizontalPodAutoscaler scales
+    serving.kserve.io/deploymentMode: RawDeployment
+    serving.kserve.io/autoscalerClass: hpa
+spec:
+  predictor:
+    minReplicas: 1
+    maxReplicas: 4
+    scaleMetric: cpu
+    scaleTarget: 80
+    model:
+      modelFormat:
+        name: triton
+      protocolVersion: v2
+      storageUri: {storage_uri}
+      args: {arguments}
+      env: {environment}
+      resources:
+        requests: {{cpu: "1", memory: 2Gi}}
+        limits: {{cpu: "4", memory: 8Gi, nvidia.com/gpu: "1"}}
+      startupProbe:  # the first start on a GPU may build engines, for minutes
+        httpGet: {{path: /v2/health/ready, port: {port}}}
+        periodSeconds: 5
+        failureThreshold: 240
+      readinessProbe:
+        exec: &probe
+          command:
+          - python3
+          - -c
+          - |
+{program}
+{words}
+        timeoutSeconds: 60
+        failureThreshold: 3
+        periodSeconds: 10
+      livenessProbe:
+        exec: *probe
+        timeoutSeconds: 60
+        failureThreshold: 3
+        periodSeconds: 30
 """
-
-
-MIN_REPLICAS, MAX_REPLICAS = 1, 4
-"""Replicas that are always there, and under the highest load."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +110,41 @@ def write_manifest(
     options: KServeOptions,
     server: ServerOptions,
 ) -> None:
-    """Write the manifest of models that are written together; one that is the same stays."""
-    manifest = kserve_manifest(entry, options, server, probe_command(folders, entry))
-    text = kserve_text(manifest).encode()
+    """Write the manifest of models that are written together; one that is the same stays.
+
+    Args:
+        path: The file.
+        folders: The models.
+        entry: The model that the service is named after and the probe asks.
+        options: What the repository does not say.
+        server: What the models want a server to be started with.
+    """
+    text = manifest_text(entry, options, server, probe_words(folders, entry)).encode()
     if not path.is_file() or path.read_bytes() != text:
         with writing_to(path, "file"):
             write_whole(path, text)
 
 
-def probe_command(folders: Sequence[ModelFolder], entry: str) -> list[str]:
-    """What a container runs to find out whether the server in it answers; see ``probe``.
+def manifest_text(
+    model: str, options: KServeOptions, server: ServerOptions, words: Sequence[str]
+) -> str:
+    """The manifest as YAML, named after a model; ``words`` are from ``probe_words``."""
+    name = service_name(model)
+    arguments = ["--disable-auto-complete-config", "--strict-readiness=true", *server.arguments]
+    variables = [{"name": key, "value": value} for key, value in server.environment.items()]
+    return MANIFEST.format(
+        name=name,
+        storage_uri=json.dumps(options.storage_uri or f"pvc://{name}"),
+        arguments=json.dumps(arguments),
+        environment=json.dumps(variables),
+        port=HTTP_PORT,
+        program=textwrap.indent(Path(probe.__file__).read_text(), " " * 12).rstrip(),
+        words="\n".join(f"          - {json.dumps(word)}" for word in words),
+    )
+
+
+def probe_words(folders: Sequence[ModelFolder], entry: str) -> list[str]:
+    """What the program ``probe`` is given, to find out whether the server beside it answers.
 
     The model ``entry`` is asked. Where it takes videos, and none can be made here for want of PyAV,
     the first one is asked instead.
@@ -108,61 +172,8 @@ def probe_command(folders: Sequence[ModelFolder], entry: str) -> list[str]:
         content += data
     header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}})
     beginning = base64.b64encode(content.rstrip(b"\0")).decode()
-    program = Path(probe.__file__).read_text()
-    words = [f"http://127.0.0.1:{HTTP_PORT}", asked.name, header, beginning]
     others = [folder.name for folder in folders if folder is not asked]
-    return ["python3", "-c", program, *words, *others]
-
-
-def kserve_manifest(
-    model: str, options: KServeOptions, server: ServerOptions, probe: Sequence[str]
-) -> dict[str, Any]:
-    """The InferenceService as data, named after a model; ``probe`` is from ``probe_command``."""
-    name = service_name(model)
-    arguments = ["--disable-auto-complete-config", "--strict-readiness=true", *server.arguments]
-    variables = [{"name": name, "value": value} for name, value in server.environment.items()]
-    limits = {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "1"}
-    return {
-        "apiVersion": "serving.kserve.io/v1beta1",
-        "kind": "InferenceService",
-        "metadata": {
-            "name": name,
-            # A plain Deployment, which is what a HorizontalPodAutoscaler scales.
-            "annotations": {
-                "serving.kserve.io/deploymentMode": "RawDeployment",
-                "serving.kserve.io/autoscalerClass": "hpa",
-            },
-        },
-        "spec": {
-            "predictor": {
-                "minReplicas": MIN_REPLICAS,
-                "maxReplicas": MAX_REPLICAS,
-                "scaleMetric": "cpu",
-                "scaleTarget": 80,
-                "model": {
-                    "modelFormat": {"name": "triton"},
-                    "protocolVersion": "v2",
-                    "storageUri": options.storage_uri or f"pvc://{name}",
-                    "args": arguments,
-                    **({"env": variables} if variables else {}),
-                    **_probes(probe),
-                    "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
-                },
-            }
-        },
-    }
-
-
-def _probes(command: Sequence[str]) -> dict[str, Any]:
-    """When a replica is started, gets requests, and is started again."""
-    loaded = {"path": "/v2/health/ready", "port": HTTP_PORT}
-    answers = {"exec": {"command": [*command]}, "timeoutSeconds": 60, "failureThreshold": 3}
-    return {
-        # The first start on a GPU may build engines, for minutes.
-        "startupProbe": {"httpGet": loaded, "periodSeconds": 5, "failureThreshold": 240},
-        "readinessProbe": {**answers, "periodSeconds": 10},
-        "livenessProbe": {**answers, "periodSeconds": 30},
-    }
+    return [f"http://127.0.0.1:{HTTP_PORT}", asked.name, header, beginning, *others]
 
 
 def service_name(model: str) -> str:
@@ -171,19 +182,3 @@ def service_name(model: str) -> str:
     if not name[:1].isalpha():
         name = f"model-{name}"
     return name[:50].rstrip("-")
-
-
-def kserve_text(manifest: Mapping[str, Any]) -> str:
-    """The manifest as YAML, with what to know of scaling."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
-        """Writes a text of several lines as such."""
-
-    def represented(dumper: Any, text: str) -> Any:
-        style = "|" if "\n" in text else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-    Dumper.add_representer(str, represented)
-    written = yaml.dump(manifest, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
-    return NOTE + str(written)

@@ -18,7 +18,13 @@ from tome_export.artifact.files import check_new_file
 from tome_export.engine.gpu import detect
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.progress import Progress, Silent
-from tome_export.serve.config import ModelFolder, ServeOptions, check_packages, model_folders
+from tome_export.serve.config import (
+    ModelFolder,
+    ServeOptions,
+    check_packages,
+    interface_of,
+    model_folders,
+)
 from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.installation import find
 from tome_export.serve.kserve import KServeOptions, write_manifest
@@ -33,7 +39,7 @@ from tome_export.serve.repository import (
     models_in,
     write,
 )
-from tome_export.serve.router import has_router, have_one_shape, route_to, router_folders
+from tome_export.serve.router import has_router, route_to, router_folders
 from tome_export.serve.self_test import try_out
 from tome_export.serve.server import ServerOptions, server_options_from_repository
 
@@ -107,11 +113,10 @@ class _ServedArtifact:
     """The models of one artifact.
 
     Attributes:
-        artifact: It.
+        artifact: The artifact.
         file: Its file that is served.
         base: What the names behind its router have in common; None if it is behind none.
-        models: The model with the file, and last the one that users call: the same, or one that
-            fills batches up for it.
+        models: The model with the file, and last the one that users call (``model_folders``).
         pipeline: The models around it, if images are given to it; last the one that takes them.
     """
 
@@ -177,13 +182,14 @@ def serve(
         if len(one.models) == 1 and is_ours(repository / (name := f"{one.called.name}{FIXED}"))
     ]
     removed = [n for n in unused if request.force and not is_named_elsewhere(repository, n)]
-    files = [(one.artifact, one.file) for one in served]
+    files = [one.file for one in served]
     untested = why_untested(files, request.self_test) if request.self_test is not False else ""
     tested = [f"No self-test: {untested}"] if untested else []
 
     def check(view: Path) -> None:
         progress.stage("Try the models out on one image")
-        tested.append(try_out(view, repository, folders, gpu=_needs_gpu(files)))
+        gpu = any(file.needs_gpu for file in files)
+        tested.append(try_out(view, repository, folders, gpu=gpu))
         progress.stage(f"Write {repository}")
 
     testing = request.self_test is not False and not untested
@@ -290,11 +296,11 @@ def _routers(
     repository: Path,
 ) -> list[ModelFolder]:
     """What chooses among the models, and among their pipelines."""
-    base = served[0].base
+    base, interface = served[0].base, interface_of(served[0].called.config)
+    # The tokens that a tower gives are fewer for a larger r: no model can stand in for another.
+    alike = all(interface_of(one.called.config) == interface for one in served)
     # A router that is there would go on routing to models that it no longer fits: it is tried.
-    if base is None or not (
-        has_router(repository, base) or have_one_shape([one.called.config for one in served])
-    ):
+    if base is None or not (alike or has_router(repository, base)):
         return []
     routes = [
         route_to(one.artifact, one.called.name, ms)
@@ -324,7 +330,7 @@ def _measured_ms(served: Sequence[_ServedArtifact]) -> list[float | None]:
     return [None] * len(served)
 
 
-def why_untested(files: Sequence[tuple[Artifact, ModelFile]], asked: bool | None) -> str:
+def why_untested(files: Sequence[ModelFile], asked: bool | None) -> str:
     """Why what is served cannot be tried out on this machine; empty if it can.
 
     Raises:
@@ -333,20 +339,13 @@ def why_untested(files: Sequence[tuple[Artifact, ModelFile]], asked: bool | None
     why = ""
     try:
         find()
-        if _needs_gpu(files) and not detect().gpus:
+        if any(file.needs_gpu for file in files) and not detect().gpus:
             why = "what is served runs on GPUs, and this machine has none that CUDA sees"
     except MissingComponentError as error:
         why = str(error)
     if why and asked:
         raise MissingComponentError(f"{why}; leave --self-test out")
     return why
-
-
-def _needs_gpu(files: Sequence[tuple[Artifact, ModelFile]]) -> bool:
-    return any(
-        file.platform == "tensorrt_plan" or artifact.manifest.precision == "bf16"
-        for artifact, file in files
-    )
 
 
 def _batching_note(one: _ServedArtifact) -> str:

@@ -34,6 +34,7 @@ class ModelFile:
         labels: Class names; empty where it has none.
         version_compatible: Whether it is an engine that brings a runtime of its own.
         cuda_graphs: Whether its batches may be recorded as CUDA graphs.
+        needs_gpu: Whether it runs on GPUs only.
         notes: What a user should know of the choice.
     """
 
@@ -46,6 +47,7 @@ class ModelFile:
     labels: tuple[str, ...]
     version_compatible: bool = False
     cuda_graphs: bool = True
+    needs_gpu: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -100,6 +102,7 @@ def model_file_from_artifact(artifact: Artifact, choice: str = "auto") -> ModelF
         labels=tuple(" ".join(label.split()) for label in manifest.labels or ()),
         version_compatible=engine is not None and engine.version_compatible,
         cuda_graphs=not leaks,
+        needs_gpu=engine is not None or manifest.precision == "bf16",
         notes=tuple(notes),
     )
 

@@ -13,7 +13,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import psutil
 
 from tome_export.errors import ExportError
 from tome_export.serve.probe import DEAD, STOPPED, stub_states
@@ -59,10 +62,8 @@ rm -f "$2"*
 class Watchdog:
     """A small child process that outlives this one, tidies up after it, and ends.
 
-    Args:
-        folder: To remove, with what is in it.
-        memory: How the paths of the shared memory to remove begin.
-        seconds: For the server to end by itself after SIGTERM.
+    It removes a folder and shared memory, whose paths begin with ``memory``, and gives the server
+    so many seconds to end by itself after SIGTERM.
 
     Raises:
         ExportError: if the system cannot start it.
@@ -112,10 +113,7 @@ class Watchdog:
 class GroupProcess:
     """One program at a time, its output appended to a file.
 
-    Args:
-        log_path: Where standard output and standard error go.
-        memory: How the paths of the shared memory begin that the program leaves.
-        watchdog: Told which group runs, to end it if this process is killed.
+    Shared memory that it leaves is removed; the watchdog knows which group runs.
     """
 
     def __init__(self, log_path: Path, memory: Path, watchdog: Watchdog) -> None:
@@ -123,43 +121,33 @@ class GroupProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._launching = threading.Lock()
         self._cancelled = False
-        self._failure: OSError | None = None
         self._log_from = 0
         log_path.touch()
 
     def launch(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the program, after the one before has been stopped; may raise ``OSError``."""
-        done = threading.Event()
-
-        def work() -> None:
-            try:
-                with self._launching, self.log_path.open("ab") as stream:
-                    if self._cancelled:
-                        return
-                    self._process = subprocess.Popen(
-                        list(arguments),
-                        stdin=subprocess.DEVNULL,
-                        stdout=stream,
-                        stderr=subprocess.STDOUT,
-                        env=dict(environment),
-                        start_new_session=True,  # Ctrl-C in the terminal is for us: we stop it
-                    )
-                    self._watchdog.guard(self._process.pid)
-            except OSError as error:
-                self._failure = error
-            finally:
-                done.set()
-
-        self._process, self._failure, self._cancelled = None, None, False
+        self._process, self._cancelled = None, False
         self._log_from = self.log_path.stat().st_size
         # Signals are handled in the main thread. Started from another one, the process is known
         # to ``stop`` even if an interrupt comes just now.
-        threading.Thread(target=work, name="server-launch", daemon=True).start()
-        # No join: once interrupted, it takes the thread for ended.
-        while not done.wait(POLL_SECONDS):
-            pass
-        if self._failure is not None:
-            raise self._failure
+        launcher = ThreadPoolExecutor(1, "server-launch")
+        started = launcher.submit(self._start, arguments, environment)
+        launcher.shutdown(wait=False)
+        started.result()
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        with self._launching, self.log_path.open("ab") as stream:
+            if self._cancelled:
+                return
+            self._process = subprocess.Popen(
+                list(arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,  # Ctrl-C in the terminal is for us: we stop it
+            )
+            self._watchdog.guard(self._process.pid)
 
     @property
     def pid(self) -> int:
@@ -182,7 +170,7 @@ class GroupProcess:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def exit_code(self) -> int:
-        """Of the program that has ended; the signal's number, negative, if one ended it."""
+        """Exit code of the program that has ended; negative, the signal that ended it."""
         assert self._process is not None, "not launched"  # noqa: S101
         if self._process.returncode is not None:
             return self._process.returncode
@@ -213,12 +201,9 @@ class GroupProcess:
 
 
 class Stubs:
-    """The processes (stubs) that one server runs its python models in.
+    """The processes (stubs) that the server of a process id runs its python models in.
 
-    Args:
-        server: Its process id.
-        repository: What it serves.
-        reloads: Whether models, and their stubs, may come and go while it runs.
+    Where it ``reloads``, models and their stubs may come and go.
     """
 
     def __init__(self, server: int, repository: Path, *, reloads: bool) -> None:
@@ -249,14 +234,11 @@ class Stubs:
 
     def _model_of(self, pid: int) -> str:
         """Its model, from the path of the file that it runs."""
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-        except OSError:
-            words = []
-        paths = (Path(word) for word in words)
-        inside = (p.relative_to(self._root) for p in paths if p.is_relative_to(self._root))
-        named = (f"model {path.parts[0]}" for path in inside if path.parts)
-        return next(named, "a python model")
+        with contextlib.suppress(psutil.Error):
+            for path in map(Path, psutil.Process(pid).cmdline()):
+                if path.is_relative_to(self._root) and path != self._root:
+                    return f"model {path.relative_to(self._root).parts[0]}"
+        return "a python model"
 
 
 def _end(status: int) -> str:

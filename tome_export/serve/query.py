@@ -30,14 +30,13 @@ class QueryRequest:
 
     Attributes:
         url: See ``tome_export.serve.client.connect``.
-        images: Image or video files, as the model takes, and folders: of these, the files of that
-            kind.
+        images: Image or video files, as the model takes, and folders of such.
         model: Model, router or pipeline; None for the router of pipelines, or the only pipeline.
         protocol: ``grpc``, ``http``, or None for the scheme's, else gRPC.
         top: Labels per image; None for all that the server gives.
         shared_memory: Hand the images over in shared memory: server on this machine only.
-        r: For a router: the most tokens to merge per layer.
-        max_ms: For a router: the longest that one image may take the model, in ms.
+        r: Most tokens to merge per layer, for a router.
+        max_ms: Longest that one image may take the model, in ms, for a router.
         query: File of what the model takes besides images; see ``inputs.inputs_from_file``.
     """
 

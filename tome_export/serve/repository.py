@@ -62,17 +62,21 @@ class WrittenModel:
 
 @dataclass
 class _Change:
-    """What has to be done for one model; nothing, if there are neither versions nor files."""
+    """What has to be done for one model.
+
+    Attributes:
+        folder: The model as it is to be.
+        entries: Its files and version folders that are new or replaced, in the order in which they
+            may be seen; ``.`` is the whole folder.
+        stale: Files of ours that it has no more.
+    """
 
     folder: ModelFolder
-    is_new: bool
-    replaces_all: bool = False  # the only version, by one that the old config does not fit
-    versions: dict[str, bool] = field(default_factory=dict)  # version folder -> replaces one
-    files: list[str] = field(default_factory=list)
+    entries: list[str] = field(default_factory=lambda: ["."])
     stale: list[Path] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.is_new or self.versions or self.files or self.stale)
+        return bool(self.entries or self.stale)
 
 
 def check_repository(repository: Path) -> Path:
@@ -143,12 +147,10 @@ def write(
     Args:
         repository: The directory; made if it is missing.
         folders: What to write.
-        force: Replace a version that has other files. Without it only the models around a model
-            (decoding, labels, ensemble, router) are replaced, which hold nothing of their own; a
-            cascade does.
+        force: Replace a version that has other files. Without it only models that hold nothing of
+            their own (decoding, labels, ensemble, router; not a cascade) are replaced.
         remove: Names of models of ours to take away, after the others are there.
-        check: Called before anything is changed, with a repository of these models and no others;
-            what it raises leaves everything as it was.
+        check: Called before anything is changed, with a repository of these models and no others.
 
     Raises:
         InputError: if a model is there that we did not write, whose inputs or outputs differ, or
@@ -166,17 +168,17 @@ def write(
         for name in remove:
             check_ours(repository / name)
         if any(changes) or remove or check is not None:
-            leaving = {*remove, *(one.folder.name for one in changes if one.replaces_all)}
+            leaving = {*remove, *(one.folder.name for one in changes if "." in one.entries)}
             staying = [name for name in models_in(repository) if name not in leaving]
             with _staging(repository, staying) as made:
                 if check is not None:
                     for folder in folders:
-                        _stage(made / VIEW / folder.name, _Change(folder, is_new=True))
+                        _stage(made / VIEW / folder.name, _Change(folder))
                     check(made / VIEW)
                 for change in changes:
                     _stage(made / change.folder.name, change, made / VIEW / change.folder.name)
                 for change in changes:
-                    _publish(made / change.folder.name, repository, change)
+                    _publish(made / change.folder.name, repository / change.folder.name, change)
                 for name in remove:
                     (repository / name).rename(made / name)
     return [
@@ -188,38 +190,36 @@ def write(
 def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
     """Compare a model with what is there."""
     if not model.exists():
-        return _Change(folder, is_new=True)
+        return _Change(folder)
     check_ours(model)
-    change = _Change(folder, is_new=False)
     old, new = config_of(model), folder.config
-    holds_nothing = _is_derived(old) and _is_derived(new)
-    versions = _versions_in(folder)
-    for version in sorted(versions):
-        target = model / version
-        if _is_same_version(target, folder, version):
+    fits = _signature(old) == _signature(new)
+    replaceable = force or (_is_derived(old) and _is_derived(new))
+    wanted = _versions_in(folder)
+    changed = [v for v in sorted(wanted) if not _is_same_version(model / v, folder, v)]
+    for version in changed:
+        if not (model / version).exists():
             continue
-        if target.exists() and not force and f"{version}/{CASCADE_SETTINGS}" in folder.files:
+        if not force and f"{version}/{CASCADE_SETTINGS}" in folder.files:
             raise cascade_exists(model)
-        if target.exists() and not force and not holds_nothing:
-            if _signature(old) != _signature(new):
-                raise _incompatible(model, int(version))
+        if not replaceable and not fits:
+            raise _incompatible(model, int(version))
+        if not replaceable:
             raise InputError(
-                f"{target} has other files; give --version {versions_of(model)[-1] + 1} to add a "
-                "version, or --force to replace this one"
+                f"{model / version} has other files; give --version {versions_of(model)[-1] + 1} "
+                "to add a version, or --force to replace this one"
             )
-        change.versions[version] = target.exists()
-    if _signature(old) != _signature(new):  # all versions of a model share one config
-        others = [version for version in versions_of(model) if str(version) not in versions]
+    if not fits:  # all versions of a model share one config
+        others = [version for version in versions_of(model) if str(version) not in wanted]
         if others:
             raise _incompatible(model, others[-1])
-        change.replaces_all = True
-    wanted = {name: content for name, content in _files(folder).items() if not _is_versioned(name)}
-    change.files = [name for name, content in wanted.items() if not _holds(model / name, content)]
+        return _Change(folder)
+    files = {name: content for name, content in _files(folder).items() if not _is_versioned(name)}
+    # What a version needs (labels) is there before it, as far as both may be seen at once.
+    entries = [name for name, content in files.items() if not _holds(model / name, content)]
     ours = [model / LABELS, *filter(_is_ours, model.glob("configs/*.pbtxt"))]
-    change.stale = [
-        path for path in ours if path.is_file() and path.relative_to(model).as_posix() not in wanted
-    ]
-    return change
+    stale = [p for p in ours if p.is_file() and p.relative_to(model).as_posix() not in files]
+    return _Change(folder, [*entries, *changed], stale)
 
 
 def _hands_over(model: Path, behind: ModelFolder | None) -> bool:
@@ -329,9 +329,7 @@ def _holds(path: Path, content: Path | bytes) -> bool:
 def _stage(folder: Path, change: _Change, view: Path | None = None) -> None:
     """Make what is new of a model in the staging folder; what the view has is not copied again."""
     for name, content in _files(change.folder).items():
-        first = PurePosixPath(name).parts[0]
-        whole = change.is_new or change.replaces_all
-        if not (whole or first in change.versions or name in change.files):
+        if not {".", name, PurePosixPath(name).parts[0]} & {*change.entries}:
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -343,23 +341,14 @@ def _stage(folder: Path, change: _Change, view: Path | None = None) -> None:
             shutil.copyfile(content, target)
 
 
-def _publish(staged: Path, repository: Path, change: _Change) -> None:
-    model = repository / change.folder.name
-    if change.is_new:
-        staged.rename(model)
-        return
-    if change.replaces_all:
-        exchange(staged, model)
-        return
-    # What a version needs (labels) is there before it, as far as both may be seen at once.
-    for name in change.files:
-        (model / name).parent.mkdir(exist_ok=True)
-        (staged / name).replace(model / name)
-    for version, replaces in change.versions.items():
-        if replaces:
-            exchange(staged / version, model / version)
+def _publish(staged: Path, model: Path, change: _Change) -> None:
+    for entry in change.entries:
+        target = model / entry
+        target.parent.mkdir(exist_ok=True)
+        if target.is_dir():
+            exchange(staged / entry, target)
         else:
-            (staged / version).rename(model / version)
+            (staged / entry).rename(target)
     for path in change.stale:
         path.unlink()
 

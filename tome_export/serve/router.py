@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tome_export.artifact.document import Document, Measure, Part
 from tome_export.errors import InputError
@@ -76,8 +76,8 @@ def router_folders(
         base: What the names of the models have in common.
         routes: Routes to the models that are added or replaced.
         folders: All models that are added or replaced, pipelines too.
-        options: Instances and queue limits. The routes are all that a router is: there is nothing
-            to go back to, so its version is always 1.
+        options: Instances, and whether pipelines are added; the version of a router, which is
+            nothing but its routes, is always 1.
 
     Returns:
         ``<base>_router``, then ``<base>_router_pipeline`` if there are pipelines to choose among;
@@ -171,22 +171,3 @@ def route_to(artifact: Artifact, model: str, ms: float | None = None) -> Route:
     asked = re.match(r"r=(\d+)", merge.schedule)
     mean = sum(merge.r) / len(merge.r) if merge.r else 0
     return Route(model=model, r=int(asked[1]) if asked else mean, ms=ms)
-
-
-def have_one_shape(configs: Sequence[ModelConfig]) -> bool:
-    """Whether models that are alike in all else also have outputs of one shape.
-
-    The tokens that a vision tower gives are fewer for a larger r, and then no model can stand in
-    for another.
-    """
-
-    def without_sizes(config: ModelConfig) -> list[dict[str, Any]]:
-        outputs = interface_values(config.output)
-        ranks = [{**tensor, "dims": len(tensor["dims"])} for tensor in outputs]
-        return [*interface_values(config.input), *ranks]
-
-    first, *others = configs
-    return all(
-        without_sizes(one) != without_sizes(first) or interface_of(one) == interface_of(first)
-        for one in others
-    )

@@ -51,19 +51,16 @@ CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (POSIX shared memory on Linux, no temporary file)
 
-_ATTEMPTS = 5
+ATTEMPTS = 5
+"""Starts of a server that loses a port, chosen for it, to another program."""
+
 _REPORTS = "ORT_DISABLE_TELEMETRY"
 _REACHED_AT = {"0.0.0.0": "127.0.0.1"}  # noqa: S104 (a server that listens on every address)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a server must be started with for the models of a repository.
-
-    Attributes:
-        arguments: Of tritonserver.
-        environment: Variables by name.
-    """
+    """Arguments and environment that a server of a repository must be started with."""
 
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -240,10 +237,8 @@ class RunningServer:
     """A server and its child processes; made by ``running``.
 
     Attributes:
-        http: ``host:port`` of HTTP.
-        grpc: ``host:port`` of gRPC.
-        metrics: ``host:port`` of the metrics in Prometheus' text format.
-        log_path: What the server prints.
+        http: ``host:port`` of HTTP; ``grpc`` and ``metrics`` likewise.
+        log_path: File of what the server prints.
         stand_in: Whether our stand-in runs the models of the ONNX Runtime backend.
     """
 
@@ -301,8 +296,9 @@ class RunningServer:
         deadline = time.monotonic() + seconds
         attempts = 1
         while not self._answers():
+            lost_port = 0 in self._ports and server_log.port_in_use(self._process.log())
             # A port that was free may have been taken before the server came to it.
-            if attempts < _ATTEMPTS and self._lost_a_free_port():
+            if lost_port and attempts < ATTEMPTS:
                 attempts += 1
                 self.stop(0)
                 self.launch()
@@ -318,26 +314,19 @@ class RunningServer:
         self._stubs.lost()  # what they are of is not known any more once they are gone
 
     def wait(self, on_event: Callable[[str], None] | None = None) -> None:
-        """Block while the server runs; Ctrl-C ends that. See ``restart_if_broken``.
-
-        Raises:
-            ExportError: when the server ends by itself, or loses processes again and again.
-        """
+        """Block while the server runs, and restart it as ``restart_if_broken`` does."""
         while True:
             self.restart_if_broken(on_event)
             time.sleep(5 * POLL_SECONDS)
 
     def restart_if_broken(self, on_event: Callable[[str], None] | None = None) -> bool:
-        """Start the server again, at the same addresses, if a python model has lost its process.
+        """Start a server again, at the same addresses, that has crashed or lost a python model.
 
-        The server would go on saying that it is ready, and answer requests to that model with
-        errors. A server that has crashed is started again too.
+        Where a model has lost its process the server goes on saying that it is ready, and answers
+        requests to that model with errors.
 
         Args:
             on_event: Told in one line each what has happened, and that the server is ready again.
-
-        Returns:
-            Whether it was started again.
 
         Raises:
             ExportError: if the server has ended by itself, or has lost processes again and again.
@@ -391,27 +380,23 @@ class RunningServer:
         self.wait_ready(max(deadline - time.monotonic(), POLL_SECONDS))
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End the server, its child processes and its shared memory; may be called again.
-
-        Args:
-            seconds: For requests in flight to end; 0 kills at once.
-        """
+        """End the server, its child processes and its shared memory; may be called again."""
         self._process.stop(seconds)
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection(self.http, timeout=1)
         try:
             connection.request("GET", "/v2/health/ready")
-            ready = connection.getresponse().status == http.client.OK
+            if connection.getresponse().status != http.client.OK:
+                return False
+            for address in (self.grpc, self.metrics):  # the port of the metrics opens last
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()
-        # The metrics port opens last. What answers must be ours, not who took our port.
-        return ready and all(map(_is_open, (self.grpc, self.metrics))) and self.is_alive()
-
-    def _lost_a_free_port(self) -> bool:
-        return 0 in self._ports and server_log.port_in_use(self._process.log())
+        return self.is_alive()  # what answers must be ours, not who took our port
 
     def _reason(self, when: str) -> TomeExportError:
         """Why the server has ended, as an error to raise; tidies up after it."""
@@ -442,9 +427,7 @@ class RunningServer:
 
 
 def free_ports(host: str, wanted: Sequence[int]) -> tuple[int, int, int]:
-    """The three ports asked for, with free ones in place of 0.
-
-    A free port may be taken before it is used: whoever uses it must be ready to try again.
+    """The three ports asked for, with free ones in place of 0, which others may take meanwhile.
 
     Raises:
         UsageError: if the host is not an address of this machine, or a port is taken.
@@ -466,12 +449,3 @@ def free_ports(host: str, wanted: Sequence[int]) -> tuple[int, int, int]:
                 ) from error
             ports.append(held.getsockname()[1])
         return ports[0], ports[1], ports[2]
-
-
-def _is_open(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError:
-        return False
-    return True

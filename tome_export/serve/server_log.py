@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tome_export.serve.process import signal_name
+from tome_export.serve.process import POLL_SECONDS, signal_name
 
 LIMIT = 400
 """Most characters of the server's own words in a message."""
@@ -22,7 +21,6 @@ _FAILED = (
 _KINDS = re.compile(r"^(Internal|Invalid argument|Not found|Unavailable|Unsupported): ")
 _PARSER = re.compile(r"^\[libprotobuf ERROR [^\]]*\] *(?P<text>.*)$")
 _STACK = re.compile(r"(\\n|\s)*At:\\n.*$")
-_POLL_SECONDS = 0.05
 
 
 def failed_models(log: str) -> dict[str, str]:
@@ -61,7 +59,7 @@ def last_words(log: str) -> str:
 
 def port_in_use(log: str) -> bool:
     """Whether the server ended because another process has one of its ports."""
-    return re.search(r"already in use", log) is not None
+    return "already in use" in log
 
 
 def asked_to_stop(log: str) -> str | None:
@@ -87,7 +85,7 @@ class Follower:
     def __init__(self, path: Path, sink: Callable[[str], None]) -> None:
         self._path, self._sink = path, sink
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="server-log", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="server-log", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -95,17 +93,11 @@ class Follower:
         self._ended.set()
         self._thread.join(timeout=5)
 
-    def _work(self) -> None:
+    def _follow(self) -> None:
         with self._path.open(encoding="utf-8", errors="replace") as stream:
-            rest = ""
-            while True:
-                last = self._ended.is_set()
-                rest += stream.read()
-                *lines, rest = rest.split("\n")
-                for line in lines:
+            rest, last = "", False
+            while not last:
+                last = self._ended.wait(POLL_SECONDS)
+                *lines, rest = (rest + stream.read()).split("\n")
+                for line in (*lines, rest) if last and rest else lines:
                     self._sink(line)
-                if last:
-                    break
-                time.sleep(_POLL_SECONDS)
-        if rest:
-            self._sink(rest)

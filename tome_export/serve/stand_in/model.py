@@ -16,41 +16,17 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-ORT_TYPES = {
-    "TYPE_BOOL": "tensor(bool)",
-    "TYPE_UINT8": "tensor(uint8)",
-    "TYPE_INT8": "tensor(int8)",
-    "TYPE_INT32": "tensor(int32)",
-    "TYPE_INT64": "tensor(int64)",
-    "TYPE_FP16": "tensor(float16)",
-    "TYPE_FP32": "tensor(float)",
-    "TYPE_FP64": "tensor(double)",
-}
-
-THREADS = {
-    "intra_op_thread_count": "intra_op_num_threads",
-    "inter_op_thread_count": "inter_op_num_threads",
-}
-"""Parameter of the real backend -> ONNX Runtime's session option."""
-
 
 class TritonPythonModel:
     """One instance of an ONNX model; the server makes one process for each."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the model and hold it against its config.
-
-        Raises:
-            TritonModelException: if config and model name other tensors, types or dimensions.
-        """
+        """Load the model."""
         import onnxruntime
 
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        for name, option in THREADS.items():
-            if name in config.get("parameters", {}):
-                setattr(options, option, int(config["parameters"][name]["string_value"]))
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / file
         if not path.is_file():
@@ -59,8 +35,6 @@ class TritonPythonModel:
             str(path), options, providers=["CPUExecutionProvider"]
         )
         self._batches = config["max_batch_size"] > 0
-        self._check(config["input"], self._session.get_inputs(), "input", whole=True)
-        self._check(config["output"], self._session.get_outputs(), "output", whole=False)
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
 
@@ -104,34 +78,3 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, array) for name, array in named if name in asked]
         )
-
-    def _check(self, given: list[Any], found: Sequence[Any], what: str, *, whole: bool) -> None:
-        """What the real backend refuses: names, types and dimensions that are not the model's."""
-        tensors = {tensor.name: tensor for tensor in found}
-        names = {tensor["name"] for tensor in given}
-        if not names <= set(tensors) or (whole and names != set(tensors)):
-            raise pb_utils.TritonModelException(
-                f"the config's {what}s are {', '.join(sorted(names))}; "
-                f"the model has {', '.join(sorted(tensors))}"
-            )
-        for tensor in given:
-            model = tensors[tensor["name"]]
-            dims = tensor["reshape"]["shape"] if "reshape" in tensor else tensor["dims"]
-            expected = [int(size) for size in dims]
-            if self._batches:
-                expected = [-1, *expected]
-            if ORT_TYPES.get(tensor["data_type"]) != model.type or not _fits(expected, model.shape):
-                raise pb_utils.TritonModelException(
-                    f"the config's {what} {tensor['name']} is {tensor['data_type']} {expected}; "
-                    f"the model's is {model.type} {list(model.shape)}"
-                )
-
-
-def _fits(expected: list[int], shape: Sequence[int | str | None]) -> bool:
-    """Whether fixed dimensions agree; a batch that the config leaves open must be open."""
-    if len(expected) != len(shape):
-        return False
-    return all(
-        not isinstance(size, int) or size == wanted
-        for wanted, size in zip(expected, shape, strict=True)
-    )
