@@ -52,10 +52,8 @@ def test_result(run, built, tmp_path):
         "vit_digits_r8_preprocess   1         written",
         "vit_digits_r8_postprocess  1         written",
         "vit_digits_r8_pipeline     1         written",
-        "The ONNX model has fused attention. What TensorRT leaves of it on a GPU (all before 10.14)"
-        " ONNX Runtime runs: before 1.25 on the CPU, and 1.25 and 1.26 may crash where a layer has "
-        "N % 8 = 4 tokens; let the server have ONNX Runtime 1.27 or later, or rebuild the artifact "
-        "with --attention parts",
+        "The ONNX model has fused attention: on a GPU let the server have ONNX Runtime 1.27 or "
+        "later, or rebuild the artifact with --attention parts (docs/attention.md)",
         "KServe manifest: k.yaml",
         f"Repository: {tmp_path / 'models'}; ask for vit_digits_r8_pipeline",
         "Serve it: this command with --run, or NVIDIA_TF32_OVERRIDE=0 "

@@ -224,9 +224,8 @@ def test_a_version_compatible_engine_says_so_in_its_version(source):
     [
         ({"attention": "parts"}, ()),
         ({"attention": "fused", "engines": TENSORRT}, ()),
-        ({"attention": "fused"}, ("What TensorRT leaves of it", "1.27 or later", "--attention")),
-        ({"attention": "fused", "merge_op": "index_add"}, ("runs all of this", "1.27 or later")),
-        ({"attention": "fused-fp32"}, ("summed in float32", "does not take that: rebuild")),
+        ({"attention": "fused"}, ("ONNX Runtime 1.27 or later", "--attention parts")),
+        ({"attention": "fused-fp32"}, ("summed in float32", "rebuild the artifact with")),
         (
             {"attention": "fused", "engines": {"tensorrt-rtx": "1:4:8"}},
             ("no backend for TensorRT-RTX", "1.27 or later"),

@@ -101,11 +101,7 @@ def serve_cascade(
 ) -> ServedCascade:
     """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
-    Args:
-        request: Where, and how.
-        result: The calibrated cascade.
-        policy_file: ``policy.py``, which the model runs its policy with.
-        progress: Told of the stages.
+    The model runs its policy with a copy of ``policy_file``.
 
     Raises:
         InputError: if the repository cannot take them, or a model fails the self-test.

@@ -133,11 +133,8 @@ class ServeOptions:
 class ModelFolder:
     """A model of a repository, before it is written.
 
-    Attributes:
-        name: Name of the folder and of the model on the server.
-        config: What becomes ``config.pbtxt``.
-        files: Path inside the folder (``1/model.onnx``, ``labels.txt``) -> the file to copy, or
-            its content.
+    ``config`` becomes ``config.pbtxt``; ``files`` maps a path inside the folder (``1/model.onnx``)
+    to the file to copy, or to its content.
     """
 
     name: str
@@ -382,7 +379,7 @@ def python_folder(
 
 
 def interface_values(tensors: Sequence[Any]) -> list[dict[str, Any]]:
-    """Name, type and dims of the inputs or outputs of a config, for another config."""
+    """Name, type and dims of the inputs or outputs of a config, for another one."""
     return [{"name": t.name, "data_type": t.data_type, "dims": [*t.dims]} for t in tensors]
 
 

@@ -45,7 +45,7 @@ def pipeline_folders(
         name: Name of its model on the server.
         options: Version and instances.
         max_batch: Most images at once that the model takes; None for the artifact's own.
-        further_outputs: Name and dtype of what the model gives besides, a number per image each.
+        further_outputs: Name and dtype of what it gives besides, a number per image each.
 
     Returns:
         ``<name>_preprocess``, ``<name>_postprocess`` (classifiers only) and the ensemble

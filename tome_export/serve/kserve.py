@@ -112,12 +112,7 @@ def write_manifest(
 ) -> None:
     """Write the manifest of models that are written together; one that is the same stays.
 
-    Args:
-        path: The file.
-        folders: The models.
-        entry: The model that the service is named after and the probe asks.
-        options: What the repository does not say.
-        server: What the models want a server to be started with.
+    The service is named after the model ``entry``, and the probe asks it.
     """
     text = manifest_text(entry, options, server, probe_words(folders, entry)).encode()
     if not path.is_file() or path.read_bytes() != text:

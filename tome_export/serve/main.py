@@ -56,8 +56,7 @@ class ServeRequest:
         options: How it is served.
         format: ``auto`` (the TensorRT engine where there is one), ``engine`` or ``onnx``.
         force: Replace a version that has other files.
-        self_test: Have a server answer about one image before anything is written; None where that
-            can be done on this machine.
+        self_test: Have a server answer about one image first; None where that can be done here.
         kserve: File for a KServe manifest; None for none.
         kserve_options: What goes into it.
     """
@@ -77,12 +76,10 @@ class ServeResult:
     """What is in the repository now.
 
     Attributes:
-        repository: Its directory.
         models: What was written, each after the models it needs.
         entry: The model a client asks: the router (of pipelines where there are some), the
             pipeline, or the model itself; the last one's, where there are several and no router.
         server: What a server of the repository must be started with.
-        kserve: The manifest, if one was asked for.
         random_weights: Whether the model has learned nothing.
         self_test: What was tried out, or why nothing was; empty if that was not asked for.
         notes: What a user should know.
@@ -110,14 +107,9 @@ class ServeResult:
 
 @dataclass(frozen=True)
 class _ServedArtifact:
-    """The models of one artifact.
+    """The models of one artifact: see ``model_folders`` and ``pipeline_folders``.
 
-    Attributes:
-        artifact: The artifact.
-        file: Its file that is served.
-        base: What the names behind its router have in common; None if it is behind none.
-        models: The model with the file, and last the one that users call (``model_folders``).
-        pipeline: The models around it, if images are given to it; last the one that takes them.
+    ``base`` is what the names behind its router have in common; None if it is behind none.
     """
 
     artifact: Artifact
@@ -139,10 +131,7 @@ def serve(
 ) -> ServeResult:
     """Write artifacts into a model repository, all checked before the first file is written.
 
-    Args:
-        request: What to serve.
-        progress: Told of the stages.
-        further: Makes models of those of the artifacts, which are checked and written with them.
+    What ``further`` makes of the artifacts' models is checked and written with them.
 
     Raises:
         UsageError: if an option is out of its range.

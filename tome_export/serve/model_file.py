@@ -90,7 +90,8 @@ def model_file_from_artifact(artifact: Artifact, choice: str = "auto") -> ModelF
         files = {name: artifact.path / name for name in names}
         if choice == "auto" and RTX in manifest.engines:
             notes.append(f"{NO_RTX}: the ONNX model is served")
-        notes += filter(None, [_attention_note(manifest)])
+        if note := _attention_note(manifest):
+            notes.append(note)
     return ModelFile(
         platform="tensorrt_plan" if engine else "onnxruntime_onnx",
         files=files,
@@ -118,25 +119,19 @@ def image_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _attention_note(manifest: Manifest) -> str:
-    """Which servers with GPUs run the attention of an ONNX model right (docs/attention.md)."""
+    """Which servers with GPUs run the attention of an ONNX model right; empty if all do."""
     form = manifest.onnx.attention
-    if form == "parts":
-        return ""
-    if manifest.merge.merge_op == "index_add":
-        where = "ONNX Runtime runs all of this model on a GPU"
-    else:
-        where = "What TensorRT leaves of it on a GPU (all before 10.14) ONNX Runtime runs"
     if form == "fused-fp32":
         return (
-            f"The ONNX model has fused attention summed in float32. {where}, whose CUDA provider "
-            "does not take that: rebuild the artifact with --attention parts if the server's "
-            "TensorRT does not"
+            "The ONNX model has fused attention summed in float32, which ONNX Runtime does not run "
+            "on a GPU: rebuild the artifact with --attention parts, or see docs/attention.md"
         )
-    return (
-        f"The ONNX model has fused attention. {where}: before 1.25 on the CPU, and 1.25 and 1.26 "
-        "may crash where a layer has N % 8 = 4 tokens; let the server have ONNX Runtime 1.27 or "
-        "later, or rebuild the artifact with --attention parts"
-    )
+    if form == "fused":
+        return (
+            "The ONNX model has fused attention: on a GPU let the server have ONNX Runtime 1.27 or "
+            "later, or rebuild the artifact with --attention parts (docs/attention.md)"
+        )
+    return ""
 
 
 def _no_engine(artifact: Artifact) -> str:

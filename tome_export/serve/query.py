@@ -64,10 +64,7 @@ class Label:
 class ImageAnswer:
     """What the server says about one image file.
 
-    Attributes:
-        image: The file.
-        labels: Best classes first; None from a tower.
-        features: The tower's output by name, without batch; empty from a classifier.
+    A classifier gives labels, best first; a tower features by the names of its outputs.
     """
 
     image: Path

@@ -36,10 +36,8 @@ ROUTES_FILE = "routes.json"
 class Route(Part):
     """A model that a router may choose.
 
-    Attributes:
-        model: Name of the model on the server.
-        r: Tokens merged per layer, as asked for; the mean if layers differ.
-        ms: Measured latency of one image; None if it was not measured.
+    ``r`` is tokens merged per layer, as asked for (the mean if layers differ), ``ms`` the measured
+    latency of one image.
     """
 
     model: str
@@ -126,11 +124,8 @@ def router_folder(
 ) -> ModelFolder:
     """A model that hands each request to one of several, by its parameter ``r`` or ``max_ms``.
 
-    Args:
-        name: Name of the router on the server.
-        routes: Routes to at least one model of pixels, or pipeline of such; in any order.
-        configs: Configs of at least these models.
-        options: Version and instances of the router.
+    The routes, at least one, are to models of pixels or to pipelines; ``configs`` are of at least
+    these models.
 
     Raises:
         InputError: if two routes have the same r, or inputs or outputs differ.

@@ -40,10 +40,7 @@ def sample_image() -> bytes:
 def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[str, NDArray[Any]]:
     """A request of one image or video that a model takes; its other inputs are zeros.
 
-    Args:
-        folders: All models that are written together; a decoder among them says how many frames
-            a video has to have.
-        config: The model's config.
+    A decoder among the folders, of all models written together, says how long a video has to be.
 
     Raises:
         ImportError: if it takes videos and PyAV is not installed.
@@ -86,9 +83,6 @@ def try_out(view: Path, repository: Path, folders: Sequence[ModelFolder], *, gpu
         repository: What a message calls it.
         folders: The models.
         gpu: Whether they run on GPUs, and not with the configs for CPUs.
-
-    Returns:
-        What was tried, in one line.
 
     Raises:
         InputError: if the server cannot load a model, or a model refuses, or gives another output

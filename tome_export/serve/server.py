@@ -111,17 +111,14 @@ class RunRequest:
     Attributes:
         repository: What it serves.
         host: Address to listen on; only this machine reaches the default.
-        http_port: Port of HTTP; 0 for a free one, as for the next two.
-        grpc_port: Port of gRPC.
-        metrics_port: Port of the metrics.
+        http_port: Port of HTTP; 0 for a free one, as for ``grpc_port`` and ``metrics_port``.
         ready_seconds: Most time until it is ready; None does not wait. The first start of an ONNX
             model on a GPU builds TensorRT engines, which takes minutes.
-        on_log: Called with each line of the server's log, from another thread; None drops them.
+        on_log: Called with each line of the server's log, from another thread.
         gpu: Whether models run on GPUs, and not with their configs for CPUs; None for where there
             is one.
-        control: ``none`` serves what is there; ``explicit`` loads ``load`` and then on request;
-            ``poll`` looks for changes every second.
-        load: Models to load at the start under ``explicit``; ``*`` for all.
+        control: ``none`` serves what is there; ``explicit`` loads ``load`` (``*`` is all) and then
+            on request; ``poll`` looks for changes every second.
         stand_in: Let our stand-in run the models of the ONNX Runtime backend; None where the
             server comes without that backend.
         arguments: More arguments of tritonserver.

@@ -1,4 +1,4 @@
-"""Every rule of a sound config, broken one at a time; and real files behind the configs."""
+"""Every rule of a sound config, broken one at a time; what a server would refuse."""
 
 from __future__ import annotations
 
