@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/vit_digits
 
-.PHONY: demo test test-slow test-all lint format bench bench-gpu clean
+.PHONY: demo test test-slow test-all docs lint format bench bench-gpu clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else "Python %d.%d found; tome-export needs 3.10 to 3.13: set PYTHON=" % v[:2])'
@@ -68,6 +68,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
+
+# The site, in out/site; a link between pages that leads nowhere is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -16,6 +16,7 @@ REDUCED = ("<!-- compared by scripts/measured.py -->\n", "<!-- end of compared -
 STATUS = ("<!-- status by scripts/measured.py -->\n", "<!-- end of status -->")
 ATTENTION = ("<!-- attention by scripts/measured.py -->\n", "<!-- end of attention -->")
 GPU_ATTENTION = ("<!-- attention on a GPU by scripts/measured.py -->\n", "<!-- end of that -->")
+HEADLINE = ("<!-- headline by scripts/measured.py -->\n", "<!-- end of headline -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
@@ -81,11 +82,33 @@ def on_gpu(found: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
     if not own:
         return NEVER
     wrong = sum(row.get("passed") is False or "error" in row for row in own)
-    return f"{len(own)} rows in `benchmarks/results/gpu.json`, {wrong} of them failed"
+    return f"{len(own)} rows, {wrong} failed"
+
+
+def headline() -> str:
+    """The README's table: one model on a CPU, and large batches on a GPU."""
+    where, cpu = rows("cpu")
+    on_cpu = f"ONNX Runtime, fp32, {where['cores']} cores of {where['cpu']}"
+    lines = ["| model | on | batch | MACs ratio | speed-up |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['model']}, r = {row['r']} | {on_cpu} | {row['batch']} | {row['macs_ratio']:.2f} "
+        f"| {row['speedup']['onnxruntime']:.2f} |"
+        for row in cpu
+    ]
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    for row in content["rows"]:
+        if row["benchmark"] == "end to end" and "case" not in row and row["batch"] == 64:
+            gpu = content["environment"]["step 1"]["gpu"]
+            lines.append(
+                f"| {row['model']}, r = {row['r']} | PyTorch, fp16, {gpu} | {row['batch']} "
+                f"| {row['macs_ratio']:.2f} | {row['speedup']['merged']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def measured() -> str:
-    """The README's text between the marks."""
+    """The figures of docs/measurements.md, between the marks."""
     where, cpu = rows("cpu")
     lines = [
         f"On {where['cores']} cores of {where['cpu']}, ONNX Runtime "
@@ -107,7 +130,7 @@ def measured() -> str:
 
 
 def evaluated() -> str:
-    """The README's table of accuracy, between its marks."""
+    """The table of accuracy of docs/which-r.md, between its marks."""
     found = rows("digits")[1]
     first = found[0]
     return "\n".join(
@@ -386,21 +409,22 @@ def video_lines() -> list[str]:
     return lines
 
 
-README, REDUCERS = ROOT / "README.md", ROOT / "docs" / "reducers.md"
-ATTENTION_PAGE = ROOT / "docs" / "attention.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
 def pages() -> dict[Path, str]:
     """The pages with all their marked parts made anew."""
-    texts = {path: path.read_text() for path in (README, REDUCERS, ATTENTION_PAGE)}
-    for path, (start, end), made in (
-        (README, MARKS, measured()),
+    parts = (
         (README, STATUS, status()),
-        (README, EVALUATED, evaluated()),
-        (REDUCERS, REDUCED, reducers_lines()),
-        (ATTENTION_PAGE, ATTENTION, attention_lines()),
-        (ATTENTION_PAGE, GPU_ATTENTION, gpu_attention_lines()),
-    ):
+        (README, HEADLINE, headline()),
+        (DOCS / "measurements.md", MARKS, measured()),
+        (DOCS / "which-r.md", EVALUATED, evaluated()),
+        (DOCS / "reducers.md", REDUCED, reducers_lines()),
+        (DOCS / "attention.md", ATTENTION, attention_lines()),
+        (DOCS / "attention.md", GPU_ATTENTION, gpu_attention_lines()),
+    )
+    texts = {path: path.read_text() for path, _, _ in parts}
+    for path, (start, end), made in parts:
         pattern = re.escape(start) + ".*?" + re.escape(end)
         made = start + made.replace("\\", r"\\") + end
         texts[path] = re.sub(pattern, made, texts[path], flags=re.DOTALL)
