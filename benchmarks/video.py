@@ -22,11 +22,12 @@ from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
 from tome_export.data.videos import moving_samples
-from tome_export.merge.schedule import FrameMerging, Schedule, VideoOptions
+from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load
 from tome_export.runtime.inputs import Fed
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange
+from tome_export.video.options import FrameMerging, VideoOptions
 
 MODELS = ("clip4clip_b32", "clip4clip_b16", "stop_b32")
 FRAMES, R = 12, 2

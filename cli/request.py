@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from tome_export.merge.schedule import INFLECTION, FrameMerging, Schedule, VideoOptions
+from tome_export.merge.schedule import INFLECTION, Schedule
 from tome_export.reducers import DEFAULT, reducer_class
 from tome_export.spec import PRECISIONS, Precision, TowerOptions
+from tome_export.video.options import FrameMerging, VideoOptions
 
 if TYPE_CHECKING:
     from tome_export.build import BuildRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
-from tome_export.spec import Activation, usual_activation
+from tome_export.spec import Activation, default_activation
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
@@ -22,7 +22,7 @@ def activation_of(recipe: Recipe, shape: tuple[int, ...]) -> Activation:
             f"{recipe.name} gives {list(shape)} for an image; expected one score for each class, "
             "leave --activation out"
         )
-    found = recipe.activation or usual_activation(shape[0])
+    found = recipe.activation or default_activation(shape[0])
     if found == "softmax" and shape == (1,):
         raise InputError(
             f"{recipe.name} gives one logit, whose softmax is 1 for every image; expected "

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tome_export.merge.macs import BlockCost, SharedCost, total_macs
-from tome_export.merge.schedule import LayerTokens, Schedule, clip_tokens, unmerged_end
+from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.video.options import video_token_counts, without_last_merge
 
 if TYPE_CHECKING:
     from tome_export.models import Recipe
@@ -154,9 +155,11 @@ def sizes_from_geometry(recipe: Recipe) -> Sizes:
     plain: tuple[LayerTokens, ...] = (LayerTokens(tokens, 0, tokens),) * depth
     if recipe.video is not None and recipe.video.frames is not None:
         frames, merging = recipe.video.frames, recipe.video.merging
-        clips = clip_tokens(schedule.resolve(depth), merging, frames, tokens, geometry.prefix)
-        layers = unmerged_end(clips) if geometry.shared else clips
-        plain = clip_tokens((0,) * depth, None, frames, tokens, geometry.prefix)
+        clips = video_token_counts(
+            schedule.resolve(depth), merging, frames, tokens, geometry.prefix
+        )
+        layers = without_last_merge(clips) if geometry.shared else clips
+        plain = video_token_counts((0,) * depth, None, frames, tokens, geometry.prefix)
         fixed = frames * fixed + geometry.video_macs
 
     def total(counted: tuple[LayerTokens, ...]) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from tome_export.errors import InputError, exit_text
-from tome_export.merge.schedule import VideoOptions
 from tome_export.models.hf_checkpoint import in_words
 from tome_export.models.loading import filled, loaded, split_learned
 from tome_export.models.recipe import (
@@ -24,7 +23,9 @@ from tome_export.models.recipe import (
     WeightsInfo,
     recommended_r,
 )
-from tome_export.spec import VIDEO_FEATURES, Activation, Interpolation, Preprocessing
+from tome_export.spec import Activation, Interpolation, Preprocessing
+from tome_export.video import VIDEO_FEATURES
+from tome_export.video.options import VideoOptions
 from tome_export.weights.files import check_finite, check_stored, read_checkpoint, stored_dtype
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ from tome_export.weights.files import (
     sha256,
     stored_dtype,
 )
-from tome_export.weights.shards import pick
+from tome_export.weights.shards import tensors_from_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -168,7 +168,7 @@ class HfLoader:
 
     def config(self, depth: int | None = None, image_size: int | None = None) -> Any:
         """The library's configuration, with so many layers and of that image size if given."""
-        from tome_export.patch.hf import check_attention
+        from tome_export.patch.hf.base import check_attention
 
         config = vision_config(self.values, self.source)
         check_attention(config._attn_implementation, self.source)
@@ -211,7 +211,7 @@ class HfLoader:
 
         if weights == "pretrained":
             folder = snapshot(self.source)
-            state, names = pick(folder, own)
+            state, names = tensors_from_folder(folder, own)
             source = ", ".join(f"{folder.name}/{name}" for name in names) or self.source
             digest = sha256(folder / names[0]) if len(names) == 1 else None
             info = WeightsInfo("pretrained", source, digest)

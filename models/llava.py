@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tome_export.models.hf_checkpoint import library
+from tome_export.patch.hf.llava import MergedLlavaTower
+from tome_export.patch.merger import MergeSettings
 from tome_export.spec import SelectFeature
 
 
@@ -92,6 +94,10 @@ class LlavaTower(nn.Module):
         self.vision_model.post_layernorm = nn.Identity()
         self.select_feature = select_feature
         self.mm_projector = projector.module() if projector else nn.Identity()
+
+    def with_merging(self, settings: MergeSettings) -> MergedLlavaTower:
+        """The tower with token merging; ``patch`` calls it."""
+        return MergedLlavaTower(self, settings)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, tokens, width]``, the class token first if it is kept."""

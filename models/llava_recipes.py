@@ -50,7 +50,7 @@ from tome_export.weights.files import (
     sha256,
     stored_dtype,
 )
-from tome_export.weights.shards import pick
+from tome_export.weights.shards import tensors_from_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -371,7 +371,7 @@ class LlavaLoader:
 
     def _tower(self, depth: int | None = None) -> LlavaTower:
         from tome_export.models.llava import LlavaTower
-        from tome_export.patch.hf import check_attention
+        from tome_export.patch.hf.base import check_attention
 
         config = self.config
         check_attention(config.attention, config.folder or config.vision_name)
@@ -408,11 +408,11 @@ class LlavaLoader:
         sources: list[str] = []
         if config.folder:
             folder = Path(config.folder)
-            state, names = pick(folder, self._rename)
+            state, names = tensors_from_folder(folder, self._rename)
             sources = [f"{folder.name}/{name}" for name in names]
         if not any(key.startswith("vision_model.") for key in state):
             folder = vision_folder(config)
-            more, names = pick(folder, self._rename)
+            more, names = tensors_from_folder(folder, self._rename)
             state = more | state
             sources += [f"{folder.name}/{name}" for name in names]
         # No digest of the files: they are the whole language model, and the artifact keeps that

@@ -12,9 +12,9 @@ from tome_export.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tome_export.merge.schedule import VideoOptions
-    from tome_export.patch.base import OutputChoice
+    from tome_export.patch.heads import OutputChoice
     from tome_export.spec import Activation, Preprocessing, TowerOptions
+    from tome_export.video.options import VideoOptions
 
 OutputName = Literal["logits", "features", "video_features"]
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
@@ -85,44 +85,6 @@ class Geometry:
     token_macs: int = 0
     shared: int = 0
     video_macs: int = 0
-
-
-HEAD_WIDTH = 64
-"""Width of one attention head in every CLIP ViT; its public code counts the heads by it."""
-
-
-@dataclass(frozen=True)
-class ClipSizes:
-    """Sizes of a CLIP image tower.
-
-    Attributes:
-        width: Of a token.
-        depth: Number of blocks.
-        patch: Side of a patch in pixels.
-        image: Side of a frame in pixels.
-        features: Width of the output.
-    """
-
-    width: int = 768
-    depth: int = 12
-    patch: int = 32
-    image: int = 224
-    features: int = 512
-
-    @property
-    def side(self) -> int:
-        """Patches along one side of a frame."""
-        return self.image // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one frame: its patches and the class token."""
-        return self.side**2 + 1
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a block."""
-        return max(1, self.width // HEAD_WIDTH)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import difflib
 from types import MappingProxyType
 
 from tome_export.errors import InputError
-from tome_export.merge.schedule import VideoOptions
-from tome_export.models.clip4clip_recipes import CLIP4CLIP, with_video
 from tome_export.models.custom import recipe_from_function
 from tome_export.models.hf import HF, recipe_from_hf
 from tome_export.models.hub import described
@@ -17,7 +15,9 @@ from tome_export.models.recipe import Recipe
 from tome_export.models.timm_models import close_timm_names, recipe_from_timm
 from tome_export.models.timm_recipes import DIGITS, TIMM
 from tome_export.models.torchvision_models import TORCHVISION, recipe_from_torchvision
+from tome_export.models.video_recipes import CLIP4CLIP, with_video
 from tome_export.spec import TowerOptions
+from tome_export.video.options import VideoOptions
 
 _RECIPES = (*TIMM, *OPEN_CLIP, *TORCHVISION, *HF, llava15_tower(), *CLIP4CLIP, DIGITS)
 

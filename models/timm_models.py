@@ -69,7 +69,7 @@ def recipe_from_timm(name: str) -> Recipe:
     """
     from timm import get_pretrained_cfg, is_model, list_pretrained
 
-    from tome_export.patch.timm_vit import output_choice
+    from tome_export.patch.timm.vit import output_choice
 
     arch, _, tag = name.partition(".")
     if not is_model(arch):
@@ -160,7 +160,7 @@ class TimmLoader:
 
     def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
         """Make the model; see ``Recipe.load``."""
-        from tome_export.patch.timm_vit import output_choice
+        from tome_export.patch.timm.vit import output_choice
 
         made = self._load(recipe, weights, seed, depth)
         return replace(made, recipe=made.recipe.giving(output_choice(made.module)))
@@ -216,7 +216,7 @@ def _pretrained(recipe: Recipe) -> LoadedModel:
     path = recorded_file(recipe)
     info = WeightsInfo("pretrained", recipe.weights_source)
     if path is not None:
-        # timm has widened what the file holds.
+        # timm has in_float64 what the file holds.
         stored = stored_dtype(read_checkpoint(path).state.values())
         info = replace(info, sha256=sha256(path), stored_dtype=stored)
     return loaded(module, recipe, info)

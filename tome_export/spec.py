@@ -28,8 +28,6 @@ for each class, which one logit always is, ``none`` of the numbers of a regressi
 INPUT_NAME = "pixel_values"
 LOGITS, FEATURES = "logits", "features"
 SOURCE_MAP, ENTROPY = "source_map", "entropy"
-VIDEO_MASK: Literal["video_mask"] = "video_mask"
-VIDEO_FEATURES: Literal["video_features"] = "video_features"
 
 
 OPSETS = (17, 23)
@@ -60,26 +58,21 @@ def check_opset(opset: int, precision: Precision, attention: AttentionForm) -> N
         )
 
 
-def usual_activation(outputs: int) -> Activation:
+def default_activation(outputs: int) -> Activation:
     """That of a classifier which does not say otherwise: one logit is a sigmoid."""
     return "sigmoid" if outputs == 1 else "softmax"
 
 
 def answers(logits: Any, activation: Activation) -> Any:
-    """What a classifier says of each image.
+    """What a classifier says of each image of ``logits [B, K]``, an array or a tensor.
 
-    Args:
-        logits: ``[B, K]``, an array or a tensor.
-        activation: ``softmax`` or ``sigmoid``.
-
-    Returns:
-        ``[B, 1]``, the class of the largest logit; of a sigmoid ``[B, K]`` bool, the classes whose
-        probability is above one half.
+    It is ``[B, 1]``, the class of the largest logit; of a sigmoid ``[B, K]`` bool, the classes
+    whose probability is above one half.
     """
     return logits > 0 if activation == "sigmoid" else logits.argmax(1)[:, None]
 
 
-MOST_BATCH = 65536
+MAX_BATCH = 65536
 """Images or videos in a batch: of the smallest models, 64 GB."""
 
 
@@ -88,7 +81,7 @@ class BatchRange:
     """Batch sizes an exported model accepts, and the one it is tuned for.
 
     Raises:
-        InputError: unless ``1 <= min <= opt <= max``, and no more than ``MOST_BATCH``.
+        InputError: unless ``1 <= min <= opt <= max``, and no more than ``MAX_BATCH``.
     """
 
     min: int = 1
@@ -101,9 +94,9 @@ class BatchRange:
                 f"batch range is {self.min}:{self.opt}:{self.max}; "
                 "expected 1 <= MIN <= OPT <= MAX, for example 1:8:32"
             )
-        if self.max > MOST_BATCH:
+        if self.max > MAX_BATCH:
             raise InputError(
-                f"batch range goes up to {self.max:.0e}; expected at most {MOST_BATCH} images"
+                f"batch range goes up to {self.max:.0e}; expected at most {MAX_BATCH} images"
             )
 
     @classmethod

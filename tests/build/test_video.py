@@ -21,7 +21,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.videos import load_videos, moving_samples
 from tome_export.errors import InputError
 from tome_export.merge.plan import Across
-from tome_export.merge.schedule import Schedule, VideoOptions
+from tome_export.merge.schedule import Schedule
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.onnx.files import load
 from tome_export.onnx.plugin import merging_of
@@ -32,6 +32,7 @@ from tome_export.report.main import ReportRequest, report
 from tome_export.runtime.model import reference_model
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange
+from tome_export.video.options import VideoOptions
 from tome_export.visualize.main import InspectRequest, chosen_plans, inspect, merge_maps
 
 OWN = "from video_towers import clip4clip, stop\n"

@@ -18,13 +18,14 @@ from tome_export.engine.limits import (
 )
 from tome_export.errors import ExportError
 from tome_export.merge import spec
-from tome_export.merge.schedule import FrameMerging, LayerTokens, clip_tokens
+from tome_export.merge.schedule import LayerTokens
 from tome_export.models import RECIPES
 from tome_export.onnx.export import OPSET
 from tome_export.onnx.functions import match_function
 from tome_export.patch import patch
 from tome_export.reducers import reducer_class
 from tome_export.spec import BatchRange
+from tome_export.video.options import FrameMerging, video_token_counts
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
 
@@ -147,7 +148,7 @@ def test_the_first_merge_that_is_too_long_is_named():
 
 def test_merges_across_clips_are_counted_per_clip():
     merging = FrameMerging((1,), (2,), (50, 50), False)
-    layers = clip_tokens((4, 0, 0), merging, 4, 17, 1)
+    layers = video_token_counts((4, 0, 0), merging, 4, 17, 1)
     found = merges_of(layers, 1)
     inside, across = layers[0], layers[1]
     joined = 2 * across.tokens_in

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from towers import live
 
-from tome_export.merge.schedule import FrameMerging, Schedule
-from tome_export.models.clip4clip import Clip4ClipTower
-from tome_export.models.recipe import ClipSizes
-from tome_export.models.stop import StopTower
+from tome_export.video.clip4clip import Clip4ClipTower
+from tome_export.video.options import ClipSizes, FrameMerging, VideoSchedule
+from tome_export.video.stop import StopTower
 
 FRAMES, DEPTH = 8, 4
 SIZES = ClipSizes(64, DEPTH, 8, 32, 24)
@@ -30,11 +29,11 @@ def stop(frames: int = FRAMES, sizes: ClipSizes = SIZES) -> Any:
     return live(tower).requires_grad_(False)
 
 
-def schedule(r: int = 3, **changes: Any) -> Schedule:
+def schedule(r: int = 3, **changes: Any) -> VideoSchedule:
     """A schedule with ``MERGING``, or with some of it changed."""
     from dataclasses import replace
 
-    return Schedule(r, frames=replace(MERGING, **changes))
+    return VideoSchedule(r, frames=replace(MERGING, **changes))
 
 
 def videos(count: int = 2, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

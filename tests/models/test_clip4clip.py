@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from video_reference import Merging, tempme
 
 from tome_export.errors import InputError
-from tome_export.merge.schedule import FrameMerging
 from tome_export.models import resolve
-from tome_export.models.clip4clip_recipes import Clip4ClipLoader
-from tome_export.models.recipe import ClipSizes
+from tome_export.models.video_recipes import Clip4ClipLoader
+from tome_export.video.options import ClipSizes, FrameMerging
 
 MERGING = FrameMerging((1,), (2,), (30, 10))
 TINY = Clip4ClipLoader(ClipSizes(128, 2, 8, 32, 24), 4)

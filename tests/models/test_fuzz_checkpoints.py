@@ -20,7 +20,7 @@ from tome_export.models.hf_checkpoint import PROCESSOR, PROCESSORS
 from tome_export.models.llava_recipes import recipe_from_llava
 from tome_export.spec import TowerOptions
 from tome_export.weights.files import PLAIN, Checkpoint, read_checkpoint
-from tome_export.weights.shards import pick
+from tome_export.weights.shards import tensors_from_folder
 
 FEW = settings(
     max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
@@ -135,7 +135,7 @@ def test_damaged_files(suffix, steps):
         check(path)
         name = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
         path.rename(Path(folder) / name)
-        read_or_refused(lambda: pick(Path(folder), lambda key: key))
+        read_or_refused(lambda: tensors_from_folder(Path(folder), lambda key: key))
 
 
 @FEW
@@ -146,7 +146,7 @@ def test_anything_that_torch_saves(content, key):
         torch.save(content, path)
         check(path)
         check(path, key)
-        read_or_refused(lambda: pick(Path(folder), lambda key: key))
+        read_or_refused(lambda: tensors_from_folder(Path(folder), lambda key: key))
 
 
 ENTRY = st.fixed_dictionaries(
@@ -168,7 +168,7 @@ def test_headers_of_safetensors(header, size):
         for count in (len(text), length):
             path.write_bytes(struct.pack("<Q", count) + text + bytes(8))
             check(path)
-            read_or_refused(lambda: pick(Path(folder), lambda key: key))
+            read_or_refused(lambda: tensors_from_folder(Path(folder), lambda key: key))
 
 
 @FEW
@@ -179,7 +179,7 @@ def test_indexes_of_shards(weights, found, shards):
         (Path(folder) / "one.safetensors").write_bytes(FILES[".safetensors"])
         for content in (found, {"weight_map": shards}, {"weight_map": found}):
             (Path(folder) / f"{weights}.index.json").write_text(json.dumps(content))
-            read_or_refused(lambda: pick(Path(folder), lambda key: key))
+            read_or_refused(lambda: tensors_from_folder(Path(folder), lambda key: key))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"weight_map": ' * 9999, "\x00", ""])
@@ -187,7 +187,7 @@ def test_json_that_no_reader_takes(tmp_path, text):
     pytest.importorskip("transformers")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match=r"model\.safetensors\.index\.json"):
-        pick(tmp_path, lambda key: key)
+        tensors_from_folder(tmp_path, lambda key: key)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"config\.json"):
         resolve(f"hf:{tmp_path}")

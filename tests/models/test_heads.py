@@ -17,7 +17,7 @@ from tome_export.models import resolve
 from tome_export.models.activation import activation_of
 from tome_export.patch import patch
 from tome_export.patch.merger import Tokens
-from tome_export.patch.timm_vit import output_choice
+from tome_export.patch.timm.vit import output_choice
 
 transformers = pytest.importorskip("transformers")
 

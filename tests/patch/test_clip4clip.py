@@ -11,11 +11,11 @@ from video_towers import MERGING, clip4clip, groups, schedule, videos
 
 from tome_export.errors import InputError
 from tome_export.merge.ops import merge
-from tome_export.merge.schedule import FrameMerging, Schedule
-from tome_export.models.recipe import ClipSizes
+from tome_export.merge.schedule import Schedule
 from tome_export.patch import patch
-from tome_export.patch.clips import joined, joined_places
 from tome_export.reducers import reducer_class
+from tome_export.video.options import ClipSizes, FrameMerging, VideoSchedule
+from tome_export.video.tower import joined, joined_places
 
 
 def assert_same_plans(trace, records, clips_of):
@@ -76,7 +76,7 @@ def test_without_merging_it_is_the_tower():
 
 
 def test_joining_alone_widens_attention_and_merges_nothing():
-    model = patch(clip4clip(), Schedule(0, frames=FrameMerging((1,), (8,), (0, 0), False)))
+    model = patch(clip4clip(), VideoSchedule(0, frames=FrameMerging((1,), (8,), (0, 0), False)))
     assert model.steps == ()
     assert [layer.total_out for layer in model.layers] == [136] * 4
     assert [layer.attended for layer in model.layers] == [17, 136, 136, 136]
@@ -118,12 +118,14 @@ def _sum_of_frames(model, pixels, mask):
 @pytest.mark.parametrize("merging", [None, MERGING, replace(MERGING, frames=(4, 2))])
 def test_the_source_map_says_where_every_patch_went(merging):
     pixels, mask = videos()
-    model = patch(clip4clip(), Schedule(3, frames=merging and replace(merging, position=False)))
+    model = patch(
+        clip4clip(), VideoSchedule(3, frames=merging and replace(merging, position=False))
+    )
     shown = patch(model, model.settings.schedule, source_map=True)
     features, found = shown(pixels, mask)
     assert torch.equal(features, model(pixels, mask))
     final = model.layers[-1]
-    patches = final.clips * (final.tokens_out - final.prefix)
+    patches = final.sequences * final.tokens_out - 8
     assert found.shape == (2, 8 * 16)
     assert sorted(set(found[0].tolist())) == list(range(patches))
     _, trace = model.forward_traced(pixels, inputs={"video_mask": mask})
@@ -137,8 +139,8 @@ def test_merging_across_copies_of_a_frame_keeps_what_is_in_it():
     tower = clip4clip(sizes=ClipSizes(64, 4, 8, 24, 8)).double()
     frame = torch.randn(1, 1, 3, 24, 24, generator=torch.Generator().manual_seed(2)).double()
     still = frame.expand(-1, 8, -1, -1, -1)
-    joins = Schedule(0, frames=FrameMerging((0,), (8,), (0, 0), False))
-    merges = Schedule(0, frames=FrameMerging((0,), (8,), (40, 0), False))
+    joins = VideoSchedule(0, frames=FrameMerging((0,), (8,), (0, 0), False))
+    merges = VideoSchedule(0, frames=FrameMerging((0,), (8,), (40, 0), False))
     ones = torch.ones(1, 8, dtype=torch.float64)
     expected, found = (patch(tower, s)(still, ones) for s in (joins, merges))
     assert (found - expected).abs().max() <= 1e-7
@@ -195,7 +197,7 @@ def _ones(step):
             "it; make it for these layers, or use --no-frame-position",
         ),
         (
-            lambda: patch(clip4clip(), Schedule(per_layer=(1, 2), frames=MERGING)),
+            lambda: patch(clip4clip(), VideoSchedule(per_layer=(1, 2), frames=MERGING)),
             "schedule 1,2; layers 1,2 join 2,2 clips, 30,10 % has numbers behind layer 0; from "
             "layer 1 on, the first that joins frames, the proportions say how many tokens merge: "
             "give 1 numbers",
@@ -224,7 +226,7 @@ def test_what_does_not_fit_is_one_clear_line(make, message):
 
 def test_images_are_not_joined(make_vit):
     with pytest.raises(InputError) as caught:
-        patch(make_vit(), Schedule(2, frames=MERGING))
+        patch(make_vit(), VideoSchedule(2, frames=MERGING))
     assert str(caught.value) == (
         "layers 1,2 join 2,2 clips, 30,10 %: that is for video towers, and this model takes images"
     )

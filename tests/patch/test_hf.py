@@ -150,10 +150,10 @@ def test_a_foreign_linear_is_refused():
 
 
 def test_a_foreign_clip_layer_is_refused():
-    from tome_export.patch import hf_clip
+    from tome_export.patch.hf.clip import check_layer
 
     with pytest.raises(InputError, match="layer class SimpleNamespace of model m is not supported"):
-        hf_clip.check_layer(SimpleNamespace(), "m")
+        check_layer(SimpleNamespace(), "m")
 
 
 def test_a_broken_patch_grid_is_refused():

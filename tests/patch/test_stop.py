@@ -13,11 +13,12 @@ from video_reference import stop as reference
 from video_towers import MERGING, SIZES, groups, schedule, stop, videos
 
 from tome_export.errors import InputError
-from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
-from tome_export.models.clip4clip_recipes import Clip4ClipLoader
-from tome_export.models.stop import convolved, folded_prompts
+from tome_export.models.video_recipes import Clip4ClipLoader
 from tome_export.patch import patch
+from tome_export.video.checkpoints import folded_prompts
+from tome_export.video.options import VideoSchedule
+from tome_export.video.stop import convolved
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,9 @@ def test_plain_clip_is_no_stop_checkpoint(tmp_path):
 
 
 def test_prompts_take_their_places_in_joined_clips():
-    model = patch(stop(), Schedule(0, frames=replace(MERGING, proportions=(0, 0), position=False)))
+    model = patch(
+        stop(), VideoSchedule(0, frames=replace(MERGING, proportions=(0, 0), position=False))
+    )
     x = torch.zeros(4, 2 * 21, 64)
     prompts = torch.arange(8.0)[None, :, None, None].expand(1, 8, 4, 64)
     found = model._with_prompts(x, prompts, 2)[..., 0]

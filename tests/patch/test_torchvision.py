@@ -115,7 +115,7 @@ def test_what_is_not_understood_is_named(change, message):
 
 def test_threads_leave_torchs_fast_path_as_it_was():
     """It is one switch of the process: whoever puts it back last would decide for all."""
-    from tome_export.patch.multihead import same_arithmetic
+    from tome_export.patch.attention import same_arithmetic
 
     inside, left = threading.Event(), threading.Event()
 
@@ -137,7 +137,7 @@ def test_threads_leave_torchs_fast_path_as_it_was():
 def test_same_arithmetic_is_not_the_fast_path():
     from torch.profiler import profile
 
-    from tome_export.patch.multihead import same_arithmetic
+    from tome_export.patch.attention import same_arithmetic
 
     attn, x = live(nn.MultiheadAttention(32, 4, batch_first=True)), torch.randn(2, 9, 32)
     kernels = []
@@ -157,7 +157,7 @@ def test_state_dict_has_the_librarys_keys():
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_multihead_is_the_class_own_forward(batch_first, separate, bias):
-    from tome_export.patch.multihead import multihead, same_arithmetic
+    from tome_export.patch.attention import multihead, same_arithmetic
 
     sizes = {"kdim": 24, "vdim": 24} if separate else {}
     attn = live(nn.MultiheadAttention(32, 4, bias=bias, batch_first=batch_first, **sizes))

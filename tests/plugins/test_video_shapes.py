@@ -8,14 +8,14 @@ from video_reference import Clip, average, soft_matching
 from video_towers import groups
 
 from tome_export.merge.ops import match, merge
-from tome_export.merge.schedule import FrameMerging, clip_tokens
+from tome_export.video.options import FrameMerging, video_token_counts
 
-LAYERS = clip_tokens([2] * 12, FrameMerging(), 12, 50, 1)
+LAYERS = video_token_counts([2] * 12, FrameMerging(), 12, 50, 1)
 CASES = {
     f"{index}_{'across' if across else 'inside'}": (
         layer.tokens_in * layer.joined if across else layer.attended,
         layer.cross if across else layer.r,
-        layer.prefix,
+        12 // layer.sequences,
     )
     for index, layer in enumerate(LAYERS)
     for across in (True, False)

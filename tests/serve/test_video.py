@@ -17,12 +17,13 @@ from tome_export.data import preprocess
 from tome_export.data.samples import sample_paths
 from tome_export.data.videos import load_videos
 from tome_export.errors import InputError
-from tome_export.merge.schedule import Schedule, VideoOptions
+from tome_export.merge.schedule import Schedule
 from tome_export.progress import Silent
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.query import QueryRequest, query
 from tome_export.serve.server import RunRequest, running
 from tome_export.spec import BatchRange
+from tome_export.video.options import VideoOptions
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from video_reference import Merging, token_counts
 from tome_export.artifact import Manifest
 from tome_export.errors import InputError
 from tome_export.merge.macs import BlockCost, total_macs
-from tome_export.merge.schedule import FrameMerging, VideoOptions, clip_tokens
+from tome_export.video.options import FrameMerging, VideoOptions, video_token_counts
 
 B32 = [(12, 50 - 2 * i, 48 - 2 * i) for i in range(8)]
 B32 += [(6, 48, 44), (3, 62, 56), (1, 118, 107), (1, 107, 97)]
@@ -21,11 +21,10 @@ B16 += [(6, 254, 229), (3, 321, 289), (1, 607, 547), (1, 547, 493)]
 
 @pytest.mark.parametrize(("tokens", "expected"), [(50, B32), (197, B16)], ids=["b32", "b16"])
 def test_counts_are_those_of_tempme(tokens, expected):
-    layers = clip_tokens([2] * 12, FrameMerging(), 12, tokens, 1)
-    assert [(layer.clips, layer.attended, layer.tokens_out) for layer in layers] == expected
+    layers = video_token_counts([2] * 12, FrameMerging(), 12, tokens, 1)
+    assert [(layer.sequences, layer.attended, layer.tokens_out) for layer in layers] == expected
     assert token_counts(tokens, 12, 12, Merging()) == expected
-    assert layers[0].clips * layers[0].tokens_in == 12 * tokens
-    assert layers[-1].prefix == 12
+    assert layers[0].sequences * layers[0].tokens_in == 12 * tokens
 
 
 @pytest.mark.parametrize("inter", [0, 7, 30, 50, 100])
@@ -33,28 +32,26 @@ def test_counts_are_those_of_tempme(tokens, expected):
 @pytest.mark.parametrize("protected", [1, 5])
 def test_counts_follow_the_formulas_at_any_proportion(inter, intra, protected):
     merging = FrameMerging((1, 3), (2, 3), (inter, intra))
-    layers = clip_tokens([3] * 5, merging, 6, 17 + protected, protected)
+    layers = video_token_counts([3] * 5, merging, 6, 17 + protected, protected)
     m = Merging(3, (1, 3), (2, 3), inter / 100, intra / 100)
     expected = token_counts(17 + protected, 6, 5, m, protected)
-    assert [(layer.clips, layer.attended, layer.tokens_out) for layer in layers] == expected
+    assert [(layer.sequences, layer.attended, layer.tokens_out) for layer in layers] == expected
     for layer in layers:
         assert layer.joined * layer.tokens_in - layer.cross - layer.r == layer.tokens_out
-        assert layer.tokens_out >= layer.prefix
+        assert layer.tokens_out >= protected * 6 // layer.sequences
 
 
 def test_without_joining_every_frame_is_an_image():
-    layers = clip_tokens([20, 20, 20], None, 4, 50, 1)
+    layers = video_token_counts([20, 20, 20], None, 4, 50, 1)
     assert [layer.tokens_out for layer in layers] == [30, 16, 9]
-    assert {(layer.clips, layer.joined, layer.cross, layer.prefix) for layer in layers} == {
-        (4, 1, 0, 1)
-    }
+    assert {(layer.sequences, layer.joined, layer.cross) for layer in layers} == {(4, 1, 0)}
 
 
 def test_macs_count_every_clip():
     cost = BlockCost(before=3, attention=2, after=5)
-    (layer,) = clip_tokens([0], FrameMerging((0,), (2,), (50, 10)), 4, 10, 1)
+    (layer,) = video_token_counts([0], FrameMerging((0,), (2,), (50, 10)), 4, 10, 1)
     # 2 clips of 20 tokens; 9 merge across (half of the 18 that may), then 1 of 11 inside.
-    assert (layer.clips, layer.attended, layer.tokens_out) == (2, 11, 10)
+    assert (layer.sequences, layer.attended, layer.tokens_out) == (2, 11, 10)
     assert total_macs([cost], [layer], 7) == 7 + 2 * (11 * 3 + 11 * 11 * 2 + 10 * 5)
 
 

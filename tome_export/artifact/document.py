@@ -21,7 +21,7 @@ from pydantic import (
 
 from tome_export.artifact.files import json_bytes
 from tome_export.errors import InputError
-from tome_export.spec import MOST_BATCH, BatchRange
+from tome_export.spec import MAX_BATCH, BatchRange
 
 Read = TypeVar("Read", bound="Document")
 
@@ -129,7 +129,7 @@ def _batch(value: Any) -> BatchRange:
     try:
         return value if isinstance(value, BatchRange) else BatchRange.parse(value)
     except (InputError, AttributeError):
-        raise ValueError(f"a batch range such as 1:8:32, up to {MOST_BATCH}") from None
+        raise ValueError(f"a batch range such as 1:8:32, up to {MAX_BATCH}") from None
 
 
 class Part(BaseModel):

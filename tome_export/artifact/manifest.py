@@ -33,7 +33,7 @@ from tome_export.artifact.document import (
 from tome_export.artifact.files import open_regular
 from tome_export.artifact.parity import ParitySummary
 from tome_export.errors import InputError
-from tome_export.merge.schedule import VideoOptions
+from tome_export.merge.schedule import LayerTokens
 from tome_export.spec import (
     ENTROPY,
     FEATURES,
@@ -41,7 +41,6 @@ from tome_export.spec import (
     LOGITS,
     OPSETS,
     SOURCE_MAP,
-    VIDEO_FEATURES,
     Activation,
     AttentionForm,
     BackendName,
@@ -52,6 +51,8 @@ from tome_export.spec import (
     TensorInfo,
     TowerOptions,
 )
+from tome_export.video import VIDEO_FEATURES
+from tome_export.video.options import VideoOptions
 
 LONGEST_NAME = 255
 """Bytes of a file's name, as Linux has them."""
@@ -232,6 +233,19 @@ class Layer(Part):
     joined: Count | None = Absent
     cross: Count | None = Absent
     prefix: Count | None = Absent
+
+    @property
+    def counts(self) -> LayerTokens:
+        """The token counts alone."""
+        return LayerTokens(
+            self.tokens_in,
+            self.r,
+            self.tokens_out,
+            self.behind_block,
+            self.clips or 1,
+            self.joined or 1,
+            self.cross or 0,
+        )
 
 
 class Macs(Part):
@@ -491,9 +505,10 @@ class Manifest(Document):
             raise ValueError("has layers [], expected one or more")
         total = self.tokens_in
         for index, (layer, r, tokens) in enumerate(zip(layers, merge.r, self.tokens, strict=True)):
-            clips, joined, cross = layer.clips or 1, layer.joined or 1, layer.cross or 0
-            into, out = clips * joined * layer.tokens_in, joined * layer.tokens_in - cross - r
-            if (into, layer.r, layer.tokens_out, tokens) != (total, r, out, clips * out) or out < 1:
+            counts = layer.counts
+            out = counts.attended - r
+            found = counts.total_in, layer.r, layer.tokens_out, tokens
+            if found != (total, r, out, counts.sequences * out) or out < 1:
                 raise ValueError(
                     f"has layers[{index}] of {layer.tokens_in} tokens less r {layer.r} to "
                     f"{layer.tokens_out}, which does not fit merge.r, tokens or the layer before"

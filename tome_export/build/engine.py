@@ -92,7 +92,7 @@ def _length_refusal(manifest: Manifest, backend: EngineBuilder) -> str | None:
     merge = manifest.merge
     return limits.refusal(
         backend.name,
-        limits.merges_of(manifest.layers, merge.prefix),
+        limits.merges_of([layer.counts for layer in manifest.layers], merge.prefix),
         class_token=merge.class_token,
         scored=merge.scored,
         plugin=merge.merge_op == "plugin",

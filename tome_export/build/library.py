@@ -43,10 +43,10 @@ def check_library(model: MergedModel, images: Array) -> None:
     """
     import torch
 
-    from tome_export.patch import patched
+    from tome_export.patch import patch_with_settings
 
     settings = replace(model.settings, schedule=Schedule(0), compressor=None)
-    plain = patched(model, settings).eval()
+    plain = patch_with_settings(model, settings).eval()
     with torch.inference_mode():
         pixel_values = torch.from_numpy(images)
         expected = model.library(pixel_values)

@@ -138,7 +138,7 @@ def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
         tuned.check_reducer(reducer.record())
         schedule = Schedule(per_layer=tuned.schedule)
     if schedule is not None and recipe.video is not None:
-        schedule = replace(schedule, frames=recipe.video.merging)
+        schedule = recipe.video.schedule(schedule)
     recipe = replace(recipe, reducer_keys=reducer.own_keys, weights_key=request.weights_key)
     loaded = recipe.load(weights=request.weights, seed=request.seed)
     loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))

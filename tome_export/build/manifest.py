@@ -22,13 +22,13 @@ from tome_export.artifact.manifest import (
     Tower,
     Weights,
 )
-from tome_export.merge.schedule import VideoOptions
 from tome_export.models.activation import activation_of
 from tome_export.patch.describe import fake_outputs, learned_sha256, output_names, state_sha256
 from tome_export.spec import (
     INPUT_NAME,
     LOGITS,
 )
+from tome_export.video.options import VideoOptions
 
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
@@ -175,16 +175,26 @@ def _video(model: MergedModel) -> VideoOptions | None:
     """Frames of one video, and where they are joined; None for a model of images."""
     if not model.takes_video:
         return None
-    schedule = model.settings.schedule
-    return VideoOptions(model.input_size[0], None if schedule is None else schedule.frames)
+    return VideoOptions(model.frames, getattr(model.settings.schedule, "frames", None))
 
 
 def _layers(model: MergedModel) -> tuple[Layer, ...]:
     rows = zip(model.layers, model.unmerged_layers, model.block_costs, strict=True)
-    return tuple(
-        Layer(**asdict(layer), macs=cost.macs(layer), macs_unmerged=cost.macs(plain))
-        for layer, plain, cost in rows
-    )
+    found = []
+    for index, (counts, plain, cost) in enumerate(rows):
+        layer = Layer(
+            tokens_in=counts.tokens_in,
+            r=counts.r,
+            tokens_out=counts.tokens_out,
+            behind_block=counts.behind_block,
+            macs=cost.macs(counts),
+            macs_unmerged=cost.macs(plain),
+        )
+        if model.takes_video:
+            joining = {"clips": counts.sequences, "joined": counts.joined, "cross": counts.cross}
+            layer = layer.model_copy(update={**joining, "prefix": model.prefix_at(index)})
+        found.append(layer)
+    return tuple(found)
 
 
 def _outputs(name: str, model: MergedModel, batch: int | Literal["batch"]) -> tuple[Tensor, ...]:

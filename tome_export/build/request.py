@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tome_export.engine import EngineOptions
 from tome_export.errors import UsageError
-from tome_export.merge.schedule import Schedule, VideoOptions
+from tome_export.merge.schedule import Schedule
 from tome_export.reducers import DEFAULT
 from tome_export.spec import (
     OPSETS,
@@ -19,6 +19,7 @@ from tome_export.spec import (
     TowerOptions,
     check_opset,
 )
+from tome_export.video.options import VideoOptions
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from tome_export.spec import BackendName
 
 if TYPE_CHECKING:
-    from tome_export.artifact.manifest import Layer
     from tome_export.merge.schedule import LayerTokens
 
 TOPK_MAX = 3840
@@ -62,21 +61,18 @@ class MergeCounts(NamedTuple):
         return self.tokens - self.prefix
 
 
-def merges_of(layers: Iterable[LayerTokens | Layer], prefix: int) -> list[MergeCounts]:
+def merges_of(layers: Iterable[LayerTokens], prefix: int) -> list[MergeCounts]:
     """The merges of a model, by its layers and the protected tokens of one image."""
     found = []
     for index, layer in enumerate(layers):
-        # Those of videos have more to them.
-        tokens = layer.tokens_in * (getattr(layer, "joined", None) or 1)
-        first = getattr(layer, "prefix", None)
-        first = prefix if first is None else first
-        sequences, cross = getattr(layer, "clips", None) or 1, getattr(layer, "cross", None) or 0
-        if cross:
+        prefix *= layer.joined
+        tokens, sequences = layer.joined * layer.tokens_in, layer.sequences
+        if layer.cross:
             name = f"blocks.{index}.across"
-            found.append(MergeCounts(name, tokens, cross, first, sequences))
+            found.append(MergeCounts(name, tokens, layer.cross, prefix, sequences))
         if layer.r:
             name = f"blocks.{index}"
-            found.append(MergeCounts(name, tokens - cross, layer.r, first, sequences))
+            found.append(MergeCounts(name, layer.attended, layer.r, prefix, sequences))
     return found
 
 

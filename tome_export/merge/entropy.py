@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 
 
 def size_entropy(size: Tensor, prefix: int, patches: int) -> Tensor:
-    """Normalised entropy of the sizes of the final tokens.
+    """Normalised entropy of the sizes of the final tokens, ``[B]`` from 0 to 1.
 
     Args:
         size: ``[B, K]`` float32, patches that each token stands for, at least 1.
         prefix: Tokens at the front that are no patches.
         patches: Patches N that entered the first layer; more than 1.
-
-    Returns:
-        ``[B]`` in the dtype of size, 0 to 1.
     """
     own = size[:, prefix:]
     total = own.sum(dim=1)

@@ -17,11 +17,8 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def mean_keys(keys: Tensor) -> Tensor:
     """The metric of ToMe (section 3.1): the keys averaged over heads.
 
-    Args:
-        keys: ``[B, H, N, D]``, any float dtype, or a ready metric ``[B, N, D]``.
-
-    Returns:
-        ``[B, N, D]`` float32 (float64 for float64 keys).
+    ``[B, H, N, D]`` of any float type, or a ready metric ``[B, N, D]``, to ``[B, N, D]`` float32
+    (float64 for float64 keys).
     """
     dtype = accumulate_dtype(keys)
     return keys.to(dtype) if keys.ndim == 3 else keys.mean(1, dtype=dtype)
@@ -54,15 +51,7 @@ def by_position(index: Tensor) -> Tensor:
 
 
 def behind_prefix(patches: Tensor, prefix: int) -> Tensor:
-    """The prefix tokens, then the patches, which are counted behind them.
-
-    Args:
-        patches: ``[B, K - P]`` int64.
-        prefix: Protected tokens P at the front.
-
-    Returns:
-        ``[B, K]`` int64.
-    """
+    """The P prefix tokens, then the patches ``[B, K - P]`` counted on: ``[B, K]`` int64."""
     tokens = patches + prefix
     if prefix == 0:  # runtimes take badly to empty tensors
         return tokens
@@ -71,15 +60,12 @@ def behind_prefix(patches: Tensor, prefix: int) -> Tensor:
 
 
 def spread(dst: Tensor, values: Tensor, kept: int) -> Tensor:
-    """What each output token receives of each folded one.
+    """What each of ``kept`` output tokens receives of each folded one, ``[B, K, R]``; else 0.
 
     Args:
         dst: ``[B, R]`` int32, output positions; -1 for a dropped token.
         values: ``[B, R]``, or ``[B, 1]``.
         kept: Output tokens K.
-
-    Returns:
-        ``[B, K, R]``: the value where the token goes to that position, else 0.
     """
     rows = torch.arange(kept, device=dst.device, dtype=dst.dtype)
     return (rows[None, :, None] == dst[:, None, :]) * values[:, None, :]
@@ -92,16 +78,7 @@ def merged_size(size: Tensor, plan: MergePlan) -> Tensor:
 
 
 def merge_index_add(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
-    """Size-weighted mean by scatter-add (ToMe, section 3.1).
-
-    Args:
-        x: ``[B, N, C]`` tokens, any float dtype.
-        size: ``[B, N]`` patches that each token stands for, float32.
-        plan: The merge plan.
-
-    Returns:
-        ``x' [B, K, C]`` in the dtype of x and ``size' [B, K]`` float32. Sums are float32.
-    """
+    """Size-weighted mean by scatter-add (ToMe, section 3.1); see ``merge.ops.merge``."""
     dtype = accumulate_dtype(x)
     moved = torch.where(plan.dst < 0, 0.0, size.gather(1, plan.src.long()))
     dst = plan.dst.long().clamp_min(0)
@@ -121,8 +98,6 @@ def merge_matmul(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tens
     The matrix holds the sizes rather than ones, so that both factors stay exact where the
     product runs on reduced-precision units: sizes are small whole numbers and x is already in
     the model's precision.
-
-    Args and returns: as ``merge_index_add``.
     """
     dtype = accumulate_dtype(x)
     weights = spread(plan.dst, size.gather(1, plan.src.long()), plan.keep.shape[1])

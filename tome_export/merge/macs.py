@@ -14,8 +14,8 @@ class BlockCost:
 
     Attributes:
         before: MACs per token ahead of the merge (projections of the attention).
-        attention: Width of the attention scores plus that of the values, summed over heads:
-            ``N^2 * attention`` MACs for QK^T and AV together.
+        attention: ``N^2 * attention`` MACs are QK^T and AV together: the width of the scores plus
+            that of the values, summed over heads.
         after: MACs per token behind the merge (the MLP).
     """
 
@@ -24,7 +24,7 @@ class BlockCost:
     after: int
 
     def macs(self, layer: LayerTokens) -> int:
-        """MACs of this block for one image or video, match and merge left out (under 1 %)."""
+        """MACs of this block for one input, match and merge left out (under 1 %)."""
         n = layer.attended
         k = n if layer.behind_block else layer.tokens_out
         one = n * self.before + n * n * self.attention + k * self.after
@@ -33,19 +33,19 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class SharedCost(BlockCost):
-    """Cost of a block whose clips also attend to a few tokens of the whole video.
+    """Cost of a block whose sequences also attend to a few tokens that all of them share.
 
     Attributes:
-        shared: Those tokens, which attend to everything.
-        last: Whether nothing but them is read behind the block: of all others only keys and values
-            are made then.
+        shared: Number of those tokens, which attend to everything.
+        last: Whether nothing but them is read behind the block, so that of all others only keys
+            and values are made.
     """
 
     shared: int = 0
     last: bool = False
 
     def macs(self, layer: LayerTokens) -> int:
-        """MACs of this block for one video, match and merge left out."""
+        """See ``BlockCost.macs``."""
         everything = layer.sequences * layer.attended
         pairs = self.shared * (everything + self.shared)
         own = self.shared * (self.before + self.after) + pairs * self.attention
@@ -55,5 +55,5 @@ class SharedCost(BlockCost):
 
 
 def total_macs(costs: Sequence[BlockCost], layers: Sequence[LayerTokens], fixed: int) -> int:
-    """MACs per image of all blocks plus ``fixed`` (patch embedding and head)."""
+    """MACs of one input in all blocks plus ``fixed`` (patch embedding and head)."""
     return fixed + sum(cost.macs(layer) for cost, layer in zip(costs, layers, strict=True))

@@ -17,15 +17,10 @@ from tome_export.merge.plan import MergePlan
 
 
 def scores_and_masks(keys: Tensor, prefix: int) -> Tensor:
-    """Cosine scores of set A against set B with the prefix tokens masked out.
+    """Cosine scores of set A against set B, ``[B, ceil(N/2), floor(N/2)]``; see ``match``.
 
-    Args:
-        keys: ``[B, H, N, D]`` or ``[B, N, D]``, as for ``match``.
-        prefix: Protected tokens at the front.
-
-    Returns:
-        ``[B, ceil(N/2), floor(N/2)]`` float32 (float64 for float64 keys); rows and columns of
-        prefix tokens are -inf, those of tokens without a direction 0 (see ``match``).
+    They are float32 (float64 for float64 keys); rows and columns of prefix tokens are -inf, those
+    of tokens without a direction 0.
     """
     unit = unit_vectors(mean_keys(keys))
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)

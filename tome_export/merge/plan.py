@@ -27,7 +27,7 @@ class MergePlan(NamedTuple):
 
 
 class Across(NamedTuple):
-    """The merge across clips of a video, ahead of a layer's attention.
+    """The merge across sequences that a layer joins, ahead of its attention.
 
     Attributes:
         layer: Index of the block.
@@ -37,7 +37,7 @@ class Across(NamedTuple):
 
 
 Step = int | Across
-"""One merge of a model: a layer's own by its number, or the one across clips ahead of it."""
+"""One merge of a model: a layer's own by its number, or the one across sequences ahead of it."""
 
 StepPlans = Mapping[Step, MergePlan]
 
@@ -79,17 +79,13 @@ def token_map(plan: MergePlan) -> Tensor:
     return torch.zeros_like(index).scatter(1, index, torch.cat([positions, plan.dst.long()], dim=1))
 
 
-def composed(before: Tensor | None, plan: MergePlan, *, drops: bool = True) -> Tensor:
-    """Where the first layer's tokens are behind one more plan.
+def compose_plans(before: Tensor | None, plan: MergePlan, *, drops: bool = True) -> Tensor:
+    """Where the first layer's tokens are behind one more plan, ``[B, N]`` int64.
 
     Args:
-        before: ``[B, N]`` int64, where they were in front of it, -1 for those dropped; None for
-            all in order.
+        before: Where they were in front of it, -1 for those dropped; None for all in order.
         plan: The plan.
         drops: Whether any plan so far can have dropped tokens; without, the graph is simpler.
-
-    Returns:
-        ``[B, N]`` int64.
     """
     moved = token_map(plan)
     if before is None:
@@ -113,19 +109,14 @@ def source_map(plans: Sequence[MergePlan | None], batch: int, tokens: int) -> Te
     places = torch.arange(tokens).expand(batch, tokens)
     for plan in plans:
         if plan is not None:
-            places = composed(places.to(plan.keep.device), plan)
+            places = compose_plans(places.to(plan.keep.device), plan)
     return places
 
 
 def unmerge(x: Tensor, mapping: Tensor) -> Tensor:
     """Give every original token its merged token's value (ToMe, section 3.2, dense outputs).
 
-    Args:
-        x: ``[B, K, C]`` merged tokens.
-        mapping: ``[B, N]`` int64 from ``token_map`` (one layer) or ``source_map`` (all layers),
-            of tokens of which none was dropped.
-
-    Returns:
-        ``[B, N, C]``.
+    ``x [B, K, C]`` and a mapping ``[B, N]`` int64 from ``token_map`` or ``source_map``, of tokens
+    of which none was dropped, to ``[B, N, C]``.
     """
     return x.gather(1, mapping[..., None].expand(-1, -1, x.shape[-1]))

@@ -74,8 +74,8 @@ class KeysView(NamedTuple):
         heads: H; 1 for a metric.
         tokens: N.
         width: D.
-        strides: From image to image, head to head, token to token; 1 within a head.
-        offset: Where the first image's begin.
+        strides: Steps from image to image, head to head, token to token; 1 within a head.
+        offset: Where the first image's keys begin.
     """
 
     heads: int
@@ -89,11 +89,11 @@ def keys_view(lengths: Sequence[int], heads: int = 0, width: int = 0, offset: in
     """Where the keys lie in an input that is contiguous.
 
     Args:
-        lengths: Of the input without the batch: ``(H, N, D)`` or ``(N, D)``; ``(N, W)`` of a
-            product.
-        heads: As the attribute of that name; so are the next two.
-        width: As above.
-        offset: As above.
+        lengths: The input's shape without the batch: ``(H, N, D)`` or ``(N, D)``, or ``(N, W)`` of
+            a product.
+        heads: The node's attribute, as are ``width`` and ``offset``.
+        width: See there.
+        offset: See there.
 
     Raises:
         ValueError: if the product is not one, or lacks the columns.
@@ -114,15 +114,9 @@ def keys_view(lengths: Sequence[int], heads: int = 0, width: int = 0, offset: in
 
 
 def clamp_r(tokens: int, r: int, prefix: int) -> int:
-    """The number of tokens a layer can really merge.
+    """The number of tokens a layer can really merge: ``min(r, (N - P) // 2)``, never negative.
 
-    Args:
-        tokens: Tokens N that enter the layer, prefix tokens included.
-        r: Tokens asked to be merged.
-        prefix: Protected tokens P at the front of the sequence.
-
-    Returns:
-        ``min(r, (N - P) // 2)``, never negative (ToMe, section 3.2: a token of set A merges at
-        most once, and set A is half of the tokens).
+    A token of set A merges at most once, and set A is half of the N tokens but for the P protected
+    ones at the front (ToMe, section 3.2).
     """
     return max(0, min(r, (tokens - prefix) // 2))

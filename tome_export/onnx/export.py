@@ -31,7 +31,7 @@ from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
 from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
-from tome_export.patch.precision import copy_in, drop_weights
+from tome_export.patch.precision import copy_with_dtype, free_weights
 from tome_export.spec import (
     INPUT_NAME,
     OPSETS,
@@ -134,7 +134,7 @@ def in_precision(model: MergedModel, precision: Precision) -> MergedModel:
     """A copy of the model in another precision; the model itself for fp32."""
     if precision == "fp32":
         return model
-    return copy_in(model, TORCH_DTYPES[precision])
+    return copy_with_dtype(model, TORCH_DTYPES[precision])
 
 
 def onnx_from_model(
@@ -201,7 +201,7 @@ def _proto_from_model(
     for weight in graph.graph.initializers.values():
         weight.const_value = None
     if exported is not model:
-        drop_weights(exported)
+        free_weights(exported)
     return proto
 
 

@@ -30,10 +30,10 @@ from tome_export.spec import (
     INPUT_NAME,
     LOGITS,
     SOURCE_MAP,
-    VIDEO_MASK,
     answers,
-    usual_activation,
+    default_activation,
 )
+from tome_export.video import VIDEO_MASK
 
 if TYPE_CHECKING:
     import onnx
@@ -132,7 +132,7 @@ def check_parity(
     with runner_factory(file if file is not None and stays else graph) as runner:
         shown = infer_in_batches(runner, pixels, len(images), size)
     shipped = shown[output_name]
-    scores = activation or usual_activation(shipped.shape[-1]) if output_name == LOGITS else None
+    scores = activation or default_activation(shipped.shape[-1]) if output_name == LOGITS else None
     twin = twin_from_model(graph, consume=graph is not exported)
     if not twin.layers:
         free = led = Pass(shipped, {}, shown.get(SOURCE_MAP), shown.get(ENTROPY))

@@ -88,13 +88,13 @@ def run_yardstick(
     measure for the candidate's. For fp32 the pass runs in fp64: its distance from the reference
     is the reference's own rounding error.
     """
-    from tome_export.patch.precision import copy_in, widened
+    from tome_export.patch.precision import copy_with_dtype, in_float64
 
     dtype = _dtype("fp64" if precision == "fp32" else precision)
     if precision == "fp32":
-        with widened(model):
+        with in_float64(model):
             return _run(model, images, dtype, lead, inputs or {})
-    return _run(copy_in(model, dtype), images, dtype, lead, inputs or {})
+    return _run(copy_with_dtype(model, dtype), images, dtype, lead, inputs or {})
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,17 +1,23 @@
 """Patching: give a library model token merging without changing it.
 
-One file per model family; ``patch`` finds the family of a model by its exact class.
+A folder per library, a file per family of its models; ``patch`` finds the family of a model by its
+exact class.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.base import MergedModel, NoImageOutputError
+from tome_export.patch.hf.clip import MergedClip, MergedSiglip
+from tome_export.patch.hf.vit import MergedDino, MergedVit
 from tome_export.patch.merger import LayerTrace, MergeSettings
+from tome_export.patch.open_clip.vit import MergedOpenClip, MergedTimmModel
+from tome_export.patch.timm.eva import MergedEva
+from tome_export.patch.timm.vit import MergedVisionTransformer
+from tome_export.patch.torchvision.vit import MergedTorchvision
 from tome_export.reducers import DEFAULT, reducer_class
 
 if TYPE_CHECKING:
@@ -26,24 +32,30 @@ __all__ = [
     "NoImageOutputError",
     "UnknownModelError",
     "patch",
-    "patched",
+    "patch_with_settings",
     "unpatch",
 ]
 
 
-FAMILIES = (
-    "timm_vit",
-    "timm_eva",
-    "torchvision_vit",
-    "open_clip_vit",
-    "hf_clip",
-    "hf_vit",
-    "llava",
-    "clip4clip",
-    "stop",
+FAMILIES: tuple[Any, ...] = (
+    MergedVisionTransformer,
+    MergedEva,
+    MergedTorchvision,
+    MergedOpenClip,
+    MergedTimmModel,
+    MergedClip,
+    MergedSiglip,
+    MergedVit,
+    MergedDino,
 )
-"""Modules of this package, one per family, each with ``merged(model, settings)``: the patched
-model, or None for a class of another family."""
+"""Merging by the classes of libraries that each names; none imports its library."""
+
+OWN_TOWERS = (
+    "LLaVA's vision tower (hf:<checkpoint folder>)",
+    "CLIP4Clip's video tower (clip4clip_b32)",
+    "STOP's video tower (stop_b32)",
+)
+"""Models of this project, for messages. They have ``with_merging(settings) -> MergedModel``."""
 
 
 class UnknownModelError(InputError):
@@ -81,23 +93,39 @@ def patch(
     if prop_attn is None:
         prop_attn = reducer.proportional()
     schedule = None if r is None else Schedule.of(r)
-    return patched(model, MergeSettings(schedule, prop_attn, reducer=reducer, **options))
+    return patch_with_settings(
+        model, MergeSettings(schedule, prop_attn, reducer=reducer, **options)
+    )
 
 
-def patched(model: nn.Module, settings: MergeSettings) -> MergedModel:
+def patch_with_settings(model: nn.Module, settings: MergeSettings) -> MergedModel:
     """As ``patch``, by settings that are ready."""
     model = unpatch(model)
     _use_kernels()
-    supported: list[str] = []
-    for name in FAMILIES:
-        family = importlib.import_module(f"{__name__}.{name}")
-        found = family.merged(model, settings)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-        supported.append(family.SUPPORTED)
+    cls = type(model)
+    if hasattr(cls, "with_merging"):
+        return model.with_merging(settings)  # type: ignore[operator, no-any-return]
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    for family in FAMILIES:
+        if name in family.library_classes:
+            return family(model, settings)  # type: ignore[no-any-return]
+    if name.startswith("open_clip.") and hasattr(model, "visual"):
+        raise InputError(
+            f"model class {cls.__name__} is a whole open_clip model; patch its image tower alone: "
+            "patch(model.visual, r)"
+        )
     raise UnknownModelError(
-        f"model class {type(model).__name__} is not supported; supported: {'; '.join(supported)}"
+        f"model class {cls.__name__} is not supported; supported: {'; '.join(_supported())}"
     )
+
+
+def _supported() -> list[str]:
+    """What can be patched: the classes of every library, and towers of this project."""
+    by_library: dict[str, list[str]] = {}
+    for name in (name for family in FAMILIES for name in family.library_classes):
+        by_library.setdefault(name.partition(".")[0], []).append(name.rpartition(".")[2])
+    libraries = [f"{name}'s {', '.join(classes)}" for name, classes in by_library.items()]
+    return [*libraries, *OWN_TOWERS]
 
 
 def _use_kernels() -> None:

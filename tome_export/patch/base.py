@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from tome_export.compressors.base import FinalTokens, check_compressor
 from tome_export.errors import InputError
 from tome_export.merge.entropy import size_entropy
 from tome_export.merge.macs import BlockCost, total_macs
-from tome_export.merge.plan import Step, StepPlans, source_map, unmerge
-from tome_export.merge.schedule import LayerTokens
-from tome_export.patch.checks import Zeros, check_undispatched, counted_macs
+from tome_export.merge.plan import Across, Step, StepPlans, source_map, step_layer, unmerge
+from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.patch.attention import log_size_bias
+from tome_export.patch.checks import MakeZeros, check_undispatched, count_macs
+from tome_export.patch.heads import OutputChoice
 from tome_export.patch.merger import (
     LayerTrace,
     Merger,
@@ -36,76 +38,91 @@ class NoImageOutputError(InputError):
     """The model has no output for the whole image, only features of patches."""
 
 
-class OutputChoice(NamedTuple):
-    """What the output of a library model is taken for.
+@dataclass(frozen=True)
+class ModelLayout:
+    """What merging needs to know of a library model, read from it once.
 
     Attributes:
-        classifies: Whether it is class scores, and not features.
-        why: What of the model's structure or configuration says so.
+        blocks: The transformer blocks in order.
+        costs: MACs per token of each block.
+        width: C of the tokens between the blocks.
+        input_size: Channels, height and width of one image, in pixels; of a model that takes
+            several frames their number comes first.
+        tokens: Tokens N of one image or frame that enter the first block.
+        prefix: How many of them are no patches; they come first and are protected.
+        class_token: Whether one of the prefix tokens is a class token.
+        grid: Where the patches lie in the image; None where a token is no rectangle of it.
+        frames: Frames of one input, each a sequence of its own in front of the first block.
     """
 
-    classifies: bool
-    why: str
+    blocks: Sequence[nn.Module]
+    costs: Sequence[BlockCost]
+    width: int
+    input_size: tuple[int, ...]
+    tokens: int
+    prefix: int
+    class_token: bool
+    grid: PatchGrid | None
+    frames: int = 1
 
 
 class MergedModel(nn.Module, ABC):
     """A library model together with its merging. The inner model is neither copied nor changed.
 
     Weights are shared with the inner model, and ``state_dict`` has the inner model's own keys,
-    so checkpoints load into either. ``copy.deepcopy`` separates the two.
+    so checkpoints load into either. ``copy.deepcopy`` separates the two. The constructor of a
+    family raises ``InputError`` for a part of the model that is not understood.
 
     Attributes:
         model: The library model, exactly as it was given.
         settings: How it merges.
         layers: Clamped token counts of each block.
+        layout: What was read of the library model.
+        blocks: See ``ModelLayout``, as for ``width``, ``input_size``, ``prefix``, ``class_token``,
+            ``patch_grid``, ``frames`` and ``block_costs``.
         reducer: The reducer's learned part, or None.
-        takes_video: Whether the first input is videos, ``[B, F, C, H, W]``.
         compressor: The compressor with its weights, or None.
     """
 
-    takes_video = False
+    library_classes: ClassVar[tuple[str, ...]] = ()
+    """Full names of the library's classes that a family merges in: these, and no subclass."""
+
+    takes_video: ClassVar[bool] = False
+    """Whether the first input is videos, ``[B, F, C, H, W]``."""
 
     merger_class: ClassVar[type[Merger]] = Merger
     """What removes tokens in a forward pass."""
 
-    def __init__(
-        self, model: nn.Module, settings: MergeSettings, depth: int, tokens: int, prefix: int
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: MergeSettings, layout: ModelLayout) -> None:
         super().__init__()
-        self.model = model
-        self.prefix = prefix
-        self.tower = ModelShape(self.width, depth, tokens, prefix, settings.learned)
+        self.model, self.layout = model, layout
+        self.blocks: tuple[Any, ...] = tuple(layout.blocks)
+        self.block_costs = tuple(layout.costs)
+        self.width, self.input_size = layout.width, layout.input_size
+        self.prefix, self.class_token = layout.prefix, layout.class_token
+        self.patch_grid, self.frames = layout.grid, layout.frames
+        self.tower = ModelShape(
+            layout.width, len(self.blocks), layout.tokens, layout.prefix, settings.learned
+        )
         check_reducer(settings, self.class_token)
-        reducer = settings.reducer
         schedule = settings.schedule
-        if schedule is not None and schedule.frames is not None and not self.takes_video:
-            raise InputError(
-                f"{schedule.frames}: that is for video towers, and this model takes images"
-            )
         if schedule is None:
-            schedule = reducer.counts(self.tower)
+            schedule = settings.reducer.counts(self.tower)
         self.settings = replace(settings, schedule=schedule)
-        self.layers = reducer.layers(schedule, self.tower)
-        self.reducer = reducer.module(self.tower) if self.merges else None
-        self.compressor = self._compressor()
+        self.layers = self.token_counts(schedule)
+        self.reducer = settings.reducer.module(self.tower) if self.merges else None
+        self.compressor = self._make_compressor()
         self.training = model.training
         self.register_state_dict_post_hook(_drop_inner_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_inner_prefix)  # type: ignore[no-untyped-call]
 
-    @property
-    @abstractmethod
-    def class_token(self) -> bool:
-        """Whether one of the prefix tokens is a class token."""
+    def token_counts(self, schedule: Schedule) -> tuple[LayerTokens, ...]:
+        """Clamped token counts of each block.
 
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """C of the tokens between the blocks."""
-
-    @property
-    @abstractmethod
-    def input_size(self) -> tuple[int, ...]:
-        """Channels, height and width of one image, in pixels; of a video the frames come first."""
+        Raises:
+            InputError: if the schedule does not fit the model.
+        """
+        return self.settings.reducer.layers(schedule.of_one_frame(), self.tower)
 
     @property
     def image_size(self) -> tuple[int, int, int]:
@@ -113,23 +130,41 @@ class MergedModel(nn.Module, ABC):
         channels, height, width = self.input_size[-3:]
         return channels, height, width
 
-    @property
-    @abstractmethod
-    def patch_grid(self) -> PatchGrid | None:
-        """Where the patches lie in the image; None where a token is no rectangle of it."""
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """The tokens ``[B, N, C]`` that enter the first block."""
+        raise NotImplementedError
 
-    @property
-    @abstractmethod
-    def block_costs(self) -> tuple[BlockCost, ...]:
-        """Cost per token of each block."""
+    def run_block(
+        self, block: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, layer: int
+    ) -> Tokens:
+        """Run one block, calling ``merger(tokens, attended, layer)`` between its attention and MLP.
 
-    @abstractmethod
-    def fixed_macs(self, tokens: int) -> int:
-        """MACs per image outside the blocks: patch embedding, pooling of ``tokens``, head."""
+        Args:
+            block: The library's module.
+            tokens: ``[B, N, C]`` and their sizes.
+            bias: What proportional attention adds to the logits, ``[B, 1, N, N]``; or None.
+            merger: Removes tokens.
+            layer: Index of the block.
+        """
+        raise NotImplementedError
 
-    @abstractmethod
+    def final(self, x: Tensor) -> Tensor:
+        """What treats every token alone behind the blocks, such as a norm."""
+        return x
+
     def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
-        """All blocks and what treats tokens alone after them, merging with ``merger``."""
+        """Run everything in front of pooling and head, merging with ``merger``."""
+        tokens = Tokens(self.embed(pixel_values))
+        for layer, block in enumerate(self.blocks):
+            tokens = merger.ahead(tokens, layer)
+            tokens = self.run_block(block, tokens, self.size_bias(tokens), merger, layer)
+            tokens = merger.behind(tokens, layer)
+        return Tokens(self.final(tokens.x), tokens.size)
+
+    def size_bias(self, tokens: Tokens, queries: int | None = None) -> Tensor | None:
+        """The bias of proportional attention over tokens; None where there is none to add."""
+        size = tokens.size if self.settings.prop_attn else None
+        return log_size_bias(size, tokens.x.dtype, queries)
 
     @abstractmethod
     def head(self, tokens: Tokens) -> Tensor:
@@ -149,15 +184,18 @@ class MergedModel(nn.Module, ABC):
     @property
     def steps(self) -> tuple[Step, ...]:
         """Every merge of the model as they happen."""
-        return tuple(index for index, layer in enumerate(self.layers) if layer.r)
+        found: list[Step] = []
+        for layer, counts in enumerate(self.layers):
+            found += [Across(layer)] * (counts.cross > 0) + [layer] * (counts.r > 0)
+        return tuple(found)
 
-    def prefix_at(self, step: Step) -> int:  # noqa: ARG002
+    def prefix_at(self, step: Step) -> int:
         """Protected tokens at the front of a sequence that one of the merges works on."""
-        return self.prefix
+        return self.prefix * self.frames // self.sequences_at(step)
 
-    def sequences_at(self, step: Step) -> int:  # noqa: ARG002
+    def sequences_at(self, step: Step) -> int:
         """Sequences of one image or video that one of the merges works on."""
-        return 1
+        return self.layers[step_layer(step)].sequences
 
     @property
     def output_choice(self) -> OutputChoice:
@@ -174,10 +212,10 @@ class MergedModel(nn.Module, ABC):
         return tokens.x
 
     def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
-        """The forward pass to the main output, handing each layer's tokens to ``merger``."""
+        """The forward pass to the main output, merging with ``merger``."""
         tokens = self.encode(pixel_values, merger)
         if self.compressor is not None:
-            return self._compressed(self.token_features(tokens), merger)
+            return self._compress(self.token_features(tokens), merger.size, merger.positions)
         if not self.settings.dense:
             return self.head(tokens)
         x = self.token_features(tokens)
@@ -185,7 +223,7 @@ class MergedModel(nn.Module, ABC):
             return unmerge(x, merger.positions[:, self.prefix :])
         return x[:, self.prefix :]
 
-    def _compressor(self) -> nn.Module | None:
+    def _make_compressor(self) -> nn.Module | None:
         chosen = self.settings.compressor
         if chosen is None:
             return None
@@ -201,16 +239,15 @@ class MergedModel(nn.Module, ABC):
         """C of ``token_features``, found by running them without data."""
         found: list[int] = []
 
-        def features(zeros: Zeros) -> None:
+        def features(zeros: MakeZeros) -> None:
             x = zeros(1, self.prefix + 1, self.width)
             found.append(self.token_features(Tokens(x)).shape[-1])
 
-        counted_macs(self.model, features)
+        count_macs(self.model, features)
         return found[0]
 
-    def _compressed(self, x: Tensor, merger: Merger) -> Tensor:
+    def _compress(self, x: Tensor, size: Tensor | None, places: Tensor | None) -> Tensor:
         """The compressor's tokens, of those that are no prefix tokens."""
-        size, places = merger.size, merger.positions
         assert self.compressor is not None and self.patch_grid is not None  # noqa: S101, PT018
         final = FinalTokens(
             x[:, self.prefix :],
@@ -221,31 +258,16 @@ class MergedModel(nn.Module, ABC):
         output: Tensor = self.compressor(final)
         return output
 
-    def _compressor_macs(self, tokens: int) -> int:
-        """MACs per image of the compressor, as torch counts them."""
-        compressor, grid = self.compressor, self.patch_grid
-        if compressor is None or grid is None:
-            return 0
-        unmerged = self.settings.unmerges
-        count = grid.patches if unmerged else tokens - self.prefix
-
-        def compress(zeros: Zeros) -> None:
-            x = zeros(1, count, width)
-            compressor(FinalTokens(x, None if unmerged else x[:, :, 0] + 1, None, grid))
-
-        width = self._feature_width()
-        return counted_macs(self.model, compress)
-
     @property
     def merges(self) -> bool:
         """Whether any layer merges."""
-        return any(layer.r for layer in self.layers)
+        return bool(self.steps)
 
     @property
     def unmerged_layers(self) -> tuple[LayerTokens, ...]:
         """Token counts of every layer without merging."""
-        first = self.layers[0].tokens_in if self.layers else 0
-        return tuple(LayerTokens(first, 0, first) for _ in self.layers)
+        tokens = self.tower.tokens
+        return (LayerTokens(tokens, 0, tokens, sequences=self.frames),) * len(self.layers)
 
     def macs(self, *, merged: bool = True) -> int:
         """Multiply-accumulates per image or video, with or without merging."""
@@ -253,8 +275,31 @@ class MergedModel(nn.Module, ABC):
         final = layers[-1].tokens_out if layers else self.prefix
         reducer = self.settings.reducer
         learned = sum(reducer.macs(layer, self.tower) for layer in layers if layer.r)
-        learned += self._compressor_macs(final)
         return learned + total_macs(self.block_costs, layers, self.fixed_macs(final))
+
+    def fixed_macs(self, tokens: int) -> int:
+        """MACs per image or video outside the blocks, as torch counts them.
+
+        Args:
+            tokens: Tokens that leave the last block.
+        """
+        grid = self.patch_grid
+
+        def outside(zeros: MakeZeros) -> None:
+            self.embed(zeros(1, *self.input_size))
+            final = Tokens(zeros(1, tokens, self.width))
+            if not self.settings.dense and self.compressor is None:
+                self.head(final)
+                return
+            x = self.token_features(final)
+            if self.compressor is None:
+                return
+            if self.settings.unmerges and grid is not None:
+                self._compress(zeros(1, self.prefix + grid.patches, x.shape[-1]), None, None)
+            else:
+                self._compress(x, x[:, :, 0] + 1, None)
+
+        return count_macs(self.model, outside)
 
     @property
     def extra_inputs(self) -> Mapping[str, tuple[int, ...]]:
@@ -271,7 +316,7 @@ class MergedModel(nn.Module, ABC):
         """A fresh merger.
 
         Args:
-            forced: Plans to apply instead of the layers' own, by layer index.
+            forced: Plans to apply instead of the layers' own, by merge.
             observe: Called with every layer that removes tokens.
             inputs: The model's inputs besides the images, by name.
             layers: Token counts other than the model's own.
@@ -280,12 +325,12 @@ class MergedModel(nn.Module, ABC):
             self.layers if layers is None else layers,
             self.prefix,
             self.class_token,
-            forced,
-            observe,
-            self.settings.unmerges or self.settings.source_map,
             self.settings.reducer,
             self.reducer,
-            inputs,
+            forced=forced,
+            observe=observe,
+            track=self.settings.unmerges or self.settings.source_map,
+            inputs=inputs,
         )
 
     def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -315,12 +360,7 @@ class MergedModel(nn.Module, ABC):
         return (output, *more) if more else output
 
     def entropy(self, merger: Merger, output: Tensor) -> Tensor:
-        """Normalised token-size entropy of a pass that is over, ``[B]`` float32.
-
-        Args:
-            merger: Of the pass.
-            output: What it gave, for batch and device.
-        """
+        """Normalised token-size entropy ``[B]`` float32 of a pass that gave ``output``."""
         if merger.size is None:
             return torch.ones(output.shape[0], dtype=torch.float32, device=output.device)
         patches = self.tower.tokens - self.prefix
@@ -334,15 +374,7 @@ class MergedModel(nn.Module, ABC):
         return self._final_places(merger.positions)
 
     def source_map_of(self, plans: StepPlans, count: int) -> Tensor:
-        """The source map that some plans make.
-
-        Args:
-            plans: Of every merge.
-            count: Images.
-
-        Returns:
-            ``[count, patches]`` int32, as ``forward`` gives it.
-        """
+        """The source map that the plans of all merges make of ``count`` images; see ``forward``."""
         per_layer = [plans.get(layer) for layer in range(len(self.layers))]
         return self._final_places(source_map(per_layer, count, self.tower.tokens))
 
@@ -358,13 +390,7 @@ class MergedModel(nn.Module, ABC):
         forced: StepPlans | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[LayerTrace]]:
-        """As ``forward``, with the keys and plan of every merging layer.
-
-        Args:
-            pixel_values: ``[B, C, H, W]``.
-            forced: Plans to apply instead of the layers' own, by layer index.
-            inputs: The other inputs by name.
-        """
+        """As ``forward_observed``, and the keys and plan of every merging layer in a list."""
         trace: list[LayerTrace] = []
         return self.forward_observed(pixel_values, trace.append, forced, inputs), trace
 
@@ -375,12 +401,12 @@ class MergedModel(nn.Module, ABC):
         forced: StepPlans | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """As ``forward_traced``, but each layer is handed out in turn and none is kept.
+        """As ``forward``, to the main output only; each layer is handed out and none is kept.
 
         Args:
             pixel_values: ``[B, C, H, W]``.
             observe: Called with every merging layer as it merges.
-            forced: Plans to apply instead of the layers' own, by layer index.
+            forced: Plans to apply instead of the layers' own, by merge.
             inputs: The other inputs by name.
         """
         return self.run(self._checked(pixel_values), self.merger(forced, observe, inputs))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tome_export.errors import InputError
 
-Zeros = Callable[..., Tensor]
+MakeZeros = Callable[..., Tensor]
 
 ONE_DEVICE = (
     "a merged model runs on one device: load the model without device_map or offload, patch it, "
@@ -18,7 +18,7 @@ ONE_DEVICE = (
 )
 
 
-def check_plain(model: nn.Module, name: str) -> None:
+def check_unhooked(model: nn.Module, name: str) -> None:
     """Refuse what patching would bypass: hooks, and ``forward`` methods put on single modules."""
     for where, module in model.named_modules():
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
@@ -36,9 +36,6 @@ def check_undispatched(model: nn.Module) -> None:
 
     Its hooks move each module's weights when the module is called, and merging calls the parts of
     layers, not the layers. Not looked at while a graph is traced.
-
-    Args:
-        model: The inner model, at a forward pass.
 
     Raises:
         InputError: naming the first module that has a hook.
@@ -75,13 +72,12 @@ def require(module: nn.Module, known: set[type], role: str, model_name: str) -> 
         )
 
 
-def counted_macs(model: nn.Module, run: Callable[[Zeros], None]) -> int:
+def count_macs(model: nn.Module, run: Callable[[MakeZeros], None]) -> int:
     """MACs of some modules of a model, as torch counts them, without computing anything.
 
     Args:
         model: Has the parameters, of whichever device and dtype.
-        run: Calls the modules; is given a function that makes their inputs, tensors of zeros of a
-            shape.
+        run: Calls the modules; it is given a function that makes zeros of a shape as their inputs.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,14 +1,26 @@
-"""Heads: what a model's output is, read from the modules that make it."""
+"""What the output of a model is, read from the modules that make it, and pooling by size."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tome_export.patch.base import OutputChoice
+
+class OutputChoice(NamedTuple):
+    """What the output of a library model is taken for.
+
+    Attributes:
+        classifies: Whether it is class scores, and not features.
+        why: What of the model's structure or configuration says so.
+    """
+
+    classifies: bool
+    why: str
 
 
-def choice_by_heads(*heads: object) -> OutputChoice:
+def output_choice_from_heads(*heads: object) -> OutputChoice:
     """Class scores if a head has weights; features where it was taken off.
 
     Args:
@@ -23,7 +35,7 @@ def choice_by_heads(*heads: object) -> OutputChoice:
 
 
 def head_width(head: nn.Module) -> int | None:
-    """Outputs of a head by its last linear layer; None where it has none."""
+    """Number of outputs of a head, by its last linear layer; None where it has none."""
     linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
     return int(linear[-1].out_features) if linear else None
 
@@ -31,9 +43,7 @@ def head_width(head: nn.Module) -> int | None:
 def mean_of_patches(x: Tensor, size: Tensor | None) -> Tensor:
     """The mean over tokens ``[B, C]`` of ``x [B, K, C]``, in which every patch counts once.
 
-    Args:
-        x: Tokens of patches.
-        size: Patches that each stands for ``[B, K]``; None where nothing is merged.
+    ``size [B, K]`` has the patches that each token stands for; None where nothing is merged.
     """
     if size is None:
         return x.mean(dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tome_export.compressors.base import Compressor
 from tome_export.errors import InputError
 from tome_export.merge.lowering import mean_keys
-from tome_export.merge.plan import Across, MergePlan, Step, StepPlans, composed
+from tome_export.merge.plan import Across, MergePlan, Step, StepPlans, compose_plans
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.reducers.base import AttentionInputs, LayerContext, Reducer
 from tome_export.reducers.tome import ToMe
@@ -60,7 +60,7 @@ class LayerTrace(NamedTuple):
         plan: The plan that was applied.
         chosen: The plan that the layer led to; other than ``plan`` only when plans are forced.
         scores: The signals of a reducer that decides by scores; see ``ScoredReducer``.
-        across: Whether this is the merge across clips of a video, ahead of the attention; the keys
+        across: Whether this is the merge across joined sequences, ahead of the attention; the keys
             are the hidden states ``[B, N, C]`` then.
     """
 
@@ -106,7 +106,7 @@ Observer = Callable[[LayerTrace], None]
 class Merger:
     """Removes tokens in each layer as scheduled; made anew for every forward pass.
 
-    ``observe`` is told of every such layer; its keys are not kept here, because they are views
+    ``observe`` is called with every such layer; its keys are not kept here, because they are views
     that hold the whole query-key-value tensor of their layer.
 
     Attributes:
@@ -121,26 +121,26 @@ class Merger:
         layers: Sequence[LayerTokens],
         prefix: int,
         class_token: bool,
+        reducer: Reducer,
+        module: nn.Module | None,
+        *,
         forced: StepPlans | None = None,
         observe: Observer | None = None,
         track: bool = False,
-        reducer: Reducer | None = None,
-        module: nn.Module | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.track = track
+        self.layers, self.prefix, self.class_token = layers, prefix, class_token
+        self.reducer, self.module = reducer, module
+        self.forced, self.observe, self.track = forced or {}, observe, track
+        self.inputs = inputs or {}
         self.positions: Tensor | None = None
         self.size: Tensor | None = None
         self.plan: MergePlan | None = None
-        self.layers = layers
-        self.prefix = prefix
-        self.class_token = class_token
-        self.forced = forced or {}
-        self.observe = observe
-        self.reducer = reducer or ToMe()
-        self.module = module
-        self.inputs = inputs or {}
         self._attended: AttentionInputs | None = None
+
+    def ahead(self, tokens: Tokens, layer: int) -> Tokens:  # noqa: ARG002
+        """Called ahead of every block."""
+        return tokens
 
     def __call__(self, tokens: Tokens, attended: AttentionInputs, layer: int) -> Tokens:
         """Called between attention and MLP of every block."""
@@ -185,7 +185,7 @@ class Merger:
             keys = decision.metric if decision.metric is not None else attended.keys
             self.observe(LayerTrace(layer, keys, plan, decision.plan, decision.scores))
         if self.track:
-            self.positions = composed(self.positions, plan, drops=self.reducer.drops)
+            self.positions = compose_plans(self.positions, plan, drops=self.reducer.drops)
         return Tokens(x, size)
 
 

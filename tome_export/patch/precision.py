@@ -13,7 +13,7 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copy_in(model: Model, dtype: torch.dtype) -> Model:
+def copy_with_dtype(model: Model, dtype: torch.dtype) -> Model:
     """A copy whose floating-point parameters and buffers have another dtype.
 
     Each is converted by itself; ``deepcopy`` and then ``to`` would hold a second copy in between.
@@ -28,7 +28,7 @@ def copy_in(model: Model, dtype: torch.dtype) -> Model:
 
 
 @contextlib.contextmanager
-def widened(model: nn.Module) -> Iterator[None]:
+def in_float64(model: nn.Module) -> Iterator[None]:
     """The model itself in float64 for a while, which changes no value: it is exact both ways.
 
     A copy would take twice the memory of the model beside it.
@@ -43,7 +43,7 @@ def widened(model: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def drop_weights(model: nn.Module) -> None:
+def free_weights(model: nn.Module) -> None:
     """Free what a model that is no longer used holds, whoever else still holds the model."""
     for tensor in _floating(model):
         tensor.data = tensor.data.new_empty(0)

@@ -15,7 +15,7 @@ import numpy as np
 from tome_export.artifact import Manifest
 from tome_export.errors import InputError, UsageError
 from tome_export.runtime.runner import Arrays, Runner
-from tome_export.spec import VIDEO_MASK
+from tome_export.video import VIDEO_MASK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

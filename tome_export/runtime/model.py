@@ -21,13 +21,14 @@ from tome_export.engine.build import (
     plugins_of,
 )
 from tome_export.errors import InputError
-from tome_export.merge.schedule import Schedule, VideoOptions
+from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import learned_sha256, output_names, state_sha256
 from tome_export.progress import Progress
 from tome_export.runtime.inputs import extra_inputs
 from tome_export.runtime.registry import backend_of
 from tome_export.runtime.runner import EngineFile, Runnable, Runner
 from tome_export.spec import BatchRange, TowerOptions
+from tome_export.video.options import VideoOptions
 from tome_export.weights.files import sha256
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     loaded = recipe.load(weights=weights, seed=recorded.seed or 0)
     # Behind the first layer that joins frames, proportions say how many tokens merge.
     own = merge.r if video.merging is None else merge.r[: video.merging.layers[0]]
-    schedule = Schedule(per_layer=own, frames=video.merging)
+    schedule = video.schedule(Schedule(per_layer=own))
     model = patch(
         loaded.module,
         schedule,
@@ -120,9 +121,9 @@ def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:
     Raises:
         InputError: if the schedule does not fit the model.
     """
-    from tome_export.patch import patched
+    from tome_export.patch import patch_with_settings
 
-    return patched(model, replace(model.settings, schedule=schedule)).eval()
+    return patch_with_settings(model, replace(model.settings, schedule=schedule)).eval()
 
 
 def export_variant(

@@ -20,8 +20,8 @@ from tome_export.serve.config import (
 )
 from tome_export.serve.model_file import image_shape
 from tome_export.serve.names import IMAGE, PIPELINE, POSTPROCESS, PREPROCESS, VIDEO
-from tome_export.spec import INPUT_NAME, VIDEO_MASK
-from tome_export.video import frames
+from tome_export.spec import INPUT_NAME
+from tome_export.video import VIDEO_MASK, frames
 
 if TYPE_CHECKING:
     from tome_export.artifact import Artifact

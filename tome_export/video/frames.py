@@ -35,12 +35,7 @@ class NoDecoderError(RuntimeError):
 
 
 def sampled(total: int, count: int) -> list[int]:
-    """Indices of ``count`` of ``total`` frames, in order.
-
-    Args:
-        total: Frames there are, at least ``count``.
-        count: Frames to take, at least 1.
-    """
+    """Indices of ``count`` of ``total`` frames, in order: at least 1, and no more than total."""
     return [i * (total - 1) // max(1, count - 1) for i in range(count)]
 
 
@@ -50,7 +45,7 @@ def frames_of(source: Path | bytes, count: int, max_pixels: int | None = None) -
     Args:
         source: The file, or its content.
         count: How many.
-        max_pixels: Of one frame; larger ones are refused before anything is decoded.
+        max_pixels: Most pixels of one frame; larger ones are refused before anything is decoded.
 
     Returns:
         ``count`` images of mode ``RGB`` and of one size.
@@ -68,18 +63,7 @@ def prepared_frames(
     prepare: Callable[[Image.Image], T],
     max_pixels: int | None = None,
 ) -> list[T]:
-    """What ``prepare`` makes of each of ``frames_of``; one whole frame is held at a time.
-
-    Args:
-        source: The file, or its content.
-        count: How many.
-        prepare: Called with each frame, in order, as soon as it is decoded.
-        max_pixels: As in ``frames_of``.
-
-    Raises:
-        BadVideoError: as ``frames_of``.
-        NoDecoderError: as ``frames_of``.
-    """
+    """What ``prepare`` makes of each of ``frames_of``; one whole frame is held at a time."""
     with _opened(source) as (container, stream):
         size = stream.codec_context.width, stream.codec_context.height
         if max_pixels is not None and size[0] * size[1] > max_pixels:

@@ -410,7 +410,7 @@ def _refused_objects(path: Path) -> InputError:
 def check_fit(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], who: str, expected: str
 ) -> None:
-    """Refuse tensors that are not exactly those of a module's state dict.
+    """Refuse tensors that are not exactly those of a module's state dict, by name, shape and kind.
 
     Args:
         found: Tensors by name.
@@ -419,8 +419,7 @@ def check_fit(
         expected: Ends it, such as ``the checkpoint of this architecture``.
 
     Raises:
-        InputError: naming the first few names or shapes that differ, or whole numbers in the place
-            of others.
+        InputError: naming the first few that differ.
     """
     have, want = shapes_of(found), shapes_of(wanted)
     wrong = {k: (have[k], want[k]) for k in want if k in have and have[k] != want[k]}

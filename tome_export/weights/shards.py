@@ -19,7 +19,7 @@ FILES = ("model.safetensors", "pytorch_model.bin", "mm_projector.bin")
 Rename = Callable[[str], "str | None"]
 
 
-def pick(folder: Path, rename: Rename) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def tensors_from_folder(folder: Path, rename: Rename) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Read the tensors whose names are wanted.
 
     Of a sharded checkpoint only the shards that hold such tensors are opened, and have to exist.

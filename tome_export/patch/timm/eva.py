@@ -8,43 +8,27 @@ far apart are not alike. The paper has no rule for this. Without merging nothing
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.patch.base import MergedModel
-from tome_export.patch.blocks import BlockForward, pointwise_mlps, pointwise_norms
 from tome_export.patch.checks import require
-from tome_export.patch.merger import Merger, MergeSettings, Tokens
-from tome_export.patch.timm_vit import MergedVisionTransformer
+from tome_export.patch.merger import Merger, Tokens
+from tome_export.patch.timm.blocks import BlockForward, check_norms, pointwise_mlps
+from tome_export.patch.timm.vit import MergedVisionTransformer
 from tome_export.reducers.base import AttentionInputs
-
-SUPPORTED = "timm's Eva (EVA-02, EVA-CLIP, DINOv3)"
-
-
-def merged(model: nn.Module, settings: MergeSettings) -> MergedModel | None:
-    """The patched model, or None if the model is not of this family.
-
-    Raises:
-        InputError: if a part of the model is not understood.
-    """
-    from timm.models.eva import Eva
-
-    return MergedEva(model, settings) if type(model) is Eva else None
 
 
 class MergedEva(MergedVisionTransformer):
-    """A timm ``Eva`` that merges tokens; see ``MergedModel``.
+    """A timm ``Eva`` that merges tokens; see ``MergedModel``."""
 
-    Raises:
-        InputError: if a part of the model is not understood.
-    """
+    library_classes = ("timm.models.eva.Eva",)
 
     @staticmethod
     def block_forward(block: nn.Module, name: str) -> BlockForward:
-        """Refuses what is not understood; the forward itself is ``encode``'s."""
+        """The merging forward of a block with its rotations, ``_RotatedBlock``."""
         from timm.layers import AttentionRope
         from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 
@@ -52,53 +36,56 @@ class MergedEva(MergedVisionTransformer):
         require(block, {EvaBlock, EvaBlockPostNorm}, "block", name)
         require(given.attn, {EvaAttention, AttentionRope}, "attention", name)
         require(given.mlp, pointwise_mlps(), "MLP", name)
-        for where, module in block.named_modules():
-            if "norm" in where.rpartition(".")[2]:
-                require(module, pointwise_norms(), "normalisation", name)
+        check_norms(block, name)
         return _post_norm if type(block) is EvaBlockPostNorm else _pre_norm
 
-    @property
-    def class_token(self) -> bool:
+    @staticmethod
+    def has_class_token(model: Any) -> bool:
         """Whether one of the prefix tokens is a class token."""
-        return self.model.cls_token is not None
+        return model.cls_token is not None
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Prefix tokens and patches, positions added."""
+        return self._embed(pixel_values)[0]
+
+    def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Also the rotations of the patches; None without rotary positions."""
+        model: Any = self.model
+        x, rope = model._pos_embed(model.patch_embed(pixel_values))
+        return model.norm_pre(x), rope
 
     def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
         """Timm's ``forward_features``, with ``merger`` called once in every block."""
-        model: Any = self.model
-        x, rope = model._pos_embed(model.patch_embed(pixel_values))
-        tokens, places = Tokens(model.norm_pre(x)), None
-        for layer, (block, forward) in enumerate(zip(model.blocks, self._forwards, strict=True)):
-            table = rope[layer] if model.rope_mixed else rope
-            turned = _Turned(block, None if table is None else _rope_at(table, places))
-            tokens = forward(turned, tokens, self._bias(tokens), merger, layer)
+        x, rope = self._embed(pixel_values)
+        tokens, places = Tokens(x), None
+        for layer, block in enumerate(self.blocks):
+            table = rope if rope is None or not self.model.rope_mixed else rope[layer]
+            rotated = _RotatedBlock(block, None if table is None else _rope_at(table, places))
+            tokens = self.run_block(rotated, tokens, self.size_bias(tokens), merger, layer)
             tokens = merger.behind(tokens, layer)
             if rope is not None and merger.plan is not None:
                 kept = merger.plan.keep[:, self.prefix :].long() - self.prefix
                 places = kept if places is None else places.gather(1, kept)
-        return Tokens(model.norm(tokens.x), tokens.size)
+        return Tokens(self.final(tokens.x), tokens.size)
 
-    def _head(self, x: Tensor, size: Tensor) -> Tensor:
-        model: Any = self.model
-        if model.attn_pool is None:  # which sees the prefix, as no other pooling does
-            x, size = x[:, self.prefix :], size[:, self.prefix :]
-        return model.head(model.head_drop(model.fc_norm(self._pool(x, size))))  # type: ignore[no-any-return]
+    @property
+    def pools_prefix(self) -> bool:
+        """Only attention pooling sees the prefix."""
+        return self.model.attn_pool is not None
 
 
-class _Turned:
+class _RotatedBlock(NamedTuple):
     """A block and the rotations of its tokens: ``[..., N, 2 D]`` sines and cosines, or None."""
 
-    def __init__(self, block: Any, rope: Tensor | None) -> None:
-        self.block = block
-        self.rope = rope
+    block: Any
+    rope: Tensor | None
 
 
 def _rope_at(table: Tensor, places: Tensor | None) -> Tensor:
-    """The rotations of the tokens at ``places [B, K]``.
+    """The rotations of the tokens whose patches are ``places [B, K]``; None for all in order.
 
-    Args:
-        table: ``[N, D]``, or ``[H, N, D]`` where heads differ; or with a batch, where patches were
-            dropped in training: ``[B, 1 or H, N, D]``.
-        places: Patches of the tokens; None for all in order.
+    The table is ``[N, D]``, or ``[H, N, D]`` where heads differ; or with a batch, where patches
+    were dropped in training: ``[B, 1 or H, N, D]``.
     """
     if places is None:
         return table

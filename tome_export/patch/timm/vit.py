@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from tome_export.errors import InputError
-from tome_export.merge.macs import BlockCost
-from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel, OutputChoice
-from tome_export.patch.blocks import BlockForward, block_cost, block_forward
-from tome_export.patch.checks import (
-    Zeros,
-    check_plain,
-    counted_macs,
-    model_name,
-    pretrained_configuration,
+from tome_export.patch.base import MergedModel, ModelLayout
+from tome_export.patch.checks import check_unhooked, model_name, pretrained_configuration
+from tome_export.patch.heads import (
+    OutputChoice,
+    head_width,
+    mean_of_patches,
+    output_choice_from_heads,
 )
-from tome_export.patch.heads import choice_by_heads, head_width
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.patch.timm.blocks import BlockForward, block_cost, block_forward
 from tome_export.spec import PatchGrid
 
-SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled"
-
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
-
-
-def merged(model: nn.Module, settings: MergeSettings) -> MergedModel | None:
-    """The patched model, or None if the model is not of this family.
-
-    Raises:
-        InputError: if a part of the model is not understood.
-    """
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import VisionTransformer
-
-    if type(model) in (VisionTransformer, VisionTransformerDistilled):
-        return MergedVisionTransformer(model, settings)
-    return None
 
 
 PROJECTION_UNIT = 64
@@ -60,7 +39,9 @@ def output_choice(model: Any) -> OutputChoice:
     """
     from timm.data import infer_imagenet_subset
 
-    choice = choice_by_heads(getattr(model, "head", None), getattr(model, "head_dist", None))
+    choice = output_choice_from_heads(
+        getattr(model, "head", None), getattr(model, "head_dist", None)
+    )
     if not choice.classifies:
         return choice
     if getattr(model, "global_pool", None) == "":
@@ -88,120 +69,96 @@ class MergedVisionTransformer(MergedModel):
 
     Class, distillation and register tokens are protected. Average pooling weights tokens by
     size, so that every patch counts once; attention pooling gets log(size) as attention does.
-
-    Raises:
-        InputError: if a part of the model is not understood.
     """
+
+    library_classes: ClassVar[tuple[str, ...]] = (
+        "timm.models.vision_transformer.VisionTransformer",
+        "timm.models.deit.VisionTransformerDistilled",
+    )
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         name = model_name(model)
-        check_plain(model, name)
+        check_unhooked(model, name)
         self._forwards = tuple(self.block_forward(block, name) for block in model.blocks)
         _check_pooling(model, name)
         _check_patches(model, name)
         height, width = model.patch_embed.img_size
-        # Kept, because token counts stay those of this size if timm's set_input_size comes later.
-        self._input_size = int(model.in_chans), int(height), int(width)
-        self._patch_grid = _patch_grid(model.patch_embed)
         prefix = int(model.num_prefix_tokens)
-        tokens = int(model.patch_embed.num_patches) + prefix
-        super().__init__(model, settings, len(model.blocks), tokens, prefix)
+        # The image size is kept: token counts stay those of it after timm's set_input_size.
+        layout = ModelLayout(
+            blocks=model.blocks,
+            costs=[block_cost(block) for block in model.blocks],
+            width=int(model.embed_dim),
+            input_size=(int(model.in_chans), int(height), int(width)),
+            tokens=int(model.patch_embed.num_patches) + prefix,
+            prefix=prefix,
+            class_token=self.has_class_token(model),
+            grid=_patch_grid(model.patch_embed),
+        )
+        super().__init__(model, settings, layout)
 
     @staticmethod
     def block_forward(block: nn.Module, name: str) -> BlockForward:
         """The merging forward of a block, for a model of this name."""
         return block_forward(block, name)
 
-    @property
-    def class_token(self) -> bool:
+    @staticmethod
+    def has_class_token(model: Any) -> bool:
         """Whether one of the prefix tokens is a class token."""
-        return bool(self.model.has_class_token)
-
-    @property
-    def width(self) -> int:
-        """C of the tokens between the blocks."""
-        return int(self.model.embed_dim)  # type: ignore[arg-type]
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image, in pixels."""
-        return self._input_size
-
-    @property
-    def patch_grid(self) -> PatchGrid | None:
-        """Where the patches lie in the image; for a hybrid the pixels per cell of its features."""
-        return self._patch_grid
+        return bool(model.has_class_token)
 
     @property
     def output_choice(self) -> OutputChoice:
-        """See ``output_choice``."""
+        """See the function ``output_choice``."""
         return output_choice(self.model)
 
-    @cached_property
-    def block_costs(self) -> tuple[BlockCost, ...]:
-        """Cost per token of each block."""
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Prefix tokens and patches, positions added."""
         model: Any = self.model
-        return tuple(block_cost(block) for block in model.blocks)
+        x = model._pos_embed(model.patch_embed(pixel_values))
+        return cast(Tensor, model.norm_pre(model.patch_drop(x)))
 
-    def fixed_macs(self, tokens: int) -> int:
-        """MACs per image of patch embedding, pooling and head, as torch counts them."""
-        model: Any = self.model
+    def run_block(
+        self, block: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, layer: int
+    ) -> Tokens:
+        """By the forward of its class."""
+        return self._forwards[layer](block, tokens, bias, merger, layer)
 
-        def outside(zeros: Zeros) -> None:
-            model.patch_embed(zeros(1, *self.input_size))
-            if not self.settings.dense:
-                model.forward_head(zeros(1, tokens, model.embed_dim))
-
-        return counted_macs(model, outside)
+    def final(self, x: Tensor) -> Tensor:
+        """The last norm."""
+        return cast(Tensor, self.model.norm(x))  # type: ignore[operator]
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What timm's model itself gives."""
         model: Any = self.model
         if self.settings.dense:
-            return model.forward_features(pixel_values)[:, self.prefix :]  # type: ignore[no-any-return]
-        return model(pixel_values)  # type: ignore[no-any-return]
-
-    def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
-        """Timm's ``forward_features``, with ``merger`` called once in every block."""
-        model: Any = self.model
-        x = model._pos_embed(model.patch_embed(pixel_values))
-        tokens = Tokens(model.norm_pre(model.patch_drop(x)))
-        for layer, (block, forward) in enumerate(zip(model.blocks, self._forwards, strict=True)):
-            tokens = forward(block, tokens, self._bias(tokens), merger, layer)
-            tokens = merger.behind(tokens, layer)
-        return Tokens(model.norm(tokens.x), tokens.size)
+            return cast(Tensor, model.forward_features(pixel_values)[:, self.prefix :])
+        return cast(Tensor, model(pixel_values))
 
     def head(self, tokens: Tokens) -> Tensor:
         """Timm's ``forward_head``, pooling weighted by size."""
         model: Any = self.model
         # Without pooling timm hands on every token, prefix included.
         if tokens.size is None or model.global_pool in ("", "token"):
-            return model.forward_head(tokens.x)  # type: ignore[no-any-return]
-        return self._head(tokens.x, tokens.size)
+            return cast(Tensor, model.forward_head(tokens.x))
+        if not self.pools_prefix:
+            tokens = Tokens(tokens.x[:, self.prefix :], tokens.size[:, self.prefix :])
+        return cast(Tensor, model.head(model.head_drop(model.fc_norm(self._pool(tokens)))))
 
-    def _bias(self, tokens: Tokens) -> Tensor | None:
-        size = tokens.size if self.settings.prop_attn else None
-        return log_size_bias(size, tokens.x.dtype)
+    @property
+    def pools_prefix(self) -> bool:
+        """Whether the prefix tokens go into the pooling, too."""
+        return bool(self.model.pool_include_prefix)
 
-    def _head(self, x: Tensor, size: Tensor) -> Tensor:
-        model: Any = self.model
-        if not model.pool_include_prefix:
-            x, size = x[:, self.prefix :], size[:, self.prefix :]
-        x = model.head_drop(model.fc_norm(self._pool(x, size)))
-        return model.head(x)  # type: ignore[no-any-return]
-
-    def _pool(self, x: Tensor, size: Tensor) -> Tensor:
+    def _pool(self, tokens: Tokens) -> Tensor:
         model: Any = self.model
         if model.attn_pool is not None:
-            mask = size.log().to(x.dtype)[:, None, None, :] if self.settings.prop_attn else None
-            if mask is not None:
-                mask = mask.expand(-1, -1, model.attn_pool.latent_len, -1)
-            return model.attn_pool(x, attn_mask=mask)  # type: ignore[no-any-return]
+            mask = self.size_bias(tokens, model.attn_pool.latent_len)
+            return cast(Tensor, model.attn_pool(tokens.x, attn_mask=mask))
         if model.global_pool == "max":
-            return x.amax(dim=1)
-        weight = (size / size.sum(dim=1, keepdim=True)).to(torch.promote_types(x.dtype, size.dtype))
-        mean = (x.to(weight.dtype) * weight[..., None]).sum(dim=1).to(x.dtype)
-        return 0.5 * (x.amax(dim=1) + mean) if model.global_pool == "avgmax" else mean
+            return tokens.x.amax(dim=1)
+        mean = mean_of_patches(tokens.x, tokens.size)
+        return 0.5 * (tokens.x.amax(dim=1) + mean) if model.global_pool == "avgmax" else mean
 
 
 def _check_patches(model: Any, name: str) -> None:

@@ -1,19 +1,24 @@
 """CLIP4Clip's video tower (arXiv 2104.08860), mean pooling: CLIP's image tower on every frame.
 
-Written with torch's own layers, it is the yardstick of the merged tower. Names of its tensors are
-those of OpenAI's CLIP behind ``visual.``.
+Written with torch's own layers, it is the yardstick of the merged tower: ToMe in frames, TempMe
+(arXiv 2409.01156) across them. Names of its tensors are those of OpenAI's CLIP behind ``visual.``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.models.recipe import ClipSizes
+from tome_export.patch.attention import multihead, multihead_block_cost, same_arithmetic
+from tome_export.patch.checks import MakeZeros, check_unhooked, count_macs
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.video import VIDEO_MASK
+from tome_export.video.options import ClipSizes
+from tome_export.video.tower import MergedVideo
 
 
 class QuickGELU(nn.Module):
@@ -59,12 +64,7 @@ class ClipBlocks(nn.Module):
 
 
 class ClipFrames(nn.Module):
-    """What is around the blocks of a CLIP image tower that runs on the frames of a video.
-
-    Attributes:
-        sizes: Of the tower.
-        frames: Frames of one video.
-    """
+    """What is around the blocks of a CLIP image tower that runs on the frames of a video."""
 
     def __init__(self, sizes: ClipSizes, frames: int) -> None:
         super().__init__()
@@ -98,12 +98,7 @@ class ClipFrames(nn.Module):
 
 
 def frame_positions(positions: Mapping[int, int] | None, width: int) -> nn.ParameterDict:
-    """TempMe's vectors ``[clips, C]`` by layer, zero; none without positions.
-
-    Args:
-        positions: For each layer with a frame position, how many clips enter it.
-        width: C.
-    """
+    """TempMe's vectors ``[clips, C]``, zero, by the layer that so many clips enter."""
     return nn.ParameterDict(
         {
             str(layer): nn.Parameter(torch.zeros(clips, width))
@@ -127,6 +122,10 @@ class Clip4ClipTower(ClipFrames):
         super().__init__(sizes, frames)
         self.frame_positions = frame_positions(positions, sizes.width)
 
+    def with_merging(self, settings: MergeSettings) -> MergedClip4Clip:
+        """The tower with token merging; ``patch`` calls it."""
+        return MergedClip4Clip(self, settings)
+
     def forward(self, pixel_values: Tensor, video_mask: Tensor) -> Tensor:
         """Embed videos.
 
@@ -146,3 +145,54 @@ class Clip4ClipTower(ClipFrames):
         weight = video_mask.to(features.dtype)[..., None]
         # A video with no frame at all gives zero.
         return (features * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+
+
+class MergedClip4Clip(MergedVideo):
+    """CLIP4Clip's tower that merges tokens; see ``MergedVideo``."""
+
+    def __init__(self, model: Any, settings: MergeSettings) -> None:
+        check_unhooked(model, type(model).__name__)
+        width, blocks = int(model.sizes.width), model.transformer.resblocks
+        costs = [multihead_block_cost(width, block.mlp) for block in blocks]
+        super().__init__(model, settings, 1, costs)
+
+    @property
+    def extra_inputs(self) -> Mapping[str, tuple[int, ...]]:
+        """Which frames count."""
+        return {VIDEO_MASK: (self.frames,)}
+
+    def fixed_macs(self, tokens: int) -> int:  # noqa: ARG002 (only class tokens are projected)
+        """MACs per video of patch embedding and projection."""
+        model: Any = self.model
+
+        def outside(zeros: MakeZeros) -> None:
+            model.conv1(zeros(*self.input_size))
+            model.project(zeros(self.frames, self.width))
+
+        return count_macs(model, outside)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Class token and patches of every frame, ``[B F, N, C]``."""
+        return cast(Tensor, self.model.embed(pixel_values.flatten(0, 1)))  # type: ignore[operator]
+
+    def run_block(
+        self, block: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, layer: int
+    ) -> Tokens:
+        """A ``ClipBlock`` over the clips of all videos."""
+        normed = block.ln_1(tokens.x)
+        out, attended = multihead(block.attn, normed, normed, bias)
+        tokens = merger(Tokens(tokens.x + out, tokens.size), attended, layer)
+        return Tokens(tokens.x + block.mlp(block.ln_2(tokens.x)), tokens.size)
+
+    def finish(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The class tokens of all frames, projected and averaged over those that count."""
+        model: Any = self.model
+        classes = tokens.x[:, : self.frames // self.layers[-1].sequences].flatten(0, 1)
+        per_video = classes.reshape(-1, self.frames, self.width)
+        return cast(Tensor, model.pool(per_video, inputs[VIDEO_MASK]))
+
+    def library(self, pixel_values: Tensor) -> Tensor:
+        """What the tower itself gives, of videos whose frames all count."""
+        ones = pixel_values.new_ones(pixel_values.shape[:2])
+        with same_arithmetic():
+            return cast(Tensor, self.model(pixel_values, ones))

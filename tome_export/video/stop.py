@@ -5,19 +5,30 @@ token of the video; a frame attends to them and to itself. Prompts of frames are
 Two prompts are made from the video itself (sections 3.2 and 3.3): names of their tensors are those
 of the public code, which calls the setting ``group2-2``; so are the sizes of its kernels and the
 factor 0.05.
+
+The merged tower, ToMe inside frames and across them, is the sound reading of a public combination
+of the two that cannot run; docs/video-towers.md says where it differs and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_export.models.clip4clip import ClipBlock, ClipFrames, frame_positions
-from tome_export.models.recipe import HEAD_WIDTH, ClipSizes
+from tome_export.merge.macs import SharedCost
+from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.patch.attention import multihead_block_cost, same_arithmetic
+from tome_export.patch.checks import MakeZeros, check_unhooked, count_macs
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.reducers.base import AttentionInputs
+from tome_export.video.clip4clip import ClipBlock, ClipFrames, frame_positions
+from tome_export.video.options import HEAD_WIDTH, ClipSizes, without_last_merge
+from tome_export.video.tower import MergedVideo
 
 PROMPTS = 4
 """Prompts of each frame, and global ones: the public code's default for both."""
@@ -242,6 +253,10 @@ class StopTower(ClipFrames):
         """Global prompts ``[B, G, C]`` to features ``[B, E]``."""
         return self.project(shared[:, 0])
 
+    def with_merging(self, settings: MergeSettings) -> MergedStop:
+        """The tower with token merging; ``patch`` calls it."""
+        return MergedStop(self, settings)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, F, 3, H, W]`` to ``[B, E]``, of unit length."""
         x, shared, between = self.begin(pixel_values)
@@ -253,31 +268,113 @@ class StopTower(ClipFrames):
         return self.finish(shared)
 
 
-def folded_prompts(state: Mapping[str, Tensor], frames: int, width: int) -> Tensor:
-    """The frames' prompts of every block, from the tensors that training makes them of.
+class MergedStop(MergedVideo):
+    """STOP's tower that merges tokens; see ``MergedVideo``.
 
-    With a shared latent space of the kind ``transformer``, one block runs over the rows of an
-    embedding table, text prompts first, for each block of the tower; with ``linear``, which the
-    public code can only run on a single frame, that frame has the table's rows.
-
-    Args:
-        state: Tensors by the public code's names, those of the whole CLIP, without ``clip.``.
-        frames: Frames of one video.
-        width: C.
-
-    Returns:
-        ``[depth, F, prompts, C]``.
+    The class token and the prompts of a frame are protected, also where frames are joined: each
+    block's new prompts take the places of the old ones.
     """
-    if "visual_prompt_embedding" in state:
-        table = state["visual_prompt_embedding"].float()
-        rows = table.reshape(PROMPTS, -1, width).transpose(0, 1)
-        return rows[:, None].expand(-1, frames, -1, -1).contiguous()
-    table = state["unified_prompt_embedding.weight"].float()
-    block = ClipBlock(width, max(1, width // HEAD_WIDTH))
-    front = "PromptTransformer.resblocks.0."
-    own = {key.removeprefix(front): v.float() for key, v in state.items() if key.startswith(front)}
-    block.load_state_dict(own)
-    rows = table.reshape(table.shape[0], -1, width).transpose(0, 1)
-    with torch.no_grad():
-        made: Tensor = block(rows)
-    return made[:, -frames * PROMPTS :].reshape(-1, frames, PROMPTS, width).contiguous()
+
+    def __init__(self, model: Any, settings: MergeSettings) -> None:
+        check_unhooked(model, type(model).__name__)
+        self._prompts = int(model.frame_prompts.shape[2])
+        width, shared = int(model.sizes.width), int(model.prompt_embeddings.shape[1])
+        costs = []
+        for block in model.transformer.resblocks:
+            cost = multihead_block_cost(width, block.mlp, block.LoRA)
+            costs.append(SharedCost(cost.before, cost.attention, cost.after, shared))
+        costs[-1] = replace(costs[-1], last=True)
+        super().__init__(model, settings, 1 + self._prompts, costs)
+
+    def token_counts(self, schedule: Schedule) -> tuple[LayerTokens, ...]:
+        """See ``MergedVideo``; nobody reads what the last merge would make."""
+        return without_last_merge(super().token_counts(schedule))
+
+    def fixed_macs(self, tokens: int) -> int:  # noqa: ARG002 (one prompt is projected)
+        """MACs per video of the prompts made from it, patch embedding and projection."""
+        model: Any = self.model
+
+        def outside(zeros: MakeZeros) -> None:
+            model.begin(zeros(1, *self.input_size))
+            model.project(zeros(1, self.width))
+
+        return count_macs(model, outside)
+
+    def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
+        """The blocks; what is given on is the global prompts ``[B, G, C]``, not the frames."""
+        model: Any = self.model
+        x, shared, between = model.begin(pixel_values)
+        tokens = Tokens(x)
+        for layer, block in enumerate(self.blocks):
+            if layer:
+                prompts = model.frame_prompts[layer] + between
+                tokens = Tokens(self._with_prompts(tokens.x, prompts, layer), tokens.size)
+            tokens = merger.ahead(tokens, layer)
+            x, shared, attended = self._attention(block, tokens, shared, layer)
+            tokens = merger(Tokens(x, tokens.size), attended, layer)
+            tokens = Tokens(block.behind(tokens.x), tokens.size)
+            shared = block.behind(shared)
+        return Tokens(shared)
+
+    def finish(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """The first global prompt's feature."""
+        model: Any = self.model
+        return cast(Tensor, model.finish(tokens.x))
+
+    def library(self, pixel_values: Tensor) -> Tensor:
+        """What the tower itself gives."""
+        with same_arithmetic():
+            return cast(Tensor, self.model(pixel_values))
+
+    def _with_prompts(self, x: Tensor, prompts: Tensor, layer: int) -> Tensor:
+        """Clips ``[B clips, N, C]`` with new prompts ``[B, F, prompts, C]`` of their frames."""
+        each, counts = 1 + self._prompts, self.layers[layer]
+        per_clip = self.frames // (counts.sequences * counts.joined)
+        front = x[:, : per_clip * each].reshape(-1, per_clip, each, x.shape[2])
+        new = prompts.reshape(-1, per_clip, self._prompts, x.shape[2])
+        front = torch.cat([front[:, :, :1], new], dim=2).flatten(1, 2)
+        return torch.cat([front, x[:, per_clip * each :]], dim=1)
+
+    def _attention(
+        self, block: Any, tokens: Tokens, shared: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor, AttentionInputs]:
+        """Attention and its residual, of clips and of global prompts.
+
+        Clips see the global prompts and themselves, global prompts everything. Each token is
+        projected once; the tower's own forward projects those of frames twice.
+        """
+        attn, x, clips = block.attn, tokens.x, self.layers[layer].sequences
+        batch = shared.shape[0]
+        heads = attn.num_heads, attn.head_dim
+
+        def projected(y: Tensor) -> list[Tensor]:
+            packed = functional.linear(block.ln_1(y), attn.in_proj_weight, attn.in_proj_bias)
+            return [p.reshape(*p.shape[:2], *heads).transpose(1, 2) for p in packed.chunk(3, -1)]
+
+        def together(y: Tensor) -> Tensor:
+            """Of all clips of a video, ``[B, H, clips N, D]``."""
+            return y.transpose(1, 2).reshape(batch, clips * x.shape[1], *heads).transpose(1, 2)
+
+        def repeated(y: Tensor) -> Tensor:
+            """For every clip of a video, ``[B clips, H, G, D]``."""
+            return y[:, None].expand(-1, clips, -1, -1, -1).flatten(0, 1)
+
+        q, k, v = projected(x)
+        own_q, own_k, own_v = projected(shared)
+        bias = all_bias = None
+        if tokens.size is not None and self.settings.prop_attn:
+            logs = tokens.size.log().to(x.dtype)
+            count, rows = shared.shape[1], x.shape[1]
+            one = functional.pad(logs, (count, 0))[:, None, None]
+            bias = one.expand(-1, -1, rows, -1)
+            all_logs = functional.pad(logs.reshape(batch, clips * x.shape[1]), (count, 0))[
+                :, None, None
+            ]
+            all_bias = all_logs.expand(-1, -1, count, -1)
+        keys, values = torch.cat([repeated(own_k), k], 2), torch.cat([repeated(own_v), v], 2)
+        every_k, every_v = torch.cat([own_k, together(k)], 2), torch.cat([own_v, together(v)], 2)
+        attend = functional.scaled_dot_product_attention
+        out = attend(q, keys, values, attn_mask=bias).transpose(1, 2).reshape(x.shape)
+        own = attend(own_q, every_k, every_v, attn_mask=all_bias).transpose(1, 2)
+        own = own.reshape(shared.shape)
+        return x + attn.out_proj(out), shared + attn.out_proj(own), AttentionInputs(k)

@@ -5,54 +5,26 @@ Outputs are those of ``encode_image(image, normalize=False)``: not of unit lengt
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tome_export.errors import InputError
-from tome_export.merge.macs import BlockCost
-from tome_export.patch.attention import log_size_bias
-from tome_export.patch.base import MergedModel
-from tome_export.patch.checks import Zeros, check_plain, counted_macs, require
-from tome_export.patch.merger import Merger, MergeSettings, Tokens
-from tome_export.patch.multihead import (
+from tome_export.patch.attention import (
     check_multihead,
     multihead,
     multihead_block_cost,
     same_arithmetic,
 )
+from tome_export.patch.base import MergedModel, ModelLayout
+from tome_export.patch.checks import check_unhooked, require
+from tome_export.patch.heads import mean_of_patches
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.patch.timm.eva import MergedEva
+from tome_export.patch.timm.vit import MergedVisionTransformer
 from tome_export.reducers.base import AttentionInputs
 from tome_export.spec import PatchGrid
-
-SUPPORTED = "open_clip's VisionTransformer and TimmModel"
-
-
-def merged(model: nn.Module, settings: MergeSettings) -> MergedModel | None:
-    """The patched model, or None if the model is not of this family.
-
-    Raises:
-        InputError: if a part of the model is not understood, or it is not the image tower alone.
-    """
-    if type(model).__module__.partition(".")[0] != "open_clip":
-        return None
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
-
-    if type(model) is VisionTransformer:
-        return MergedOpenClip(model, settings)
-    if type(model) is TimmModel:
-        from tome_export.patch.open_clip_timm import MergedTimmTower
-
-        return MergedTimmTower(model, settings)
-    if isinstance(getattr(model, "visual", None), nn.Module):
-        raise InputError(
-            f"model class {type(model).__name__} is a whole open_clip model; patch its image "
-            "tower alone: patch(model.visual, r)"
-        )
-    return None
 
 
 class MergedOpenClip(MergedModel):
@@ -60,69 +32,37 @@ class MergedOpenClip(MergedModel):
 
     Average pooling weights patches by size; an attentional pooler gets log(size) as attention
     does.
-
-    Raises:
-        InputError: if a part of the model is not understood.
     """
+
+    library_classes = ("open_clip.transformer.VisionTransformer",)
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         _check(model)
-        self._patch_grid = PatchGrid(*map(int, (*model.grid_size, *model.patch_size)))
-        depth = len(model.transformer.resblocks)
-        super().__init__(model, settings, depth, self._patch_grid.patches + 1, prefix=1)
+        blocks, width = model.transformer.resblocks, int(model.transformer.width)
+        grid = PatchGrid(*map(int, (*model.grid_size, *model.patch_size)))
+        layout = ModelLayout(
+            blocks=blocks,
+            costs=[multihead_block_cost(width, block.mlp) for block in blocks],
+            width=width,
+            input_size=(int(model.conv1.in_channels), *map(int, model.image_size)),
+            tokens=grid.patches + 1,
+            prefix=1,
+            class_token=True,
+            grid=grid,
+        )
+        super().__init__(model, settings, layout)
 
-    @property
-    def class_token(self) -> bool:
-        """Open_clip's ViTs all have one."""
-        return True
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Class token and patches, positions added, normalised."""
+        return cast(Tensor, self.model._embeds(pixel_values))  # type: ignore[operator]
 
-    @property
-    def width(self) -> int:
-        """C of the tokens between the blocks."""
-        return int(self.model.conv1.out_channels)  # type: ignore[union-attr, arg-type]
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image, in pixels."""
-        model: Any = self.model
-        height, width = model.image_size
-        return int(model.conv1.in_channels), int(height), int(width)
-
-    @property
-    def patch_grid(self) -> PatchGrid | None:
-        """Where the patches lie in the image."""
-        return self._patch_grid
-
-    @cached_property
-    def block_costs(self) -> tuple[BlockCost, ...]:
-        """Cost per token of each block."""
-        model: Any = self.model
-        blocks = model.transformer.resblocks
-        width = int(model.transformer.width)
-        return tuple(multihead_block_cost(width, block.mlp) for block in blocks)
-
-    def fixed_macs(self, tokens: int) -> int:
-        """MACs per image of patch embedding, pooling and projection."""
-        model: Any = self.model
-
-        def outside(zeros: Zeros) -> None:
-            model.conv1(zeros(1, *self.input_size))
-            if not self.settings.dense:
-                self.head(Tokens(zeros(1, tokens, model.transformer.width)))
-
-        return counted_macs(model, outside)
-
-    def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
-        """Open_clip's transformer, with ``merger`` called once in every block."""
-        model: Any = self.model
-        tokens = Tokens(model._embeds(pixel_values))
-        for layer, block in enumerate(model.transformer.resblocks):
-            size = tokens.size if self.settings.prop_attn else None
-            out, attended = _attention(block, tokens.x, log_size_bias(size, tokens.x.dtype))
-            tokens = merger(Tokens(tokens.x + block.ls_1(out), tokens.size), attended, layer)
-            out = block.ls_2(block.mlp(block.ln_2(tokens.x)))
-            tokens = merger.behind(Tokens(tokens.x + out, tokens.size), layer)
-        return tokens
+    def run_block(
+        self, block: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, layer: int
+    ) -> Tokens:
+        """Open_clip's ``ResidualAttentionBlock`` and its custom sibling."""
+        out, attended = _attention(block, tokens.x, bias)
+        tokens = merger(Tokens(tokens.x + block.ls_1(out), tokens.size), attended, layer)
+        return Tokens(tokens.x + block.ls_2(block.mlp(block.ln_2(tokens.x))), tokens.size)
 
     def token_features(self, tokens: Tokens) -> Tensor:
         """The last block's tokens, behind the final norm where that is of the tokens' width."""
@@ -133,11 +73,11 @@ class MergedOpenClip(MergedModel):
         """Pooling, norm and projection."""
         model: Any = self.model
         if model.attn_pool is not None:
-            pooled = self._first(model.ln_post(self._attention_pool(tokens)))
+            pooled = self._pool(Tokens(model.ln_post(self._attention_pool(tokens))))
         elif model.final_ln_after_pool:
-            pooled = model.ln_post(self._pool(tokens.x, tokens.size))
+            pooled = model.ln_post(self._pool(tokens))
         else:
-            pooled = self._pool(model.ln_post(tokens.x), tokens.size)
+            pooled = self._pool(Tokens(model.ln_post(tokens.x), tokens.size))
         return cast(Tensor, pooled if model.proj is None else pooled @ model.proj)
 
     def library(self, pixel_values: Tensor) -> Tensor:
@@ -147,33 +87,66 @@ class MergedOpenClip(MergedModel):
             if self.settings.dense:
                 x = model.transformer(model._embeds(pixel_values))
                 return self.token_features(Tokens(x))[:, 1:]
-            found = model(pixel_values)
-        return cast(Tensor, found[0] if model.output_tokens else found)
+            output = model(pixel_values)
+        return cast(Tensor, output[0] if model.output_tokens else output)
 
-    def _pool(self, x: Tensor, size: Tensor | None) -> Tensor:
-        model: Any = self.model
-        if model.pool_type == "tok":
-            return x[:, 0]
-        x = x[:, 1:]
-        if size is None:
-            return x.mean(dim=1)
-        weight = size[:, 1:] / size[:, 1:].sum(dim=1, keepdim=True)
-        weight = weight.to(torch.promote_types(x.dtype, size.dtype))
-        return (x.to(weight.dtype) * weight[..., None]).sum(dim=1).to(x.dtype)
-
-    def _first(self, x: Tensor) -> Tensor:
-        """Of the pooler's answers, as ``_global_pool`` of the library takes them."""
-        model: Any = self.model
-        return x[:, 0] if model.pool_type == "tok" else x[:, 1:].mean(dim=1)
+    def _pool(self, tokens: Tokens) -> Tensor:
+        """As ``_global_pool`` of the library, where every patch counts once."""
+        if self.model.pool_type == "tok":
+            return tokens.x[:, 0]
+        size = None if tokens.size is None else tokens.size[:, 1:]
+        return mean_of_patches(tokens.x[:, 1:], size)
 
     def _attention_pool(self, tokens: Tokens) -> Tensor:
         pool: Any = self.model.attn_pool
         queries = pool.ln_q(pool.query).expand(tokens.x.shape[0], -1, -1)
-        bias = None
-        if tokens.size is not None and self.settings.prop_attn:
-            log_size = tokens.size.log().to(tokens.x.dtype)
-            bias = log_size[:, None, None, :].expand(-1, -1, queries.shape[1], -1)
+        bias = self.size_bias(tokens, queries.shape[1])
         return multihead(pool.attn, queries, pool.ln_k(tokens.x), bias)[0]
+
+
+class MergedTimmModel(MergedModel):
+    """A ``TimmModel``, as SigLIP and EVA-CLIP are in open_clip, whose trunk merges tokens."""
+
+    library_classes = ("open_clip.timm_model.TimmModel",)
+
+    def __init__(self, model: Any, settings: MergeSettings) -> None:
+        from timm.layers import Mlp
+
+        name = "open_clip TimmModel"
+        check_unhooked(model, name)
+        trunk_class = type(model.trunk)
+        full_name = f"{trunk_class.__module__}.{trunk_class.__qualname__}"
+        families = (MergedVisionTransformer, MergedEva)
+        merged = next((one for one in families if full_name in one.library_classes), None)
+        if merged is None:
+            raise InputError(
+                f"trunk class {trunk_class.__name__} of {name} is not supported; supported: timm's "
+                "VisionTransformer, VisionTransformerDistilled and Eva"
+            )
+        trunk = merged(model.trunk, settings)
+        for part in model.head:
+            require(part, {nn.Identity, nn.Dropout, nn.Linear, Mlp}, "head", name)
+        # In a tuple, so that its parameters are not registered a second time.
+        self._trunk = (trunk,)
+        super().__init__(model, settings, trunk.layout)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """What enters the trunk's first block."""
+        return self._trunk[0].embed(pixel_values)
+
+    def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
+        """The trunk's blocks and final norm."""
+        return self._trunk[0].encode(pixel_values, merger)
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """The trunk's pooling, then open_clip's projection."""
+        return cast(Tensor, self.model.head(self._trunk[0].head(tokens)))  # type: ignore[operator]
+
+    def library(self, pixel_values: Tensor) -> Tensor:
+        """What open_clip's model itself gives, not of unit length."""
+        if self.settings.dense:
+            return self._trunk[0].library(pixel_values)
+        return cast(Tensor, self.model(pixel_values))
 
 
 def _attention(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
@@ -206,7 +179,7 @@ def _check(model: Any) -> None:
 
     name = "open_clip VisionTransformer"
     norms = {clip.LayerNorm, nn.LayerNorm, nn.Identity}
-    check_plain(model, name)
+    check_unhooked(model, name)
     require(model.transformer, {clip.Transformer}, "transformer", name)
     for block in model.transformer.resblocks:
         known = {clip.ResidualAttentionBlock, clip.CustomResidualAttentionBlock}
