@@ -35,16 +35,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness import write_rows
-from tome_export.artifact.cascade import PolicyName
+from tome_export.artifact import Artifact
+from tome_export.artifact.cascade import Cascade, PolicyName
 from tome_export.artifact.goal import Goal
 from tome_export.build import BuildRequest, build
-from tome_export.cascade.main import CascadeRequest, cascade
+from tome_export.cascade import policy as policies
+from tome_export.cascade.main import CascadeRequest, cascade, members_of
 from tome_export.data.metrics import share_of
 from tome_export.data.samples import digits_test
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.models.recipe import DATA
 from tome_export.patch import patch
+from tome_export.progress import Silent
+from tome_export.serve.cascade import CascadeServeRequest, serve_cascade
 from tome_export.serve.client import connect
 from tome_export.serve.names import CASCADE
 from tome_export.serve.server import RunRequest, running
@@ -123,40 +127,30 @@ def halves(folder: Path, seed: int) -> list[Fold]:
     return [Fold(first, second), Fold(second, first)]
 
 
-def request(
-    artifacts: Sequence[Path], fold: Fold, policy: tuple[PolicyName, str], output: Path, **more: Any
-) -> CascadeRequest:
-    if policy[0] == "confidence":
-        more["measure"] = policy[1]
-    return CascadeRequest(
-        tuple(artifacts),
-        (str(fold.data),),
-        policy[0],
-        output=output,
-        test=(str(fold.test),),
-        force=True,
-        **more,
-    )
+def calibrated(
+    members: tuple[Artifact, ...], fold: Fold, policy: tuple[PolicyName, str], goal: Goal
+) -> Cascade:
+    more: dict[str, Any] = {"measure": policy[1]} if policy[0] == "confidence" else {}
+    more["test"] = (str(fold.test),)
+    return cascade(CascadeRequest(members, (str(fold.data),), policy[0], goal, **more))
 
 
 @contextmanager
 def server_of(
-    artifacts: Sequence[Path], fold: Fold, folder: Path
+    members: tuple[Artifact, ...], fold: Fold, folder: Path
 ) -> Iterator[Callable[[tuple[PolicyName, str], int], Answers]]:
     """A server on a repository, whose cascade is calibrated and loaded anew for each call."""
     repository = folder / f"repository_{fold.test.name}"
 
-    def calibrated(policy: tuple[PolicyName, str], share: int) -> str:
-        goal = Goal.target_macs(f"{share}%")
-        more = {"goal": goal, "repository": repository, "preprocess": True}
-        served = cascade(request(artifacts, fold, policy, folder / "c.json", **more)).served
-        if served is None:
-            raise SystemExit(f"nothing was served from {repository}")
-        return served.entry
+    serving = CascadeServeRequest(repository, members, preprocess=True, force=True)
+
+    def served(policy: tuple[PolicyName, str], share: int) -> str:
+        found = calibrated(members, fold, policy, Goal.target_macs(f"{share}%"))
+        return serve_cascade(serving, found, Path(policies.__file__), Silent()).entry
 
     paths = sorted(fold.test.rglob("*.png"))
     truth = np.array([path.parent.name.encode() for path in paths], np.object_)
-    entry = calibrated(POLICIES[0], SHARES[0])
+    entry = served(POLICIES[0], SHARES[0])
     with (
         running(RunRequest(repository, gpu=False, control="explicit", load=["*"])) as server,
         connect(server.grpc, seconds=300) as client,
@@ -164,7 +158,7 @@ def server_of(
     ):
 
         def ask(policy: tuple[PolicyName, str], share: int) -> Answers:
-            calibrated(policy, share)
+            served(policy, share)
             control.load_model(f"{MODEL}{CASCADE}")
             answers = []
             for first in range(0, len(paths), BATCH):
@@ -210,7 +204,7 @@ def against(single: Sequence[Mapping[str, Any]], share: float, macs: float) -> d
 
 
 def served_rows(
-    artifacts: Sequence[Path],
+    members: tuple[Artifact, ...],
     splits: Mapping[str, Sequence[Fold]],
     single: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -218,7 +212,7 @@ def served_rows(
     rows = []
     for name, folds in splits.items():
         with ExitStack() as stack:
-            asks = [stack.enter_context(server_of(artifacts, fold, folder)) for fold in folds]
+            asks = [stack.enter_context(server_of(members, fold, folder)) for fold in folds]
             for policy, share in itertools.product(POLICIES, SHARES):
                 found = [ask(policy, share) for ask in asks]
                 right = np.concatenate([one.right for one in found])
@@ -248,7 +242,7 @@ def served_rows(
 
 
 def seed_rows(
-    artifacts: Sequence[Path],
+    members: tuple[Artifact, ...],
     seeds: Sequence[int],
     single: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -258,8 +252,7 @@ def seed_rows(
     folds = [fold for seed in seeds for fold in halves(folder, seed)]
     for policy in (*POLICIES, *MORE):
         goal = Goal.min_accuracy("1")
-        output = folder / "cascade.json"
-        sweeps = [cascade(request(artifacts, fold, policy, output, goal=goal)) for fold in folds]
+        sweeps = [calibrated(members, fold, policy, goal) for fold in folds]
         for share in SHARES:
             picked = [
                 [p for p in found.sweep if p.calibration.macs <= most][-1].test
@@ -304,12 +297,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        artifacts = [
-            build(
-                BuildRequest(MODEL, folder / f"r{r}", Schedule(r), engine="none", check=False)
-            ).path
+        requests = [
+            BuildRequest(MODEL, folder / f"r{r}", Schedule(r), engine="none", check=False)
             for r in MEMBERS
         ]
+        members = members_of([build(request).path for request in requests])
         single = single_rows()
         for row in single:
             print(f"r={row['r']:2d}  {row['macs'] / 1e6:6.2f} M  {row['top1']['correct']}")
@@ -320,8 +312,8 @@ def main() -> None:
         splits = {"halves": test, "training": [Fold(training, whole)]}
         rows = [
             *single,
-            *served_rows(artifacts, splits, single, folder),
-            *seed_rows(artifacts, range(arguments.seeds), single, folder),
+            *served_rows(members, splits, single, folder),
+            *seed_rows(members, range(arguments.seeds), single, folder),
         ]
     if not arguments.no_write:
         print(write_rows("cascade", rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +12,7 @@ from tome_export.cli.output import Terminal, fields, macs, percent, table
 from tome_export.cli.progress import working
 from tome_export.cli.text import RANDOM
 from tome_export.cli.tune import goal_from_option, the_target, thinned
-from tome_export.errors import UnrecordedError
+from tome_export.errors import ExportError, InputError, UsageError
 
 if TYPE_CHECKING:
     from tome_export.artifact.cascade import Cascade, CascadeScore
@@ -94,26 +94,65 @@ ROWS = 14
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @output_options
 @click.pass_obj
-def command(terminal: Terminal, /, artifacts: tuple[Path, ...], **given: Any) -> None:
+def command(
+    terminal: Terminal,
+    /,
+    artifacts: tuple[Path, ...],
+    output: Path,
+    repository: Path | None,
+    name: str | None,
+    preprocess: bool,
+    self_test: bool | None,
+    force: bool,
+    **given: Any,
+) -> None:
     """Calibrate which of several artifacts of one model an image gets; give exactly one target.
 
     complexity chooses by the differences of neighbouring pixels. confidence starts at the lowest
     artifact and goes on to the next while it is unsure. learned chooses by a linear head on the
     pooled patch embedding.
     """
-    name = the_target(given, "target_macs", "min_accuracy")
+    target = the_target(given, "target_macs", "min_accuracy")
+    page = output.with_suffix(".html")
     with working(terminal) as progress:
-        from tome_export.cascade.main import CascadeRequest, cascade
+        from tome_export.artifact.files import check_new_file, write_whole, writing_to
+        from tome_export.cascade import policy
+        from tome_export.cascade.main import CascadeRequest, cascade, members_of
+        from tome_export.report.page import render_cascade
+        from tome_export.serve.cascade import CascadeServeRequest, check_cascade, serve_cascade
 
-        goal = goal_from_option(name, given[name])
+        goal = goal_from_option(target, given[target])
         kept = {k: v for k, v in given.items() if k not in ("target_macs", "min_accuracy")}
-        request = CascadeRequest(artifacts, goal=goal, **kept)
+        if repository is None and (preprocess or name is not None or self_test):
+            raise UsageError(
+                "--preprocess, --name and --self-test are for what is served; give --repository too"
+            )
+        if output == page:
+            raise UsageError(
+                f"output is {page}, which is the page's name; give one such as a .json"
+            )
+        check_new_file(output, force=force)
+        check_new_file(page, force=force)
+        progress.stage("Verify the artifacts")
+        members = members_of(artifacts)
+        serving = None
+        if repository is not None:
+            serving = CascadeServeRequest(repository, members, name, preprocess, force, self_test)
+            check_cascade(serving)
+        found = cascade(CascadeRequest(members, goal=goal, **kept), progress)
         unrecorded = None
         try:
-            found = cascade(request, progress)
-        except UnrecordedError as error:
-            found, unrecorded = cast("Cascade", error.result), str(error)
-    files = {"file": str(request.output), "page": str(request.page)}
+            if serving is not None:
+                served = serve_cascade(serving, found, Path(policy.__file__), progress)
+                found = found.model_copy(update={"served": served})
+            # The page first: where the result is, its page is too.
+            contents = {page: render_cascade(found).encode(), output: found.json_bytes()}
+            for path, content in contents.items():
+                with writing_to(path, "file"):
+                    write_whole(path, content)
+        except (InputError, ExportError) as error:
+            unrecorded = str(error)
+    files = {"file": str(output), "page": str(page)}
     values = {**files, **found.model_dump(mode="json")}
     values |= {"unrecorded": unrecorded} if unrecorded else {}
     where = "" if unrecorded else ", ".join(files.values())

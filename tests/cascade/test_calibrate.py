@@ -10,7 +10,7 @@ import pytest
 from tome_export.artifact.cascade import LearnedPolicy
 from tome_export.cascade import policy
 from tome_export.cascade.calibrate import (
-    MOST,
+    MOST_SETTINGS,
     Costs,
     Observations,
     best_within,
@@ -39,7 +39,7 @@ def observations(count=80, members=3, seed=0):
     confidence[0, 0] = np.nan
     surprise = np.where(right, 0.1, 2.0) + 0.1 * rng.random((members, count))
     return Observations(
-        classes, confidence, surprise, rng.random(count), rng.random((count, 4)), truth
+        classes.T, confidence.T, surprise.T, rng.random(count), rng.random((count, 4)), truth
     )
 
 
@@ -50,7 +50,7 @@ def slow_outcome(settings, seen, macs):
         if settings.policy == "confidence":
             member, cost = 0, macs[0]
             while member < len(macs) - 1:
-                sure = seen.confidence[member, image]
+                sure = seen.confidence[image, member]
                 if not np.isnan(sure) and sure >= settings.thresholds[member]:
                     break
                 member += 1
@@ -67,7 +67,7 @@ def slow_outcome(settings, seen, macs):
             ]
             member = net.index(max(net))
             cost = macs[member]
-        answer = seen.classes[member, image]
+        answer = seen.classes[image, member]
         found.append((member, cost + OWN, answer == seen.truth[image] and answer >= 0))
     return found
 
@@ -118,8 +118,8 @@ def test_every_policy_can_do_the_least_and_the_most(name):
 def test_the_number_of_settings_is_bounded():
     for members in (2, 3, 4):
         seen = observations(4000, members)
-        assert 100 < len(confidence_settings(seen, "max")) <= MOST
-        assert 100 < len(complexity_settings(seen)) <= MOST
+        assert 100 < len(confidence_settings(seen, "max")) <= MOST_SETTINGS
+        assert 100 < len(complexity_settings(seen)) <= MOST_SETTINGS
 
 
 @pytest.mark.parametrize("name", policy.POLICIES)
@@ -127,24 +127,24 @@ def test_the_front_has_every_setting_that_no_other_beats(name):
     seen = observations(seed=2)
     tried = settings_of(name, seen)
     front = front_of(tried, seen, COSTS)
-    assert [one.macs for one in front] == sorted({one.macs for one in front})
+    assert [one.score.macs for one in front] == sorted({one.score.macs for one in front})
     assert [one.rank for one in front] == sorted({one.rank for one in front})
     for settings in tried:
         found = outcome(settings, seen, COSTS)
         cost, right = found.macs.mean(), found.right.sum()
-        assert any(p.macs <= cost and p.correct >= right for p in front)
+        assert any(p.score.macs <= cost and p.score.correct >= right for p in front)
 
 
 def test_the_cheapest_that_meets_an_accuracy():
     seen = observations()
     front = front_of(confidence_settings(seen, "max"), seen, COSTS)
-    needed = front[len(front) // 2].correct
-    chosen = cheapest(front, needed, len(seen), "x")
-    assert chosen.correct >= needed
-    assert all(p.correct < needed for p in front if p.macs < chosen.macs)
-    best = front[-1].correct
+    needed = front[len(front) // 2].score.correct
+    chosen = cheapest(front, needed, "x")
+    assert chosen.score.correct >= needed
+    assert all(p.score.correct < needed for p in front if p.score.macs < chosen.score.macs)
+    best = front[-1].score.correct
     with pytest.raises(InputError) as caught:
-        cheapest(front, best + 1, len(seen), "accuracy of at least 99 %")
+        cheapest(front, best + 1, "accuracy of at least 99 %")
     assert re.fullmatch(
         rf"target is accuracy of at least 99 %, {best + 1} of the 80 calibration images right; no "
         rf"thresholds give more than {best} \(\d+\.\d\d %, at 0\.00 M MACs\), ask for no more or "
@@ -157,8 +157,8 @@ def test_the_best_within_a_budget():
     seen = observations()
     front = front_of(confidence_settings(seen, "max"), seen, COSTS)
     chosen = best_within(front, 300, COSTS, "x")
-    assert chosen.macs <= 300
-    assert all(p.rank <= chosen.rank for p in front if p.macs <= 300)
+    assert chosen.score.macs <= 300
+    assert all(p.rank <= chosen.rank for p in front if p.score.macs <= 300)
 
 
 @pytest.mark.parametrize("budget", [106.0, 600.0])

@@ -17,9 +17,9 @@ def seen():
     patches = np.random.default_rng(0).standard_normal((200, 12))
     truth = np.zeros(200, np.int64)
     hard = patches[:, 0] > 0.5
-    classes = np.stack([np.where(hard, 1, 0), truth])
-    nothing = np.zeros((2, 200))
-    return Observations(classes, nothing, nothing, nothing[0], patches, truth)
+    classes = np.stack([np.where(hard, 1, 0), truth], axis=1)
+    nothing = np.zeros((200, 2))
+    return Observations(classes, nothing, nothing, nothing[:, 0], patches, truth)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_head_learns_which_images_need_more(seen, embedding):
     budget = policy.by_price(
         policy.head_scores(seen.patches, head.weights, head.bias), head.shares, head.price
     )
-    needed = (~seen.right[0]).astype(np.int64)
+    needed = (~seen.right[:, 0]).astype(np.int64)
     assert 0.2 < needed.mean() < 0.5
     assert (budget == needed).mean() > 0.97
 

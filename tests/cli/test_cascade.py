@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact.cascade import Cascade
+from tome_export.errors import ExportError
 from tome_export.models.recipe import DATA
+from tome_export.serve import cascade as serve_module
 
 HELP = "; see 'tome-export cascade --help'"
 MACS = ("--target-macs", "60%")
@@ -413,3 +415,30 @@ def test_an_existing_file_is_not_replaced(run, lowest_and_highest, tmp_path):
     assert ran.code == 3
     assert ran.error == "cascade.html exists; give another file, or --force to replace it"
     assert [path.name for path in tmp_path.iterdir()] == ["cascade.html"]
+
+
+def test_a_repository_is_looked_at_before_the_calibration(run, lowest_and_highest, tmp_path):
+    theirs = tmp_path / "models" / "vit_digits_cascade" / "config.pbtxt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    # Images that are not there would be the next thing to be refused.
+    given = ("--data", "nowhere", *MACS, "--repository", "models")
+    ran = run("cascade", *lowest_and_highest, *given)
+    assert ran.code == 3
+    assert "is there and its config.pbtxt is not one that" in ran.error
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_calibration_that_cannot_be_served_is_not_lost(
+    run, lowest_and_highest, tmp_path, monkeypatch
+):
+    def broken(*_):
+        raise ExportError("no server today")
+
+    monkeypatch.setattr(serve_module, "serve_cascade", broken)
+    given = ("--data", "samples", *MACS, "--limit", "60", "--repository", "models")
+    ran = run("cascade", *lowest_and_highest, *given, "--json")
+    assert (ran.code, ran.error) == (3, "the result was not recorded: no server today")
+    assert ran.json["unrecorded"] == "no server today"
+    assert ran.json["chosen"]["test"]["images"] == 30
+    assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from tome_export.artifact.goal import Goal
 from tome_export.cascade import policy
 from tome_export.cascade.main import CascadeRequest, cascade, members_of
 from tome_export.data.samples import digits_test
-from tome_export.errors import InputError, MissingComponentError, UnrecordedError, UsageError
+from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.models.recipe import DATA
 from tome_export.progress import Silent
 from tome_export.serve import cascade as cascade_module
@@ -29,6 +29,7 @@ from tome_export.serve.cascade import (
     OUTPUTS,
     CascadeServeRequest,
     cascade_folder,
+    check_cascade,
     serve_cascade,
 )
 from tome_export.serve.client import connect
@@ -85,25 +86,21 @@ def logits_of(session, pixels):
     return session.run(["logits"], {"pixel_values": pixels})[0]
 
 
-def request_of(members, folder, name="confidence", **more):
-    return CascadeRequest(
-        tuple(members.values()),
-        ("samples",),
-        name,
-        Goal.target_macs("60%"),
-        folder / f"{name}.json",
-        limit=80,
-        repository=folder / "repository",
-        **more,
-    )
+def served(members, repository, policy="confidence", **more):
+    """Calibrate and serve, as the command does."""
+    opened = members_of([*members.values()])
+    request = CascadeServeRequest(repository, opened, **more)
+    check_cascade(request)
+    goal = Goal.target_macs("60%")
+    found = cascade(CascadeRequest(opened, ("samples",), policy, goal, limit=80))
+    return serve_cascade(request, found, POLICY, Silent())
 
 
 @pytest.fixture(scope="module")
 def calibrated(digit_members, tmp_path_factory):
-    """The repository of a cascade by confidence, with a pipeline, and the result."""
+    """The repository of a cascade by confidence, with a pipeline, and what is in it."""
     folder = tmp_path_factory.mktemp("cascade")
-    done = cascade(request_of(digit_members, folder, preprocess=True, self_test=None))
-    return folder / "repository", done
+    return folder, served(digit_members, folder, preprocess=True, self_test=None)
 
 
 @pytest.fixture(scope="module")
@@ -231,15 +228,14 @@ def test_images_go_through_the_pipeline(calibrated, client):
 
 @pytest.mark.parametrize("name", ["complexity", "learned"])
 def test_the_other_policies_group_images_by_budget(
-    name, calibrated, digit_members, client, grpc, sessions, pixels, counts, tmp_path
+    name, calibrated, digit_members, client, grpc, sessions, pixels, counts
 ):
     """Calibrated into the same repository, and loaded by the server that runs."""
     repository = calibrated[0]
     before = {path: path.stat().st_mtime_ns for path in repository.glob("*_r*/1/model.onnx")}
-    more = request_of(digit_members, tmp_path, name)
-    done = cascade(CascadeRequest(**{**vars(more), "repository": repository, "force": True}))
+    done = served(digit_members, repository, name, force=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert done.served.entry == NAME
+    assert done.entry == NAME
     grpc.load_model(NAME)
     settings = settings_in(repository)
     names = [member.model for member in settings.members]
@@ -260,19 +256,17 @@ def kept(repository):
     return {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
 
 
-def test_another_calibration_is_replaced_by_force_only(calibrated, digit_members, tmp_path):
+def test_another_calibration_is_replaced_by_force_only(calibrated, digit_members):
     repository = calibrated[0]
     before = kept(repository)
     few = {r: digit_members[r] for r in (32, 8)}
-    more = CascadeRequest(**{**vars(request_of(few, tmp_path)), "repository": repository})
     with pytest.raises(InputError) as failure:
-        cascade(more)
+        served(few, repository)
     assert str(failure.value) == (
         f"{repository / NAME} is there, with the thresholds of its own calibration; give another "
         "--name, or --force to replace it"
     )
     assert kept(repository) == before
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("end", ["", "_pipeline"])
@@ -280,10 +274,9 @@ def test_a_foreign_folder_is_found_before_the_calibration(end, digit_members, tm
     theirs = tmp_path / "repository" / f"{NAME}{end}" / "config.pbtxt"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    # Images that are not there would be the next thing to be refused.
-    asked = vars(request_of(digit_members, tmp_path, preprocess=True))
+    members = members_of([*digit_members.values()])
     with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
-        cascade(CascadeRequest(**{**asked, "data": ("nowhere",)}))
+        check_cascade(CascadeServeRequest(tmp_path / "repository", members, preprocess=True))
     assert kept(tmp_path) == {theirs: b"mine"}
 
 
@@ -292,7 +285,7 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
     theirs = tmp_path / "repository" / NAME / "config.pbtxt"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    members = members_of(request_of(digit_members, tmp_path).artifacts)
+    members = members_of([*digit_members.values()])
     result = result_of([one.manifest.macs.merged for one in members], (0.5, 0.5))
     with pytest.raises(InputError, match=r"is there and its config\.pbtxt is not one that"):
         serve_cascade(
@@ -303,17 +296,14 @@ def test_all_of_a_cascade_is_written_or_nothing(digit_members, tmp_path):
 
 @pytest.mark.usefixtures("installation")
 def test_a_cascade_that_does_not_answer_is_not_written(digit_members, tmp_path, monkeypatch):
-    """The calibration is not lost with it."""
-
     def broken(*given):
         made = cascade_folder(*given)
         return ModelFolder(made.name, made.config, {**made.files, "1/policy.py": b"import nowhere"})
 
     monkeypatch.setattr(cascade_module, "cascade_folder", broken)
     said = rf"the self-test failed and nothing was written: .*{NAME}.*nowhere"
-    with pytest.raises(UnrecordedError, match=said) as raised:
-        cascade(request_of(digit_members, tmp_path, preprocess=True, self_test=True))
-    assert raised.value.result.chosen.test.met
+    with pytest.raises(InputError, match=said):
+        served(digit_members, tmp_path / "repository", preprocess=True, self_test=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -324,11 +314,11 @@ def test_a_self_test_without_a_server_is_refused_before_the_calibration(
         raise MissingComponentError("no server")
 
     monkeypatch.setattr(serve_module, "find", missing)
-    asked = vars(request_of(digit_members, tmp_path, self_test=True))
+    request = CascadeServeRequest(tmp_path, members_of([*digit_members.values()]), self_test=True)
     with pytest.raises(MissingComponentError, match=r"^no server; leave --self-test out$"):
-        cascade(CascadeRequest(**{**asked, "data": ("nowhere",)}))
-    done = cascade(request_of(digit_members, tmp_path, self_test=None))
-    assert "No self-test: no server" in done.served.notes
+        check_cascade(request)
+    done = served(digit_members, tmp_path / "repository", self_test=None)
+    assert "No self-test: no server" in done.notes
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tome_export.merge.macs import BlockCost
-from tome_export.tune.space import Space, rs_of
+from tome_export.tune.space import SearchSpace, rs_of
 
 
 @pytest.fixture
-def small_space() -> Space:
-    return Space((BlockCost(100, 3, 200),) * 4, 17, 1, lambda tokens: 1000 + 7 * tokens)
+def small_space() -> SearchSpace:
+    return SearchSpace((BlockCost(100, 3, 200),) * 4, 17, 1, lambda tokens: 1000 + 7 * tokens)
 
 
 @pytest.fixture

@@ -46,9 +46,9 @@ def test_reaches_the_least_damage_within_a_budget(small_space, every_schedule, s
     # A small part of the space is looked at.
     assert len(search.points) < len(every_schedule) / 3
     found = Finalists(None).best_within(search.points.values(), budget)
-    assert found.damage == pytest.approx(optimum)
+    assert found.score.damage == pytest.approx(optimum)
     constant = [p for p in search.points.values() if p.method == "constant" and p.cost <= budget]
-    assert found.damage < min(p.score.damage for p in constant)
+    assert found.score.damage < min(p.score.damage for p in constant)
 
 
 @pytest.mark.parametrize("needed", [990, 950, 900, 700])
@@ -62,9 +62,9 @@ def test_reaches_the_least_cost_at_an_accuracy(small_space, every_schedule, need
     search = searched(small_space, 120, needed=needed)
     points = [point for point in search.points.values() if any(point.r)]
     found = Finalists(None).cheapest(points, needed, 0)
-    assert found.point.cost <= 1.005 * optimum
+    assert found.cost <= 1.005 * optimum
     constant = [p.cost for p in points if p.method == "constant" and p.score.correct >= needed]
-    assert found.point.cost <= min(constant, default=float("inf"))
+    assert found.cost <= min(constant, default=float("inf"))
 
 
 def test_is_the_same_for_a_seed_and_not_for_another(small_space):
@@ -88,7 +88,7 @@ def test_bad_candidates_are_left_early_and_never_chosen(small_space):
     assert left
     assert not set(left) & set(pareto(list(search.points.values())))
     found = Finalists(None).cheapest(search.points.values(), 950, 0)
-    assert found.point.score.complete
+    assert found.score.complete
 
 
 def test_the_target_holds_on_all_images_not_on_those_of_the_search(small_space):
@@ -102,11 +102,11 @@ def test_the_target_holds_on_all_images_not_on_those_of_the_search(small_space):
 
     points = [point for point in search.points.values() if any(point.r)]
     found = Finalists(validate).cheapest(points, 1900, IMAGES)
-    assert found.correct >= 1900
-    assert found.images == 2 * IMAGES
+    assert found.score.correct >= 1900
+    assert found.score.images == 2 * IMAGES
     assert len(looked) == len(set(looked)) < len(points) / 2
     plain = Finalists(None).cheapest(points, 950, 0)
-    assert found.point.cost > plain.point.cost
+    assert found.cost > plain.cost
 
 
 def test_finds_the_whole_front(small_space, every_schedule):

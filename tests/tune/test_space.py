@@ -7,14 +7,14 @@ import pytest
 
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.schedule import Schedule
-from tome_export.tune.space import Space, table_of
+from tome_export.tune.space import SearchSpace, table_of
 
 COSTS = (BlockCost(10, 2, 30), BlockCost(11, 3, 0), BlockCost(7, 1, 5))
 
 
 @pytest.mark.parametrize(("tokens", "prefix"), [(17, 1), (16, 0), (20, 5), (2, 1)])
 def test_is_what_the_model_counts(tokens, prefix):
-    space = Space(COSTS, tokens, prefix, lambda final: 100 + 13 * final)
+    space = SearchSpace(COSTS, tokens, prefix, lambda final: 100 + 13 * final)
     rng = np.random.default_rng(0)
     wanted = rng.integers(0, tokens + 2, (200, 3))
     clamped = space.clamped(wanted)
@@ -33,17 +33,17 @@ def test_other_reducers_have_other_limits(behind_block):
     def limit(tokens: int, prefix: int) -> int:
         return tokens - prefix - 1
 
-    def learned(tokens: int, r: int) -> int:
-        return 1000 * tokens + r
+    def learned(layer):
+        return 1000 * layer.tokens_in + layer.r
 
-    space = Space(COSTS, 17, 1, lambda final: 13 * final, limit, behind_block, learned)
+    space = SearchSpace(COSTS, 17, 1, lambda final: 13 * final, limit, behind_block, learned)
     wanted = np.random.default_rng(0).integers(0, 19, (200, 3))
     clamped = space.clamped(wanted)
     for row, r, count in zip(wanted, clamped, space.macs(clamped), strict=True):
         schedule = Schedule(per_layer=tuple(map(int, row)))
         layers = schedule.tokens(3, 17, 1, limit, behind_block=behind_block)
         assert [layer.r for layer in layers] == list(r)
-        own = sum(learned(layer.tokens_in, layer.r) for layer in layers if layer.r)
+        own = sum(learned(layer) for layer in layers if layer.r)
         assert total_macs(COSTS, layers, own + 13 * layers[-1].tokens_out) == count
     assert space.most_merged() == (15, 0, 0)
     assert space.baselines("constant")[-1] == (15, 0, 0)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from tome_export.artifact.schedule import TuneData
 from tome_export.data.labels import Classes
 from tome_export.errors import UsageError
 from tome_export.models import resolve
 from tome_export.patch import patch
 from tome_export.progress import Silent
-from tome_export.tune import images as tune_images
+from tome_export.tune import images as images_module
 from tome_export.tune.images import FEWEST, TuneImages
 from tome_export.tune.main import estimate as estimate_of
 from tome_export.tune.score import Scorer
@@ -31,7 +32,24 @@ def small():
 
 def images_of(model, count=30, search=16, chosen_on=24):
     pixels = np.random.default_rng(0).standard_normal((count, *model.input_size), np.float32)
-    return TuneImages(pixels, None, search, chosen_on, "mine", count, 0, ())
+    data = TuneData(
+        source="mine",
+        available=count,
+        search=search,
+        validation=chosen_on - search,
+        held_out=count - chosen_on,
+        unreadable_count=0,
+        notes=(),
+    )
+    return TuneImages(pixels, None, data)
+
+
+def digits(limit, **more):
+    recipe = resolve("vit_digits")
+    source = images_module.source_of(recipe, Classes(10, recipe.labels), ("samples",), None)
+    return images_module.read_images(
+        source, recipe.preprocessing, 10**6, limit, 0, Silent(), **more
+    )
 
 
 def test_scores_are_those_of_the_patched_model(small):
@@ -83,7 +101,7 @@ def test_no_thread_is_left(small):
 def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on, count):
     images = images_of(small, 30, *parts)
     with Scorer(small, images) as scorer:
-        estimate = estimate_of(R, images, scorer)
+        estimate = estimate_of(R, scorer)
         if on is None:
             assert estimate is None
             return
@@ -99,34 +117,31 @@ def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on,
     ("limit", "parts"), [(40, (40, 40)), (64, (32, 64)), (299, (149, 299)), (300, (150, 225))]
 )
 def test_how_images_are_split(limit, parts):
-    recipe = resolve("vit_digits")
-    classes = Classes(10, recipe.labels)
-    found = tune_images.tune_images(recipe, 10**6, classes, ("samples",), None, limit, 0, Silent())
+    found = digits(limit)
     assert len(found.pixels) == limit
-    assert (found.search, found.chosen_on) == parts
+    assert (found.data.search, found.chosen_on) == parts
+    assert found.data.held_out == limit - found.chosen_on
 
 
 def test_more_images_than_memory_should_hold(monkeypatch):
-    monkeypatch.setattr(tune_images, "MOST_BYTES", 1 << 20)
-    recipe = resolve("vit_digits")
+    monkeypatch.setattr(images_module, "MOST_BYTES", 1 << 20)
     with pytest.raises(UsageError, match=r"--limit is 400; 400 images of 1x32x32 numbers take mor"):
-        tune_images.tune_images(
-            recipe, 10**6, Classes(10, recipe.labels), ("samples",), None, 400, 0, Silent()
-        )
+        digits(400)
 
 
 def test_late_steps_take_what_they_cannot_do_without(small):
-    recipe = resolve("vit_digits")
-    classes = Classes(10, recipe.labels)
-    given = (recipe, 1, classes, ("samples",), None, 400, 0, Silent())
-    assert len(tune_images.tune_images(*given).pixels) == 400
-    images = tune_images.tune_images(*given, until=0.0)
+    assert len(digits(400).pixels) == 400
+    images = digits(400, until=0.0)
     assert len(images.pixels) == FEWEST
-    assert f"{FEWEST} of 450 images are used; --limit and --time-limit set how many" in images.notes
+    note = f"{FEWEST} of 450 images are used; --limit and --time-limit set how many"
+    assert note in images.data.notes
     with Scorer(small, images_of(small, 100, 50, 75), until=0.0) as scorer:
         images = scorer.images
         assert FEWEST <= len(images.pixels) < 100
         assert len(scorer.unmerged_right) == len(images.pixels)
-        assert 0 < images.search < images.chosen_on < len(images.pixels)
-        assert scorer.search(R).images == images.search
-        assert images.notes[-1].endswith(" of 100 images are used: the time limit leaves no more")
+        assert 0 < images.data.search < images.chosen_on < len(images.pixels)
+        assert images.data.held_out == len(images.pixels) - images.chosen_on
+        assert scorer.search(R).images == images.data.search
+        assert images.data.notes[-1].endswith(
+            " of 100 images are used: the time limit leaves no more"
+        )

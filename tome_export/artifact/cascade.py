@@ -9,8 +9,8 @@ from pydantic import Field
 from tome_export.artifact.document import Count, Document, Part, Text, Whole
 from tome_export.artifact.environment import Environment
 from tome_export.artifact.evaluation import Difference, Methods, Share, UnreadableImage
+from tome_export.artifact.goal import Metric, TargetKind
 from tome_export.artifact.manifest import Absent
-from tome_export.artifact.schedule import Metric, TargetKind
 from tome_export.spec import Precision
 
 CASCADE = "cascade.json"
@@ -20,11 +20,7 @@ PolicyName = Literal["complexity", "confidence", "learned"]
 
 
 class ComplexityPolicy(Part):
-    """Gives an image to the member that its complexity falls to.
-
-    Attributes:
-        thresholds: Ascending scores, one fewer than there are members.
-    """
+    """Gives an image to the member that its complexity falls to, by ascending thresholds."""
 
     policy: Literal["complexity"] = "complexity"
     thresholds: tuple[float, ...]
@@ -78,13 +74,12 @@ class CascadeMember(Part):
     """An artifact of the cascade.
 
     Attributes:
-        artifact: Its directory.
+        artifact: Directory of the artifact.
         schedule: How it merges, for people.
         r: Tokens removed in each layer.
-        precision: Of its weights and activations.
         macs: Multiply-accumulates per image.
         calibration: Calibration images that it alone has right.
-        test: The same of the test images.
+        test: Test images that it alone has right.
     """
 
     artifact: Text
@@ -101,9 +96,7 @@ class CascadeScore(Part):
 
     Attributes:
         macs: Mean multiply-accumulates per image, those of the policy included.
-        correct: Images that are right.
-        images: All images.
-        share: ``correct / images``.
+        share: Share of the images that are right.
     """
 
     macs: float
@@ -113,11 +106,9 @@ class CascadeScore(Part):
 
 
 class CascadeTest(CascadeScore):
-    """The chosen setting on the test images.
+    """The chosen setting on the test images, with the limits of its share.
 
     Attributes:
-        low: Lower limit of the share.
-        high: Upper limit of the share.
         budgets: Images whose answer is that of each member.
         difference_to_highest: Its share minus that of the member of the most MACs alone.
         met: Whether the target holds on these images.
@@ -174,9 +165,7 @@ class CascadeData(Part):
         fitted: Images that the head of a learned policy was trained on.
         calibration: Images that the thresholds were calibrated on.
         test: Images that were measured on, and nothing else.
-        seed: Of the order and the split of the images.
-        unreadable: Images that could not be read.
-        notes: What a reader should know of the images or labels.
+        seed: Seed of the order and the split of the images.
     """
 
     source: Text
@@ -207,23 +196,16 @@ class Cascade(Document):
     """The content of ``cascade.json``.
 
     Attributes:
-        format: Version of this file.
         model: The model that all members are artifacts of.
         random_weights: Whether its weights are random, and so not meant for use.
-        policy: Name of the policy.
         metric: ``top1``, or ``agreement`` with the highest member where there are no labels.
-        target: What was asked for.
         settings: The policy with the thresholds that were chosen.
         policy_macs: Multiply-accumulates per image of the policy itself.
-        members: By MACs ascending.
-        chosen: How the chosen setting does.
+        members: The members by MACs ascending.
         single: The member to take instead; None if none is as accurate.
         sweep: The settings that no other beats, cheapest first.
-        data: The images.
         backend: What ran the members.
-        confidence: Level of the intervals.
-        methods: How these were made.
-        environment: Where it was measured.
+        confidence: Level of the intervals, which ``methods`` says how to make.
         served: What is in the repository; None if none was asked for.
     """
 

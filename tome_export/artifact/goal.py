@@ -1,13 +1,18 @@
-"""What a search is asked for: one target, how it is written, and what meets it."""
+"""The one target of a search or a calibration: how it is written, and what meets it."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from typing import Literal
 
-from tome_export.artifact.schedule import TargetKind
+from tome_export.artifact.document import Part
 from tome_export.errors import InputError
+
+TargetKind = Literal["min-accuracy", "target-latency-ms", "target-macs"]
+
+Metric = Literal["top1", "agreement"]
+"""What counts as right: the label, or what the unmerged model or the largest member says."""
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
@@ -15,12 +20,11 @@ _ROUNDING = 1e-9
 """Slack of counts derived from shares, far below one image."""
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One target.
+class Goal(Part):
+    """One target; the other side is made as good as it can be.
 
     Attributes:
-        kind: What is bounded; the other side is made as good as it can be.
+        kind: What is bounded.
         value: Milliseconds, MACs per image or a share of them (see ``relative``), or percent.
         relative: ``target-macs`` as a percentage of the unmerged model's; ``min-accuracy`` as the
             change in points that is allowed against the unmerged model, zero or below.
@@ -28,7 +32,7 @@ class Goal:
 
     kind: TargetKind
     value: float
-    relative: bool = False
+    relative: bool
 
     @classmethod
     def min_accuracy(cls, text: str) -> Goal:
@@ -37,14 +41,13 @@ class Goal:
         Raises:
             InputError: if the text is neither.
         """
-        value = _number(text)
-        relative = text.strip().startswith("-")
-        if value is None or not (-100 <= value <= 0 if relative else 1 <= value <= 100):
+        value, relative = _number(text), text.strip().startswith("-")
+        if not (-100 <= value <= 0 if relative else 1 <= value <= 100):
             raise InputError(
                 f"minimum accuracy is {text!r}; expected the drop that is allowed, in points, such "
                 "as -0.5, or an accuracy from 1 to 100 percent such as 97.2"
             )
-        return cls("min-accuracy", value, relative)
+        return cls(kind="min-accuracy", value=value, relative=relative)
 
     @classmethod
     def target_macs(cls, text: str) -> Goal:
@@ -54,15 +57,15 @@ class Goal:
             InputError: if the text is none of these, or not above zero.
         """
         found = re.fullmatch(r"\s*([0-9.eE+]+)\s*([kmg%]?)\s*", text, re.IGNORECASE)
-        value = _number(found[1]) if found else None
-        if found is None or value is None or value <= 0 or (found[2] == "%" and value > 100):
+        number, unit = found.groups() if found else ("", "")
+        value, relative = _number(number), unit == "%"
+        if not 0 < value <= (100 if relative else math.inf):
             raise InputError(
                 f"target MACs is {text!r}; expected a share of the unmerged model such as 50%, or "
                 "MACs per image such as 8.7G or 9.5M"
             )
-        if found[2] == "%":
-            return cls("target-macs", value, relative=True)
-        return cls("target-macs", value * _UNITS[found[2].lower()])
+        value *= 1.0 if relative else _UNITS[unit.lower()]
+        return cls(kind="target-macs", value=value, relative=relative)
 
     @classmethod
     def target_latency(cls, value: float) -> Goal:
@@ -73,25 +76,16 @@ class Goal:
         """
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"target latency is {value:g} ms; expected more than 0")
-        return cls("target-latency-ms", value)
+        return cls(kind="target-latency-ms", value=value, relative=False)
 
     def budget(self, unmerged: float) -> float | None:
-        """Most cost that is allowed; None for an accuracy target.
-
-        Args:
-            unmerged: Cost of the unmerged model.
-        """
+        """Most cost that is allowed, from that of the unmerged model; None for an accuracy."""
         if self.kind == "min-accuracy":
             return None
         return self.value / 100 * unmerged if self.relative else self.value
 
     def needed(self, images: int, unmerged: int) -> int | None:
-        """Images that must be right; None for a cost target.
-
-        Args:
-            images: How many there are.
-            unmerged: How many of them the unmerged model gets right.
-        """
+        """Images that must be right, where the unmerged model has so many; None for a cost."""
         if self.kind != "min-accuracy":
             return None
         points = self.value / 100 * images
@@ -108,9 +102,10 @@ class Goal:
         return f"accuracy of at least {self.value:g} %"
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> float:
+    """A finite number; NaN, which no bound holds for, of any other text."""
     try:
         value = float(text)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
+    return value if math.isfinite(value) else math.nan

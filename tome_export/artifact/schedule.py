@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from tome_export.artifact.document import Count, Document, Measured, Part, Text
 from tome_export.artifact.environment import Environment
 from tome_export.artifact.evaluation import Difference, Share
+from tome_export.artifact.goal import Goal, Metric
 from tome_export.artifact.manifest import Absent, Component
 from tome_export.errors import InputError
 from tome_export.spec import Precision
@@ -20,8 +21,6 @@ SCHEDULE = "schedule.json"
 
 Read = TypeVar("Read", bound="ScheduleFile")
 
-TargetKind = Literal["min-accuracy", "target-latency-ms", "target-macs"]
-Metric = Literal["top1", "agreement"]
 Method = Literal["constant", "decreasing", "increasing", "free"]
 
 
@@ -48,12 +47,11 @@ class ScheduleFile(Document):
     """What a build takes: all of a schedule that somebody wrote by hand.
 
     Attributes:
-        format: Version of this file.
         model: Recipe that the schedule is for.
         schedule: r of every layer.
-        tokens_in: Tokens that enter the model's first layer; None if the file does not say.
-        weights: Those of the search; None if the file does not say.
-        reducer: How tokens become fewer; None if the file does not say.
+        tokens_in: Tokens that enter the model's first layer.
+        weights: The weights of the search.
+        reducer: How tokens become fewer.
     """
 
     remedy: ClassVar[str] = "write it with 'tome-export tune'"
@@ -141,12 +139,13 @@ class ScheduleFile(Document):
         )
 
 
-class Objective(Part):
-    """The target as in ``goal.Goal`` and in words; what counts as right by ``metric``."""
+class Objective(Goal):
+    """The target, in words too.
 
-    kind: TargetKind
-    value: float
-    relative: bool
+    Attributes:
+        metric: What counts as right.
+    """
+
     metric: Metric
     text: str
 
@@ -237,7 +236,7 @@ class LayerCost(Part):
 
 
 class LatencyCosts(Part):
-    """What each layer costs; see ``tune.table.CostTable``.
+    """What each layer costs; ``tune.latency`` says how it is fitted.
 
     Attributes:
         outside_ms: Time outside the layers.
@@ -266,7 +265,6 @@ class TuneData(Part):
         search: Images that the search looked at.
         validation: Further images that the choice looked at.
         held_out: Images that only the estimate is of.
-        unreadable_count: Images that could not be read.
     """
 
     source: Text
@@ -304,15 +302,11 @@ class TunedSchedule(ScheduleFile):
         found: The schedule that was chosen.
         best_constant: The best constant r for the same target; None if none that was found meets
             it.
-        unmerged: The model without merging.
         front: The schedules worth a look, cheapest first.
         cost_table: Measured costs of the layers; None if latency was not asked for.
         images: How many there were.
-        data: What they were.
-        search: How much was looked at.
         confidence: Level of the intervals.
         seconds: Time that all this took.
-        environment: Where it was measured.
     """
 
     tokens_in: Count

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.artifact.cascade import (
+    CascadeScore,
     ComplexityPolicy,
     ConfidenceMeasure,
     ConfidencePolicy,
@@ -23,27 +24,19 @@ from tome_export.artifact.cascade import (
 from tome_export.cascade import policy
 from tome_export.errors import InputError
 
-MOST = 3000
-"""Most settings that are tried, of all thresholds together."""
-
-MOST_PRICES = 250
-"""Most prices that are tried of one head."""
+MOST_SETTINGS, MOST_PRICES = 3000, 250
+"""Most settings that are tried, of all thresholds together, and most prices of one head."""
 
 NEVER, ALWAYS = 0.0, 2.0
 """Thresholds of a confidence that no image, or every one, is under: it lies between 0 and 1."""
 
 STEPS, RATE, DECAY = 300, 0.05, 1e-2
-"""Of a head's training: steps of AdamW on all images at once, learning rate and weight decay."""
+"""Steps of AdamW on all images at once, learning rate and weight decay of a head's training."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-accumulates per image.
-
-    Attributes:
-        members: Of each member, ascending.
-        policy: Of the policy itself.
-    """
+    """Multiply-accumulates per image of each member, ascending, and of the policy itself."""
 
     members: tuple[int, ...]
     policy: int
@@ -53,18 +46,15 @@ class Costs:
         """MACs of each member over the largest's."""
         return tuple(count / self.members[-1] for count in self.members)
 
-    def check_budget(self, budget: float, least: float, asked: str) -> None:
+    def check_budget(self, budget: float, least: float, target: str) -> None:
         """Raise ``InputError`` unless a mean of so many MACs needs a cascade, and one can have it.
 
-        Args:
-            budget: Most mean MACs per image.
-            least: The least mean that there can be.
-            asked: The target, for the message.
+        The message says what ``least`` a mean can be, and the target in words.
         """
         most = self.members[-1]
         if not least <= budget < most:
             raise InputError(
-                f"target is {asked}; these artifacts span {least / 1e6:.2f} M (the lowest for "
+                f"target is {target}; these artifacts span {least / 1e6:.2f} M (the lowest for "
                 f"every image) to {most / 1e6:.2f} M MACs (the highest alone, without a cascade), "
                 "ask for a mean in between"
             )
@@ -75,11 +65,10 @@ class Observations:
     """What every member says of every image, and what the policies look at.
 
     Attributes:
-        classes: Best class by each member ``[M, B]`` int64; -1 where its output is not finite.
-        confidence: Of each member ``[M, B]`` float64, by the measure of the policy.
-        surprise: What each member's probability of the truth is short of 1, in nats: the cross-
-            entropy ``[M, B]`` float64.
-        complexity: ``[B]`` float64.
+        classes: Best class by each member ``[B, M]`` int64; -1 where its output is not finite.
+        confidence: Confidence of each member ``[B, M]`` float64, by the measure of the policy.
+        surprise: Cross-entropy of each member's answer ``[B, M]`` float64, in nats.
+        complexity: Complexity of the image ``[B]`` float64.
         patches: Average patches ``[B, P]`` float64; P is 0 where no policy needs them.
         truth: The class that counts as right ``[B]`` int64: the label, or what the largest
             member says.
@@ -97,31 +86,29 @@ class Observations:
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """Whether each member is right ``[M, B]``; an output that is not finite never is."""
-        same: NDArray[np.bool_] = (self.classes == self.truth) & (self.classes >= 0)
+        """Whether each member is right ``[B, M]``; an output that is not finite never is."""
+        same: NDArray[np.bool_] = (self.classes == self.truth[:, None]) & (self.classes >= 0)
         return same
 
-    def take(self, rows: NDArray[np.int64]) -> Observations:
-        """The same of some images."""
-        return Observations(
-            self.classes[:, rows],
-            self.confidence[:, rows],
-            self.surprise[:, rows],
-            self.complexity[rows],
-            self.patches[rows],
-            self.truth[rows],
-        )
+    def take(self, rows: NDArray[np.int64] | slice) -> Observations:
+        """The observations of some images."""
+        return Observations(*(array[rows] for array in vars(self).values()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Observations]) -> Observations:
+        """The observations of all parts, in their order."""
+        return cls(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each image.
+    """What a policy makes of each image.
 
     Attributes:
-        budget: The member whose answer it got ``[B]`` int64.
-        macs: What it cost ``[B]`` int64: the policy, and every member that was run for it.
+        budget: The member whose answer it gets ``[B]`` int64.
+        macs: What it costs ``[B]`` int64: the policy, and every member that is run for it.
         right: Whether the answer is right ``[B]``.
-        surprise: Of the answer, see ``Observations`` ``[B]``.
+        surprise: Cross-entropy of the answer ``[B]``, in nats.
     """
 
     budget: NDArray[np.int64]
@@ -129,59 +116,58 @@ class Outcome:
     right: NDArray[np.bool_]
     surprise: NDArray[np.float64]
 
+    @property
+    def score(self) -> CascadeScore:
+        """Mean cost and how many are right."""
+        correct, images = int(self.right.sum()), len(self.right)
+        return CascadeScore(
+            macs=float(self.macs.mean()), correct=correct, images=images, share=correct / images
+        )
 
-def outcome(setting: Policy, seen: Observations, costs: Costs) -> Outcome:
+
+def outcome(setting: Policy, observed: Observations, costs: Costs) -> Outcome:
     """Run a policy on known answers, as the served model does."""
     each = np.asarray(costs.members, np.int64)
     if isinstance(setting, ConfidencePolicy):
-        budget = np.zeros(len(seen), np.int64)
+        budget = np.zeros(len(observed), np.int64)
         for member, threshold in enumerate(setting.thresholds):
-            unsure = policy.is_unsure(seen.confidence[member], threshold)
+            unsure = policy.is_unsure(observed.confidence[:, member], threshold)
             budget[(budget == member) & unsure] = member + 1
-        cost = np.cumsum(each)[budget]
+        each = np.cumsum(each)
     elif isinstance(setting, ComplexityPolicy):
-        budget = policy.by_thresholds(seen.complexity, setting.thresholds)
-        cost = each[budget]
+        budget = policy.by_thresholds(observed.complexity, setting.thresholds)
     else:
-        scores = policy.head_scores(seen.patches, setting.weights, setting.bias)
+        scores = policy.head_scores(observed.patches, setting.weights, setting.bias)
         budget = policy.by_price(scores, setting.shares, setting.price)
-        cost = each[budget]
-    image = np.arange(len(seen))
-    right, surprise = seen.right[budget, image], seen.surprise[budget, image]
-    return Outcome(budget, cost + costs.policy, right, surprise)
+    image = np.arange(len(observed))
+    right, surprise = observed.right[image, budget], observed.surprise[image, budget]
+    return Outcome(budget, each[budget] + costs.policy, right, surprise)
 
 
-def complexity_settings(seen: Observations) -> list[ComplexityPolicy]:
+def complexity_settings(observed: Observations) -> list[ComplexityPolicy]:
     """Ascending thresholds on the score, one fewer than there are members."""
-    count = len(seen.classes) - 1
-    low, high = float(seen.complexity.min()) - 1.0, float(seen.complexity.max()) + 1.0
-    cuts = {low, *_cuts(seen.complexity, _levels(count)), high}
-    found = itertools.combinations_with_replacement(sorted(cuts), count)
+    scores, count = observed.complexity, observed.classes.shape[1] - 1
+    ends = {float(scores.min()) - 1.0, float(scores.max()) + 1.0}
+    cuts = sorted({*ends, *_cuts(scores, _levels(count))})
+    found = itertools.combinations_with_replacement(cuts, count)
     return [ComplexityPolicy(thresholds=one) for one in found]
 
 
-def confidence_settings(seen: Observations, measure: ConfidenceMeasure) -> list[ConfidencePolicy]:
+def confidence_settings(
+    observed: Observations, measure: ConfidenceMeasure
+) -> list[ConfidencePolicy]:
     """One threshold for each member but the last, each on its own.
 
     They lie denser among the images that a member is least sure of, where thresholds of use are.
     """
-    count = len(seen.classes) - 1
-    each = [
-        sorted({NEVER, *_cuts(known, _levels(count), power=2), ALWAYS})
-        for known in seen.confidence[:-1]
-    ]
-    found = itertools.product(*each)
-    return [ConfidencePolicy(measure=measure, thresholds=one) for one in found]
+    known = observed.confidence[:, :-1].T
+    each = [sorted({NEVER, *_cuts(one, _levels(len(known)), power=2), ALWAYS}) for one in known]
+    return [ConfidencePolicy(measure=measure, thresholds=one) for one in itertools.product(*each)]
 
 
-def learned_settings(seen: Observations, head: LearnedPolicy) -> Iterator[LearnedPolicy]:
-    """Prices at which images of the calibration change from one member to another.
-
-    Args:
-        seen: With average patches.
-        head: Of any price.
-    """
-    scores, shares = policy.head_scores(seen.patches, head.weights, head.bias), head.shares
+def learned_settings(observed: Observations, head: LearnedPolicy) -> Iterator[LearnedPolicy]:
+    """The head at prices where images of the calibration change from one member to another."""
+    scores, shares = policy.head_scores(observed.patches, head.weights, head.bias), head.shares
     turns = np.concatenate(
         [
             (scores[:, j] - scores[:, i]) / (shares[j] - shares[i])
@@ -194,22 +180,22 @@ def learned_settings(seen: Observations, head: LearnedPolicy) -> Iterator[Learne
 
 
 def _levels(thresholds: int) -> int:
-    """Levels of each of so many thresholds, for ``MOST`` settings in all."""
-    return max(2, int(MOST ** (1 / thresholds)) - 2)
+    """Levels of each of so many thresholds, for ``MOST_SETTINGS`` in all."""
+    return max(2, int(MOST_SETTINGS ** (1 / thresholds)) - 2)
 
 
 def _cuts(values: NDArray[np.float64], most: int, power: float = 1) -> list[float]:
     """Midpoints between neighbouring values, at most so many, evenly by rank where power is 1."""
     known = np.unique(values[np.isfinite(values)])
     middles = (known[1:] + known[:-1]) / 2
-    if len(middles) <= most:
-        return [float(value) for value in middles]
-    ranks = np.unique(np.rint((len(middles) - 1) * np.linspace(0, 1, most) ** power).astype(int))
-    return [float(middles[rank]) for rank in ranks]
+    if len(middles) > most:
+        ranks = np.rint((len(middles) - 1) * np.linspace(0, 1, most) ** power)
+        middles = middles[np.unique(ranks.astype(int))]
+    return [float(value) for value in middles]
 
 
 def trained_head(
-    seen: Observations,
+    observed: Observations,
     embedding: tuple[NDArray[np.float64], NDArray[np.float64]],
     shares: Sequence[float],
     target: float,
@@ -219,14 +205,8 @@ def trained_head(
 
     The class of an image is the cheapest member that is right about it; the lowest one where none
     is. The loss is cross-entropy plus ``strength * (actual - target)^2``, where actual is the mean
-    over the images of the share of MACs that the head's probabilities expect.
-
-    Args:
-        seen: Images to train on, with average patches ``[B, P]``.
-        embedding: Weights ``[D, C, h, w]`` and bias ``[D]`` of the patch embedding.
-        shares: MACs of each member over the largest's.
-        target: Mean share to aim at.
-        strength: Of the second term (lambda).
+    over the images of the share of MACs that the head's probabilities expect. The embedding is its
+    weights ``[D, C, h, w]`` and bias ``[D]``; ``shares`` are MACs of members over the largest's.
 
     Returns:
         A policy on the average patch, at a price of 0. Nothing is drawn at random.
@@ -235,10 +215,11 @@ def trained_head(
     from torch.nn import functional
 
     kernels, offset = embedding[0].reshape(len(embedding[0]), -1), embedding[1]
-    pooled = seen.patches @ kernels.T + offset
+    pooled = observed.patches @ kernels.T + offset
     mean, std = pooled.mean(axis=0), pooled.std(axis=0) + 1e-6
     x = torch.from_numpy((pooled - mean) / std)
-    y = torch.from_numpy(np.where(seen.right.any(axis=0), seen.right.argmax(axis=0), 0))
+    right = observed.right
+    y = torch.from_numpy(np.where(right.any(axis=1), right.argmax(axis=1), 0))
     cost = torch.tensor(list(shares), dtype=torch.float64)
     weight = torch.zeros(len(cost), x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(cost), dtype=torch.float64, requires_grad=True)
@@ -263,18 +244,10 @@ def trained_head(
 
 @dataclass(frozen=True)
 class CalibratedSetting:
-    """A setting on the calibration images.
-
-    Attributes:
-        policy: With its thresholds.
-        macs: Mean cost of an image.
-        correct: Images that are right.
-        surprise: Mean cross-entropy of the answers, in nats.
-    """
+    """A policy with its thresholds on the calibration images: score and mean cross-entropy."""
 
     policy: Policy
-    macs: float
-    correct: int
+    score: CascadeScore
     surprise: float
 
     @property
@@ -284,63 +257,49 @@ class CalibratedSetting:
         Once all calibration images are right, their number tells thresholds apart no more; the
         probabilities still do, so that a greater budget goes on being spent where it helps.
         """
-        return self.correct, -self.surprise
+        return self.score.correct, -self.surprise
 
 
 def front_of(
-    settings: Iterable[Policy], seen: Observations, costs: Costs
+    settings: Iterable[Policy], observed: Observations, costs: Costs
 ) -> list[CalibratedSetting]:
-    """The settings that no other beats in both mean cost and rank, cheapest first.
-
-    Args:
-        settings: To try; at least one.
-        seen: The calibration images.
-        costs: Of the members and the policy.
-    """
+    """The settings that no other beats in both mean cost and rank, cheapest first."""
     points = []
     for setting in settings:
-        found = outcome(setting, seen, costs)
-        cost, surprise = float(found.macs.mean()), float(found.surprise.mean())
-        points.append(CalibratedSetting(setting, cost, int(found.right.sum()), surprise))
+        found = outcome(setting, observed, costs)
+        points.append(CalibratedSetting(setting, found.score, float(found.surprise.mean())))
     front: list[CalibratedSetting] = []
-    for point in sorted(points, key=lambda p: (p.macs, -p.correct, p.surprise)):
+    for point in sorted(points, key=lambda p: (p.score.macs, -p.score.correct, p.surprise)):
         if not front or point.rank > front[-1].rank:
             front.append(point)
     return front
 
 
-def cheapest(
-    front: Sequence[CalibratedSetting], needed: int, images: int, asked: str
-) -> CalibratedSetting:
-    """The cheapest setting with enough images right.
-
-    Args:
-        front: From ``front_of``.
-        needed: Images that must be right.
-        images: Calibration images.
-        asked: The target, for the message.
+def cheapest(front: Sequence[CalibratedSetting], needed: int, target: str) -> CalibratedSetting:
+    """The cheapest setting of a front with so many images right as are needed.
 
     Raises:
         InputError: if there is none; it says what can be reached.
     """
-    found = next((point for point in front if point.correct >= needed), None)
+    found = next((point for point in front if point.score.correct >= needed), None)
     if found is None:
-        best = next(point for point in front if point.correct == front[-1].correct)
+        most = front[-1].score.correct
+        best = next(point.score for point in front if point.score.correct == most)
         raise InputError(
-            f"target is {asked}, {needed} of the {images} calibration images right; no thresholds "
-            f"give more than {best.correct} ({100 * best.correct / images:.2f} %, at "
+            f"target is {target}, {needed} of the {best.images} calibration images right; no "
+            f"thresholds give more than {best.correct} ({100 * best.share:.2f} %, at "
             f"{best.macs / 1e6:.2f} M MACs), ask for no more or add an artifact that merges less"
         )
     return found
 
 
 def best_within(
-    front: Sequence[CalibratedSetting], budget: float, costs: Costs, asked: str
+    front: Sequence[CalibratedSetting], budget: float, costs: Costs, target: str
 ) -> CalibratedSetting:
     """The setting of the best rank whose mean cost is within a budget.
 
     Raises:
         InputError: if the members span no such cost.
     """
-    costs.check_budget(budget, front[0].macs, asked)
-    return [point for point in front if point.macs <= budget][-1]
+    costs.check_budget(budget, front[0].score.macs, target)
+    return [point for point in front if point.score.macs <= budget][-1]

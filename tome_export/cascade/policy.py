@@ -1,8 +1,8 @@
 """The policies of a cascade: which member an image is given to, and whether it goes on to the next.
 
-Members are artifacts of one model, by MACs ascending; a budget is the index of one. Calibration
-imports this file, and a served cascade has a copy of it beside its python model, so that both
-compute the same numbers. It therefore needs the standard library and NumPy only.
+Members are artifacts of one model, by MACs ascending; a budget is the index of one. A served
+cascade has a copy of this file beside its python model, so that both compute the same numbers: it
+needs the standard library and NumPy only.
 
 ``complexity``: an image begins and ends at the member that its complexity falls to. The score is
 the mean absolute difference of neighbouring preprocessed pixels, the anisotropic total variation
@@ -17,8 +17,8 @@ or whose lead of the largest over the second (``margin``), reaches the member's 
 
 ``learned``: a linear head on the patch embedding, averaged over patches, scores each member; taken
 is the best of score minus price times the member's share of the largest MACs. Embedding and average
-are both linear, so the average of the embeddings is the embedding of the average patch. Head and
-embedding are folded into one matrix on the average patch, which is all that is computed here.
+are both linear, so the average of the embeddings is the embedding of the average patch, and both
+are folded into one matrix on the average patch.
 """
 
 from __future__ import annotations
@@ -42,14 +42,9 @@ def settings_from_json(text: str) -> Any:
 
 
 def first_budgets(settings: Any, pixels: Array) -> Array:
-    """The member that each image begins at.
+    """The member that each image of ``pixels [B, C, H, W]`` begins at: ``[B]`` int64.
 
-    Args:
-        settings: A policy of ``artifact.cascade``, or from ``settings_from_json``.
-        pixels: ``[B, C, H, W]`` float32.
-
-    Returns:
-        ``[B]`` int64.
+    ``settings`` is a policy of ``artifact.cascade``, or from ``settings_from_json``.
     """
     if settings.policy == "complexity":
         return by_thresholds(complexity(pixels), settings.thresholds)
@@ -93,9 +88,7 @@ def by_thresholds(scores: Array, thresholds: Sequence[float]) -> Array:
 def confidence(logits: Array, measure: str) -> Array:
     """How sure a member is of each image, of its ``logits [B, K]``: ``[B]`` float64 from 0 to 1.
 
-    Args:
-        logits: Of any float type; a row that is not finite gives NaN.
-        measure: ``max``, the largest softmax probability, or ``margin``, its lead over the second.
+    The measure is ``max`` or ``margin``. A row of logits that is not finite gives NaN.
     """
     wide = two_classes(np.asarray(logits, np.float64))
     finite = np.asarray(np.isfinite(wide).all(axis=1))
@@ -130,10 +123,8 @@ def is_unsure(sureness: Array, threshold: float) -> Array:
 def mean_patch(pixels: Array, patch: Sequence[int]) -> Array:
     """The average patch of each image of ``pixels [B, C, H, W]``: ``[B, C * h * w]`` float64.
 
-    Args:
-        pixels: What does not fill a patch at the right and the bottom is left out, as by the
-            model's own embedding.
-        patch: Its height h and width w.
+    What does not fill a patch of height h and width w at the right and the bottom is left out, as
+    by the model's own embedding.
     """
     h, w = patch
     count, channels, height, width = pixels.shape
@@ -144,24 +135,18 @@ def mean_patch(pixels: Array, patch: Sequence[int]) -> Array:
 
 
 def head_scores(patches: Array, weights: Any, bias: Any) -> Array:
-    """Score of each of M members for average patches ``[B, P]``: ``[B, M]`` float64.
+    """Score ``[B, M]`` float64 of each member for average patches ``[B, P]``.
 
-    Args:
-        patches: From ``mean_patch``.
-        weights: ``[M, P]``, head times embedding.
-        bias: ``[M]``.
+    The weights ``[M, P]`` are those of head times embedding; the bias is ``[M]``.
     """
     scores = patches @ np.asarray(weights, np.float64).T + np.asarray(bias, np.float64)
     return np.asarray(scores)
 
 
 def by_price(scores: Array, shares: Any, price: float) -> Array:
-    """The member of the best score ``[B, M]`` less its price: ``[B]`` int64.
+    """The member ``[B]`` int64 of the best score ``[B, M]`` less the price of its share ``[M]``.
 
-    Args:
-        scores: From ``head_scores``; a row with one that is no number gets the largest budget.
-        shares: MACs of each member over the largest's ``[M]``.
-        price: What all MACs of the largest member cost.
+    A row with a score that is no number gets the largest budget.
     """
     net = scores - price * np.asarray(shares, np.float64)
     best = np.where(np.isnan(net).any(axis=1), net.shape[1] - 1, np.argmax(net, axis=1))

@@ -28,15 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.artifact.schedule import Method
-from tome_export.tune.space import Cost, Rs, Space, Table, rs_of, table_of
+from tome_export.tune.space import Cost, Rs, SearchSpace, Table, rs_of, table_of
 
-BASELINES: tuple[Method, ...] = ("constant", "decreasing", "increasing")
-
-BASELINE_POINTS: dict[Method, int] = {"constant": 32, "decreasing": 16, "increasing": 16}
+BASELINES: dict[Method, int] = {"constant": 32, "decreasing": 16, "increasing": 16}
 """Most schedules measured of each baseline family."""
-
-COARSE = 4
-"""Passes over the baselines, each taking every fourth of what there is."""
 
 EXPLORE = 4
 """One candidate in so many is drawn by chance, and one is sought away from the target."""
@@ -47,10 +42,11 @@ PARENTS = 12
 TOLERANCE = 1.3
 """Candidates this far above the front are still measured whole: damage and top-1 can disagree."""
 
-_SMALLEST = 1e-6
-"""Damage in nats below which differences mean nothing; keeps the logarithm finite."""
+SMALLEST, RIDGE = 1e-6, 0.05
+"""Damage in nats below which differences mean nothing, and the penalty of the regression on it."""
 
-_RIDGE = 0.05
+EVERYWHERE = (0.0, float("inf"))
+"""The window of all costs."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +54,12 @@ class Score:
     """How a schedule does on some images.
 
     Attributes:
-        images: How many were looked at.
-        correct: How many of them have the right class.
-        damage: Mean Kullback-Leibler divergence, in nats, of the class probabilities from those
-            of the unmerged model.
-        complete: Whether every image was looked at; where the damage was beyond the bound before
-            the last one, the rest were not.
-        entropy: Least token-size entropy of any of them, 0 to 1.
+        images: Images that were looked at.
+        correct: Those that have the right class.
+        damage: Mean Kullback-Leibler divergence of the class probabilities from those of the
+            unmerged model, in nats.
+        complete: Whether no image was left out, as they are once the damage is beyond a bound.
+        entropy: Least token-size entropy of any image, 0 to 1.
     """
 
     images: int
@@ -76,14 +71,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoredSchedule:
-    """A measured schedule.
-
-    Attributes:
-        r: Of each layer, clamped.
-        method: What proposed it first.
-        cost: MACs per image, or milliseconds as predicted.
-        score: On the search images.
-    """
+    """A measured schedule: what proposed it, its MACs or predicted milliseconds, its score."""
 
     r: Rs
     method: Method
@@ -94,17 +82,11 @@ class ScoredSchedule:
 def pareto(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
     """Complete points that no other beats in both cost and damage, cheapest first."""
     front: list[ScoredSchedule] = []
-    ordered = sorted(points, key=lambda point: (point.cost, point.score.damage, point.r))
-    for point in ordered:
+    for point in sorted(points, key=lambda point: (point.cost, point.score.damage, point.r)):
         best = front[-1].score.damage if front else np.inf
         if point.score.complete and point.score.damage < best:
             front.append(point)
     return front
-
-
-def log_damage(damage: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The scale on which damage is modelled and compared."""
-    return np.asarray(np.log(damage + _SMALLEST))
 
 
 def predicted_log_damage(
@@ -114,27 +96,26 @@ def predicted_log_damage(
     weight: NDArray[np.float64],
     tokens: int,
 ) -> NDArray[np.float64]:
-    """Guess the log damage ``[C]`` of candidates, by ridge regression on r and its square.
+    """Guess the log damage ``[C]`` of ``candidates [C, L]``, to rank them.
 
-    It only ranks candidates: what it ranks first is measured, and only measurements count.
-
-    Args:
-        candidates: ``[C, L]``: schedules.
-        r: ``[P, L]``: measured schedules.
-        damage: ``[P]``: their damage, in nats.
-        weight: ``[P]``: how much each counts, above 0.
-        tokens: Tokens of the model, to which r is related.
+    It is a ridge regression on r and its square, in shares of the model's tokens, of the ``damage
+    [P]`` in nats of measured schedules ``r [P, L]``, each of which counts by its ``weight [P]``.
     """
     measured, wanted = (
         np.concatenate([x, x**2], axis=1) for x in (r / tokens, candidates / tokens)
     )
-    target, total = log_damage(damage), weight.sum()
+    target, total = _log(damage), weight.sum()
     mean, offset = weight @ measured / total, weight @ target / total
     scale = np.sqrt(weight @ (measured - mean) ** 2 / total) + 1e-12
     centred = (measured - mean) / scale * np.sqrt(weight)[:, None]
-    gram = centred.T @ centred + _RIDGE * np.eye(centred.shape[1])
+    gram = centred.T @ centred + RIDGE * np.eye(centred.shape[1])
     slope = np.linalg.solve(gram, centred.T @ ((target - offset) * np.sqrt(weight)))
     return np.asarray(offset + (wanted - mean) / scale @ slope)
+
+
+def _log(damage: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The scale on which damage is modelled and compared."""
+    return np.asarray(np.log(damage + SMALLEST))
 
 
 @dataclass
@@ -144,22 +125,18 @@ class Search:
     Deterministic for a seed, unless the deadline ends it.
 
     Attributes:
-        space: The schedules there are.
-        cost: What is to be saved.
         evaluate: Measures a schedule on the search images, or stops early once the mean damage is
             sure to be above a bound.
         budget: Most cost allowed; None with ``needed``.
         needed: Search images that must be right; None with ``budget``.
-        seed: Of the choices by chance.
         min_entropy: Least token-size entropy of any search image; schedules with less are measured,
             and then neither beat others nor have neighbours.
-        deadline: In seconds of ``time.monotonic``; nothing new is measured after it.
+        deadline: Seconds of ``time.monotonic``; nothing new is measured after it.
         on_progress: Called with what is measured, how many were, and how many there are to be.
-        points: What was measured.
         cut_short: Whether the deadline ended it.
     """
 
-    space: Space
+    space: SearchSpace
     cost: Cost
     evaluate: Callable[[Rs, float], Score]
     budget: float | None = None
@@ -178,63 +155,61 @@ class Search:
         """The points that do not merge more than is allowed."""
         return [p for p in self.points.values() if p.score.entropy >= self.min_entropy]
 
-    def _late(self) -> bool:
-        self.cut_short = self.cut_short or time.monotonic() >= self.deadline
-        return self.cut_short
-
-    def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> ScoredSchedule:
-        """Measure a schedule, or know it already."""
+    def measure(self, r: Rs, method: Method, bound: float = float("inf")) -> None:
+        """Measure a schedule, unless it is known already."""
         if r not in self.points:
             cost = float(self.cost(table_of([r]))[0])
             self.points[r] = ScoredSchedule(r, method, cost, self.evaluate(r, bound))
-        return self.points[r]
 
     def baselines(self) -> None:
         """Measure ToMe's families, each spread evenly over its costs."""
-        picked = [(m, _spread(self.space.baselines(m), BASELINE_POINTS[m])) for m in BASELINES]
-        total, done = sum(len(schedules) for _, schedules in picked), 0
-        # A coarse grid of all comes before any finer one, for when time is short.
-        for offset in range(COARSE):
-            for method, schedules in picked:
-                for r in schedules[offset::COARSE]:
-                    if self._late():
-                        return
-                    self.measure(r, method)
-                    done += 1
-                    self.on_progress("baselines", done, total)
+        families = {m: _spread(self.space.baselines(m), most) for m, most in BASELINES.items()}
+        # Every fourth first, for when time is short.
+        picked = [
+            (method, r)
+            for offset in range(4)
+            for method, schedules in families.items()
+            for r in schedules[offset::4]
+        ]
+        for done, (method, r) in enumerate(picked, 1):
+            if self._late():
+                return
+            self.measure(r, method)
+            self.on_progress("baselines", done, len(picked))
 
     def free(self, count: int) -> None:
         """Measure up to ``count`` free lists; there must be baselines to start from."""
         for step in range(count):
-            if self._late():
-                return
-            r = self._next(step)
+            r = None if self._late() else self._next(step)
             if r is None:
                 return
-            bound = float(np.exp(self._level(self.cost(table_of([r])))[0])) * TOLERANCE
+            bound = float(np.exp(self._front_damage(self.cost(table_of([r])))[0])) * TOLERANCE
             self.measure(r, "free", bound)
             self.on_progress("free", step + 1, count)
 
-    def _level(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _late(self) -> bool:
+        self.cut_short = self.cut_short or time.monotonic() >= self.deadline
+        return self.cut_short
+
+    def _front_damage(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Log damage that the front does at costs, which a candidate there has to beat.
 
         Interpolated on the scale of both logarithms; outside the front it is that of its ends.
         """
         front = pareto(self.considered())
         known, damage = np.array([(point.cost, point.score.damage) for point in front]).T
-        return np.asarray(np.interp(np.log(costs), np.log(known), log_damage(damage)))
+        return np.asarray(np.interp(np.log(costs), np.log(known), _log(damage)))
 
     def _next(self, step: int) -> Rs | None:
         """The unmeasured neighbour of the front that promises most; None if there is none."""
-        everywhere = (0.0, float("inf"))
-        around = everywhere if step % EXPLORE == EXPLORE - 1 else self._window()
-        pool, costs = self._pool(around)
-        if not len(pool) and around != everywhere:
-            around = everywhere
-            pool, costs = self._pool(around)
+        window = EVERYWHERE if step % EXPLORE == EXPLORE - 1 else self._window()
+        pool, costs = self._pool(window)
+        if not len(pool) and window != EVERYWHERE:
+            window = EVERYWHERE
+            pool, costs = self._pool(window)
         if not len(pool):
             return None
-        gain = self._level(costs) - self._predicted(pool, around)
+        gain = self._front_damage(costs) - self._predicted(pool, window)
         order = np.lexsort((*pool.T, -gain))
         chance = step % EXPLORE == 1
         chosen = int(self._random.integers(min(10, len(order)))) if chance else 0
@@ -244,20 +219,24 @@ class Search:
         """Costs near the target."""
         if self.budget is not None:
             return 0.93 * self.budget, self.budget
-        needed = self.needed or 0
-        good = [p.cost for p in self.considered() if p.score.correct >= needed]
+        good = self._good()
         if not good:
             most = max(point.cost for point in self.considered())
             return 0.9 * most, float("inf")
-        return 0.8 * min(good), 1.05 * min(good)
+        least = min(point.cost for point in good)
+        return 0.8 * least, 1.05 * least
+
+    def _good(self) -> list[ScoredSchedule]:
+        """The points with as many images right as are needed; none of them with a budget."""
+        if self.needed is None:
+            return []
+        return [p for p in self.considered() if p.score.correct >= self.needed]
 
     def _pool(self, window: tuple[float, float]) -> tuple[Table, NDArray[np.float64]]:
         """Unmeasured neighbours, with a cost inside the window, of the points nearest to it."""
         low, high = window
-        front = pareto(self.considered())
-        if self.needed is not None:
-            good = [p for p in self.considered() if p.score.correct >= self.needed]
-            front = [*sorted(good, key=lambda p: (p.cost, p.r))[: PARENTS // 3], *front]
+        good = sorted(self._good(), key=lambda p: (p.cost, p.r))[: PARENTS // 3]
+        front = [*good, *pareto(self.considered())]
         if np.isfinite(high) and high > 0:
             centre = np.log((low * high) ** 0.5)
             parents = sorted(front, key=lambda p: (abs(np.log(p.cost) - centre), p.r))[:PARENTS]
@@ -266,14 +245,13 @@ class Search:
             parents = [front[index] for index in sorted(picked)]
         found = np.concatenate([self.space.neighbours(point.r) for point in parents])
         found = np.unique(found, axis=0)
-        new = [index for index, row in enumerate(found) if rs_of(row) not in self.points]
-        found = found[new]
+        found = found[[rs_of(row) not in self.points for row in found]]
         costs = self.cost(found) if len(found) else np.empty(0)
         inside = (costs >= low) & (costs <= high) & found.any(axis=1)
         return found[inside], costs[inside]
 
     def _predicted(self, pool: Table, window: tuple[float, float]) -> NDArray[np.float64]:
-        """From all points, those near the window counting most."""
+        """Predicted log damage, from all points, those near the window counting most."""
         points = list(self.points.values())
         costs = np.array([point.cost for point in points])
         weight = np.ones(len(points))

@@ -1,17 +1,21 @@
-"""The schedules there are: clamped token counts, their MACs, baselines and neighbours."""
+"""The schedules of a model: clamped token counts, their MACs, baselines and neighbours."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.merge.macs import BlockCost
-from tome_export.merge.schedule import INFLECTION, Schedule
+from tome_export.merge.schedule import INFLECTION, LayerTokens, Schedule
 from tome_export.merge.spec import clamp_r
+
+if TYPE_CHECKING:
+    from tome_export.patch import MergedModel
 
 Rs = tuple[int, ...]
 """r of every layer, as it is after clamping."""
@@ -26,13 +30,8 @@ STEPS = (1, 2, 4, 8)
 """Tokens that one move adds to a layer or takes from it."""
 
 
-def half(tokens: int, prefix: int) -> int:
-    """The most tokens that bipartite matching can merge in one layer."""
-    return clamp_r(tokens, tokens, prefix)
-
-
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """The schedules of one model.
 
     Attributes:
@@ -42,16 +41,16 @@ class Space:
         fixed: MACs outside the blocks, for a number of tokens that leave the last one.
         limit: The most tokens that a layer can remove, of its tokens and prefix.
         behind_block: Whether tokens are removed behind a block's MLP, and not in front of it.
-        learned: MACs of what decides in one layer, of its tokens and r above 0; None for none.
+        learned: MACs of what decides in one layer with r above 0; None for none.
     """
 
     blocks: tuple[BlockCost, ...]
     tokens: int
     prefix: int
     fixed: Callable[[int], int]
-    limit: Callable[[int, int], int] = half
+    limit: Callable[[int, int], int] = lambda tokens, prefix: clamp_r(tokens, tokens, prefix)
     behind_block: bool = False
-    learned: Callable[[int, int], int] | None = None
+    learned: Callable[[LayerTokens], int] | None = None
 
     @property
     def depth(self) -> int:
@@ -63,9 +62,8 @@ class Space:
         result = np.empty_like(wanted)
         tokens = np.full(len(wanted), self.tokens, dtype=np.int64)
         for layer in range(self.depth):
-            counts, where = np.unique(tokens, return_inverse=True)
-            most = np.array([self.limit(int(count), self.prefix) for count in counts], np.int64)
-            result[:, layer] = np.clip(wanted[:, layer], 0, most[where])
+            most = _of_each(lambda count: self.limit(count, self.prefix), tokens)
+            result[:, layer] = np.clip(wanted[:, layer], 0, most)
             tokens = tokens - result[:, layer]
         return result
 
@@ -76,41 +74,24 @@ class Space:
     def macs(self, r: Table) -> NDArray[np.float64]:
         """MACs per image of each schedule, exact: equal to ``merge.macs.total_macs``."""
         entering = self.tokens_in(r)
-        leaving = entering - r
-        before, attention, after = (
-            np.array([getattr(block, name) for block in self.blocks], dtype=np.int64)
-            for name in ("before", "attention", "after")
-        )
-        behind = entering if self.behind_block else leaving
-        per_layer = entering * before + entering**2 * attention + behind * after
-        if self.learned is not None:
-            pairs, at = np.unique(
-                np.stack([entering, r], axis=-1).reshape(-1, 2), axis=0, return_inverse=True
-            )
-            own = [self.learned(int(n), int(k)) if k else 0 for n, k in pairs]
-            per_layer = per_layer + np.array(own, np.int64)[at].reshape(r.shape)
-        final, where = np.unique(leaving[:, -1], return_inverse=True)
-        fixed = np.array([self.fixed(int(tokens)) for tokens in final], dtype=np.int64)
-        return np.asarray(per_layer.sum(axis=1) + fixed[where], dtype=np.float64)
+        total = _of_each(self.fixed, (entering - r)[:, -1])
+        for block, tokens, removed in zip(self.blocks, entering.T, r.T, strict=True):
+            # The arithmetic of one layer, on the column of all schedules.
+            layer: Any = LayerTokens(*(tokens, removed, tokens - removed), self.behind_block)
+            total += block.macs(layer)
+            if self.learned is not None:
+                total += np.where(removed > 0, self.learned(layer), 0)
+        return total.astype(np.float64)
 
     def baselines(self, method: str) -> list[Rs]:
-        """Every schedule of one of ToMe's families that merges something and differs.
-
-        Args:
-            method: ``constant``, ``decreasing`` or ``increasing``.
-        """
-        found: dict[Rs, None] = {}
-        for r in range(1, self.tokens + 1):
-            wanted = Schedule(r, INFLECTION[method]).resolve(self.depth)
-            rs = rs_of(self.clamped(table_of([wanted]))[0])
-            if any(rs):
-                found.setdefault(rs)
-        return list(found)
+        """Every schedule of ``constant``, ``decreasing`` or ``increasing`` r that differs."""
+        counts = range(1, self.tokens + 1)
+        wanted = [Schedule(r, INFLECTION[method]).resolve(self.depth) for r in counts]
+        return list(dict.fromkeys(rs_of(row) for row in self.clamped(table_of(wanted)) if any(row)))
 
     def most_merged(self) -> Rs:
-        """As many tokens as there can be in every layer: nothing costs less."""
-        everything = np.full((1, self.depth), self.tokens, dtype=np.int64)
-        return rs_of(self.clamped(everything)[0])
+        """As many tokens as there can be in every layer: nothing takes fewer MACs."""
+        return rs_of(self.clamped(table_of([(self.tokens,) * self.depth]))[0])
 
     def neighbours(self, r: Rs) -> Table:
         """All schedules one move away: tokens more or fewer in a layer, or moved to another.
@@ -123,6 +104,26 @@ class Space:
         moved = (more[:, None] - more[None]).reshape(-1, self.depth)
         moves = np.concatenate([more, -more, moved])
         return np.unique(self.clamped(np.array(r, dtype=np.int64) + moves), axis=0)
+
+
+def space_from_model(model: MergedModel) -> SearchSpace:
+    """The schedules of a model, with MACs counted as the artifact's manifest counts them."""
+    tower, reducer = model.tower, model.settings.reducer
+    return SearchSpace(
+        model.block_costs,
+        tower.tokens,
+        tower.prefix,
+        functools.cache(model.fixed_macs),
+        reducer.limit,
+        reducer.behind_block,
+        None if model.reducer is None else lambda layer: reducer.macs(layer, tower),
+    )
+
+
+def _of_each(count_of: Callable[[int], int], tokens: Table) -> Table:
+    """A count for each number of tokens ``[P]``; equal numbers are looked up once."""
+    numbers, where = np.unique(tokens, return_inverse=True)
+    return np.array([count_of(int(number)) for number in numbers], np.int64)[where]
 
 
 def rs_of(row: NDArray[Any] | Sequence[int]) -> Rs:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from tome_export.merge.macs import BlockCost
-from tome_export.tune.space import Space, table_of
-from tome_export.tune.table import Measurement, fit
+from tome_export.tune.latency import Measurement, fit, predicted_ms
+from tome_export.tune.space import SearchSpace, table_of
 
 KNOWN = {"attention": (0.5, 0.02, 3e-4), "mlp": (0.2, 0.07), "match": (0.1, 0.0, 1e-4)}
 
 
 @pytest.fixture
-def space() -> Space:
-    return Space((BlockCost(1, 1, 1),) * 6, 197, 1, lambda _: 0)
+def space() -> SearchSpace:
+    return SearchSpace((BlockCost(1, 1, 1),) * 6, 197, 1, lambda _: 0)
 
 
 def layer_ms(group, entering, leaving):
@@ -40,30 +40,31 @@ SCHEDULES = [(0,) * 6, (5,) * 6, (16,) * 6, (30, 20, 10, 5, 2, 1)]
 
 
 def test_recovers_known_coefficients(space):
-    table = fit(space, [measured(space, r) for r in SCHEDULES], 1, "fp32")
-    (layers,) = table.costs.layers
+    costs = fit(space, [measured(space, r) for r in SCHEDULES], 1, "fp32")
+    (layers,) = costs.layers
     for cost in layers.groups:
         known = pytest.approx(KNOWN[cost.group], rel=1e-6, abs=1e-9)
         assert cost.coefficients == known, cost.group
-    assert table.costs.run_over_nodes == pytest.approx(1.25)
-    assert table.costs.residual < 1e-9
-    assert table.costs.outside_ms == 2.0
+    assert costs.run_over_nodes == pytest.approx(1.25)
+    assert costs.residual < 1e-9
+    assert costs.outside_ms == 2.0
     other = (40, 0, 30, 0, 9, 0)
-    assert table.latency_ms(table_of([other]))[0] == pytest.approx(measured(space, other).run_ms)
+    found = predicted_ms(space, costs, table_of([other]))[0]
+    assert found == pytest.approx(measured(space, other).run_ms)
 
 
 def test_noise_is_told_and_stays_small(space):
     rng = np.random.default_rng(1)
     noisy = [measured(space, r, noise=lambda: rng.normal(0, 0.05)) for r in SCHEDULES]
-    table = fit(space, noisy, 1, "fp32")
-    assert 0.0 < table.costs.residual < 0.05
+    costs = fit(space, noisy, 1, "fp32")
+    assert 0.0 < costs.residual < 0.05
     other = (40, 0, 30, 0, 9, 0)
-    found = table.latency_ms(table_of([other]))[0]
+    found = predicted_ms(space, costs, table_of([other]))[0]
     assert found == pytest.approx(measured(space, other).run_ms, rel=0.05)
 
 
 def test_layers_of_one_arithmetic_are_written_once(space):
-    costs = fit(space, [measured(space, r) for r in SCHEDULES], 2, "fp16").costs
+    costs = fit(space, [measured(space, r) for r in SCHEDULES], 2, "fp16")
     assert (costs.batch, costs.precision, costs.measurements) == (2, "fp16", len(SCHEDULES))
     (layer,) = costs.layers
     assert layer.layers == tuple(range(6))
@@ -81,7 +82,7 @@ def test_what_falls_with_more_tokens_is_taken_for_constant(space):
         for groups, merged in zip(rows[-1].layers, r, strict=True):
             groups["mlp"] = 20.0 - 0.05 * (tokens - merged)
             tokens -= merged
-    (layers,) = fit(space, rows, 1, "fp32").costs.layers
+    (layers,) = fit(space, rows, 1, "fp32").layers
     for cost in layers.groups:
         assert min(cost.coefficients) >= 0, cost.group
         if cost.group == "mlp":
