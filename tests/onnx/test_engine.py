@@ -20,12 +20,30 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 BATCH = BatchRange(1, 4, 8)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+PRECISIONS = ("fp32", "fp16", "bf16")
+each_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+@each_precision
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])
-def test_parser_and_builder_accept_the_export(export, make_vit, tmp_path, name, precision):
+def test_parser_accepts_the_export(export, make_vit, name, precision):
     made = export(make_vit, name, 5, ExportOptions(precision=precision, batch=BATCH), depth=2)
-    backend = select("tensorrt-rtx").builder
-    info = backend.build(made.path, EngineOptions(batch=BATCH), tmp_path / "model.rtx.engine")
+    select("tensorrt-rtx").builder.parse(made.path)
+
+
+# One engine of each precision and of each model; all of them are slow.
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(name, precision, marks=() if (at + index) % 3 == 0 else pytest.mark.slow)
+        for at, name in enumerate(("test_vit", "test_vit2", "test_vit3", "test_vit4"))
+        for index, precision in enumerate(PRECISIONS)
+    ],
+)
+def test_builder_accepts_the_export(export, make_vit, tmp_path, name, precision):
+    made = export(make_vit, name, 5, ExportOptions(precision=precision, batch=BATCH), depth=2)
+    builder = select("tensorrt-rtx").builder
+    info = builder.build(made.path, EngineOptions(batch=BATCH), tmp_path / "model.rtx.engine")
     assert info.size_bytes > 50_000
     assert [t.name for t in info.inputs] == ["pixel_values"]
     assert [(t.name, t.shape, t.dtype) for t in info.outputs] == [("logits", (-1, 10), "float32")]
@@ -46,25 +64,33 @@ def test_parser_accepts_every_prefix_and_clamp(export, make_vit, name, schedule,
     select("tensorrt-rtx").builder.parse(made.path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("batch", [BATCH, BatchRange(2, 2, 2)], ids=["dynamic", "static"])
+@each_precision
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param(BATCH, id="dynamic"),
+        pytest.param(BatchRange(2, 2, 2), id="static", marks=pytest.mark.slow),
+    ],
+)
 def test_plugin_nodes_are_inlined_where_no_plugin_is(export, make_vit, tmp_path, batch, precision):
     options = ExportOptions(precision=precision, batch=batch, plugin=True)
     made = export(make_vit, "test_vit", 5, options, depth=2)
-    backend = select("tensorrt-rtx").builder
-    info = backend.build(made.path, EngineOptions(batch=batch), tmp_path / "model.rtx.engine")
+    builder = select("tensorrt-rtx").builder
+    info = builder.build(made.path, EngineOptions(batch=batch), tmp_path / "model.rtx.engine")
     assert info.size_bytes > 50_000
 
 
 @pytest.mark.parametrize("plugin", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "bf16"))]
+)
 def test_builder_accepts_the_twin(export, make_vit, tmp_path, precision, plugin):
     options = ExportOptions(precision=precision, batch=BATCH, plugin=plugin)
     made = export(make_vit, "test_vit", 5, options, depth=2)
     path = tmp_path / "twin.onnx"
     onnx.save(twin_from_model(made.proto).model, path)
-    backend = select("tensorrt-rtx").builder
-    info = backend.build(path, EngineOptions(batch=BATCH), tmp_path / "twin.engine")
+    builder = select("tensorrt-rtx").builder
+    info = builder.build(path, EngineOptions(batch=BATCH), tmp_path / "twin.engine")
     outputs = {t.name: (t.shape, t.dtype) for t in info.outputs}
     assert outputs["blocks.1.metric"] == ((-1, 60, 32), "float32")
 

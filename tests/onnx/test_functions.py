@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from pairwise import pairwise
 
 from tome_export.errors import ExportError
 from tome_export.merge import spec
@@ -183,10 +184,9 @@ def test_zero_and_duplicate_tokens():
             np.testing.assert_array_equal(b, a.numpy())
 
 
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-@pytest.mark.parametrize("heads", [1, 2, 12])
-@pytest.mark.parametrize(("prefix", "class_token"), PREFIXES)
-def test_match_of_keys_is_torchs(prefix, class_token, heads, dtype):
+@pairwise("order, heads, dtype", PREFIXES, (1, 2, 12), KINDS)
+def test_match_of_keys_is_torchs(order, heads, dtype):
+    prefix, class_token = order
     for tokens, batch, fixed in ((9, 1, True), (16, 3, False), (50, 2, True)):
         rng = np.random.default_rng(tokens + heads)
         keys = torch.from_numpy(rng.standard_normal((batch, heads, tokens, 16))).to(dtype)

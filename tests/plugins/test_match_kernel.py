@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pairwise import pairwise
 
 from tome_export.merge import ops, reference, spec
 from tome_export.parity.compare import fp32_score_bound
@@ -109,14 +110,16 @@ def assert_within_rounding(result, keys, r, prefix, class_token):
         assert (np.diff(merged) <= bound).all(), "src is not in the order of rank"
 
 
-@pytest.mark.parametrize("class_token", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize(
-    ("tokens", "prefix"),
-    [(n, prefix) for n in (2, 3, 9, 16, 17) for prefix in PREFIXES if prefix <= n],
+@pairwise(
+    "tokens, prefix, class_token, strange",
+    (2, 3, 9, 16, 17),
+    PREFIXES,
+    ORDERS,
+    (False, True),
+    where=lambda tokens, prefix, *_: prefix <= tokens,
 )
-@pytest.mark.parametrize("strange", [False, True], ids=["finite", "with_nan"])
 def test_quick_oracle_is_the_reference(tokens, prefix, class_token, strange):
-    keys = lattice(1, 3, tokens, 16)
+    keys, class_token = lattice(1, 3, tokens, 16), ORDERS[class_token]
     if strange:
         keys[0, 1, tokens // 2, 3] = torch.nan
     for r in {amount(name, tokens, prefix) for name in R} - {0}:
@@ -128,18 +131,18 @@ def test_quick_oracle_is_the_reference(tokens, prefix, class_token, strange):
         assert quick.dst.tolist() == expected.dst
 
 
-@pytest.mark.parametrize(
-    ("tokens", "prefix", "class_token"),
-    [
-        pytest.param(tokens, prefix, by_position, id=f"{tokens}-{prefix}-{order}")
-        for tokens in TOKENS
-        for prefix in PREFIXES
-        for order, by_position in ORDERS.items()
-        # Of the many tokens, which the interpreter is slow at, half the cases.
-        if prefix <= tokens and (tokens < 300 or by_position == prefix % 2)
-    ],
+@pairwise(
+    "tokens, prefix, order",
+    TOKENS,
+    PREFIXES,
+    ORDERS,
+    # Of the many tokens, which the interpreter is slow at, half the cases.
+    where=lambda tokens, prefix, order: (
+        prefix <= tokens and (tokens < 300 or ORDERS[order] == prefix % 2)
+    ),
 )
-def test_ties_and_duplicates(interpreter, tokens, prefix, class_token):
+def test_ties_and_duplicates(interpreter, tokens, prefix, order):
+    class_token = ORDERS[order]
     keys = lattice(2 if tokens < 100 else 1, 2, tokens, 16)
     for name in R if tokens < 100 else ("half",):
         r = amount(name, tokens, prefix)
@@ -147,19 +150,16 @@ def test_ties_and_duplicates(interpreter, tokens, prefix, class_token):
         assert_equal(result, keys, r, prefix, class_token)
 
 
-@pytest.mark.parametrize("heads", [0, 1, 3, 12], ids=lambda h: f"{h}_heads" if h else "metric")
-@pytest.mark.parametrize("width", [8, 16, 24, 64, 72, 80, 130])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairwise("dtype, width, heads", DTYPES, (8, 16, 24, 64, 72, 80, 130), (0, 1, 3, 12))
 def test_dtypes_widths_and_heads(interpreter, dtype, width, heads):
+    """Without heads the keys are a metric."""
     keys = lattice(2, max(1, heads), 21, width)
     keys = (keys if heads else keys[:, 0]).to(DTYPES[dtype])
     result = interpreter("match", keys, 6, 1, True)
     assert_equal(result, keys, 6, 1, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize("tokens", [50, 101, 197])
+@pairwise("tokens, batch, dtype", (50, 101, 197), (1, 2, 5), DTYPES)
 def test_random_keys(interpreter, tokens, batch, dtype):
     keys = normal(batch, 3, tokens, 24, seed=tokens).to(DTYPES[dtype])
     for r, prefix, class_token in ((tokens // 3, 1, True), ((tokens - 2) // 2, 2, False)):
@@ -214,9 +214,7 @@ def in_product(keys, columns, offset):
     return product, {"heads": heads, "width": width, "offset": offset}
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", PRODUCTS)
+@pairwise("layout, dtype, prefix", PRODUCTS, DTYPES, PREFIXES)
 def test_keys_in_a_product(interpreter, layout, dtype, prefix):
     """Ties and duplicates; a column too early or too late would be NaN."""
     for heads, tokens, width, class_token in ((3, 37, 24, True), (1, 12, 5, False)):
@@ -353,11 +351,9 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("class_token", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-def test_strange_keys(interpreter, edit, prefix, class_token):
-    keys = lattice(2, 2, 29, 16)
+@pairwise("edit, prefix, order", EDITS, PREFIXES, ORDERS)
+def test_strange_keys(interpreter, edit, prefix, order):
+    keys, class_token = lattice(2, 2, 29, 16), ORDERS[order]
     edit(keys)
     r = amount("half", 29, prefix)
     result, untouched = interpreter("match_guarded", keys, r, prefix, class_token)
@@ -365,11 +361,9 @@ def test_strange_keys(interpreter, edit, prefix, class_token):
     assert_equal(result, keys, r, prefix, class_token)
 
 
-@pytest.mark.parametrize("class_token", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e30])
-@pytest.mark.parametrize("token", [6, 9], ids=["in_a", "in_b"])
+@pairwise("token, value, class_token", (6, 9), (0.0, torch.nan, torch.inf, 1e30), (False, True))
 def test_no_direction_is_better_than_the_opposite(interpreter, token, value, class_token):
-    """All of A points against all of B, so that a score of 0 is the best there is."""
+    """All of A points against all of B, so that a score of 0 is the best; 6 is in A, 9 in B."""
     keys = torch.ones(2, 2, 29, 16)
     keys[:, :, 1::2] = -1.0
     keys[:, :, token] = value
@@ -402,16 +396,13 @@ def test_a_tie_across_tiles_goes_to_the_lowest_index(interpreter):
     assert set(result[2].flatten().tolist()) == {result[0].shape[1] - keys.shape[2] // 2}
 
 
-@pytest.mark.parametrize("r", ["none", "most"])
-@pytest.mark.parametrize(
-    ("tokens", "prefix", "class_token"),
-    [
-        pytest.param(tokens, prefix, by_position, id=f"{tokens}-{prefix}-{order}")
-        for tokens in (2, 3, 4, 5, 8)
-        for prefix in PREFIXES
-        for order, by_position in ORDERS.items()
-        if prefix <= tokens
-    ],
+@pairwise(
+    "tokens, prefix, class_token, r",
+    (2, 3, 4, 5, 8),
+    PREFIXES,
+    (False, True),
+    ("none", "most"),
+    where=lambda tokens, prefix, *_: prefix <= tokens,
 )
 def test_few_tokens_write_their_plan_and_nothing_else(interpreter, tokens, prefix, r, class_token):
     """Also where set A or set B has prefix tokens only."""

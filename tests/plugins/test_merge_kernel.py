@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from merge_cases import DTYPES, assert_as_good_as_eager, exact, normal, random_plan, sizes
+from pairwise import pairwise
 
 from tome_export.merge import ops
 from tome_export.merge.plan import MergePlan
@@ -22,10 +23,9 @@ def test_widths(interpreter, width, dtype):
     assert_as_good_as_eager(interpreter("merge", x, size, *plan), x, size, plan)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("tokens", "r"), [(2, 1), (3, 1), (4, 0), (5, 2), (50, 24)])
-def test_tokens(interpreter, tokens, r, batch, dtype):
+@pairwise("counts, batch, dtype", ((2, 1), (3, 1), (4, 0), (5, 2), (50, 24)), (1, 2), DTYPES)
+def test_tokens(interpreter, counts, batch, dtype):
+    tokens, r = counts
     x = normal(batch, tokens, 24, seed=tokens).to(DTYPES[dtype])
     size, plan = sizes(batch, tokens), random_plan(batch, tokens, r)
     assert_as_good_as_eager(interpreter("merge", x, size, *plan), x, size, plan)

@@ -34,7 +34,7 @@ from references import diffrate, dtem, dynamicvit, evit, pitome, query, sets, to
 
 from tome_export.engine import select
 from tome_export.onnx.export import ExportOptions, onnx_from_model
-from tome_export.parity.check import inputs_of
+from tome_export.parity.compare import inputs_of
 from tome_export.patch import patch
 from tome_export.reducers import REDUCERS, reducer_from_text
 from tome_export.reducers.base import ModelShape, Reducer

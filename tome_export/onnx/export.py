@@ -149,8 +149,8 @@ def onnx_from_model(
     """Export a merged model to ``path``.
 
     Args:
-        model: In eval mode, fp32 weights.
-        path: Of the ``.onnx`` file; external data goes beside it.
+        model: Model in eval mode with fp32 weights.
+        path: The ``.onnx`` file; external data goes beside it.
         options: Precision, batch range, operator forms.
         output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
             gives them.
@@ -175,7 +175,9 @@ def onnx_from_model(
     proto.ir_version = _ir_version(proto)
     name_by_place(proto.graph)
     _name_by_content(proto)
-    described = {**(metadata or {}), **_sequences(model)}
+    counts = {step_name(step): model.sequences_at(step) for step in model.steps}
+    several = {name: count for name, count in counts.items() if count > 1}
+    described = {**(metadata or {}), **({spec.SEQUENCES: several} if several else {})}
     props = {METADATA_PREFIX + key: json.dumps(value) for key, value in described.items()}
     onnx.helper.set_model_props(proto, props)
     proto.doc_string = f"Vision transformer with token merging, operators v{spec.VERSION}"
@@ -214,15 +216,6 @@ def _ir_from_model(
     input and outputs ``blocks.i.keys``, ``.keep``, ``.src`` and ``.dst``. Of a reducer that decides
     by scores, ``blocks.i.plan`` has those outputs, and ``blocks.i.signal.j`` gives score j. Of the
     merge across clips ahead of layer i, ``blocks.i.across`` stands for ``blocks.i``.
-
-    Args:
-        model: In eval mode, with weights of the precision.
-        options: Precision, batch range, operator forms.
-        output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
-            gives them.
-
-    Raises:
-        ExportError: if torch cannot trace or translate the model.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -272,6 +265,8 @@ def _finish_merge_nodes(model: ir.Model, merging: Sequence[Step], plugin: bool) 
 
     For plugins the nodes also get the attributes that TensorRT finds a plugin by.
     """
+    import onnx_ir as ir
+
     name_by_module(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -281,40 +276,30 @@ def _finish_merge_nodes(model: ir.Model, merging: Sequence[Step], plugin: bool) 
             f"the exported graph has {len(matches)} match or plan nodes; expected {len(merging)}, "
             "one per merge"
         )
-    place_of: dict[Any, str] = {}
-    for place, node in zip(map(step_name, merging), matches, strict=True):
-        node.name = f"{place}.{spec.SUFFIXES[node.op_type]}"
+    step_of: dict[Any, str] = {}
+    for step, node in zip(map(step_name, merging), matches, strict=True):
+        node.name = f"{step}.{spec.SUFFIXES[node.op_type]}"
         if node.op_type == spec.MATCH:
-            for given, name in zip(node.inputs, spec.MATCH_INPUTS, strict=True):
-                _value(given).name = f"{place}.{name}"
+            (keys,) = node.inputs
+            if keys is None:
+                raise ExportError("a match node in the exported graph has no input")
+            keys.name = f"{step}.{spec.MATCH_INPUTS[0]}"
         for value, name in zip(node.outputs, spec.MATCH_OUTPUTS, strict=True):
-            value.name = f"{place}.{name}"
-            place_of[value] = place
+            value.name = f"{step}.{name}"
+            step_of[value] = step
     for node in model.graph:
         if node.op_type == spec.MERGE:
-            place = place_of[node.inputs[2]]
-            node.name = f"{place}.{spec.SUFFIXES[spec.MERGE]}"
-            node.outputs[1].name = f"{place}.size"
+            step = step_of[node.inputs[2]]
+            node.name = f"{step}.{spec.SUFFIXES[spec.MERGE]}"
+            node.outputs[1].name = f"{step}.size"
         if node.op_type == spec.SIGNAL:
             layer, index = (node.attributes[name].as_int() for name in ("layer", "index"))
             node.name = node.outputs[0].name = f"blocks.{layer}.signal.{index}"
         if plugin and node.op_type in (spec.MATCH, spec.MERGE):
-            node.attributes.update(_plugin_attributes())
+            marks = ir.convenience.convert_attributes(dict(spec.PLUGIN_ATTRIBUTES))
+            node.attributes.update({mark.name: mark for mark in marks})
     model.producer_name = "tome-export"
     model.graph.name = "tome_export"
-
-
-def _plugin_attributes() -> dict[str, ir.Attr]:
-    import onnx_ir as ir
-
-    attributes = ir.convenience.convert_attributes(dict(spec.PLUGIN_ATTRIBUTES))
-    return {attribute.name: attribute for attribute in attributes}
-
-
-def _value(value: Any) -> Any:
-    if value is None:
-        raise ExportError("a match node in the exported graph has no input; expected the keys")
-    return value
 
 
 @contextlib.contextmanager
@@ -338,8 +323,6 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     Ensures the same inputs and outputs; every tensor that is a merge's decision under its name
     (``onnx.names``), with its shape; and every node for plugins still in place with its attributes.
 
-    Raises:
-        ExportError: if onnxsim cannot validate its own result.
     """
     import onnxsim
 
@@ -424,13 +407,6 @@ def _interface(model: onnx.ModelProto) -> set[tuple[str, ...]]:
         for node in graph.node
         if node.domain == spec.DOMAIN
     }
-
-
-def _sequences(model: MergedModel) -> dict[str, dict[str, int]]:
-    """What the twin has to know of merges that work on several sequences of one input."""
-    counts = {step_name(step): model.sequences_at(step) for step in model.steps}
-    several = {name: count for name, count in counts.items() if count > 1}
-    return {spec.SEQUENCES: several} if several else {}
 
 
 def _name_by_content(model: onnx.ModelProto) -> None:

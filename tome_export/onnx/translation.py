@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -15,8 +14,7 @@ from tome_export.merge import spec
 from tome_export.spec import AttentionForm
 
 
-@dataclass(frozen=True)
-class _Signature:
+class _Signature(NamedTuple):
     """Attributes, and inputs and outputs with the letters of ``_TYPES`` for their types."""
 
     attributes: tuple[str, ...]
@@ -90,18 +88,7 @@ FUSED_HEAD_DIMS = range(16, 257, 8)
 """Head widths that TensorRT has dedicated attention kernels for (tried with TensorRT-RTX 1.7)."""
 
 
-def _fused_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    fp32_sums: bool = False,
-) -> Any:
+def _fused_attention(*, fp32_sums: bool) -> Callable[..., Any]:
     """``scaled_dot_product_attention`` as the Attention operator where TensorRT can fuse it.
 
     That is self-attention with one width for keys and values; attention pooling (one query) and
@@ -111,41 +98,35 @@ def _fused_attention(
     TensorRT reads as «half precision with float32 sums» (release notes of 11.3). The mask stays in
     half precision: TensorRT-RTX 1.7 fuses that, and cannot build a graph whose mask is cast too.
     """
-    from onnxscript import opset23
 
-    op: Any = opset23
+    def attention(  # the exporter binds arguments by this signature
+        q: Any,
+        k: Any,
+        v: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        from onnxscript import opset23
 
-    fusible = (
-        tuple(q.shape[1:]) == tuple(k.shape[1:]) == tuple(v.shape[1:])
-        and q.shape[-1] in FUSED_HEAD_DIMS
-    )
-    if not fusible or is_causal or enable_gqa:
-        return _attention_in_parts(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = () if attn_mask is None else (attn_mask,)
-    if not fp32_sums:
-        return op.Attention(q, k, v, *mask, scale=factor)[0]
-    # The match casts the keys too. Were it the same cast, TensorRT-RTX would not find the pattern.
-    exact = 2.0 ** min(math.floor(math.log2(factor)), -1)
-    k = op.Mul(k, op.CastLike(op.Constant(value_float=exact), k))
-    wide = (op.Cast(x, to=onnx.TensorProto.FLOAT) for x in (q, k, v))
-    return op.Cast(op.Attention(*wide, *mask, scale=factor / exact)[0], to=int(q.dtype))
+        op: Any = opset23
+        one_width = tuple(q.shape[1:]) == tuple(k.shape[1:]) == tuple(v.shape[1:])
+        if not one_width or q.shape[-1] not in FUSED_HEAD_DIMS or is_causal or enable_gqa:
+            return _attention_in_parts(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        mask = () if attn_mask is None else (attn_mask,)
+        if not fp32_sums:
+            return op.Attention(q, k, v, *mask, scale=factor)[0]
+        # The match casts the keys too. Were it the same cast, TensorRT-RTX would not find the
+        # pattern.
+        exact = 2.0 ** min(math.floor(math.log2(factor)), -1)
+        k = op.Mul(k, op.CastLike(op.Constant(value_float=exact), k))
+        wide = (op.Cast(x, to=onnx.TensorProto.FLOAT) for x in (q, k, v))
+        return op.Cast(op.Attention(*wide, *mask, scale=factor / exact)[0], to=int(q.dtype))
 
-
-def _fused_attention_fp32_sums(
-    q: Any,
-    k: Any,
-    v: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """``_fused_attention`` with float32 sums; the exporter binds arguments by this signature."""
-    return _fused_attention(
-        q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, fp32_sums=True
-    )
+    return attention
 
 
 def _attention_in_parts(
@@ -177,19 +158,14 @@ def _attention_in_parts(
 
 
 _ATTENTION: dict[AttentionForm, Callable[..., Any]] = {
-    "fused": _fused_attention,
-    "fused-fp32": _fused_attention_fp32_sums,
+    "fused": _fused_attention(fp32_sums=False),
+    "fused-fp32": _fused_attention(fp32_sums=True),
     "parts": _attention_in_parts,
 }
 
 
 def translation_table(attention: AttentionForm) -> dict[Any, Callable[..., Any]]:
-    """Custom translations for ``torch.onnx.export``.
-
-    Args:
-        attention: ``fused`` and ``fused-fp32`` write the Attention operator (ONNX opset 23) where
-            TensorRT can fuse it, ``parts`` never.
-    """
+    """Custom translations for ``torch.onnx.export``, with attention in a form but ``auto``."""
     # Importing the operators registers them with torch.
     import tome_export.merge.ops  # noqa: F401
 
