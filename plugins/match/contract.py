@@ -57,15 +57,7 @@ def refusal(
     strides: tuple[int, ...] | None = None,
     offset: int = 0,  # noqa: ARG001 - a pointer's, which has 64 bits
 ) -> str | None:
-    """Why the kernel cannot take such keys, or None.
-
-    Args:
-        tokens: N, prefix tokens included.
-        width: D, numbers per head.
-        dtype: Of the keys.
-        strides: As for ``variant``.
-        offset: As for ``variant``.
-    """
+    """Why the kernel cannot take such keys, or None; arguments as for ``variant``."""
     if dtype not in DTYPES:
         return f"keys are {dtype}; the TomeMatch kernel takes {', '.join(DTYPES)}"
     if tokens > MAX_TOKENS:
@@ -92,10 +84,10 @@ def variant(
     """The kernel for keys of N tokens and D numbers per head.
 
     Args:
-        tokens: N.
+        tokens: N, prefix tokens included.
         width: D.
-        dtype: Of the keys.
-        strides: Of image, head and token in elements; None if the keys are contiguous.
+        dtype: Data type of the keys.
+        strides: Strides of image, head and token in elements; None if the keys are contiguous.
         offset: Elements before the first key.
         dot: Precision of the product.
     """
@@ -145,8 +137,8 @@ def launch(
         r: Tokens to merge, ``0 <= r <= (N - prefix) // 2``.
         prefix: Protected tokens.
         class_token: Whether the output order is by position.
-        strides: Of image, head and token in elements; None if the keys are contiguous.
-        offset: Elements before the first key.
+        strides: As for ``variant``.
+        offset: As for ``variant``.
     """
     image, head, token = strides or (heads * tokens * width, tokens * width, width)
     unit = _stride_unit(strides or (width,), offset)

@@ -29,12 +29,7 @@ _PER_WARP = 256
 
 
 def refusal(width: int, dtype: str) -> str | None:
-    """Why the kernel cannot take such tokens, or None.
-
-    Args:
-        width: C, numbers per token.
-        dtype: Of x.
-    """
+    """Why the kernel cannot take tokens of C numbers of that type, or None."""
     if dtype not in DTYPES:
         return f"tokens are {dtype}; the TomeMerge kernel takes {', '.join(DTYPES)}"
     if width > MAX_WIDTH:
@@ -51,13 +46,7 @@ def variant(width: int, dtype: str) -> Variant:
 
 
 def launch(batch: Any, tokens: int, r: int) -> Launch:
-    """One program per output token.
-
-    Args:
-        batch: B, a number or a symbolic expression.
-        tokens: N.
-        r: Tokens folded away.
-    """
+    """One program per output token; B is a number or a symbolic expression."""
     return Launch((batch * (tokens - r), 1, 1), (tokens, r))
 
 

@@ -19,13 +19,9 @@ class AvgPool(Compressor):
     """Every cell of a grid is the mean over its patches; a merged token gives each of its own.
 
     Cell i of n over L rows is of rows ``floor(i L / n)`` to ``ceil((i + 1) L / n) - 1``, as torch's
-    ``adaptive_avg_pool2d`` has it: where n does not divide L, neighbours share rows. Tokens are
-    unmerged first (ToMe, section 3.2), so a cell is exactly the mean over its patches' features,
-    and patches that became one token count in every cell that they lie in.
-
-    Limits: no more cells than patches, either way; not with reducers that drop tokens. The mean is
-    of what the tower gives, behind a projector if that is fused, which is not the projection of the
-    mean.
+    ``adaptive_avg_pool2d`` has it. Tokens are unmerged first (ToMe, section 3.2), so a cell is
+    exactly the mean over its patches' features. The mean is of what the tower gives, behind a
+    projector if that is fused, which is not the projection of the mean.
 
     Attributes:
         grid: Rows and columns of the cells.

@@ -37,12 +37,10 @@ class Resampler(Compressor):
     ``z <- z + softmax(q k^T / sqrt(D) + log s) v`` with q of the latents, k and v of tokens and
     latents together, then ``z <- z + FFW(z)``; a layer norm at the end (Flamingo, section 3.1.1
     and appendix A.1.1). ``log s``, the size of each token, is added for merged tokens so that each
-    counts as its patches (as ToMe's proportional attention, eq. 1); of a latent it is 0. So with
-    equal patches in every token the result is that of the unmerged ones.
+    counts as its patches (as ToMe's proportional attention, eq. 1); of a latent it is 0.
 
     Weights are in the layout of OpenFlamingo's ``PerceiverResampler``, a checkpoint of the whole
-    model included: ``latents``, ``layers.I.0.{norm_media,norm_latents,to_q,to_kv,to_out}``,
-    ``layers.I.1.{0,1,3}``, ``norm``. Limits: one image, so no embeddings of time (``frame_embs``,
+    model included. Limits: one image, so no embeddings of time (``frame_embs``,
     ``media_time_embs``); the width of the latents is that of the tower's features.
 
     Attributes:

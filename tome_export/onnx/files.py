@@ -22,7 +22,6 @@ from tome_export.spec import INPUT_NAME, TensorInfo
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this go to ``model.onnx.data``; protobuf's limit is 2 GiB for the whole file."""
 
-
 SMALL_BYTES = 1024
 """Weights below this stay in the model's own file."""
 
@@ -45,7 +44,7 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 
 
 def data_of(path: Path) -> Path:
-    """Where the weights of a large model go that is in this file."""
+    """The file for the weights of a large model in this file."""
     return path.with_name(path.name + ".data")
 
 
@@ -154,7 +153,7 @@ def check(path: Path, model: onnx.ModelProto | None = None) -> None:
     """Run ONNX's checker with full shape inference and require a shape for every tensor.
 
     Args:
-        path: Of the model's file.
+        path: The model's file.
         model: What is in it, if it is in memory; the weights of a large one are not read again.
 
     Raises:
@@ -234,11 +233,9 @@ def check_memory(path: Path) -> None:
 
 @contextlib.contextmanager
 def beside(model: onnx.ModelProto, path: Path | None) -> Iterator[onnx.ModelProto | Path]:
-    """Another graph on the weights of a model, in a file next to it for as long as it is needed.
+    """A graph on the weights of the model in ``path``, in a file next to it while it is needed.
 
-    Args:
-        model: Whose weights are where those of the model in ``path`` are.
-        path: Of the model's file; None gives the graph itself.
+    Without a path it is the graph itself.
     """
     if path is None:
         yield model

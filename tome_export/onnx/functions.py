@@ -283,13 +283,10 @@ def _parse(
 def match_function(
     opset: int, *, class_token: bool, plugin: bool = False, product: bool = False
 ) -> onnx.FunctionProto:
-    """``TomeMatch`` in standard operators.
+    """``TomeMatch`` in standard operators, for nodes that share the attribute ``class_token``.
 
-    Args:
-        opset: Of the standard operators.
-        class_token: The attribute of that name of all match nodes; see ``class_token_of``.
-        plugin: Declare the attributes of nodes meant for TensorRT plugins.
-        product: Read the keys from a product; only with ``plugin``, whose attributes say where.
+    With ``plugin`` the attributes of nodes meant for TensorRT plugins are declared; with
+    ``product``, which needs them, the keys are read from a product.
     """
     metric = _METRIC_FROM_PRODUCT if product else _METRIC_FROM_KEYS
     attributes = (*spec.KEYS_ATTRIBUTES, *spec.PLUGIN_ATTRIBUTES) if plugin else ()
@@ -298,13 +295,7 @@ def match_function(
 
 
 def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> onnx.FunctionProto:
-    """``TomeMerge`` in standard operators: by scatter-add or by a matrix product.
-
-    Args:
-        lowering: Which of the two.
-        opset: Of the standard operators.
-        plugin: Declare the attributes of nodes meant for TensorRT plugins.
-    """
+    """``TomeMerge`` in standard operators: by scatter-add or by a matrix product."""
     body = _MERGE_HEAD + _BODIES[lowering] + _MERGE_TAIL
     return _parse(body, opset, spec.PLUGIN_ATTRIBUTES if plugin else ())
 
@@ -332,13 +323,7 @@ def class_token_of(nodes: Iterable[onnx.NodeProto]) -> bool:
 def functions_for(
     nodes: Collection[onnx.NodeProto], lowering: Lowering, opset: int, *, plugin: bool = False
 ) -> list[onnx.FunctionProto]:
-    """The functions that a graph needs.
-
-    Args:
-        nodes: Of the graph.
-        lowering: Body of ``TomeMerge``.
-        opset: Of the standard operators.
-        plugin: Declare the attributes of nodes meant for TensorRT plugins.
+    """The functions that a graph's nodes need.
 
     Raises:
         ExportError: if one body does not do for all match nodes.
@@ -358,9 +343,9 @@ def inline(model: onnx.ModelProto, operators: Collection[str] = tuple(spec.SUFFI
     """Put bodies in the place of their calls; names are those of ``onnx.names``.
 
     Args:
-        model: With its functions, and shapes of what goes into calls and comes out of them;
+        model: Model with its functions, and shapes of what goes into calls and comes out of them;
             changed in place.
-        operators: Whose calls; the functions of others stay.
+        operators: Operators whose calls go; the functions of others stay.
     """
     graph = model.graph
     bodies = {f.name: f for f in model.functions if f.name in operators}
@@ -407,10 +392,7 @@ def expanded(
 ) -> Iterator[onnx.NodeProto]:
     """The nodes of a call's body, with the names that ``onnx.names`` gives them.
 
-    Args:
-        call: A node of the graph.
-        body: The function that it calls.
-        types: Of the call's outputs, for bodies that take their dtype from an input.
+    ``types`` are those of the call's outputs, for bodies that take their dtype from an input.
     """
     names = dict(zip((*body.input, *body.output), (*call.input, *call.output), strict=True))
     if call.op_type == spec.MATCH:

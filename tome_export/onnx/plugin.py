@@ -20,15 +20,7 @@ from tome_export.onnx.functions import class_token_of, keys_attributes, match_fu
 
 
 class MatchShape(NamedTuple):
-    """What one layer hands to TomeMatch.
-
-    Attributes:
-        tokens: N.
-        width: D of a head, or of a metric.
-        dtype: Of the keys.
-        strides: From image to image, head to head and token to token, in elements.
-        offset: Elements before the first key.
-    """
+    """What one layer hands to TomeMatch: the arguments of ``plugins.match.contract.variant``."""
 
     tokens: int
     width: int
@@ -38,12 +30,7 @@ class MatchShape(NamedTuple):
 
 
 class MergeShape(NamedTuple):
-    """What one layer hands to TomeMerge.
-
-    Attributes:
-        width: C.
-        dtype: Of the tokens.
-    """
+    """What one layer hands to TomeMerge: the arguments of ``plugins.merge.contract.variant``."""
 
     width: int
     dtype: str
@@ -101,11 +88,7 @@ def read_keys_from_products(model: onnx.ModelProto, opset: int) -> None:
     views of a 3D tensor (a ready metric is one of itself), each takes the one furthest up, the body
     of ``TomeMatch`` reads products, and what nothing reads any longer is gone. Otherwise (q/k norms
     and rotary embeddings make keys that lie nowhere in a product) all take the keys as they are:
-    functions are known by name alone, so a graph has one body.
-
-    Args:
-        model: Changed in place.
-        opset: Of the standard operators.
+    functions are known by name alone, so a graph has one body. The model is changed in place.
     """
     graph = model.graph
     matches = [node for node in graph.node if node.op_type == spec.MATCH]

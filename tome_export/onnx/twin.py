@@ -74,7 +74,7 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
     """Instrument a model exported by this package.
 
     Args:
-        model: Not changed, unless it is consumed.
+        model: The model, which is not changed unless it is consumed.
         consume: Make the twin of the model itself, which saves a copy of its weights.
 
     Raises:
@@ -140,7 +140,7 @@ def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
 
 
 def _decisions(names: Iterable[str]) -> list[tuple[Step, dict[str, str]]]:
-    """In the order of merges, the tensors each decides and is decided by, by their parts."""
+    """The tensors that each merge decides and is decided by, by their parts, in order."""
     found: dict[Step, dict[str, str]] = defaultdict(dict)
     for name in names:
         decision, step = decision_of_tensor(name), step_from_name(name)
@@ -176,13 +176,9 @@ def _dims(value: onnx.ValueInfoProto) -> list[str | int]:
 
 
 def _switch(shown: str, given: str, new: str, shape: list[str | int]) -> list[onnx.NodeProto]:
-    """Nodes that replace a tensor of a plan when led.
+    """Nodes that make ``new [B S, K]`` of what the graph chose, or of what it is led by.
 
-    Args:
-        shown: What the graph chose, of the same shape as ``given``.
-        given: What it may be led by.
-        new: What the rest of the graph reads from now on, ``[B S, K]``.
-        shape: Of ``given``: ``[B, K]``, or ``[B, S, K]`` of several sequences.
+    ``shown`` and ``given`` have the shape: ``[B, K]``, or ``[B, S, K]`` of several sequences.
     """
     if len(shape) == 2:
         return [helper.make_node("Where", [LEAD, given, shown], [new], name=f"{new}.where")]

@@ -37,22 +37,12 @@ class DiffRate(ScoredReducer):
 
     Of N tokens in layer l ``min(N, prune_kept[l])`` are left after pruning and of those
     ``merge_kept[l]`` after merging, prefix included (section 3.2). A token that merges goes into
-    the most similar one that stays, by the cosine of the tokens behind attention, never into a
-    prefix token. A token becomes the mean of itself and of all that merge into it, each counted
-    once; its size grows by theirs times their similarity, so proportional attention, which models
-    of MAE have here too, knows how well a token stands for what it took in. All as in the authors'
-    code, where the counts of the paper come from too: ``file`` may be its
-    ``compression_rate.json``, with ``entry`` such as ``ViT-S-DeiT/2.9``.
-
-    Other than there, what stays is in order of position, which changes no output; every prefix
-    token is protected, not only the class token; and a similarity below 0 counts as 0, because a
-    size could reach 0 otherwise, whose logarithm attention takes. With an r of its own, a layer
-    prunes as far down as ``prune_kept`` says and merges what r leaves over; without counts it
-    merges all r.
+    the most similar one that stays, never into a prefix token: the plain mean, whose size grows by
+    the sizes of the others times their similarity, 0 if that is less. docs/reducers.md says more.
 
     Attributes:
-        file: JSON with ``prune_kept_num`` and ``merge_kept_num``, a number for each layer; read
-            once, the other options then hold what it said.
+        file: JSON with ``prune_kept_num`` and ``merge_kept_num``, a number for each layer, such as
+            the authors'; read once, the other options then hold what it said.
         entry: Where in the file these are: names with ``/`` between them.
         prune_kept: Tokens left after pruning, per layer.
         merge_kept: Tokens left after merging, per layer.

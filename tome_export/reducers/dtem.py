@@ -20,15 +20,9 @@ class DTEM(MatchReducer):
 
     It reads what the projections of queries and keys read, the normalised tokens that enter
     attention, and gives ``features`` numbers per token (section 3.2). Matching and the
-    size-weighted mean are ToMe's, as in the authors' code at inference; the soft matching of the
-    paper is for training only.
-
-    The weights are in the layout of the authors' code, ``blocks.I.attn.qkv.metric_layer.weight``
-    and ``.bias`` for every block; other keys of the file are left alone. Modular training changes
-    nothing else, so the model keeps its own weights; training end to end changes all of them, and
-    such a model has to be given with ``--weights`` in its own layout. Its ``features`` are the
-    width of a head, or two heads for models from 1,024 wide on: 64, and 128 for ViT-L. Blocks with
-    attentions side by side read several normalised tokens and are refused.
+    size-weighted mean are ToMe's. The weights are in the layout of the authors' code,
+    ``blocks.I.attn.qkv.metric_layer.weight`` and ``.bias`` for every block; other keys of the file
+    are left alone. Blocks with attentions side by side are refused.
 
     Attributes:
         weights: A file, or ``random``.

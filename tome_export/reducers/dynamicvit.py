@@ -29,21 +29,13 @@ class DynamicViT(StagedReducer):
 
     For the n tokens behind the prefix ``z = GELU(Linear(LayerNorm(x)))``; its first half stays
     local, its second half becomes the mean over all n tokens; an MLP and a log-softmax over (keep,
-    drop) follow (section 3.2, equations 1 to 5), and the score is that of keep. Tokens that earlier
-    stages dropped are gone, so at inference the mask of the paper is all ones. Of the n_0 tokens of
-    the first layer ``floor(rate n_0)`` stay, the rates of the stages being keep, keep^2, keep^3
-    (section 3.3); several rates in ``keep`` are taken as they are. What stays is in order of
-    position, in the authors' code by score, which changes no output.
-
-    The weights are in the layout of the public checkpoints, ``score_predictor.I.in_conv.{0,1}``
-    and ``score_predictor.I.out_conv.{0,2,4}``: in the same file as the model's own, which
-    ``--weights`` then names, or in one that ``weights`` names. Tokens can only go where there is a
-    predictor: schedules count for those layers and no others.
+    drop) follow (section 3.2, equations 1 to 5), and the score is that of keep. Of the n_0 tokens
+    of the first layer ``floor(rate n_0)`` stay, the rates being keep, keep^2, keep^3 (section 3.3),
+    or ``keep`` itself if it has several. The weights are in the layout of the public checkpoints;
+    schedules count for layers with a predictor and no others. docs/reducers.md says more.
 
     Attributes:
         weights: A file, ``random``, or None for the file of the model's weights.
-        keep: One rate for all stages, to the power of the stage; or the rate of each.
-        at: Layers in front of which tokens go, from 1; empty for the quarters of the depth.
     """
 
     weights: str | None = None

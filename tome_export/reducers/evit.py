@@ -56,14 +56,9 @@ class EViT(AttentiveReducer):
 
     The score a_i of token i is the mean over heads of the class token's attention to it (section
     3.1). The fused token is the sum of ``a_i x_i`` over the tokens that do not stay (section 3.2),
-    not divided by the sum of a_i, as in the authors' code; it is the last token, and in later
-    layers a token like any other. Without counts of its own a layer removes r tokens: its r + 1
-    least attended become one. Tokens are removed between attention and MLP, by default at the
-    quarters of the depth.
-
-    Other than in the authors' code every prefix token is protected, not only the class token; and
-    where a single token would be fused, nothing is, as that makes no token fewer. Models without a
-    class token cannot use it. Proportional attention is no part of the method.
+    not divided by the sum of a_i, as in the authors' code; it is the last token. Without counts of
+    its own a layer removes r tokens: its r + 1 least attended become one. docs/reducers.md says
+    what else differs.
     """
 
     name = "evit"

@@ -12,13 +12,9 @@ from tome_export.reducers.plans import FixedSets
 class Kth(FixedSets):
     """Set B is every k-th patch behind the prefix, set A the rest; the r best pairs merge.
 
-    Of M patches ``floor(M / k)`` form B: with k = 4 a layer can remove three quarters, where ToMe's
-    even and odd positions allow half. As in ToMe a pair's score is the cosine of its mean keys, and
-    merged tokens are their size-weighted mean.
-
-    Differences: in the official code all of A merges, which is r at its largest here, and the
-    patches behind the last whole group of k get lost; here they belong to A. That code knows no
-    class token; here the whole prefix is protected. Output is in order of position.
+    Of M patches ``floor(M / k)`` form B: with k = 4 a layer can remove three quarters. In the
+    official code all of A merges, and the patches behind the last whole group of k get lost; here
+    they belong to A.
 
     Attributes:
         k: One patch in k is in set B.

@@ -32,21 +32,15 @@ class PiToMe(ScoredReducer):
         f(x) = x for x >= 0, else alpha (exp(x) - 1)
 
     The 2r of highest E, in order of rank, go to sets A and B in turn. Each of A merges into the
-    most similar one of B by size-weighted mean.
-
-    In the layers that ``split`` names all patches go to A and B in turn, and the r most similar
-    pairs merge: the official code (hchautran/PiToMe) does that for DeiT in the first half of the
-    layers, for MAE in the last. Its vision models compute attention without sizes, so proportional
-    attention is off unless asked for.
-
-    The mean takes in j = i, the same constant for all, as in the official code. There the margin
-    starts at 0.9 for BLIP, 0.75 for DeiT and MAE, and 0.95 for CLIP. Register and distillation
-    tokens are protected with the class token. Output is in order of position, not of energy.
+    most similar one of B by size-weighted mean. In the layers that ``split`` names all patches go
+    to A and B in turn, and the r most similar pairs merge, as the official code
+    (hchautran/PiToMe) runs DeiT and MAE. docs/reducers.md says more.
 
     Attributes:
-        margin: Of the first layer; it falls to 0 behind the last.
+        margin: Margin of the first layer; it falls to 0 behind the last.
         alpha: How much distant neighbours count against a token.
-        split: Where all patches are split: ``none``, ``deit`` or ``mae``.
+        split: Where all patches are split: ``none``, ``deit`` (the first half of the layers) or
+            ``mae`` (the last).
     """
 
     name = "pitome"

@@ -30,17 +30,11 @@ DROP, MERGE = "drop", "merge"
 class Query(ScoredReducer):
     """The r tokens that are least relevant to a query go; how many stay is the schedule's to say.
 
-    The relevance of token i is ``cos(W x_i, q)``: q is the model's input ``query [B, E]``, an
-    embedding of a text, of another image or of anything the projection W was made for, and x_i the
-    token behind attention. A dropped token leaves nothing behind; a merged one goes into the most
-    similar token that stays, by the cosine of their mean keys, and the mean is weighted by size, as
-    in ToMe (section 3.1).
-    Prefix tokens stay whatever the query, and a query of zeros makes all tokens alike, so that the
-    first ones stay.
-
-    W is a linear layer's ``weight [E, C]`` and ``bias [E]`` (which may be missing) of a file, such
-    as the visual projection of a CLIP model; without W, token and query are compared as they are.
-    One W serves all layers, so it should be one for the layers where tokens go.
+    The relevance of token i is ``cos(W x_i, q)``: q is the model's input ``query [B, E]``, x_i the
+    token behind attention, and W a linear layer's ``weight [E, C]`` and perhaps ``bias [E]`` of a
+    file; without W, token and query are compared as they are. A dropped token leaves nothing
+    behind; a merged one goes into the most similar token that stays, by the cosine of their mean
+    keys, and the mean is weighted by size, as in ToMe (section 3.1).
 
     Attributes:
         weights: A file with W, ``random``, or None to go without.

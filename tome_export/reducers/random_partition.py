@@ -12,14 +12,9 @@ from tome_export.reducers.plans import FixedSets
 class RandomPartition(FixedSets):
     """Set A is r patches drawn at random, set B the rest; every patch of A merges.
 
-    Each goes into its most similar patch of B by the cosine of the mean keys; merged tokens are
-    their size-weighted mean. It is the baseline that shows what choosing the pairs is worth.
-
     The draw is a constant of the graph: layer l takes the r patches with the smallest of M numbers
     from ``random.Random("<seed>/<l>").random()``, which Python promises to keep the same. The
-    official code draws anew for every image of every batch, so that an image's result would hang on
-    chance and on its neighbours; it knows no class token, where here the prefix is protected.
-    Output is in order of position.
+    official code draws anew for every image of every batch.
 
     Attributes:
         seed: Seed of the draw.

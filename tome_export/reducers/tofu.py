@@ -20,19 +20,13 @@ class ToFu(MatchReducer):
     """ToMe's matching; what becomes of a pair depends on the depth.
 
     In layer l of L, counted from 0, with ``l < prune L``, the token of set B stays as it is and its
-    partners vanish (pruned merging): early layers answer to the mean of two tokens by something far
-    from the mean of their answers. In later ones a group x_1 ... x_n becomes, by MLERP::
+    partners vanish. In later ones a group x_1 ... x_n becomes, by MLERP::
 
         mean(x) / |mean(x)| * max(|x_1|, ..., |x_n|)
 
-    The paper prunes where a model is sensitive to interpolated inputs; here that is a share of the
-    depth. The formula has no sizes, so the mean is a plain one. Sizes are counted all the same,
-    those of pruned tokens included, because the token that stays stands for them: average pooling
-    and dense outputs use that. Proportional attention would let a token count for others whose
-    values it does not hold; it is off unless asked for.
-
-    The re-implementation in PiToMe's repository prunes one layer more, of 12 those up to the
-    seventh, and scales by the norm of set B's token and not of the mean.
+    Sizes are counted all the same, those of pruned tokens included: average pooling and dense
+    outputs use them. The re-implementation in PiToMe's repository prunes one layer more and scales
+    by the norm of set B's token and not of the mean.
 
     Attributes:
         prune: Share of the layers, from the first, that prune.

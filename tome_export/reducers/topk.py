@@ -16,10 +16,8 @@ from tome_export.reducers.plans import ranked_plan
 class TopK(AttentiveReducer):
     """Of N tokens behind P prefix tokens ``ceil(keep (N - P))`` stay, in order of position.
 
-    The score of token i is the mean over heads of the class token's attention to it (EViT, section
-    3.1, without the fused token). Without counts of its own a layer drops its r least attended
-    tokens. Dropped tokens leave nothing behind, so there are no dense outputs, and proportional
-    attention has nothing to weigh. Models without a class token cannot use it.
+    The score is that of EViT (section 3.1). Without counts of its own a layer drops its r least
+    attended tokens.
     """
 
     name = "topk"

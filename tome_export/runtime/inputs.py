@@ -28,11 +28,11 @@ SEED = 0
 def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np.ndarray[Any, Any]]:
     """Random vectors of unit length, always the same ones, where no others are at hand.
 
-    Of a mask of frames: that all count.
+    A mask of frames says that all count.
 
     Args:
         shapes: Shape of each input by name, without the batch.
-        count: Images.
+        count: Number of images.
 
     Returns:
         ``[count, ...]`` float32 by name.
@@ -49,12 +49,7 @@ def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np
 
 
 class Fed:
-    """A runner that gets ``unit_inputs`` besides what it is given, to be timed.
-
-    Args:
-        runner: What runs.
-        shapes: Inputs that are missing, as for ``unit_inputs``.
-    """
+    """A runner that gets ``unit_inputs`` of some shapes besides what it is given, to be timed."""
 
     def __init__(self, runner: Runner, shapes: Mapping[str, Sequence[int]]) -> None:
         self._runner, self._shapes = runner, shapes

@@ -84,7 +84,7 @@ class OrtRunner:
         model: The model, or its file, which takes less memory; bfloat16 cannot be emulated then.
         provider: Where it runs.
         profile: Prefix of a file for the runtime's own profile, written by ``end_profiling``.
-        devices: Those of the provider, as ONNX Runtime lists them, for one that was registered.
+        devices: Devices of a provider that was registered, as ONNX Runtime lists them.
 
     Raises:
         MissingComponentError: if onnxruntime, or its provider, is not here.

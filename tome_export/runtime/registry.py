@@ -31,12 +31,8 @@ ORT_CPU, TORCH = OrtCpu.name, Torch.name
 def backend_of(name: str, but: str | None = None) -> Backend:
     """The backend of a name.
 
-    Args:
-        name: Of ``BACKENDS``.
-        but: One that the caller cannot use, and does not list among those that it can.
-
     Raises:
-        UsageError: if there is none.
+        UsageError: if there is none; ``but`` names one that the caller cannot use.
     """
     if name not in BACKENDS:
         known = ", ".join(one for one in BACKENDS if one != but)
@@ -46,10 +42,6 @@ def backend_of(name: str, but: str | None = None) -> Backend:
 
 def require(names: Sequence[str], but: str | None = None) -> None:
     """Check that backends exist and can run here, before any work is done.
-
-    Args:
-        names: Of the backends.
-        but: See ``backend_of``.
 
     Raises:
         UsageError: if there is no such backend, or one is named twice.
@@ -65,10 +57,7 @@ def require(names: Sequence[str], but: str | None = None) -> None:
 
 
 def usual_backends(engines: Collection[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What an artifact is run on where the user names nothing.
-
-    Args:
-        engines: Backends that it has an engine for.
+    """What an artifact with these engines is run on where the user names nothing.
 
     Returns:
         ONNX Runtime's CPU and every engine that can run here; and why the others cannot.

@@ -114,14 +114,7 @@ class Backend(ABC):
 def infer_in_batches(
     runner: Runner, inputs: Arrays, count: int, size: int
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Run any number of images in batches of exactly ``size``, the last one padded.
-
-    Args:
-        runner: What runs.
-        inputs: Arrays whose first dimension is ``count``.
-        count: Number of images.
-        size: Images per batch.
-    """
+    """Run ``count`` images in batches of exactly ``size``, the last one padded."""
     import numpy as np
 
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
