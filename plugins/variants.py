@@ -30,7 +30,7 @@ class Variant:
     Attributes:
         name: Distinct among the variants of one model, and the beginning of a file name.
         op: ``TomeMatch`` or ``TomeMerge``.
-        dtype: Of the keys or of x: float32, float16 or bfloat16.
+        dtype: Type of the keys or of x: float32, float16 or bfloat16.
         constants: Compile-time constants of the kernel by name.
         num_warps: Warps per program, of 32 threads each.
         max_registers: Per thread, of which the assembler may use as many; None leaves it to the

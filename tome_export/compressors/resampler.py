@@ -27,7 +27,7 @@ PREFIX = "perceiver."
 """In front of every key of the resampler in a whole checkpoint of OpenFlamingo."""
 
 _DEFAULTS = {"latents": 64, "layers": 6, "heads": 8}
-"""Of random weights: those of Flamingo and OpenFlamingo."""
+"""Sizes of a resampler with random weights: those of Flamingo and OpenFlamingo."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Resampler(Compressor):
         layers: Number of layers; None for those of the file, or 6.
         heads: Heads of the attention; None for the file's by ``head_width``, or 8.
         head_width: Width of one head, which a file does not say.
-        seed: Of random weights.
+        seed: Seed of random weights.
     """
 
     weights: str = RANDOM

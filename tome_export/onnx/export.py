@@ -62,14 +62,14 @@ class ExportOptions:
     """How a model becomes ONNX.
 
     Attributes:
-        precision: Of weights and activations. Matching, sizes, merge sums and layer-norm
+        precision: Type of weights and activations. Matching, sizes, merge sums and layer-norm
             statistics are fp32 in every precision; so are the model's input and output.
         batch: Accepted batch sizes; a static range gives a static batch dimension.
         lowering: Body of ``TomeMerge``: ``matmul`` runs everywhere, ``index_add`` not in TensorRT.
         attention: ``fused`` is the Attention operator, ``fused-fp32`` the same on queries, keys
             and values cast to float32, ``parts`` is MatMul, Add, Softmax, MatMul; ``auto`` is in
             parts for fp32, whose fused form TensorRT has no kernel for. See docs/attention.md.
-        opset: Of the standard operators, 17 to 23; the fused forms need 23, bfloat16 22.
+        opset: Version of the standard operators, 17 to 23; the fused forms need 23, bfloat16 22.
         plugin: Write on every match and merge node which TensorRT plugin may take it. Runtimes
             without plugins run the bodies all the same; needs the ``matmul`` lowering.
 
@@ -107,7 +107,7 @@ class OnnxFiles:
 
     Attributes:
         paths: The model, then its external data if any.
-        opset: Of the standard operators.
+        opset: Version of the standard operators.
         nodes: Nodes in the main graph.
     """
 

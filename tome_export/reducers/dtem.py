@@ -67,7 +67,7 @@ class DTEM(MatchReducer):
         return filled(Metrics(shape, self.features), own, where, self.name)
 
     def macs(self, layer: LayerTokens, shape: ModelShape) -> int:
-        """Of the linear layer."""
+        """MACs of the linear layer."""
         return layer.tokens_in * shape.width * self.features
 
     def metric(self, layer: LayerContext) -> Tensor:

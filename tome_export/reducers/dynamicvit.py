@@ -106,7 +106,7 @@ class DynamicViT(StagedReducer):
         return filled(Predictors(shape.width, count), own, where, self.name)
 
     def macs(self, layer: LayerTokens, shape: ModelShape) -> int:
-        """Of the linear layers."""
+        """MACs of the linear layers."""
         c = shape.width
         per_token = c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2
         return (layer.tokens_in - shape.prefix) * per_token

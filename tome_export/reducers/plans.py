@@ -43,8 +43,8 @@ def ranked_plan(
         scores: ``[B, n]``, of the tokens behind the prefix.
         layer: Where r and the prefix are from.
         similarity: ``[B, n, n]`` of these tokens; needed where any merge.
-        merging: Of the r tokens this many, the best, go into the most similar token that stays; the
-            others are dropped.
+        merging: How many of the r tokens, the best, go into the most similar token that stays;
+            the others are dropped.
     """
     order = rank(scores)
     tokens = order.shape[1]

@@ -92,7 +92,7 @@ class Query(ScoredReducer):
         return filled(layer, state, f"weights file {self.weights}", self.name)
 
     def macs(self, layer: LayerTokens, shape: ModelShape) -> int:
-        """Of the projection."""
+        """MACs of the projection."""
         if self.weights is None:
             return 0
         return (layer.tokens_in - shape.prefix) * shape.width * self._width(shape)

@@ -69,7 +69,7 @@ def extra_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def asked_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Those of ``extra_inputs`` that a user has to give: not which frames of a video count."""
+    """The ``extra_inputs`` that a user has to give: not which frames of a video count."""
     return {name: shape for name, shape in extra_inputs(manifest).items() if name != VIDEO_MASK}
 
 

@@ -58,7 +58,7 @@ class Runnable:
 
     Attributes:
         label: For messages: ``merged``, ``unmerged``, or the path of an artifact.
-        precision: Of the model.
+        precision: Precision of the model.
         output_name: Name of the model's main output.
         graph: The ONNX graph or its file, which takes less memory.
         engines: Ready engines by backend.
