@@ -31,8 +31,8 @@ from tome_export.errors import ExportError
 from tome_export.merge import spec
 from tome_export.onnx import functions
 from tome_export.onnx.export import OPSET
-from tome_export.onnx.functions import Lowering, match_function, merge_function
-from tome_export.spec import BatchRange
+from tome_export.onnx.functions import match_function, merge_function
+from tome_export.spec import BatchRange, Lowering
 
 Array = NDArray[Any]
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 from tome_export.errors import InputError, UsageError
 
 Precision = Literal["fp32", "fp16", "bf16"]
-MergeOp = Literal["auto", "index_add", "matmul", "plugin"]
+Lowering = Literal["index_add", "matmul"]
+MergeOp = Literal["auto", Lowering, "plugin"]
 AttentionForm = Literal["auto", "fused", "fused-fp32", "parts"]
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -17,6 +18,7 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
+LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 
 TOWERS = ("llava",)
@@ -35,6 +37,11 @@ OPSETS = (17, 23)
 
 BF16_OPSET = 22
 """First opset whose convolution takes bfloat16."""
+
+
+def lowering_of(merge_op: MergeOp) -> Lowering:
+    """The lowering behind a merge op; ``matmul`` is that of nodes for the plugin too."""
+    return next((name for name in LOWERINGS if name == merge_op), "matmul")
 
 
 def check_opset(opset: int, precision: Precision, attention: AttentionForm) -> None:

@@ -21,9 +21,9 @@ from tome_export.merge.ops import match, merge
 from tome_export.merge.spec import clamp_r
 from tome_export.onnx.export import OPSET
 from tome_export.onnx.functions import functions_for, match_function, merge_function
+from tome_export.spec import LOWERINGS
 
 PREFIXES = [(0, False), (1, True), (2, True), (1, False), (4, False), (5, True)]
-LOWERINGS = ("index_add", "matmul")
 HALF = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 KINDS = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 

@@ -44,6 +44,7 @@ from tome_export.spec import (
     Activation,
     AttentionForm,
     BackendName,
+    Lowering,
     PatchGrid,
     Precision,
     Preprocessing,
@@ -203,7 +204,7 @@ class MergeInfo(Part):
     prefix: Count
     class_token: bool
     scored: bool
-    merge_op: Literal["matmul", "index_add", "plugin"]
+    merge_op: Literal[Lowering, "plugin"]
     note: str = ""
 
 

@@ -9,12 +9,18 @@ from tome_export.engine import Selection, gpu, limits, select
 from tome_export.engine.build import capabilities_of, takes_plugins
 from tome_export.errors import InputError, UsageError
 from tome_export.plugins.choice import LEAK, drawback
-from tome_export.spec import OPSETS, AttentionForm, BatchRange, Precision
+from tome_export.spec import (
+    OPSETS,
+    AttentionForm,
+    BatchRange,
+    Lowering,
+    Precision,
+    lowering_of,
+)
 
 if TYPE_CHECKING:
     from tome_export.build.request import BuildRequest
     from tome_export.engine import EngineBuilder
-    from tome_export.onnx.functions import Lowering
     from tome_export.patch import MergedModel
 
 ATTENTION_SINCE = (10, 14)
@@ -85,7 +91,7 @@ def choose_form(request: BuildRequest) -> GraphForm:
         return replace(form, capabilities=capabilities_of(asked, selection.builder))
     if request.merge_op == "index_add":
         return _scattering(request, form)
-    return form
+    return replace(form, lowering=lowering_of(request.merge_op))
 
 
 def _plugin_batch(request: BuildRequest) -> tuple[BatchRange, str]:

@@ -25,7 +25,7 @@ from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.merge.plan import Step, step_name
 from tome_export.onnx import files, opset
-from tome_export.onnx.functions import Lowering, functions_for, inline
+from tome_export.onnx.functions import functions_for, inline
 from tome_export.onnx.names import decision_of_tensor, name_by_module, name_by_place
 from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
@@ -37,6 +37,7 @@ from tome_export.spec import (
     OPSETS,
     AttentionForm,
     BatchRange,
+    Lowering,
     Precision,
     check_opset,
 )

@@ -14,14 +14,12 @@ all of set A sorted, and TensorRT's TopK gives at most 3,840 numbers (``engine.l
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Literal
 
 import onnx
 
 from tome_export.errors import ExportError
 from tome_export.merge import spec
-
-Lowering = Literal["index_add", "matmul"]
+from tome_export.spec import Lowering
 
 _MATCH = """
 <opset_import: ["" : OPSET], domain: "DOMAIN">
@@ -263,6 +261,7 @@ TomeSignal <layer, index> (x) => (x_out) {
 """
 
 _BODIES: dict[Lowering, str] = {"index_add": _MERGE_INDEX_ADD, "matmul": _MERGE_MATMUL}
+"""Name of a lowering -> the middle of the body of ``TomeMerge``."""
 
 
 def _parse(

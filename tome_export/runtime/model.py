@@ -27,7 +27,7 @@ from tome_export.progress import Progress
 from tome_export.runtime.inputs import extra_inputs
 from tome_export.runtime.registry import backend_of
 from tome_export.runtime.runner import EngineFile, Runnable, Runner
-from tome_export.spec import BatchRange, TowerOptions
+from tome_export.spec import BatchRange, TowerOptions, lowering_of
 from tome_export.video.options import VideoOptions
 from tome_export.weights.files import sha256
 
@@ -154,7 +154,7 @@ def export_variant(
     options = ExportOptions(
         precision=manifest.precision,
         batch=manifest.batch,
-        lowering="index_add" if manifest.merge.merge_op == "index_add" else "matmul",
+        lowering=lowering_of(manifest.merge.merge_op),
         attention=manifest.onnx.attention,
         opset=manifest.onnx.opset,
         plugin=plugin,
