@@ -117,13 +117,13 @@ def source_of(
     classes: Classes | None,
     weights: str | None = None,
 ) -> Source:
-    """The images that a user named, or those that come with the artifact's model.
+    """The images of ``find_data``, or with ``samples`` those that come with the artifact's model.
 
     Args:
         artifact: Whose model is to see them.
-        data: As of ``find_data``, or ``samples``.
-        labels: File of labels for a folder of images.
-        classes: Of the artifact; None for a model without classes.
+        data: See ``find_data``.
+        labels: See ``find_data``.
+        classes: Classes of the artifact; None for a model without.
         weights: Where the checkpoint folder of the model is now.
 
     Raises:
@@ -224,21 +224,21 @@ def expand(pattern: str) -> list[Path]:
 def _has_braces(pattern: str) -> bool:
     """Whether all braces are in pairs; they may stand for as many names as can be looked up.
 
-    The grammar is that of ``braceexpand``, which makes all names of a part before the first is
-    taken, and calls itself for each part within another.
+    ``braceexpand`` makes all names of a part before the first is taken, and calls itself for each
+    part within another.
 
     Raises:
-        InputError: if there are too many, or too many in one another.
+        InputError: if there may be too many, or too many in one another.
     """
     depths = list(itertools.accumulate((c == "{") - (c == "}") for c in pattern))
-    counted, most = pattern.replace("\0", ""), min(MOST_NAMES, MOST_CHARACTERS // len(pattern))
+    most = min(MOST_NAMES, MOST_CHARACTERS // len(pattern))
+    outside = re.sub(r"\{[^{}]*\}", "", pattern)
     try:
-        # From the inside out, each part becomes the number of names that it stands for.
-        while max(depths) <= MOST_NESTED and re.search(r"\{[^{}]*\}", counted):
-            counted = re.sub(r"\{([^{}]*)\}", _counted, counted)
+        names = math.prod(map(_count, re.findall(r"\{([^{}]*)\}", pattern)))
     except ValueError:  # a number of thousands of digits
         return False
-    if max(depths) > MOST_NESTED or _product(counted) > most:
+    # At most: each comma between parts within others doubles them.
+    if max(depths) > MOST_NESTED or names << outside.count(",") * ("{" in outside) > most:
         raise InputError(
             f"{pattern[:80]}{'…' * (len(pattern) > 80)} stands for too many names; expected "
             f"at most {most:,}, and braces at most {MOST_NESTED} deep: give a folder, or a star"
@@ -246,23 +246,14 @@ def _has_braces(pattern: str) -> bool:
     return min(depths) >= 0 == depths[-1]
 
 
-def _counted(part: re.Match[str]) -> str:
-    return f"\0{min(_count(part[1]), MOST_CHARACTERS)}\0"
-
-
-def _count(inside: str) -> int:
+def _count(part: str) -> int:
     """How many names a part stands for: ``1..9`` or ``a..z``, or alternatives with commas."""
-    found = re.match(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$", inside)
+    found = re.match(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$", part)
     index: Callable[[str], int] = int
     if found is None:
-        found = re.match(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$", inside)
+        found = re.match(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$", part)
         index = string.ascii_letters.swapcase().index
     if found is None:
-        return sum(map(_product, inside.split(",")))
+        return part.count(",") + 1
     first, last, step = found.groups()
     return abs(index(last) - index(first)) // (int(step or 1) or 1) + 1
-
-
-def _product(text: str) -> int:
-    """The product of the numbers of names that stand in a text."""
-    return math.prod(map(int, re.findall("\0(\\d+)\0", text)))

@@ -79,16 +79,13 @@ def read_file(root: str, name: str, _start: int, _size: int, shown: str) -> byte
 
 
 def class_folders(folders: Sequence[str], classes: Classes) -> tuple[dict[str, int], str]:
-    """The class of each folder, by the first of these rules that holds for all of them.
+    """The class of each folder, by the first rule that holds for all of them, and which that is.
 
     In sorted order, as torchvision's ``ImageFolder`` has it, where the user says so; by name, where
     the names are the model's labels; by number, where they are whole numbers; in sorted order,
     where there is one for each output, but only of a model without names or of ImageNet's
     ``n01440764``. A wrong guess would give a result that looks like one of a bad model, so whatever
     fits a rule in part is refused.
-
-    Returns:
-        Class index by folder, of sorted names, and which rule was used.
 
     Raises:
         InputError: if no rule holds, or two folders would be one class.

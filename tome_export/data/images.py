@@ -45,8 +45,8 @@ def parity_images(
     Args:
         recipe: Whose preprocessing to use.
         input_size: Channels, height and width the model takes; the frames of a video first.
-        folder: Folder or shard of images, folder of videos, a file, or None.
-        count: Sample images to take where no folder is given; of videos a third.
+        folder: Folder or shard of images, folder of videos, a file, or None for samples.
+        count: Number of sample images; of videos a third.
         progress: Told what a user should know of the folder.
 
     Returns:

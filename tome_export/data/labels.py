@@ -68,12 +68,7 @@ class Classes:
 
     @classmethod
     def of_outputs(cls, outputs: int, names: tuple[str, ...] | None) -> Classes:
-        """The classes that a classifier of so many logits tells apart: one logit says no or yes.
-
-        Args:
-            outputs: Logits.
-            names: What the model calls them.
-        """
+        """The classes that so many logits of these names tell apart: one logit says no or yes."""
         names = names if names and len(names) == outputs else None
         if outputs > 1:
             return cls(outputs, names)
@@ -116,18 +111,11 @@ class Classes:
         )
 
     def indices(self, names: Sequence[str], where: str) -> tuple[list[int], str]:
-        """The model's class for each number of a data set that brings names for its numbers.
+        """The model's class for each class of a data set, and how they were matched.
 
         By name, where all are the model's labels, or are whole numbers; by number, where the user
         says so, the model has no names, they are ImageNet's, or at least half are the model's
-        labels, and those at their numbers.
-
-        Args:
-            names: Of the data set's classes, in its order.
-            where: What an error calls the data set.
-
-        Returns:
-            Class index by number, and how they were matched.
+        labels, and those at their numbers. An error calls the data set ``where``.
 
         Raises:
             InputError: if neither their names nor their numbers tell.

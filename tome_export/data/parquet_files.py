@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from tome_export.data.decode import reason_of
 from tome_export.data.folders import some
 from tome_export.data.labels import Classes
 from tome_export.data.source import Source, printable
@@ -62,7 +63,7 @@ def read_row(column: str, path: str, _name: str, group: int, row: int, shown: st
         value = _images(path, group, column)[row].as_py()
     # Arrow raises errors of its own and of Python's, whichever part is damaged.
     except Exception as error:
-        reason = printable(" ".join(str(error).split()))[:200]
+        reason = reason_of(error)[:200]
         raise InputError(
             f"{shown} cannot be read from the shard ({reason}); copy it again"
         ) from None
@@ -105,7 +106,7 @@ def _features(schema: Any, path: Path) -> Any:
         return Features.from_arrow_schema(schema)
     # It calls what the description names with what that gives.
     except Exception as error:
-        reason = printable(" ".join(str(error).split()))[:200]
+        reason = reason_of(error)[:200]
         raise InputError(
             f"{path} has a description by Hugging Face datasets that cannot be read ({reason}); "
             "write it anew"

@@ -72,13 +72,13 @@ class Source:
     """A listing of images, made image by image. It holds no encoded image: it may list millions.
 
     Args:
-        kind: Its format.
+        kind: Format of the images.
         text: What the user gave.
         paths: The folder, or the shards.
         pixels: ``[B, C, H, W]`` float32 of samples, preprocessed.
 
     Attributes:
-        kind: Its format.
+        kind: Format of the images.
         text: What the user gave.
         roots: Folders and files that must be there to read the images.
         read: What reads an image of the folder or the shards; samples have none.

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tome_export.data.decode import reason_of
 from tome_export.data.folders import some, suffix
 from tome_export.data.labels import Classes
 from tome_export.data.source import Item, Source, printable, require_size
@@ -220,8 +221,7 @@ class _Shard:
         return member
 
     def _damaged(self, error: Exception) -> InputError:
-        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
-        return InputError(f"{self.path} is damaged ({reason}); copy it again")
+        return InputError(f"{self.path} is damaged ({reason_of(error)[:200]}); copy it again")
 
     def _label(self, archive: tarfile.TarFile, member: tarfile.TarInfo, form: str) -> Any:
         """An index or text; None where there is none."""

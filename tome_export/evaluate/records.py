@@ -60,8 +60,8 @@ class Classifier:
         batch: Images per batch; shorter ones are padded, so that every image is always computed
             in the same surroundings and numbers repeat to the last digit.
         output_name: Name of the one output.
-        activation: Of its logits; None for features, of which the cosine to those of ``baseline``
-            is kept.
+        activation: What makes scores of its logits; None for features, of which the cosine to those
+            of ``baseline`` is kept.
         baseline: The run that is not merged.
     """
 
