@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tome_export.cli.options import FILE, output_options
-from tome_export.cli.output import Terminal, size, table
+from tome_export.cli.format import artifact_values, model_lines, table
+from tome_export.cli.options import FILE, StoredWeightsGroup, batch_sizes, grouped_command, option
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.cli.text import model_lines
+from tome_export.display import size
 from tome_export.runtime.registry import BACKENDS
 
 if TYPE_CHECKING:
@@ -21,59 +23,55 @@ def _names(_context: Any, _param: Any, values: tuple[str, ...]) -> tuple[str, ..
     return tuple(part.strip() for value in values for part in value.split(","))
 
 
-def _numbers(context: Any, param: Any, values: tuple[str, ...]) -> tuple[int, ...]:
-    names = _names(context, param, values)
-    return tuple(int(click.INT(text, param, context)) for text in names)
+class BenchOptions(StoredWeightsGroup):
+    """Measuring."""
+
+    batches: tuple[int, ...] = option(
+        "--batch",
+        type=batch_sizes,
+        multiple=True,
+        callback=lambda _context, _param, values: tuple(itertools.chain(*values)),
+        metavar="N",
+        help="Images per run; repeatable, or 1,8.  [default: 1 and the one it is tuned for]",
+    )
+    rounds: int = option(default=20, help="Timed runs of each model.")
+    warmup: int = option(default=3, help="Untimed runs of each, first.")
+    profile: bool = option(default=True, help="Time per part of the model.")
+    against: str = option(
+        heading="Model",
+        default="unmerged",
+        metavar="unmerged|ARTIFACT",
+        help="What to compare with: the same model without merging, or another artifact.",
+    )
+    backends: tuple[str, ...] = option(
+        "--backend",
+        heading="Engine",
+        callback=_names,
+        metavar="|".join(BACKENDS),
+        help="Run on this; repeatable.  [default: ort-cpu and every engine that can run here]",
+    )
 
 
-@click.command("bench", short_help="Time it against the unmerged model, and show where time goes.")
+@grouped_command(
+    "bench",
+    "Time it against the unmerged model, and show where time goes.",
+    example="tome-export bench vit_b16-r13 --batch 1,8 --backend ort-cpu",
+)
 @click.argument("artifact", type=FILE)
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    callback=_numbers,
-    metavar="N",
-    help="Images per run; repeatable, or 1,8.  [default: 1 and the one it is tuned for]",
-)
-@click.option(
-    "--against",
-    default="unmerged",
-    show_default=True,
-    metavar="unmerged|ARTIFACT",
-    help="What to compare with: the same model without merging, or another artifact.",
-)
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    callback=_names,
-    metavar="|".join(BACKENDS),
-    help="Run on this; repeatable.  [default: ort-cpu and every engine that can run here]",
-)
-@click.option("--rounds", default=20, show_default=True, help="Timed runs of each model.")
-@click.option("--warmup", default=3, show_default=True, help="Untimed runs of each, first.")
-@click.option(
-    "--weights", metavar="PATH", help="Where the weights are now, if not where they were."
-)
-@click.option("--profile/--no-profile", default=True, help="Time per part of the model.")
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, /, artifact: Path, **options: Any) -> None:
+def command(terminal: Terminal, /, artifact: Path, options: BenchOptions) -> None:
     """Measure latency, throughput and memory of ARTIFACT beside another model, in turn."""
     with working(terminal) as progress:
         from tome_export.bench.main import BenchRequest, bench
 
-        result = bench(BenchRequest(artifact, **options), progress)
-    found, manifest = result.bench, result.artifact.manifest
+        result = bench(options.request(BenchRequest, artifact=artifact), progress)
+    found = result.bench
     values = {
-        "artifact": str(result.artifact.path),
-        "model": manifest.model.name,
-        "random_weights": manifest.model.random_weights,
+        **artifact_values(result.artifact),
         **dict(found),
         "unrecorded": result.unrecorded,
     }
-    terminal.recorded(values, [*model_lines(manifest), "", *_lines(found)], result.unrecorded)
+    lines = [*model_lines(result.artifact.manifest), "", *_lines(found)]
+    terminal.recorded(values, lines, result.unrecorded)
 
 
 def _lines(found: Bench) -> list[str]:

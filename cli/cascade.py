@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from tome_export.cli.options import FILE, order_option, output_options, self_test_option
-from tome_export.cli.output import Terminal, fields, macs, percent, table
+from tome_export.cli.format import RANDOM, fields, table
+from tome_export.cli.options import FILE, LabelsGroup, SelfTestGroup, grouped_command, option
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.cli.text import RANDOM
-from tome_export.cli.tune import goal_from_option, the_target, thinned
+from tome_export.cli.tune import Targets, thinned
+from tome_export.display import percent, short_macs
 from tome_export.errors import ExportError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -21,109 +23,97 @@ ROWS = 14
 """Most rows of the sweep, besides the chosen one."""
 
 
-@click.command("cascade", short_help="A budget for each image, out of several artifacts.")
+class CascadeOptions(Targets, LabelsGroup, SelfTestGroup):
+    """Target."""
+
+    target_macs: str | None = option(
+        metavar="50%|8.7G",
+        help="A mean of at most so many MACs per image, or of the highest artifact's.",
+    )
+    min_accuracy: str | None = option(
+        metavar="-0.5|97.2",
+        help="-0.5: at most half a point below the highest artifact; 97.2: percent.",
+    )
+    data: tuple[str, ...] = option(
+        heading="Images",
+        required=True,
+        metavar="FOLDER|SHARDS|samples",
+        help="Images: accuracy with class sub-folders, else agreement with the highest artifact.",
+    )
+    test: tuple[str, ...] = option(
+        heading="Images",
+        metavar="FOLDER|SHARDS|samples",
+        help="Measure on these images.  [default: a part of --data]",
+    )
+    test_labels: Path | None = option(
+        heading="Images", metavar="FILE", help="Labels for one of --test."
+    )
+    calibration: float = option(
+        heading="Images",
+        default=0.5,
+        metavar="SHARE",
+        help="Share of --data that is calibrated on, without --test.",
+    )
+    limit: int | None = option(heading="Images", metavar="N", help="Most images.  [default: 2048]")
+    seed: int = option(
+        heading="Images", default=0, show_default=True, help="Of the split of the images."
+    )
+    policy: Literal["complexity", "confidence", "learned"] = option(
+        heading="Policy", default="confidence", help="What decides which artifact an image gets."
+    )
+    measure: Literal["max", "margin"] = option(
+        heading="Policy",
+        default="max",
+        help="Confidence: the largest probability, or its lead over the second.",
+    )
+    strength: float = option(
+        "--lambda",
+        heading="Policy",
+        default=1.0,
+        help="Learned: weight of the squared distance from the target cost in training.",
+    )
+    backend: str = option(heading="Engine", default="ort-cpu", help="What runs the artifacts.")
+    repository: Path | None = option(
+        heading="Server", metavar="DIR", help="Serve the cascade from this repository."
+    )
+    name: str | None = option(
+        heading="Server", help="What the names of its models begin with.  [default: <model>]"
+    )
+    preprocess: bool = option(
+        heading="Server", help="Also a pipeline from JPEG or PNG bytes to labels."
+    )
+    output: Path = option(
+        "-o", "--output", heading="Output", default="cascade.json", metavar="FILE"
+    )
+    force: bool = option(heading="Output", help="Replace existing files.")
+
+
+@grouped_command(
+    "cascade",
+    "A budget for each image, out of several artifacts.",
+    example="tome-export cascade vit_b16-r16 vit_b16-r8 --data imagenet/val --target-macs 60%",
+)
 @click.argument("artifacts", nargs=-1, required=True, type=FILE, metavar="LOW HIGH [MORE]...")
-@click.option(
-    "--data",
-    multiple=True,
-    required=True,
-    metavar="FOLDER|SHARDS|samples",
-    help="Images: accuracy with class sub-folders, else agreement with the highest artifact.",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(["complexity", "confidence", "learned"]),
-    default="confidence",
-    show_default=True,
-    help="What decides which artifact an image gets.",
-)
-@click.option(
-    "--target-macs",
-    metavar="50%|8.7G",
-    help="A mean of at most so many MACs per image, or of the highest artifact's.",
-)
-@click.option(
-    "--min-accuracy",
-    metavar="-0.5|97.2",
-    help="-0.5: at most half a point below the highest artifact; 97.2: percent.",
-)
-@click.option(
-    "--test",
-    multiple=True,
-    metavar="FOLDER|SHARDS|samples",
-    help="Measure on these images.  [default: a part of --data]",
-)
-@click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of --data.")
-@click.option("--test-labels", type=FILE, metavar="FILE", help="Labels for one of --test.")
-@order_option
-@click.option(
-    "--calibration",
-    default=0.5,
-    show_default=True,
-    metavar="SHARE",
-    help="Share of --data that is calibrated on, without --test.",
-)
-@click.option(
-    "--measure",
-    type=click.Choice(["max", "margin"]),
-    default="max",
-    show_default=True,
-    help="Confidence: the largest probability, or its lead over the second.",
-)
-@click.option(
-    "--lambda",
-    "strength",
-    default=1.0,
-    show_default=True,
-    help="Learned: weight of the squared distance from the target cost in training.",
-)
-@click.option("--limit", type=int, metavar="N", help="Most images.  [default: 2048]")
-@click.option("--seed", default=0, show_default=True, help="Of the split of the images.")
-@click.option("--backend", default="ort-cpu", show_default=True, help="What runs the artifacts.")
-@click.option(
-    "-o", "--output", type=FILE, default="cascade.json", show_default=True, metavar="FILE"
-)
-@click.option(
-    "--repository", type=FILE, metavar="DIR", help="Serve the cascade from this repository."
-)
-@click.option("--name", help="What the names of its models begin with.  [default: <model>]")
-@click.option(
-    "--preprocess", is_flag=True, help="Also a pipeline from JPEG or PNG bytes to labels."
-)
-@self_test_option
-@click.option("--force", is_flag=True, help="Replace existing files.")
-@output_options
-@click.pass_obj
-def command(
-    terminal: Terminal,
-    /,
-    artifacts: tuple[Path, ...],
-    output: Path,
-    repository: Path | None,
-    name: str | None,
-    preprocess: bool,
-    self_test: bool | None,
-    force: bool,
-    **given: Any,
-) -> None:
+def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: CascadeOptions) -> None:
     """Calibrate which of several artifacts of one model an image gets; give exactly one target.
 
     complexity chooses by the differences of neighbouring pixels. confidence starts at the lowest
     artifact and goes on to the next while it is unsure. learned chooses by a linear head on the
     pooled patch embedding.
     """
-    target = the_target(given, "target_macs", "min_accuracy")
+    output, repository, force = options.output, options.repository, options.force
     page = output.with_suffix(".html")
     with working(terminal) as progress:
+        goal = options.goal("target_macs", "min_accuracy")
         from tome_export.artifact.files import check_new_file, write_whole, writing_to
         from tome_export.cascade import policy
         from tome_export.cascade.main import CascadeRequest, cascade, members_of
         from tome_export.report.page import render_cascade
         from tome_export.serve.cascade import CascadeServeRequest, check_cascade, serve_cascade
 
-        goal = goal_from_option(target, given[target])
-        kept = {k: v for k, v in given.items() if k not in ("target_macs", "min_accuracy")}
-        if repository is None and (preprocess or name is not None or self_test):
+        if repository is None and (
+            options.preprocess or options.name is not None or options.self_test
+        ):
             raise UsageError(
                 "--preprocess, --name and --self-test are for what is served; give --repository too"
             )
@@ -137,9 +127,9 @@ def command(
         members = members_of(artifacts)
         serving = None
         if repository is not None:
-            serving = CascadeServeRequest(repository, members, name, preprocess, force, self_test)
+            serving = options.request(CascadeServeRequest, members=members)
             check_cascade(serving)
-        found = cascade(CascadeRequest(members, goal=goal, **kept), progress)
+        found = cascade(options.request(CascadeRequest, members=members, goal=goal), progress)
         unrecorded = None
         try:
             if serving is not None:
@@ -155,11 +145,10 @@ def command(
     files = {"file": str(output), "page": str(page)}
     values = {**files, **found.model_dump(mode="json")}
     values |= {"unrecorded": unrecorded} if unrecorded else {}
-    where = "" if unrecorded else ", ".join(files.values())
-    terminal.recorded(values, cascade_lines(found, where), unrecorded)
+    terminal.recorded(values, _lines(found, {} if unrecorded else files), unrecorded)
 
 
-def cascade_lines(found: Cascade, files: str) -> list[str]:
+def _lines(found: Cascade, files: Mapping[str, str]) -> list[str]:
     """All a person wants to know of a cascade, and the files that hold it, if any do."""
     data, served, test = found.data, found.served, found.chosen.test
     unreadable = len(data.unreadable)
@@ -193,7 +182,7 @@ def cascade_lines(found: Cascade, files: str) -> list[str]:
         *([] if test.met else ["Note: the target is missed on the test images"]),
         *([f"Note: {unreadable} images could not be read"] if unreadable else []),
         *(f"Note: {note}" for note in data.notes),
-        *([f"Result: {files}"] if files else []),
+        *([f"Result: {', '.join(files.values())}"] if files else []),
         *([f"Served: {served.entry} in {served.repository}"] if served else []),
         *(f"Note: {note}" for note in (served.notes if served else ())),
     ]
@@ -201,7 +190,7 @@ def cascade_lines(found: Cascade, files: str) -> list[str]:
 
 def _policy(found: Cascade) -> str:
     policy = found.settings
-    cost = f"; takes {macs(found.policy_macs)} MACs itself" if found.policy_macs else ""
+    cost = f"; takes {short_macs(found.policy_macs)} MACs itself" if found.policy_macs else ""
     if policy.policy == "learned":
         return f"learned, price {policy.price:.4g}{cost}"
     limits = ", ".join(f"{value:.4g}" for value in policy.thresholds)
@@ -211,7 +200,7 @@ def _policy(found: Cascade) -> str:
 
 def _score(score: CascadeScore, metric: str) -> str:
     word = "top-1" if metric == "top1" else "agreement"
-    return f"{macs(score.macs)} MACs on average, {word} {percent(score.share)}"
+    return f"{short_macs(score.macs)} MACs on average, {word} {percent(score.share)}"
 
 
 def _single(found: Cascade) -> str:
@@ -220,7 +209,7 @@ def _single(found: Cascade) -> str:
         return "no artifact alone is as accurate on the test images"
     word = "saves" if single.saved >= 0 else "costs"
     return (
-        f"{macs(single.macs)} MACs at {percent(single.share)}: the cascade {word} "
+        f"{short_macs(single.macs)} MACs at {percent(single.share)}: the cascade {word} "
         f"{percent(abs(single.saved))}"
     )
 
@@ -230,7 +219,7 @@ def _members(found: Cascade) -> list[str]:
         (
             str(index),
             one.schedule,
-            macs(one.macs),
+            short_macs(one.macs),
             percent(one.test.share),
             percent(count / found.data.test),
             one.artifact,
@@ -247,9 +236,9 @@ def _sweep(found: Cascade) -> list[str]:
     rows = [
         (
             "*" if one.chosen else "",
-            macs(one.calibration.macs),
+            short_macs(one.calibration.macs),
             percent(one.calibration.share),
-            macs(one.test.macs),
+            short_macs(one.test.macs),
             percent(one.test.share),
         )
         for one in thinned(found.sweep, ROWS)

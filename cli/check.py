@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tome_export.cli.options import FILE, images_option, output_options
-from tome_export.cli.output import Terminal, beside_the_error, percent
+from tome_export.cli.format import artifact_values, listed, model_lines, parity_lines
+from tome_export.cli.options import FILE, ImagesGroup, StoredWeightsGroup, grouped_command, option
+from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.progress import working
-from tome_export.cli.text import model_lines, parity_lines
+from tome_export.display import percent
 from tome_export.runtime.registry import BACKENDS, TORCH
 
 if TYPE_CHECKING:
@@ -22,39 +22,36 @@ UNDER = 10
 """Most images that are listed as merged too much."""
 
 
-@click.command("check", short_help="Check parity again, here, on your images if given.")
+class CheckOptions(ImagesGroup, StoredWeightsGroup):
+    """Check."""
+
+    min_entropy: float | None = option(
+        metavar="X",
+        help="Fail if an image's token-size entropy is under X, 0 to 1; see docs/over-merging.md.",
+    )
+    backends: tuple[str, ...] = option(
+        "--backend",
+        heading="Engine",
+        metavar="|".join(name for name in BACKENDS if name != TORCH),
+        help="Check this; repeatable.  [default: ort-cpu and every engine that can run here]",
+    )
+
+
+@grouped_command(
+    "check",
+    "Check parity again, here, on your images if given.",
+    example="tome-export check vit_b16-r13 --images photos --backend ort-cpu",
+)
 @click.argument("artifact", type=FILE)
-@images_option
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    metavar="|".join(name for name in BACKENDS if name != TORCH),
-    help="Check this; repeatable.  [default: ort-cpu and every engine that can run here]",
-)
-@click.option(
-    "--weights", metavar="PATH", help="Where the weights are now, if not where they were."
-)
-@click.option(
-    "--min-entropy",
-    type=float,
-    metavar="X",
-    help="Fail if an image's token-size entropy is under X, 0 to 1; see docs/over-merging.md.",
-)
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
+def command(terminal: Terminal, /, artifact: Path, options: CheckOptions) -> None:
     """Check that ARTIFACT computes what PyTorch computes with the same weights."""
     with working(terminal) as progress:
         from tome_export.parity.compare import ParityFailedError
         from tome_export.parity.main import CheckRequest, OverMergedError, check
 
-        result = check(CheckRequest(artifact, **given), progress)
-    manifest = result.artifact.manifest
+        result = check(options.request(CheckRequest, artifact=artifact), progress)
     values = {
-        "artifact": str(result.artifact.path),
-        "model": manifest.model.name,
-        "random_weights": manifest.model.random_weights,
+        **artifact_values(result.artifact),
         "passed": result.passed,
         "reports": result.reports,
         "accuracy": result.accuracy,
@@ -77,25 +74,21 @@ def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
 
 
 def _lines(result: CheckResult) -> list[str]:
-    lines = model_lines(result.artifact.manifest)
+    lines, accuracy = model_lines(result.artifact.manifest), result.accuracy
     for report in result.reports:
         lines += ["", *parity_lines(report)]
-    lines += ["", *_accuracy(result.accuracy), *_entropy(result.entropy)]
+    lines.append("")
+    if accuracy is not None:
+        lines.append(
+            f"Top-1 on {accuracy['images']} labelled test images: unmerged "
+            f"{percent(accuracy['unmerged'])} (PyTorch fp32), merged "
+            f"{percent(accuracy['merged'])} ({accuracy['backend']})"
+        )
+    lines += _entropy(result.entropy)
     lines += [f"Skipped {name}: {reason}" for name, reason in result.skipped.items()]
     if result.unrecorded and not result.passed:
         lines.append(f"The result was not recorded: {result.unrecorded}")
     return [*lines, f"{'Passed' if result.passed else 'FAILED'}: {result.artifact.path}"]
-
-
-def _accuracy(accuracy: Mapping[str, Any] | None) -> list[str]:
-    """Top-1 on labelled images."""
-    if accuracy is None:
-        return []
-    return [
-        f"Top-1 on {accuracy['images']} labelled test images: unmerged "
-        f"{percent(accuracy['unmerged'])} (PyTorch fp32), merged {percent(accuracy['merged'])} "
-        f"({accuracy['backend']})"
-    ]
 
 
 def _entropy(entropy: EntropyResult) -> list[str]:
@@ -109,8 +102,6 @@ def _entropy(entropy: EntropyResult) -> list[str]:
         f"median {shown(entropy.median)}; 1 is {entropy.patches} tokens"
     ]
     if entropy.under:
-        lines.append(f"Under {entropy.asked:g}:")
-        lines += [f"  {name}: {shown(value)}" for name, value in entropy.under[:UNDER]]
-        more = len(entropy.under) - UNDER
-        lines += [f"  and {more} more"] if more > 0 else []
+        under = [f"{name}: {shown(value)}" for name, value in entropy.under]
+        lines += [f"Under {entropy.asked:g}:", *listed(under, len(under), UNDER)]
     return lines

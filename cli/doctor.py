@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import click
-
-from tome_export.cli.options import output_options
-from tome_export.cli.output import Terminal, table
+from tome_export.cli.format import table
+from tome_export.cli.options import grouped_command
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
 
 
-@click.command("doctor", short_help="Say what this machine can do, and what to install.")
-@output_options
-@click.pass_obj
-def command(terminal: Terminal) -> None:
+@grouped_command(
+    "doctor",
+    "Say what this machine can do, and what to install.",
+    example="tome-export doctor --json",
+)
+def command(terminal: Terminal, /) -> None:
     """Say what this machine can do, and what to install for the rest."""
     with working(terminal) as progress:
         from tome_export.doctor import survey

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
 
-from tome_export.cli.options import FILE, Batch, engine_options, output_options
+from tome_export.cli.format import engine_lines, file_lines, warning_lines
+from tome_export.cli.options import FILE, EngineGroup, grouped_command, option
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.cli.request import engine_options_of
-from tome_export.cli.text import engine_lines, file_lines, warning_lines
+from tome_export.spec import BatchRange
 
 
-@click.command("engine", short_help="Build only the engine, from a ready artifact.")
-@click.argument("artifact", type=FILE)
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-    help="auto: TensorRT where it and a GPU are, else TensorRT-RTX.",
+class EngineCommandOptions(EngineGroup):
+    """Engine."""
+
+    engine: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
+        default="auto", help="auto: TensorRT where it and a GPU are, else TensorRT-RTX."
+    )
+    batch: BatchRange | None = option(
+        type=BatchRange.parse, metavar="MIN:OPT:MAX", help="Batch sizes.  [default: the artifact's]"
+    )
+
+
+@grouped_command(
+    "engine",
+    "Build only the engine, from a ready artifact.",
+    example="tome-export engine vit_b16-r13 --engine tensorrt --workspace 4GiB",
 )
-@click.option("--batch", type=Batch(), help="Batch sizes.  [default: the artifact's]")
-@engine_options
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
+@click.argument("artifact", type=FILE)
+def command(terminal: Terminal, /, artifact: Path, options: EngineCommandOptions) -> None:
     """Build an engine from the ONNX model of ARTIFACT and add it there.
 
     Needs no PyTorch: run it on the machine whose GPU will run the engine.
@@ -35,8 +39,8 @@ def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
     with working(terminal) as progress:
         from tome_export.build.engine import EngineRequest, add_engine
 
-        options = engine_options_of(given)
-        request = EngineRequest(artifact, given["engine"], options, given["batch"])
+        settings = options.engine_options()
+        request = options.request(EngineRequest, artifact=artifact, options=settings)
         done = add_engine(request, progress)
     manifest = done.manifest
     values = {
@@ -46,10 +50,5 @@ def command(terminal: Terminal, /, artifact: Path, **given: Any) -> None:
         "engine_note": manifest.engine_note,
         "files": manifest.files,
     }
-    lines = [
-        *warning_lines(manifest),
-        *engine_lines(manifest),
-        "",
-        *file_lines(manifest, done.path),
-    ]
-    terminal.result(values, lines)
+    lines = [*warning_lines(manifest), *engine_lines(manifest), ""]
+    terminal.result(values, [*lines, *file_lines(manifest, done.path)])

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tome_export.cli.options import FILE, grouped, order_option, output_options
-from tome_export.cli.output import Terminal, macs, percent, table
+from tome_export.cli.format import artifact_values, listed, model_lines, table
+from tome_export.cli.options import (
+    FILE,
+    LabelsGroup,
+    StoredWeightsGroup,
+    grouped_command,
+    integers,
+    option,
+)
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.cli.text import model_lines
+from tome_export.display import percent, short_macs
 
 if TYPE_CHECKING:
     from tome_export.artifact.evaluation import (
@@ -30,80 +38,69 @@ SHOWN = 20
 """Most unreadable images that are listed; JSON has all."""
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """Whole numbers with commas between them."""
-
-    name = "0,2,4,8"
-
-    def convert(self, value: Any, param: Any, context: Any) -> tuple[int, ...]:
-        """Each number once, in order."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(dict.fromkeys(int(part) for part in value.split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers, such as 0,2,4,8", param, context)
-
-
 def _names(_context: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
     return () if value == "none" else tuple(dict.fromkeys(value.split(",")))
 
 
-eval_options = grouped(
-    click.option(
-        "--data",
-        multiple=True,
+class EvalOptions(LabelsGroup, StoredWeightsGroup):
+    """Images."""
+
+    data: tuple[str, ...] = option(
         required=True,
         metavar="FOLDER|FILES|samples",
         help="One sub-folder per class, or images with --labels; .tar shards "
         "('s-{000..010}.tar'); .parquet files; or the samples of the model. Repeatable.",
-    ),
-    click.option("--labels", type=FILE, help="Lines of 'relative/path,class' for a folder."),
-    order_option,
-    click.option("--limit", type=COUNT, help="Most images, taken evenly from all."),
-    click.option("--batch", type=COUNT, help="Images per batch.  [default: the artifact's OPT]"),
-    click.option(
-        "--workers",
-        type=click.IntRange(min=0),
-        help="Processes that decode ahead; 0 for none.  [default: one per core]",
-    ),
-    click.option("--r", type=Numbers(), default=(), help="Also these constant schedules."),
-    click.option("--backend", default="ort-cpu", show_default=True, help="Runs the models."),
-    click.option(
-        "--against",
+    )
+    limit: int | None = option(type=COUNT, help="Most images, taken evenly from all.")
+    r: tuple[int, ...] = option(
+        heading="Model",
+        type=integers("whole numbers, such as 0,2,4,8"),
+        default=(),
+        metavar="0,2,4,8",
+        help="Also these constant schedules.",
+    )
+    against: tuple[str, ...] = option(
+        heading="Model",
+        type=str,
         default="unmerged,torch",
-        show_default=True,
         callback=_names,
         metavar="NAMES|none",
         help="Of unmerged (on the same backend) and torch (merged, fp32).",
-    ),
-    click.option("--weights", metavar="PATH", help="Where the weights are now."),
-    click.option("--ray", metavar="local|ADDRESS", help="Run on Ray, an actor per device."),
-    click.option("--restart", is_flag=True, help="Do not go on where it was interrupted."),
+    )
+    backend: str = option(heading="Engine", default="ort-cpu", help="Runs the models.")
+    batch: int | None = option(
+        heading="Engine", type=COUNT, help="Images per batch.  [default: the artifact's OPT]"
+    )
+    workers: int | None = option(
+        heading="Engine",
+        type=click.IntRange(min=0),
+        help="Processes that decode ahead; 0 for none.  [default: one per core]",
+    )
+    ray: str | None = option(
+        heading="Engine", metavar="local|ADDRESS", help="Run on Ray, an actor per device."
+    )
+    restart: bool = option(heading="Engine", help="Do not go on where it was interrupted.")
+
+
+@grouped_command(
+    "eval",
+    "Top-1 and top-5 on labelled images, merged against unmerged.",
+    example="tome-export eval vit_b16-r13 --data imagenet/val --r 4,8",
 )
-
-
-@click.command("eval", short_help="Top-1 and top-5 on labelled images, merged against unmerged.")
 @click.argument("artifact", type=FILE)
-@eval_options
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, /, **options: Any) -> None:
+def command(terminal: Terminal, /, artifact: Path, options: EvalOptions) -> None:
     """Measure the accuracy of ARTIFACT; go on where the same command was interrupted."""
-    artifact: Path = options.pop("artifact")
     with working(terminal) as progress:
         from tome_export.evaluate.main import EvalRequest, evaluate
 
-        result = evaluate(EvalRequest(artifact, **options), progress)
-    manifest = result.artifact.manifest
+        result = evaluate(options.request(EvalRequest, artifact=artifact), progress)
+    evaluation = result.evaluation
     values = {
-        "artifact": str(result.artifact.path),
-        "model": manifest.model.name,
-        "random_weights": manifest.model.random_weights,
-        **dict(result.evaluation),
+        **artifact_values(result.artifact),
+        **dict(evaluation),
         "unrecorded": result.unrecorded,
     }
-    lines = [*model_lines(manifest), "", *_lines(result.evaluation)]
+    lines = [*model_lines(result.artifact.manifest), "", *_lines(evaluation)]
     if not result.unrecorded:
         lines.append(f"Recorded: {result.artifact.path}/eval.json")
     terminal.recorded(values, lines, result.unrecorded)
@@ -147,7 +144,7 @@ def _table(candidates: Sequence[CandidateResult]) -> list[str]:
             one.backend,
             # One number for a constant schedule, else all of them.
             str(one.r[0]) if len(set(one.r)) == 1 else ",".join(map(str, one.r)),
-            macs(one.macs),
+            short_macs(one.macs),
             *(cells[index] for cells in shown.values()),
         )
         for index, one in enumerate(candidates)
@@ -200,6 +197,6 @@ def _unreadable(data: EvaluationData) -> list[str]:
     count = data.unreadable_count
     if not count:
         return []
-    shown = [f"  {one.name}: {one.reason}" for one in data.unreadable[:SHOWN]]
-    more = [f"  and {count - SHOWN} more; --json lists all"] if count > SHOWN else []
-    return ["", f"Unreadable and left out: {count}", *shown, *more]
+    names = [f"{one.name}: {one.reason}" for one in data.unreadable]
+    lines = listed(names, count, SHOWN, "; --json lists all")
+    return ["", f"Unreadable and left out: {count}", *lines]

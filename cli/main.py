@@ -17,20 +17,10 @@ from tome_export.cli.signals import Interrupted, interruptible
 from tome_export.errors import InputError, TomeExportError, exit_text
 
 COMMANDS = (
-    "build",
-    "engine",
-    "check",
-    "bench",
-    "eval",
-    "tune",
-    "cascade",
-    "inspect",
-    "report",
-    "serve",
-    "query",
-    "models",
-    "doctor",
+    *("build", "engine", "check", "bench", "eval", "tune", "cascade"),
+    *("inspect", "report", "serve", "query", "models", "doctor"),
 )
+"""In the order in which they are used."""
 
 NAME = "tome-export"
 
@@ -68,7 +58,7 @@ class Commands(click.Group):
     """Commands are imported when they are named: ``--help`` must not wait for torch."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
-        """In the order in which they are used."""
+        """All of them."""
         return list(COMMANDS)
 
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
@@ -92,14 +82,7 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; those of the process if None.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line, by default with the arguments of the process; returns the exit code."""
     if f"_{NAME.upper().replace('-', '_')}_COMPLETE" in os.environ:
         cli.main(prog_name=NAME)  # click writes a shell's completions and exits
     for name in ("stdout", "stderr"):
@@ -141,7 +124,7 @@ def _failed(error: BaseException, terminal: Terminal) -> int:
     if report is not None and not terminal.findings:
         terminal.findings = {"report": report}
         if not terminal.json:
-            from tome_export.cli.text import parity_lines
+            from tome_export.cli.format import parity_lines
 
             with beside_the_error():
                 terminal.result({}, parity_lines(report))
@@ -150,6 +133,7 @@ def _failed(error: BaseException, terminal: Terminal) -> int:
 
 
 def _described(error: BaseException) -> tuple[str, str, int]:
+    """Kind, message and exit code of a failure."""
     kind, message = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, TomeExportError):
         return kind, message, error.exit_code
@@ -160,19 +144,17 @@ def _described(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", "interrupted", 130
     if isinstance(error, SystemExit):
-        text = (
-            f"the model's own code ended the program with {exit_text(error)}; expected it to go on"
-        )
-        return "InputError", text, InputError.exit_code
-    if isinstance(error, OSError) and error.errno in SYSTEM:
+        text = f"the model's own code ended the program with {exit_text(error)}"
+        text += "; expected it to go on"
+    elif isinstance(error, OSError) and error.errno in SYSTEM:
         where = f" {error.filename}" if error.filename else ""
         text = f"cannot read or write{where}: {error.strerror}; {SYSTEM[error.errno]}"
-        return "InputError", text, InputError.exit_code
-    if isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError):
         text = f"memory is used up{': ' * bool(message)}{message}; {SYSTEM[errno.ENOMEM]}"
-        return "InputError", text, InputError.exit_code
-    hint = "this is a bug, run with --debug for the traceback"
-    return kind, f"{kind}: {message}; {hint}", 1
+    else:
+        text = f"{kind}: {message}; this is a bug, run with --debug for the traceback"
+        return kind, text, 1
+    return "InputError", text, InputError.exit_code
 
 
 def _usage(error: click.ClickException) -> str:

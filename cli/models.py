@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tome_export.cli.options import output_options
-from tome_export.cli.output import Terminal, fields, macs, table
+from tome_export.cli.format import fields, table
+from tome_export.cli.options import grouped_command
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
+from tome_export.display import short_macs
 
 if TYPE_CHECKING:
     from tome_export.models.catalog import ModelDetails, ModelRow
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
 HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "family")
 
 
-@click.command("models", short_help="List the models, or describe one.")
+@grouped_command(
+    "models", "List the models, or describe one.", example="tome-export models vit_b16"
+)
 @click.argument("name", required=False)
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, name: str | None) -> None:
+def command(terminal: Terminal, /, name: str | None) -> None:
     """List the models that have a recipe, or describe NAME.
 
     r is the recommended number of tokens to merge per layer, MACs ratio what it saves.
@@ -40,7 +42,7 @@ def command(terminal: Terminal, name: str | None) -> None:
             _input(model),
             model.tokens,
             model.depth,
-            macs(model.macs),
+            short_macs(model.macs),
             model.recommended_r,
             f"{model.macs_ratio:.2f}",
             model.output,
@@ -77,7 +79,7 @@ def _details(model: ModelDetails) -> list[str]:
         ("Depth", str(model.depth)),
         ("r", f"{model.recommended_r} ({model.recommended_r_source})"),
         ("Merged", f"tokens after each layer {tokens}"),
-        ("MACs", f"{macs(model.macs)}, merged {macs(model.macs_merged)}"),
+        ("MACs", f"{short_macs(model.macs)}, merged {short_macs(model.macs_merged)}"),
         ("MACs ratio", f"{model.macs_ratio:.2f}"),
         ("Weights", model.weights),
         ("Licence", model.licence or "not stated"),

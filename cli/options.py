@@ -1,57 +1,59 @@
-"""Options that several commands share, and the types of their values."""
+"""Options of commands as fields of dataclasses, and commands whose help groups them."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
-from functools import reduce
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import click
 
-from tome_export.merge.schedule import INFLECTION
 from tome_export.reducers import DEFAULT, REDUCERS
-from tome_export.spec import (
-    ACTIVATIONS,
-    ATTENTION_FORMS,
-    MERGE_OPS,
-    OPSETS,
-    SELECT_FEATURES,
-    TOWERS,
-    BatchRange,
-)
+from tome_export.spec import PRECISIONS, Activation, Precision
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+if TYPE_CHECKING:
+    from tome_export.engine import EngineOptions
 
-_SHIFT = {"m": 20, "g": 30}
+Request = TypeVar("Request")
 
 
-class Batch(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """``MIN:OPT:MAX`` or one number."""
-
-    name = "MIN:OPT:MAX"
-
-    def convert(self, value: Any, _param: Any, _context: Any) -> BatchRange:
-        """See ``BatchRange.parse``."""
-        return value if isinstance(value, BatchRange) else BatchRange.parse(value)
+def memory(text: str) -> int:
+    """Bytes of a size with its binary unit, such as ``512MiB`` or ``4GiB``."""
+    found = re.fullmatch(r"(\d+)\s*([mg])(?:ib?|b)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a size with a unit, such as 512MiB or 4GiB")
+    return int(found[1]) << {"m": 20, "g": 30}[found[2].lower()]
 
 
-class Memory(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """A size with its unit, such as ``512MiB`` or ``4GiB``, to bytes."""
+def integers(expected: str) -> Callable[[Any], tuple[int, ...]]:
+    """A parser of whole numbers with commas between them, each kept once."""
 
-    name = "SIZE"
-
-    def convert(self, value: Any, param: Any, context: Any) -> int:
-        """Bytes; units are binary."""
-        if isinstance(value, int):
+    def parse(value: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):  # a default
             return value
-        found = re.fullmatch(r"(\d+)\s*([mg])(?:ib?|b)?", value.strip(), re.IGNORECASE)
-        if found is None:
-            self.fail(
-                f"{value!r} is not a size with a unit, such as 512MiB or 4GiB", param, context
-            )
-        return int(found[1]) << _SHIFT[found[2].lower()]
+        try:
+            return tuple(dict.fromkeys(map(int, value.split(","))))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of {expected}") from None
+
+    return parse
+
+
+batch_sizes = integers("batch sizes such as 1,8,32")
 
 
 class File(click.Path):
@@ -67,276 +69,281 @@ class File(click.Path):
 FILE = File(path_type=Path)
 
 
-def grouped(*decorators: Decorator) -> Decorator:
-    """Options as one decorator."""
-    return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+HEADINGS = (
+    "Target",
+    "Images",
+    "Model",
+    "Merging",
+    "Merging across the frames of a video",
+    "What the graph gives",
+    "Policy",
+    "Precision",
+    "Engine",
+    "Measuring",
+    "Check",
+    "Pictures",
+    "Server",
+    "Output",
+)
+"""Headings of a command's help, in their order."""
+
+
+class Option(click.Option):
+    """An option with its heading."""
+
+    heading = HEADINGS[-1]
+
+
+def option(*flags: str, heading: str | None = None, **settings: Any) -> Any:
+    """An option as the field of a group; ``settings`` are those of ``click.Option``.
+
+    Without flags it is ``--field-name``, without a type that of the field, and without a heading
+    that of the group.
+    """
+    return field(metadata={"flags": flags, "heading": heading, "settings": settings})
+
+
+class Group:
+    """Options of a command as a frozen dataclass; the docstring of a subclass is their heading."""
+
+    options: ClassVar[list[Option]] = []
+
+    def __init_subclass__(cls) -> None:
+        heading, types = inspect.cleandoc(cls.__doc__ or "").rstrip("."), get_type_hints(cls)
+        own = [
+            _click_option(heading, name, types[name], **value.metadata)
+            for name, value in vars(cls).items()
+            if isinstance(value, Field)
+        ]
+        bases = [base for base in cls.__bases__ if issubclass(base, Group)]
+        cls.options = [*own, *(one for base in bases for one in base.options)]
+        dataclass(frozen=True)(cls)
+
+    def request(self, kind: Callable[..., Request], **given: Any) -> Request:
+        """A dataclass of what is given and of the options that have the names of its fields."""
+        names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+        return kind(**{name: value for name, value in vars(self).items() if name in names} | given)
+
+
+def _click_option(
+    group: str, name: str, hint: Any, *, flags: Any, heading: str | None, settings: Any
+) -> Option:
+    settings = {"show_default": bool(settings.get("default")), **settings}
+    flag = f"--{name.replace('_', '-')}"
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+        settings.setdefault("default", None)
+    if hint is bool:
+        settings["is_flag"] = True
+        flag += f"/--no-{flag[2:]}" if "default" in settings else ""
+    if get_origin(hint) is tuple:
+        hint = get_args(hint)[0]
+        settings.setdefault("multiple", "type" not in settings)
+    if get_origin(hint) is Literal:
+        hint = click.Choice(get_args(hint))
+    settings.setdefault("type", FILE if hint is Path else hint)
+    made = Option([*(flags or [flag]), name], **settings)
+    made.heading = heading or group
+    return made
 
 
 def _set_verbose(context: click.Context, _param: click.Parameter, value: bool) -> None:
-    if value:
-        context.obj.verbose = True
+    context.obj.verbose |= value
 
 
-# main() looks for these two itself, because errors may come before options are parsed.
-output_options = grouped(
-    click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object."),
-    click.option(
-        "-v",
-        "--verbose",
-        is_flag=True,
-        expose_value=False,
-        callback=_set_verbose,
-        help="Show what happens within each stage.",
-    ),
-    click.option(
-        "--debug", is_flag=True, expose_value=False, help="Show tracebacks and library output."
-    ),
-)
+def _common_options() -> list[Option]:
+    """Options of every command; main() looks for two itself, as errors may precede parsing."""
+    common: Any = {"is_flag": True, "expose_value": False}
+    verbose = "Show what happens within each stage."
+    return [
+        Option(["--json"], help="Print one JSON object.", **common),
+        Option(["-v", "--verbose"], callback=_set_verbose, help=verbose, **common),
+        Option(["--debug"], help="Show tracebacks and library output.", **common),
+    ]
 
-engine_options = grouped(
-    click.option(
-        "--workspace",
-        "workspace_bytes",
-        type=Memory(),
-        help="Most scratch memory of the engine, such as 512MiB or 4GiB.",
-    ),
-    click.option(
-        "--optimization-level",
-        type=int,
-        metavar="0-5",
-        help="0 builds fastest, 5 searches longest.  [default: 3]",
-    ),
-    click.option(
-        "--timing-cache",
-        type=FILE,
-        metavar="FILE",
-        help="Tactic timings, read if there and written after the build (TensorRT).",
-    ),
-    click.option(
-        "--version-compatible",
-        is_flag=True,
-        help="The engine also runs on later TensorRT of the same major version.",
-    ),
-    click.option(
-        "--hardware-compatible",
-        is_flag=True,
-        help="The engine runs on every GPU from the Ampere generation on.",
-    ),
-    click.option(
-        "--compute-capability",
-        "compute_capabilities",
-        multiple=True,
-        metavar="X.Y",
-        help="Build for this GPU, such as 8.9, or current; repeatable (TensorRT-RTX engines, "
-        "plugin kernels).",
-    ),
-)
 
-engine_choice = click.option(
-    "--engine",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]),
-    default="auto",
-    show_default=True,
-    help="auto: TensorRT where it and a GPU are, else TensorRT-RTX, else none.",
-)
+class Command(click.Command):
+    """A command whose help has its options by heading, and an example at the end."""
 
-images_option = click.option(
-    "--images",
-    type=FILE,
-    metavar="FOLDER",
-    help="Check parity on these images.  [default: those that come along]",
-)
+    def __init__(self, *arguments: Any, example: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.example = example
 
-order_option = click.option(
-    "--classes-in-order",
-    is_flag=True,
-    help="Class folders, sorted, and numbers of labels are the model's classes in their order, "
-    "whatever they are called.",
-)
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of each heading."""
+        rows: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
+        for parameter in self.get_params(context):
+            row = parameter.get_help_record(context)
+            if row is not None and isinstance(parameter, click.Option):
+                rows[getattr(parameter, "heading", Option.heading)].append(row)
+        for heading, listed in rows.items():
+            if listed:
+                with formatter.section(heading):
+                    formatter.write_dl(listed)
 
-self_test_option = click.option(
-    "--self-test/--no-self-test",
-    default=None,
-    help="Have a server answer about one image before anything is written.  [default: where one is "
-    "on this machine]",
-)
+    def format_epilog(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example on a line of its own, which is not wrapped."""
+        formatter.write(f"\nExample:\n  {self.example}\n")
 
-query_option = click.option(
-    "--query",
-    type=FILE,
-    metavar="FILE.npy",
-    help="What the model takes besides images (reducer query): one vector, or one per image.",
-)
 
-tower_options = (
-    click.option(
-        "--tower",
-        "kind",
-        type=click.Choice(TOWERS),
-        help="Cut the vision tower of a language model from a CLIP or LLaVA checkpoint.",
-    ),
-    click.option(
-        "--select-layer",
-        type=int,
-        metavar="N",
-        help="Tower: the hidden state it gives; layers behind are cut.  [default: the model's own]",
-    ),
-    click.option(
-        "--select-feature",
-        type=click.Choice(SELECT_FEATURES),
-        help="Tower: without or with the class token.  [default: the model's own]",
-    ),
-    click.option(
-        "--projector/--no-projector",
-        default=None,
-        help="Tower: the checkpoint's projector in the same graph.  [default: no projector]",
-    ),
-)
+def grouped_command(
+    name: str, short_help: str, *, example: str
+) -> Callable[[Callable[..., None]], Command]:
+    """Make a command of a function that takes a terminal, arguments and ``options``, a group."""
 
-video_options = (
-    click.option(
-        "--frames", type=int, metavar="N", help="Video: frames of one.  [default: the model's own]"
-    ),
-    click.option(
-        "--merge-layers",
-        metavar="8,9,10",
-        help="Video: layers, from 0, that join neighbouring clips and merge across them.",
-    ),
-    click.option(
-        "--merge-frames", metavar="2,2,3", help="Video: how many clips each of them joins."
-    ),
-    click.option(
-        "--merge-proportions",
-        metavar="30,10",
-        help="Video: percent of the tokens to merge across clips, and inside them from there on.",
-    ),
-    click.option(
-        "--frame-position/--no-frame-position",
-        default=None,
-        help="Video: add the learned vector of each clip as it is joined.  [default: add]",
-    ),
-)
+    def decorate(function: Callable[..., None]) -> Command:
+        group = get_type_hints(function).get("options")
+        options: list[Option] = group.options if group else []
 
-reducer_options = grouped(
-    click.option(
-        "--reducer",
-        type=click.Choice(list(REDUCERS)),
-        default=DEFAULT,
-        show_default=True,
-        help="How tokens become fewer; see docs/reducers.md.",
-    ),
-    click.option(
-        "--reducer-option",
-        "reducer_options",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="An option of the reducer; repeatable.",
-    ),
-)
+        @click.pass_obj
+        def callback(terminal: Any, /, **given: Any) -> None:
+            if group:
+                names = [str(one.name) for one in options]
+                given["options"] = group(**{name: given.pop(name) for name in names})
+            function(terminal, **given)
 
-weights_options = grouped(
-    click.option(
-        "--weights",
+        return Command(
+            name,
+            callback=callback,
+            params=[
+                *reversed(getattr(function, "__click_params__", ())),
+                *options,
+                *_common_options(),
+            ],
+            help=inspect.getdoc(function),
+            short_help=short_help,
+            example=example,
+        )
+
+    return decorate
+
+
+class WeightsGroup(Group):
+    """Model."""
+
+    weights: str = option(
         default="pretrained",
-        show_default=True,
         metavar="pretrained|random|PATH",
         help="PATH: a .safetensors file, or a .pth, .ckpt or .pth.tar file of tensors.",
-    ),
-    click.option(
-        "--weights-key",
+    )
+    weights_key: str = option(
         default="",
         metavar="KEY",
         help="Which of the weights in PATH.  [default: averaged ones (EMA) before plain ones]",
-    ),
-)
+    )
+    activation: Activation | None = option(
+        help="What makes scores of the model's output; none: a regression's numbers.  [default: "
+        "what the model says]"
+    )
 
-activation_option = click.option(
-    "--activation",
-    type=click.Choice(ACTIVATIONS),
-    help="What makes scores of the model's output; none: a regression's numbers.  [default: what "
-    "the model says]",
-)
 
-model_options = grouped(
-    click.option("--r", type=int, help="Tokens to merge per layer.  [default: the model's own]"),
-    click.option(
-        "--schedule",
-        metavar="|".join([*INFLECTION, "12,10,8", "FILE"]),
-        help="How r is spread over the layers, or r of each, or a file that 'tome-export tune' "
-        "wrote.  [default: constant]",
-    ),
-    click.option("--fp16", is_flag=True, help="Half precision."),
-    click.option("--bf16", is_flag=True, help="bfloat16."),
-    click.option("--fp32", is_flag=True, help="Single precision, the default."),
-    weights_options,
-    click.option("--seed", default=0, show_default=True, help="Of random weights."),
-    activation_option,
-    click.option(
-        "--prop-attn/--no-prop-attn",
-        default=None,
-        help="Proportional attention.  [default: the model's and reducer's own]",
-    ),
-    reducer_options,
-    click.option(
-        "--dense", is_flag=True, help="Give the features of every patch: merged, then unmerged."
-    ),
-    click.option(
-        "--source-map", is_flag=True, help="Give also which final token each patch went into."
-    ),
-    click.option(
-        "--entropy",
-        is_flag=True,
-        help="Give also how evenly the image is spread over its tokens, 0 to 1; see "
-        "docs/over-merging.md.",
-    ),
-    click.option(
-        "--compress",
-        metavar="avgpool:12x12|resampler[:FILE]",
-        help="Last stage of a tower or of --dense: the mean over each cell of a smaller grid, or a "
-        "perceiver resampler.",
-    ),
-    click.option(
-        "--compress-option",
-        "compress_options",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="An option of the compressor, such as latents=64; repeatable.",
-    ),
-    *tower_options,
-    *video_options,
-    click.option(
-        "--batch",
-        type=Batch(),
-        help="Batch sizes; one number fixes it.  [default: 1:8:32; 8 with --merge-op plugin]",
-    ),
-    click.option(
-        "--plugin-batch-range",
-        is_flag=True,
-        help="Let --merge-op plugin take several batch sizes, although TensorRT keeps GPU memory "
-        "at every change (NVIDIA/TensorRT issue 4849).",
-    ),
-    click.option(
-        "--merge-op",
-        type=click.Choice(MERGE_OPS),
-        default="auto",
-        show_default=True,
-        help="auto: plugin for a TensorRT engine of one batch size, where it pays, else matmul; "
-        "index_add is for ONNX Runtime only.",
-    ),
-    click.option(
-        "--attention",
-        type=click.Choice(ATTENTION_FORMS),
-        default="auto",
-        show_default=True,
-        help="auto: fused for an engine, in parts for fp32 and for ONNX Runtime on a GPU; "
-        "fused-fp32: fp16 with float32 sums, for TensorRT; see docs/attention.md.",
-    ),
-    click.option(
-        "--opset",
-        type=click.IntRange(*OPSETS),
-        default=OPSETS[-1],
-        show_default=True,
-        help="Of the ONNX model: ONNX Runtime 1.18 takes 21, 1.22 takes 22; below 23 attention is "
-        "in parts. See docs/runtimes.md.",
-    ),
-)
+class ReducerGroup(Group):
+    """Merging."""
+
+    reducer: str = option(
+        type=click.Choice(list(REDUCERS)),
+        default=DEFAULT,
+        help="How tokens become fewer; see docs/reducers.md.",
+    )
+    reducer_options: tuple[str, ...] = option(
+        "--reducer-option", metavar="KEY=VALUE", help="An option of the reducer; repeatable."
+    )
+
+
+class PrecisionGroup(Group):
+    """Precision."""
+
+    fp16: bool = option(help="Half precision.")
+    bf16: bool = option(help="bfloat16.")
+    fp32: bool = option(help="Single precision, the default.")
+
+    @property
+    def precision(self) -> Precision:
+        """The one precision that was asked for; fp32 if none was.
+
+        Raises:
+            click.UsageError: if several were.
+        """
+        asked = [name for name in PRECISIONS if getattr(self, name)]
+        if len(asked) > 1:
+            raise click.UsageError(f"--{' and --'.join(asked)} exclude each other; give one")
+        return asked[0] if asked else "fp32"
+
+
+class EngineGroup(Group):
+    """Engine."""
+
+    workspace_bytes: int | None = option(
+        "--workspace",
+        type=memory,
+        metavar="SIZE",
+        help="Most scratch memory of the engine, such as 512MiB or 4GiB.",
+    )
+    optimization_level: int | None = option(
+        metavar="0-5", help="0 builds fastest, 5 searches longest.  [default: 3]"
+    )
+    timing_cache: Path | None = option(
+        metavar="FILE", help="Tactic timings, read if there and written after the build (TensorRT)."
+    )
+    version_compatible: bool = option(
+        help="The engine also runs on later TensorRT of the same major version."
+    )
+    hardware_compatible: bool = option(
+        help="The engine runs on every GPU from the Ampere generation on."
+    )
+    compute_capabilities: tuple[str, ...] = option(
+        "--compute-capability",
+        metavar="X.Y",
+        help="Build for this GPU, such as 8.9, or current; repeatable (TensorRT-RTX engines, "
+        "plugin kernels).",
+    )
+
+    def engine_options(self) -> EngineOptions:
+        """Engine settings, but for the batch range, which belongs to the request."""
+        from tome_export.engine import EngineOptions
+
+        return EngineOptions(**{one.name: getattr(self, one.name) for one in fields(EngineGroup)})  # type: ignore[arg-type]
+
+
+class StoredWeightsGroup(Group):
+    """Model."""
+
+    weights: str | None = option(
+        metavar="PATH", help="Where the weights are now, if not where they were."
+    )
+
+
+class QueryGroup(Group):
+    """Model."""
+
+    query: Path | None = option(
+        metavar="FILE.npy",
+        help="What the model takes besides images (reducer query): one vector, or one per image.",
+    )
+
+
+class ImagesGroup(Group):
+    """Check."""
+
+    images: Path | None = option(
+        metavar="FOLDER", help="Check parity on these images.  [default: those that come along]"
+    )
+
+
+class LabelsGroup(Group):
+    """Images."""
+
+    labels: Path | None = option(help="Lines of 'relative/path,class' for a folder of --data.")
+    classes_in_order: bool = option(
+        help="Class folders, sorted, and numbers of labels are the model's classes in their order, "
+        "whatever they are called."
+    )
+
+
+class SelfTestGroup(Group):
+    """Server."""
+
+    self_test: bool | None = option(
+        help="Have a server answer about one image before anything is written.  [default: where "
+        "one is on this machine]"
+    )

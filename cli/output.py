@@ -1,21 +1,22 @@
-"""Results on standard output: text for people, or one JSON object."""
+"""The streams: results on standard output, all else on standard error, others' noise nowhere."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import io
 import json
-import math
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
-from tome_export import display
-from tome_export.display import size
 from tome_export.errors import InputError
-
-__all__ = ["Terminal", "beside_the_error", "fields", "macs", "number", "percent", "size", "table"]
 
 
 @dataclass
@@ -118,49 +119,81 @@ def beside_the_error() -> Iterator[None]:
         aside(sys.stderr, f"The report cannot be shown: {type(error).__name__}: {error}\n")
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str = "") -> list[str]:
-    """Lines of a table.
+@contextlib.contextmanager
+def quiet(*, debug: bool) -> Iterator[TextIO]:
+    """Lead away what others print, from Python and from C++; yields our own way to stderr.
 
-    Args:
-        headers: One per column.
-        rows: Cells, shown with ``str``.
-        sides: ``l`` or ``r`` per column; all to the right, as for numbers, where it is empty.
+    Standard output is for results alone, so even with ``debug`` what others print there goes to
+    standard error. Everything else is dropped without ``debug``: the libraries below warn of
+    their own inner matters, and whatever concerns the user comes as an exception.
     """
-    return _aligned([headers, *rows], sides or "r" * len(headers))
+    # Text still in Python's buffers must not end up behind the redirected descriptors.
+    sys.stdout.flush()
+    with _full():
+        sys.stderr.flush()
+    own = _own_stderr()
+    with contextlib.ExitStack() as stack:
+        if own is not sys.stderr:
+            stack.callback(_close, own)
+        sink: TextIO = own
+        if not debug:
+            sink = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.CRITICAL)
+            stack.enter_context(contextlib.redirect_stderr(sink))
+            stack.enter_context(_descriptor(2, sink))
+        stack.enter_context(contextlib.redirect_stdout(sink))
+        stack.enter_context(_descriptor(1, sink))
+        yield own
 
 
-def fields(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Lines of ``name  value``, values aligned."""
-    return _aligned(pairs, "ll")
+@contextlib.contextmanager
+def _full() -> Iterator[None]:
+    """What a full disk has refused already, a stream would write once more when it is closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
-def _aligned(rows: Sequence[Sequence[object]], sides: str) -> list[str]:
-    """The same text on a terminal and in a pipe: a table is as wide as it is."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2))
-    for side in sides:
-        grid.add_column(justify="left" if side == "l" else "right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(file=io.StringIO(), width=1 << 16, color_system=None)
-    with console.capture() as shown:
-        console.print(grid)
-    return [line.rstrip() for line in shown.get().split("\n")[:-1]]
+def _close(stream: TextIO) -> None:
+    with _full():
+        stream.close()
 
 
-def macs(count: float) -> str:
-    """Multiply-accumulates without their name, which the label has."""
-    return display.macs(count).removesuffix("MACs")
+def _own_stderr() -> TextIO:
+    """A stream to where standard error goes now, whatever becomes of descriptor 2."""
+    stream = sys.stderr
+    try:
+        if stream.fileno() != 2:
+            return stream
+    except (io.UnsupportedOperation, AttributeError, ValueError):
+        return stream  # not a file: a test's or a notebook's
+    encoding, errors = stream.encoding, stream.errors
+    return os.fdopen(os.dup(2), "w", buffering=1, encoding=encoding, errors=errors)
 
 
-def number(value: float, spec: str) -> str:
-    """A number by its format, if it is finite."""
-    return format(value, spec) if math.isfinite(value) else "not finite"
+@contextlib.contextmanager
+def _descriptor(number: int, sink: TextIO) -> Iterator[None]:
+    try:
+        target = sink.fileno()
+        saved = os.dup(number)
+    except (OSError, io.UnsupportedOperation, AttributeError):
+        yield  # closed by the caller, or nothing to lead to
+        return
+    os.dup2(target, number)
+    try:
+        yield
+    finally:
+        _flush_c()
+        os.dup2(saved, number)
+        os.close(saved)
 
 
-def percent(share: float) -> str:
-    """A share of one with as many decimals as it needs, at most two."""
-    return display.percent(share, None) if math.isfinite(share) else "not finite"
+def _flush_c() -> None:
+    """Empty C's own buffers while they still lead away; else they would appear at exit."""
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)

@@ -8,13 +8,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from tome_export.cli.output import aside
-from tome_export.cli.quiet import quiet
+from tome_export.cli.output import aside, quiet
 from tome_export.cli.signals import raise_if_interrupted
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from tome_export.cli.output import Terminal
     from tome_export.progress import Progress
 
@@ -34,70 +31,19 @@ def duration(seconds: float) -> str:
 def working(terminal: Terminal) -> Iterator[Progress]:
     """Run a library call inside: its progress is shown, the noise of others is not."""
     with quiet(debug=terminal.debug) as stream:
-        shown = Live if _is_live(stream) else Plain
-        with shown(stream, terminal.verbose) as progress:
+        live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        with Display(stream, verbose=terminal.verbose, live=live) as progress:
             yield progress
 
 
-def _is_live(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+class Display:
+    """A ``Progress`` for people.
 
+    Live it is a spinner, the stage, its steps and its time; ended stages stay as lines. Else it is
+    one line per stage and every while in a long one. With ``verbose`` it is all that happens.
+    """
 
-class Plain:
-    """One line per stage and every while in a long one; with ``verbose`` all that happens."""
-
-    def __init__(self, stream: TextIO, verbose: bool) -> None:
-        from rich.progress import Progress
-
-        self._stream = stream
-        self._verbose = verbose
-        # Draws nothing, and knows how long the rest will take.
-        self._steps = Progress(
-            disable=True, get_time=lambda: time.monotonic(), speed_estimate_period=float("inf")
-        )
-        self._label: str | None = None
-        self._task = self._steps.add_task("")
-        self._told = time.monotonic()
-
-    def __enter__(self) -> Plain:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Every line has been written by now."""
-
-    def stage(self, title: str) -> None:
-        """See ``Progress``."""
-        raise_if_interrupted()
-        self._label, self._told = None, time.monotonic()
-        self._write(title)
-
-    def detail(self, text: str) -> None:
-        """See ``Progress``."""
-        if self._verbose:
-            self._write(f"  {text}")
-
-    def step(self, label: str, done: int, total: int) -> None:
-        """See ``Progress``."""
-        if label != self._label:
-            self._label = label
-            self._steps.reset(self._task)
-        self._steps.update(self._task, completed=done, total=total)
-        left = self._steps.tasks[0].time_remaining
-        due = left is not None and time.monotonic() - self._told >= ETA_INTERVAL_S
-        if due:
-            self._told = time.monotonic()
-        if self._verbose or due:
-            more = f", about {duration(left)} left" if due and left is not None else ""
-            self._write(f"  {label}: {done}/{total}{more}")
-
-    def _write(self, line: str) -> None:
-        aside(self._stream, f"{line}\n")
-
-
-class Live:
-    """A spinner, the stage, its steps and its time; ended stages stay as lines."""
-
-    def __init__(self, stream: TextIO, verbose: bool) -> None:
+    def __init__(self, stream: TextIO, *, verbose: bool, live: bool) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -108,8 +54,9 @@ class Live:
             TimeRemainingColumn,
         )
 
+        self._stream, self._verbose, self._live = stream, verbose, live
         self._console = Console(file=stream, highlight=False)
-        self._verbose = verbose
+        # Where it draws nothing, it knows how long the rest will take nevertheless.
         self._display = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -121,15 +68,16 @@ class Live:
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
+            disable=not live,
+            get_time=lambda: time.monotonic(),
             speed_estimate_period=float("inf"),
         )
-        self._task: TaskID | None = None
-        self._title = ""
-        self._label: str | None = None
-        self._since = 0.0
+        self._title, self._label = "", ""
+        self._since = self._told = time.monotonic()
 
-    def __enter__(self) -> Live:
-        self._display.start()
+    def __enter__(self) -> Display:
+        if self._live:
+            self._display.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -140,33 +88,48 @@ class Live:
         """See ``Progress``."""
         raise_if_interrupted()
         self._end("✓")
-        self._title, self._since, self._label = title, time.monotonic(), None
-        self._task = self._display.add_task(title, total=None, detail="")
+        self._display.add_task(title, total=None, detail="")
+        self._title, self._label = title, ""
+        self._since = self._told = time.monotonic()
+        if not self._live:
+            self._write(title)
 
     def detail(self, text: str) -> None:
         """See ``Progress``."""
         if self._verbose:
-            self._console.print(f"  {text}", markup=False)
-        if self._task is not None:
-            self._display.update(self._task, detail=text)
+            self._write(f"  {text}")
+        for task in self._display.task_ids:
+            self._display.update(task, detail=text)
 
     def step(self, label: str, done: int, total: int) -> None:
         """See ``Progress``."""
         shown = f"{label}: {done}/{total}"
-        if self._verbose:
-            self._console.print(f"  {shown}", markup=False)
-        if self._task is None:
-            return
-        if label != self._label:
-            self._label = label
-            self._display.reset(self._task, detail=shown)
-            self._display.tasks[0].start_time = self._since  # the time shown is the stage's
-        self._display.update(self._task, completed=done, total=total, detail=shown)
+        for task in self._display.tasks:
+            if label != self._label:
+                self._display.reset(task.id)
+                task.start_time = self._since  # the time shown is the stage's
+            self._display.update(task.id, completed=done, total=total, detail=shown)
+        self._label = label
+        left = self._time_left()
+        self._told = self._told if left is None else time.monotonic()
+        if self._verbose or left is not None:
+            more = "" if left is None else f", about {duration(left)} left"
+            self._write(f"  {shown}{more}")
+
+    def _time_left(self) -> float | None:
+        """Seconds, where a line is due that says so."""
+        if self._live or time.monotonic() - self._told < ETA_INTERVAL_S:
+            return None
+        return self._display.tasks[0].time_remaining if self._display.tasks else None
 
     def _end(self, mark: str) -> None:
-        if self._task is None:
-            return
-        self._display.remove_task(self._task)
-        self._task = None
-        seconds = time.monotonic() - self._since
-        self._console.print(f"{mark} {self._title}  {seconds:.1f} s", markup=False)
+        for task in self._display.task_ids:
+            self._display.remove_task(task)
+            if self._live:
+                self._write(f"{mark} {self._title}  {time.monotonic() - self._since:.1f} s")
+
+    def _write(self, line: str) -> None:
+        if self._live:
+            self._console.print(line, markup=False)
+        else:
+            aside(self._stream, f"{line}\n")

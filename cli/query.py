@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tome_export.cli.options import FILE, output_options, query_option
-from tome_export.cli.output import Terminal, table
+from tome_export.cli.format import table
+from tome_export.cli.options import FILE, QueryGroup, grouped_command, option
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
 
 if TYPE_CHECKING:
     from tome_export.serve.query import ImageAnswer
 
 
-@click.command("query", short_help="Ask a running server about images.")
+class QueryOptions(QueryGroup):
+    """Model."""
+
+    model: str | None = option(
+        metavar="NAME", help="Model to ask.  [default: the router or only one]"
+    )
+    r: int | None = option(metavar="N", help="Of a router: merge at most N tokens per layer.")
+    max_ms: float | None = option(metavar="MS", help="Of a router: be as fast as MS per image.")
+    protocol: Literal["grpc", "http"] | None = option(
+        heading="Server", help="How to ask.  [default: by the URL's scheme, else grpc]"
+    )
+    shared_memory: bool = option(
+        heading="Server", help="Hand images over in shared memory; for a server on this machine."
+    )
+    top: int | None = option(
+        heading="Output", metavar="K", help="Labels per image.  [default: all that come]"
+    )
+
+
+@grouped_command(
+    "query",
+    "Ask a running server about images.",
+    example="tome-export query localhost:8001 cat.jpg --top 5",
+)
 @click.argument("url")
 @click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--model", metavar="NAME", help="Model to ask.  [default: the router or only one]")
-@click.option("--r", type=int, metavar="N", help="Of a router: merge at most N tokens per layer.")
-@click.option("--max-ms", type=float, metavar="MS", help="Of a router: be as fast as MS per image.")
-@click.option(
-    "--protocol",
-    type=click.Choice(["grpc", "http"]),
-    help="How to ask.  [default: by the URL's scheme, else grpc]",
-)
-@click.option("--top", type=int, metavar="K", help="Labels per image.  [default: all that come]")
-@click.option(
-    "--shared-memory",
-    is_flag=True,
-    help="Hand images over in shared memory; for a server on this machine.",
-)
-@query_option
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, /, url: str, images: tuple[Path, ...], **given: Any) -> None:
+def command(
+    terminal: Terminal, /, url: str, images: tuple[Path, ...], options: QueryOptions
+) -> None:
     """Send each IMAGE or video (a file or a folder) to the server at URL and print its labels.
 
     URL is host:port (gRPC's default port is 8001, HTTP's 8000), also with grpc:// or http://. The
@@ -45,7 +54,7 @@ def command(terminal: Terminal, /, url: str, images: tuple[Path, ...], **given: 
     with working(terminal) as progress:
         from tome_export.serve.query import QueryRequest, query
 
-        result = query(QueryRequest(url, images, **given), progress)
+        result = query(options.request(QueryRequest, url=url, images=images), progress)
     values = {
         "server": result.address,
         "protocol": result.protocol,

@@ -7,41 +7,36 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tome_export.cli.options import FILE, output_options
-from tome_export.cli.output import Terminal, size
+from tome_export.cli.format import warning_lines
+from tome_export.cli.options import FILE, Group, grouped_command, option
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.cli.text import warning_lines
+from tome_export.display import size
 
 if TYPE_CHECKING:
     from tome_export.report.main import ReportResult
 
 
-@click.command("report", short_help="Write one HTML page with all that was found.")
+class ReportOptions(Group):
+    """Output."""
+
+    output: Path | None = option(
+        "-o", "--output", metavar="FILE", help="The page.  [default: report.html in the artifact]"
+    )
+    samples: int = option(
+        default=4, help="Images that come along to show with their merged tokens."
+    )
+
+
+@grouped_command(
+    "report",
+    "Write one HTML page with all that was found.",
+    example="tome-export report vit_b16-r13 cat.jpg -o report.html",
+)
 @click.argument("artifact", type=FILE)
 @click.argument("images", nargs=-1, type=FILE, metavar="[IMAGE...]")
-@click.option(
-    "-o",
-    "--output",
-    type=FILE,
-    metavar="FILE",
-    help="The page.  [default: report.html in the artifact]",
-)
-@click.option(
-    "--samples",
-    type=int,
-    default=4,
-    show_default=True,
-    help="Images that come along to show with their merged tokens.",
-)
-@output_options
-@click.pass_obj
 def command(
-    terminal: Terminal,
-    /,
-    artifact: Path,
-    images: tuple[Path, ...],
-    output: Path | None,
-    samples: int,
+    terminal: Terminal, /, artifact: Path, images: tuple[Path, ...], options: ReportOptions
 ) -> None:
     """Write all that is known of ARTIFACT as one HTML page, which loads nothing from anywhere.
 
@@ -51,7 +46,8 @@ def command(
     with working(terminal) as progress:
         from tome_export.report.main import ReportRequest, report
 
-        done = report(ReportRequest(artifact, images, output, samples), progress)
+        request = options.request(ReportRequest, artifact=artifact, images=images)
+        done = report(request, progress)
     terminal.result(done.to_dict(), _lines(done))
 
 

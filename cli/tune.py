@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import click
 
+from tome_export.cli.format import RANDOM, fields, table
 from tome_export.cli.options import (
-    FILE,
-    activation_option,
-    order_option,
-    output_options,
-    reducer_options,
-    weights_options,
+    Group,
+    LabelsGroup,
+    PrecisionGroup,
+    ReducerGroup,
+    WeightsGroup,
+    grouped_command,
+    option,
 )
-from tome_export.cli.output import Terminal, fields, macs, percent, table
+from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.cli.request import precision_of
-from tome_export.cli.text import RANDOM
+from tome_export.display import percent, short_macs
 from tome_export.errors import UnrecordedError
 from tome_export.reducers import DEFAULT
 
@@ -27,116 +28,95 @@ if TYPE_CHECKING:
     from tome_export.artifact.goal import Goal
     from tome_export.artifact.schedule import Estimate, TunedPoint, TunedSchedule
 
-KEPT = (
-    "limit",
-    "labels",
-    "classes_in_order",
-    "weights",
-    "weights_key",
-    "batch",
-    "time_limit",
-    "seed",
-    "force",
-    "min_entropy",
-    "reducer",
-    "activation",
-)
-
 ROWS = 6
 """Most rows of each method, besides the chosen one."""
 
 
-@click.command("tune", short_help="Search the per-layer schedule for a target.")
+class Targets(Group):
+    """Target."""
+
+    def goal(self, *names: str) -> Goal:
+        """The one of these options that was given.
+
+        Raises:
+            click.UsageError: if none was, or several.
+            InputError: if its value is not one.
+        """
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise click.UsageError(f"{len(given)} targets were given; give exactly one of {flags}")
+        from tome_export.artifact.goal import Goal
+
+        goal: Goal = getattr(Goal, given[0].removesuffix("_ms"))(getattr(self, given[0]))
+        return goal
+
+
+class TuneOptions(Targets, LabelsGroup, WeightsGroup, ReducerGroup, PrecisionGroup):
+    """Target."""
+
+    target_latency_ms: float | None = option(
+        metavar="X", help="At most X ms per run (ORT CPU), in the precision given below."
+    )
+    target_macs: str | None = option(
+        metavar="50%|8.7G", help="At most so many MACs, or of the unmerged."
+    )
+    min_accuracy: str | None = option(
+        metavar="-0.5|97.2",
+        help="-0.5: at most half a point below the unmerged model; 97.2: percent.",
+    )
+    data: tuple[str, ...] = option(
+        heading="Images",
+        metavar="FOLDER|SHARDS|samples",
+        default=("samples",),
+        help="Images: top-1 with class sub-folders, else agreement with the unmerged model.",
+    )
+    limit: int | None = option(
+        heading="Images", metavar="N", help="Most images.  [default: 2048, or fewer]"
+    )
+    batch: int = option(heading="Images", default=1, help="Images per run, for latency.")
+    min_entropy: float | None = option(
+        heading="Merging", metavar="X", help="Least token-size entropy, 0 to 1."
+    )
+    time_limit: float = option(heading="Merging", default=600.0, help="Seconds after loading.")
+    seed: int = option(
+        heading="Merging", default=0, show_default=True, help="Of images, their split, the search."
+    )
+    output: Path = option(
+        "-o", "--output", heading="Output", default="schedule.json", metavar="FILE"
+    )
+    force: bool = option(heading="Output", help="Replace an existing file.")
+
+
+@grouped_command(
+    "tune",
+    "Search the per-layer schedule for a target.",
+    example="tome-export tune vit_b16 --target-macs 60% --data imagenet/val",
+)
 @click.argument("model")
-@click.option(
-    "--target-latency-ms", type=float, metavar="X", help="At most X ms per run (ORT CPU)."
-)
-@click.option("--target-macs", metavar="50%|8.7G", help="At most so many MACs, or of the unmerged.")
-@click.option(
-    "--min-accuracy",
-    metavar="-0.5|97.2",
-    help="-0.5: at most half a point below the unmerged model; 97.2: percent.",
-)
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="FOLDER|SHARDS|samples",
-    help="Images: top-1 with class sub-folders, else agreement with the unmerged model.  "
-    "[default: samples]",
-)
-@click.option("--labels", type=FILE, metavar="FILE", help="Labels for a folder of --data.")
-@order_option
-@click.option("--limit", type=int, metavar="N", help="Most images.  [default: 2048, or fewer]")
-@weights_options
-@click.option("--batch", default=1, show_default=True, help="Images per run, for latency.")
-@click.option("--fp16", is_flag=True, help="Latency in half precision.")
-@click.option("--bf16", is_flag=True, help="Latency in bfloat16.")
-@click.option("--fp32", is_flag=True, help="Latency in single precision, the default.")
-@activation_option
-@reducer_options
-@click.option("--min-entropy", type=float, metavar="X", help="Least token-size entropy, 0 to 1.")
-@click.option("--time-limit", default=600.0, show_default=True, help="Seconds after loading.")
-@click.option("--seed", default=0, show_default=True, help="Of images, their split, the search.")
-@click.option(
-    "-o", "--output", type=FILE, default="schedule.json", show_default=True, metavar="FILE"
-)
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-@output_options
-@click.pass_obj
-def command(terminal: Terminal, /, model: str, output: Path, **given: Any) -> None:
+def command(terminal: Terminal, /, model: str, options: TuneOptions) -> None:
     """Search how many tokens each layer of MODEL should merge; give exactly one target.
 
     The schedule goes into a file for 'tome-export build MODEL --schedule FILE'.
     """
-    asked = the_target(given, "target_latency_ms", "target_macs", "min_accuracy")
-    precision = precision_of(given)
     with working(terminal) as progress:
+        goal = options.goal("target_latency_ms", "target_macs", "min_accuracy")
+        precision = options.precision
         from tome_export.tune.main import TuneRequest, tune
 
-        more: dict[str, Any] = {name: given[name] for name in (*KEPT, "reducer_options")}
-        if given["data"]:
-            more["data"] = given["data"]
-        goal = goal_from_option(asked, given[asked])
+        request = options.request(TuneRequest, model=model, goal=goal, precision=precision)
         unrecorded = None
         try:
-            tuned = tune(TuneRequest(model, goal, output, precision=precision, **more), progress)
+            tuned = tune(request, progress)
         except UnrecordedError as error:
             tuned, unrecorded = cast("TunedSchedule", error.result), str(error)
-    values = {
-        "file": str(output),
-        **tuned.model_dump(mode="json"),
-        **({"unrecorded": unrecorded} if unrecorded else {}),
-    }
-    terminal.recorded(values, tuned_lines(tuned, None if unrecorded else output), unrecorded)
+    path = options.output
+    values = {"file": str(path), **tuned.model_dump(mode="json")}
+    values |= {"unrecorded": unrecorded} if unrecorded else {}
+    terminal.recorded(values, _lines(tuned, None if unrecorded else path), unrecorded)
 
 
-def the_target(given: Mapping[str, Any], *names: str) -> str:
-    """The one target that was given.
-
-    Raises:
-        click.UsageError: if none was, or several.
-    """
-    asked = [name for name in names if given[name] is not None]
-    if len(asked) != 1:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-        raise click.UsageError(f"{len(asked)} targets were given; give exactly one of {options}")
-    return asked[0]
-
-
-def goal_from_option(name: str, value: Any) -> Goal:
-    """A target from the option of that name.
-
-    Raises:
-        InputError: if the value is not one.
-    """
-    from tome_export.artifact.goal import Goal
-
-    if name == "target_latency_ms":
-        return Goal.target_latency(value)
-    return Goal.target_macs(value) if name == "target_macs" else Goal.min_accuracy(value)
-
-
-def tuned_lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
+def _lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
     """All a person wants to know of a search, and the file that holds it, if one does."""
     data, search = tuned.data, tuned.search
     images = f"{data.search} to search"
@@ -177,7 +157,7 @@ def _facts(tuned: TunedSchedule) -> list[tuple[str, str]]:
     if asked is not None:
         left_out = f"; {tuned.search.over_merged} schedules fell under {asked:g} and were left out"
     return [
-        ("MACs", f"{macs(found.macs)}, {_share(found, tuned)} of the unmerged model's"),
+        ("MACs", f"{short_macs(found.macs)}, {_share(found, tuned)} of the unmerged model's"),
         (
             "Top-1" if tuned.objective.metric == "top1" else "Agreement",
             f"{percent(found.accuracy)} ({parts}), unmerged {percent(unmerged.accuracy)}",
@@ -220,7 +200,7 @@ def _constant(tuned: TunedSchedule) -> str:
     if constant is None:
         return "none was found that meets the target"
     return (
-        f"{_list(constant)}: {macs(constant.macs)} MACs, {_share(constant, tuned)}, "
+        f"{_list(constant)}: {short_macs(constant.macs)} MACs, {_share(constant, tuned)}, "
         f"{percent(constant.accuracy)}"
     )
 
@@ -238,7 +218,7 @@ def _front(tuned: TunedSchedule) -> list[str]:
             (
                 "*" if point.chosen else "",
                 point.method,
-                macs(point.macs),
+                short_macs(point.macs),
                 _share(point, tuned),
                 *([f"{point.latency_ms:.3g}"] if timed else []),
                 percent(point.accuracy),

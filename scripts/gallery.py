@@ -27,15 +27,15 @@ from tome_export.data.preprocess import load_images
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
 from tome_export.models.recipe import DATA
-from tome_export.spec import PatchGrid
-from tome_export.visualize.draw import draw
-from tome_export.visualize.groups import (
+from tome_export.runtime.merge_maps import (
     LayerGroups,
     MergeMap,
     grid_from_manifest,
     image_from_pixels,
+    merge_maps,
 )
-from tome_export.visualize.main import merge_maps
+from tome_export.spec import PatchGrid
+from tome_export.visualize.draw import draw
 
 ROOT = Path(__file__).parents[1]
 GALLERY = ROOT / "docs" / "gallery"

@@ -9,15 +9,20 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 
 
+def macs_unit(largest: float) -> tuple[float, str]:
+    """What to divide by so that the largest of some counts reads well, and the unit's name."""
+    return (1e9, "GMACs") if largest >= 1e9 else (1e6, "MMACs")
+
+
 def macs(count: float) -> str:
     """Multiply-accumulates with their unit."""
     scale, unit = macs_unit(count)
     return f"{count / scale:,.2f} {unit}"
 
 
-def macs_unit(largest: float) -> tuple[float, str]:
-    """What to divide by so that the largest of some counts reads well, and the unit's name."""
-    return (1e9, "GMACs") if largest >= 1e9 else (1e6, "MMACs")
+def short_macs(count: float) -> str:
+    """Multiply-accumulates without their name, which a label or header has."""
+    return macs(count).removesuffix("MACs")
 
 
 def size(count: float | None) -> str:
@@ -30,23 +35,26 @@ def size(count: float | None) -> str:
     return f"{count:.0f} bytes"
 
 
+def number(value: float, spec: str, otherwise: str = "not finite") -> str:
+    """A number by its format, if it is finite."""
+    return format(value, spec) if math.isfinite(value) else otherwise
+
+
 def small(value: float) -> str:
     """An error or a margin, with two digits that count; a dash where it is not finite."""
-    if not math.isfinite(value):
-        return NONE
-    return "0" if value == 0 else f"{value:.1e}"
+    return "0" if value == 0 else number(value, ".1e", NONE)
 
 
 def fixed(value: float, digits: int = 2) -> str:
     """A plain number; a dash where it is not finite."""
-    return f"{value:,.{digits}f}" if math.isfinite(value) else NONE
+    return number(value, f",.{digits}f", NONE)
 
 
 def milliseconds(value: float | None) -> str:
     """A duration with at least three digits that count."""
     if value is None:
         return NONE
-    return f"{value:,.3f}" if value < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.1f}"
+    return f"{value:,.{3 if value < 1 else 2 if value < 100 else 1}f}"
 
 
 def times(value: float) -> str:
@@ -59,18 +67,19 @@ def span(low: str, high: str) -> str:
     return f"{low}{NONE}{high}"
 
 
-def percent(share: float | None, digits: int | None = 1) -> str:
-    """A share of one.
+def percent(share: float | None, digits: int | None = None) -> str:
+    """A share of one; a dash for None.
 
     Args:
-        share: The share; None for a dash.
+        share: The share.
         digits: Decimals; None for as many as it needs, at most two.
     """
     if share is None:
         return NONE
-    if digits is None:
-        return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
-    return f"{100 * share:.{digits}f} %"
+    if not math.isfinite(share):
+        return "not finite"
+    text = f"{100 * share:.{2 if digits is None else digits}f}"
+    return (text if digits is not None else text.rstrip("0").rstrip(".")) + " %"
 
 
 def points(difference: float) -> str:

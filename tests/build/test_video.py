@@ -29,11 +29,12 @@ from tome_export.onnx.twin import twin_from_model
 from tome_export.parity.main import CheckRequest, OverMergedError, check
 from tome_export.plugins.match import contract
 from tome_export.report.main import ReportRequest, report
+from tome_export.runtime.merge_maps import chosen_plans, merge_maps
 from tome_export.runtime.model import reference_model
 from tome_export.runtime.ort import OrtRunner
 from tome_export.spec import INPUT_NAME, BatchRange
 from tome_export.video.options import VideoOptions
-from tome_export.visualize.main import InspectRequest, chosen_plans, inspect, merge_maps
+from tome_export.visualize.main import InspectRequest, inspect
 
 OWN = "from video_towers import clip4clip, stop\n"
 BATCH = BatchRange(1, 2, 4)

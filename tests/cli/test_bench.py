@@ -108,7 +108,8 @@ CASES = {
     "batch no number": (
         ("--batch", "1,b"),
         2,
-        "Invalid value for '--batch': 'b' is not a valid integer; see 'tome-export bench --help'",
+        "Invalid value for '--batch': '1,b' is not a list of batch sizes such as 1,8,32; see "
+        "'tome-export bench --help'",
     ),
     "no rounds": (("--rounds", "0"), 2, "--rounds is 0; expected 1 or more"),
     "negative warm-up": (("--warmup", "-1"), 2, "--warmup is -1; expected 0 or more"),

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from tome_export.artifact.manifest import read_manifest
-from tome_export.cli import text
+from tome_export.cli import format as text
 from tome_export.data.images import BUILD_COUNT
 from tome_export.engine import BUILDERS
 from tome_export.models import RECIPES

@@ -13,7 +13,7 @@ import pytest
 
 from tome_export.cli import models
 from tome_export.cli.main import COMMANDS
-from tome_export.cli.quiet import quiet
+from tome_export.cli.output import quiet
 
 HEAVY = (
     "pydantic",

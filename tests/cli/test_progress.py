@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tome_export.cli import progress
-from tome_export.cli.progress import Live, Plain, duration
+from tome_export.cli.progress import Display, duration
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def clock(monkeypatch):
 
 def test_the_rate_is_of_what_was_done_here(clock):
     stream = io.StringIO()
-    with Plain(stream, verbose=True) as shown:
+    with Display(stream, verbose=True, live=False) as shown:
         shown.stage("Classify")
         shown.step("images", 500, 1000)  # done before a restart, in no time
         clock[0] += 40
@@ -47,7 +47,7 @@ def test_durations(seconds, text):
 
 def test_plain_output_tells_now_and_then(clock):
     stream = io.StringIO()
-    with Plain(stream, verbose=False) as shown:
+    with Display(stream, verbose=False, live=False) as shown:
         shown.stage("Classify")
         for done in range(1, 8):
             shown.step("images", done, 10)
@@ -61,7 +61,7 @@ def test_a_terminal_shows_steps_and_the_time_that_is_left(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
     controller, terminal = pty.openpty()
-    with os.fdopen(terminal, "w") as stream, Live(stream, verbose=False) as shown:
+    with os.fdopen(terminal, "w") as stream, Display(stream, verbose=False, live=True) as shown:
         shown.stage("Classify")
         for label in ("layers", "images"):
             for done in (1, 2, 3):

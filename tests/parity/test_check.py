@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from tome_export.cli.text import summary_lines
+from tome_export.cli.format import summary_lines
 from tome_export.errors import ExportError, InputError
 from tome_export.onnx import files
 from tome_export.onnx.export import OPSET, ExportOptions, onnx_from_model

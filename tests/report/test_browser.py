@@ -12,8 +12,8 @@ from PIL import Image
 
 from tome_export.artifact import Artifact
 from tome_export.report.main import ReportRequest, report
+from tome_export.runtime.merge_maps import merge_maps
 from tome_export.visualize.draw import pixels_from_map
-from tome_export.visualize.main import merge_maps
 
 SLIDE = """value => {
   const slider = document.getElementById("layer");

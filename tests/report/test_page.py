@@ -14,11 +14,17 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.document import Part
 from tome_export.artifact.manifest import FileRecord
 from tome_export.data.samples import sample_paths
+from tome_export.report.commands import reproducing_commands
 from tome_export.report.main import MOST_PICTURES, ReportRequest, report
-from tome_export.report.origin import commands
 from tome_export.report.page import MOST_BYTES, Content, render
+from tome_export.runtime.merge_maps import (
+    LayerGroups,
+    MergeMap,
+    Plans,
+    groups_by_layer,
+    layers_from_positions,
+)
 from tome_export.spec import BatchRange, PatchGrid
-from tome_export.visualize.groups import MergeMap, Plans, groups_by_layer, layers_from_positions
 
 
 def changed(part: Part, changes: dict) -> Part:
@@ -194,7 +200,7 @@ MANIFESTS = {
 @pytest.mark.parametrize(("changes", "expected"), MANIFESTS.values(), ids=MANIFESTS)
 def test_the_build_command_is_that_of_the_manifest(built, changes, expected):
     manifest = changed(Artifact.open(built).manifest, changes)
-    first, *_, last = commands(manifest, None, None, "x")
+    first, *_, last = reproducing_commands(manifest, None, None, "x")
     assert first == f"tome-export {expected}"
     assert last == "tome-export report x"
 
@@ -228,3 +234,15 @@ def test_a_large_model_on_the_most_images_stays_small(full, text):
     found = render(Content("x", manifest, maps=maps, names=["image"] * len(maps)))
     # The rest of the page is the same for every model, but for a row per layer.
     assert 1_000_000 < len(found.encode()) < MOST_BYTES - len(text.encode())
+
+
+@pytest.mark.parametrize(("dropped", "said"), [(-1, True), (7, False)])
+def test_dropped_patches_are_explained(built, dropped, said):
+    manifest, ids = Artifact.open(built).manifest, np.full((4, 4), 7)
+    ids[0, 0] = dropped
+    one = MergeMap(
+        np.zeros((8, 8, 3), np.uint8), PatchGrid(4, 4, 2, 2), (LayerGroups(0, 6, ids, 0),)
+    )
+    text = render(Content("x", manifest, maps=[one], names=["a"]))
+    assert ("Dropped patches are dark and hatched: nothing is left of them." in text) == said
+    assert (", 1 of 16 patches dropped" in text) == said

@@ -17,7 +17,7 @@ from tome_export.runtime.model import reference_model
 
 def test_the_same_weights_of_a_trainers_file_are_taken_again(tmp_path, monkeypatch):
     """Also where the rule of a later file would be another."""
-    from tome_export.report.origin import commands
+    from tome_export.report.commands import reproducing_commands
 
     monkeypatch.chdir(tmp_path)
     state = dict(RECIPES["vit_digits"].load().module.state_dict())
@@ -30,7 +30,7 @@ def test_the_same_weights_of_a_trainers_file_are_taken_again(tmp_path, monkeypat
     artifact = build(request)
     weights = artifact.manifest.model.weights
     assert (weights.key, weights.source) == ("model_ema", "run.ckpt; its model_ema, not model")
-    built = commands(artifact.manifest, None, None, "out")[0]
+    built = reproducing_commands(artifact.manifest, None, None, "out")[0]
     assert "--weights run.ckpt --weights-key model_ema" in built
     torch.save({"model_ema": averaged, "state_dict_ema": state}, file)
     model, _ = reference_model(artifact)

@@ -18,9 +18,10 @@ from tome_export.errors import InputError, UsageError
 from tome_export.merge.plan import source_map
 from tome_export.merge.schedule import Schedule
 from tome_export.models.recipe import DATA
+from tome_export.runtime.merge_maps import merge_maps
 from tome_export.runtime.model import reference_model
 from tome_export.spec import BatchRange, PatchGrid
-from tome_export.visualize.main import layers_from_text, merge_maps
+from tome_export.visualize.main import layers_from_text
 
 SOURCE = """
 import timm, torch

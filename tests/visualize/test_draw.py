@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.spec import PatchGrid
-from tome_export.visualize.draw import (
+from tome_export.outlines import (
     Look,
-    draw,
     hex_colour,
+    inset,
+    loops_from_mask,
     mean_colours,
     outline_colours,
-    pixels_from_map,
 )
-from tome_export.visualize.groups import LayerGroups, MergeMap
-from tome_export.visualize.svg import NAMESPACE, draw_svg, inset, loops_from_mask
+from tome_export.runtime.merge_maps import LayerGroups, MergeMap
+from tome_export.spec import PatchGrid
+from tome_export.visualize.draw import NAMESPACE, draw, draw_svg, pixels_from_map
 
 IDS = np.array(
     [

@@ -10,10 +10,9 @@ import torch
 from layers import layers_of
 
 from tome_export.merge.plan import MergePlan, source_map
-from tome_export.report.pictures import DROPPED_GROUP, pictures_section
-from tome_export.spec import PatchGrid
-from tome_export.visualize.draw import DARK, HATCH, hex_colour, outline_colours, pixels_from_map
-from tome_export.visualize.groups import (
+from tome_export.outlines import DARK, HATCH, hex_colour, outline_colours
+from tome_export.report.gallery import DROPPED_GROUP, gallery_from_maps
+from tome_export.runtime.merge_maps import (
     DROPPED,
     LayerGroups,
     MergeMap,
@@ -21,7 +20,8 @@ from tome_export.visualize.groups import (
     groups_by_layer,
     layers_from_positions,
 )
-from tome_export.visualize.svg import NAMESPACE, draw_svg
+from tome_export.spec import PatchGrid
+from tome_export.visualize.draw import NAMESPACE, draw_svg, pixels_from_map
 
 GRID = PatchGrid(3, 4, 4, 5)
 IDS = np.array([[0, 1, 1, DROPPED], [DROPPED, DROPPED, 2, 2], [3, 4, DROPPED, 4]])
@@ -85,20 +85,19 @@ def test_the_svg_says_it():
 
 
 def test_the_report_hands_them_to_its_script():
-    section = pictures_section([merge_map(), merge_map()], ["a", "b"], (13, 6), None)
-    lead, gallery = section.blocks
-    assert lead.text.endswith("Dropped patches are dark and hatched: nothing is left of them.")
-    assert gallery.data["dropped"][0] == DROPPED_GROUP
-    text, _, largest, dropped = gallery.data["images"][0]["layers"][0]
+    gallery = gallery_from_maps([merge_map(), merge_map()], ["a", "b"], (13, 6))
+    assert gallery["drops"]
+    assert gallery["data"]["dropped"][0] == DROPPED_GROUP
+    text, _, largest, dropped = gallery["data"]["images"][0]["layers"][0]
     groups = np.frombuffer(base64.b64decode(text), "<u2").reshape(3, 4)
     assert (groups == DROPPED_GROUP).tolist() == (IDS == DROPPED).tolist()
     assert groups[0].tolist() == [0, 1, 1, DROPPED_GROUP]
     assert (largest, dropped) == (2, 4)
-    one, other = gallery.pictures
-    assert one.caption.endswith("the largest of 2, 4 of 12 patches dropped")
+    one, other = gallery["pictures"]
+    assert (one["groups"].largest, one["groups"].dropped) == (2, 4)
     # Ids are of the whole page.
-    assert 'id="dropped-0"' in one.dropped
-    assert 'id="dropped-1"' in other.dropped
-    whole = pictures_section([merge_map(np.arange(12).reshape(3, 4))], ["a"], (13, 6), None)
-    assert "Dropped" not in whole.blocks[0].text
-    assert whole.blocks[1].pictures[0].dropped == ""
+    assert 'id="dropped-0"' in one["dropped"]
+    assert 'id="dropped-1"' in other["dropped"]
+    whole = gallery_from_maps([merge_map(np.arange(12).reshape(3, 4))], ["a"], (13, 6))
+    assert not whole["drops"]
+    assert whole["pictures"][0]["dropped"] == ""

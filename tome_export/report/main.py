@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,14 +15,14 @@ from tome_export.artifact.evaluation import EVAL, Evaluation
 from tome_export.artifact.files import utf8, write_whole
 from tome_export.artifact.parity import PARITY, ParityFile
 from tome_export.artifact.schedule import SCHEDULE, read_search
+from tome_export.data.images import load_inputs
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress, Silent
-from tome_export.spec import Preprocessing
+from tome_export.report.page import MOST_BYTES, NAME, Content, render, sections_of
+from tome_export.runtime.merge_maps import MergeMap, merge_maps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from tome_export.visualize.groups import MergeMap
 
 Found = TypeVar("Found")
 
@@ -95,30 +95,23 @@ def report(request: ReportRequest, progress: Progress | None = None) -> ReportRe
             be read, or the page cannot be written.
         MissingComponentError: if images are given and there is no ONNX Runtime to run them.
     """
-    from tome_export.report.page import MOST_BYTES, NAME, Content, render, sections_of
-
     progress = progress or Silent()
     _check_count(request)
     _check_output(request)
     progress.stage("Verify the artifact")
     artifact = Artifact.open(request.artifact.absolute())
-    parity, measured = _read(artifact, PARITY, ParityFile.read), _read(artifact, BENCH, Bench.read)
-    evaluation = _read(artifact, EVAL, Evaluation.read)
-    schedule = _read(artifact, SCHEDULE, read_search)
+    content = Content(
+        artifact.path.resolve().name,
+        artifact.manifest,
+        parity=_read(artifact, PARITY, ParityFile.read),
+        bench=_read(artifact, BENCH, Bench.read),
+        evaluation=_read(artifact, EVAL, Evaluation.read),
+        schedule=_read(artifact, SCHEDULE, read_search),
+    )
     progress.stage("Find the merged tokens")
     maps, names, note = _maps(artifact, request, progress)
     progress.stage("Write the page")
-    content = Content(
-        folder=artifact.path.resolve().name,
-        manifest=artifact.manifest,
-        parity=parity,
-        bench=measured,
-        evaluation=evaluation,
-        schedule=schedule,
-        maps=maps,
-        names=names,
-        no_pictures=note,
-    )
+    content = replace(content, maps=maps, names=names, no_pictures=note)
     page = utf8(render(content))
     if len(page) >= MOST_BYTES:
         raise InputError(
@@ -144,8 +137,6 @@ def _check_count(request: ReportRequest) -> None:
 
 
 def _check_output(request: ReportRequest) -> None:
-    from tome_export.report.page import NAME
-
     output = request.output
     if output is None:
         return
@@ -172,11 +163,7 @@ def _maps(
     artifact: Artifact, request: ReportRequest, progress: Progress
 ) -> tuple[Sequence[MergeMap], Sequence[str], str | None]:
     """Merged tokens of the user's images and of the samples, and what the images are called."""
-    from tome_export.data.images import load_inputs
-    from tome_export.visualize.main import merge_maps
-
-    preprocessing = artifact.manifest.preprocessing
-    pixels, names = _samples(artifact.manifest, preprocessing, request.samples)
+    pixels, names = _samples(artifact.manifest, request.samples)
     names = [*(path.name for path in request.images), *names]
     if not names:
         return (), (), None
@@ -192,9 +179,7 @@ def _maps(
         return (), (), str(error)
 
 
-def _samples(
-    manifest: Manifest, preprocessing: Preprocessing, count: int
-) -> tuple[NDArray[np.float32], list[str]]:
+def _samples(manifest: Manifest, count: int) -> tuple[NDArray[np.float32], list[str]]:
     """The first of the images that come along, as the model takes them, and their names.
 
     Raises:
@@ -217,9 +202,9 @@ def _samples(
     if not count:
         return np.empty((0, *shape), np.float32), []
     if manifest.video:
-        moving: NDArray[np.float32] = moving_samples(preprocessing, count, shape[0])
+        moving: NDArray[np.float32] = moving_samples(manifest.preprocessing, count, shape[0])
         return moving, [f"{name}, moving" for name in names]
-    return load_images(paths[:count], preprocessing), names
+    return load_images(paths[:count], manifest.preprocessing), names
 
 
 def _write(artifact: Artifact, path: Path, page: bytes) -> Artifact:

@@ -1,10 +1,11 @@
-"""One HTML file that needs nothing else: its head, its sections, and how they become text."""
+"""One HTML file that needs nothing else: its sections, and how templates become text."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,37 +14,31 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import tome_export
+from tome_export import display
 from tome_export.artifact import Manifest
 from tome_export.artifact.bench import Bench
 from tome_export.artifact.cascade import Cascade
 from tome_export.artifact.evaluation import Evaluation
-from tome_export.artifact.parity import ParityFile, ParitySummary
+from tome_export.artifact.files import utf8
+from tome_export.artifact.manifest import Layer
+from tome_export.artifact.parity import ParityFile
 from tome_export.artifact.schedule import TunedSchedule
-from tome_export.display import TIMES, counted, fixed, percent, points, span, times
-from tome_export.report.accuracy import accuracy_section, candidate
-from tome_export.report.front import cascade_section, front_section
-from tome_export.report.layers import layers_section
-from tome_export.report.origin import origin_section
-from tome_export.report.parity import parity_section
-from tome_export.report.parts import Section
-from tome_export.report.pictures import pictures_section
-from tome_export.report.speed import against, speed_section
+from tome_export.display import NONE, percent, span
+from tome_export.report import charts
+from tome_export.report.commands import compared_with, reproducing_commands
+from tome_export.report.gallery import gallery_from_maps
+from tome_export.report.plot import chart_svgs
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from tome_export.visualize.groups import MergeMap
+    from tome_export.runtime.merge_maps import MergeMap
 
 NAME = "report.html"
 """What the page is called in an artifact."""
 
 MOST_BYTES = 3_000_000
 """What the page has to stay below."""
-
-RANDOM = (
-    "This model has learned nothing: sizes, speed and parity are real, its predictions, accuracy "
-    "and pictures mean nothing."
-)
 
 
 @dataclass(frozen=True)
@@ -74,78 +69,97 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One of the figures that decide, at the head of the page.
+class Section:
+    """A part of the page, written by the template of its name.
 
     Attributes:
-        name: What it is.
-        value: The figure.
-        note: What it was found on.
-        tone: ``bad`` where something is wrong, ``none`` where there is no figure.
+        name: Its anchor.
+        title: Shown.
+        command: Where there is no data: the command that adds it.
+        adds: What that command adds, as the end of a sentence.
     """
 
     name: str
-    value: str
-    note: str
-    tone: str = ""
+    title: str
+    command: str | None = None
+    adds: str = ""
 
 
 def sections_of(content: Content) -> list[Section]:
     """The sections of the page, those without data included."""
-    manifest, quoted = content.manifest, shlex.quote(content.folder)
-    tokens = (manifest.tokens_in, *manifest.tokens)
+    folder, model = shlex.quote(content.folder), content.manifest.model.name
+    bench, evaluation, schedule = content.bench, content.evaluation, content.schedule
     return [
-        layers_section(manifest),
-        parity_section(content.parity, quoted),
-        speed_section(content.bench, quoted),
-        accuracy_section(content.evaluation, quoted),
-        pictures_section(content.maps, content.names, tokens, content.no_pictures),
-        front_section(content.schedule, manifest),
-        origin_section(
-            manifest, content.bench, content.evaluation, content.schedule, content.folder
+        Section("layers", "Tokens and MACs per layer"),
+        Section(
+            "parity",
+            "Parity with PyTorch, layer by layer",
+            None if content.parity else f"tome-export check {folder}",
+            "the comparison with PyTorch, decision by decision",
         ),
+        Section(
+            "speed",
+            "Latency and throughput",
+            None if bench and bench.rows else f"tome-export bench {folder}",
+            "latency, throughput and where the time goes",
+        ),
+        Section(
+            "accuracy",
+            "Accuracy",
+            None
+            if evaluation and evaluation.candidates
+            else f"tome-export eval {folder} --data FOLDER",
+            "top-1 and top-5 accuracy on your images",
+        ),
+        Section("pictures", "Which patches became one token"),
+        Section(
+            "front",
+            "Pareto front",
+            None if schedule and schedule.front else f"tome-export tune {model}",
+            "the schedules worth a look, in a file that 'build --schedule' takes",
+        ),
+        Section("origin", "Versions, files and how to make this again"),
     ]
 
 
 def render(content: Content) -> str:
     """The page as text; the same content always gives the same text."""
-    manifest = content.manifest
-    script = _template_file("gallery.js")
-    figures = (
-        Figure("MACs, unmerged over merged", times(manifest.macs.ratio), "counted per image"),
-        _speed(content.bench),
-        _parity(content.parity, manifest.parity),
-        _accuracy(content.evaluation),
-    )
+    manifest, bench, evaluation = content.manifest, content.bench, content.evaluation
+    measured = {"bench": bench, "eval": evaluation, "tune": content.schedule}
+    tokens = (manifest.tokens_in, *manifest.tokens)
     return _rendered(
         "report.html.j2",
-        model=manifest.model,
-        facts=_facts(manifest),
-        figures=figures,
-        warning=RANDOM if manifest.model.random_weights else None,
+        **vars(content),
         sections=sections_of(content),
-        script=script,
-        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        layers=[_whole(layer) for layer in manifest.layers],
+        against=compared_with(bench) if bench else None,
+        gallery=gallery_from_maps(content.maps, content.names, tokens),
+        commands=reproducing_commands(manifest, bench, evaluation, content.folder),
+        machines={command: one.environment for command, one in measured.items() if one},
+        page_name=NAME,
     )
 
 
 def render_cascade(cascade: Cascade) -> str:
     """The page of a cascade as text; the same gives the same."""
-    return _rendered(
-        "cascade.html.j2",
-        model=cascade.model,
-        random=cascade.random_weights,
-        section=cascade_section(cascade),
-    )
+    return _rendered("cascade.html.j2", cascade=cascade)
+
+
+def _whole(layer: Layer) -> Layer:
+    """A layer of a video tower with the tokens of all its clips; any other as it is."""
+    if layer.clips is None or layer.joined is None or layer.cross is None:
+        return layer
+    counts = {
+        "tokens_in": layer.clips * layer.joined * layer.tokens_in,
+        "r": layer.clips * (layer.cross + layer.r),
+        "tokens_out": layer.clips * layer.tokens_out,
+    }
+    return layer.model_copy(update=counts)
 
 
 def _rendered(template: str, **values: Any) -> str:
-    style, version = _template_file("report.css"), tome_export.__version__
-    return _environment().get_template(template).render(style=style, version=version, **values)
-
-
-def _template_file(name: str) -> str:
-    return (resources.files("tome_export.report") / "templates" / name).read_text(encoding="utf-8")
+    version = tome_export.__version__
+    return _environment().get_template(template).render(version=version, **values)
 
 
 @cache
@@ -159,82 +173,49 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        extensions=["jinja2.ext.do"],
     )
-    # What this package wrote itself: drawings (see plot), styles and scripts.
-    environment.filters["ours"] = Markup
-    environment.filters["script_json"] = _script_json
+    formats = ("counted", "fixed", "macs", "milliseconds", "percent", "points", "size", "small")
+    environment.filters |= {name: getattr(display, name) for name in (*formats, "times")}
+    environment.filters |= {
+        # What this package wrote itself: drawings, styles and scripts.
+        "ours": Markup,
+        "one_line": lambda text: Markup(" ").join(text.split()),
+        "upper_first": lambda text: text[:1].upper() + text[1:],
+        "file_name": lambda path: utf8(path.rstrip("/").rpartition("/")[2] or path).decode(),
+        "interval": lambda share: span(percent(share.low, 2), percent(share.high, 2)),
+        "short_interval": lambda share: span(f"{100 * share.low:.2f}", percent(share.high, 2)),
+        "value_of": lambda key, values: values[key],
+        "share_of": _share_of,
+        "script_json": _script_json,
+        "sha256": _sha256,
+    }
+    environment.globals |= {
+        "charts": charts,
+        "chart_svgs": chart_svgs,
+        "file": _template_file,
+        "macs_unit": display.macs_unit,
+        "span": span,
+        "NONE": NONE,
+    }
     return environment
+
+
+@cache
+def _template_file(name: str) -> str:
+    return (resources.files("tome_export.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _share_of(error: float, allowed: float | None) -> str:
+    share = error / allowed if allowed and math.isfinite(allowed) else math.nan
+    return percent(share if math.isfinite(share) else None, 1)
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def _script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _facts(manifest: Manifest) -> dict[str, object]:
-    merge, weights = manifest.merge, manifest.model.weights
-    schedule, per_layer = merge.schedule, ", ".join(map(str, merge.r))
-    listed = schedule.replace(",", ", ") == per_layer
-    return {
-        "Tokens merged per layer": per_layer if listed else f"{schedule} ({per_layer})",
-        "Precision": manifest.precision,
-        "Weights": f"{weights.kind}: {weights.source}",
-        "Proportional attention": "on" if merge.prop_attn else "off",
-        "Merge op": merge.merge_op,
-        "Batch": manifest.batch,
-    }
-
-
-def _speed(bench: Bench | None) -> Figure:
-    name = "Speed-up, measured"
-    if bench is None or not bench.rows:
-        return Figure(name, "not measured", "no bench.json", "none")
-    backend = bench.rows[0].backend
-    rows = [row for row in bench.rows if row.backend == backend]
-    found = sorted(row.speedup.p50 for row in rows)
-    low, high = times(found[0]), times(found[-1])
-    value = high if low == high else span(low.rstrip(TIMES), high)
-    batches = ", ".join(str(row.batch) for row in rows)
-    return Figure(name, value, f"over {against(bench)}; {backend}, batch {batches}")
-
-
-def _parity(parity: ParityFile | None, summary: ParitySummary | None) -> Figure:
-    name = "Parity with PyTorch"
-    checks = (parity and parity.checks) or (summary and (summary,))
-    if not checks:
-        return Figure(name, "not checked", "no parity.json", "none")
-    defects = counted(sum(check.defects for check in checks), "defect")
-    note = f"{defects} in {counted(sum(check.decisions for check in checks), 'decision')}"
-    if all(check.passed for check in checks):
-        return Figure(name, "passed", note)
-    return Figure(name, "FAILED", note, "bad")
-
-
-def _accuracy(evaluation: Evaluation | None) -> Figure:
-    merged = candidate(evaluation, "merged") if evaluation else None
-    if evaluation is None or merged is None:
-        return Figure("Top-1, change by merging", "not evaluated", "no eval.json", "none")
-    images = counted(evaluation.data.images, "image")
-    if merged.not_finite:
-        note = f"of {images} without finite numbers"
-        return Figure(
-            "Outputs of the merged model", f"{merged.not_finite:,} NOT FINITE", note, "bad"
-        )
-    if merged.top1:
-        share, change = percent(merged.top1.share, 2), merged.difference_to_unmerged
-        if change is None:
-            return Figure("Top-1, merged", share, f"on {images}")
-        note = f"points ({points(change.low)} to {points(change.high)}), to {share} on {images}"
-        return Figure("Top-1, change by merging", points(change.share), note)
-    if merged.agreement_with_unmerged:
-        share = percent(merged.agreement_with_unmerged.share, 2)
-        return Figure("As the unmerged model", share, f"of {images}")
-    if merged.cosine_to_unmerged:
-        cosine = merged.cosine_to_unmerged
-        note = f"mean of {images}, smallest {fixed(cosine.min, 4)}"
-        return Figure("Cosine to unmerged", fixed(cosine.mean, 4), note)
-    if (apart := merged.deviation_from_unmerged) is not None:
-        note = f"mean of {images}, largest {apart.max:.4g}; unmerged spreads by {apart.spread:.4g}"
-        return Figure("Deviation from unmerged", f"{apart.mean:.4g}", note)
-    return Figure("Accuracy", "not known", f"{images} without labels", "none")

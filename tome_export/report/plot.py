@@ -6,13 +6,10 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-
-from tome_export.report.parts import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,41 +37,26 @@ VARIABLES = {
 }
 """Colour in a drawing -> the page's variable for it."""
 
+Form = Literal["wide", "narrow"]
+"""The size in which a chart is drawn; panels of a wide one stand side by side."""
+
+INCHES: dict[Form, float] = {"wide": 9.2, "narrow": 3.7}
+
+Draw = Callable[..., "Figure"]
+
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-@dataclass(frozen=True)
-class Form:
-    """One of the two sizes in which a chart is drawn.
-
-    Attributes:
-        name: ``wide`` or ``narrow``.
-        inches: Width of the drawing.
-    """
-
-    name: str
-    inches: float
-
-    @property
-    def wide(self) -> bool:
-        """Whether panels stand side by side."""
-        return self.name == "wide"
-
-
-FORMS = (Form("wide", 9.2), Form("narrow", 3.7))
-
-Draw = Callable[[Form], "Figure"]
-
-
-def chart(name: str, caption: str, draw: Draw) -> Chart:
+def chart_svgs(name: str, caption: str, draw: Draw, *found: Any) -> list[str]:
     """Draw a chart in both sizes.
 
     Args:
         name: Unique on the page; begins every id of the drawing.
         caption: What it shows, in a sentence.
-        draw: Makes the figure for a form; called with the house's settings in force.
+        draw: ``draw(form, *found)`` makes the figure; called with the house's settings in force.
+        found: What it shows.
     """
-    return Chart(caption, tuple(_svg(f"{name}-{f.name}", caption, draw, f) for f in FORMS))
+    return [_svg(f"{name}-{form}", caption, form, draw, *found) for form in INCHES]
 
 
 def panels(
@@ -90,10 +72,10 @@ def panels(
     """
     from matplotlib.figure import Figure
 
-    if not form.wide:
+    rows, cols = (1, count) if form == "wide" else (count, 1)
+    if form == "narrow":
         height = (narrow_height or height) * count
-    figure = Figure(figsize=(form.inches, height), layout="constrained")
-    rows, cols = (1, count) if form.wide else (count, 1)
+    figure = Figure(figsize=(INCHES[form], height), layout="constrained")
     grid: Any = figure.subplots(rows, cols, squeeze=False)
     axes = list(grid.ravel())
     for one in axes:
@@ -107,7 +89,7 @@ def legend(figure: Figure, axes: Axes, form: Form, handles: Sequence[Any] | None
     if handles is None:
         handles = axes.get_legend_handles_labels()[0]
     if handles:
-        columns = 6 if form.wide else 2 if len(handles) > 1 else 1
+        columns = 6 if form == "wide" else 2 if len(handles) > 1 else 1
         figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
 
 
@@ -137,7 +119,7 @@ def named_rows(axes: Axes) -> None:
 
 def whole_numbers(axes: Axes, form: Form, count: int) -> None:
     """Layers 0 to ``count - 1`` along the x axis."""
-    step = max(1, -(-count // (12 if form.wide else 8)))
+    step = max(1, -(-count // (12 if form == "wide" else 8)))
     axes.set_xticks(range(0, count, step))
     axes.set_xlim(-0.7, count - 0.3)
     axes.set_xlabel("layer")
@@ -161,7 +143,7 @@ def _power(value: float) -> str:
     return "10" + str(int(exponent)).translate(_SUPERSCRIPT)
 
 
-def _svg(name: str, caption: str, draw: Draw, form: Form) -> str:
+def _svg(name: str, caption: str, form: Form, draw: Draw, *found: Any) -> str:
     import matplotlib
 
     stream = io.StringIO()
@@ -174,11 +156,11 @@ def _svg(name: str, caption: str, draw: Draw, form: Form) -> str:
         # Text is measured in DejaVu, yet shown in the reader's fonts, which may have the glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        draw(form).savefig(stream, format="svg", metadata=nothing)
-    return _inline(stream.getvalue(), name, caption, form.name)
+        draw(form, *found).savefig(stream, format="svg", metadata=nothing)
+    return _inline(stream.getvalue(), name, caption, form)
 
 
-def _inline(text: str, name: str, caption: str, form: str) -> str:
+def _inline(text: str, name: str, caption: str, form: Form) -> str:
     """An SVG document as part of a page: own ids, the page's font and colours, a description."""
     from markupsafe import escape
 

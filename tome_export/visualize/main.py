@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any, Literal
 
 from tome_export.artifact import Artifact, staged, write_json
-from tome_export.data.images import load_inputs
 from tome_export.errors import InputError, UsageError
+from tome_export.outlines import LONGER_SIDE
 from tome_export.progress import Progress, Silent
-from tome_export.runtime.inputs import (
-    asked_inputs,
-    extra_inputs,
-    inputs_from_file,
-    refuse_extra_inputs,
-)
-from tome_export.runtime.model import model_from_artifact, open_runner
-from tome_export.runtime.registry import ORT_CPU
-from tome_export.spec import INPUT_NAME, BatchRange, PatchGrid
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tome_export.merge.plan import Step
-    from tome_export.onnx.twin import Twin
-    from tome_export.runtime.runner import Runner
-    from tome_export.visualize.draw import Format
-    from tome_export.visualize.groups import LayerGroups, MergeMap, Plans
+from tome_export.runtime.inputs import asked_inputs, inputs_from_file
+from tome_export.runtime.merge_maps import LayerGroups, merge_maps
+from tome_export.spec import PatchGrid
+from tome_export.visualize.draw import draw, draw_svg
 
 SUMMARY = "inspect.json"
 
@@ -57,7 +41,7 @@ class InspectRequest:
     artifact: Path
     images: tuple[Path, ...]
     layer: str = "last"
-    format: Format = "png"
+    format: Literal["png", "svg"] = "png"
     output: Path | None = None
     size: int | None = None
     force: bool = False
@@ -126,9 +110,6 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
             too many.
         MissingComponentError: if ONNX Runtime is not here.
     """
-    from tome_export.visualize.draw import LONGER_SIDE, draw
-    from tome_export.visualize.svg import draw_svg
-
     progress = progress or Silent()
     size = LONGER_SIDE if request.size is None else request.size
     if not 1 <= size <= MAX_SIZE:
@@ -159,95 +140,6 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
         result = InspectResult(artifact, output.absolute(), maps[0].grid, tuple(pictures))
         write_json(folder / SUMMARY, result.to_dict())
     return result
-
-
-def merge_maps(
-    artifact: Artifact,
-    images: Sequence[Path] | NDArray[np.float32],
-    progress: Progress | None = None,
-    inputs: Mapping[str, NDArray[np.float32]] | None = None,
-) -> list[MergeMap]:
-    """Which patches are one token after each layer, as the shipped graph decides it.
-
-    The graph runs on ONNX Runtime's CPU provider, instrumented and free to choose; no PyTorch.
-
-    Args:
-        artifact: The artifact.
-        images: Image files, or ``pixel_values [B, C, H, W]`` float32; at least one. For a model of
-            videos, video files, or ``[B, F, C, H, W]``.
-        progress: Told what is being done.
-        inputs: What the model takes besides, ``[B, ...]`` by name; None for no such thing.
-
-    Raises:
-        InputError: if an image cannot be read, or it cannot be told where the patches lie.
-        MissingComponentError: if ONNX Runtime is not here.
-    """
-    from tome_export.onnx.files import load
-    from tome_export.onnx.twin import twin_from_model
-    from tome_export.runtime.inputs import unit_inputs
-    from tome_export.visualize.groups import grid_from_manifest, maps_from_plans
-
-    progress = progress or Silent()
-    if inputs is None:
-        refuse_extra_inputs(artifact, "report")
-    manifest = artifact.manifest
-    grid_from_manifest(manifest, artifact.path)  # refuses what cannot be drawn, before any work
-    pixels = images if isinstance(images, np.ndarray) else load_inputs(manifest, images)
-    plans: dict[Step, Plans] = {}
-    if manifest.merges:
-        progress.detail("reading the model")
-        twin = twin_from_model(load(artifact.model_path))
-        progress.detail("running it")
-        masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
-        subject = replace(model_from_artifact(artifact, str(artifact.path)), graph=twin.model)
-        with open_runner(ORT_CPU, subject, progress) as runner:
-            batch = manifest.batch
-            plans = chosen_plans(twin, runner, pixels, batch, {**masks, **(inputs or {})})
-    return maps_from_plans(manifest, artifact.path, plans, pixels)
-
-
-def chosen_plans(
-    twin: Twin,
-    runner: Runner,
-    pixels: NDArray[np.float32],
-    batch: BatchRange,
-    further: Mapping[str, NDArray[np.float32]] | None = None,
-) -> dict[Step, Plans]:
-    """The plans that an instrumented graph chooses by itself, by merge.
-
-    Args:
-        twin: From ``onnx.twin``.
-        runner: Runs ``twin.model``.
-        pixels: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
-        batch: Batch sizes the model takes.
-        further: What it takes besides, by name.
-
-    Returns:
-        Where a merge works on several sequences of one video, those of all videos follow each
-        other.
-    """
-    from tome_export.onnx.twin import LEAD
-    from tome_export.runtime.runner import infer_in_batches
-    from tome_export.visualize.groups import Plans
-
-    count = len(pixels)
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
-        for value in twin.model.graph.input
-    }
-    # Not led: the plans it could be led by are looked at for their shape only.
-    inputs = {**(further or {}), INPUT_NAME: pixels, LEAD: np.zeros((count, 1), bool)}
-    for layer in twin.layers:
-        inputs |= {name: np.zeros((count, *shapes[name]), np.int32) for name in layer.given}
-    size = max(batch.min, min(batch.opt, count))
-    results = infer_in_batches(runner, inputs, count, size)
-    return {
-        layer.step: Plans(*(_rows(results[name]) for name in layer.chosen)) for layer in twin.layers
-    }
-
-
-def _rows(plan: NDArray[Any]) -> NDArray[Any]:
-    return plan.reshape(-1, plan.shape[-1])
 
 
 def layers_from_text(text: str, depth: int) -> tuple[int, ...]:

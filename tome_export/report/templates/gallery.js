@@ -1,5 +1,5 @@
 "use strict";
-// Leads the pictures of merged tokens through the layers; draws what inspect.draw draws.
+// Leads the pictures of merged tokens through the layers; draws what visualize.draw draws.
 (() => {
   const holder = document.getElementById("gallery-data");
   if (!holder) return;

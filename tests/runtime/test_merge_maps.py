@@ -9,8 +9,8 @@ from layers import layers_of
 
 from tome_export.merge import plan as torch_plan
 from tome_export.merge.ops import match
+from tome_export.runtime.merge_maps import Plans, groups_by_layer, layers_from_positions, token_map
 from tome_export.spec import PatchGrid
-from tome_export.visualize.groups import Plans, groups_by_layer, layers_from_positions, token_map
 
 
 def random_plans(schedule, tokens, prefix, batch, seed):

@@ -14,8 +14,8 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import pixels_from_image
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
+from tome_export.runtime.merge_maps import grid_from_manifest, image_from_pixels
 from tome_export.spec import PatchGrid
-from tome_export.visualize.groups import grid_from_manifest, image_from_pixels
 
 WHERE = Path("some/artifact")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tome_export.outlines import PALETTE, hex_colour, mean_colours, outline_colours
 from tome_export.spec import PatchGrid
-from tome_export.visualize.draw import PALETTE, hex_colour, mean_colours, outline_colours
 
 
 def touching(ids):

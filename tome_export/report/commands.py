@@ -1,57 +1,20 @@
-"""The section from which a colleague can make the same artifact again."""
+"""The command lines from which a colleague can make the same artifact again."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from tome_export.artifact import Manifest
 from tome_export.artifact.bench import Bench
-from tome_export.artifact.environment import Environment
 from tome_export.artifact.evaluation import Evaluation
-from tome_export.artifact.manifest import RESULTS
-from tome_export.artifact.schedule import TunedSchedule
-from tome_export.display import NONE, size
 from tome_export.reducers import DEFAULT
-from tome_export.report.parts import Block, Commands, Section, Table, Text
-from tome_export.report.speed import against
-
-TITLE = "Versions, files and how to make this again"
 
 _INFLECTED = re.compile(r"r=(\d+) (constant|decreasing|increasing)")
 
 
-def origin_section(
-    manifest: Manifest,
-    bench: Bench | None,
-    evaluation: Evaluation | None,
-    schedule: TunedSchedule | None,
-    folder: str,
-) -> Section:
-    """Commands, versions, machines, weights and the digest of every file.
-
-    Args:
-        manifest: The content of ``build.json``.
-        bench: That of ``bench.json``, if there is one.
-        evaluation: That of ``eval.json``.
-        schedule: That of ``schedule.json``.
-        folder: What the artifact's directory is called.
-    """
-    measured = {"bench": bench, "eval": evaluation, "tune": schedule}
-    machines = {command: one.environment for command, one in measured.items() if one}
-    blocks: list[Block] = [
-        Commands(commands(manifest, bench, evaluation, folder)),
-        _weights(manifest),
-        _versions({"build": manifest.versions} | {n: m.versions for n, m in machines.items()}),
-    ]
-    if machines:
-        blocks.append(_machines(machines))
-    blocks += [_engines(manifest), _files(manifest)]
-    return Section("origin", TITLE, blocks)
-
-
-def commands(
+def reproducing_commands(
     manifest: Manifest, bench: Bench | None, evaluation: Evaluation | None, folder: str
 ) -> list[str]:
     """The command line that builds this artifact, and those that measure it as it was measured.
@@ -116,8 +79,8 @@ def _bench_arguments(bench: Bench | None) -> Iterator[str]:
         return
     yield from ("--batch", ",".join(map(str, sorted({row.batch for row in bench.rows}))))
     yield from ("--backend", ",".join(dict.fromkeys(row.backend for row in bench.rows)))
-    if against(bench) != "unmerged":
-        yield from ("--against", against(bench))
+    if compared_with(bench) != "unmerged":
+        yield from ("--against", compared_with(bench))
 
 
 def _eval_arguments(evaluation: Evaluation | None) -> Iterator[str]:
@@ -133,45 +96,6 @@ def _eval_arguments(evaluation: Evaluation | None) -> Iterator[str]:
         yield from ("--r", ",".join(others))
 
 
-def _weights(manifest: Manifest) -> Table:
-    weights = manifest.model.weights
-    rows = [
-        ("weights", f"{weights.kind}: {weights.source}"),
-        ("sha256 of all weights", weights.state_sha256),
-    ]
-    if weights.sha256:
-        rows.append(("sha256 of their file", weights.sha256))
-    return Table("Weights", ("", ""), rows, "ll")
-
-
-def _versions(columns: Mapping[str, Mapping[str, str]]) -> Table:
-    packages = dict.fromkeys(package for versions in columns.values() for package in versions)
-    rows = [(p, *(versions.get(p, NONE) for versions in columns.values())) for p in packages]
-    return Table("Versions", ("package", *columns), rows, "l" * (1 + len(columns)))
-
-
-def _machines(machines: Mapping[str, Environment]) -> Table:
-    rows = [
-        (key, *(NONE if value is None else str(value) for value in values))
-        for key in ("gpu", "driver", "cpu", "cores", "python", "date")
-        if any(values := [getattr(machine, key) for machine in machines.values()])
-    ]
-    return Table("Where it was measured", ("", *machines), rows, "l" * (1 + len(machines)))
-
-
-def _engines(manifest: Manifest) -> Block:
-    if not manifest.engines:
-        return Text(f"Engine: none; {manifest.engine_note}.")
-    rows = [
-        (name, one.file, one.version, one.batch, ", ".join(one.targets))
-        for name, one in manifest.engines.items()
-    ]
-    headers = ("engine", "file", "version", "batch", "compute capability")
-    return Table("Engines", headers, rows, "lllll")
-
-
-def _files(manifest: Manifest) -> Table:
-    # All but the page, which cannot hold its own digest.
-    files = {name: one for name, one in manifest.files.items() if RESULTS.get(name) != "report"}
-    rows = [(name, size(one.bytes), one.sha256) for name, one in files.items()]
-    return Table("Files of the artifact", ("file", "size", "sha256"), rows, "lrl")
+def compared_with(bench: Bench) -> str:
+    """What the artifact was measured against, without the folders it lies in."""
+    return bench.against.rstrip("/").rpartition("/")[2] or "unmerged"

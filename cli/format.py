@@ -1,16 +1,18 @@
-"""Manifests and parity reports as lines of text."""
+"""Tables, manifests and parity reports as lines of text."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from tome_export.cli.output import fields, macs, number, percent, size, table
+from tome_export.display import number, percent, short_macs, size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tome_export.artifact import Manifest
+    from tome_export.artifact import Artifact, Manifest
     from tome_export.artifact.parity import ParityReport, ParitySummary
 
 RANDOM = (
@@ -23,8 +25,56 @@ STAND_IN = (
     "on the CPU, so their speed is not that of the backend"
 )
 
-
 VIDEO_NOTE = "Tokens of one clip; all clips together: {} in front of the first layer, {} in the end"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str = "") -> list[str]:
+    """Lines of a table.
+
+    Args:
+        headers: One per column.
+        rows: Cells, shown with ``str``.
+        sides: ``l`` or ``r`` per column; all to the right, as for numbers, where it is empty.
+    """
+    return _aligned([headers, *rows], sides or "r" * len(headers))
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of ``name  value``, values aligned."""
+    return _aligned(pairs, "ll")
+
+
+def _aligned(rows: Sequence[Sequence[object]], sides: str) -> list[str]:
+    """The same text on a terminal and in a pipe: a table is as wide as it is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for side in sides:
+        grid.add_column(justify="left" if side == "l" else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(file=io.StringIO(), width=1 << 16, color_system=None)
+    with console.capture() as shown:
+        console.print(grid)
+    return [line.rstrip() for line in shown.get().split("\n")[:-1]]
+
+
+def listed(names: Sequence[str], total: int, most: int, rest: str = "") -> list[str]:
+    """Indented lines of the first names, and how many of all are left out."""
+    more = [f"and {total - most} more{rest}"] if total > most else []
+    return [f"  {line}" for line in (*names[:most], *more)]
+
+
+def artifact_values(artifact: Artifact) -> dict[str, Any]:
+    """What every JSON result on an artifact begins with."""
+    model = artifact.manifest.model
+    return {
+        "artifact": str(artifact.path),
+        "model": model.name,
+        "random_weights": model.random_weights,
+    }
 
 
 def artifact_lines(manifest: Manifest, path: Path) -> list[str]:
@@ -32,7 +82,7 @@ def artifact_lines(manifest: Manifest, path: Path) -> list[str]:
     return [
         *model_lines(manifest),
         "",
-        *layer_lines(manifest),
+        *_layer_lines(manifest),
         "",
         *summary_lines(manifest.parity),
         *engine_lines(manifest),
@@ -48,47 +98,33 @@ def warning_lines(manifest: Manifest) -> list[str]:
 
 def model_lines(manifest: Manifest) -> list[str]:
     """Model, weights and how it merges."""
-    model, merge = manifest.model, manifest.merge
-    prop_attn = "on" if merge.prop_attn else "off"
-    return [
-        *warning_lines(manifest),
-        *fields(
-            [
-                ("Model", f"{model.name}: {model.description}"),
-                ("Weights", f"{model.weights.kind}: {model.weights.source}"),
-                ("Output", output_text(manifest)),
-                ("Merging", f"{merge.schedule}, proportional attention {prop_attn}"),
-                ("Merge op", merge_op(manifest)),
-                ("Precision", manifest.precision),
-                ("Batch", str(manifest.batch)),
-            ]
+    model, merge, output = manifest.model, manifest.merge, manifest.output
+    scores = {"softmax": ", softmax", "sigmoid": ", sigmoid", "none": ", numbers (regression)"}
+    form = scores[manifest.activation] if manifest.activation else ""
+    form += f": {manifest.form.note}" if manifest.form.note else ""
+    merge_op: str = merge.merge_op
+    if manifest.plugins is not None:
+        capabilities = ", ".join(manifest.plugins.compute_capabilities)
+        merge_op += f", kernels for compute capability {capabilities}"
+    pairs = [
+        ("Model", f"{model.name}: {model.description}"),
+        ("Weights", f"{model.weights.kind}: {model.weights.source}"),
+        ("Output", f"{output.name} {list(output.shape[1:])}{form}"),
+        (
+            "Merging",
+            f"{merge.schedule}, proportional attention {'on' if merge.prop_attn else 'off'}",
         ),
-        *([f"  {merge.note}"] if merge.note else []),
+        ("Merge op", merge_op),
+        ("Precision", manifest.precision),
+        ("Batch", str(manifest.batch)),
     ]
+    note = [f"  {merge.note}"] if merge.note else []
+    return [*warning_lines(manifest), *fields(pairs), *note]
 
 
-def output_text(manifest: Manifest) -> str:
-    """What the model gives, what makes scores of it, and why it is taken for that."""
-    note, scores = manifest.form.note, manifest.activation
-    given = f"{manifest.output.name} {list(manifest.output.shape[1:])}"
-    how = {"softmax": ", softmax", "sigmoid": ", sigmoid", "none": ", numbers (regression)"}
-    return given + (how[scores] if scores else "") + (f": {note}" if note else "")
-
-
-def merge_op(manifest: Manifest) -> str:
-    """How the merge is written into the graph, and for which GPUs its kernels are compiled."""
-    name = manifest.merge.merge_op
-    if manifest.plugins is None:
-        return name
-    return (
-        f"{name}, kernels for compute capability {', '.join(manifest.plugins.compute_capabilities)}"
-    )
-
-
-def layer_lines(manifest: Manifest) -> list[str]:
+def _layer_lines(manifest: Manifest) -> list[str]:
     """Tokens, r and MACs of each layer, and the ratio."""
     video, total = manifest.video is not None, manifest.macs
-    more = ("joined", "across", "clips") if video else ()
     rows = [
         (
             index,
@@ -96,17 +132,18 @@ def layer_lines(manifest: Manifest) -> list[str]:
             *((one.joined, one.cross, one.clips) if video else ()),
             one.r,
             one.tokens_out,
-            macs(one.macs_unmerged),
-            macs(one.macs),
+            short_macs(one.macs_unmerged),
+            short_macs(one.macs),
         )
         for index, one in enumerate(manifest.layers)
     ]
-    headers = ("layer", "tokens in", *more, "r", "tokens out", "MACs unmerged", "MACs merged")
+    joined = ("joined", "across", "clips") if video else ()
+    headers = ("layer", "tokens in", *joined, "r", "tokens out", "MACs unmerged", "MACs merged")
     return [
         *table(headers, rows),
         *([VIDEO_NOTE.format(manifest.tokens_in, manifest.tokens[-1])] if video else []),
-        f"MACs per {'video' if video else 'image'}: {macs(total.unmerged)} unmerged, "
-        f"{macs(total.merged)} merged, ratio {total.ratio:.2f}",
+        f"MACs per {'video' if video else 'image'}: {short_macs(total.unmerged)} unmerged, "
+        f"{short_macs(total.merged)} merged, ratio {total.ratio:.2f}",
     ]
 
 
