@@ -261,8 +261,7 @@ def connect(
     """A client of the server at a URL.
 
     Args:
-        url: ``host:port``, ``host`` (the server's default port), or with a scheme: ``grpc://``,
-            ``grpcs://``, ``http://``, ``https://``.
+        url: ``host:port`` or ``host``, also with ``grpc://``, ``grpcs://``, ``http://``, ``https://``.
         protocol: ``grpc`` or ``http``; None for that of the scheme, else gRPC.
         seconds: Most time for an answer.
 

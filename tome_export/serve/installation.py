@@ -72,11 +72,10 @@ class Installation:
         return environment
 
     def prepare_backends(self, folder: Path, *, stand_in: bool) -> Path | None:
-        """The folder for ``--backend-directory``; None for the server's own.
+        """The folder for ``--backend-directory``, put together in an empty one where that is needed.
 
-        Args:
-            folder: An empty folder to put one together in, if that is needed.
-            stand_in: Let our stand-in run the models of the ONNX Runtime backend.
+        With ``stand_in`` our stand-in runs the models of the ONNX Runtime backend. None is the
+        server's own folder.
         """
         if self.stub is None and not stand_in:
             return self.backends

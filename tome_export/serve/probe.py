@@ -40,11 +40,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 def stub_states(server: int | None = None) -> dict[int, tuple[str, int]]:
-    """Process id of every stub -> its state and its exit status as ``wait`` has it.
-
-    Args:
-        server: Process id of the server that they are of; None for those of any.
-    """
+    """Process id of every stub (of one server) -> state, and exit status as ``wait`` has it."""
     names, found = {}, {}
     for path in glob.glob("/proc/[0-9]*/stat"):  # noqa: PTH207 (of hundreds, and every second)
         try:

@@ -64,11 +64,8 @@ class WrittenModel:
 class _Change:
     """What has to be done for one model.
 
-    Attributes:
-        folder: The model as it is to be.
-        entries: Its files and version folders that are new or replaced, in the order in which they
-            may be seen; ``.`` is the whole folder.
-        stale: Files of ours that it has no more.
+    ``entries`` are its files and version folders that are new or replaced, in the order in which
+    they may be seen (``.`` is the whole folder); ``stale`` are files of ours that it has no more.
     """
 
     folder: ModelFolder

@@ -107,9 +107,8 @@ async def cascaded(
     Args:
         policy: The module ``policy``.
         settings: The content of ``cascade.json``, by the policy's ``settings_from_json``.
-        pixels: ``[B, C, H, W]`` float32.
-        ask: Gives the outputs of a member, by its index, for some of the images; raises
-            ``MemberError``.
+        pixels: Images ``[B, C, H, W]`` float32.
+        ask: Gives the outputs of a member for some of the images, or raises ``MemberError``.
 
     Returns:
         Output name -> ``[B, ...]``, the members' first one being their logits, then ``budget`` and

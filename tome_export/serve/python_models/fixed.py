@@ -74,15 +74,7 @@ class TritonPythonModel:
 
 
 def filled_up(parts: list[Array], batch: int) -> Array:
-    """Join rows and repeat the last one until there are enough.
-
-    Args:
-        parts: ``[n, ...]`` each, of one dtype; 1 to ``batch`` rows together.
-        batch: Rows of the result.
-
-    Returns:
-        ``[batch, ...]``.
-    """
+    """Join parts ``[n, ...]``, and repeat the last row until there are ``[batch, ...]``."""
     rows = sum(len(part) for part in parts)
     last = parts[-1][-1:]
     return np.concatenate([*parts, np.repeat(last, batch - rows, axis=0)])

@@ -63,12 +63,7 @@ def check_decoder(module: str, install: str, what: str) -> None:
 
 
 class Lane:
-    """Threads and decoding processes, as many of these as of those, all ready from the start.
-
-    Args:
-        count: How many.
-        make: Makes a ``decoder.Decoder``.
-    """
+    """Threads with a decoding process for each (a ``decoder.Decoder``), ready from the start."""
 
     def __init__(self, count: int, make: Callable[[], Any]) -> None:
         self._threads = ThreadPoolExecutor(count)

@@ -75,11 +75,7 @@ class TritonPythonModel:
 
 
 def chosen(routes: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str, Any]:
-    """The route for a request.
-
-    Args:
-        routes: ``model``, ``r`` and ``ms`` (null if not measured) of each; at least one.
-        parameters: Of the request; only ``r`` and ``max_ms`` matter.
+    """The route for the parameters of a request; only ``r`` and ``max_ms`` matter.
 
     Raises:
         BadBudgetError: if one is not a number in its range, or both are given.

@@ -62,14 +62,9 @@ class TritonPythonModel:
 
     def _run(self, feeds: list[list[Any]]) -> list[list[Any]]:
         """Outputs of each request, in the order of the config."""
-        joined = feeds[0]
-        if len(feeds) > 1:
-            joined = [np.concatenate(parts) for parts in zip(*feeds, strict=True)]
-        named = dict(zip(self._inputs, joined, strict=True))
-        outputs = self._session.run(self._outputs, named)
-        if len(feeds) == 1:
-            return [list(outputs)]
-        ends = np.cumsum([feed[0].shape[0] for feed in feeds])[:-1]
+        joined = [np.concatenate(parts) for parts in zip(*feeds, strict=True)]
+        outputs = self._session.run(self._outputs, dict(zip(self._inputs, joined, strict=True)))
+        ends = np.cumsum([len(feed[0]) for feed in feeds])[:-1]
         return [list(parts) for parts in zip(*(np.split(o, ends) for o in outputs), strict=True)]
 
     def _response(self, request: Any, arrays: list[Any]) -> Any:
