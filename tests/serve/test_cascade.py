@@ -338,7 +338,7 @@ def test_an_error_is_that_of_the_images_it_is_about(failing, sessions, pixels):
             raise served_model.MemberError("not today")
         return {"logits": logits_of(sessions[member], part)}
 
-    found, errors = asyncio.run(served_model.cascaded(policy, settings, given, ask))
+    found, errors = asyncio.run(served_model.run_cascade(policy, settings, given, ask))
     unsure = np.flatnonzero(low < np.median(low)).tolist()
     assert 0 < len(unsure) < 8
     assert {*errors} == ({*range(8)} if failing == 0 else {*unsure})

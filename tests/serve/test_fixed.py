@@ -20,7 +20,7 @@ from tome_export.serve.config import ServeOptions, model_folders
 from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.model_file import model_file_from_artifact
 from tome_export.serve.names import check_chosen_name
-from tome_export.serve.python_models.fixed import filled_up
+from tome_export.serve.python_models.fixed import pad_to_batch
 from tome_export.serve.repository import write
 from tome_export.serve.server import RunRequest, running
 
@@ -183,8 +183,8 @@ def test_an_error_of_the_model_is_the_answer_to_every_request(make_artifact, by_
 
 def test_rows_are_filled_up_with_the_last():
     parts = [np.arange(2).reshape(1, 2), np.arange(2, 6).reshape(2, 2)]
-    assert filled_up(parts, 4).tolist() == [[0, 1], [2, 3], [4, 5], [4, 5]]
-    assert filled_up(parts, 3).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert pad_to_batch(parts, 4).tolist() == [[0, 1], [2, 3], [4, 5], [4, 5]]
+    assert pad_to_batch(parts, 3).tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_queue_and_labels_are_those_of_the_batching_model(make_artifact):

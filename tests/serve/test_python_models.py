@@ -164,7 +164,7 @@ def test_damaged_files_are_decoded_or_refused():
 
 def test_problem_names_the_image():
     bad = BadImageError("is bad")
-    problem = preprocess.problem_of
+    problem = preprocess.error_message
     assert problem("image", [None, None]) == ""
     assert problem("image", [bad]) == "image is bad"
     assert problem("video", [None, bad, BadImageError("too")]) == "video 2 of 3 is bad"
@@ -218,34 +218,34 @@ ROUTES = [
     ],
 )
 def test_route(parameters, model):
-    assert router.chosen(ROUTES, parameters)["model"] == model
+    assert router.chosen_route(ROUTES, parameters)["model"] == model
 
 
 def test_least_merging_where_all_merge_more():
-    assert router.chosen([r for r in ROUTES if r["r"] >= 8], {"r": 4})["model"] == "m8"
+    assert router.chosen_route([r for r in ROUTES if r["r"] >= 8], {"r": 4})["model"] == "m8"
 
 
 def test_fastest_is_the_measured_one_not_the_most_merging():
     routes = [{"model": "a", "r": 2, "ms": 1.0}, {"model": "b", "r": 8, "ms": 1.5}]
-    assert router.chosen(routes, {"max_ms": 0.5})["model"] == "a"
+    assert router.chosen_route(routes, {"max_ms": 0.5})["model"] == "a"
 
 
 def test_least_merging_where_nothing_was_measured():
     unmeasured = [route | {"ms": None} for route in ROUTES]
     least = min(ROUTES, key=lambda route: route["r"])["model"]
-    assert router.chosen(unmeasured, {"max_ms": 1})["model"] == least
+    assert router.chosen_route(unmeasured, {"max_ms": 1})["model"] == least
 
 
 @pytest.mark.parametrize("name", ["r", "max_ms"])
 @pytest.mark.parametrize("value", [-1, True, "fast", "nan", "inf", None, "", [], 10**400])
 def test_no_number_is_refused(name, value):
     with pytest.raises(router.BadBudgetError, match=rf"^{name} is .*; expected a number, 0 or mo"):
-        router.chosen(ROUTES, {name: value})
+        router.chosen_route(ROUTES, {name: value})
 
 
 def test_budgets_that_cannot_be_met_in_any_way_are_refused():
     with pytest.raises(router.BadBudgetError, match="both r and max_ms are given"):
-        router.chosen(ROUTES, {"r": 1, "max_ms": 1})
+        router.chosen_route(ROUTES, {"r": 1, "max_ms": 1})
 
 
 SERVED = [preprocess, postprocess, router, pixels_module, decoder, frames]

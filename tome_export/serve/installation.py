@@ -72,10 +72,9 @@ class Installation:
         return environment
 
     def prepare_backends(self, folder: Path, *, stand_in: bool) -> Path | None:
-        """The folder for ``--backend-directory``, put together in an empty one where that is needed.
+        """The folder for ``--backend-directory``, made in an empty one; None for the server's own.
 
-        With ``stand_in`` our stand-in runs the models of the ONNX Runtime backend. None is the
-        server's own folder.
+        With ``stand_in`` our stand-in runs the models of the ONNX Runtime backend.
         """
         if self.stub is None and not stand_in:
             return self.backends

@@ -40,7 +40,7 @@ from tome_export.serve.repository import (
     write,
 )
 from tome_export.serve.router import has_router, route_to, router_folders
-from tome_export.serve.self_test import try_out
+from tome_export.serve.self_test import run_self_test
 from tome_export.serve.server import ServerOptions, server_options_from_repository
 
 __all__ = ["KServeOptions", "ServeOptions", "ServeRequest", "ServeResult", "serve"]
@@ -178,7 +178,7 @@ def serve(
     def check(view: Path) -> None:
         progress.stage("Try the models out on one image")
         gpu = any(file.needs_gpu for file in files)
-        tested.append(try_out(view, repository, folders, gpu=gpu))
+        tested.append(run_self_test(view, repository, folders, gpu=gpu))
         progress.stage(f"Write {repository}")
 
     testing = request.self_test is not False and not untested

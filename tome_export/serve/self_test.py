@@ -75,7 +75,9 @@ def _frames(folders: Sequence[ModelFolder]) -> int:
     return max((int(shape[0]) for shape in shapes), default=1)
 
 
-def try_out(view: Path, repository: Path, folders: Sequence[ModelFolder], *, gpu: bool) -> str:
+def run_self_test(
+    view: Path, repository: Path, folders: Sequence[ModelFolder], *, gpu: bool
+) -> str:
     """Run a server on models and ask each about one image.
 
     Args:

@@ -54,7 +54,7 @@ class TritonPythonModel:
 
         given = [pb_utils.get_input_tensor_by_name(r, self.input).as_numpy() for r in requests]
         pixels = np.concatenate(given)
-        found, errors = await cascaded(self.policy, self.settings, pixels, self._ask)
+        found, errors = await run_cascade(self.policy, self.settings, pixels, self._ask)
         responses = []
         ends = np.cumsum([len(part) for part in given])
         for request, part, end in zip(requests, given, ends, strict=True):
@@ -99,7 +99,7 @@ def policy_from_file(path: Path) -> ModuleType:
     return module
 
 
-async def cascaded(
+async def run_cascade(
     policy: ModuleType, settings: Any, pixels: Array, ask: Ask
 ) -> tuple[dict[str, Array], dict[int, str]]:
     """Run a cascade on a batch.

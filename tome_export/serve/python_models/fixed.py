@@ -42,7 +42,7 @@ class TritonPythonModel:
             [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
             for name in self.inputs
         ]
-        filled = [filled_up(parts, self.batch) for parts in given]
+        filled = [pad_to_batch(parts, self.batch) for parts in given]
         inner = pb_utils.InferenceRequest(
             model_name=self.model,
             model_version=self.version,
@@ -73,7 +73,7 @@ class TritonPythonModel:
         return responses
 
 
-def filled_up(parts: list[Array], batch: int) -> Array:
+def pad_to_batch(parts: list[Array], batch: int) -> Array:
     """Join parts ``[n, ...]``, and repeat the last row until there are ``[batch, ...]``."""
     rows = sum(len(part) for part in parts)
     last = parts[-1][-1:]

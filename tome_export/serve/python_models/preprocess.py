@@ -62,7 +62,7 @@ def check_decoder(module: str, install: str, what: str) -> None:
         raise ImportError(f"the server's Python has no {what}; pip install {install} there")
 
 
-class Lane:
+class DecoderPool:
     """Threads with a decoding process for each (a ``decoder.Decoder``), ready from the start."""
 
     def __init__(self, count: int, make: Callable[[], Any]) -> None:
@@ -112,9 +112,9 @@ class TritonPythonModel:
         def large() -> Any:
             return decoder.Decoder(folder / "pixels.py", frames, NICENESS)
 
-        self.large = self.small = Lane(LARGE_AT_ONCE, large)
+        self.large = self.small = DecoderPool(LARGE_AT_ONCE, large)
         if self.kind == "image":
-            self.small = Lane(max(2, min(4, len(os.sched_getaffinity(0)))), small)
+            self.small = DecoderPool(max(2, min(4, len(os.sched_getaffinity(0)))), small)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered, with pixels or an error of its own, when it is done."""
@@ -123,12 +123,12 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             batch = pb_utils.get_input_tensor_by_name(request, self.kind).as_numpy().reshape(-1)
-            Answer(self, sender, pb_utils, [self.submit(data) for data in batch])
+            PendingResponse(self, sender, pb_utils, [self.submit(data) for data in batch])
 
     def submit(self, data: bytes) -> Future[Any]:
         """One file to ``[C, H, W]`` or ``[F, C, H, W]`` float32, or the error that it makes."""
-        lane = self.small if self.kind == "image" and is_small(data) else self.large
-        return lane.submit("video" if self.kind == "video" else "pixels", data, self.settings)
+        pool = self.small if self.kind == "image" and is_small(data) else self.large
+        return pool.submit("video" if self.kind == "video" else "pixels", data, self.settings)
 
     def finalize(self) -> None:
         """Let the processes end with the model."""
@@ -137,7 +137,7 @@ class TritonPythonModel:
 
     def response(self, futures: list[Future[Any]], pb_utils: Any) -> Any:
         """The answer to a request of files that are all done."""
-        problem = problem_of(self.kind, [future.exception() for future in futures])
+        problem = error_message(self.kind, [future.exception() for future in futures])
         if problem:
             error = pb_utils.TritonError(problem, pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
@@ -149,7 +149,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(outputs)
 
 
-class Answer:
+class PendingResponse:
     """Sends the answer to a request when the last of its files is done."""
 
     def __init__(
@@ -203,7 +203,7 @@ def is_small(data: bytes) -> bool:
     return False
 
 
-def problem_of(kind: str, errors: list[BaseException | None]) -> str:
+def error_message(kind: str, errors: list[BaseException | None]) -> str:
     """What is wrong with a request, from the outcome of each of its files; empty if nothing."""
     if not errors:
         return f"the request holds no {kind}; expected 1 or more"

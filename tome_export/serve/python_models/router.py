@@ -57,7 +57,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils
 
         try:
-            route = chosen(self.routes, json.loads(request.parameters() or "{}"))
+            route = chosen_route(self.routes, json.loads(request.parameters() or "{}"))
         except BadBudgetError as error:
             refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=refusal)
@@ -74,7 +74,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(answer.output_tensors())
 
 
-def chosen(routes: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str, Any]:
+def chosen_route(routes: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str, Any]:
     """The route for the parameters of a request; only ``r`` and ``max_ms`` matter.
 
     Raises:
