@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tome_export.artifact.cascade import LearnedPolicy
-from tome_export.cascade import policy
 from tome_export.cascade.calibrate import (
     MOST_SETTINGS,
     Costs,
@@ -25,6 +24,7 @@ from tome_export.errors import InputError
 
 MACS = (100, 250, 600)
 OWN = 7
+POLICIES = ("complexity", "confidence", "learned")
 COSTS = Costs(MACS, OWN)
 
 
@@ -91,7 +91,7 @@ def settings_of(name, seen):
     }[name]()
 
 
-@pytest.mark.parametrize("name", policy.POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_outcomes_are_those_of_the_loop(name):
     seen = observations()
     tried = settings_of(name, seen)
@@ -101,7 +101,7 @@ def test_outcomes_are_those_of_the_loop(name):
         assert [tuple(one) for one in together] == slow_outcome(settings, seen, MACS)
 
 
-@pytest.mark.parametrize("name", policy.POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_can_do_the_least_and_the_most(name):
     seen = observations()
     found = [outcome(one, seen, Costs(MACS, 0)) for one in settings_of(name, seen)]
@@ -122,7 +122,7 @@ def test_the_number_of_settings_is_bounded():
         assert 100 < len(complexity_settings(seen)) <= MOST_SETTINGS
 
 
-@pytest.mark.parametrize("name", policy.POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_front_has_every_setting_that_no_other_beats(name):
     seen = observations(seed=2)
     tried = settings_of(name, seen)

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tome_export.tune.choose import Finalists
-from tome_export.tune.search import Score, Search, pareto
+from tome_export.tune.search import Finalists, Score, Search, pareto
 from tome_export.tune.space import table_of
 
 WEIGHTS = (0.9, 0.02, 0.3, 0.05)

@@ -42,7 +42,6 @@ from tome_export.cascade.calibrate import (
     trained_head,
 )
 from tome_export.cascade.observe import Members
-from tome_export.cascade.policy import MEASURES, POLICIES
 from tome_export.data.find import SAMPLES, shared_path, source_of
 from tome_export.data.labels import classes_of
 from tome_export.data.metrics import CONFIDENCE, METHODS, paired_difference, share_of
@@ -71,7 +70,7 @@ class CascadeRequest:
     Attributes:
         members: Artifacts of one model, from ``members_of``.
         data: Images: a folder, shards, or ``samples``; see ``data.find``.
-        policy: One of ``cascade.policy.POLICIES``.
+        policy: ``complexity``, ``confidence`` or ``learned``; see ``cascade.policy``.
         goal: ``target-macs``, of the mean per image, or ``min-accuracy``. What is relative is so to
             the artifact of the most MACs.
         test: Images to measure on; empty to keep a part of ``data`` for it.
@@ -111,13 +110,7 @@ class CascadeRequest:
         return str(self.goal)
 
     def check(self) -> None:
-        """Raise ``UsageError`` for a number or name that is out of range."""
-        for what, value, known in (
-            ("policy", self.policy, POLICIES),
-            ("confidence measure", self.measure, MEASURES),
-        ):
-            if value not in known:
-                raise UsageError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+        """Raise ``UsageError`` for a number out of range, and for images that are to be both."""
         if not 0 < self.calibration < 1:
             raise UsageError(
                 f"calibration share is {self.calibration:g}; expected a number between 0 and 1"

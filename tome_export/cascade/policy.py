@@ -32,9 +32,6 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-POLICIES = ("complexity", "confidence", "learned")
-MEASURES = ("max", "margin")
-
 
 def settings_from_json(text: str) -> Any:
     """A policy of ``artifact.cascade``, or a served ``cascade.json``, where neither can be had."""

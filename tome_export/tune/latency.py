@@ -166,7 +166,8 @@ class Stopwatch:
             if done > 1 and time.monotonic() >= until:
                 break
             with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
-                path = self._export(r, Path(folder))
+                path = Path(folder) / MODEL
+                self._export(r, path)
                 if not measured:
                     run_ms = self._runs_ms([path], 1)[0]
                     if run_ms > HOPELESS * target_ms:
@@ -188,20 +189,19 @@ class Stopwatch:
     def runs_ms(self, schedules: Sequence[Rs]) -> list[float]:
         """Median time of a run of each schedule, all taken in turn; raises as ``costs`` does."""
         with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
-            paths = []
-            for index, r in enumerate(schedules):
-                (Path(folder) / str(index)).mkdir()
-                paths.append(self._export(r, Path(folder) / str(index)))
+            paths = [Path(folder) / str(index) / MODEL for index in range(len(schedules))]
+            for r, path in zip(schedules, paths, strict=True):
+                path.parent.mkdir()
+                self._export(r, path)
             return self._runs_ms(paths, RUNS)
 
-    def _export(self, r: Rs, folder: Path) -> Path:
+    def _export(self, r: Rs, path: Path) -> None:
         from tome_export.onnx.export import ExportOptions, onnx_from_model
         from tome_export.runtime.model import rescheduled
 
         model, count = rescheduled(self.model, Schedule(per_layer=r)), len(self.images)
         options = ExportOptions(precision=self.precision, batch=BatchRange(count, count, count))
-        onnx_from_model(model, folder / MODEL, options, self.output_name)
-        return folder / MODEL
+        onnx_from_model(model, path, options, self.output_name)
 
     def _runs_ms(self, paths: Sequence[Path], count: int) -> list[float]:
         from tome_export.runtime.timing import paired

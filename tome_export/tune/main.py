@@ -37,11 +37,10 @@ from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.runtime.environment import environment
 from tome_export.spec import Activation, Precision
-from tome_export.tune.choose import Finalists, most_right
 from tome_export.tune.images import TuneImages, read_images, source_of
 from tome_export.tune.latency import Stopwatch, predicted_ms
 from tome_export.tune.score import Scorer
-from tome_export.tune.search import BASELINES, ScoredSchedule, Search
+from tome_export.tune.search import BASELINES, Finalists, ScoredSchedule, Search, most_right
 from tome_export.tune.space import Cost, Rs, rs_of, space_from_model, table_of
 
 if TYPE_CHECKING:
