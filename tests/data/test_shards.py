@@ -36,32 +36,10 @@ def fails(data, classes):
 # Labels of tar files.
 
 
-def test_labels_in_text_are_used_where_all_are_classes(tmp_path, named):
-    path = shard(
-        tmp_path / "s.tar", ("0.png", 0), ("0.txt", b"owl\n"), ("1.png", 1), ("1.txt", b"1")
-    )
-    source = listed(path, named)
-    assert source.labels.tolist() == [3, 1]
-    assert source.notes == ["labels are read of .txt, each of which is a class"]
-
-
-@pytest.mark.parametrize(
-    ("last", "reason"),
-    [
-        (("1.txt", b"a dog on a bench"),
-         "s.tar:1.png has label 'a dog on a bench'; expected an index from 0 to 4, or one of its "
-         "names (cat, dog, owl, …)"),
-        (("1.txt", b"\xff"),
-         "s.tar:1.png has label '\N{REPLACEMENT CHARACTER}'; expected an index from 0 to 4, or one "
-         "of its names (cat, dog, owl, …)"),
-        (("1.npy", b"1"), "only 1 of 2 images have one"),
-    ],
-)  # fmt: skip
-def test_captions_are_said_to_be_no_labels(tmp_path, named, last, reason):
-    path = shard(tmp_path / "s.tar", ("0.png", 0), ("0.txt", b"owl"), ("1.png", 1), last)
-    source = listed(path, named)
-    assert source.labels is None
-    assert source.notes[0] == f".txt is not used for labels: {reason}"
+def test_captions_are_said_to_be_no_labels(tmp_path, named):
+    path = shard(tmp_path / "s.tar", ("0.png", 0), ("0.txt", b"owl"))
+    assert listed(path, named).labels is None
+    assert listed(path, named).notes[0].endswith("; not read are .txt (1)")
     # Where there are labels, captions are no news.
     path = shard(tmp_path / "t.tar", ("0.png", 0), ("0.txt", b"an owl"), ("0.cls", b"3"))
     assert (listed(path, named).labels.tolist(), listed(path, named).notes) == ([3], [])
@@ -90,8 +68,8 @@ def test_labels_that_are_not_read_are_said(tmp_path, named, name, data, said):
     source = listed(shard(tmp_path / "s.tar", ("0.png", 0), (name, data)), named)
     assert source.labels is None
     assert source.notes == [
-        'no labels: they are read of .cls, of .json with "label" or "labels" or "class" or "cls", '
-        f"and of .txt if all are classes; not read are {said}"
+        'no labels: they are read of .cls, or of .json with "label" or "labels" or "class" or '
+        f'"cls"; not read are {said}'
     ]
     assert listed(tmp_path / "s.tar", None).notes == []  # of features, where none are wanted
 

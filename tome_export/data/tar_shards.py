@@ -21,7 +21,7 @@ from tome_export.data.labels import Classes
 from tome_export.data.source import Item, Source, printable, require_size
 from tome_export.errors import InputError
 
-LABEL_MEMBERS = (".cls", ".json", ".txt")
+LABEL_MEMBERS = (".cls", ".json")
 """Members of a tar file that may hold a label; the first that a sample has is its label."""
 
 LABEL_KEYS = ("label", "labels", "class", "cls")
@@ -63,8 +63,7 @@ def tar_source(
                     )
                 label = _label_members(sample)
                 if not images:
-                    alone = bool(_named(sample, LABEL_MEMBERS[:2]))
-                    shard.left_out["labels without an image beside them"] += alone
+                    shard.left_out["labels without an image beside them"] += bool(label)
                 # Where the shard is cut, the label of the last image may be lost with its tail.
                 if not images or (shard.cut and not label):
                     continue
@@ -95,13 +94,19 @@ def tar_source(
         found = f"no images in {text}; expected members such as 000001.jpg with 000001.cls"
         raise InputError("; ".join([found, *source.notes]))
     if classes is not None:
-        _set_classes(source, labels, classes)
+        if (labelled := sum(map(bool, labels))) not in (0, len(labels)):
+            raise InputError(
+                f'{text} has labels (.cls, or .json with "{LABEL_KEYS[0]}") for {labelled} of '
+                f"{len(labels)} images; label all or none"
+            )
+        items = source.items(range(labelled))
+        source.classes = [_class(*one, classes) for one in zip(items, labels, strict=False)]
         not_read = sum((shard.not_read for shard in shards), Counter[str]())
         if not source.classes and not_read:
             shown = some([f"{name} ({n})" for name, n in not_read.most_common()])
             source.notes.append(
-                f"no labels: they are read of .cls, of .json with {_ANY_KEY}, and of .txt if all "
-                f"are classes; not read are {printable(shown)}"
+                f"no labels: they are read of .cls, or of .json with {_ANY_KEY}; not read are "
+                f"{printable(shown)}"
             )
     return source
 
@@ -131,31 +136,6 @@ def _label_members(sample: dict[str, Any]) -> dict[str, Any]:
     """The members of a sample that hold its label: of several kinds only the first."""
     kinds = [_named(sample, (kind,)) for kind in LABEL_MEMBERS]
     return {field: sample[field] for field in next(filter(None, kinds), [])}
-
-
-def _set_classes(source: Source, labels: Sequence[dict[str, Any]], classes: Classes) -> None:
-    """Set the class of each image, or none, and say what is not used."""
-    texts = [label for label in labels if any(f".{field}".endswith(".txt") for field in label)]
-    images, labelled = len(labels), sum(map(bool, labels)) - len(texts)
-    if labelled not in (0, images):
-        raise InputError(
-            f'{source.text} has labels (.cls, or .json with "{LABEL_KEYS[0]}") for {labelled} of '
-            f"{images} images; label all or none"
-        )
-    if not labelled and len(texts) < images:
-        few = f"only {len(texts)} of {images} images have one"
-        source.notes += [f".txt is not used for labels: {few}"] if texts else []
-        return
-    try:
-        items = source.items(range(images))
-        source.classes = [_class(*one, classes) for one in zip(items, labels, strict=True)]
-    except InputError as error:
-        if not texts:
-            raise
-        # Text may be a caption: a label only where that of every image is one.
-        source.notes.append(f".txt is not used for labels: {error}")
-        return
-    source.notes += ["labels are read of .txt, each of which is a class"] if texts else []
 
 
 def _class(item: Item, label: dict[str, Any], classes: Classes) -> int:
@@ -233,8 +213,6 @@ class _Shard:
             data = stream.read() if stream is not None else b""
         except (tarfile.ReadError, OSError):  # the shard ends here, as the next header will tell
             return None
-        if form == ".txt":
-            return data.decode(errors="replace").strip()
         try:
             text = data.decode().strip()
             values = json.loads(text) if form == ".json" else {}
