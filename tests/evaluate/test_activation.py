@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import small_vit
 from tome_export.artifact.goal import Goal
+from tome_export.artifact.schedule import TuneData
 from tome_export.cascade import policy
 from tome_export.data.labels import Classes
 from tome_export.data.metrics import deviations
@@ -18,8 +19,8 @@ from tome_export.parity.compare import _output_parity
 from tome_export.patch import patch
 from tome_export.serve.python_models.postprocess import top_k
 from tome_export.spec import answers
-from tome_export.tune.images import TuneImages, _source
-from tome_export.tune.main import _judged
+from tome_export.tune.images import TuneImages, source_of
+from tome_export.tune.main import _told_apart
 from tome_export.tune.score import Scorer
 
 LOGITS = np.array([[2.0], [-1.0], [np.nan]])
@@ -92,7 +93,16 @@ def test_deviations_leave_out_what_is_not_finite():
 
 def images_of(model, labels=None, count=8):
     pixels = np.random.default_rng(0).standard_normal((count, *model.input_size), np.float32)
-    return TuneImages(pixels, labels, 4, 6, "mine", count, 0, ())
+    data = TuneData(
+        source="mine",
+        available=count,
+        search=4,
+        validation=2,
+        held_out=count - 6,
+        unreadable_count=0,
+        notes=(),
+    )
+    return TuneImages(pixels, labels, data)
 
 
 def centred(classes: int):
@@ -137,9 +147,9 @@ def test_agreement_with_one_answer_is_no_target():
     images = images_of(model)
     with Scorer(model, images, "sigmoid") as scorer:
         with pytest.raises(InputError, match=r"says the same of all 8 images.*; give images with"):
-            _judged(images, scorer, Goal.min_accuracy("90"))
-        noted = _judged(images, scorer, Goal.target_macs("50%"))
-        assert "told apart by damage" in noted.notes[0]
+            _told_apart(scorer, Goal.min_accuracy("90"))
+        noted = _told_apart(scorer, Goal.target_macs("50%"))
+        assert "told apart by damage" in noted.data.notes[0]
     with Scorer(model, images_of(model, np.zeros(8, np.int64)), "sigmoid") as scorer:
         assert not scorer.one_answer
 
@@ -147,6 +157,6 @@ def test_agreement_with_one_answer_is_no_target():
 def test_the_samples_labels_are_for_the_recipes_own_classes():
     recipe = resolve("vit_digits")
     own = Classes.of_outputs(10, recipe.label_names(10))
-    assert _source(recipe, own, ("samples",), None).labels is not None
+    assert source_of(recipe, own, ("samples",), None).labels is not None
     for other in (Classes.of_outputs(1, None), Classes.of_outputs(3, recipe.label_names(3))):
-        assert _source(recipe, other, ("samples",), None).labels is None
+        assert source_of(recipe, other, ("samples",), None).labels is None
