@@ -44,7 +44,7 @@ class LearnedPolicy(Part):
 
     Attributes:
         weights: Head times patch embedding, ``[M][P]``.
-        bias: Of each member's score, ``[M]``.
+        bias: Constant of each member's score, ``[M]``.
         shares: MACs of each member over the largest's, ``[M]``.
         price: What all MACs of the largest member cost.
         patch: Height and width of a patch in pixels.
@@ -145,7 +145,7 @@ class SweepPoint(Part):
     """A setting that no other beats on the calibration images.
 
     Attributes:
-        thresholds: Those of the policy; None where it has a price.
+        thresholds: Thresholds of the policy; None where it has a price.
         price: That of a learned policy; None where it has thresholds.
     """
 

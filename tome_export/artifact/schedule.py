@@ -66,7 +66,7 @@ class ScheduleFile(Document):
 
     @classmethod
     def read(cls: type[Read], file: Path) -> Read:
-        """As of any document; the messages of the checks then name the file."""
+        """Read a file, which the messages of the checks then name."""
         found = super().read(file)
         found._file = file
         return found
@@ -194,8 +194,8 @@ class ChosenPoint(TunedPoint):
     Attributes:
         predicted_latency_ms: Milliseconds per batch by the cost table.
         search_accuracy: Share of the search images that are right.
-        validation_accuracy: The same of the validation images; None if there are none.
-        estimate: On images that the search did not look at; None if there are none.
+        validation_accuracy: Share of the validation images; None if there are none.
+        estimate: What to expect elsewhere; None if the search looked at all images.
     """
 
     predicted_latency_ms: float | None
@@ -220,7 +220,7 @@ class GroupCost(Part):
 
     Attributes:
         of: The token count that they depend on.
-        coefficients: Of the count's powers 0, 1, ...
+        coefficients: Factors of the count's powers 0, 1, ...
     """
 
     group: str

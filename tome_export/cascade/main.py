@@ -75,13 +75,13 @@ class CascadeRequest:
             the artifact of the most MACs.
         test: Images to measure on; empty to keep a part of ``data`` for it.
         labels: File of labels, if ``data`` is a folder of images.
-        classes_in_order: As of ``data.labels.Classes``, of both.
+        classes_in_order: Whether class folders are in the order of the model's classes.
         test_labels: File of labels, if ``test`` is a folder.
         calibration: Share of ``data`` that is calibrated on, where ``test`` is empty.
         measure: Confidence by the largest probability, ``max``, or its lead, ``margin``.
         strength: Weight of the budget term in the training of a learned policy (lambda).
         limit: Most images of each source; None for ``observe.LIMIT``.
-        seed: Of the order and the split of the images.
+        seed: Seed of the order and the split of the images.
         backend: What runs the members.
     """
 

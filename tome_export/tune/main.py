@@ -71,7 +71,7 @@ class TuneRequest:
         output: The schedule file.
         data: A folder or shards of images; ``samples`` for those that come along.
         labels: File of labels for a folder of images.
-        classes_in_order: As of ``data.labels.Classes``.
+        classes_in_order: Whether class folders are in the order of the model's classes.
         limit: Most images; None for as many as a search in minutes can take.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         weights_key: Where in that file they are; see ``weights.files.read_checkpoint``.

@@ -66,7 +66,7 @@ class Score:
 
     Attributes:
         images: Images that were looked at.
-        correct: Those that have the right class.
+        correct: Images that have the right class.
         damage: Mean Kullback-Leibler divergence of the class probabilities from those of the
             unmerged model, in nats.
         complete: Whether no image was left out, as they are once the damage is beyond a bound.
@@ -375,7 +375,7 @@ def most_right(points: Iterable[ScoredSchedule]) -> ScoredSchedule:
 
 
 def _free(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
-    """Of points by cost, free lists than which none is as cheap, as right and as little damaged."""
+    """Free lists that no cheaper one beats in images right and damage; the points are by cost."""
     kept: list[ScoredSchedule] = []
     for point in points:
         beaten = any(
