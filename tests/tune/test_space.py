@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.conftest import small_vit
 from tome_export.merge.macs import BlockCost, total_macs
 from tome_export.merge.schedule import Schedule
-from tome_export.tune.space import SearchSpace, table_of
+from tome_export.patch import patch
+from tome_export.reducers import reducer_from_text
+from tome_export.tune.space import SearchSpace, space_from_model, table_of
 
 COSTS = (BlockCost(10, 2, 30), BlockCost(11, 3, 0), BlockCost(7, 1, 5))
 
@@ -70,3 +73,14 @@ def test_moves_reach_every_schedule(small_space, every_schedule):
         border = list(found - seen)
         seen |= found
     assert seen == set(every_schedule)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("tome", ()), ("dtem", ("weights=random",)), ("topk", ())]
+)
+def test_macs_are_those_of_the_patched_model(name, options):
+    """What a reducer's own layers take is counted too, where they have something to decide."""
+    library, reducer = small_vit(depth=3), reducer_from_text(name, options)
+    space = space_from_model(patch(library, 1, reducer=reducer))
+    for r in ((0, 0, 0), (5, 0, 4), (8, 6, 1)):
+        assert space.macs(table_of([r]))[0] == patch(library, list(r), reducer=reducer).macs()
