@@ -28,7 +28,6 @@ from tome_export.errors import (
     MissingComponentError,
 )
 from tome_export.merge.schedule import Schedule
-from tome_export.patch.describe import output_names, state_sha256
 from tome_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ def _export(
     folder: Path, request: BuildRequest, form: GraphForm, progress: Progress
 ) -> tuple[Manifest, GraphForm]:
     """Everything that needs the PyTorch model; the manifest so far, and the form as written."""
+    from tome_export.patch.describe import state_sha256
+
     progress.stage(f"Load {request.model}")
     loaded, merging = _load(request)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
@@ -197,6 +198,7 @@ class _Build:
         from tome_export.onnx.export import ExportOptions, onnx_from_model
         from tome_export.onnx.files import load
         from tome_export.onnx.plugin import merging_of
+        from tome_export.patch.describe import output_names
 
         model, request = self.model, self.request
         options = ExportOptions(

@@ -23,7 +23,6 @@ from tome_export.artifact.manifest import (
     Weights,
 )
 from tome_export.models.activation import activation_of
-from tome_export.patch.describe import fake_outputs, learned_sha256, output_names, state_sha256
 from tome_export.spec import (
     INPUT_NAME,
     LOGITS,
@@ -116,6 +115,8 @@ def manifest_of(
 
 def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
     """What the manifest says of a model and its weights."""
+    from tome_export.patch.describe import learned_sha256, state_sha256
+
     recipe, weights = loaded.recipe, loaded.weights
     return ModelInfo(
         name=recipe.name,
@@ -199,6 +200,8 @@ def _layers(model: MergedModel) -> tuple[Layer, ...]:
 
 def _outputs(name: str, model: MergedModel, batch: int | Literal["batch"]) -> tuple[Tensor, ...]:
     """Name, dtype and shape of every output."""
+    from tome_export.patch.describe import fake_outputs, output_names
+
     return tuple(
         Tensor(
             name=output,
