@@ -133,6 +133,12 @@ def test_the_source_map_says_where_every_patch_went(merging):
     assert torch.equal(shown.source_map_of(plans, 2), found)
 
 
+def test_the_source_map_of_no_merging_is_where_the_features_are():
+    model = patch(clip4clip().to("meta"), 0, source_map=True)
+    features, found = model(*(given.to("meta") for given in videos()))
+    assert found.device == features.device
+
+
 def test_merging_across_copies_of_a_frame_keeps_what_is_in_it():
     # A still video: with all sizes right, merging equal tokens changes nothing. An odd number of
     # patches puts copies of a patch into both sets.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import LayerTokens, Schedule
@@ -111,9 +112,9 @@ class FrameMerging:
                 "inside them, such as 30,10"
             )
         return cls(
-            tuple(int(v) for v in _numbers(layers, "layers that join frames", "8,9,10", int)),
-            tuple(int(v) for v in _numbers(frames, "clips to join", "2,2,3", int)),
-            (inter[0], inter[1]),
+            _numbers(layers, "layers that join frames", "8,9,10", int),
+            _numbers(frames, "clips to join", "2,2,3", int),
+            inter,
             position,
         )
 
@@ -240,9 +241,9 @@ def without_last_merge(layers: Sequence[LayerTokens]) -> tuple[LayerTokens, ...]
     return (*rest, replace(last, r=0, tokens_out=last.attended))
 
 
-def _numbers(text: str, what: str, example: str, kind: type) -> list[float]:
+def _numbers(text: str, what: str, example: str, kind: type) -> Any:
     try:
-        return [kind(part) for part in text.split(",")]
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{what} are {text!r}; expected numbers such as {example}") from None
 

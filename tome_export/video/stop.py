@@ -23,7 +23,7 @@ from torch.nn import functional
 from tome_export.merge.macs import SharedCost
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.patch.attention import multihead_block_cost, same_arithmetic
-from tome_export.patch.checks import MakeZeros, check_unhooked, count_macs
+from tome_export.patch.checks import check_unhooked
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.reducers.base import AttentionInputs
 from tome_export.video.clip4clip import ClipBlock, ClipFrames, frame_positions
@@ -290,15 +290,9 @@ class MergedStop(MergedVideo):
         """See ``MergedVideo``; nobody reads what the last merge would make."""
         return without_last_merge(super().token_counts(schedule))
 
-    def fixed_macs(self, tokens: int) -> int:  # noqa: ARG002 (one prompt is projected)
-        """MACs per video of the prompts made from it, patch embedding and projection."""
-        model: Any = self.model
-
-        def outside(zeros: MakeZeros) -> None:
-            model.begin(zeros(1, *self.input_size))
-            model.project(zeros(1, self.width))
-
-        return count_macs(model, outside)
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Class token, prompts and patches of every frame, ``[B F, N, C]``."""
+        return cast(Tensor, self.model.begin(pixel_values)[0])  # type: ignore[operator]
 
     def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
         """The blocks; what is given on is the global prompts ``[B, G, C]``, not the frames."""

@@ -174,7 +174,7 @@ class MergedVideo(MergedModel):
 
     def _source_map(self, output: Tensor, merger: Merger) -> Tensor:
         if merger.positions is None:
-            return self.source_map_of({}, output.shape[0])
+            return self.source_map_of({}, output.shape[0]).to(output.device)
         return self._final_places(merger.positions)
 
     def source_map_of(self, plans: StepPlans, count: int) -> Tensor:
