@@ -69,7 +69,7 @@ class CascadeRequest:
 
     Attributes:
         members: Artifacts of one model, from ``members_of``.
-        data: Images: a folder, shards, or ``samples``; see ``data.find``.
+        data: A folder of images, shards, or ``samples``; see ``data.find``.
         policy: ``complexity``, ``confidence`` or ``learned``; see ``cascade.policy``.
         goal: ``target-macs``, of the mean per image, or ``min-accuracy``. What is relative is so to
             the artifact of the most MACs.
@@ -82,7 +82,6 @@ class CascadeRequest:
         strength: Weight of the budget term in the training of a learned policy (lambda).
         limit: Most images of each source; None for ``observe.LIMIT``.
         seed: Seed of the order and the split of the images.
-        backend: What runs the members.
     """
 
     members: tuple[Artifact, ...]

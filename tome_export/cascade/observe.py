@@ -48,12 +48,9 @@ class Members:
     def observe(
         self, source: Source, limit: int | None, progress: Progress
     ) -> tuple[Observations, tuple[UnreadableImage, ...]]:
-        """Run all members on the images of a source; without labels the last one is right.
+        """Run all members on at most so many images of a source, taken evenly from its listing.
 
-        Args:
-            source: The images.
-            limit: Most images, taken evenly from the listing; None for ``LIMIT``.
-            progress: Told of the images done.
+        Without labels the last member is right.
 
         Returns:
             Observations of the images that could be read, in the order of the listing; the others.

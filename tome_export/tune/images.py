@@ -169,15 +169,10 @@ def read_images(
     return TuneImages(pixels[:count], None if source.labels is None else source.labels[index], data)
 
 
-def source_of(
+def tuning_source(
     recipe: Recipe, classes: Classes, data: tuple[str, ...], labels: Path | None
 ) -> Source:
-    """The images that a user named; without labels of the model's classes, samples have none.
-
-    Raises:
-        InputError: if there are none, or their labels do not fit the model.
-        UsageError: if labels are given for what has its own.
-    """
+    """The images that a user named; samples have labels if these are of the model's classes."""
     if data != (SAMPLES,):
         return find_data(data, classes, labels)
     if labels is not None:

@@ -37,7 +37,7 @@ from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.runtime.environment import environment
 from tome_export.spec import Activation, Precision
-from tome_export.tune.images import TuneImages, read_images, source_of
+from tome_export.tune.images import TuneImages, read_images, tuning_source
 from tome_export.tune.latency import Stopwatch, predicted_ms
 from tome_export.tune.score import Scorer
 from tome_export.tune.search import BASELINES, Finalists, ScoredSchedule, Search, most_right
@@ -67,7 +67,6 @@ class TuneRequest:
 
     Attributes:
         model: Recipe name, ``timm:<name>`` or ``module:function``.
-        goal: The target.
         output: The schedule file.
         data: A folder or shards of images; ``samples`` for those that come along.
         labels: File of labels for a folder of images.
@@ -81,9 +80,7 @@ class TuneRequest:
         time_limit: Seconds, from when the model is loaded, after which the best by then is taken.
             What is begun then is finished.
         seed: Seed of the images drawn, the search, and random weights.
-        force: Replace an existing file.
-        reducer: Name of the reducer.
-        reducer_options: Its options, each ``key=value``.
+        reducer_options: Options of the reducer, each ``key=value``.
         min_entropy: Least token-size entropy (``merge.entropy``) of any search image; schedules
             with less are not considered. None for any.
     """
@@ -134,7 +131,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
     preprocessing = replace(loaded.recipe.preprocessing, input_size=model.image_size)
     recipe = replace(loaded.recipe, preprocessing=preprocessing)
     images = read_images(
-        source_of(recipe, classes, request.data, request.labels),
+        tuning_source(recipe, classes, request.data, request.labels),
         preprocessing,
         model.macs(merged=False),
         request.limit,
@@ -222,12 +219,7 @@ def _require_classes(recipe: Recipe) -> None:
 
 
 class _Tuning:
-    """One search within its time, from what schedules cost to the document.
-
-    Raises:
-        InputError: if nothing can meet the target, known before any image is classified.
-        MissingComponentError: if latency is asked for and onnxruntime is not here.
-    """
+    """One search within its time; what schedules cost is known before images are classified."""
 
     def __init__(
         self,
@@ -290,12 +282,7 @@ class _Tuning:
         return None if self.table is None else float(self.cost(table_of([r]))[0])
 
     def searched(self, scorer: Scorer, began: float) -> TunedSchedule:
-        """Search and choose: the content of the schedule file, of a command begun at ``began``.
-
-        Raises:
-            InputError: if no schedule was found in time that meets the target; it says what can be
-                reached.
-        """
+        """Search and choose: the content of the schedule file, of a command begun at ``began``."""
         self.images = _told_apart(scorer, self.goal)
         self.right = scorer.unmerged_right[: self.images.chosen_on]
         self.needed = self.goal.needed(len(self.right), int(self.right.sum())) or 0
@@ -463,11 +450,7 @@ class _Tuning:
 
 
 def _told_apart(scorer: Scorer, goal: Goal) -> TuneImages:
-    """The scored images, with a note where agreement on them tells little.
-
-    Raises:
-        InputError: if it is what a target asks for.
-    """
+    """The scored images, with a note where agreement on them tells little, or refused for that."""
     images = scorer.images
     if not scorer.one_answer:
         return images
