@@ -10,13 +10,22 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import onnx
 import pytest
 import torch
 from filelock import FileLock
+
+AFTERWARDS = tuple(
+    f"tome_export.{name}."
+    for name in (
+        *("artifact", "bench", "build", "cascade", "cli", "data", "display", "doctor", "engine"),
+        *("evaluate", "parity", "progress", "report", "runtime", "serve", "tune", "visualize"),
+    )
+)
+"""What tracing does not enter."""
 
 LASTING = (sys.prefix, sys.base_prefix, Path(__file__).parents[2])
 """Where code does not change while the tests run."""
@@ -28,7 +37,7 @@ def shared_traces(folder: Path) -> Iterator[None]:
 
     The key is the content: every class, setting and weight of the model, and the options. What is
     done with a traced graph is done each time: operators, simplification, names, checks. While a
-    test has an attribute of anything patched the code may be another, and all is traced anew.
+    test has patched code that tracing may enter, all is traced anew.
 
     Args:
         folder: Where the graphs are, for all workers of the run.
@@ -39,9 +48,10 @@ def shared_traces(folder: Path) -> Iterator[None]:
     patches: set[pytest.MonkeyPatch] = set()
     set_attribute, undo = pytest.MonkeyPatch.setattr, pytest.MonkeyPatch.undo
 
-    def noted(patch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> None:
-        patches.add(patch)
-        set_attribute(patch, *arguments, **options)
+    def noted(patch: pytest.MonkeyPatch, target: Any, *arguments: Any, **options: Any) -> None:
+        if not f"{_module(target)}.".startswith(AFTERWARDS):
+            patches.add(patch)
+        set_attribute(patch, target, *arguments, **options)
 
     def undone(patch: pytest.MonkeyPatch) -> None:
         undo(patch)
@@ -63,6 +73,15 @@ def shared_traces(folder: Path) -> Iterator[None]:
         patch.setattr(pytest.MonkeyPatch, "undo", undone)
         patch.setattr(pytest.MonkeyPatch, "setattr", noted)
         yield
+
+
+def _module(target: Any) -> str:
+    """Name of the module that an attribute to be patched is in."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, ModuleType):
+        return target.__name__
+    return str(getattr(target, "__module__", None) or type(target).__module__)
 
 
 def _key(*content: Any) -> str | None:
