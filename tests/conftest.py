@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from forkserver import ForkServer
 from traces import shared_traces
 
@@ -203,14 +206,34 @@ def make_tower() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def digit_members(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Artifacts of vit_digits by r, for cascades: 32, 16 and 8; not to be changed."""
+def built_artifact(run_folder: Path) -> Callable[..., Any]:
+    """``built_artifact(model="vit_digits", **options)``: an ``Artifact``; not to be changed.
+
+    The options are those of a ``BuildRequest``, without an engine unless one is asked for. The same
+    request is built once for all workers of the run. ``model`` is a recipe: what a path or a
+    function names may be another thing in the next test.
+    """
+    from tome_export.artifact import Artifact
     from tome_export.build import BuildRequest, build
+    from tome_export.models import RECIPES
+
+    def get(model: str = "vit_digits", **options: Any) -> Artifact:
+        assert model in RECIPES, model
+        request = BuildRequest(model, Path("none"), **{"engine": "none", **options})
+        key = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
+        path = run_folder / "artifacts" / key / model.removeprefix("vit_")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                build(replace(request, output=path))
+        return Artifact.open(path)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def digit_members(built_artifact: Callable[..., Any]) -> Any:
+    """Artifacts of vit_digits by r, for cascades: 32, 16 and 8; not to be changed."""
     from tome_export.merge.schedule import Schedule
 
-    folder = tmp_path_factory.mktemp("members")
-    options = {"engine": "none", "check": False}
-    return {
-        r: build(BuildRequest("vit_digits", folder / f"r{r}", Schedule(r), **options)).path
-        for r in (32, 16, 8)
-    }
+    return {r: built_artifact(schedule=Schedule(r), check=False).path for r in (32, 16, 8)}

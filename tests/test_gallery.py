@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.build import BuildRequest, build
 from tome_export.merge.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
@@ -45,13 +44,10 @@ def test_random_weights_are_said(gallery):
     assert said == {"vit_digits": "trained weights", "vit_b16": "random weights"}
 
 
-def test_groups_of_the_trained_model_are_those_of_its_artifact(gallery, tmp_path):
+def test_groups_of_the_trained_model_are_those_of_its_artifact(gallery, built_artifact):
     (example,) = (e for e in gallery.EXAMPLES if e.model == "vit_digits")
-    schedule = Schedule(example.r)
-    request = BuildRequest(
-        example.model, tmp_path / "out", schedule=schedule, engine="none", check=False
-    )
-    found = gallery.groups_of(example, build(request))
+    artifact = built_artifact(example.model, schedule=Schedule(example.r), check=False)
+    found = gallery.groups_of(example, artifact)
     (recorded,) = (e for e in json.loads(gallery.GROUPS.read_text()) if e["model"] == example.model)
     assert found == recorded, "run `python scripts/gallery.py --groups`"
 

@@ -85,16 +85,8 @@ def test_an_operator_that_tensorrt_does_not_know(form):
 
 
 @pytest.fixture(scope="module")
-def fused(tmp_path_factory):
-    request = BuildRequest(
-        "vit_digits",
-        tmp_path_factory.mktemp("attention") / "fused",
-        precision="fp16",
-        attention="fused-fp32",
-        engine="none",
-        check=False,
-    )
-    return build(request)
+def fused(built_artifact):
+    return built_artifact(precision="fp16", attention="fused-fp32", check=False)
 
 
 def test_an_older_tensorrt_refuses_a_fused_artifact(monkeypatch, fused):

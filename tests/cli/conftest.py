@@ -17,11 +17,9 @@ import pytest
 from forkserver import Forked
 
 from tome_export.cli.main import main
+from tome_export.merge.schedule import Schedule
 
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
-
-SMALL = ("build", "vit_digits", "--engine", "none")
-"""A build that takes a few seconds; with ``--no-check`` less."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +106,15 @@ def cli(fork_server, tmp_path) -> Iterator[Callable[..., Forked]]:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
+def built(built_artifact) -> Path:
     """An artifact of vit_digits, fp16, r = 8, without an engine; not to be changed."""
-    output = tmp_path_factory.mktemp("built") / "digits"
-    assert main([*SMALL, "--r", "8", "--fp16", "-o", str(output)]) == 0
-    return output
+    return built_artifact(schedule=Schedule(8), precision="fp16").path
 
 
 @pytest.fixture(scope="session")
-def built_random(tmp_path_factory) -> Path:
+def built_random(built_artifact) -> Path:
     """The same with random weights, fp32; not to be changed."""
-    output = tmp_path_factory.mktemp("built") / "random"
-    options = ["--r", "8", "--weights", "random", "--seed", "3"]
-    assert main([*SMALL, *options, "-o", str(output)]) == 0
-    return output
+    return built_artifact(schedule=Schedule(8), weights="random", seed=3).path
 
 
 @pytest.fixture

@@ -132,9 +132,9 @@ def test_check_of_a_wrong_model_names_the_first_failing_layer(run, artifact):
 
 
 def test_a_build_whose_parity_fails_prints_the_report_and_keeps_nothing(run, monkeypatch, tmp_path):
-    from tome_export.parity import check
+    from tome_export.parity import compare
 
-    monkeypatch.setattr(check, "check_parity", functools.partial(check.check_parity, k=0.0))
+    monkeypatch.setattr(compare, "check_parity", functools.partial(compare.check_parity, k=0.0))
     arguments = ("build", "vit_digits", "--fp16", "--r", "8", "--engine", "none", "-o", "out")
     ran = run(*arguments, "--json")
     assert ran.code == 5

@@ -16,7 +16,6 @@ from results import REPORTS
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.files import json_bytes
-from tome_export.build import BuildRequest, build
 from tome_export.merge.schedule import Schedule
 from tome_export.report.main import ReportRequest, report
 
@@ -52,11 +51,9 @@ def add(artifact: Path, **reports: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
+def built(built_artifact) -> Path:
     """An artifact of vit_digits, fp16, r = 8, with a parity check; not to be changed."""
-    output = tmp_path_factory.mktemp("built") / "digits"
-    options: dict[str, Any] = {"schedule": Schedule(8), "precision": "fp16", "engine": "none"}
-    return build(BuildRequest("vit_digits", output, **options)).path
+    return built_artifact(schedule=Schedule(8), precision="fp16").path
 
 
 @pytest.fixture

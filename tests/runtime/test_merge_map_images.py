@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tome_export.artifact import Manifest
-from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import pixels_from_image
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
@@ -21,10 +20,9 @@ WHERE = Path("some/artifact")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Manifest:
+def built(built_artifact) -> Manifest:
     """The manifest of an artifact of vit_digits."""
-    output = tmp_path_factory.mktemp("built") / "digits"
-    return build(BuildRequest("vit_digits", output, engine="none", check=False)).manifest
+    return built_artifact(check=False).manifest
 
 
 def having(manifest, size, patches, grid, prefix=1):
