@@ -45,7 +45,7 @@ from tome_export.data.metrics import share_of
 from tome_export.data.samples import digits_test
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.patch import patch
 from tome_export.progress import Silent
 from tome_export.serve.cascade import CascadeServeRequest, serve_cascade

@@ -44,7 +44,7 @@ def main() -> None:
         runners = {}
         for name, model in (("merged", merged), ("unmerged", unmerged)):
             path = Path(folder) / f"{name}.onnx"
-            onnx_from_model(model, path, options, recipe.output_name)
+            onnx_from_model(model, path, options, recipe.output.name)
             runners[name] = OrtRunner(onnx.load(path))
     rows = []
     for batch in (8, 1):

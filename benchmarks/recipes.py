@@ -68,12 +68,12 @@ def main() -> int:
 
 def recipe_rows(name: str, depth: int | None, engines: bool) -> list[dict[str, Any]]:
     recipe = resolve(name)
-    weights = "pretrained" if recipe.bundled else "random"
+    weights = "pretrained" if recipe.name == "vit_digits" else "random"
     loaded = recipe.load(weights=weights, depth=depth)
     images = sample_pixels(recipe, IMAGES)
     rows = []
-    for label, schedule in schedules(recipe.recommended_r).items():
-        model = patch(loaded.module, schedule, prop_attn=recipe.prop_attn)
+    for label, schedule in schedules(recipe.merging.r).items():
+        model = patch(loaded.module, schedule, prop_attn=recipe.merging.prop_attn)
         for precision in ("fp32", "fp16") if label == "constant" else ("fp32",):
             engine = engines and label == "constant"
             rows.append(case(name, label, model, images, precision, engine))

@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.harness import write_rows
 from tome_export.errors import InputError
-from tome_export.models.loading import wake_constants
+from tome_export.models.recipe import wake_constants
 from tome_export.patch import patch
 
 TOLERANCE = 1e-6

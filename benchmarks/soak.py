@@ -47,7 +47,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.serve.client import Client, connect
 from tome_export.serve.ensemble import TOP_K
 from tome_export.serve.main import ServeOptions, ServeRequest, serve

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.harness import paired, percentiles, write_rows
 from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
-from tome_export.data.videos import moving_samples
+from tome_export.data.samples import moving_samples
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load
 from tome_export.runtime.inputs import Fed

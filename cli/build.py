@@ -248,7 +248,7 @@ def _schedule_file(text: str | None) -> Path | None:
 def _schedule(
     model: str, r: int | None, text: str | None, file: Path | None, tower: TowerOptions
 ) -> Schedule:
-    from tome_export.models.catalog import recommended_r
+    from tome_export.models import resolve
 
     if file is not None:
         from tome_export.artifact.schedule import ScheduleFile
@@ -260,7 +260,7 @@ def _schedule(
         return Schedule(per_layer=ScheduleFile.read(file).schedule)
     text = "constant" if text is None else text
     if r is None and text in INFLECTION:
-        r = recommended_r(model, tower)
+        r = resolve(model, tower).merging.r
     return Schedule.parse(text, r)
 
 

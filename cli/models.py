@@ -14,7 +14,7 @@ from tome_export.cli.progress import working
 from tome_export.display import short_macs
 
 if TYPE_CHECKING:
-    from tome_export.models.catalog import ModelDetails, ModelRow
+    from tome_export.models.catalog import ModelDetails
 
 HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "output", "family")
 
@@ -56,11 +56,11 @@ def command(terminal: Terminal, /, name: str | None) -> None:
         "torchvision:<name>[.<weights>], module:function. One in detail: tome-export models NAME"
     )
     descriptions = fields([(model.name, model.description) for model in models])
-    listed = {"models": [asdict(model) for model in models]}
+    listed = {"models": [model.row() for model in models]}
     terminal.result(listed, [*lines, "", *descriptions, "", more])
 
 
-def _input(model: ModelRow) -> str:
+def _input(model: ModelDetails) -> str:
     return "x".join(map(str, model.input_size))
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from tome_export.merge.macs import BlockCost, SharedCost, total_macs
 from tome_export.merge.schedule import LayerTokens, Schedule
+from tome_export.models.registry import RECIPES, resolve
 from tome_export.video.options import video_token_counts, without_last_merge
 
 if TYPE_CHECKING:
-    from tome_export.models import Recipe
-    from tome_export.spec import Preprocessing, TowerOptions
+    from tome_export.models.recipe import Recipe
+    from tome_export.spec import Preprocessing
+
+_DETAILS = (
+    "aliases",
+    "prop_attn",
+    "recommended_r_source",
+    "layers",
+    "preprocessing",
+    "weights",
+    "licence",
+)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What token counts and MACs of a model follow from.
+    """Token counts and MACs of a model.
 
     Attributes:
         tokens: Tokens that enter the first block, prefix tokens included.
@@ -36,8 +47,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class ModelRow:
-    """A model in the list, its attributes the keys of the JSON output."""
+class ModelDetails:
+    """All about one model; the attributes are the keys of the JSON output."""
 
     name: str
     timm_name: str
@@ -52,12 +63,6 @@ class ModelRow:
     output: str
     family: str
     description: str
-
-
-@dataclass(frozen=True)
-class ModelDetails(ModelRow):
-    """A model by itself, its attributes the keys of the JSON output."""
-
     aliases: tuple[str, ...]
     prop_attn: bool
     recommended_r_source: str
@@ -66,12 +71,14 @@ class ModelDetails(ModelRow):
     weights: str
     licence: str
 
+    def row(self) -> dict[str, Any]:
+        """What the list says of it."""
+        return {key: value for key, value in asdict(self).items() if key not in _DETAILS}
 
-def catalog() -> list[ModelRow]:
-    """Every recipe in one row: name, model, sizes, recommended r and what it saves."""
-    from tome_export.models import RECIPES
 
-    return [_row(recipe, sizes_from_geometry(recipe)) for recipe in RECIPES.values()]
+def catalog() -> list[ModelDetails]:
+    """Every recipe, in the order to show them."""
+    return [_details(recipe, sizes_from_geometry(recipe)) for recipe in RECIPES.values()]
 
 
 def details(name: str) -> ModelDetails:
@@ -80,53 +87,28 @@ def details(name: str) -> ModelDetails:
     Raises:
         InputError: if there is no such model, or it cannot be patched.
     """
-    from tome_export.models import RECIPES, resolve
-
     recipe = resolve(name)
     known = recipe.name in RECIPES
-    sizes = sizes_from_geometry(recipe) if known else sizes_from_model(recipe)
+    return _details(recipe, sizes_from_geometry(recipe) if known else sizes_from_model(recipe))
+
+
+def _details(recipe: Recipe, sizes: Sizes) -> ModelDetails:
     return ModelDetails(
-        **vars(_row(recipe, sizes)),
-        aliases=recipe.aliases,
-        prop_attn=recipe.prop_attn,
-        recommended_r_source=recipe.r_source,
-        layers=sizes.layers,
-        preprocessing=recipe.preprocessing,
-        weights=recipe.weights_source,
-        licence=recipe.licence,
-    )
-
-
-def recommended_r(name: str, tower: TowerOptions | None = None) -> int:
-    """Tokens to merge per layer where the user names no r.
-
-    Args:
-        name: Of the model.
-        tower: Options of a vision tower, which may have fewer layers for them.
-
-    Raises:
-        InputError: if there is no such model.
-    """
-    from tome_export.models import resolve
-
-    return int(resolve(name, tower).recommended_r)
-
-
-def _row(recipe: Recipe, sizes: Sizes) -> ModelRow:
-    return ModelRow(
         name=recipe.name,
-        timm_name=recipe.timm_name,
+        timm_name=recipe.source.loader.timm_name,
         input_size=recipe.preprocessing.input_size,
-        tokens=sizes.tokens,
-        prefix=sizes.prefix,
-        depth=sizes.depth,
-        macs=sizes.macs,
-        recommended_r=recipe.recommended_r,
-        macs_merged=sizes.macs_merged,
+        recommended_r=recipe.merging.r,
         macs_ratio=sizes.macs / sizes.macs_merged,
-        output=recipe.output_name,
+        output=recipe.output.name,
         family=recipe.family,
         description=recipe.description,
+        aliases=recipe.aliases,
+        prop_attn=recipe.merging.prop_attn,
+        recommended_r_source=recipe.merging.source,
+        preprocessing=recipe.preprocessing,
+        weights=recipe.source.weights,
+        licence=recipe.source.licence,
+        **vars(sizes),
     )
 
 
@@ -150,14 +132,13 @@ def sizes_from_geometry(recipe: Recipe) -> Sizes:
         shared = SharedCost(*costs, geometry.shared)
         each = [*[shared] * (depth - 1), replace(shared, last=True)]
     tokens = grid + geometry.prefix
-    schedule = Schedule(recipe.recommended_r)
+    schedule = Schedule(recipe.merging.r)
     layers: tuple[LayerTokens, ...] = schedule.tokens(depth, tokens, geometry.prefix)
     plain: tuple[LayerTokens, ...] = (LayerTokens(tokens, 0, tokens),) * depth
     if recipe.video is not None and recipe.video.frames is not None:
         frames, merging = recipe.video.frames, recipe.video.merging
-        clips = video_token_counts(
-            schedule.resolve(depth), merging, frames, tokens, geometry.prefix
-        )
+        counts = schedule.resolve(depth)
+        clips = video_token_counts(counts, merging, frames, tokens, geometry.prefix)
         layers = without_last_merge(clips) if geometry.shared else clips
         plain = video_token_counts((0,) * depth, None, frames, tokens, geometry.prefix)
         fixed = frames * fixed + geometry.video_macs
@@ -177,14 +158,9 @@ def sizes_from_model(recipe: Recipe) -> Sizes:
     """
     from tome_export.patch import patch
 
-    schedule = Schedule(recipe.recommended_r)
-    model = patch(recipe.architecture(), schedule, dense=recipe.dense_only)
-    tokens = model.layers[0].total_in if model.layers else model.prefix
-    return Sizes(
-        tokens=tokens,
-        prefix=model.prefix,
-        depth=len(model.layers),
-        macs=model.macs(merged=False),
-        macs_merged=model.macs(),
-        layers=model.layers,
-    )
+    dense = recipe.output.dense_only
+    model = patch(recipe.architecture(), Schedule(recipe.merging.r), dense=dense)
+    layers = model.layers
+    tokens = layers[0].total_in if layers else model.prefix
+    macs = model.macs(merged=False)
+    return Sizes(tokens, model.prefix, len(layers), macs, model.macs(), layers)

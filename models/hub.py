@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import urllib.request
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError
 from tome_export.weights.files import first_line
@@ -29,7 +30,7 @@ _WEIGHTS = {
 """Weights by preference: a file, and the shards of an index."""
 
 
-def answer(question: Callable[[], object]) -> str:
+def failure_of(question: Callable[[], object]) -> str:
     """Why a question to the network failed, in one line; empty if it did not.
 
     The libraries retry for most of a minute where there is no network, so one request is made
@@ -51,13 +52,20 @@ def answer(question: Callable[[], object]) -> str:
     return first_line(failure[0]) if failure else ""
 
 
-def ask(recipe: Recipe, where: str, question: Callable[[], object]) -> None:
-    """Ask the network for a recipe's weights; ``question`` raises if they cannot be had.
+def check_url(recipe: Recipe, url: str) -> None:
+    """Raise an ``InputError`` unless the file of a recipe's weights answers in time."""
+    request = urllib.request.Request(url, method="HEAD")  # noqa: S310 (https, from a library)
+    ask = partial(urllib.request.urlopen, request, timeout=ANSWER_S)
+    _refuse(recipe, url, failure_of(lambda: ask().close()))
 
-    Raises:
-        InputError: if it raises, or does not return within ``ANSWER_S`` and 2 seconds.
-    """
-    if reason := answer(question):
+
+def check_hub(recipe: Recipe, repository: str, name: str) -> None:
+    """Raise an ``InputError`` unless the hub answers in time; any file of a repository will do."""
+    _refuse(recipe, "the hub", failure_of(lambda: _ask_hub(repository, name)))
+
+
+def _refuse(recipe: Recipe, where: str, reason: str) -> None:
+    if reason:
         raise InputError(
             f"pretrained weights of {recipe.name} cannot be had from {where} ({reason}); give a "
             ".safetensors or .pth file downloaded elsewhere with --weights PATH, or try the "
@@ -65,18 +73,15 @@ def ask(recipe: Recipe, where: str, question: Callable[[], object]) -> None:
         )
 
 
-def ask_url(url: str) -> None:
-    """Ask for the head of a file; raises what urllib raises if it is not there."""
-    request = urllib.request.Request(url, method="HEAD")  # noqa: S310 (https, from a library)
-    with urllib.request.urlopen(request, timeout=ANSWER_S):  # noqa: S310
-        return
+def loading_failed(recipe: Recipe, error: Exception, file: str) -> InputError:
+    """What is said where a library's download broke off: it comes as many classes of error."""
+    return InputError(
+        f"pretrained weights of {recipe.name} could not be loaded ({first_line(error)}); give "
+        f"{file} with --weights PATH, or try the toolchain with --weights random"
+    )
 
 
-def ask_hub(repository: str, name: str) -> None:
-    """Ask whether ``owner/name`` or ``owner/name@revision`` can be reached; raises if not.
-
-    Any file's name will do; whether it is there does not matter.
-    """
+def _ask_hub(repository: str, name: str) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -84,12 +89,12 @@ def ask_hub(repository: str, name: str) -> None:
     try:
         url = hf_hub_url(repository, name, revision=revision or None)
         get_hf_file_metadata(url, timeout=ANSWER_S)
-    except EntryNotFoundError:
+    except EntryNotFoundError:  # whether that file is there does not matter
         return
 
 
 def cached_file(repository: str, names: Iterable[str]) -> Path | None:
-    """The first of some files of ``owner/name`` or ``owner/name@revision`` in the hub's cache."""
+    """The first of some files of ``owner/name[@revision]`` that is in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = repository.partition("@")
@@ -97,50 +102,7 @@ def cached_file(repository: str, names: Iterable[str]) -> Path | None:
     return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
-def pretrained_overlay(recipe: Recipe) -> dict[str, str] | None:
-    """What to tell timm so that it finds a recipe's weights; asks the hub if they are not cached.
-
-    Returns:
-        ``{"file": path}`` where the cache has them, so that no network is touched; else None.
-
-    Raises:
-        InputError: if the hub does not answer within ``ANSWER_S``, or has no such weights.
-    """
-    if (path := recorded_file(recipe)) is not None:
-        return {"file": str(path)}
-    cfg = _cfg(recipe)
-    if cfg is None or not cfg.has_weights:
-        raise InputError(
-            f"timm has no pretrained weights for {recipe.name}; give a .safetensors or .pth "
-            "file with --weights PATH, or try the toolchain with --weights random"
-        )
-    if cfg.hf_hub_id:
-        ask(recipe, "the hub", lambda: ask_hub(str(cfg.hf_hub_id), _names(cfg)[0]))
-    elif cfg.url:
-        ask(recipe, str(cfg.url), lambda: ask_url(str(cfg.url)))
-    return None
-
-
-def recorded_file(recipe: Recipe) -> Path | None:
-    """The weights file of a recipe of timm's in the hub's cache, if it is there."""
-    cfg = _cfg(recipe)
-    if cfg is None or not cfg.hf_hub_id:
-        return None
-    return cached_file(str(cfg.hf_hub_id), _names(cfg))
-
-
-def _cfg(recipe: Recipe) -> Any:
-    from timm import get_pretrained_cfg
-
-    return get_pretrained_cfg(recipe.timm_name)
-
-
-def _names(cfg: Any) -> tuple[str, ...]:
-    named = cfg.hf_hub_filename
-    return (str(named),) if named else ("model.safetensors", "pytorch_model.bin")
-
-
-def described(name: str) -> Path:
+def config_folder(name: str) -> Path:
     """A folder with the ``config.json`` of a Transformers checkpoint: a folder here, or the hub's.
 
     Raises:
@@ -165,31 +127,32 @@ def described(name: str) -> Path:
             f"{name!r} is neither a folder here nor a name that the hub allows; expected "
             "hf:<folder> or hf:<owner>/<name>"
         ) from None
-    if cached is None:
-        return _download(name, _CONFIGS)
     # Whoever cached the model alone may have left out how its images are made.
-    if cached_file(name, _PROCESSORS) is None:
-        try:
-            return _download(name, _CONFIGS)
+    if cached is not None and cached_file(name, _PROCESSORS) is not None:
+        return cached.parent
+    try:
+        return _download(name, _CONFIGS)
+    except InputError:
         # Without a network it is said that they are missing.
-        except InputError:
+        if cached is not None:
             return cached.parent
-    return cached.parent
+        raise
 
 
-def snapshot(name: str) -> Path:
-    """A folder with configuration and weights of a Transformers checkpoint, as ``described``.
+def weights_folder(name: str) -> Path:
+    """As ``config_folder``, with weights: they are downloaded where they are not here.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there are none.
     """
-    folder = described(name)
+    folder = config_folder(name)
     if Path(name).expanduser().is_dir() or any((folder / file).is_file() for file in _WEIGHTS):
         return folder
     from huggingface_hub import list_repo_files
 
     there: list[str] = []
-    _ask(name, lambda: there.extend(list_repo_files(name)))
+    if reason := failure_of(lambda: there.extend(list_repo_files(name))):
+        raise _no_checkpoint(name, reason)
     for file, shards in _WEIGHTS.items():
         if file in there:
             return _download(name, (*_CONFIGS, file, *shards))
@@ -201,20 +164,15 @@ def snapshot(name: str) -> Path:
 def _download(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    _ask(name, lambda: ask_hub(name, _CONFIGS[0]))
+    if reason := failure_of(lambda: _ask_hub(name, _CONFIGS[0])):
+        raise _no_checkpoint(name, reason)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    # What happens to a download half-way comes as many classes, with the cause in the message.
     except (OSError, RuntimeError, ValueError) as error:
-        raise _refused(name, first_line(error)) from None
+        raise _no_checkpoint(name, first_line(error)) from None
 
 
-def _ask(name: str, question: Callable[[], object]) -> None:
-    if reason := answer(question):
-        raise _refused(name, reason)
-
-
-def _refused(name: str, reason: str) -> InputError:
+def _no_checkpoint(name: str, reason: str) -> InputError:
     return InputError(
         f"{name} is no folder here, and cannot be had from the hub ({reason}); give the folder of "
         "a checkpoint downloaded elsewhere: hf:<folder>"

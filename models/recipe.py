@@ -1,221 +1,43 @@
-"""What a recipe is: how to make one model, feed it, and merge it. Imports no torch."""
+"""What a recipe is: how to make one model, feed it, and merge it. Imports no torch by itself."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
+from tome_export.models.facts import (
+    Geometry,
+    MergingAdvice,
+    ModelOutput,
+    OutputName,
+    recommended_r,
+)
+from tome_export.spec import Activation, Preprocessing, default_activation
+from tome_export.video import VIDEO_FEATURES
+from tome_export.video.options import VideoOptions
+from tome_export.weights.files import (
+    Checkpoint,
+    check_finite,
+    check_fit,
+    read_checkpoint,
+    sha256,
+    stored_dtype,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tome_export.patch import MergedModel
     from tome_export.patch.heads import OutputChoice
-    from tome_export.spec import Activation, Preprocessing, TowerOptions
-    from tome_export.video.options import VideoOptions
+    from tome_export.spec import TowerOptions
 
-OutputName = Literal["logits", "features", "video_features"]
+    State = dict[str, Tensor]
+
 WeightsKind = Literal["pretrained", "random", "file", "bundled", "function"]
-
-DATA = Path(__file__).parent / "data"
-
-Norm = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation per channel."""
-
-IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP_NORM: Norm = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""That of CLIP's training images (arXiv 2103.00020's code)."""
-
-TOKENS_FACTOR = 0.8
-"""See ``recommended_r``."""
-
-RULE = f"rule: floor({TOKENS_FACTOR} * tokens / depth)"
-"""What recipes with that r name as its source."""
-
-
-def recommended_r(tokens: int, depth: int) -> int:
-    """The r for models without a published one: ``floor(0.8 * tokens / depth)``.
-
-    It spends four fifths of the tokens over the depth. It is 13 for ViT-S/16 and ViT-B/16, as the
-    ToMe authors publish for off-the-shelf weights, and at or below every other r they publish
-    (ViT-L/16 7, ViT-L/16@384 23, SWAG B@384 45, L@512 40, H@518 40).
-
-    Args:
-        tokens: Tokens that enter the first block, prefix tokens included.
-        depth: Number of blocks.
-    """
-    return int(TOKENS_FACTOR * tokens / depth) if depth else 0
-
-
-class Loader(Protocol):
-    """Makes the models of one library; a frozen dataclass per library."""
-
-    def load(self, recipe: Recipe, weights: str, seed: int, depth: int | None) -> LoadedModel:
-        """Make the model; see ``Recipe.load``."""
-
-    def architecture(self, recipe: Recipe) -> nn.Module:
-        """The model without memory for its weights; see ``Recipe.architecture``."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes from which tokens and MACs of a plain ViT follow, for lists that import no torch.
-
-    Attributes:
-        width: Of a token.
-        depth: Number of blocks.
-        mlp: Width of the MLP's hidden layer.
-        patch: Side of a patch in pixels.
-        prefix: Class, distillation and register tokens.
-        head_macs: MACs per image behind the blocks: projection or classifier.
-        token_macs: MACs per final token behind the blocks, such as a projector's.
-        shared: Tokens of a whole video that all its frames attend to, and that attend to all.
-        video_macs: MACs per video outside the blocks that do not follow from its frames.
-    """
-
-    width: int
-    depth: int
-    mlp: int
-    patch: int
-    prefix: int = 1
-    head_macs: int = 0
-    token_macs: int = 0
-    shared: int = 0
-    video_macs: int = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to make one model, feed it and merge it.
-
-    Attributes:
-        name: What ``resolve`` finds it by.
-        family: For people: what kind of model it is, such as ``timm_vit``; ``custom`` for
-            ``module:function``.
-        timm_name: timm's architecture with the tag of its weights; empty for other libraries.
-        timm_kwargs: Arguments of ``timm.create_model`` that differ from its defaults.
-        preprocessing: How an image becomes ``pixel_values``.
-        recommended_r: Tokens to merge per layer where the user names no schedule.
-        loader: Makes the model.
-        r_source: Where ``recommended_r`` comes from.
-        prop_attn: Proportional attention (ToMe, eq. 1).
-        output_name: ``logits`` of a classifier, ``features`` of a model without a head.
-        output_note: Why it is the one or the other, where the model was looked at.
-        activation: What makes scores of logits; None for the usual one of so many.
-        description: One line for ``tome-export models``.
-        weights_source: Where pretrained weights come from, and who made them.
-        licence: Licence of the pretrained weights, as timm states it.
-        labels: Class names, where they are not those of ``label_set``.
-        label_set: timm's name of the label set, loaded only when asked for.
-        aliases: Other names of the recipe.
-        bundled: File name under ``models/data`` of weights that come with the package.
-        geometry: Sizes of the model, where they do not follow from a name of timm's.
-        tower: What a language model takes of it, nothing left open; None for any other model.
-        needs_grid: Why only dense outputs fit the model's user; empty if all do.
-        dense_only: Whether the model has no output for the whole image, only features of patches.
-        video: Frames of one video and how they are joined; None for a model of images.
-        reducer_keys: How the keys of a reducer's weights begin in a file that holds the model's
-            too; only files of timm's models are read so.
-        weights_key: Where in a weights file the model's are; empty for the rule of
-            ``read_checkpoint``.
-    """
-
-    name: str
-    preprocessing: Preprocessing
-    recommended_r: int
-    loader: Loader
-    family: str = "timm_vit"
-    timm_name: str = ""
-    timm_kwargs: tuple[tuple[str, Any], ...] = ()
-    r_source: str = ""
-    prop_attn: bool = True
-    output_name: OutputName = "logits"
-    output_note: str = ""
-    activation: Activation | None = None
-    description: str = ""
-    weights_source: str = ""
-    licence: str = ""
-    labels: tuple[str, ...] | None = None
-    label_set: str | None = None
-    aliases: tuple[str, ...] = ()
-    bundled: str | None = None
-    geometry: Geometry | None = None
-    tower: TowerOptions | None = None
-    needs_grid: str = ""
-    dense_only: bool = False
-    video: VideoOptions | None = None
-    reducer_keys: tuple[str, ...] = ()
-    weights_key: str = ""
-
-    def load(
-        self, weights: str = "pretrained", seed: int = 0, depth: int | None = None
-    ) -> LoadedModel:
-        """Make the model.
-
-        Args:
-            weights: ``pretrained``, ``random``, or the path of a .safetensors or .pth file.
-            seed: Seed of random weights.
-            depth: Number of blocks, to make a smaller model; not with pretrained weights.
-
-        Returns:
-            The model in eval mode, float32, on the CPU.
-
-        Raises:
-            InputError: if the weights cannot be had or do not fit.
-        """
-        if depth is not None and depth < 1:
-            raise InputError(f"depth is {depth}; expected 1 or more blocks")
-        if self.weights_key and weights in ("pretrained", "random"):
-            raise InputError(
-                f"a key of a weights file ({self.weights_key!r}) was given with {weights} weights; "
-                "give the file with --weights PATH, or leave --weights-key out"
-            )
-        return self.loader.load(self, weights, seed, depth)
-
-    def architecture(self) -> nn.Module:
-        """The model without memory for its weights, to be counted and looked at."""
-        return self.loader.architecture(self).eval()
-
-    def giving(self, choice: OutputChoice) -> Recipe:
-        """The recipe of a model whose output is taken for this."""
-        name: OutputName = "logits" if choice.classifies else "features"
-        return replace(self, output_name=name, output_note=choice.why)
-
-    def scored_by(self, activation: Activation | None) -> Recipe:
-        """The recipe with what a user says makes scores of its output; None leaves it as it is.
-
-        Raises:
-            InputError: if the output is none of an image.
-        """
-        if activation is None:
-            return self
-        if self.video is not None or self.tower is not None:
-            raise InputError(
-                f"activation {activation} was asked for {self.name}, which is a tower whose output "
-                "is features; leave --activation out"
-            )
-        note = f"--activation {activation}"
-        return replace(self, output_name="logits", output_note=note, activation=activation)
-
-    def label_names(self, classes: int) -> tuple[str, ...] | None:
-        """Names of the classes; None where they are not known, as for a fine-tuned head.
-
-        Args:
-            classes: Width of the model's output.
-        """
-        if self.labels is not None:
-            return self.labels if len(self.labels) == classes else None
-        if self.label_set is None or self.output_name != "logits":
-            return None
-        from timm.data import ImageNetInfo
-
-        info: Any = ImageNetInfo(self.label_set)
-        if len(info.label_names()) != classes:
-            return None
-        return tuple(info.index_to_description(i) for i in range(classes))
 
 
 @dataclass(frozen=True)
@@ -226,8 +48,8 @@ class WeightsInfo:
         kind: ``random`` weights are never meant for use, and every report says so; those of a
             ``function`` are whatever the user's function made.
         source: For people: hub repository, file name, or how they were drawn.
-        sha256: Of the weights file, where there is one.
-        seed: Of random weights.
+        sha256: SHA-256 of the weights file, where there is one.
+        seed: Seed of random weights.
         stored_dtype: Type of the values in the weights file, narrower than float32 where it is
             half precision.
         key: Where in the file they are; empty if they are all that it holds.
@@ -246,14 +68,337 @@ class LoadedModel:
     """A model ready to be patched.
 
     Attributes:
-        module: In eval mode, float32, on the CPU, without gradients.
-        recipe: What made it; ``output_name`` and ``activation`` are those of this model, also where
-            a checkpoint brought a head of its own.
+        module: The model in eval mode, float32, on the CPU, without gradients.
+        recipe: What made it; its output is that of this model, also where a checkpoint brought a
+            head of its own.
         weights: Where its weights come from.
-        learned: Tensors of the file under ``recipe.reducer_keys``, by key.
+        learned: A reducer's tensors that the file held too, by key.
     """
 
     module: nn.Module
     recipe: Recipe
     weights: WeightsInfo
     learned: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What makes a model, where its pretrained weights are and who made them, and their licence."""
+
+    loader: Loader
+    weights: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one model, feed it and merge it.
+
+    Attributes:
+        name: What ``resolve`` finds it by.
+        source: Where the model and its weights come from.
+        preprocessing: How an image becomes ``pixel_values``.
+        merging: How its tokens are best merged.
+        output: What it gives for an image.
+        family: The kind of model for people, such as ``timm_vit``; ``custom`` for user's models.
+        description: One line for ``tome-export models``.
+        aliases: Other names of the recipe.
+        geometry: Sizes of the model; None where only the model itself knows them.
+        tower: What a language model takes of it, nothing left open; None for any other model.
+        video: Frames of one video and how they are joined; None for a model of images.
+    """
+
+    name: str
+    source: ModelSource
+    preprocessing: Preprocessing
+    merging: MergingAdvice
+    output: ModelOutput
+    family: str
+    description: str = ""
+    aliases: tuple[str, ...] = ()
+    geometry: Geometry | None = None
+    tower: TowerOptions | None = None
+    video: VideoOptions | None = None
+
+    def load(
+        self,
+        weights: str = "pretrained",
+        seed: int = 0,
+        depth: int | None = None,
+        *,
+        weights_key: str = "",
+        reducer_keys: tuple[str, ...] = (),
+    ) -> LoadedModel:
+        """Make the model: in eval mode, float32, on the CPU.
+
+        Args:
+            weights: ``pretrained``, ``random``, or the path of a .safetensors or .pth file.
+            seed: Seed of random weights.
+            depth: Number of blocks, to make a smaller model; not with pretrained weights.
+            weights_key: Where in the file the model's weights are; empty for the rule of
+                ``read_checkpoint``.
+            reducer_keys: How the keys of a reducer's weights begin in the same file.
+
+        Raises:
+            InputError: if the weights cannot be had or do not fit.
+        """
+        if depth is not None and depth < 1:
+            raise InputError(f"depth is {depth}; expected 1 or more blocks")
+        if weights_key and weights in ("pretrained", "random"):
+            raise InputError(
+                f"a key of a weights file ({weights_key!r}) was given with {weights} weights; "
+                "give the file with --weights PATH, or leave --weights-key out"
+            )
+        loader = self.source.loader
+        if weights == "random":
+            made = loader.random(self, seed, depth)
+        elif weights == "pretrained":
+            made = loader.pretrained(self, depth)
+        else:
+            made = loader.from_path(self, Path(weights), depth, weights_key, reducer_keys)
+        return replace(made, recipe=loader.described(made.recipe, made.module))
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights, to be counted and looked at."""
+        return self.source.loader.architecture().eval()
+
+    def giving(self, choice: OutputChoice) -> Recipe:
+        """The recipe of a model whose output is taken for this."""
+        name: OutputName = "logits" if choice.classifies else "features"
+        return replace(self, output=replace(self.output, name=name, note=choice.why))
+
+    def scored_by(self, activation: Activation | None) -> Recipe:
+        """The recipe with what a user says makes scores of its output; None leaves it as it is.
+
+        Raises:
+            InputError: if the output is none of an image.
+        """
+        if activation is None:
+            return self
+        if self.video is not None or self.tower is not None:
+            raise InputError(
+                f"activation {activation} was asked for {self.name}, which is a tower whose output "
+                "is features; leave --activation out"
+            )
+        note = f"--activation {activation}"
+        output = replace(self.output, name="logits", note=note, activation=activation)
+        return replace(self, output=output)
+
+    def activation(self, shape: tuple[int, ...]) -> Activation:
+        """What makes scores of a classifier's output of this shape for one image.
+
+        Raises:
+            InputError: if they are no scores of an image, or a softmax of one logit.
+        """
+        if len(shape) != 1:
+            raise InputError(
+                f"{self.name} gives {list(shape)} for an image; expected one score for each class, "
+                "leave --activation out"
+            )
+        found = self.output.activation or default_activation(shape[0])
+        if found == "softmax" and shape == (1,):
+            raise InputError(
+                f"{self.name} gives one logit, whose softmax is 1 for every image; expected "
+                "--activation sigmoid, or none for a regression"
+            )
+        return found
+
+
+class Loader(ABC):
+    """Makes the models of one library; each loader is a frozen dataclass."""
+
+    timm_name: str = ""
+    """timm's architecture with the tag of its weights; empty for other libraries."""
+
+    @abstractmethod
+    def create(self, depth: int | None = None) -> nn.Module:
+        """The module, freshly initialised, with all its blocks or the first ``depth``."""
+
+    @abstractmethod
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
+        """The model with the weights of a file; raises an ``InputError`` if they do not fit."""
+
+    def download(self, recipe: Recipe) -> Path:
+        """The file of the pretrained weights; raises an ``InputError`` if there is none."""
+        raise NotImplementedError(f"{type(self).__name__} of {recipe.name} has no file to download")
+
+    def architecture(self) -> nn.Module:
+        """The model without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self.create()
+
+    def random(self, recipe: Recipe, seed: int, depth: int | None = None) -> LoadedModel:
+        """A model of random weights that all matter; torch's generator is left as it was."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = self.create(depth)
+            wake_constants(module)
+        return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
+
+    def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:
+        """The model with its pretrained weights; ``depth`` is refused."""
+        refuse_depth(depth)
+        made = self.from_file(recipe, read_checkpoint(self.download(recipe)), None)
+        info = replace(made.weights, kind="pretrained", source=recipe.source.weights)
+        return replace(made, weights=info)
+
+    def from_path(
+        self,
+        recipe: Recipe,
+        path: Path,
+        depth: int | None = None,
+        key: str = "",
+        reducer_keys: tuple[str, ...] = (),
+    ) -> LoadedModel:
+        """The model with the weights of a file, and a reducer's tensors if it holds them."""
+        checkpoint = read_checkpoint(path, key, self.counts())
+        learned = {k: v for k, v in checkpoint.state.items() if k.startswith(reducer_keys)}
+        state = {k: v for k, v in checkpoint.state.items() if k not in learned}
+        made = self.from_file(recipe, replace(checkpoint, state=state), depth)
+        return replace(made, learned=learned)
+
+    def described(self, recipe: Recipe, module: nn.Module) -> Recipe:  # noqa: ARG002
+        """The recipe with what only a model with its weights shows, such as its head."""
+        return recipe
+
+    def counts(self) -> list[str]:
+        """Names of the model's own tensors of whole numbers."""
+        return []
+
+
+def refuse_depth(depth: int | None) -> None:
+    """Refuse a number of blocks for weights that are for all of them."""
+    if depth is not None:
+        raise InputError(
+            f"depth {depth} was asked with pretrained weights, which are for all blocks; "
+            "use random weights or leave the depth"
+        )
+
+
+def loaded(module: nn.Module, recipe: Recipe, weights: WeightsInfo) -> LoadedModel:
+    """The model as every later stage expects it: eval mode, float32, without gradients."""
+    return LoadedModel(module.eval().float().cpu().requires_grad_(False), recipe, weights)
+
+
+def wake_constants(module: nn.Module) -> None:
+    """Give parameters that start out constant values that matter. Uses torch's global generator.
+
+    A fresh model hides mistakes: a zero head answers zero whatever comes in, LayerScale at 1e-5
+    switches every block off, class and register tokens are all but zero, and norm weights of one
+    and biases of zero could be dropped unnoticed. So each parameter whose values lie within 1e-3
+    of each other gets normal noise of standard deviation 0.02, and a LayerScale (``gamma``) is
+    first set to 0.5, so that the blocks act on the tokens.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if value.numel() > 1 and value.max() - value.min() < 1e-3:
+                if name.rpartition(".")[2].startswith("gamma"):
+                    value.fill_(0.5)
+                value.add_(torch.randn(value.shape) * 0.02)
+
+
+def filled(
+    recipe: Recipe,
+    module: nn.Module,
+    state: State,
+    checkpoint: Checkpoint,
+    stored: str = "",
+    remark: str = "",
+) -> LoadedModel:
+    """The model with the tensors of a file, by the module's own names.
+
+    ``stored`` is their dtype in the file, if ``state`` holds others too; ``remark`` is put behind
+    the name of the file.
+
+    Raises:
+        InputError: if names or shapes are not those of the module, values are not finite, or the
+            file is of OpenAI's CLIP and the module has another activation than that.
+    """
+    path = checkpoint.path
+    check_fit(
+        state,
+        module.state_dict(),
+        f"weights file {path} does not fit the model",
+        "the checkpoint of this architecture",
+    )
+    check_finite(state, f"weights file {path} has")
+    _check_activation(module, checkpoint)
+    module.load_state_dict(state, strict=True)
+    info = WeightsInfo(
+        "file",
+        f"{checkpoint.source}{remark}",
+        sha256(path),
+        stored_dtype=stored or stored_dtype(state.values()),
+        key=checkpoint.key,
+    )
+    return loaded(module, recipe, info)
+
+
+def _check_activation(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse OpenAI's CLIP, trained with QuickGELU, in a tower that has none."""
+    # Numbers that OpenAI's own code stores among the weights, and no later one.
+    openai = {"input_resolution", "context_length", "vocab_size"} <= checkpoint.state.keys()
+    if openai and not any(type(part).__name__.startswith("QuickGELU") for part in module.modules()):
+        raise InputError(
+            f"weights file {checkpoint.path} is OpenAI's CLIP, whose activation is QuickGELU; this "
+            "architecture has another: name the one with quickgelu in its name, such as "
+            "open_clip:ViT-B-32-quickgelu or timm:vit_base_patch32_clip_quickgelu_224"
+        )
+
+
+def unmerged(who: str, module: nn.Module) -> tuple[MergedModel, bool]:
+    """A model as its family reads it, without merging, and whether only patches have features.
+
+    Raises:
+        InputError: if it cannot be patched; ``who`` begins the message, as in ``X returned``.
+    """
+    from tome_export.patch import NoImageOutputError, UnknownModelError, patch
+
+    try:
+        return patch(module, 0), False
+    except NoImageOutputError:
+        return patch(module, 0, dense=True), True
+    except UnknownModelError as error:
+        raise UnknownModelError(
+            f"{who} a {type(module).__name__}, which has no sequence of tokens to merge that is "
+            f"known here: {error}"
+        ) from None
+
+
+def recipe_from_model(
+    name: str,
+    source: ModelSource,
+    preprocessing: Preprocessing,
+    patched: tuple[MergedModel, bool],
+    *,
+    family: str,
+    description: str,
+    output: ModelOutput,
+    prop_attn: bool = True,
+) -> Recipe:
+    """A recipe whose r and kind of output are those of the model itself, see ``unmerged``."""
+    merged, dense_only = patched
+    layers, choice = merged.layers, merged.output_choice
+    r = recommended_r(layers[0].tokens_in, len(layers)) if layers else 0
+    output = replace(output, dense_only=dense_only, note=choice.why)
+    video = None
+    if merged.takes_video:
+        output, video = replace(output, name=VIDEO_FEATURES), VideoOptions(merged.input_size[0])
+    elif not choice.classifies:
+        output = replace(output, name="features")
+    return Recipe(
+        name=name,
+        source=source,
+        preprocessing=preprocessing,
+        merging=MergingAdvice(r, prop_attn=prop_attn),
+        output=output,
+        family=family,
+        description=description,
+        video=video,
+    )

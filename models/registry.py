@@ -7,19 +7,18 @@ from types import MappingProxyType
 
 from tome_export.errors import InputError
 from tome_export.models.custom import recipe_from_function
-from tome_export.models.hf import HF, recipe_from_hf
-from tome_export.models.hub import described
-from tome_export.models.llava_recipes import llava15_tower, tower_from_folder, with_tower
-from tome_export.models.open_clip_models import OPEN_CLIP, recipe_from_open_clip
+from tome_export.models.hf.recipes import HF, recipe_from_hf
+from tome_export.models.hub import config_folder
+from tome_export.models.llava.recipes import LLAVA15_TOWER, tower_from_folder, with_tower
+from tome_export.models.open_clip.recipes import OPEN_CLIP, recipe_from_open_clip
 from tome_export.models.recipe import Recipe
-from tome_export.models.timm_models import close_timm_names, recipe_from_timm
-from tome_export.models.timm_recipes import DIGITS, TIMM
-from tome_export.models.torchvision_models import TORCHVISION, recipe_from_torchvision
-from tome_export.models.video_recipes import CLIP4CLIP, with_video
+from tome_export.models.timm.recipes import DIGITS, TIMM, close_timm_names, recipe_from_timm
+from tome_export.models.torchvision.recipes import TORCHVISION, recipe_from_torchvision
+from tome_export.models.video.recipes import CLIP4CLIP, with_video
 from tome_export.spec import TowerOptions
 from tome_export.video.options import VideoOptions
 
-_RECIPES = (*TIMM, *OPEN_CLIP, *TORCHVISION, *HF, llava15_tower(), *CLIP4CLIP, DIGITS)
+_RECIPES = (*TIMM, *OPEN_CLIP, *TORCHVISION, *HF, LLAVA15_TOWER, *CLIP4CLIP, DIGITS)
 
 _LIBRARIES = {
     "timm": recipe_from_timm,
@@ -60,19 +59,18 @@ def _find(name: str, tower: TowerOptions) -> Recipe:
     if library in _LIBRARIES and colon:
         return _LIBRARIES[library](rest)
     if library == "hf" and colon:
-        folder = described(rest)
+        folder = config_folder(rest)
         return tower_from_folder(name, folder, tower) or recipe_from_hf(name, rest, folder)
     if colon:
         return recipe_from_function(name)
-    raise InputError(f"unknown model {name!r}; {_suggestion(name, known)}")
-
-
-def _suggestion(name: str, known: dict[str, Recipe]) -> str:
     close = difflib.get_close_matches(name, RECIPES, n=3)
     close += [f"timm:{match}" for match in close_timm_names(name) if match not in known]
     if close:
-        return f"did you mean {', '.join(close)}? `tome-export models` lists the recipes"
-    return (
-        "expected a recipe that `tome-export models` lists, timm:<name>, hf:<folder or hub name>, "
-        "open_clip:<arch>[/<weights>], torchvision:<name>[.<weights>], or module:function"
-    )
+        hint = f"did you mean {', '.join(close)}? `tome-export models` lists the recipes"
+    else:
+        hint = (
+            "expected a recipe that `tome-export models` lists, timm:<name>, "
+            "hf:<folder or hub name>, open_clip:<arch>[/<weights>], "
+            "torchvision:<name>[.<weights>], or module:function"
+        )
+    raise InputError(f"unknown model {name!r}; {hint}")

@@ -26,7 +26,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.runtime.merge_maps import (
     LayerGroups,
     MergeMap,

@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,12 +20,12 @@ from PIL import Image
 from safetensors.torch import save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm import create_model
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tome_export.data.preprocess import pixels_from_image
 from tome_export.models import resolve
+from tome_export.models.timm.loader import TimmLoader
 from tome_export.patch import patch
 
 DATA = Path(__file__).parent.parent / "models" / "data"
@@ -62,7 +63,8 @@ def train(x: Tensor, y: Tensor, epochs: int, batch: int) -> nn.Module:
     """
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    model = create_model(RECIPE.timm_name, **dict(RECIPE.timm_kwargs), patch_drop_rate=0.25)
+    loader = cast(TimmLoader, RECIPE.source.loader)
+    model = loader.create(patch_drop_rate=0.25)
     model.train()
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]

@@ -140,9 +140,10 @@ def make_llava() -> Callable[..., Any]:
         drop: Callable[[str], bool] = lambda _: False,
         **config: Any,
     ) -> Any:
-        from tome_export.models.llava import LlavaTower, Projector
+        from tome_export.models.llava.config import Projector
+        from tome_export.models.llava.tower import LlavaTower
 
-        projector = Projector(2, TOWER["hidden_size"], LANGUAGE_WIDTH)
+        projector = Projector(2, LANGUAGE_WIDTH)
         tower = make_live(LlavaTower(TOWER, TOWER["num_hidden_layers"], "patch", projector))
         state = {}
         for key, value in tower.state_dict().items():
@@ -196,10 +197,11 @@ def _transformers_config() -> dict[str, Any]:
 def make_tower() -> Callable[..., Any]:
     """``make(select_feature=, projector=)``: a live ``LlavaTower`` of three layers of ``TOWER``."""
     pytest.importorskip("transformers")
-    from tome_export.models.llava import LlavaTower, Projector
+    from tome_export.models.llava.config import Projector
+    from tome_export.models.llava.tower import LlavaTower
 
     def make(select_feature: Any = "patch", projector: bool = False, layers: int = 3) -> Any:
-        shape = Projector(2, TOWER["hidden_size"], LANGUAGE_WIDTH) if projector else None
+        shape = Projector(2, LANGUAGE_WIDTH) if projector else None
         return make_live(LlavaTower(TOWER, layers, select_feature, shape)).requires_grad_(False)
 
     return make

@@ -26,10 +26,10 @@ STRUCTURES = ["vit_ti16", "deit_ti16_distilled", "deit3_b16", "dinov2_s14_reg"]
 def test_recipe_through_the_chain(name: str, precision: Precision, tmp_path: Path) -> None:
     recipe = resolve(name)
     loaded = recipe.load(weights="random", depth=2)
-    model = patch(loaded.module, recipe.recommended_r, prop_attn=recipe.prop_attn)
+    model = patch(loaded.module, recipe.merging.r, prop_attn=recipe.merging.prop_attn)
     path = tmp_path / "model.onnx"
     options = ExportOptions(precision=precision, batch=BatchRange(1, 2, 4))
-    onnx_from_model(model, path, options, recipe.output_name)
+    onnx_from_model(model, path, options, recipe.output.name)
     images = sample_pixels(recipe, 3)
     report = check_parity(model, onnx.load(path), images, precision, options.batch)
     assert report.passed, report.failures

@@ -77,12 +77,9 @@ def seeded_model(name: str, depth: int | None = None) -> tuple[Recipe, torch.nn.
         name: Of the recipe, whose model is timm's.
         depth: Layers, if not all.
     """
-    import timm
-
     recipe = resolve(name)
-    options = dict(recipe.timm_kwargs) | ({} if depth is None else {"depth": depth})
     with torch.device("meta"):
-        module = timm.create_model(recipe.timm_name, **options)
+        module = recipe.source.loader.create(depth)
     module.to_empty(device="cpu")
     with torch.no_grad():
         for parameter_name, parameter in module.named_parameters():
@@ -118,7 +115,7 @@ def write_graphs(
     for case in cases:
         path = folder / case.file
         options = ExportOptions(precision="fp16", batch=BATCH, attention=case.attention)
-        onnx_from_model(patch(module, case.r), path, options, recipe.output_name)
+        onnx_from_model(patch(module, case.r), path, options, recipe.output.name)
         graph = onnx.load(path)
         found = _take_weights(graph, known)
         onnx.save(graph, path)

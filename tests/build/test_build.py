@@ -23,7 +23,7 @@ from tome_export.engine import EngineOptions
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.parity.main import CheckRequest, check
 from tome_export.patch import patch
 from tome_export.patch.describe import state_sha256

@@ -20,7 +20,7 @@ from tome_export.spec import BatchRange
 DINOV2 = """
 import torch
 import timm
-from tome_export.models.loading import wake_constants
+from tome_export.models.recipe import wake_constants
 
 def made():
     torch.manual_seed(0)

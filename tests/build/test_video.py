@@ -18,7 +18,8 @@ from video_towers import MERGING, clip4clip, groups, schedule, stop, videos
 from tome_export.artifact import Artifact
 from tome_export.bench.main import BenchRequest, bench
 from tome_export.build import BuildRequest, build
-from tome_export.data.videos import load_videos, moving_samples
+from tome_export.data.preprocess import load_videos
+from tome_export.data.samples import moving_samples
 from tome_export.errors import InputError
 from tome_export.merge.plan import Across
 from tome_export.merge.schedule import Schedule

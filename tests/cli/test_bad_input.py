@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tome_export.engine import BUILDERS
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.runtime.registry import BACKENDS
 
 BUILD = ("build", "vit_digits", "--engine", "none", "-o", "out")

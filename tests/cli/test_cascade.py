@@ -12,7 +12,7 @@ from PIL import Image
 
 from tome_export.artifact.cascade import Cascade
 from tome_export.errors import ExportError
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.serve import cascade as serve_module
 
 HELP = "; see 'tome-export cascade --help'"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ALONE = ("--against", "none", "--workers", "0")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 
 ALONE = ("--against", "none", "--workers", "0")
 

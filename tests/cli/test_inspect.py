@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 
 DIGIT = DATA / "digit.png"
 

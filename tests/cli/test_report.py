@@ -8,7 +8,7 @@ import os
 import pytest
 
 from tome_export.artifact import Artifact
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 
 
 def test_it_goes_into_the_artifact(run, artifact):

@@ -7,7 +7,7 @@ import torch
 from tome_export.data.samples import digits_test, sample_paths, sample_pixels
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.patch import patch
 
 
@@ -54,7 +54,7 @@ def test_digits_accuracy_of_the_shipped_weights(r):
 
 
 def test_digits_tokens():
-    model = patch(RECIPES["vit_digits"].load().module, RECIPES["vit_digits"].recommended_r)
+    model = patch(RECIPES["vit_digits"].load().module, RECIPES["vit_digits"].merging.r)
     assert [layer.tokens_in for layer in model.layers] == [65, 57, 49, 41, 33, 25]
 
 

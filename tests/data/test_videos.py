@@ -13,7 +13,8 @@ from PIL import Image
 from video_files import grey, write_video
 
 from tome_export.data import preprocess
-from tome_export.data.videos import find_videos, load_videos, moving_samples, read_frames
+from tome_export.data.preprocess import find_videos, load_videos, read_frames
+from tome_export.data.samples import moving_samples
 from tome_export.errors import InputError, MissingComponentError
 from tome_export.spec import Preprocessing
 from tome_export.video.frames import BadVideoError, _upright, frames_of, sampled

@@ -156,7 +156,7 @@ def test_agreement_with_one_answer_is_no_target():
 
 def test_the_samples_labels_are_for_the_recipes_own_classes():
     recipe = resolve("vit_digits")
-    own = Classes.of_outputs(10, recipe.label_names(10))
+    own = Classes.of_outputs(10, recipe.output.label_names(10))
     assert source_of(recipe, own, ("samples",), None).labels is not None
-    for other in (Classes.of_outputs(1, None), Classes.of_outputs(3, recipe.label_names(3))):
+    for other in (Classes.of_outputs(1, None), Classes.of_outputs(3, recipe.output.label_names(3))):
         assert source_of(recipe, other, ("samples",), None).labels is None

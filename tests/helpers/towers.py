@@ -11,7 +11,8 @@ import torch
 
 from tome_export.build import BuildRequest, build
 from tome_export.merge import reference
-from tome_export.models.recipe import LoadedModel, Recipe, WeightsInfo
+from tome_export.models.facts import MergingAdvice, ModelOutput
+from tome_export.models.recipe import LoadedModel, Loader, ModelSource, Recipe, WeightsInfo
 from tome_export.patch import patch
 from tome_export.spec import Preprocessing
 
@@ -75,17 +76,20 @@ def assert_duplicates_count(model: Any, position: torch.Tensor | None) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-class Given:
+class Given(Loader):
     """A loader that hands out one model, for a real build of it."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def load(self, recipe: Recipe, *_how: Any) -> LoadedModel:
+    def create(self, depth: int | None = None) -> Any:  # noqa: ARG002
+        return self.model
+
+    def from_file(self, recipe: Recipe, *_how: Any) -> LoadedModel:
         return LoadedModel(self.model, recipe, WeightsInfo("random", "of the test", seed=0))
 
-    def architecture(self, *_recipe: Any) -> Any:
-        return self.model
+    def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:  # noqa: ARG002
+        return self.from_file(recipe)
 
 
 def built(model: Any, folder: Path, monkeypatch: Any, precision: str, engine: str = "none") -> Any:
@@ -95,9 +99,9 @@ def built(model: Any, folder: Path, monkeypatch: Any, precision: str, engine: st
         name="given",
         family="given",
         preprocessing=Preprocessing(size, (0.5,) * 3, (0.25,) * 3, 1.0, "bicubic"),
-        recommended_r=5,
-        output_name="features",
-        loader=Given(model),
+        merging=MergingAdvice(5),
+        output=ModelOutput("features"),
+        source=ModelSource(Given(model)),
     )
     monkeypatch.setattr("tome_export.models.resolve", lambda *_args, **_options: recipe)
     return build(BuildRequest("given", folder / precision, precision=precision, engine=engine))

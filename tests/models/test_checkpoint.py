@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from tome_export.errors import InputError
-from tome_export.models import RECIPES, hub, timm_models
+from tome_export.models import RECIPES
+from tome_export.models.timm.loader import TimmLoader
 from tome_export.weights.files import stored_dtype
 
 TI = RECIPES["deit_ti16"]
@@ -99,8 +100,7 @@ def test_pretrained_weights_in_half_precision_are_known(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     state = TI.load("random").module.state_dict()
     save_file({name: value.half() for name, value in state.items()}, path)
-    for module in (hub, timm_models):
-        monkeypatch.setattr(module, "recorded_file", lambda _: path)
+    monkeypatch.setattr(TimmLoader, "recorded_file", lambda _: path)
     loaded = TI.load()
     assert (loaded.weights.kind, loaded.weights.stored_dtype) == ("pretrained", "float16")
 
@@ -110,7 +110,7 @@ def test_head_of_the_checkpoint_decides_the_classes(state, tmp_path):
     save_file(state, tmp_path / "w.safetensors")
     loaded = TI.load(str(tmp_path / "w.safetensors"), depth=DEPTH)
     assert loaded.module(torch.randn(1, 3, 224, 224)).shape == (1, 7)
-    assert loaded.recipe.label_names(7) is None
+    assert loaded.recipe.output.label_names(7) is None
 
 
 def test_distilled_heads_must_agree(tmp_path):
@@ -134,8 +134,8 @@ def test_head_on_a_feature_model_makes_logits(tmp_path):
     state = dict(recipe.load("random", depth=1).module.state_dict())
     state["head.weight"], state["head.bias"] = torch.randn(4, 384), torch.randn(4)
     save_file(state, tmp_path / "w.safetensors")
-    assert recipe.load("random", depth=1).recipe.output_name == "features"
-    assert recipe.load(str(tmp_path / "w.safetensors"), depth=1).recipe.output_name == "logits"
+    assert recipe.load("random", depth=1).recipe.output.name == "features"
+    assert recipe.load(str(tmp_path / "w.safetensors"), depth=1).recipe.output.name == "logits"
 
 
 def test_original_deit3_layout(tmp_path):

@@ -12,7 +12,7 @@ from video_reference import Merging, tempme
 
 from tome_export.errors import InputError
 from tome_export.models import resolve
-from tome_export.models.video_recipes import Clip4ClipLoader
+from tome_export.models.video.recipes import Clip4ClipLoader
 from tome_export.video.options import ClipSizes, FrameMerging
 
 MERGING = FrameMerging((1,), (2,), (30, 10))
@@ -20,7 +20,8 @@ TINY = Clip4ClipLoader(ClipSizes(128, 2, 8, 32, 24), 4)
 
 
 def tiny_recipe(merging: FrameMerging | None = None) -> Any:
-    return replace(resolve("clip4clip_b32"), loader=replace(TINY, merging=merging))
+    recipe, loader = resolve("clip4clip_b32"), replace(TINY, merging=merging)
+    return replace(recipe, source=replace(recipe.source, loader=loader))
 
 
 def videos(count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

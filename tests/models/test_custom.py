@@ -106,7 +106,7 @@ def test_function_of_the_users():
     assert recipe.family == "custom"
     assert recipe.preprocessing.input_size == (3, 32, 32)
     assert recipe.preprocessing.mean == (0.5, 0.5, 0.5)
-    assert recipe.recommended_r == int(0.8 * 17 / 2)
+    assert recipe.merging.r == int(0.8 * 17 / 2)
     loaded = recipe.load()
     assert loaded.weights.kind == "function"
     assert loaded.weights.source == "returned by mymodels_t:plain"
@@ -142,12 +142,12 @@ def test_preprocessing_of_the_users():
 def test_any_family(function, needs, output, tokens, mean):
     pytest.importorskip(needs)
     recipe = resolve(f"mymodels_t:{function}")
-    assert (recipe.family, recipe.output_name) == ("custom", output)
+    assert (recipe.family, recipe.output.name) == ("custom", output)
     assert recipe.preprocessing.input_size == (3, 32, 32)
     assert recipe.preprocessing.mean[0] == mean
     layers = 3 if needs == "transformers" else 2
-    assert recipe.recommended_r == int(0.8 * tokens / layers)
-    assert recipe.labels == (tuple("abcdefg") if function == "hf_classifier" else None)
+    assert recipe.merging.r == int(0.8 * tokens / layers)
+    assert recipe.output.labels == (tuple("abcdefg") if function == "hf_classifier" else None)
 
 
 @pytest.mark.usefixtures("models")

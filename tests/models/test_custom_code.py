@@ -119,7 +119,7 @@ def test_the_current_folder_comes_first(written):
 def test_neighbours_are_found_also_when_the_function_runs(written, tmp_path):
     (tmp_path / "neighbour_t.py").write_text("import users_t\nmake = users_t.model\n")
     written("def make():\n    import neighbour_t\n    return neighbour_t.make()\n")
-    assert resolve("users_t:make").recommended_r == int(0.8 * 17 / 2)
+    assert resolve("users_t:make").merging.r == int(0.8 * 17 / 2)
     sys.modules.pop("neighbour_t")
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import save
 
 from tome_export.errors import InputError
 from tome_export.models import resolve
-from tome_export.models.hf_checkpoint import PROCESSOR, PROCESSORS
-from tome_export.models.llava_recipes import recipe_from_llava
+from tome_export.models.hf.checkpoint import PROCESSOR, PROCESSORS
+from tome_export.models.llava.recipes import recipe_from_llava
 from tome_export.spec import TowerOptions
 from tome_export.weights.files import PLAIN, Checkpoint, read_checkpoint
 from tome_export.weights.shards import tensors_from_folder

@@ -14,7 +14,6 @@ from torch import nn
 from tests.conftest import small_vit
 from tome_export.errors import InputError
 from tome_export.models import resolve
-from tome_export.models.activation import activation_of
 from tome_export.patch import patch
 from tome_export.patch.merger import Tokens
 from tome_export.patch.timm.vit import output_choice
@@ -117,8 +116,8 @@ def test_what_a_timm_model_gives_is_read_from_its_head(model, classifies, why):
 
 def test_a_recipe_of_timm_says_what_it_takes():
     recipe = resolve("timm:vit_pe_core_tiny_patch16_384")
-    assert recipe.output_name == "features"
-    assert "projection" in recipe.output_note
+    assert recipe.output.name == "features"
+    assert "projection" in recipe.output.note
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_classifiers_of_clip_and_siglip(tmp_path, cls):
     model = contrastive(cls, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
     model.save_pretrained(tmp_path)
     recipe = resolve(f"hf:{tmp_path}")
-    assert (recipe.output_name, recipe.labels) == ("logits", ("a", "b", "c"))
+    assert (recipe.output.name, recipe.output.labels) == ("logits", ("a", "b", "c"))
     assert cls in recipe.description
     images = torch.rand(2, 3, 64, 64)
     loaded = recipe.load()
@@ -195,8 +194,8 @@ def test_problem_type_says_what_makes_scores(tmp_path, function, more, activatio
     model.save_pretrained(tmp_path)
     for name in (f"hf:{tmp_path}", function(model)):
         recipe = resolve(name)
-        assert recipe.output_name == "logits"
-        assert activation_of(recipe, (more["num_labels"],)) == activation
+        assert recipe.output.name == "logits"
+        assert recipe.activation((more["num_labels"],)) == activation
 
 
 def test_a_classifier_that_a_bare_model_leaves_out_is_named(tmp_path):
@@ -204,19 +203,19 @@ def test_a_classifier_that_a_bare_model_leaves_out_is_named(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["ViTModel"]}))
     loaded = resolve(f"hf:{tmp_path}").load()
-    assert loaded.recipe.output_name == "features"
+    assert loaded.recipe.output.name == "features"
     assert loaded.weights.source.endswith("; its classifier left out, as ViTModel has none")
 
 
 def test_a_classifier_that_was_taken_off_leaves_features(function):
-    assert resolve(function(vit(num_labels=0))).output_name == "features"
+    assert resolve(function(vit(num_labels=0))).output.name == "features"
 
 
 def test_a_head_of_a_transformers_model_may_be_any_module(function):
     model = vit(num_labels=4)
     model.classifier = nn.Sequential(nn.Linear(32, 16), nn.SELU(), nn.Linear(16, 5)).eval()
     recipe = resolve(function(model))
-    assert (recipe.output_name, recipe.output_note) == (
+    assert (recipe.output.name, recipe.output.note) == (
         "logits",
         "the model has a head of 5 outputs",
     )
@@ -236,7 +235,7 @@ def test_a_siglip_without_a_head_gives_dense_outputs_also_from_a_function(functi
     config = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
     name = function(transformers.SiglipVisionModel(config))
     recipe = resolve(name)
-    assert (recipe.output_name, recipe.dense_only) == ("features", True)
+    assert (recipe.output.name, recipe.output.dense_only) == ("features", True)
     with pytest.raises(InputError, match=r"use dense outputs$"):
         patch(recipe.load().module, 0)
 
@@ -244,8 +243,8 @@ def test_a_siglip_without_a_head_gives_dense_outputs_also_from_a_function(functi
 def test_a_user_may_say_what_makes_scores(function):
     recipe = resolve(function(small_vit(depth=1, num_classes=0)))
     said = recipe.scored_by("sigmoid")
-    assert (recipe.output_name, said.output_name) == ("features", "logits")
-    assert activation_of(said, (64,)) == "sigmoid"
+    assert (recipe.output.name, said.output.name) == ("features", "logits")
+    assert said.activation((64,)) == "sigmoid"
     assert recipe.scored_by(None) is recipe
 
 
@@ -256,7 +255,7 @@ def test_a_user_may_say_what_makes_scores(function):
 def test_scores_that_say_nothing_are_refused(shape, message):
     recipe = resolve("vit_digits").scored_by("softmax")
     with pytest.raises(InputError, match=message):
-        activation_of(recipe, shape)
+        recipe.activation(shape)
 
 
 def test_a_tower_takes_no_activation(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
-from tome_export.models.hf_checkpoint import (
+from tome_export.models.hf.checkpoint import (
     NO_PROCESSOR,
     PADS,
     PROCESSOR,
@@ -45,7 +45,7 @@ def test_a_saved_model_comes_back(tmp_path, kind):
     assert loaded.weights.kind == "pretrained"
     assert loaded.weights.source == f"{tmp_path.name}/model.safetensors"
     assert loaded.weights.sha256
-    assert recipe.output_name == (
+    assert recipe.output.name == (
         "logits" if "classifier" in kind or "teacher" in kind else "features"
     )
 
@@ -157,7 +157,7 @@ def test_dinov2_is_resampled_as_the_library_does(tmp_path):
 def test_labels_are_those_of_the_configuration(tmp_path):
     labels = {index: f"kind {index}" for index in range(7)}
     saved(tmp_path, "ViT, classifier", id2label=labels)
-    assert resolve(f"hf:{tmp_path}").label_names(7) == tuple(labels.values())
+    assert resolve(f"hf:{tmp_path}").output.label_names(7) == tuple(labels.values())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -489,10 +489,10 @@ def test_the_vision_half_of_old_files(tmp_path):
     vision = {**old, "hidden_size": 8, "intermediate_size": 16}
     config = {"model_type": "clip", "vision_config": vision, "vision_config_dict": old}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    made = resolve(f"hf:{tmp_path}").loader.config()
+    made = resolve(f"hf:{tmp_path}").source.loader.config()
     assert (made.hidden_size, made.intermediate_size) == (64, 3072)
     (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config_dict": None}))
-    made = resolve(f"hf:{tmp_path}").loader.config()
+    made = resolve(f"hf:{tmp_path}").source.loader.config()
     assert (made.hidden_size, made.intermediate_size) == (8, 16)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, hub, resolve
+from tome_export.models.timm.loader import TimmLoader
 
 WAYS_OUT = (
     "; give a .safetensors or .pth file downloaded elsewhere with --weights PATH, or try the "
@@ -79,8 +80,8 @@ def test_silent_server_ends_within_the_bound(hub_at, listener, monkeypatch):
 
 def test_question_that_never_returns_is_left_behind(monkeypatch):
     monkeypatch.setattr(hub, "ANSWER_S", -1.5)
-    monkeypatch.setattr(hub, "ask_hub", lambda *_args: time.sleep(3))
-    monkeypatch.setattr(hub, "recorded_file", lambda _recipe: None)
+    monkeypatch.setattr(hub, "_ask_hub", lambda *_args: time.sleep(3))
+    monkeypatch.setattr(TimmLoader, "recorded_file", lambda _loader: None)
     message, seconds = failure(RECIPES["vit_s16"])
     assert "no answer in" in message
     assert seconds < 2.5

@@ -219,7 +219,7 @@ def reader(name, path):
         from tome_export.models.custom import FunctionLoader
 
         recipe = RECIPES["vit_digits"]
-        return lambda: FunctionLoader(nn.Linear(2, 2)).load(recipe, path, 0, None)
+        return lambda: FunctionLoader(nn.Linear(2, 2), "m:f").from_path(recipe, Path(path))
     if name == "dtem":
         return lambda: state_of_file(path)
     recipe = RECIPES[
@@ -256,14 +256,14 @@ def test_whole_numbers_fit_no_weights_and_weights_no_index(tmp_path):
     from tome_export.models.custom import FunctionLoader
 
     recipe = RECIPES["vit_digits"]
-    path = str(written(tmp_path, {"index": torch.ones(2, dtype=torch.int64)}))
-    made = FunctionLoader(Indexed(torch.int64)).load(recipe, path, 0, None)
+    path = written(tmp_path, {"index": torch.ones(2, dtype=torch.int64)})
+    made = FunctionLoader(Indexed(torch.int64), "m:f").from_path(recipe, path)
     assert made.module.index.tolist() == [1, 1]
     with pytest.raises(InputError, match="are stored as int64 in index"):
-        FunctionLoader(Indexed(torch.float32)).load(recipe, path, 0, None)
-    path = str(written(tmp_path, {"index": torch.ones(2)}))
+        FunctionLoader(Indexed(torch.float32), "m:f").from_path(recipe, path)
+    path = written(tmp_path, {"index": torch.ones(2)})
     with pytest.raises(InputError, match="index is float32; expected int64"):
-        FunctionLoader(Indexed(torch.int64)).load(recipe, path, 0, None)
+        FunctionLoader(Indexed(torch.int64), "m:f").from_path(recipe, path)
 
 
 def test_values_above_float32_are_not_finite(tmp_path):
@@ -305,7 +305,7 @@ OPENAI = {
 def test_openais_clip_has_quickgelu(tmp_path, library):
     """open_clip issue 771: the other activation computes something else without a word."""
     open_clip = pytest.importorskip("open_clip")
-    from tome_export.models.open_clip_models import OpenClipLoader
+    from tome_export.models.open_clip.loader import OpenClipLoader
 
     tower = OpenClipLoader("ViT-B-32").create(1).state_dict()
     assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
@@ -354,9 +354,7 @@ def test_timms_weights_of_quickgelu():
 
 
 def test_a_key_is_for_a_file():
-    from dataclasses import replace
-
-    recipe = replace(RECIPES["vit_digits"], weights_key="ema")
+    recipe = RECIPES["vit_digits"]
     for weights in ("pretrained", "random"):
         with pytest.raises(InputError, match=f"'ema'\\) was given with {weights} weights"):
-            recipe.load(weights)
+            recipe.load(weights, weights_key="ema")

@@ -18,18 +18,11 @@ from tome_export.artifact.manifest import Tower
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.models import resolve
 from tome_export.models.catalog import sizes_from_geometry, sizes_from_model
-from tome_export.models.hf_checkpoint import PADS, SQUASHES, TILES
-from tome_export.models.llava_recipes import (
-    KNOWN,
-    kept_layers,
-    llava_config,
-    read_config,
-    recipe_from_clip,
-    recipe_from_llava,
-    tower_key,
-    with_tower,
-)
-from tome_export.models.recipe import RULE, recommended_r
+from tome_export.models.facts import RULE, recommended_r
+from tome_export.models.hf.checkpoint import PADS, SQUASHES, TILES, read_config
+from tome_export.models.llava.config import KNOWN, kept_layers, llava_config
+from tome_export.models.llava.loader import tower_key
+from tome_export.models.llava.recipes import recipe_from_clip, recipe_from_llava, with_tower
 from tome_export.spec import TowerOptions
 
 pytest.importorskip("transformers")
@@ -289,22 +282,22 @@ def test_names_of_the_projector():
 def test_other_projectors_of_llavas_own_code(make_llava, tmp_path, kind, layers, shape):
     make_llava(tmp_path, mm_projector_type=kind)
     recipe = recipe_of(tmp_path, WITH_PROJECTOR)
-    assert recipe.loader.config.projector == layers
+    assert recipe.source.loader.config.projector.layers == layers
     assert output(recipe.load("random").module).shape == shape
 
 
 def test_the_recipe_of_llava_15():
     recipe = resolve("llava15_tower")
     assert recipe.tower == TowerOptions("llava", -2, "patch", False)
-    assert (recipe.recommended_r, recipe.loader.config.layers) == (23, 23)
+    assert (recipe.merging.r, recipe.source.loader.config.layers) == (23, 23)
     by_name, by_model = sizes_from_geometry(recipe), sizes_from_model(recipe)
     assert by_name == by_model
     assert (by_name.tokens, by_name.layers[-1].tokens_out) == (577, 48)
     cut = resolve("llava15_tower", TowerOptions(select_layer=-4))
-    assert (cut.loader.config.layers, cut.recommended_r) == (21, recommended_r(577, 21))
-    assert cut.r_source == RULE
+    assert (cut.source.loader.config.layers, cut.merging.r) == (21, recommended_r(577, 21))
+    assert cut.merging.source == RULE
     last = resolve("llava15_tower", TowerOptions(select_layer=-1))
-    assert (last.loader.config.layers, last.recommended_r) == (24, 23)
+    assert (last.source.loader.config.layers, last.merging.r) == (24, 23)
     assert sizes_from_geometry(cut) == sizes_from_model(cut)
     projected = resolve("llava15_tower", WITH_PROJECTOR).architecture()
     assert [p.shape for p in projected.mm_projector.parameters()][::2] == [
@@ -605,7 +598,7 @@ def test_r_is_the_same_of_a_checkpoint_and_of_the_recipe(tmp_path, select):
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = TowerOptions(select_layer=select)
     found, known = resolve(f"hf:{tmp_path}", options), resolve("llava15_tower", options)
-    assert (found.recommended_r, found.r_source) == (known.recommended_r, known.r_source)
+    assert found.merging == known.merging
 
 
 def coded(folder: Path, dtype: torch.dtype, extra: bool) -> None:
@@ -779,7 +772,7 @@ def test_preprocessing_of_another_size_is_refused(make_llava, tmp_path):
 
 def test_the_licence_is_not_stated(make_llava, tmp_path):
     make_llava(tmp_path)
-    assert recipe_of(tmp_path).licence == "not stated by the checkpoint"
+    assert recipe_of(tmp_path).source.licence == "not stated by the checkpoint"
     clip = recipe_from_clip("hf:clip", tmp_path / "clip", TowerOptions("llava"))
-    assert clip.licence == "not stated by the checkpoint"
-    assert resolve("llava15_tower").licence == "mit"
+    assert clip.source.licence == "not stated by the checkpoint"
+    assert resolve("llava15_tower").source.licence == "mit"

@@ -16,8 +16,8 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 
 from tome_export.errors import InputError, MissingComponentError  # noqa: E402
 from tome_export.models import RECIPES, hub, resolve  # noqa: E402
-from tome_export.models import open_clip_models as models  # noqa: E402
-from tome_export.models.open_clip_models import OPEN_CLIP  # noqa: E402
+from tome_export.models.open_clip.loader import OpenClipLoader  # noqa: E402
+from tome_export.models.open_clip.recipes import OPEN_CLIP  # noqa: E402
 
 TINY = {
     "embed_dim": 32,
@@ -36,12 +36,12 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("recipe", OPEN_CLIP, ids=lambda recipe: recipe.name)
 def test_recipes_have_the_facts_of_open_clips_table(recipe):
-    full = resolve(f"open_clip:{recipe.loader.arch}/{recipe.loader.weights}")
+    full = resolve(f"open_clip:{recipe.source.loader.arch}/{recipe.source.loader.weights}")
     assert full.preprocessing == recipe.preprocessing
-    assert full.weights_source == recipe.weights_source
-    assert full.recommended_r == recipe.recommended_r
-    assert full.loader == recipe.loader
-    assert full.output_name == recipe.output_name == "features"
+    assert full.source.weights == recipe.source.weights
+    assert full.merging.r == recipe.merging.r
+    assert full.source.loader == recipe.source.loader
+    assert full.output.name == recipe.output.name == "features"
 
 
 def test_squash_is_told():
@@ -112,7 +112,10 @@ def test_no_network_is_told_within_the_bound(tiny, tmp_path, monkeypatch):
         ("open_clip:qqqqqq", "open_clip has no model 'qqqqqq'; see open_clip.list_models()"),
         ("open_clip:ViT-B-32/nope", "open_clip has no weights 'nope' of ViT-B-32; it has openai, "),
         ("open_clip:ViT-B-32/openai", "another activation; use open_clip:ViT-B-32-quickgelu/open"),
-        ("open_clip:RN50", "RN50 has an image tower of class ModifiedResNet, which has no seque"),
+        (
+            "open_clip:RN50",
+            "is a ModifiedResNet, which has no sequence of tokens to merge",
+        ),
     ],
 )
 def test_bad_names(name, message):
@@ -124,7 +127,7 @@ def test_bad_names(name, message):
 
 def test_a_name_without_weights_lists_them():
     with pytest.raises(InputError, match=r"names no weights; .*open_clip:ViT-H-16/<weights>"):
-        models.OpenClipLoader("ViT-H-16").load(resolve("open_clip:ViT-H-16"), "pretrained", 0, None)
+        OpenClipLoader("ViT-H-16").pretrained(resolve("open_clip:ViT-H-16"))
 
 
 def test_a_missing_library_is_named(monkeypatch):

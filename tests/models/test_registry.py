@@ -8,28 +8,28 @@ import timm
 
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, resolve
-from tome_export.models.recipe import recommended_r
+from tome_export.models.facts import recommended_r
 
-TIMM = [r for r in RECIPES.values() if r.timm_name and r.name != "vit_digits"]
+TIMM = [r for r in RECIPES.values() if r.source.loader.timm_name and r.name != "vit_digits"]
 
 
 @pytest.mark.parametrize("recipe", TIMM, ids=lambda recipe: recipe.name)
 def test_preprocessing_is_that_of_the_weights(recipe):
-    cfg = timm.get_pretrained_cfg(recipe.timm_name)
+    cfg = timm.get_pretrained_cfg(recipe.source.loader.timm_name)
     ours = recipe.preprocessing
-    assert f"{cfg.architecture}.{cfg.tag}" == recipe.timm_name
+    assert f"{cfg.architecture}.{cfg.tag}" == recipe.source.loader.timm_name
     assert (ours.mean, ours.std) == (cfg.mean, cfg.std)
     assert (ours.crop_pct, ours.interpolation) == (cfg.crop_pct, cfg.interpolation)
     assert cfg.crop_mode == "center"
-    assert cfg.license == recipe.licence
+    assert cfg.license == recipe.source.licence
     if recipe.name.startswith("dinov2"):
         # 224 on purpose, see registry._dinov2.
         assert (ours.input_size, cfg.input_size) == ((3, 224, 224), (3, 518, 518))
     else:
         assert ours.input_size == cfg.input_size
     # timm keeps the projection of CLIP's towers as their head.
-    embeds = "_clip_" in recipe.timm_name or not cfg.num_classes
-    assert recipe.output_name == ("features" if embeds else "logits")
+    embeds = "_clip_" in recipe.source.loader.timm_name or not cfg.num_classes
+    assert recipe.output.name == ("features" if embeds else "logits")
 
 
 def test_recommended_r_rule_never_exceeds_what_the_authors_publish():
@@ -43,9 +43,9 @@ def test_recommended_r_rule_never_exceeds_what_the_authors_publish():
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_every_recipe_tells_what_it_is(recipe):
     assert recipe.description
-    assert recipe.r_source
-    assert recipe.weights_source
-    assert recipe.recommended_r > 0
+    assert recipe.merging.source
+    assert recipe.source.weights
+    assert recipe.merging.r > 0
     assert resolve(recipe.name) is recipe
 
 
@@ -55,18 +55,18 @@ def test_timm_architecture_is_an_alias():
 
 def test_timm_name_agrees_with_the_recipe():
     ours, theirs = RECIPES["vit_b16_384"], resolve("timm:vit_base_patch16_384")
-    assert theirs.timm_name == ours.timm_name
+    assert theirs.source.loader.timm_name == ours.source.loader.timm_name
     assert theirs.preprocessing == ours.preprocessing
-    assert theirs.recommended_r == recommended_r(577, 12) == 38
-    assert theirs.label_set == "imagenet-1k"
+    assert theirs.merging.r == recommended_r(577, 12) == 38
+    assert theirs.output.label_set == "imagenet-1k"
 
 
 def test_timm_tag_chooses_the_weights():
     mae = resolve("timm:vit_base_patch16_224.mae")
-    assert mae.output_name == "features"
+    assert mae.output.name == "features"
     assert mae.preprocessing.mean == (0.485, 0.456, 0.406)
-    assert mae.prop_attn is False
-    assert resolve("timm:vit_base_patch16_224").prop_attn is True
+    assert mae.merging.prop_attn is False
+    assert resolve("timm:vit_base_patch16_224").merging.prop_attn is True
 
 
 def test_squash_crop_is_told():
@@ -87,7 +87,7 @@ def test_squash_crop_is_told():
         ("timm:vit_base_patch16_24", "timm has no model 'vit_base_patch16_24'; did you mean timm:"),
         ("timm:qqqqqq", "timm has no model 'qqqqqq'; see timm.list_models()"),
         ("timm:vit_base_patch16_224.nope", "timm has no weights 'nope' of vit_base_patch16_224; "),
-        ("timm:resnet18", "(class ResNet) has no sequence of tokens to merge"),
+        ("timm:resnet18", "is a ResNet, which has no sequence of tokens to merge"),
         ("hf:./nothing", "folder ./nothing does not exist; expected a checkpoint folder"),
     ],
 )
@@ -100,13 +100,13 @@ def test_bad_names(name, message):
 
 
 def test_labels_are_loaded_lazily():
-    labels = RECIPES["vit_b16"].label_names(1000)
+    labels = RECIPES["vit_b16"].output.label_names(1000)
     assert labels is not None
     assert labels[0].startswith("tench")
     assert len(labels) == 1000
-    assert RECIPES["vit_b16"].label_names(37) is None
-    assert RECIPES["dinov2_s14"].label_names(384) is None
-    assert RECIPES["vit_digits"].label_names(10) == tuple("0123456789")
+    assert RECIPES["vit_b16"].output.label_names(37) is None
+    assert RECIPES["dinov2_s14"].output.label_names(384) is None
+    assert RECIPES["vit_digits"].output.label_names(10) == tuple("0123456789")
 
 
 def test_recipes_import_neither_torch_nor_timm_nor_scikit_learn():

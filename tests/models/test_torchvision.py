@@ -15,34 +15,30 @@ from torchvision.models import get_model_weights, get_weight
 from tome_export.data.preprocess import pixels_from_image
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, hub, resolve
-from tome_export.models.torchvision_models import (
-    TORCHVISION,
-    TorchvisionLoader,
-    preprocessing_of,
-    weights_enum,
-)
+from tome_export.models.torchvision.loader import TorchvisionLoader
+from tome_export.models.torchvision.recipes import TORCHVISION, preprocessing_of
 
 VITS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 
 
 @pytest.mark.parametrize("recipe", TORCHVISION, ids=lambda recipe: recipe.name)
 def test_recipes_have_the_facts_of_torchvisions_table(recipe):
-    entry = get_weight(weights_enum(recipe.loader.arch, recipe.loader.weights))
+    entry = recipe.source.loader.entry
     assert recipe.preprocessing == preprocessing_of(entry.transforms())
-    assert recipe.weights_source == entry.url
-    assert ("SWAG" in str(entry.meta.get("license"))) == (recipe.licence == "cc-by-nc-4.0")
-    full = resolve(f"torchvision:{recipe.loader.arch}.{recipe.loader.weights}")
+    assert recipe.source.weights == entry.url
+    assert ("SWAG" in str(entry.meta.get("license"))) == (recipe.source.licence == "cc-by-nc-4.0")
+    full = resolve(f"torchvision:{recipe.source.loader.arch}.{recipe.source.loader.weights}")
     assert full.preprocessing == recipe.preprocessing
-    assert full.licence == recipe.licence
-    assert full.recommended_r <= recipe.recommended_r
-    mine = recipe.label_names(1000)
+    assert full.source.licence == recipe.source.licence
+    assert full.merging.r <= recipe.merging.r
+    mine = recipe.output.label_names(1000)
     # timm words some classes at greater length, in the same order.
-    same = [a in b or b in a for a, b in zip(full.labels, mine, strict=True)]
+    same = [a in b or b in a for a, b in zip(full.output.labels, mine, strict=True)]
     assert sum(same) > 900
 
 
 def test_swag_recipes_take_the_published_r():
-    assert {r.name: r.recommended_r for r in TORCHVISION if r.name.startswith("swag")} == {
+    assert {r.name: r.merging.r for r in TORCHVISION if r.name.startswith("swag")} == {
         "swag_b16_384": 45,
         "swag_l16_512": 40,
         "swag_h14_518": 40,
@@ -109,7 +105,7 @@ def test_depth_makes_a_smaller_model():
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_weights_of_a_file_bring_their_own_classes(small, tmp_path, legacy):
-    module = small.loader.create(classes=7)
+    module = small.source.loader.create(classes=7)
     torch.nn.init.normal_(module.heads.head.weight)
     state = module.state_dict()
     if legacy:
@@ -136,7 +132,7 @@ def test_weights_that_do_not_fit_are_refused(small, tmp_path):
 def test_cached_weights_need_no_network(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    state = small.loader.create().state_dict()
+    state = small.source.loader.create().state_dict()
     torch.save(state, tmp_path / "checkpoints" / "vit_b_16-c867db91.pth")
     made = small.load()
     assert made.weights.kind == "pretrained"

@@ -6,7 +6,7 @@ import torch
 from tome_export.errors import InputError
 from tome_export.models import RECIPES
 
-TIMM = [name for name, r in RECIPES.items() if r.timm_name and name != "vit_l16"]
+TIMM = [name for name, r in RECIPES.items() if r.source.loader.timm_name and name != "vit_l16"]
 
 
 def test_random_weights_are_seeded_and_leave_the_generator_alone():

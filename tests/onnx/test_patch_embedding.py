@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from tome_export.errors import InputError
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.onnx.patch_embedding import patch_embedding
 
 

@@ -14,7 +14,7 @@ from video_towers import MERGING, SIZES, groups, schedule, stop, videos
 
 from tome_export.errors import InputError
 from tome_export.models import resolve
-from tome_export.models.video_recipes import Clip4ClipLoader
+from tome_export.models.video.recipes import Clip4ClipLoader
 from tome_export.patch import patch
 from tome_export.video.checkpoints import folded_prompts
 from tome_export.video.options import VideoSchedule
@@ -136,7 +136,8 @@ def training_state(kind: str) -> dict[str, torch.Tensor]:
 
 def recipe(frames: int = 8):
     loader = Clip4ClipLoader(SIZES, frames, prompts=True)
-    return replace(resolve("stop_b32"), loader=loader)
+    recipe = resolve("stop_b32")
+    return replace(recipe, source=replace(recipe.source, loader=loader))
 
 
 def test_training_checkpoints_load(tmp_path):

@@ -14,7 +14,7 @@ from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import find_images
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.evaluate.main import EvalRequest, evaluate
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.parity.main import CheckRequest, check
 from tome_export.report.main import ReportRequest, report
 from tome_export.runtime.inputs import extra_inputs, inputs_from_file

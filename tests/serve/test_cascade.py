@@ -21,7 +21,7 @@ from tome_export.cascade import policy
 from tome_export.cascade.main import CascadeRequest, cascade, members_of
 from tome_export.data.samples import digits_test
 from tome_export.errors import InputError, MissingComponentError, UsageError
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.progress import Silent
 from tome_export.serve import cascade as cascade_module
 from tome_export.serve import main as serve_module

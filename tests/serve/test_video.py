@@ -14,8 +14,8 @@ from video_towers import MERGING
 from tome_export.build import BuildRequest, build
 from tome_export.cli.main import main
 from tome_export.data import preprocess
+from tome_export.data.preprocess import load_videos
 from tome_export.data.samples import sample_paths
-from tome_export.data.videos import load_videos
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.progress import Silent

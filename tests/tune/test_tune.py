@@ -46,7 +46,9 @@ def images_of(model, count=30, search=16, chosen_on=24):
 
 def digits(limit, **more):
     recipe = resolve("vit_digits")
-    source = images_module.tuning_source(recipe, Classes(10, recipe.labels), ("samples",), None)
+    source = images_module.tuning_source(
+        recipe, Classes(10, recipe.output.labels), ("samples",), None
+    )
     return images_module.read_images(
         source, recipe.preprocessing, 10**6, limit, 0, Silent(), **more
     )

@@ -17,7 +17,7 @@ from tome_export.engine import EngineOptions
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.plan import source_map
 from tome_export.merge.schedule import Schedule
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 from tome_export.runtime.merge_maps import merge_maps
 from tome_export.runtime.model import reference_model
 from tome_export.spec import BatchRange, PatchGrid

@@ -1,6 +1,6 @@
 """The artifact directory and the typed files in it: what every command after ``build`` takes."""
 
-from tome_export.artifact.directory import Artifact, sha256_of, write_manifest
+from tome_export.artifact.directory import Artifact, write_manifest
 from tome_export.artifact.files import locked, write_json, writing_to
 from tome_export.artifact.manifest import FORMAT, MANIFEST, MODEL, Manifest
 from tome_export.artifact.parity import PARITY
@@ -14,7 +14,6 @@ __all__ = [
     "Artifact",
     "Manifest",
     "locked",
-    "sha256_of",
     "staged",
     "write_json",
     "write_manifest",

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from tome_export.artifact.document import Document
 from tome_export.artifact.files import draft_of, locked, open_regular, shared, writing_to
@@ -25,6 +24,7 @@ from tome_export.artifact.manifest import (
 from tome_export.artifact.parity import ParitySummary
 from tome_export.artifact.staging import DRAFT
 from tome_export.errors import InputError
+from tome_export.weights.files import sha256, sha256_of_stream
 
 PATIENCE_S = 10.0
 """Seconds to wait for a command that is recording into the artifact, which takes far less."""
@@ -198,7 +198,7 @@ def _check_file(folder: Path, name: str, recorded: FileRecord) -> None:
                 f"{folder / name} has {size} bytes; {MANIFEST} records {recorded.bytes}: the file "
                 "is truncated or was changed, rebuild the artifact or copy it again"
             )
-        if _sha256_of(stream) != recorded.sha256:
+        if sha256_of_stream(stream) != recorded.sha256:
             raise InputError(
                 f"{folder / name} does not match the sha256 in {MANIFEST}: the file is corrupted "
                 "or was changed, rebuild the artifact or copy it again"
@@ -244,17 +244,4 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 def _record(source: Path | bytes) -> FileRecord:
     if isinstance(source, bytes):
         return FileRecord(bytes=len(source), sha256=hashlib.sha256(source).hexdigest())
-    return FileRecord(bytes=source.stat().st_size, sha256=sha256_of(source))
-
-
-def sha256_of(file: Path) -> str:
-    """Hex digest of a file's content."""
-    with file.open("rb") as stream:
-        return _sha256_of(stream)
-
-
-def _sha256_of(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return FileRecord(bytes=source.stat().st_size, sha256=sha256(source))

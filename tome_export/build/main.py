@@ -123,16 +123,16 @@ def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
     from tome_export.reducers import reducer_from_text
 
     recipe = resolve(request.model, request.tower, request.video)
-    if recipe.needs_grid and not request.dense:
+    if recipe.merging.needs_grid and not request.dense:
         raise InputError(
-            f"{recipe.needs_grid}: its language model arranges the features of all patches on a "
-            "grid, which merged tokens are not; use --dense (merged inside, then unmerged)"
+            f"{recipe.merging.needs_grid}: its language model arranges the features of all patches "
+            "on a grid, which merged tokens are not; use --dense (merged inside, then unmerged)"
         )
     reducer = reducer_from_text(request.reducer, request.reducer_options)
     compressor = compressor_from_text(request.compress, request.compress_options)
     schedule = request.schedule
     if schedule is None and not reducer.own_counts:
-        schedule = Schedule(recipe.recommended_r)
+        schedule = Schedule(recipe.merging.r)
     tuned = None if request.schedule_file is None else ScheduleFile.read(request.schedule_file)
     if tuned is not None:
         tuned.check_model(recipe.name)
@@ -140,8 +140,12 @@ def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
         schedule = Schedule(per_layer=tuned.schedule)
     if schedule is not None and recipe.video is not None:
         schedule = recipe.video.schedule(schedule)
-    recipe = replace(recipe, reducer_keys=reducer.own_keys, weights_key=request.weights_key)
-    loaded = recipe.load(weights=request.weights, seed=request.seed)
+    loaded = recipe.load(
+        request.weights,
+        request.seed,
+        weights_key=request.weights_key,
+        reducer_keys=reducer.own_keys,
+    )
     loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))
     return loaded, _Merging(schedule, reducer, compressor, tuned)
 
@@ -162,7 +166,7 @@ def _patch(request: BuildRequest, loaded: LoadedModel, merging: _Merging) -> Mer
 
     prop_attn = request.prop_attn
     if prop_attn is None:
-        prop_attn = merging.reducer.proportional(loaded.recipe.prop_attn)
+        prop_attn = merging.reducer.proportional(loaded.recipe.merging.prop_attn)
     tuned = merging.tuned
     if tuned is not None:
         tuned.check_depth(len(patch(loaded.module, 0, dense=request.dense).layers))
@@ -216,7 +220,7 @@ class _Build:
             "merge": merge_info(model, options, notes.merge).model_dump(mode="json"),
             "versions": versions(),
         }
-        names = output_names(self.loaded.recipe.output_name, model)
+        names = output_names(self.loaded.recipe.output.name, model)
         exported = onnx_from_model(model, self.folder / MODEL, options, names, described)
         plugins = None
         if options.plugin:

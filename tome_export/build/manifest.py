@@ -22,7 +22,6 @@ from tome_export.artifact.manifest import (
     Tower,
     Weights,
 )
-from tome_export.models.activation import activation_of
 from tome_export.spec import (
     INPUT_NAME,
     LOGITS,
@@ -69,7 +68,7 @@ def manifest_of(
         Tensor(name=name, dtype="float32", shape=(batch, *shape))
         for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
     )
-    outputs = _outputs(recipe.output_name, model, batch)
+    outputs = _outputs(recipe.output.name, model, batch)
     shape = tuple(int(size) for size in outputs[0].shape[1:])
     channels, height, width = model.image_size
     compressor, settings = model.settings.compressor, model.settings
@@ -94,13 +93,13 @@ def manifest_of(
             dense=settings.dense,
             source_map=settings.source_map,
             entropy=settings.entropy,
-            note="" if settings.dense else recipe.output_note,
+            note="" if settings.dense else recipe.output.note,
         ),
         compressor=None if compressor is None else Component(**compressor.record()),
         tower=_tower(loaded, model, shape),
         preprocessing=replace(recipe.preprocessing, input_size=(channels, height, width)),
-        activation=activation_of(recipe, shape) if classifies else None,
-        labels=recipe.label_names(shape[-1]) if classifies else None,
+        activation=recipe.activation(shape) if classifies else None,
+        labels=recipe.output.label_names(shape[-1]) if classifies else None,
         onnx=Graph(
             opset=options.opset,
             attention=options.attention_form,
@@ -122,7 +121,7 @@ def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
         name=recipe.name,
         folder=checkpoint_folder(recipe.name),
         family=recipe.family,
-        timm_name=recipe.timm_name,
+        timm_name=recipe.source.loader.timm_name,
         description=recipe.description,
         weights=Weights(**asdict(weights), state_sha256=state_sha256(model)),
         learned_sha256=learned_sha256(model),

@@ -57,11 +57,7 @@ class NoProcessError(RuntimeError):
 
 
 def check_size(size: int) -> None:
-    """Refuse a file of more bytes than are read.
-
-    Raises:
-        DecodeError: if it is.
-    """
+    """Raise a ``DecodeError`` for a file of more bytes than are read."""
     if size > MAX_BYTES:
         raise DecodeError(
             f"has {size / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB are accepted, give a "
@@ -110,11 +106,11 @@ class Decoder:
         check_size(len(data))
         seconds = self._seconds[kind]
         slow = f"takes more than {seconds} s to decode; give a smaller or simpler one"
+        request = json.dumps({**settings, "kind": kind, "seconds": seconds}).encode()
         for attempt in range(2):
             connection, process = self.start()
             try:
-                request = {**settings, "kind": kind, "seconds": seconds}
-                connection.send_bytes(json.dumps(request).encode())
+                connection.send_bytes(request)
                 connection.send_bytes(data)
                 if not connection.poll(seconds * PATIENCE):
                     raise TimeoutError
@@ -135,53 +131,41 @@ class Decoder:
         raise AssertionError("unreachable")
 
     def start(self) -> tuple[Connection, subprocess.Popen[bytes]]:
-        """Have the process ready.
-
-        Raises:
-            NoProcessError: if it cannot be started.
-        """
+        """Have the process ready; raises a ``NoProcessError`` if it cannot be started."""
         if self._running is not None and self._running[1].poll() is None:
             return self._running
         self.close()
         ours, theirs = socketpair()
         # The packages of this process, and nothing else that it was started with.
         path = json.dumps([place for place in sys.path if place])
+        arguments = [*self._arguments, str(theirs.fileno()), path]
         code = f"{_START}{str(Path(__file__).absolute())!r}, run_name='__main__')"
-        command = [sys.executable, "-I", "-c", code, *self._arguments, str(theirs.fileno()), path]
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
-        quiet = subprocess.DEVNULL
+        failed = f"the process that decodes cannot be started with {sys.executable or 'no Python'}"
         try:
             with theirs:
                 process = subprocess.Popen(
-                    command,
-                    stdin=quiet,
-                    stdout=quiet,
-                    stderr=quiet,  # libraries write of damaged files there
-                    env=environment,
+                    [sys.executable, "-I", "-c", code, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,  # libraries write of damaged files there
+                    env={**os.environ, "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},
                     pass_fds=[theirs.fileno()],
                 )
         except OSError as error:
             ours.close()
-            raise NoProcessError(
-                f"the process that decodes cannot be started with {sys.executable or 'no Python'} "
-                f"({error.strerror or error})"
-            ) from None
+            raise NoProcessError(f"{failed} ({error.strerror or error})") from None
         connection = Connection(ours.detach())
         self._running = connection, process
         self._end = weakref.finalize(self, _stop, connection, process)
+        reason = "it does not answer"
         try:
-            reason = (
-                connection.recv_bytes().decode()
-                if connection.poll(READY_SECONDS)
-                else "it does not answer"
-            )
+            if connection.poll(READY_SECONDS):
+                reason = connection.recv_bytes().decode()
         except (EOFError, ConnectionError):
             reason = f"it ends with {process.wait()}"
         if reason:
             self.close()
-            raise NoProcessError(
-                f"the process that decodes cannot be started with {sys.executable} ({reason})"
-            )
+            raise NoProcessError(f"{failed} ({reason})")
         return self._running
 
     def close(self) -> None:
@@ -265,19 +249,20 @@ def main(pixels: str, frames: str, niceness: str, descriptor: str) -> None:
             request = json.loads(connection.recv_bytes())
             data: Any = connection.recv_bytes()
             signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            array: Any = None
             try:
-                array: Any = np.ascontiguousarray(_decode(images, videos, request, data))
+                array = np.ascontiguousarray(_decode(images, videos, request, data))
                 head = {"dtype": array.dtype.str, "shape": array.shape}
             except MemoryError:
                 head = {"bad": "takes more memory to decode than is allowed; give a smaller one"}
             except Exception as error:
-                missing = type(error).__name__ == "NoDecoderError"
                 known = type(error).__name__ in ("BadImageError", "BadVideoError")
                 text = str(error) if known else f"cannot be decoded ({error!r:.200})"
+                missing = type(error).__name__ == "NoDecoderError"
                 head = {"missing": str(error)} if missing else {"bad": " ".join(text.split())}
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send_bytes(json.dumps(head).encode())
-            if "shape" in head:
+            if array is not None:
                 connection.send_bytes(memoryview(array).cast("B"))
             array = data = None
 

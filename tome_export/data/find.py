@@ -140,7 +140,7 @@ def source_of(
     found, name = labelled_source(recipe), artifact.manifest.model.name
     if found is None:
         raise InputError(f"no labelled images come with {name}; give a folder of them with --data")
-    if classes is not None and classes.names != recipe.labels:
+    if classes is not None and classes.names != recipe.output.labels:
         raise InputError(
             f"the images that come with {name} have its own labels, and this artifact tells "
             f"{classes.count} other classes apart; give a folder of images with --data"

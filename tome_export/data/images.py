@@ -56,9 +56,8 @@ def parity_images(
         InputError: if there is no image or video, or one cannot be read.
         MissingComponentError: if videos are given, and what decodes them is not installed.
     """
-    from tome_export.data.preprocess import pixels_from_bytes
-    from tome_export.data.samples import sample_pixels
-    from tome_export.data.videos import find_videos, load_videos, moving_samples
+    from tome_export.data.preprocess import find_videos, load_videos, pixels_from_bytes
+    from tome_export.data.samples import moving_samples, sample_pixels
 
     channels, height, width = input_size[-3:]
     preprocessing = replace(recipe.preprocessing, input_size=(channels, height, width))
@@ -111,8 +110,7 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
         InputError: naming the file, if one cannot be used.
         MissingComponentError: if what decodes videos is not installed.
     """
-    from tome_export.data.preprocess import load_images
-    from tome_export.data.videos import load_videos
+    from tome_export.data.preprocess import load_images, load_videos
 
     if manifest.video is not None and manifest.video.frames is not None:
         return load_videos(paths, manifest.preprocessing, manifest.video.frames)
@@ -121,7 +119,7 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
 
 def image_names(folder: Path | None, count: int, *, videos: bool = False) -> list[str]:
     """What to call the ``count`` images or videos that ``parity_images`` gave of a folder."""
-    from tome_export.data.videos import find_videos
+    from tome_export.data.preprocess import find_videos
 
     if folder is None:
         return [f"sample {index}" for index in range(count)]

@@ -46,14 +46,7 @@ class BadImageError(ValueError):
 
 
 def pixels_from_bytes(data: bytes, settings: Settings) -> np.ndarray[Any, Any]:
-    """Decode and preprocess one image file.
-
-    Returns:
-        ``[C, H, W]`` float32.
-
-    Raises:
-        BadImageError: as ``image_from_bytes`` and ``pixels_from_image``.
-    """
+    """``image_from_bytes``, then ``pixels_from_image``."""
     return pixels_from_image(image_from_bytes(data, settings), settings)
 
 
@@ -120,7 +113,7 @@ def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
 
 
 def _check_size(width: int, height: int, settings: Settings) -> None:
-    if width * height > (settings.get("max_pixels") or MAX_PIXELS):
+    if width * height > _most(settings):
         raise BadImageError(
             f"is {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); "
             f"{_too_large(settings)}"
@@ -146,9 +139,12 @@ def _names(formats: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def _most(settings: Settings) -> int:
+    return settings.get("max_pixels") or MAX_PIXELS
+
+
 def _too_large(settings: Settings) -> str:
-    most = (settings.get("max_pixels") or MAX_PIXELS) / 1e6
-    return f"at most {most:.1f} megapixels are accepted, give a smaller one"
+    return f"at most {_most(settings) / 1e6:.1f} megapixels are accepted, give a smaller one"
 
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
@@ -224,10 +220,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any, Any]:
-    """Preprocess one 8-bit image.
-
-    Returns:
-        ``[C, H, W]`` float32.
+    """Preprocess one 8-bit image to ``[C, H, W]`` float32.
 
     Raises:
         BadImageError: if it would become too large on the way.
@@ -235,7 +228,7 @@ def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any,
     channels, height, width = settings["input_size"]
     image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
     size = _resized(image.size, height, width, settings["crop_pct"])
-    if size[0] * size[1] > max(settings.get("max_pixels") or MAX_PIXELS, 16 * height * width):
+    if size[0] * size[1] > max(_most(settings), 16 * height * width):
         raise BadImageError(
             f"is {image.size[0]} x {image.size[1]} pixels, which would be resized to "
             f"{size[0]} x {size[1]}; give one whose sides differ less"

@@ -1,4 +1,4 @@
-"""Images on disk to ``pixel_values``, exactly as timm's evaluation transform, without torch."""
+"""Images and videos on disk to ``pixel_values``, as timm evaluates; imports no torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from tome_export.data.decoder import (
     check_size,
 )
 from tome_export.data.folders import find_files
-from tome_export.data.pixels import BadImageError
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.video import frames
+from tome_export.video import frames as video_frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,15 +31,22 @@ if TYPE_CHECKING:
     from tome_export.spec import Preprocessing
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its name."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Every image under a folder, sorted by path; a single image file stands for itself.
-
-    Raises:
-        InputError: if there is no such folder or file, or no image in it.
-    """
+    """Every image under a folder, sorted by path; see ``find_files``."""
     return find_files(folder, IMAGE_SUFFIXES, "image")
+
+
+def find_videos(folder: str | Path) -> list[Path]:
+    """Every video under a folder, sorted by path; see ``find_files``."""
+    return find_files(folder, VIDEO_SUFFIXES, "video")
 
 
 def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -66,21 +72,48 @@ def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> ND
     return np.stack([pixels_from_bytes(read_file(p), str(p), preprocessing) for p in paths])
 
 
-def read_image(path: str | Path, formats: Sequence[str] = pixels.FORMATS) -> Image.Image:
-    """Decode one image file upright, as mode ``L`` or ``RGB``.
-
-    Args:
-        path: The file.
-        formats: What it may be, by Pillow's names.
+def load_videos(
+    paths: Sequence[str | Path], preprocessing: Preprocessing, frames: int
+) -> NDArray[np.float32]:
+    """Decode and preprocess videos, every frame as an image, to ``[B, F, C, H, W]`` float32.
 
     Raises:
-        InputError: as ``load_images``.
-        ExportError: as ``load_images``.
+        InputError: as ``read_frames``, and if there are no videos.
+        MissingComponentError: as ``read_frames``.
+    """
+    if not paths:
+        raise InputError("no videos given; expected at least one video file")
+    check_channels(preprocessing)
+    return np.stack([_video("video", path, asdict(preprocessing), frames) for path in paths])
+
+
+def read_image(path: str | Path, formats: Sequence[str] = pixels.FORMATS) -> Image.Image:
+    """Decode one image file upright, as mode ``L`` or ``RGB``; raises as ``load_images``.
+
+    ``formats`` are what it may be, by Pillow's names.
     """
     from PIL import Image
 
     settings = {"formats": formats}
     return Image.fromarray(decoded("image", read_file(path), f"image {path}", settings))
+
+
+def read_frames(path: str | Path, frames: int) -> list[Image.Image]:
+    """Uniformly sampled frames of one video file; see ``tome_export.video.frames``.
+
+    Raises:
+        InputError: naming the file, if it is missing, no video, damaged, or too short.
+        MissingComponentError: if PyAV is not installed.
+    """
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in _video("frames", path, {}, frames)]
+
+
+def _video(kind: str, path: str | Path, settings: dict[str, Any], frames: int) -> NDArray[Any]:
+    _check_file(path, "video")
+    settings = {**settings, "frames": frames, "path": str(Path(path).absolute())}
+    return decoded(kind, b"", f"video {path}", settings)
 
 
 def read_file(path: str | Path) -> bytes:
@@ -89,7 +122,7 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         InputError: naming it, if it is missing, no regular file or too large.
     """
-    size = check_file(path, "image")
+    size = _check_file(path, "image")
     try:
         check_size(size)
         return Path(path).read_bytes()
@@ -101,12 +134,8 @@ def read_file(path: str | Path) -> bytes:
         ) from None
 
 
-def check_file(path: str | Path, what: str) -> int:
-    """Size in bytes of a file that is read as a ``what``, such as an image.
-
-    Raises:
-        InputError: naming it, if it is missing or no regular file.
-    """
+def _check_file(path: str | Path, what: str) -> int:
+    """Size in bytes of a file; an ``InputError`` if it is missing or no regular file."""
     expected = f"expected {'an' if what[0] in 'aeiou' else 'a'} {what} file"
     try:
         found = Path(path).stat()
@@ -122,19 +151,9 @@ def check_file(path: str | Path, what: str) -> int:
 
 
 def pixels_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Decode and preprocess one encoded image.
+    """Decode and preprocess one encoded image to ``[C, H, W]`` float32; raises as ``load_images``.
 
-    Args:
-        data: The content of an image file.
-        name: What an error calls it.
-        preprocessing: How the model wants it.
-
-    Returns:
-        ``[C, H, W]`` float32.
-
-    Raises:
-        InputError: as ``load_images``.
-        ExportError: as ``load_images``.
+    ``name`` is what an error calls it.
     """
     check_channels(preprocessing)
     return decoded("pixels", data, f"image {name}", asdict(preprocessing))
@@ -153,7 +172,7 @@ def decoded(kind: str, data: bytes, name: str, settings: dict[str, Any]) -> NDAr
     """
     if getattr(_own, "pid", None) != os.getpid():  # a fork must leave that of its parent alone
         _own.pid = os.getpid()
-        _own.decoder = Decoder(Path(pixels.__file__), Path(frames.__file__))
+        _own.decoder = Decoder(Path(pixels.__file__), Path(video_frames.__file__))
     try:
         found: NDArray[Any] = _own.decoder(kind, data, settings)
     except DecodeError as error:
@@ -168,14 +187,7 @@ def decoded(kind: str, data: bytes, name: str, settings: dict[str, Any]) -> NDAr
 
 
 def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Preprocess one decoded image.
-
-    Args:
-        image: Any 8-bit PIL image.
-        preprocessing: How the model wants it.
-
-    Returns:
-        ``[C, H, W]`` float32.
+    """Preprocess one decoded 8-bit image to ``[C, H, W]`` float32.
 
     Raises:
         InputError: if the model wants other than one or three channels.
@@ -183,16 +195,12 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArr
     check_channels(preprocessing)
     try:
         return pixels.pixels_from_image(image, asdict(preprocessing))
-    except BadImageError as error:
+    except pixels.BadImageError as error:
         raise InputError(f"image {error}") from None
 
 
 def check_channels(preprocessing: Preprocessing) -> None:
-    """Whether images can be given to a model at all.
-
-    Raises:
-        InputError: if it takes other than one or three channels.
-    """
+    """Raise an ``InputError`` if a model takes other than one or three channels."""
     channels = preprocessing.input_size[0]
     if channels not in pixels.MODES:
         raise InputError(

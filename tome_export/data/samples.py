@@ -1,4 +1,4 @@
-"""Real images that come with the package, for parity checks and trials without any data."""
+"""Real images that come along, and videos of them, for parity checks and trials without data."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tome_export.data.preprocess import load_images, pixels_from_image
+from tome_export.data.preprocess import load_images, pixels_from_image, read_image
 from tome_export.errors import InputError
-from tome_export.models.recipe import DATA
+from tome_export.models.facts import DATA
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from PIL import Image
 
     from tome_export.models.recipe import Recipe
     from tome_export.spec import Preprocessing
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "camera")
 MAX_PHOTOGRAPH_PIXELS = len(PHOTOGRAPHS) * 4
+
+WINDOW = 0.75
+"""Side of the part of a photograph that a moving sample shows."""
 
 
 def sample_paths() -> list[Path]:
@@ -49,12 +53,8 @@ def sample_pixels(recipe: Recipe, count: int) -> NDArray[np.float32]:
 
 
 def labelled_samples(recipe: Recipe) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
-    """Labelled test images that come with a recipe's own weights; None where there are none.
-
-    Returns:
-        ``pixel_values [B, C, H, W]`` float32 and labels ``[B]`` int64.
-    """
-    return digits_test() if recipe.bundled and recipe.name == "vit_digits" else None
+    """As ``digits_test`` for the recipe that comes with labelled images; None for others."""
+    return digits_test() if recipe.name == "vit_digits" else None
 
 
 def digits_test() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -82,3 +82,26 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     images.setflags(write=False)
     labels.setflags(write=False)
     return images, labels
+
+
+def moving_samples(preprocessing: Preprocessing, count: int, frames: int) -> NDArray[np.float32]:
+    """Videos ``[count, F, C, H, W]`` float32 of the photographs: a window that moves across each.
+
+    The n-th video of a photograph moves in the n-th direction: right, left, down, up.
+    """
+    videos = []
+    for index in range(count):
+        turn, photograph = divmod(index, len(PHOTOGRAPHS))
+        image = read_image(sample_paths()[photograph])
+        shown = [_window(image, step / max(1, frames - 1), turn % 4) for step in range(frames)]
+        videos.append(np.stack([pixels_from_image(frame, preprocessing) for frame in shown]))
+    return np.stack(videos)
+
+
+def _window(image: Image.Image, done: float, direction: int) -> Image.Image:
+    """The part of an image that is seen when a share of the way is done."""
+    width, height = round(image.width * WINDOW), round(image.height * WINDOW)
+    done = 1 - done if direction % 2 else done
+    across, down = (done, 0.5) if direction < 2 else (0.5, done)
+    left, top = round(across * (image.width - width)), round(down * (image.height - height))
+    return image.crop((left, top, left + width, top + height))

@@ -177,7 +177,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     labelled = labelled_samples(recipe) if request.images is None else None
     # None for features, for other classes than those of the samples, and where it would be the
     # accuracy of the random inputs that parity is checked on.
-    same = manifest.labels is not None and manifest.labels == recipe.labels
+    same = manifest.labels is not None and manifest.labels == recipe.output.labels
     if labelled is not None and same and not model.extra_inputs:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
         name, subject = next(iter(subjects.items()))

@@ -186,8 +186,7 @@ def _samples(manifest: Manifest, count: int) -> tuple[NDArray[np.float32], list[
         UsageError: if more are asked for than there are.
     """
     from tome_export.data.preprocess import load_images
-    from tome_export.data.samples import digits_test, sample_paths
-    from tome_export.data.videos import moving_samples
+    from tome_export.data.samples import digits_test, moving_samples, sample_paths
 
     if manifest.model.name == "vit_digits":
         digits, labels = digits_test()

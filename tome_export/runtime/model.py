@@ -81,13 +81,10 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     if (entry := manifest.compressor) is not None:
         compressor = entry.made(compressor_class(entry.name))
         compressor = with_own_weights(compressor, artifact, COMPRESSOR)
-    recipe = replace(
-        recipe,
-        name=manifest.model.name,
-        reducer_keys=reducer.own_keys,
-        weights_key=key,
+    recipe = replace(recipe, name=manifest.model.name)
+    loaded = recipe.load(
+        weights, recorded.seed or 0, weights_key=key, reducer_keys=reducer.own_keys
     )
-    loaded = recipe.load(weights=weights, seed=recorded.seed or 0)
     # Behind the first layer that joins frames, proportions say how many tokens merge.
     own = merge.r if video.merging is None else merge.r[: video.merging.layers[0]]
     schedule = video.schedule(Schedule(per_layer=own))

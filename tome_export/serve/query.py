@@ -147,8 +147,13 @@ def _frames(client: Client, model: str) -> int:
 def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tuple[Path, bytes]]:
     """The files to send: those named, and those of the model's kind in folders."""
     from tome_export.data.pixels import SERVED_FORMATS
-    from tome_export.data.preprocess import find_images, read_image
-    from tome_export.data.videos import find_videos, is_video, read_frames
+    from tome_export.data.preprocess import (
+        find_images,
+        find_videos,
+        is_video,
+        read_frames,
+        read_image,
+    )
 
     find = find_videos if kind == VIDEO else find_images
     paths = [path for place in given for path in find(place)]

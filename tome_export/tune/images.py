@@ -178,5 +178,5 @@ def tuning_source(
     if labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
     # Labels of the recipe's own classes, not of a checkpoint's.
-    labelled = labelled_source(recipe) if classes.names == recipe.labels else None
+    labelled = labelled_source(recipe) if classes.names == recipe.output.labels else None
     return labelled or samples_source(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS), None)

@@ -31,7 +31,6 @@ from tome_export.data.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.entropy import check_min_entropy
 from tome_export.merge.schedule import Schedule
-from tome_export.models.activation import activation_of
 from tome_export.patch.describe import output_shape, state_sha256
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
@@ -174,15 +173,18 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, C
             f"reducer {reducer.name} weighs the size of a token by similarity, so --min-entropy "
             "cannot count its patches; leave --min-entropy out"
         )
-    recipe = replace(
-        resolve(request.model), reducer_keys=reducer.own_keys, weights_key=request.weights_key
-    )
+    recipe = resolve(request.model)
     if request.weights in ("pretrained", "random"):  # a file may bring a classifier of its own
         _require_classes(recipe.scored_by(request.activation))
-    loaded = recipe.load(weights=request.weights, seed=request.seed)
+    loaded = recipe.load(
+        request.weights,
+        request.seed,
+        weights_key=request.weights_key,
+        reducer_keys=reducer.own_keys,
+    )
     loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))
     _require_classes(loaded.recipe)
-    prop_attn = reducer.proportional(recipe.prop_attn)
+    prop_attn = reducer.proportional(recipe.merging.prop_attn)
     # Without an r first: what a reducer has learned need not be there for one that is refused.
     plain = patch(loaded.module, 0, prop_attn=prop_attn, reducer=reducer)
     layers = reducer.layers(Schedule(1), plain.tower)
@@ -202,19 +204,19 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, C
             "to tune on do not have; use another reducer"
         )
     recipe, shape = loaded.recipe, output_shape(model)
-    activation = activation_of(recipe, shape)
+    activation = recipe.activation(shape)
     if activation == "none":
         raise InputError(
             f"{recipe.name} gives numbers (a regression), not classes to count; {UNTUNABLE}"
         )
-    classes = Classes.of_outputs(shape[-1], recipe.label_names(shape[-1]))
+    classes = Classes.of_outputs(shape[-1], recipe.output.label_names(shape[-1]))
     return loaded, model, activation, replace(classes, in_order=request.classes_in_order)
 
 
 def _require_classes(recipe: Recipe) -> None:
-    if recipe.output_name != "logits":
+    if recipe.output.name != "logits":
         raise InputError(
-            f"{recipe.name} gives {recipe.output_name}, not classes to count; {UNTUNABLE}"
+            f"{recipe.name} gives {recipe.output.name}, not classes to count; {UNTUNABLE}"
         )
 
 
@@ -240,7 +242,7 @@ class _Tuning:
         if self.goal.kind == "target-latency-ms":
             progress.stage("Measure the cost of each layer")
             batch = np.resize(images.pixels, (request.batch, *images.pixels.shape[1:]))
-            self.stopwatch = Stopwatch(model, batch, request.precision, loaded.recipe.output_name)
+            self.stopwatch = Stopwatch(model, batch, request.precision, loaded.recipe.output.name)
             self.table = self.stopwatch.costs(
                 self.space, progress, self.goal.value, until(COST_SHARE)
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_export.errors import InputError, MissingComponentError
+from tome_export.models.preprocessing import are_numbers, in_words, is_number
 from tome_export.spec import Interpolation, Preprocessing
 
 PROCESSOR = "preprocessor_config.json"
@@ -146,7 +147,7 @@ def vision_config(values: Mapping[str, Any], where: str) -> Any:
     Raises:
         InputError: if the library refuses the ``config.json``, or a size in it is no size.
     """
-    given = dict(values)
+    given, in_file = dict(values), f"config.json of {where}"
     kind = given.pop("model_type")
     with quiet() as transformers:
         # It checks configurations with many classes of error.
@@ -154,7 +155,7 @@ def vision_config(values: Mapping[str, Any], where: str) -> Any:
             whole_model = transformers.AutoConfig.for_model(kind, **given)
         except Exception as error:
             raise InputError(
-                f"config.json of {where} does not make a {kind} configuration "
+                f"{in_file} does not make a {kind} configuration "
                 f"({reason_of(error)}); expected the configuration of a whole checkpoint"
             ) from None
         half = getattr(whole_model, "vision_config", None)
@@ -168,16 +169,15 @@ def vision_config(values: Mapping[str, Any], where: str) -> Any:
     for key in _COUNTS:
         size = getattr(config, key, 1)
         for value in size if isinstance(size, list | tuple) else (size,):
-            whole(value, f"config.json of {where}: {key}")
+            whole(value, f"{in_file}: {key}")
     if config.hidden_act not in activations:
         raise InputError(
-            f"config.json of {where}: hidden_act is {config.hidden_act!r}; expected an activation "
+            f"{in_file}: hidden_act is {config.hidden_act!r}; expected an activation "
             "of Transformers, such as quick_gelu"
         )
     if not 0 < config.layer_norm_eps < math.inf:
         raise InputError(
-            f"config.json of {where}: layer_norm_eps is {config.layer_norm_eps}; expected a number "
-            "above 0"
+            f"{in_file}: layer_norm_eps is {config.layer_norm_eps}; expected a number above 0"
         )
     config._attn_implementation = attention_of(values)
     # Models are made in float32, whatever they are stored in.
@@ -209,16 +209,16 @@ def processor_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
 def preprocessing_of(
     folder: Path, kind: str, family: Preprocessing, where: str
 ) -> tuple[Preprocessing, str]:
-    """Preprocessing as a folder's image processor does it.
+    """Preprocessing as a folder's image processor does it, and remarks on it.
 
     Args:
-        folder: With ``processor_config.json`` or ``preprocessor_config.json``, or without.
+        folder: The checkpoint's folder, with or without a file of an image processor.
         kind: Model type of the vision model, whose processor is used where none is named.
         family: What holds where the file is silent; its channels are those of the model.
         where: Name of the checkpoint, for messages.
 
     Returns:
-        The preprocessing, and remarks on what it cannot express or was not said, or "".
+        The preprocessing, and what it cannot express or was not said, or "".
 
     Raises:
         InputError: if it does something that ``Preprocessing`` has no word for.
@@ -231,7 +231,7 @@ def preprocessing_of(
     values = _processor(given, kind, family, where)
     channels = family.input_size[0]
     factor = values.get("rescale_factor", 1 / 255)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+    if not is_number(factor) or not 0 < factor <= 1:
         raise InputError(f"{where}: rescale_factor is {factor!r}; expected 1/255")
     if not values.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise _refused(where, "pixels that are not scaled to [0, 1]")
@@ -261,14 +261,6 @@ def preprocessing_of(
 def without_processor(family: Preprocessing) -> str:
     """The remark where no file says how images are made."""
     return f"{NO_PROCESSOR}: {in_words(family)}"
-
-
-def in_words(found: Preprocessing) -> str:
-    """What decides how images look, in one line."""
-    height, width = found.input_size[1:]
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
-    cut = f" cut out of {math.floor(height / found.crop_pct)}" if found.crop_pct != 1 else ""
-    return f"size {height} x {width}{cut}, {found.interpolation}, mean {mean}, std {std}"
 
 
 def _unsaid(
@@ -333,13 +325,10 @@ def check_size(found: Preprocessing, expected: Preprocessing, folder: Path, wher
 
 
 def _per_channel(found: Any, key: str, channels: int, where: str) -> tuple[float, ...]:
-    found = list(found) if isinstance(found, tuple) else found
-    ok = isinstance(found, list) and len(found) == channels
-    if not ok or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found
-    ):
+    if not are_numbers(found, channels):
+        found = list(found) if isinstance(found, tuple) else found
         raise InputError(f"{where}: {key} is {found!r}; expected {channels} finite numbers")
-    return tuple(float(v) for v in found)
+    return tuple(map(float, found))
 
 
 def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, str]:
@@ -347,13 +336,12 @@ def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, st
     size = values.get("size") or {}
     crop: tuple[int, int] | None = None
     if values.get("do_center_crop"):
-        given = values.get("crop_size") or {}
+        given, what = values.get("crop_size") or {}, f"{where}: crop_size"
         edge = given.get("shortest_edge")
-        height, width = given.get("height", edge), given.get("width", edge)
-        crop = _pair(height, width, f"{where}: crop_size")
+        crop = whole(given.get("height", edge), what), whole(given.get("width", edge), what)
     what = f"{where}: size"
     if size.get("height") is not None:
-        height, width = _pair(size["height"], size.get("width"), what)
+        height, width = whole(size["height"], what), whole(size.get("width"), what)
         cut = crop or (height, width)
         if height * cut[1] != width * cut[0]:
             raise _refused(where, f"a size of {height} x {width} cut to {cut[0]} x {cut[1]}")
@@ -363,10 +351,6 @@ def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, st
     if crop is None:
         raise _refused(where, "images that keep their shape")
     return crop, whole(size["shortest_edge"], what), ""
-
-
-def _pair(height: Any, width: Any, what: str) -> tuple[int, int]:
-    return whole(height, what), whole(width, what)
 
 
 def _refused(where: str, what: str) -> InputError:

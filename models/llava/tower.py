@@ -6,51 +6,28 @@ Written with the library's own layers and forward, it is the yardstick of the me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tome_export.models.hf_checkpoint import library
+from tome_export.models.hf.checkpoint import library
+from tome_export.models.llava.config import Projector
 from tome_export.patch.hf.llava import MergedLlavaTower
 from tome_export.patch.merger import MergeSettings
 from tome_export.spec import SelectFeature
 
 
-@dataclass(frozen=True)
-class Projector:
-    """Shape of a LLaVA projector, from the tower's width to the language model's.
-
-    Attributes:
-        layers: Linear layers, with GELU between them; 0 for the identity.
-        inputs: Width of the tower's tokens.
-        outputs: Width of the language model's.
-        bias: Whether the linear layers have one.
-        bare: Whether a single layer's keys are ``weight`` and ``bias``, not ``0.weight``.
-    """
-
-    layers: int
-    inputs: int
-    outputs: int
-    bias: bool = True
-    bare: bool = False
-
-    @property
-    def token_macs(self) -> int:
-        """MACs per token."""
-        return self.outputs * (self.inputs + (self.layers - 1) * self.outputs) * bool(self.layers)
-
-    def module(self) -> nn.Module:
-        """The projector, its keys those of LLaVA's own: ``0.weight``, ``2.weight``, ..."""
-        if self.layers == 0:
-            return nn.Identity()
-        linear: list[nn.Module] = [nn.Linear(self.inputs, self.outputs, self.bias)]
-        if self.bare:
-            return linear[0]
-        for _ in range(self.layers - 1):
-            linear += [nn.GELU(), nn.Linear(self.outputs, self.outputs, self.bias)]
-        return nn.Sequential(*linear)
+def projector_module(shape: Projector, inputs: int) -> nn.Module:
+    """A projector of ``inputs`` channels, its keys ``0.weight``, ``2.weight``, … as in LLaVA."""
+    if shape.layers == 0:
+        return nn.Identity()
+    linear: list[nn.Module] = [nn.Linear(inputs, shape.outputs, shape.bias)]
+    if shape.bare:
+        return linear[0]
+    for _ in range(shape.layers - 1):
+        linear += [nn.GELU(), nn.Linear(shape.outputs, shape.outputs, shape.bias)]
+    return nn.Sequential(*linear)
 
 
 class LlavaTower(nn.Module):
@@ -93,11 +70,8 @@ class LlavaTower(nn.Module):
         self.vision_model: nn.Module = getattr(whole, "vision_model", whole)
         self.vision_model.post_layernorm = nn.Identity()
         self.select_feature = select_feature
-        self.mm_projector = projector.module() if projector else nn.Identity()
-
-    def with_merging(self, settings: MergeSettings) -> MergedLlavaTower:
-        """The tower with token merging; ``patch`` calls it."""
-        return MergedLlavaTower(self, settings)
+        width = int(config.hidden_size)
+        self.mm_projector = projector_module(projector, width) if projector else nn.Identity()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, tokens, width]``, the class token first if it is kept."""
@@ -111,6 +85,10 @@ class LlavaTower(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """``[B, N, C]`` to the language model's width, if there is a projector."""
         return cast(Tensor, self.mm_projector(x))
+
+    def with_merging(self, settings: MergeSettings) -> MergedLlavaTower:
+        """The tower with token merging; ``patch`` calls it."""
+        return MergedLlavaTower(self, settings)
 
     def place_constants(self) -> None:
         """Make anew what is not in a state dict, for a model made without memory for weights."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tome_export.errors import InputError, UsageError
-from tome_export.models.loading import FileLoader, filled
-from tome_export.models.recipe import CLIP_NORM, Geometry, LoadedModel, Recipe
+from tome_export.models.facts import CLIP_NORM, Geometry, MergingAdvice, ModelOutput
+from tome_export.models.recipe import LoadedModel, Loader, ModelSource, Recipe, filled
 from tome_export.spec import Preprocessing
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import ClipSizes, FrameMerging, VideoOptions
@@ -22,7 +22,7 @@ FRAMES = 12
 
 
 @dataclass(frozen=True)
-class Clip4ClipLoader(FileLoader):
+class Clip4ClipLoader(Loader):
     """Makes a video tower.
 
     Attributes:
@@ -38,7 +38,7 @@ class Clip4ClipLoader(FileLoader):
     prompts: bool = False
 
     def create(self, depth: int | None = None) -> nn.Module:
-        """See ``FileLoader``."""
+        """See ``Loader``."""
         from tome_export.video.clip4clip import Clip4ClipTower
         from tome_export.video.stop import StopTower
 
@@ -50,7 +50,7 @@ class Clip4ClipLoader(FileLoader):
         return made(sizes, self.frames, positions)
 
     def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
-        """See ``FileLoader``."""
+        """See ``Loader``."""
         from tome_export.video.checkpoints import stop_state, tower_state, with_positions
 
         module = self.create(depth)
@@ -72,20 +72,35 @@ class Clip4ClipLoader(FileLoader):
         )
 
 
-def _recipe(name: str, arch: str, patch: int) -> Recipe:
+def _recipe(
+    name: str,
+    loader: Clip4ClipLoader,
+    geometry: Geometry,
+    description: str,
+    weights: str = "a file: CLIP's own, or of video retrieval training",
+    family: str = "clip4clip",
+) -> Recipe:
     return Recipe(
         name=name,
-        family="clip4clip",
+        source=ModelSource(loader, weights, "that of the file"),
         preprocessing=Preprocessing((3, 224, 224), *CLIP_NORM, 1.0, "bicubic"),
-        recommended_r=2,
-        r_source="TempMe's published setting, ahead of the layers that join frames",
-        output_name=VIDEO_FEATURES,
-        description=f"CLIP4Clip's mean-pooling video tower on CLIP {arch}, {FRAMES} frames",
-        weights_source="a file: CLIP's own, or of video retrieval training",
-        licence="that of the file",
-        loader=Clip4ClipLoader(ClipSizes(patch=patch), FRAMES),
-        geometry=Geometry(768, 12, 3072, patch, head_macs=768 * 512),
+        merging=MergingAdvice(
+            2, "TempMe's published setting, ahead of the layers that join frames"
+        ),
+        output=ModelOutput(VIDEO_FEATURES),
+        family=family,
+        description=f"{description}, {FRAMES} frames",
+        geometry=geometry,
         video=VideoOptions(FRAMES),
+    )
+
+
+def _clip4clip(name: str, arch: str, patch: int) -> Recipe:
+    return _recipe(
+        name,
+        Clip4ClipLoader(ClipSizes(patch=patch), FRAMES),
+        Geometry(768, 12, 3072, patch, head_macs=768 * 512),
+        f"CLIP4Clip's mean-pooling video tower on CLIP {arch}",
     )
 
 
@@ -99,21 +114,21 @@ def _stop_macs(width: int, side: int, patch: int) -> int:
     return pixels * inside + tokens * width * between + attention + rows
 
 
-_STOP = replace(
-    _recipe("stop_b32", "ViT-B/32", 32),
-    family="stop",
-    description=f"STOP's video tower with prompts on CLIP ViT-B/32, {FRAMES} frames",
-    weights_source="a file of STOP's training",
-    loader=Clip4ClipLoader(ClipSizes(patch=32), FRAMES, prompts=True),
+_STOP = _recipe(
+    "stop_b32",
+    Clip4ClipLoader(ClipSizes(patch=32), FRAMES, prompts=True),
     # The adapter beside the MLP is as a wider MLP.
-    geometry=Geometry(
+    Geometry(
         768, 12, 3072 + 32, 32, prefix=5, shared=4, video_macs=_stop_macs(768, 7, 32) + 768 * 512
     ),
+    "STOP's video tower with prompts on CLIP ViT-B/32",
+    "a file of STOP's training",
+    "stop",
 )
 
 CLIP4CLIP = (
-    _recipe("clip4clip_b32", "ViT-B/32", 32),
-    _recipe("clip4clip_b16", "ViT-B/16", 16),
+    _clip4clip("clip4clip_b32", "ViT-B/32", 32),
+    _clip4clip("clip4clip_b16", "ViT-B/16", 16),
     _STOP,
 )
 
@@ -137,7 +152,7 @@ def with_video(recipe: Recipe, options: VideoOptions) -> Recipe:
             "such as clip4clip_b32"
         )
     video = VideoOptions(options.frames or recipe.video.frames, options.merging)
-    loader = recipe.loader
+    loader = recipe.source.loader
     if isinstance(loader, Clip4ClipLoader):
         loader = replace(loader, frames=video.frames or FRAMES, merging=video.merging)
         if video.merging is not None:
@@ -147,4 +162,4 @@ def with_video(recipe: Recipe, options: VideoOptions) -> Recipe:
             f"{video.frames} frames were asked of {recipe.name}, whose tower is made for "
             f"{recipe.video.frames}"
         )
-    return replace(recipe, video=video, loader=loader)
+    return replace(recipe, video=video, source=replace(recipe.source, loader=loader))

@@ -1,21 +1,28 @@
-"""Recipes of timm's models: ViT, DeiT, DINOv2, MAE, and image towers. Imports no timm."""
+"""Recipes of timm's models: those with a name, and ``timm:<name>``. Imports no timm by itself."""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from typing import TYPE_CHECKING, Any
 
-from tome_export.models.recipe import (
+from tome_export.errors import InputError
+from tome_export.models.facts import (
     CLIP_NORM,
     HALF_NORM,
     IMAGENET_NORM,
     RULE,
     Geometry,
+    MergingAdvice,
+    ModelOutput,
     Norm,
-    Recipe,
-    recommended_r,
 )
-from tome_export.models.timm_models import TimmLoader
+from tome_export.models.preprocessing import in_words, interpolation_from
+from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
+from tome_export.models.timm.loader import TimmLoader
 from tome_export.spec import Preprocessing
+
+if TYPE_CHECKING:
+    from tome_export.models.facts import OutputName
 
 _SIZES = {
     "tiny": (192, 12),
@@ -45,29 +52,34 @@ def _timm(
     size: int = 224,
     norm: Norm = IMAGENET_NORM,
     crop_pct: float = 0.9,
-    **more: Any,
+    output: OutputName = "features",
+    label_set: str | None = None,
+    licence: str = "apache-2.0",
+    prop_attn: bool = True,
+    arguments: tuple[tuple[str, Any], ...] = (),
+    family: str = "timm_vit",
+    aliases: tuple[str, ...] = (),
 ) -> Recipe:
-    tokens = (size // geometry.patch) ** 2 + geometry.prefix
-    r, where = published or (recommended_r(tokens, geometry.depth), "")
-    facts = {"licence": "apache-2.0", "output_name": "features", **more}
+    r, where = published or (geometry.recommended_r(size), "")
     return Recipe(
         name=name,
-        timm_name=timm_name,
+        source=ModelSource(
+            TimmLoader(timm_name, arguments), f"{by}; hub repository timm/{timm_name}", licence
+        ),
         preprocessing=Preprocessing((3, size, size), *norm, crop_pct, "bicubic"),
-        recommended_r=r,
-        loader=TimmLoader(),
-        r_source=f"ToMe README, {where}" if where else RULE,
+        merging=MergingAdvice(r, f"ToMe README, {where}" if where else RULE, prop_attn),
+        output=ModelOutput(output, label_set=label_set),
+        family=family,
         description=description,
-        weights_source=f"{by}; hub repository timm/{timm_name}",
+        aliases=aliases,
         geometry=geometry,
-        **facts,
     )
 
 
 def _classifier(name: str, arch: str, tag: str, description: str, by: str, **more: Any) -> Recipe:
     prefix = 2 if "_distilled_" in arch else 1
     geometry = _sizes(arch, prefix, prefix * 1000)
-    more |= {"output_name": "logits", "label_set": "imagenet-1k", "aliases": (arch,)}
+    more |= {"output": "logits", "label_set": "imagenet-1k", "aliases": (arch,)}
     return _timm(name, f"{arch}.{tag}", description, geometry, by, **more)
 
 
@@ -109,7 +121,7 @@ def _dinov2(name: str, arch: str, title: str, registers: int = 0) -> Recipe:
         _sizes(arch, 1 + registers),
         "Meta Research (DINOv2)",
         crop_pct=1.0,
-        timm_kwargs=(("img_size", 224),),
+        arguments=(("img_size", 224),),
     )
 
 
@@ -156,25 +168,28 @@ def _eva(name: str, timm_name: str, title: str, geometry: Geometry, **more: Any)
 
 DIGITS = Recipe(
     name="vit_digits",
-    timm_name="vit_tiny_patch16_224",
-    timm_kwargs=(
-        ("img_size", 32),
-        ("patch_size", 4),
-        ("in_chans", 1),
-        ("num_classes", 10),
-        ("embed_dim", 64),
-        ("depth", 6),
-        ("num_heads", 4),
+    source=ModelSource(
+        TimmLoader(
+            "vit_tiny_patch16_224",
+            (
+                ("img_size", 32),
+                ("patch_size", 4),
+                ("in_chans", 1),
+                ("num_classes", 10),
+                ("embed_dim", 64),
+                ("depth", 6),
+                ("num_heads", 4),
+            ),
+            bundled="vit_digits.safetensors",
+        ),
+        "trained by scripts/train_vit_digits.py on scikit-learn's digits",
+        "apache-2.0",
     ),
     preprocessing=Preprocessing((1, 32, 32), (0.5,), (0.5,), 1.0, "bicubic"),
-    recommended_r=8,
-    loader=TimmLoader(),
-    r_source="measured on its test images; also the " + RULE,
+    merging=MergingAdvice(8, "measured on its test images; also the " + RULE),
+    output=ModelOutput(labels=tuple("0123456789")),
+    family="timm_vit",
     description="ViT of 6 blocks on scikit-learn's digits; its weights and test images come along",
-    weights_source="trained by scripts/train_vit_digits.py on scikit-learn's digits",
-    licence="apache-2.0",
-    labels=tuple("0123456789"),
-    bundled="vit_digits.safetensors",
     geometry=Geometry(64, 6, 256, 4, head_macs=640),
 )
 """The model whose weights and test images come along."""
@@ -253,3 +268,79 @@ TIMM = (
     ),
 )
 """Recipes of timm's models, in the order to show them."""
+
+_LABEL_SETS = {1000: "imagenet-1k", 21843: "imagenet-21k-goog", 11821: "imagenet-12k"}
+
+
+def close_timm_names(name: str) -> list[str]:
+    """Up to three timm architectures whose names are close, or that start or end like it."""
+    from timm import list_models
+
+    names = list_models()
+    arch = name.partition(".")[0].lower()
+    if arch in names:
+        return [arch]
+    close = difflib.get_close_matches(arch, names, n=3, cutoff=0.75)
+    return close or [match for match in names if len(arch) > 4 and match.startswith(arch)][:3]
+
+
+def recipe_from_timm(name: str) -> Recipe:
+    """A recipe for ``timm:<name>``, its facts from timm's pretrained configuration.
+
+    The name may carry a tag of weights (``vit_base_patch16_224.mae``). r is ``recommended_r``;
+    proportional attention is on except for MAE weights, as the ToMe authors advise.
+
+    Raises:
+        InputError: if timm has no such name, or the model has no tokens to merge.
+    """
+    from timm import get_pretrained_cfg, is_model, list_pretrained
+
+    arch, _, tag = name.partition(".")
+    if not is_model(arch):
+        close = [f"timm:{match}" for match in close_timm_names(name)]
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise InputError(f"timm has no model {arch!r}; {hint}")
+    tags = [m.partition(".")[2] for m in list_pretrained(f"{arch}.*")]
+    if tag and tag not in tags:
+        known = ", ".join(tags) or "none"
+        raise InputError(f"timm has no weights {tag!r} of {arch}; it has {known}")
+    cfg: Any = get_pretrained_cfg(name)
+    if cfg is not None and cfg.tag:
+        name = f"{arch}.{cfg.tag}"
+    values: dict[str, Any] = cfg.to_dict() if cfg is not None else {}
+    loader = TimmLoader(name)
+    model: Any = loader.architecture()
+    weights = str(values.get("hf_hub_id") or values.get("url") or "none")
+    licence = str(values.get("license") or "not stated by timm")
+    return recipe_from_model(
+        f"timm:{name}",
+        ModelSource(loader, weights, licence),
+        preprocessing_from_cfg(values),
+        unmerged(f"timm:{name} is", model),
+        family="timm_vit",
+        description=_description(arch, values),
+        output=ModelOutput(label_set=_LABEL_SETS.get(getattr(model, "num_classes", 0))),
+        prop_attn="mae" not in str(values.get("tag") or "").split("_"),
+    )
+
+
+def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:
+    """Preprocessing from a timm pretrained configuration; ImageNet's where it is silent."""
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    return Preprocessing(
+        input_size=(channels, height, width),
+        mean=tuple(cfg.get("mean") or IMAGENET_NORM[0]),
+        std=tuple(cfg.get("std") or IMAGENET_NORM[1]),
+        crop_pct=float(cfg.get("crop_pct") or 0.875),
+        interpolation=interpolation_from(cfg.get("interpolation") or "bicubic", "timm"),
+    )
+
+
+def _description(arch: str, cfg: dict[str, Any]) -> str:
+    if not cfg:
+        said = in_words(preprocessing_from_cfg(cfg))
+        return f"timm's {arch}; timm says nothing of its images, ImageNet's are taken: {said}"
+    mode = cfg.get("crop_mode") or "center"
+    # Preprocessing has the centre crop only, so the difference is told instead of hidden.
+    other = f"; timm's evaluation uses crop mode {mode!r}, here images are centre-cropped"
+    return f"timm's {arch}{other * (mode != 'center')}"

@@ -1,0 +1,1 @@
+"""Transformers' vision models: recipes, and making them."""

@@ -1,0 +1,228 @@
+"""Making Transformers' vision models and loading their weights. Imports no torch by itself.
+
+The library makes the model and brings checkpoints of all its versions into its present layout; of
+a checkpoint of images and text only the image tower's tensors are read. Where the library would
+draw weights at random, or leave some out, the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_export.errors import InputError
+from tome_export.models.hf.checkpoint import quiet, read_config, reason_of, vision_config
+from tome_export.models.hub import weights_folder
+from tome_export.models.recipe import LoadedModel, Loader, Recipe, WeightsInfo, loaded, refuse_depth
+from tome_export.weights.files import (
+    Checkpoint,
+    bare_name,
+    check_finite,
+    check_stored,
+    misfit,
+    sha256,
+    stored_dtype,
+)
+from tome_export.weights.shards import tensors_from_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    State = dict[str, Tensor]
+
+TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+"""What is taken of models of images and text: the class by their model type."""
+
+CLASSIFIERS = {"clip": "CLIPForImageClassification", "siglip": "SiglipForImageClassification"}
+"""What is taken instead where a checkpoint says that it is one: image tower and classifier, which
+are configured by the configuration of both halves."""
+
+_UNUSED = ("embeddings.position_ids", "embeddings.mask_token")
+# A classifier's checkpoint serves the bare model as well, a CLIP model's that without a
+# projection, and so on: exactly these may be left over.
+_HEADS = re.compile(
+    r"(?:classifier|cls_classifier|distillation_classifier|visual_projection|pooler\.dense)"
+    r"\.(?:weight|bias)"
+)
+_CLASSIFIER = re.compile(r"(?:classifier|cls_classifier|distillation_classifier)\.weight")
+_POOLING_HEAD = re.compile(r"(?:vision_model\.)?head\..+")
+
+
+@dataclass(frozen=True)
+class HfLoader(Loader):
+    """Makes a model of Transformers.
+
+    Attributes:
+        cls: The library's name of the class.
+        values: Content of ``config.json``.
+        source: Folder or hub name of the checkpoint.
+        image_size: Side of the images in pixels, where positions are to be resampled for it.
+    """
+
+    cls: str
+    values: dict[str, Any]
+    source: str
+    image_size: int | None = None
+
+    def create(self, depth: int | None = None) -> nn.Module:
+        """See ``Loader``."""
+        made: nn.Module = self._make(depth, self.image_size)
+        return made
+
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
+        """See ``Loader``."""
+        refuse_depth(depth)
+        self._check_beside(checkpoint.path)
+        state = {new: v for key, v in checkpoint.state.items() if (new := self._own(key))}
+        info = WeightsInfo("file", checkpoint.source, sha256(checkpoint.path), key=checkpoint.key)
+        return self._loaded(recipe, state, info)
+
+    def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:
+        """See ``Loader``."""
+        refuse_depth(depth)
+        folder = weights_folder(self.source)
+        state, names = tensors_from_folder(folder, self._own)
+        source = ", ".join(f"{folder.name}/{name}" for name in names) or self.source
+        digest = sha256(folder / names[0]) if len(names) == 1 else None
+        return self._loaded(recipe, state, WeightsInfo("pretrained", source, digest))
+
+    @property
+    def dense_only(self) -> bool:
+        """Whether it has no pooling head, so that there are features of patches only."""
+        headless = not getattr(self.config(), "vision_use_head", True)
+        return self.cls == "SiglipVisionModel" and headless
+
+    def config(self, depth: int | None = None, image_size: int | None = None) -> Any:
+        """The library's configuration, with so many layers and of that image size if given."""
+        from tome_export.patch.hf.base import check_attention
+
+        config = vision_config(self.values, self.source)
+        check_attention(config._attn_implementation, self.source)
+        config.num_hidden_layers = depth or config.num_hidden_layers
+        config.image_size = image_size or config.image_size
+        return config
+
+    def _whole(self, vision: Any) -> Any:
+        """The configuration that the class is made of: of both halves for some classifiers."""
+        if self.cls not in CLASSIFIERS.values():
+            return vision
+        given = {key: value for key, value in self.values.items() if key != "vision_config"}
+        with quiet() as transformers:
+            config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
+        config.vision_config = vision
+        return config
+
+    def _make(self, depth: int | None = None, image_size: int | None = None) -> Any:
+        config = self._whole(self.config(depth, image_size))
+        with quiet() as transformers:
+            # Its layers check their sizes with many classes of error.
+            try:
+                return getattr(transformers, self.cls)(config)
+            except Exception as error:
+                raise InputError(
+                    f"config.json of {self.source} does not make a {self.cls} "
+                    f"({reason_of(error)}); expected the configuration of a whole checkpoint"
+                ) from None
+
+    def _own(self, key: str) -> str | None:
+        """The vision model's name of a checkpoint's tensor; None for what is no part of it."""
+        key = bare_name(key).removeprefix("module.")
+        both = self.values["model_type"] in TOWERS or self.cls.startswith(("CLIP", "Siglip"))
+        text = both and key.startswith(("text_model.", "text_projection.", "logit_"))
+        return None if text or key.endswith("embeddings.position_ids") else key
+
+    def _check_beside(self, weights: Path) -> None:
+        """Refuse a file whose config.json says another activation, which no tensor shows."""
+        if not weights.with_name("config.json").is_file():
+            return
+        values = read_config(weights.parent)
+        vision = values.get("vision_config", values)
+        theirs = vision.get("hidden_act") if isinstance(vision, dict) else None
+        ours = self.config().hidden_act
+        if isinstance(theirs, str) and theirs != ours:
+            raise InputError(
+                f"config.json beside {weights} says hidden_act {theirs!r}, but {self.source} has "
+                f"{ours!r}; build hf:{weights.parent}"
+            )
+
+    def _loaded(self, recipe: Recipe, state: State, info: WeightsInfo) -> LoadedModel:
+        import torch
+
+        remarks = [info.source]
+        if self.image_size not in (None, before := self.config().image_size):
+            remarks.append(f"position embedding resampled {before} -> {self.image_size} pixels")
+        stored = stored_dtype(state.values())
+        # The library draws weights first, also where all are replaced.
+        with torch.random.fork_rng(devices=[]):
+            module = self._filled(state)
+            # A bare model's class leaves the classifier of its checkpoint out: not in silence.
+            own = {name.partition(".")[0] for name, _ in module.named_parameters()}
+            heads = {key.partition(".")[0] for key in state if _CLASSIFIER.fullmatch(key)}
+            if left := ", ".join(sorted(heads - own)):
+                remarks.append(f"its {left} left out, as {self.cls} has none")
+            info = replace(info, source="; ".join(remarks), stored_dtype=stored)
+            return loaded(self._resampled(module), recipe, info)
+
+    def _filled(self, state: State) -> Any:
+        """The model with the tensors of a checkpoint: all of them, and of no other shapes."""
+        import torch
+
+        who = f"weights of {self.source}"
+        check_stored(state, who)
+        check_finite(state, f"{who} have")
+        config, extra = self._whole(self.config()), {}
+        pooled = any(key.endswith("pooler.dense.weight") for key in state)
+        if self.cls in ("ViTModel", "DeiTModel") and not pooled:
+            extra["add_pooling_layer"] = False
+        with quiet() as transformers:
+            # Shapes that differ are listed with the rest instead of ending in an error of its own.
+            try:
+                module, info = getattr(transformers, self.cls).from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=state,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **extra,
+                )
+            except Exception as error:
+                raise InputError(
+                    f"{who} do not fit its config.json ({reason_of(error)}); expected the whole "
+                    "checkpoint of this architecture"
+                ) from None
+        missing = (key for key in sorted(info["missing_keys"]) if not key.endswith(_UNUSED))
+        unexpected = (key for key in sorted(info["unexpected_keys"]) if not self._spare(key))
+        wrong = {key: (got, want) for key, got, want in sorted(info["mismatched_keys"])}
+        if text := misfit(missing, unexpected, wrong):
+            raise InputError(
+                f"{who} do not fit its config.json: {text}; expected the whole checkpoint of this "
+                "architecture"
+            )
+        for key in info["missing_keys"]:
+            module.get_parameter(key).data.zero_()
+        return module
+
+    def _spare(self, key: str) -> bool:
+        head = self.dense_only and _POOLING_HEAD.fullmatch(key)
+        return key.endswith(_UNUSED) or bool(_HEADS.fullmatch(key) or head)
+
+    def _resampled(self, module: Any) -> Any:
+        """The model for another image size, its positions as the library resamples them."""
+        import torch
+
+        size = self.image_size
+        if size in (None, self.config().image_size):
+            return module
+        resampled = self._make(image_size=size)
+        base, other = (getattr(m, m.base_model_prefix, m) for m in (module, resampled))
+        tokens = other.embeddings.position_embeddings.shape[1]
+        with torch.no_grad():
+            like = torch.empty(1, tokens, module.config.hidden_size)
+            position = base.embeddings.interpolate_pos_encoding(like, size, size)
+        state = module.state_dict()
+        key = next(key for key in state if key.endswith("position_embeddings"))
+        resampled.load_state_dict({**state, key: position})
+        return resampled

@@ -1,0 +1,1 @@
+"""LLaVA's vision towers: recipes, and making them."""

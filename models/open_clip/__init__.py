@@ -1,0 +1,1 @@
+"""Open_clip's image towers: recipes, and making them."""

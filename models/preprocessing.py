@@ -1,0 +1,40 @@
+"""What a library says of its images, as ``Preprocessing`` or in words."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+from tome_export.errors import InputError
+from tome_export.spec import Interpolation, Preprocessing
+
+
+def interpolation_from(value: str, library: str) -> Interpolation:
+    """A library's name of a way to resize; raises an ``InputError`` if we have no such way."""
+    for known in get_args(Interpolation):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    raise InputError(
+        f"{library} resizes images for this model with {value!r}; "
+        f"supported: {', '.join(get_args(Interpolation))}"
+    )
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def are_numbers(values: object, count: int) -> bool:
+    """Whether values are a list or tuple of so many finite numbers."""
+    if not isinstance(values, tuple | list) or len(values) != count:
+        return False
+    return all(map(is_number, values))
+
+
+def in_words(found: Preprocessing) -> str:
+    """What decides how images look, in one line."""
+    height, width = found.input_size[1:]
+    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
+    cut = f" cut out of {math.floor(height / found.crop_pct)}" if found.crop_pct != 1 else ""
+    return f"size {height} x {width}{cut}, {found.interpolation}, mean {mean}, std {std}"

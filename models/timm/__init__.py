@@ -1,0 +1,1 @@
+"""timm's models: recipes, and making them."""

@@ -1,0 +1,1 @@
+"""torchvision's ViTs: recipes, and making them."""

@@ -1,0 +1,1 @@
+"""Video towers on CLIP: recipes, and making them."""
