@@ -55,7 +55,7 @@ class CascadeServeRequest:
         name: What the names of the models begin with; None for the model's.
         preprocess: Write also a pipeline that takes encoded images.
         force: Replace existing models.
-        self_test: As of ``ServeRequest``.
+        self_test: Have a server answer first; see ``ServeRequest``.
     """
 
     repository: Path

@@ -47,9 +47,9 @@ requests in a thousand waiting for 500 ms although the instance is free; without
 two instances, none of thousands did."""
 
 CUDA_OPTIONS = {"use_tf32": "0"}
-"""For ONNX Runtime's CUDA provider, which by default rounds the factors of fp32 products to 10 bits
-of mantissa: tokens whose scores differ by less would merge otherwise than in the reference. The
-backend hands such keys on since release 24.06."""
+"""Options of ONNX Runtime's CUDA provider, which otherwise rounds the factors of fp32 products to
+10 bits of mantissa: tokens whose scores differ by less would merge otherwise than in the reference.
+The backend hands such keys on since release 24.06."""
 
 LABELS = "labels.txt"
 

@@ -43,7 +43,7 @@ NICENESS = 10
 """How far their processes stand back behind all others."""
 
 _SEGMENTS = 200
-"""Of a JPEG file, in front of its size; a colour profile of 10 MB takes 160."""
+"""Most segments of a JPEG file in front of its size; a colour profile of 10 MB takes 160."""
 
 
 def beside(name: str, folder: Path) -> ModuleType:
