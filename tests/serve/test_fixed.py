@@ -218,11 +218,15 @@ def test_what_is_said(make_artifact, tmp_path):
 
 RANGE, ONE_SIZE = {}, {"batch": "4"}
 FILES = {NAME: "model.onnx"}, {NAME: "model.py", MODEL: "model.onnx"}
+LEFT = (
+    f"{NAME} holds its file itself now, and servers go on loading {MODEL}, which filled batches up "
+    "for it: remove that folder"
+)
 
 
 @pytest.mark.parametrize(("first", "then"), [(0, 1), (1, 0)])
 def test_from_a_range_to_one_size_and_back(make_artifact, tmp_path, first, then):
-    """What is said first is what helps, and nothing is left that nobody asks."""
+    """What is said first is what helps, and what nobody asks any more is named."""
     repository = tmp_path / "repository"
     made = [make_artifact(**changes) for changes in (RANGE, ONE_SIZE)]
 
@@ -245,22 +249,9 @@ def test_from_a_range_to_one_size_and_back(make_artifact, tmp_path, first, then)
     assert served() == FILES[first]
     request = ServeRequest((made[then],), repository, ServeOptions(version=1), force=True)
     done = serve(request)
-    assert served() == FILES[then]
-    said = f"{NAME} holds its file itself now: {MODEL} is removed"
-    assert (said in done.notes) == (then == 0)
-    assert serve(request).notes == (() if then == 0 else done.notes)
-
-
-def test_a_model_that_another_asks_is_not_removed(make_artifact, tmp_path):
-    repository = tmp_path / "repository"
-    serve(ServeRequest((make_artifact(batch="4"),), repository))
-    theirs = repository / "theirs" / "config.pbtxt"
-    theirs.parent.mkdir()
-    theirs.write_text(f"ensemble_scheduling {{ step {{ model_name: '{MODEL}' }} }}")
-    request = ServeRequest((make_artifact(),), repository, ServeOptions(version=1), force=True)
-    kept = f"{NAME} holds its file itself now, and servers go on loading {MODEL}: another model's"
-    assert any(note.startswith(kept) for note in serve(request).notes)
-    assert (repository / MODEL / "1" / "model.onnx").is_file()
+    assert served() == {**FILES[first], **FILES[then]}
+    assert (LEFT in done.notes) == (then == 0)
+    assert serve(request).notes == done.notes
 
 
 @pytest.mark.usefixtures("installation")

@@ -23,13 +23,12 @@ from tome_export.artifact import Artifact, write_manifest
 from tome_export.artifact.manifest import read_manifest
 from tome_export.errors import InputError
 from tome_export.serve.client import connect
-from tome_export.serve.config import config_from_text, file_folder
+from tome_export.serve.config import FRONT_INSTANCES, config_from_text, file_folder
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.model_file import model_file_from_artifact
 from tome_export.serve.names import ROUTES
 from tome_export.serve.repository import write
 from tome_export.serve.router import (
-    ROUTER_INSTANCES,
     ROUTES_FILE,
     Route,
     RouteList,
@@ -251,7 +250,7 @@ def test_config_of_a_router(make_artifact, instances):
     configs = {"small": config_of(artifact)}
     folder = router_folder(ROUTER, [route_to(artifact, "small")], configs, options)
     assert {*folder.files} == {"3/model.py", "3/routes.json"}
-    assert folder.config.instance_group[0].count == max(ROUTER_INSTANCES, instances)
+    assert folder.config.instance_group[0].count == max(FRONT_INSTANCES, instances)
     assert folder.config.parameters[ROUTES].string_value == "small"
     assert folder.config.max_batch_size == 8
 

@@ -8,30 +8,19 @@ from pathlib import Path
 
 from tome_export.artifact import Artifact
 from tome_export.artifact.cascade import Cascade, ServedCascade
-from tome_export.errors import InputError
 from tome_export.progress import Progress
+from tome_export.serve import names
 from tome_export.serve.config import (
     ModelFolder,
     ServeOptions,
     check_packages,
-    interface_of,
-    interface_values,
-    python_config,
+    front_config,
     python_folder,
     tensor_values,
 )
 from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.main import ServeRequest, serve, why_untested
 from tome_export.serve.model_file import model_file_from_artifact
-from tome_export.serve.names import (
-    CASCADE,
-    PIPELINE,
-    POSTPROCESS,
-    PREPROCESS,
-    ROUTER,
-    check_chosen_name,
-    plain_name,
-)
 from tome_export.serve.repository import (
     CASCADE_SETTINGS,
     cascade_exists,
@@ -39,7 +28,6 @@ from tome_export.serve.repository import (
     check_repository,
     versions_of,
 )
-from tome_export.serve.router import ROUTER_INSTANCES
 
 OUTPUTS = (("budget", "int32"), ("macs", "int64"))
 """What a cascade gives besides the models' outputs, each ``[B, 1]``."""
@@ -68,7 +56,9 @@ class CascadeServeRequest:
     @property
     def model(self) -> str:
         """Name of the model that asks the members."""
-        return f"{self.name or plain_name(self.members[-1].manifest.model.name)}{CASCADE}"
+        return (
+            f"{self.name or names.plain_name(self.members[-1].manifest.model.name)}{names.CASCADE}"
+        )
 
 
 def check_cascade(request: CascadeServeRequest) -> None:
@@ -84,9 +74,9 @@ def check_cascade(request: CascadeServeRequest) -> None:
     check_packages()
     model = check_repository(request.repository) / request.model
     if request.name is not None:
-        check_chosen_name(request.name)
-    around = ("", PREPROCESS, POSTPROCESS, PIPELINE) if request.preprocess else ("",)
-    for folder in (model.with_name(f"{model.name}{end}") for end in around):
+        names.check_chosen_name(request.name)
+    around = (names.PREPROCESS, names.POSTPROCESS, names.PIPELINE) if request.preprocess else ()
+    for folder in (model, *(model.with_name(f"{model.name}{end}") for end in around)):
         if folder.exists():
             check_ours(folder)
     if versions_of(model) and not request.force:
@@ -125,13 +115,13 @@ def serve_cascade(
         self_test=request.self_test,
     )
     done = serve(serving, progress, further)
-    names = [model.name for model in done.models]
-    first = names.index(request.model)
-    asked = (name for name in names[:first] if not name.endswith(ROUTER))
+    models = [model.name for model in done.models]
+    first = models.index(request.model)
+    members = (name for name in models[:first] if not name.endswith(names.ROUTER))
     return ServedCascade(
         repository=str(done.repository),
-        models=(*asked, *names[first:]),
-        entry=names[-1],
+        models=(*members, *models[first:]),
+        entry=models[-1],
         notes=(*done.notes, *filter(None, [done.self_test])),
     )
 
@@ -148,20 +138,12 @@ def cascade_folder(
     Raises:
         InputError: if inputs or outputs differ.
     """
-    first = members[0]
-    for member in members:
-        if interface_of(member.config) != interface_of(first.config):
-            raise InputError(
-                f"models {first.name} and {member.name} have different inputs or outputs; a "
-                "cascade needs artifacts of one model"
-            )
-    outputs = [tensor_values(tensor, dtype, [1]) for tensor, dtype in OUTPUTS]
-    config = python_config(
+    config = front_config(
+        "cascade",
         name,
-        min(one.config.max_batch_size for one in members),
-        count=max(ROUTER_INSTANCES, options.instances),
-        input=interface_values(first.config.input),
-        output=[*interface_values(first.config.output), *outputs],
+        {member.name: member.config for member in members},
+        options,
+        [tensor_values(tensor, dtype, [1]) for tensor, dtype in OUTPUTS],
     )
     settings = {
         **result.settings.model_dump(mode="json"),

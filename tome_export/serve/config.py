@@ -46,6 +46,10 @@ LEAST_WITH_LIMITS = 2
 requests in a thousand waiting for 500 ms although the instance is free; without limits, or with
 two instances, none of thousands did."""
 
+FRONT_INSTANCES = 4
+"""Least instances of a router or a cascade: one answers the requests that it has taken together,
+and takes no other until the slowest of them is answered."""
+
 CUDA_OPTIONS = {"use_tf32": "0"}
 """Options of ONNX Runtime's CUDA provider, which otherwise rounds the factors of fp32 products to
 10 bits of mantissa: tokens whose scores differ by less would merge otherwise than in the reference.
@@ -358,6 +362,33 @@ def python_config(name: str, max_batch: int, *, count: int, **fields: Any) -> Mo
     common: dict[str, Any] = {"instance_group": instances, "dynamic_batching": {}}
     common |= fields
     return config_from_values(name=name, backend="python", max_batch_size=max_batch, **common)
+
+
+def front_config(
+    kind: str,
+    name: str,
+    models: Mapping[str, ModelConfig],
+    options: ServeOptions,
+    outputs: Sequence[Mapping[str, Any]] = (),
+    **fields: Any,
+) -> ModelConfig:
+    """A router or cascade in front of models of one interface, with ``outputs`` of its own."""
+    first, *others = models
+    interface = models[first]
+    for other in others:
+        if interface_of(models[other]) != interface_of(interface):
+            raise InputError(
+                f"models {first} and {other} have different inputs or outputs; a {kind} needs "
+                "artifacts of one model, give another --name"
+            )
+    return python_config(
+        name,
+        min(config.max_batch_size for config in models.values()),
+        count=max(FRONT_INSTANCES, options.instances),
+        input=interface_values(interface.input),
+        output=[*interface_values(interface.output), *outputs],
+        **fields,
+    )
 
 
 def python_folder(

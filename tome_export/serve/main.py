@@ -34,7 +34,6 @@ from tome_export.serve.repository import (
     WrittenModel,
     check_repository,
     choose_version,
-    is_named_elsewhere,
     is_ours,
     models_in,
     write,
@@ -164,13 +163,6 @@ def serve(
         folders += further([one.called for one in served])
     _check_names(folders)
     server_options_from_repository(repository)  # finds damaged configs
-    # Models of one batch size that nobody asks any more.
-    unused = [
-        name
-        for one in served
-        if len(one.models) == 1 and is_ours(repository / (name := f"{one.called.name}{FIXED}"))
-    ]
-    removed = [n for n in unused if request.force and not is_named_elsewhere(repository, n)]
     files = [one.file for one in served]
     untested = why_untested(files, request.self_test) if request.self_test is not False else ""
     tested = [f"No self-test: {untested}"] if untested else []
@@ -184,16 +176,19 @@ def serve(
     testing = request.self_test is not False and not untested
     if not testing:
         progress.stage(f"Write {repository}")
-    written = write(
-        repository, folders, force=request.force, remove=removed, check=check if testing else None
-    )
+    written = write(repository, folders, force=request.force, check=check if testing else None)
     server = server_options_from_repository(repository)
     if request.kserve is not None:
         write_manifest(request.kserve, folders, entry, request.kserve_options, server)
     notes = [
         *(note for one in served for note in one.file.notes),
         *(_batching_note(one) for one in served if len(one.models) > 1),
-        *(_unused_note(name, removed, force=request.force) for name in unused),
+        *(
+            f"{one.called.name} holds its file itself now, and servers go on loading "
+            f"{one.called.name}{FIXED}, which filled batches up for it: remove that folder"
+            for one in served
+            if len(one.models) == 1 and is_ours(repository / f"{one.called.name}{FIXED}")
+        ),
         *([] if routers or not many else [_no_router_note(served)]),
         *(
             f"{artifact.path}: {artifact.stale[BENCH]}"
@@ -349,15 +344,6 @@ def _batching_note(one: _ServedArtifact) -> str:
         f"{model} takes batches of exactly {batch}; {name} takes 1 to {batch} images of any number "
         "of requests and fills them up for it"
     )
-
-
-def _unused_note(name: str, removed: Sequence[str], *, force: bool) -> str:
-    """What became of a model of one batch size that nobody asks any more."""
-    now = f"{name.removesuffix(FIXED)} holds its file itself now"
-    if name in removed:
-        return f"{now}: {name} is removed"
-    why = "another model's config names it" if force else "give --force to remove it"
-    return f"{now}, and servers go on loading {name}: {why}"
 
 
 def _no_router_note(served: Sequence[_ServedArtifact]) -> str:

@@ -13,7 +13,6 @@ import ctypes
 import errno
 import filecmp
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +132,6 @@ def write(
     folders: Sequence[ModelFolder],
     *,
     force: bool = False,
-    remove: Sequence[str] = (),
     check: Callable[[Path], None] | None = None,
 ) -> list[WrittenModel]:
     """Add models, or versions of models, to a repository.
@@ -146,7 +144,6 @@ def write(
         folders: What to write.
         force: Replace a version that has other files. Without it only models that hold nothing of
             their own (decoding, labels, ensemble, router; not a cascade) are replaced.
-        remove: Names of models of ours to take away, after the others are there.
         check: Called before anything is changed, with a repository of these models and no others.
 
     Raises:
@@ -162,11 +159,9 @@ def write(
             for folder in folders
             for model in [repository / folder.name]
         ]
-        for name in remove:
-            check_ours(repository / name)
-        if any(changes) or remove or check is not None:
-            leaving = {*remove, *(one.folder.name for one in changes if "." in one.entries)}
-            staying = [name for name in models_in(repository) if name not in leaving]
+        if any(changes) or check is not None:
+            whole = [change.folder.name for change in changes if "." in change.entries]
+            staying = [name for name in models_in(repository) if name not in whole]
             with _staging(repository, staying) as made:
                 if check is not None:
                     for folder in folders:
@@ -176,8 +171,6 @@ def write(
                     _stage(made / change.folder.name, change, made / VIEW / change.folder.name)
                 for change in changes:
                     _publish(made / change.folder.name, repository / change.folder.name, change)
-                for name in remove:
-                    (repository / name).rename(made / name)
     return [
         WrittenModel(name, versions_of(repository / name), "written" if change else "unchanged")
         for name, change in zip(named, changes, strict=True)
@@ -237,13 +230,6 @@ def config_of(model: Path) -> ModelConfig:
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not a model config ({error}); correct or remove it") from error
     return config_from_text(text, str(file))
-
-
-def is_named_elsewhere(repository: Path, name: str) -> bool:
-    """Whether the config of another model has this one's name in it, as that of an ensemble has."""
-    quoted = re.compile(rb"""(["'])%s\1""" % re.escape(name.encode()))
-    others = (repository / other / CONFIG for other in models_in(repository) if other != name)
-    return any(quoted.search(file.read_bytes()) for file in others)
 
 
 def check_ours(model: Path) -> None:

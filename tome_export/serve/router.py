@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tome_export.artifact.document import Document, Measure, Part
 from tome_export.errors import InputError
-from tome_export.serve.config import (
-    ModelFolder,
-    ServeOptions,
-    interface_of,
-    interface_values,
-    python_config,
-    python_folder,
-)
+from tome_export.serve.config import ModelFolder, ServeOptions, front_config, python_folder
 from tome_export.serve.names import PIPELINE, ROUTER, ROUTES
 from tome_export.serve.repository import config_of, is_ours, models_in, versions_of
 
@@ -25,10 +18,6 @@ if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     from tome_export.artifact import Artifact
-
-ROUTER_INSTANCES = 4
-"""Least instances of a router or a cascade: one answers the requests that it has taken together,
-and takes no other until the slowest of them is answered."""
 
 ROUTES_FILE = "routes.json"
 
@@ -138,20 +127,12 @@ def router_folder(
                 f"models {before.model} and {route.model} both merge r = {route.r:g}; a router "
                 "needs one model for each r, give another --name"
             )
-        if interface_of(configs[route.model]) != interface_of(configs[before.model]):
-            raise InputError(
-                f"models {before.model} and {route.model} have different inputs or outputs; "
-                "a router needs artifacts of one model, give another --name"
-            )
-    models = [route.model for route in ordered]
-    first = configs[models[0]]
-    config = python_config(
+    config = front_config(
+        "router",
         name,
-        min(configs[model].max_batch_size for model in models),
-        count=max(ROUTER_INSTANCES, options.instances),
-        input=interface_values(first.input),
-        output=interface_values(first.output),
-        parameters={ROUTES: {"string_value": ",".join(models)}},
+        {route.model: configs[route.model] for route in ordered},
+        options,
+        parameters={ROUTES: {"string_value": ",".join(route.model for route in ordered)}},
         # It hands requests on one by one, and of images that are taken together one whose bytes are
         # not as long as they say fails all.
         dynamic_batching=None,
