@@ -87,18 +87,19 @@ def logits_of(session, pixels):
 
 
 def served(members, repository, policy="confidence", **more):
-    """Calibrate and serve, as the command does."""
+    """Calibrate and serve, as the command does; the document, with what was served."""
     opened = members_of([*members.values()])
     request = CascadeServeRequest(repository, opened, **more)
     check_cascade(request)
     goal = Goal.target_macs("60%")
     found = cascade(CascadeRequest(opened, ("samples",), policy, goal, limit=80))
-    return serve_cascade(request, found, POLICY, Silent())
+    made = serve_cascade(request, found, POLICY, Silent())
+    return found.model_copy(update={"served": made})
 
 
 @pytest.fixture(scope="module")
 def calibrated(digit_members, tmp_path_factory):
-    """The repository of a cascade by confidence, with a pipeline, and what is in it."""
+    """The repository of a cascade by confidence, with a pipeline, and the result."""
     folder = tmp_path_factory.mktemp("cascade")
     return folder, served(digit_members, folder, preprocess=True, self_test=None)
 
@@ -235,7 +236,7 @@ def test_the_other_policies_group_images_by_budget(
     before = {path: path.stat().st_mtime_ns for path in repository.glob("*_r*/1/model.onnx")}
     done = served(digit_members, repository, name, force=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert done.entry == NAME
+    assert done.served.entry == NAME
     grpc.load_model(NAME)
     settings = settings_in(repository)
     names = [member.model for member in settings.members]
@@ -318,7 +319,7 @@ def test_a_self_test_without_a_server_is_refused_before_the_calibration(
     with pytest.raises(MissingComponentError, match=r"^no server; leave --self-test out$"):
         check_cascade(request)
     done = served(digit_members, tmp_path / "repository", self_test=None)
-    assert "No self-test: no server" in done.notes
+    assert "No self-test: no server" in done.served.notes
 
 
 @pytest.mark.parametrize("failing", [0, 1])
