@@ -18,6 +18,7 @@ from reducers import (
     Reference,
     assert_engine_builds,
     assert_holds,
+    assert_is_plan,
     assert_macs,
     assert_nothing_lost,
     assert_parity,
@@ -127,7 +128,7 @@ CASES = {
         [17, 0, 20, 1000],
         [17, 0, 20, 26, 0, 0],
         63,
-        ([0, 1, 2, 4, 5, 6, 7], [3, 8], [1, 1]),
+        ([0, 1, 2, 3, 4, 5, 8], [6, 7], [1, 1]),
     ),
     "dtem": Case(
         ("weights=random", "features=8"),
@@ -283,7 +284,8 @@ def test_what_always_holds(name, data, seed, duplicates):
     index = data.draw(st.integers(0, case.last), "index")
     layer, reference = layer_of(name, tokens, r, prefix, seed, index=index, duplicates=duplicates)
     with torch.no_grad():
-        x, size = assert_holds(reducer, layer)
+        # The energies of duplicates are sums whose rounding depends on the batch.
+        x, size = assert_holds(reducer, layer, alone=not duplicates)
         plan = reducer.decide(layer).plan
     if case.keeps == "means":
         assert_nothing_lost(layer, x, size)
@@ -315,7 +317,10 @@ def test_keys_that_are_no_numbers_give_a_plan(name, bad):
     layer, _ = layer_of(name, 9, 2, 1)
     layer.attention.keys[0, 0, 3] = bad
     with torch.no_grad():
-        assert_holds(reducer_of(name), layer)
+        plan = reducer_of(name).decide(layer).plan
+        assert_is_plan(plan, layer.tokens, layer.prefix)
+        if not name.startswith("evit"):  # whose fused token is a sum weighted by that attention
+            assert_holds(reducer_of(name), layer)
 
 
 @each_case
