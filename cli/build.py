@@ -98,12 +98,7 @@ class VideoGroup(Group):
     )
 
     def video_options(self) -> VideoOptions:
-        """What is asked of frames; joining needs one of its lists, the others are TempMe's then.
-
-        Raises:
-            InputError: if a list is not one, or they do not belong together.
-            click.UsageError: if the frame position was chosen and nothing is joined.
-        """
+        """What is asked of frames; joining needs one of its lists, the others are TempMe's then."""
         position = self.frame_position
         texts = (self.merge_layers, self.merge_frames, self.merge_proportions)
         if not any(texts):

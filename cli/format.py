@@ -29,13 +29,7 @@ VIDEO_NOTE = "Tokens of one clip; all clips together: {} in front of the first l
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str = "") -> list[str]:
-    """Lines of a table.
-
-    Args:
-        headers: One per column.
-        rows: Cells, shown with ``str``.
-        sides: ``l`` or ``r`` per column; all to the right, as for numbers, where it is empty.
-    """
+    """Lines of a table; sides are ``l`` or ``r`` per column, all ``r`` where they are empty."""
     return _aligned([headers, *rows], sides or "r" * len(headers))
 
 

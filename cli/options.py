@@ -95,11 +95,7 @@ class Option(click.Option):
 
 
 def option(*flags: str, heading: str | None = None, **settings: Any) -> Any:
-    """An option as the field of a group; ``settings`` are those of ``click.Option``.
-
-    Without flags it is ``--field-name``, without a type that of the field, and without a heading
-    that of the group.
-    """
+    """An option as the field of a group, by default ``--field-name`` with the field's type."""
     return field(metadata={"flags": flags, "heading": heading, "settings": settings})
 
 
@@ -259,11 +255,7 @@ class PrecisionGroup(Group):
 
     @property
     def precision(self) -> Precision:
-        """The one precision that was asked for; fp32 if none was.
-
-        Raises:
-            click.UsageError: if several were.
-        """
+        """The one precision that was asked for; fp32 if none was, a usage error if several were."""
         asked = [name for name in PRECISIONS if getattr(self, name)]
         if len(asked) > 1:
             raise click.UsageError(f"--{' and --'.join(asked)} exclude each other; give one")

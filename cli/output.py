@@ -36,12 +36,7 @@ class Terminal:
     findings: dict[str, Any] = field(default_factory=dict)
 
     def result(self, values: Mapping[str, Any], lines: Sequence[str]) -> None:
-        """Print a command's result in the form that was asked for.
-
-        Args:
-            values: For JSON; parts of documents may be among them.
-            lines: For people.
-        """
+        """Print a command's result: values, and parts of documents, for JSON, lines for people."""
         if not self.json:
             _write(sys.stdout, "\n".join(lines) + "\n")
             return
@@ -54,16 +49,7 @@ class Terminal:
     def recorded(
         self, values: Mapping[str, Any], lines: Sequence[str], unrecorded: str | None
     ) -> None:
-        """Print a result; where it could not be written down, that is an error nevertheless.
-
-        Args:
-            values: See ``result``.
-            lines: Likewise.
-            unrecorded: Why it could not be written down; None if it was.
-
-        Raises:
-            InputError: if it could not.
-        """
+        """Print a result; where it could not be written down, that is an error nevertheless."""
         if unrecorded is None:
             self.result(values, lines)
             return

@@ -44,11 +44,7 @@ _handler = _Handler()
 
 
 def raise_if_interrupted() -> None:
-    """Raise again an interrupt that a library has swallowed.
-
-    Python raises in whatever code is running; ``except:`` in there, or a callback from C++, may
-    drop it.
-    """
+    """Raise again an interrupt that ``except:`` in a library, or a callback from C++, dropped."""
     if _handler.first is not None and threading.current_thread() is threading.main_thread():
         raise _handler.first
 

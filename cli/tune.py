@@ -36,12 +36,7 @@ class Targets(Group):
     """Target."""
 
     def goal(self, *names: str) -> Goal:
-        """The one of these options that was given.
-
-        Raises:
-            click.UsageError: if none was, or several.
-            InputError: if its value is not one.
-        """
+        """The one of these options that was given; a usage error if none was, or several."""
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)

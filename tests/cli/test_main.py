@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 from tome_export.cli import models
-from tome_export.cli.main import COMMANDS
-from tome_export.cli.output import quiet
+from tome_export.cli.main import COMMANDS, cli
+from tome_export.cli.options import HEADINGS
+from tome_export.cli.output import Terminal, quiet
 
 HEAVY = (
     "pydantic",
@@ -63,6 +67,24 @@ def test_help_names_every_command_and_exit_code(run):
         "141  ",
     ):
         assert f"  {name}" in ran.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_options_by_heading_and_an_example_that_parses(run, name):
+    command = cli.get_command(None, name)
+    text = run(name, "--help").out
+    found = re.findall(r"^(?!Usage)(\w[^\n]*):$", text, re.MULTILINE)
+    assert found == [*(heading for heading in HEADINGS if heading in found), "Example"]
+    assert "Output" in found
+    listed = re.findall(
+        r"^  (?:-\w, )?(--[\w-]+)", text[text.index(f"{found[0]}:") :], re.MULTILINE
+    )
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    assert sorted(listed) == sorted(["--help", *(one.opts[-1] for one in options)])
+    program, given, *arguments = shlex.split(command.example)
+    assert (program, given) == ("tome-export", name)
+    assert text.endswith(f"Example:\n  {command.example}\n")
+    command.make_context(name, arguments, obj=Terminal())
 
 
 def test_no_command_shows_the_help_and_is_a_usage_error(run):

@@ -249,12 +249,7 @@ def _range(one: CandidateResult, measure: Measure) -> tuple[float, float, float]
 
 
 def efficient(front: Iterable[TunedPoint], cost: str = "macs") -> list[TunedPoint]:
-    """The points than which none costs less and is as accurate, by cost.
-
-    Args:
-        front: All points.
-        cost: What counts: ``macs`` or ``latency_ms``.
-    """
+    """The points than which none costs less (``macs`` or ``latency_ms``) and is as accurate."""
     found: list[TunedPoint] = []
     for point in sorted(front, key=lambda p: (getattr(p, cost), -p.accuracy)):
         if not found or point.accuracy > found[-1].accuracy:

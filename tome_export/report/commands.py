@@ -17,14 +17,7 @@ _INFLECTED = re.compile(r"r=(\d+) (constant|decreasing|increasing)")
 def reproducing_commands(
     manifest: Manifest, bench: Bench | None, evaluation: Evaluation | None, folder: str
 ) -> list[str]:
-    """The command line that builds this artifact, and those that measure it as it was measured.
-
-    Args:
-        manifest: The content of ``build.json``.
-        bench: That of ``bench.json``, whose settings are repeated.
-        evaluation: That of ``eval.json``, likewise.
-        folder: What the artifact's directory is called.
-    """
+    """The command line that builds this artifact, and those that measure it as it was measured."""
     engines = sorted(manifest.engines)
     lines = [
         ["build", *_build_arguments(manifest), "-o", folder],

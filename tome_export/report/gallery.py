@@ -42,15 +42,10 @@ DROPPED_GROUP = 0xFFFF
 def gallery_from_maps(
     maps: Sequence[MergeMap], names: Sequence[str], tokens: Sequence[int]
 ) -> dict[str, Any] | None:
-    """Pictures of every layer, as the template takes them; None without images.
+    """Pictures of every layer for the template; None without images.
 
-    Args:
-        maps: One per image.
-        names: Of the images.
-        tokens: Tokens that enter the first layer, and that leave each.
-
-    Returns:
-        ``pictures``, ``data`` from which the page's script draws, and whether a patch ``drops``.
+    ``data`` is what the page's script draws from, ``drops`` whether a patch is dropped. ``tokens``
+    are those that enter the first layer, and that leave each.
     """
     if not maps:
         return None

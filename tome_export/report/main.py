@@ -180,11 +180,7 @@ def _maps(
 
 
 def _samples(manifest: Manifest, count: int) -> tuple[NDArray[np.float32], list[str]]:
-    """The first of the images that come along, as the model takes them, and their names.
-
-    Raises:
-        UsageError: if more are asked for than there are.
-    """
+    """The first of the images that come along, as the model takes them, and their names."""
     from tome_export.data.preprocess import load_images
     from tome_export.data.samples import digits_test, moving_samples, sample_paths
 

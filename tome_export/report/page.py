@@ -43,18 +43,9 @@ MOST_BYTES = 3_000_000
 
 @dataclass(frozen=True)
 class Content:
-    """Everything the page is made from.
+    """Everything the page is made from: the documents of an artifact, and maps of named images.
 
-    Attributes:
-        folder: What the artifact's directory is called.
-        manifest: The content of ``build.json``.
-        parity: That of ``parity.json``; None if there is none, as for the next three.
-        bench: That of ``bench.json``.
-        evaluation: That of ``eval.json``.
-        schedule: That of ``schedule.json``, if a search wrote it.
-        maps: Merged tokens of each image.
-        names: Of the images.
-        no_pictures: Why there are no images; None if there are.
+    ``folder`` is what the artifact's directory is called, ``no_pictures`` why there are no images.
     """
 
     folder: str
@@ -70,14 +61,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, written by the template of its name.
-
-    Attributes:
-        name: Its anchor.
-        title: Shown.
-        command: Where there is no data: the command that adds it.
-        adds: What that command adds, as the end of a sentence.
-    """
+    """A part of the page, written by the template of its name; ``command`` adds data it lacks."""
 
     name: str
     title: str

@@ -48,14 +48,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def chart_svgs(name: str, caption: str, draw: Draw, *found: Any) -> list[str]:
-    """Draw a chart in both sizes.
-
-    Args:
-        name: Unique on the page; begins every id of the drawing.
-        caption: What it shows, in a sentence.
-        draw: ``draw(form, *found)`` makes the figure; called with the house's settings in force.
-        found: What it shows.
-    """
+    """Draw a chart in both sizes, each by ``draw(form, *found)``; its ids begin with the name."""
     return [_svg(f"{name}-{form}", caption, form, draw, *found) for form in INCHES]
 
 
@@ -64,11 +57,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side, or one above the other where it is narrow.
 
-    Args:
-        form: Its size.
-        count: Number of panels.
-        height: Of the wide figure, in inches.
-        narrow_height: Of one panel of the narrow figure; that of the wide one if None.
+    Heights are in inches: of the wide figure, and of one panel of the narrow one.
     """
     from matplotlib.figure import Figure
 

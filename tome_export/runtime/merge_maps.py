@@ -203,11 +203,7 @@ def maps_from_plans(
 
 
 def grid_from_manifest(manifest: Manifest, where: Path) -> PatchGrid:
-    """Where a model's patches lie in an image.
-
-    Raises:
-        InputError: if it cannot be told; names the artifact, ``where``.
-    """
+    """Where a model's patches lie in an image; an error if that cannot be told."""
     _, height, width = manifest.preprocessing.input_size
     grid, patches = manifest.patches, manifest.layers[0].tokens_in - manifest.merge.prefix
     if (
@@ -293,13 +289,9 @@ def token_map(plans: Plans) -> NDArray[np.int64]:
 def layers_from_positions(
     positions: NDArray[np.int64], tokens: Sequence[int], prefix: int, grid: PatchGrid
 ) -> tuple[LayerGroups, ...]:
-    """One image's part of what ``groups_by_layer`` gives, put on the image or mosaic of frames.
+    """One image's part ``[depth, F, prefix + rows * cols]`` of what ``groups_by_layer`` gives.
 
-    Args:
-        positions: ``[depth, F, prefix + rows * cols]`` int64.
-        tokens: Tokens that leave each layer, of all frames together.
-        prefix: Tokens at the front of a frame that are no patches.
-        grid: How a frame is cut into patches.
+    It is put on the image or the mosaic of frames; ``tokens`` leave each layer in all frames.
     """
     layers = []
     for layer, (frames, count) in enumerate(zip(positions, tokens, strict=True)):

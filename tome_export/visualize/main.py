@@ -143,12 +143,7 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
 
 
 def layers_from_text(text: str, depth: int) -> tuple[int, ...]:
-    """Read ``--layer``.
-
-    Raises:
-        UsageError: if it is neither a number nor ``all`` nor ``last``.
-        InputError: if the model has no such layer.
-    """
+    """Indices of the layers that ``--layer`` names."""
     if text == "all":
         return tuple(range(depth))
     if text == "last":
