@@ -151,41 +151,33 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: Cascade
 def _lines(found: Cascade, files: Mapping[str, str]) -> list[str]:
     """All a person wants to know of a cascade, and the files that hold it, if any do."""
     data, served, test = found.data, found.served, found.chosen.test
-    unreadable = len(data.unreadable)
     fitted = f"{data.fitted} to train, " if data.fitted else ""
-    images = (
-        f"{data.source}: {fitted}{data.calibration} to calibrate; "
-        f"{data.test_source or data.source}: {data.test} to test (seed {data.seed})"
-    )
-    return [
-        *([RANDOM] if found.random_weights else []),
-        *fields(
-            [
-                ("Model", found.model),
-                ("Policy", _policy(found)),
-                ("Target", found.target.text),
-                ("Images", images),
-                ("Calibration", _score(found.chosen.calibration, found.metric)),
-                (
-                    "Test",
-                    f"{_score(test, found.metric)} [{percent(test.low)}, {percent(test.high)}], "
-                    f"{100 * test.difference_to_highest.share:+.2f} points against the highest",
-                ),
-                ("One for all", _single(found)),
-            ]
-        ),
-        "",
-        *_members(found),
-        "",
-        *_sweep(found),
-        "",
-        *([] if test.met else ["Note: the target is missed on the test images"]),
-        *([f"Note: {unreadable} images could not be read"] if unreadable else []),
-        *(f"Note: {note}" for note in data.notes),
-        *([f"Result: {', '.join(files.values())}"] if files else []),
-        *([f"Served: {served.entry} in {served.repository}"] if served else []),
-        *(f"Note: {note}" for note in (served.notes if served else ())),
-    ]
+    images = f"{data.source}: {fitted}{data.calibration} to calibrate; "
+    images += f"{data.test_source or data.source}: {data.test} to test (seed {data.seed})"
+    interval = f"[{percent(test.low)}, {percent(test.high)}]"
+    change = f"{100 * test.difference_to_highest.share:+.2f} points against the highest"
+    facts = {
+        "Model": found.model,
+        "Policy": _policy(found),
+        "Target": found.target.text,
+        "Images": images,
+        "Calibration": _score(found.chosen.calibration, found.metric),
+        "Test": f"{_score(test, found.metric)} {interval}, {change}",
+        "One for all": _single(found),
+    }
+    lines = [RANDOM] if found.random_weights else []
+    lines += [*fields(facts), "", *_members(found), "", *_sweep(found), ""]
+    if not test.met:
+        lines.append("Note: the target is missed on the test images")
+    if data.unreadable:
+        lines.append(f"Note: {len(data.unreadable)} images could not be read")
+    lines += [f"Note: {note}" for note in data.notes]
+    if files:
+        lines.append(f"Result: {', '.join(files.values())}")
+    if served:
+        lines.append(f"Served: {served.entry} in {served.repository}")
+        lines += [f"Note: {note}" for note in served.notes]
+    return lines
 
 
 def _policy(found: Cascade) -> str:

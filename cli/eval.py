@@ -22,15 +22,7 @@ from tome_export.cli.progress import working
 from tome_export.display import percent, short_macs
 
 if TYPE_CHECKING:
-    from tome_export.artifact.evaluation import (
-        CandidateResult,
-        Cosines,
-        Deviations,
-        Difference,
-        Evaluation,
-        EvaluationData,
-        Share,
-    )
+    from tome_export.artifact.evaluation import CandidateResult, Evaluation, EvaluationData, Share
 
 COUNT = click.IntRange(min=1)
 
@@ -129,47 +121,36 @@ def _lines(found: Evaluation) -> list[str]:
 
 def _table(candidates: Sequence[CandidateResult]) -> list[str]:
     """A row per candidate; columns without a single figure are left out."""
-    columns = {
-        "top-1": [_share(c.top1) for c in candidates],
-        "top-5": [_share(c.top5) for c in candidates],
-        "difference": [_difference(c.difference_to_unmerged) for c in candidates],
-        "agreement": [_share(c.agreement_with_unmerged) for c in candidates],
-        "cosine, mean (min)": [_cosines(c.cosine_to_unmerged) for c in candidates],
-        "deviation, mean (max)": [_deviations(c.deviation_from_unmerged) for c in candidates],
-    }
-    shown = {header: cells for header, cells in columns.items() if set(cells) != {"-"}}
-    rows = [
-        (
-            one.name,
-            one.backend,
+    rows = []
+    for one in candidates:
+        cosine, apart = one.cosine_to_unmerged, one.deviation_from_unmerged
+        change = one.difference_to_unmerged
+        row = {
+            "model": one.name,
+            "backend": one.backend,
             # One number for a constant schedule, else all of them.
-            str(one.r[0]) if len(set(one.r)) == 1 else ",".join(map(str, one.r)),
-            short_macs(one.macs),
-            *(cells[index] for cells in shown.values()),
-        )
-        for index, one in enumerate(candidates)
-    ]
-    return table(("model", "backend", "r", "MACs", *shown), rows, "lll" + "r" * (1 + len(shown)))
+            "r": str(one.r[0]) if len(set(one.r)) == 1 else ",".join(map(str, one.r)),
+            "MACs": short_macs(one.macs),
+            "top-1": _share(one.top1),
+            "top-5": _share(one.top5),
+            "difference": "-",
+            "agreement": _share(one.agreement_with_unmerged),
+            "cosine, mean (min)": f"{cosine.mean:.6f} ({cosine.min:.6f})" if cosine else "-",
+            "deviation, mean (max)": f"{apart.mean:.4g} ({apart.max:.4g})" if apart else "-",
+        }
+        if change:
+            low, high = 100 * change.low, 100 * change.high
+            row["difference"] = f"{100 * change.share:+.2f} [{low:+.2f}, {high:+.2f}]"
+        rows.append(row)
+    headers = [header for header in rows[0] if {row[header] for row in rows} != {"-"}]
+    cells = [[row[header] for header in headers] for row in rows]
+    return table(headers, cells, "lll" + "r" * (len(headers) - 3))
 
 
 def _share(found: Share | None) -> str:
     if found is None:
         return "-"
     return f"{percent(found.share)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
-
-
-def _difference(found: Difference | None) -> str:
-    if found is None:
-        return "-"
-    return f"{100 * found.share:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-
-
-def _cosines(found: Cosines | None) -> str:
-    return "-" if found is None else f"{found.mean:.6f} ({found.min:.6f})"
-
-
-def _deviations(found: Deviations | None) -> str:
-    return "-" if found is None else f"{found.mean:.4g} ({found.max:.4g})"
 
 
 def _legend(found: Evaluation) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tome_export.display import number, percent, short_macs, size
@@ -33,9 +33,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], sides: str =
     return _aligned([headers, *rows], sides or "r" * len(headers))
 
 
-def fields(pairs: Sequence[tuple[str, str]]) -> list[str]:
+def fields(values: Mapping[str, str]) -> list[str]:
     """Lines of ``name  value``, values aligned."""
-    return _aligned(pairs, "ll")
+    return _aligned([*values.items()], "ll")
 
 
 def _aligned(rows: Sequence[Sequence[object]], sides: str) -> list[str]:
@@ -100,20 +100,18 @@ def model_lines(manifest: Manifest) -> list[str]:
     if manifest.plugins is not None:
         capabilities = ", ".join(manifest.plugins.compute_capabilities)
         merge_op += f", kernels for compute capability {capabilities}"
-    pairs = [
-        ("Model", f"{model.name}: {model.description}"),
-        ("Weights", f"{model.weights.kind}: {model.weights.source}"),
-        ("Output", f"{output.name} {list(output.shape[1:])}{form}"),
-        (
-            "Merging",
-            f"{merge.schedule}, proportional attention {'on' if merge.prop_attn else 'off'}",
-        ),
-        ("Merge op", merge_op),
-        ("Precision", manifest.precision),
-        ("Batch", str(manifest.batch)),
-    ]
+    prop_attn = "on" if merge.prop_attn else "off"
+    facts = {
+        "Model": f"{model.name}: {model.description}",
+        "Weights": f"{model.weights.kind}: {model.weights.source}",
+        "Output": f"{output.name} {list(output.shape[1:])}{form}",
+        "Merging": f"{merge.schedule}, proportional attention {prop_attn}",
+        "Merge op": merge_op,
+        "Precision": manifest.precision,
+        "Batch": str(manifest.batch),
+    }
     note = [f"  {merge.note}"] if merge.note else []
-    return [*warning_lines(manifest), *fields(pairs), *note]
+    return [*warning_lines(manifest), *fields(facts), *note]
 
 
 def _layer_lines(manifest: Manifest) -> list[str]:

@@ -55,7 +55,7 @@ def command(terminal: Terminal, /, name: str | None) -> None:
         "Also timm:<name>, hf:<folder or hub name>, open_clip:<arch>[/<weights>], "
         "torchvision:<name>[.<weights>], module:function. One in detail: tome-export models NAME"
     )
-    descriptions = fields([(model.name, model.description) for model in models])
+    descriptions = fields({model.name: model.description for model in models})
     listed = {"models": [model.row() for model in models]}
     terminal.result(listed, [*lines, "", *descriptions, "", more])
 
@@ -67,21 +67,21 @@ def _input(model: ModelDetails) -> str:
 def _details(model: ModelDetails) -> list[str]:
     used = model.preprocessing
     tokens = ", ".join(str(layer.tokens_out) for layer in model.layers)
-    pairs = [
-        ("Name", ", ".join([model.name, *model.aliases])),
-        ("Model", model.description),
-        ("Family", model.family),
-        ("timm name", model.timm_name or "none"),
-        ("Input", f"{_input(model)}, mean {list(used.mean)}, std {list(used.std)}"),
-        ("Resize", f"{used.interpolation}, crop {used.crop_pct:g}"),
-        ("Output", model.output),
-        ("Tokens", f"{model.tokens}, {model.prefix} of them prefix tokens"),
-        ("Depth", str(model.depth)),
-        ("r", f"{model.recommended_r} ({model.recommended_r_source})"),
-        ("Merged", f"tokens after each layer {tokens}"),
-        ("MACs", f"{short_macs(model.macs)}, merged {short_macs(model.macs_merged)}"),
-        ("MACs ratio", f"{model.macs_ratio:.2f}"),
-        ("Weights", model.weights),
-        ("Licence", model.licence or "not stated"),
-    ]
-    return fields(pairs)
+    facts = {
+        "Name": ", ".join([model.name, *model.aliases]),
+        "Model": model.description,
+        "Family": model.family,
+        "timm name": model.timm_name or "none",
+        "Input": f"{_input(model)}, mean {list(used.mean)}, std {list(used.std)}",
+        "Resize": f"{used.interpolation}, crop {used.crop_pct:g}",
+        "Output": model.output,
+        "Tokens": f"{model.tokens}, {model.prefix} of them prefix tokens",
+        "Depth": str(model.depth),
+        "r": f"{model.recommended_r} ({model.recommended_r_source})",
+        "Merged": f"tokens after each layer {tokens}",
+        "MACs": f"{short_macs(model.macs)}, merged {short_macs(model.macs_merged)}",
+        "MACs ratio": f"{model.macs_ratio:.2f}",
+        "Weights": model.weights,
+        "Licence": model.licence or "not stated",
+    }
+    return fields(facts)

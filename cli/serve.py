@@ -142,7 +142,7 @@ def _run(terminal: Terminal, done: ServeResult, request: RunRequest, *, log: boo
             with working(terminal) as progress:
                 server = stack.enter_context(running(request, progress))
             addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
-            lines = [*_lines(done), "", "Ready; Ctrl-C ends it", *fields([*addresses.items()])]
+            lines = [*_lines(done), "", "Ready; Ctrl-C ends it", *fields(addresses)]
             lines += [STAND_IN] if server.stand_in else []
             given = done.to_dict()
             given["server"] |= {**addresses, "stand_in": server.stand_in}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -114,25 +114,10 @@ def command(terminal: Terminal, /, model: str, options: TuneOptions) -> None:
 def _lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
     """All a person wants to know of a search, and the file that holds it, if one does."""
     data, search = tuned.data, tuned.search
-    images = f"{data.search} to search"
-    images += f", {data.validation} to choose" if data.validation else ", none to choose"
-    images += f", {data.held_out} held out" if data.held_out else ""
     ended = ", ended by the time limit" if search.ended_by_time_limit else ""
     return [
         *([RANDOM] if tuned.weights.kind == "random" else []),
-        *fields(
-            [
-                ("Model", tuned.model),
-                *([] if (name := tuned.reducer.name) == DEFAULT else [("Reducer", name)]),
-                ("Target", tuned.objective.text),
-                ("Images", f"{tuned.images} of {data.source}: {images}"),
-                ("Schedule", _list(tuned.found)),
-                *_facts(tuned),
-                _estimate(tuned.found.estimate, tuned.confidence),
-                *_latency(tuned),
-                ("Best constant r", _constant(tuned)),
-            ]
-        ),
+        *fields(_facts(tuned)),
         "",
         *_front(tuned),
         "",
@@ -143,61 +128,55 @@ def _lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
     ]
 
 
-def _facts(tuned: TunedSchedule) -> list[tuple[str, str]]:
-    found, unmerged, asked = tuned.found, tuned.unmerged, tuned.search.min_entropy
+def _facts(tuned: TunedSchedule) -> dict[str, str]:
+    data, search, found, unmerged = tuned.data, tuned.search, tuned.found, tuned.unmerged
+    images = f"{data.search} to search"
+    images += f", {data.validation} to choose" if data.validation else ", none to choose"
+    images += f", {data.held_out} held out" if data.held_out else ""
+    facts = {"Model": tuned.model}
+    if tuned.reducer.name != DEFAULT:
+        facts["Reducer"] = tuned.reducer.name
+    facts |= {
+        "Target": tuned.objective.text,
+        "Images": f"{tuned.images} of {data.source}: {images}",
+        "Schedule": _list(found),
+        "MACs": f"{short_macs(found.macs)}, {_share(found, tuned)} of the unmerged model's",
+    }
     parts = f"search {percent(found.search_accuracy)}"
     if found.validation_accuracy is not None:
         parts += f", choice {percent(found.validation_accuracy)}"
-    left_out = ""
-    if asked is not None:
-        left_out = f"; {tuned.search.over_merged} schedules fell under {asked:g} and were left out"
-    return [
-        ("MACs", f"{short_macs(found.macs)}, {_share(found, tuned)} of the unmerged model's"),
-        (
-            "Top-1" if tuned.objective.metric == "top1" else "Agreement",
-            f"{percent(found.accuracy)} ({parts}), unmerged {percent(unmerged.accuracy)}",
-        ),
-        ("Entropy", f"{found.entropy:.4f} on the search image with the least{left_out}"),
-    ]
+    accuracy = f"{percent(found.accuracy)} ({parts}), unmerged {percent(unmerged.accuracy)}"
+    facts["Top-1" if tuned.objective.metric == "top1" else "Agreement"] = accuracy
+    facts["Entropy"] = f"{found.entropy:.4f} on the search image with the least"
+    if search.min_entropy is not None:
+        limit = f"{search.min_entropy:g}"
+        facts["Entropy"] += f"; {search.over_merged} schedules fell under {limit} and were left out"
+    facts |= _estimate(found.estimate, tuned.confidence)
+    if (costs := tuned.cost_table) is not None:
+        facts["Latency"] = (
+            f"{found.latency_ms:.3g} ms measured, {found.predicted_latency_ms:.3g} ms predicted; "
+            f"unmerged {unmerged.latency_ms:.3g} ms (batch {costs.batch}, {costs.precision}, ONNX "
+            "Runtime CPU)"
+        )
+        residual = percent(costs.residual)
+        facts["Cost table"] = f"{costs.measurements} schedules, residual {residual}"
+    best = "none was found that meets the target"
+    if (constant := tuned.best_constant) is not None:
+        best = f"{_list(constant)}: {short_macs(constant.macs)} MACs, {_share(constant, tuned)}, "
+        best += percent(constant.accuracy)
+    return {**facts, "Best constant r": best}
 
 
-def _estimate(estimate: Estimate | None, confidence: float) -> tuple[str, str]:
+def _estimate(estimate: Estimate | None, confidence: float) -> dict[str, str]:
     """What to expect of images that are not here; the label says which images tell."""
     if estimate is None:
-        return "Elsewhere", "unknown: all images were searched on"
-    held_out, change = estimate.on == "held out", estimate.change
-    why = "" if held_out else "; optimistic, the schedule was chosen with them"
-    return (
-        "Held out" if held_out else "Choice",
-        f"{percent(estimate.share)} of {estimate.images}, unmerged "
-        f"{percent(estimate.unmerged.share)}: {100 * change.share:+.2f} points, "
-        f"{100 * confidence:g} % interval {100 * change.low:+.2f} to {100 * change.high:+.2f}{why}",
-    )
-
-
-def _latency(tuned: TunedSchedule) -> list[tuple[str, str]]:
-    found, costs = tuned.found, tuned.cost_table
-    if costs is None:
-        return []
-    return [
-        (
-            "Latency",
-            f"{found.latency_ms:.3g} ms measured, {found.predicted_latency_ms:.3g} ms "
-            f"predicted; unmerged {tuned.unmerged.latency_ms:.3g} ms (batch {costs.batch}, "
-            f"{costs.precision}, ONNX Runtime CPU)",
-        ),
-        ("Cost table", f"{costs.measurements} schedules, residual {percent(costs.residual)}"),
-    ]
-
-
-def _constant(tuned: TunedSchedule) -> str:
-    constant = tuned.best_constant
-    if constant is None:
-        return "none was found that meets the target"
-    return (
-        f"{_list(constant)}: {short_macs(constant.macs)} MACs, {_share(constant, tuned)}, "
-        f"{percent(constant.accuracy)}"
-    )
+        return {"Elsewhere": "unknown: all images were searched on"}
+    change, text = estimate.change, f"{percent(estimate.share)} of {estimate.images}, unmerged "
+    text += f"{percent(estimate.unmerged.share)}: {100 * change.share:+.2f} points, "
+    text += f"{100 * confidence:g} % interval {100 * change.low:+.2f} to {100 * change.high:+.2f}"
+    if estimate.on == "held out":
+        return {"Held out": text}
+    return {"Choice": f"{text}; optimistic, the schedule was chosen with them"}
 
 
 def _front(tuned: TunedSchedule) -> list[str]:
@@ -225,15 +204,7 @@ def _front(tuned: TunedSchedule) -> list[str]:
     )
 
 
-class _Choosable(Protocol):
-    @property
-    def chosen(self) -> bool: ...
-
-
-Row = TypeVar("Row", bound=_Choosable)
-
-
-def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
     """At most so many rows, evenly, and the chosen one."""
     step = max(1.0, (len(rows) - 1) / (most - 1))
     index = {round(step * i) for i in range(most)}

@@ -156,5 +156,5 @@ def test_serve_tells_of_a_measurement_that_was_changed(run, artifact):
     why = "bench.json was changed after it was recorded: run 'tome-export bench' again"
     found = run("serve", artifact, "--repository", "models", "--json").json
     attention, *others = found["notes"]
-    assert attention.startswith("The ONNX model has fused attention.")
+    assert attention.startswith("The ONNX model has fused attention: ")
     assert others == [f"{artifact}: {why}"]

@@ -13,7 +13,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.outlines import LONGER_SIDE
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import asked_inputs, inputs_from_file
-from tome_export.runtime.merge_maps import LayerGroups, merge_maps
+from tome_export.runtime.merge_maps import merge_maps
 from tome_export.spec import PatchGrid
 from tome_export.visualize.draw import draw, draw_svg
 
@@ -136,7 +136,19 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
                     file.write_text(draw_svg(found, layer, size), encoding="utf-8")
                 else:
                     draw(found, layer, size).save(file, optimize=True)
-                pictures.append(_picture(file.name, path, found.layers[layer]))
+                groups = found.layers[layer]
+                pictures.append(
+                    Picture(
+                        file=file.name,
+                        image=str(path),
+                        layer=layer,
+                        tokens=groups.tokens,
+                        groups=len(groups.merged),
+                        largest=groups.largest,
+                        patches_in_prefix=groups.patches_in_prefix,
+                        dropped=groups.dropped,
+                    )
+                )
         result = InspectResult(artifact, output.absolute(), maps[0].grid, tuple(pictures))
         write_json(folder / SUMMARY, result.to_dict())
     return result
@@ -168,19 +180,6 @@ def _names(images: Sequence[Path]) -> list[str]:
             name, number = f"{path.stem}-{number}", number + 1
         names.append(name)
     return names
-
-
-def _picture(file: str, image: Path, groups: LayerGroups) -> Picture:
-    return Picture(
-        file=file,
-        image=str(image),
-        layer=groups.layer,
-        tokens=groups.tokens,
-        groups=len(groups.merged),
-        largest=groups.largest,
-        patches_in_prefix=groups.patches_in_prefix,
-        dropped=groups.dropped,
-    )
 
 
 def _is_ours(output: Path) -> None:
