@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+import sys
+from typing import cast, get_args
 
 from tome_export.errors import InputError
 from tome_export.spec import Interpolation, Preprocessing
@@ -11,9 +12,8 @@ from tome_export.spec import Interpolation, Preprocessing
 
 def interpolation_from(value: str, library: str) -> Interpolation:
     """A library's name of a way to resize; raises an ``InputError`` if we have no such way."""
-    for known in get_args(Interpolation):
-        if value == known:
-            return known  # type: ignore[no-any-return]
+    if value in get_args(Interpolation):
+        return cast(Interpolation, value)
     raise InputError(
         f"{library} resizes images for this model with {value!r}; "
         f"supported: {', '.join(get_args(Interpolation))}"
@@ -22,7 +22,9 @@ def interpolation_from(value: str, library: str) -> Interpolation:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # JSON may hold whole numbers beyond any float
 
 
 def are_numbers(values: object, count: int) -> bool:

@@ -33,8 +33,7 @@ _VISION = re.compile(
     r"|((?:embeddings|pre_layrnorm|encoder)\..+)"
 )
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
-_PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(.+)")
-_OURS = re.compile(r"(?:model\.)?multi_modal_projector\.(.+)")
+_PROJECTOR = re.compile(r"(?:model\.)?(?:mm|multi_modal)_projector\.(.+)")
 _LINEAR = re.compile(r"linear_([1-9])\.(.+)")
 
 
@@ -53,11 +52,9 @@ def tower_key(key: str, layers: int, projector: bool) -> str | None:
         # A buffer that older versions of the library saved.
         skip = behind or name == "embeddings.position_ids"
         return None if skip else f"vision_model.{name}"
-    if projector and (official := _PROJECTOR.fullmatch(key)):
-        return f"mm_projector.{official[1]}"
-    if projector and (ours := _OURS.fullmatch(key)):
-        linear = _LINEAR.fullmatch(ours[1])
-        return f"mm_projector.{f'{2 * int(linear[1]) - 2}.{linear[2]}' if linear else ours[1]}"
+    if projector and (found := _PROJECTOR.fullmatch(key)):
+        linear = _LINEAR.fullmatch(found[1])
+        return f"mm_projector.{f'{2 * int(linear[1]) - 2}.{linear[2]}' if linear else found[1]}"
     return None
 
 

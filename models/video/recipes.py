@@ -95,15 +95,6 @@ def _recipe(
     )
 
 
-def _clip4clip(name: str, arch: str, patch: int) -> Recipe:
-    return _recipe(
-        name,
-        Clip4ClipLoader(ClipSizes(patch=patch), FRAMES),
-        Geometry(768, 12, 3072, patch, head_macs=768 * 512),
-        f"CLIP4Clip's mean-pooling video tower on CLIP {arch}",
-    )
-
-
 def _stop_macs(width: int, side: int, patch: int) -> int:
     """MACs per video of what makes STOP's prompts; see ``stop_prompts`` for its sizes."""
     pixels, tokens = FRAMES * (side * patch) ** 2, FRAMES * side**2
@@ -127,8 +118,15 @@ _STOP = _recipe(
 )
 
 CLIP4CLIP = (
-    _clip4clip("clip4clip_b32", "ViT-B/32", 32),
-    _clip4clip("clip4clip_b16", "ViT-B/16", 16),
+    *(
+        _recipe(
+            f"clip4clip_b{patch}",
+            Clip4ClipLoader(ClipSizes(patch=patch), FRAMES),
+            Geometry(768, 12, 3072, patch, head_macs=768 * 512),
+            f"CLIP4Clip's mean-pooling video tower on CLIP ViT-B/{patch}",
+        )
+        for patch in (32, 16)
+    ),
     _STOP,
 )
 
