@@ -109,9 +109,6 @@ def recipe_from_function(name: str) -> Recipe:
     patched model. Without a ``Preprocessing``, what the model itself says of its images is used
     (the configuration of timm or open_clip), else its family's mean and standard deviation.
 
-    Args:
-        name: Such as ``mymodels:vit``.
-
     Raises:
         InputError: if there is no such function, it fails, or returns something else.
     """

@@ -96,10 +96,6 @@ class Recipe:
 
     Attributes:
         name: What ``resolve`` finds it by.
-        source: Where the model and its weights come from.
-        preprocessing: How an image becomes ``pixel_values``.
-        merging: How its tokens are best merged.
-        output: What it gives for an image.
         family: The kind of model for people, such as ``timm_vit``; ``custom`` for user's models.
         description: One line for ``tome-export models``.
         aliases: Other names of the recipe.

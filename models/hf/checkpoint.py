@@ -189,9 +189,6 @@ def processor_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """The file with a folder's image processor, and its settings; None if there is none.
 
     ``processor_config.json`` goes first, as in Transformers, if it has an image processor's entry.
-
-    Raises:
-        InputError: if a file is no JSON object, or its entry is none.
     """
     if (folder / PROCESSORS).is_file():
         found = _read_object(folder / PROCESSORS).get("image_processor")

@@ -103,11 +103,7 @@ LLAVA15_TOWER = _recipe(
 
 
 def recipe_from_llava(name: str, folder: Path, tower: TowerOptions) -> Recipe:
-    """The tower of a LLaVA checkpoint; ``tower`` goes before what its ``config.json`` says.
-
-    Raises:
-        InputError: if the configuration is not understood.
-    """
+    """The tower of a LLaVA checkpoint; ``tower`` goes before what its ``config.json`` says."""
     config = llava_config(read_config(folder), str(folder))
     config = replace(config, options=tower.over(config.options))
     folders = [folder]
@@ -120,11 +116,7 @@ def recipe_from_llava(name: str, folder: Path, tower: TowerOptions) -> Recipe:
 
 
 def recipe_from_clip(name: str, folder: Path, tower: TowerOptions) -> Recipe:
-    """A LLaVA tower cut from a checkpoint of CLIP or its vision half, which brings no projector.
-
-    Raises:
-        InputError: if the folder holds no CLIP model.
-    """
+    """A LLaVA tower cut from a checkpoint of CLIP or its vision half, which brings no projector."""
     values = read_config(folder)
     where, vision = str(folder), vision_arguments(values, str(folder))
     options, attention = tower.over(DEFAULTS), attention_of(values)
@@ -136,7 +128,7 @@ def tower_from_folder(name: str, folder: Path, tower: TowerOptions) -> Recipe | 
     """The LLaVA tower of a folder, or of CLIP's if one is asked for; None for other models.
 
     Raises:
-        InputError: if the configuration is not understood.
+        InputError: if the configuration is not understood, or of no CLIP model.
     """
     values = read_config(folder)
     if "llava" in str(values.get("model_type", "")) or "mm_vision_tower" in values:

@@ -50,16 +50,9 @@ def find_videos(folder: str | Path) -> list[Path]:
 
 
 def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Read and preprocess images; see ``Preprocessing`` for the formula.
+    """Read and preprocess images to ``pixel_values [B, C, H, W]`` float32; see ``Preprocessing``.
 
     EXIF orientation is applied; transparency is laid on white; 16-bit grey keeps its upper byte.
-
-    Args:
-        paths: Image files, at least one.
-        preprocessing: How the model wants them.
-
-    Returns:
-        ``pixel_values [B, C, H, W]`` float32.
 
     Raises:
         InputError: naming the file, if one is missing, of no format of ``pixels.FORMATS``,
@@ -75,11 +68,9 @@ def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> ND
 def load_videos(
     paths: Sequence[str | Path], preprocessing: Preprocessing, frames: int
 ) -> NDArray[np.float32]:
-    """Decode and preprocess videos, every frame as an image, to ``[B, F, C, H, W]`` float32.
+    """Preprocess videos, every frame as an image, to ``[B, F, C, H, W]`` float32.
 
-    Raises:
-        InputError: as ``read_frames``, and if there are no videos.
-        MissingComponentError: as ``read_frames``.
+    Raises as ``read_frames``, and an ``InputError`` if there are no videos.
     """
     if not paths:
         raise InputError("no videos given; expected at least one video file")
@@ -163,13 +154,7 @@ _own = threading.local()
 
 
 def decoded(kind: str, data: bytes, name: str, settings: dict[str, Any]) -> NDArray[Any]:
-    """Decode an image or a video in the process of this thread; see ``Decoder``.
-
-    Raises:
-        InputError: if it cannot be decoded within the limits.
-        MissingComponentError: if it is a video, and PyAV is not installed.
-        ExportError: if the process cannot be started.
-    """
+    """Decode an image or a video in the process of this thread; see ``Decoder``."""
     if getattr(_own, "pid", None) != os.getpid():  # a fork must leave that of its parent alone
         _own.pid = os.getpid()
         _own.decoder = Decoder(Path(pixels.__file__), Path(video_frames.__file__))
@@ -187,11 +172,7 @@ def decoded(kind: str, data: bytes, name: str, settings: dict[str, Any]) -> NDAr
 
 
 def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Preprocess one decoded 8-bit image to ``[C, H, W]`` float32.
-
-    Raises:
-        InputError: if the model wants other than one or three channels.
-    """
+    """Preprocess one decoded 8-bit image to ``[C, H, W]`` float32."""
     check_channels(preprocessing)
     try:
         return pixels.pixels_from_image(image, asdict(preprocessing))
