@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from itertools import filterfalse
 from pathlib import Path
 
 from tome_export.errors import InputError
@@ -30,35 +29,39 @@ def walk(root: Path, left_out: list[str]) -> Iterator[tuple[str, list[str], list
     Raises:
         InputError: if a folder cannot be read.
     """
-    links, forks, hidden = [], 0, []
-    for place, folders, files in os.walk(root, onerror=_refuse):
-        below = f"{place[len(str(root)) :].lstrip('/')}/".lstrip("/")
-        forks += sum(map(_is_fork, (*folders, *files)))
-        entered = []
-        for name in filterfalse(_is_fork, sorted(folders)):
-            # A link in a circle is a file that cannot be read.
-            if os.path.islink(f"{place}/{name}"):  # noqa: PTH114
-                links.append(f"{below}{name}")
-            elif name[0] == ".":
-                hidden.append(f"{below}{name}")
-            else:
-                entered.append(name)
-        folders[:] = entered
-        yield below, entered, sorted(filterfalse(_is_fork, files))
+    # Not os.walk, which calls itself for every level up to Python 3.11.
+    links, forks, hidden, waiting = [], 0, [], [""]
+    while waiting:
+        below = waiting.pop()
+        folders, files = [], []
+        try:
+            with os.scandir(f"{root}/{below}") as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith(RESOURCE_FORKS) or name == ARCHIVED_FORKS:
+                        forks += 1
+                    # A link in a circle is a file that cannot be read.
+                    elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
+                        links.append(f"{below}{name}")
+                    elif not entry.is_dir(follow_symlinks=False):
+                        files.append(name)
+                    elif name[0] == ".":
+                        hidden.append(f"{below}{name}")
+                    else:
+                        folders.append(name)
+        except OSError as error:
+            raise InputError(
+                f"{root / below} cannot be read ({error.strerror}); allow it to be read"
+            ) from None
+        folders.sort()
+        waiting += [f"{below}{name}/" for name in reversed(folders)]
+        yield below, folders, sorted(files)
     if links:
         left_out.append(f"links to folders, which are not followed: {some(sorted(links))}")
     if hidden:
         left_out.append(f"hidden folders: {some(sorted(hidden))}")
     if forks:
         left_out.append(f"{forks} of macOS ({RESOURCE_FORKS}*, {ARCHIVED_FORKS})")
-
-
-def _is_fork(name: str) -> bool:
-    return name.startswith(RESOURCE_FORKS) or name == ARCHIVED_FORKS
-
-
-def _refuse(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be read ({error.strerror}); allow it to be read")
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
