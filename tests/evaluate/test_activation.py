@@ -19,7 +19,7 @@ from tome_export.parity.compare import _output_parity
 from tome_export.patch import patch
 from tome_export.serve.python_models.postprocess import top_k
 from tome_export.spec import answers
-from tome_export.tune.images import TuneImages, source_of
+from tome_export.tune.images import TuneImages, tuning_source
 from tome_export.tune.main import _told_apart
 from tome_export.tune.score import Scorer
 
@@ -157,6 +157,6 @@ def test_agreement_with_one_answer_is_no_target():
 def test_the_samples_labels_are_for_the_recipes_own_classes():
     recipe = resolve("vit_digits")
     own = Classes.of_outputs(10, recipe.output.label_names(10))
-    assert source_of(recipe, own, ("samples",), None).labels is not None
+    assert tuning_source(recipe, own, ("samples",), None).labels is not None
     for other in (Classes.of_outputs(1, None), Classes.of_outputs(3, recipe.output.label_names(3))):
-        assert source_of(recipe, other, ("samples",), None).labels is None
+        assert tuning_source(recipe, other, ("samples",), None).labels is None
