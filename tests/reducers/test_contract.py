@@ -34,6 +34,7 @@ from reducers import (
 from references import diffrate, dtem, dynamicvit, evit, pitome, query, sets, tofu
 
 from tome_export.engine import select
+from tome_export.errors import InputError
 from tome_export.onnx.export import ExportOptions, onnx_from_model
 from tome_export.parity.compare import inputs_of
 from tome_export.patch import patch
@@ -356,7 +357,9 @@ def test_r_is_clamped_and_counted(name):
 def test_any_prefix(make_vit, make_images, name, kwargs):
     reducer = reducer_of(name)
     if reducer.needs_class_attention and "class_token" in kwargs:
-        pytest.skip("models without a class token are refused")
+        with pytest.raises(InputError, match="this model has no class token; use a reducer that"):
+            patch(make_vit("test_vit", **kwargs), 5, reducer=reducer)
+        return
     model = patch(make_vit("test_vit", **kwargs), 5, reducer=reducer)
     for step in steps(model, make_images(model, 2)):
         assert_plans(step.plan, step.layer, reference_of(name, model))
