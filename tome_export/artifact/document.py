@@ -89,7 +89,7 @@ Positive = Annotated[float, Field(ge=0)]
 Measure = Annotated[float | int, Field(ge=0)]
 """The same, written as it was read: 8 is not 8.0."""
 
-Place = Annotated[
+PathText = Annotated[
     str, Field(max_length=LONGEST_PLACE, pattern=r"^[^\x00]*$"), BeforeValidator(_plain)
 ]
 """A name, or the path of a file."""

@@ -23,7 +23,7 @@ from tome_export.artifact.document import (
     Count,
     Document,
     Part,
-    Place,
+    PathText,
     Positive,
     Size,
     Whole,
@@ -98,7 +98,7 @@ class Weights(Part):
     """
 
     kind: Literal["pretrained", "random", "file", "bundled", "function"]
-    source: Place
+    source: PathText
     sha256: str | None
     seed: Whole | None
     stored_dtype: str
@@ -120,8 +120,8 @@ class ModelInfo(Part):
         random_weights: Whether the weights are random, and so not meant for use.
     """
 
-    name: Place
-    folder: Place | None
+    name: PathText
+    folder: PathText | None
     family: str
     timm_name: str | None
     description: str
@@ -361,7 +361,7 @@ class EngineInfo(Part):
 
     backend: BackendName
     version: str
-    file: Place
+    file: PathText
     size_bytes: Count
     build_seconds: Positive
     batch: Batch
