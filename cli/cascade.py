@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -123,13 +124,15 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: Cascade
             )
         check_new_file(output, force=force)
         check_new_file(page, force=force)
+        request = options.request(CascadeRequest, members=(), goal=goal)
+        request.check()  # before the artifacts, which take longer
         progress.stage("Verify the artifacts")
         members = members_of(artifacts)
         serving = None
         if repository is not None:
             serving = options.request(CascadeServeRequest, members=members)
             check_cascade(serving)
-        found = cascade(options.request(CascadeRequest, members=members, goal=goal), progress)
+        found = cascade(replace(request, members=members), progress)
         unrecorded = None
         try:
             if serving is not None:
