@@ -17,9 +17,7 @@ SelectFeature = Literal["patch", "cls_patch"]
 Activation = Literal["softmax", "sigmoid", "none"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
-ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 
 TOWERS = ("llava",)
 SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)
@@ -45,11 +43,7 @@ def lowering_of(merge_op: MergeOp) -> Lowering:
 
 
 def check_opset(opset: int, precision: Precision, attention: AttentionForm) -> None:
-    """Refuse what cannot be written in an opset.
-
-    Raises:
-        UsageError: naming what does not go with it.
-    """
+    """Refuse what cannot be written in an opset."""
     least, most = OPSETS
     if not least <= opset <= most:
         raise UsageError(f"opset is {opset}; expected {least} to {most}")
@@ -108,11 +102,7 @@ class BatchRange:
 
     @classmethod
     def parse(cls, text: str) -> BatchRange:
-        """Read ``MIN:OPT:MAX``, or one number for a fixed batch size.
-
-        Raises:
-            InputError: if the text is neither.
-        """
+        """Read ``MIN:OPT:MAX``, or one number for a fixed batch size."""
         parts = text.split(":")
         try:
             numbers = [int(part) for part in parts]
