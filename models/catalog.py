@@ -82,11 +82,7 @@ def catalog() -> list[ModelDetails]:
 
 
 def details(name: str) -> ModelDetails:
-    """All about one model; a name that is not a recipe's is built, without weights, to be counted.
-
-    Raises:
-        InputError: if there is no such model, or it cannot be patched.
-    """
+    """All about one model; one without a recipe is built, without weights, to be counted."""
     recipe = resolve(name)
     known = recipe.name in RECIPES
     return _details(recipe, sizes_from_geometry(recipe) if known else sizes_from_model(recipe))
@@ -113,11 +109,7 @@ def _details(recipe: Recipe, sizes: Sizes) -> ModelDetails:
 
 
 def sizes_from_geometry(recipe: Recipe) -> Sizes:
-    """Sizes of a recipe that states its geometry: needs neither torch nor the model's library.
-
-    Raises:
-        ValueError: if it states none.
-    """
+    """Sizes of a recipe that states its geometry: needs neither torch nor the model's library."""
     geometry = recipe.geometry
     if geometry is None:
         raise ValueError(f"recipe {recipe.name} states no geometry")
@@ -151,11 +143,7 @@ def sizes_from_geometry(recipe: Recipe) -> Sizes:
 
 
 def sizes_from_model(recipe: Recipe) -> Sizes:
-    """Sizes of any model, counted on its architecture without memory for its weights.
-
-    Raises:
-        InputError: if the model cannot be patched.
-    """
+    """Sizes of any model, counted on its architecture without memory for its weights."""
     from tome_export.patch import patch
 
     dense = recipe.output.dense_only

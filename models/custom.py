@@ -108,9 +108,6 @@ def recipe_from_function(name: str) -> Recipe:
     family that can be patched; its tokens, layers, image size and kind of output are those of the
     patched model. Without a ``Preprocessing``, what the model itself says of its images is used
     (the configuration of timm or open_clip), else its family's mean and standard deviation.
-
-    Raises:
-        InputError: if there is no such function, it fails, or returns something else.
     """
     from tome_export.patch import MergedModel, UnknownModelError
 

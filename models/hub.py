@@ -103,11 +103,7 @@ def cached_file(repository: str, names: Iterable[str]) -> Path | None:
 
 
 def config_folder(name: str) -> Path:
-    """A folder with the ``config.json`` of a Transformers checkpoint: a folder here, or the hub's.
-
-    Raises:
-        InputError: if there is neither.
-    """
+    """A folder with the ``config.json`` of a Transformers checkpoint: one here, or the hub's."""
     from huggingface_hub.errors import HFValidationError
 
     folder = Path(name).expanduser()
@@ -140,11 +136,7 @@ def config_folder(name: str) -> Path:
 
 
 def weights_folder(name: str) -> Path:
-    """As ``config_folder``, with weights: they are downloaded where they are not here.
-
-    Raises:
-        InputError: if there are none.
-    """
+    """As ``config_folder``, with weights: they are downloaded where they are not here."""
     folder = config_folder(name)
     if Path(name).expanduser().is_dir() or any((folder / file).is_file() for file in _WEIGHTS):
         return folder

@@ -164,11 +164,7 @@ class Recipe:
         return replace(self, output=replace(self.output, name=name, note=choice.why))
 
     def scored_by(self, activation: Activation | None) -> Recipe:
-        """The recipe with what a user says makes scores of its output; None leaves it as it is.
-
-        Raises:
-            InputError: if the output is none of an image.
-        """
+        """The recipe with what a user says makes scores of its output; None leaves it as it is."""
         if activation is None:
             return self
         if self.video is not None or self.tower is not None:
@@ -181,11 +177,7 @@ class Recipe:
         return replace(self, output=output)
 
     def activation(self, shape: tuple[int, ...]) -> Activation:
-        """What makes scores of a classifier's output of this shape for one image.
-
-        Raises:
-            InputError: if they are no scores of an image, or a softmax of one logit.
-        """
+        """What makes scores of a classifier's output of this shape for one image."""
         if len(shape) != 1:
             raise InputError(
                 f"{self.name} gives {list(shape)} for an image; expected one score for each class, "
@@ -311,10 +303,6 @@ def filled(
 
     ``stored`` is their dtype in the file, if ``state`` holds others too; ``remark`` is put behind
     the name of the file.
-
-    Raises:
-        InputError: if names or shapes are not those of the module, values are not finite, or the
-            file is of OpenAI's CLIP and the module has another activation than that.
     """
     path = checkpoint.path
     check_fit(
@@ -349,11 +337,7 @@ def _check_activation(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def unmerged(who: str, module: nn.Module) -> tuple[MergedModel, bool]:
-    """A model as its family reads it, without merging, and whether only patches have features.
-
-    Raises:
-        InputError: if it cannot be patched; ``who`` begins the message, as in ``X returned``.
-    """
+    """A model as its family reads it, without merging, and whether only patches have features."""
     from tome_export.patch import NoImageOutputError, UnknownModelError, patch
 
     try:

@@ -41,10 +41,6 @@ def resolve(
             ``module:function``.
         tower: What a language model takes of it; for vision towers only.
         video: Frames of one video and how they are joined; for video towers only.
-
-    Raises:
-        InputError: if there is no such model, naming close ones.
-        UsageError: if options of towers or videos are given for a model that is none.
     """
     recipe = _find(name.strip(), tower or TowerOptions())
     recipe = with_tower(recipe, tower) if tower else recipe

@@ -126,11 +126,7 @@ def compiler() -> str:
 
 
 def require_compiler() -> ModuleType:
-    """The Triton language, to be asked for before any work is done for it.
-
-    Raises:
-        MissingComponentError: if it is missing, too old, or set to interpret.
-    """
+    """The Triton language, to be asked for before any work is done for it."""
     wanted = ".".join(map(str, MINIMUM))
     try:
         import triton
@@ -181,9 +177,6 @@ def without_scratch_parameters(ptx: str, entry: str, arguments: int) -> str:
 
     TensorRT passes inputs, scalars and outputs, the ``arguments`` of the kernel's source; one with
     more parameters would be started with whatever lies behind them.
-
-    Raises:
-        ExportError: if the parameters are not the expected ones, or the extra ones are used.
     """
     found = re.search(rf"\.entry {re.escape(entry)}\((.*?)\n\)", ptx, re.DOTALL)
     names = re.findall(rf"\b{re.escape(entry)}_param_\d+\b", found[1]) if found else []

@@ -91,11 +91,7 @@ class Kernel(Variant):
         return Variant(**{one.name: getattr(self, one.name) for one in fields(Variant)})
 
     def binary_for(self, capability: tuple[int, int]) -> Binary:
-        """The binary for a GPU: its own, else the newest one that runs on it.
-
-        Raises:
-            InputError: if none does.
-        """
+        """The binary for a GPU: its own, else the newest one that runs on it."""
         fitting = [binary for binary in self.binaries if binary.runs_on(capability)]
         if not fitting:
             have = ", ".join(binary.compute_capability for binary in self.binaries)
@@ -130,11 +126,7 @@ class KernelStore:
         self.kernels = {kernel.name: kernel for kernel in kernels}
 
     def kernel(self, variant: Variant) -> Kernel:
-        """The kernel of a variant.
-
-        Raises:
-            InputError: if the artifact has none.
-        """
+        """The kernel of a variant."""
         kernel = self.kernels.get(variant.name)
         if kernel is None or kernel.variant != variant:
             raise InputError(
@@ -149,12 +141,7 @@ class KernelStore:
             kernel.binary_for(capability)
 
     def write(self, folder: Path, compiler: str) -> list[Path]:
-        """Write the index and the PTX files into a new folder; returns what was written.
-
-        Args:
-            folder: Made here.
-            compiler: What compiled them, with its version.
-        """
+        """Write the index and the PTX files into a new folder; returns what was written."""
         folder.mkdir()
         kernels = tuple(
             replace(
@@ -176,11 +163,7 @@ class KernelStore:
 
     @classmethod
     def read(cls, folder: Path) -> KernelStore:
-        """Read what ``write`` wrote.
-
-        Raises:
-            InputError: if a file is missing, damaged, or of another version.
-        """
+        """Read what ``write`` wrote."""
         path = folder / INDEX
         try:
             index = _INDEX.validate_json(path.read_bytes())
@@ -213,11 +196,7 @@ def _reason(error: ValueError) -> str:
 
 
 def parse_capability(text: str) -> tuple[int, int]:
-    """``"9.0"`` -> ``(9, 0)``.
-
-    Raises:
-        InputError: if it is not written like that.
-    """
+    """``"9.0"`` -> ``(9, 0)``."""
     found = re.fullmatch(r"([0-9]{1,3})\.([0-9]{1,3})", text)
     if found is None:
         raise InputError(f"compute capability is {text!r}; expected two numbers such as 9.0")

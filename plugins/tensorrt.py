@@ -46,10 +46,6 @@ def register(store: KernelStore, capability: tuple[int, int]) -> None:
     """Declare both operators to TensorRT, with the kernels of one artifact for one GPU.
 
     May be called again with other kernels; the latest call counts for engines built from then on.
-
-    Raises:
-        MissingComponentError: if this TensorRT has no ahead-of-time plugins.
-        InputError: if no kernel of the artifact runs on the GPU.
     """
     import tensorrt as trt
 

@@ -68,12 +68,7 @@ def span(low: str, high: str) -> str:
 
 
 def percent(share: float | None, digits: int | None = None) -> str:
-    """A share of one; a dash for None.
-
-    Args:
-        share: The share.
-        digits: Decimals; None for as many as it needs, at most two.
-    """
+    """A share of one; a dash for None."""
     if share is None:
         return NONE
     if not math.isfinite(share):

@@ -142,11 +142,7 @@ def attention_of(values: Mapping[str, Any]) -> str:
 
 
 def vision_config(values: Mapping[str, Any], where: str) -> Any:
-    """The library's configuration of a vision model, or of the vision half of a larger one.
-
-    Raises:
-        InputError: if the library refuses the ``config.json``, or a size in it is no size.
-    """
+    """The library's configuration of a vision model, or of the vision half of a larger one."""
     given, in_file = dict(values), f"config.json of {where}"
     kind = given.pop("model_type")
     with quiet() as transformers:
@@ -216,9 +212,6 @@ def preprocessing_of(
 
     Returns:
         The preprocessing, and what it cannot express or was not said, or "".
-
-    Raises:
-        InputError: if it does something that ``Preprocessing`` has no word for.
     """
     settings = processor_of(folder)
     if settings is None:

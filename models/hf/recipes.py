@@ -139,14 +139,6 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
     """A recipe for ``hf:<folder>`` or ``hf:<name on the hub>``, its facts from the checkpoint.
 
     Of a model of images and text its image tower is taken.
-
-    Args:
-        name: What the user called it.
-        where: Folder or name on the hub.
-        folder: Where its ``config.json`` is.
-
-    Raises:
-        InputError: if there is no supported vision model in it.
     """
     values = read_config(folder)
     loader = HfLoader(_class_of(values, where), values, where)

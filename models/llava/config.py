@@ -109,11 +109,7 @@ class LlavaConfig:
 
 
 def kept_layers(select_layer: int, depth: int) -> int:
-    """How many layers of ``depth`` lead to a hidden state; see ``TowerOptions.select_layer``.
-
-    Raises:
-        InputError: if the model has no such hidden state, or it comes before the first layer.
-    """
+    """How many layers of ``depth`` lead to a hidden state; see ``TowerOptions.select_layer``."""
     kept = select_layer if select_layer >= 0 else depth + 1 + select_layer
     if not 1 <= kept <= depth:
         raise InputError(
@@ -124,11 +120,7 @@ def kept_layers(select_layer: int, depth: int) -> int:
 
 
 def llava_config(values: dict[str, Any], folder: str) -> LlavaConfig:
-    """Read the ``config.json`` of a LLaVA checkpoint in ``folder``.
-
-    Raises:
-        InputError: if its tower or projector is of a kind that is not supported, or quantised.
-    """
+    """Read the ``config.json`` of a LLaVA checkpoint in ``folder``."""
     refuse_quantised(values, folder)
     if "mm_vision_tower" in values or "mm_projector_type" in values:
         return _official(values, folder)

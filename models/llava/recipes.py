@@ -125,11 +125,7 @@ def recipe_from_clip(name: str, folder: Path, tower: TowerOptions) -> Recipe:
 
 
 def tower_from_folder(name: str, folder: Path, tower: TowerOptions) -> Recipe | None:
-    """The LLaVA tower of a folder, or of CLIP's if one is asked for; None for other models.
-
-    Raises:
-        InputError: if the configuration is not understood, or of no CLIP model.
-    """
+    """The LLaVA tower of a folder, or of CLIP's if one is asked for; None for other models."""
     values = read_config(folder)
     if "llava" in str(values.get("model_type", "")) or "mm_vision_tower" in values:
         return recipe_from_llava(name, folder, tower)
@@ -137,12 +133,7 @@ def tower_from_folder(name: str, folder: Path, tower: TowerOptions) -> Recipe | 
 
 
 def with_tower(recipe: Recipe, tower: TowerOptions) -> Recipe:
-    """The recipe of the same tower with other options; any recipe where none are given.
-
-    Raises:
-        UsageError: if options are given for a model that is no tower.
-        InputError: if the tower has no such layer, or no projector.
-    """
+    """The recipe of the same tower with other options; any recipe where none are given."""
     if not tower.given:
         return recipe
     loader = recipe.source.loader

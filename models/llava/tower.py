@@ -57,9 +57,6 @@ class LlavaTower(nn.Module):
             select_feature: ``patch`` or ``cls_patch``.
             projector: Shape of the projector; None leaves it out.
             attention: The library's name of the attention implementation.
-
-        Raises:
-            MissingComponentError: if Transformers is not installed.
         """
         super().__init__()
         transformers = library()

@@ -19,12 +19,7 @@ _UNSTATED = "not stated by open_clip"
 
 
 def recipe_from_open_clip(name: str) -> Recipe:
-    """A recipe for ``open_clip:<arch>[/<weights>]``, its facts from open_clip's tables.
-
-    Raises:
-        InputError: if open_clip has no such model or weights, or it is no ViT.
-        MissingComponentError: if open_clip is not installed.
-    """
+    """A recipe for ``open_clip:<arch>[/<weights>]``, its facts from open_clip's tables."""
     open_clip = library()
     arch, _, tag = name.partition("/")
     if arch not in open_clip.list_models():

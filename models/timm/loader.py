@@ -110,11 +110,7 @@ class TimmLoader(Loader):
         return get_pretrained_cfg(self.timm_name)
 
     def _overlay(self, recipe: Recipe) -> dict[str, str] | None:
-        """The file in the hub's cache for timm, so that no network is touched; None if absent.
-
-        Raises:
-            InputError: if timm has no such weights, or the hub does not answer in time.
-        """
+        """The file in the hub's cache for timm, so that no network is touched; None if absent."""
         if (path := self.recorded_file()) is not None:
             return {"file": str(path)}
         cfg = self._cfg()

@@ -289,9 +289,6 @@ def recipe_from_timm(name: str) -> Recipe:
 
     The name may carry a tag of weights (``vit_base_patch16_224.mae``). r is ``recommended_r``;
     proportional attention is on except for MAE weights, as the ToMe authors advise.
-
-    Raises:
-        InputError: if timm has no such name, or the model has no tokens to merge.
     """
     from timm import get_pretrained_cfg, is_model, list_pretrained
 

@@ -20,9 +20,6 @@ def recipe_from_torchvision(name: str) -> Recipe:
 
     The name may carry the name of weights (``vit_b_16.IMAGENET1K_SWAG_E2E_V1``); without, those
     that torchvision calls its default.
-
-    Raises:
-        InputError: if torchvision has no such ViT or weights.
     """
     from torchvision.models import list_models
 

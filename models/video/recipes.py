@@ -132,16 +132,7 @@ CLIP4CLIP = (
 
 
 def with_video(recipe: Recipe, options: VideoOptions) -> Recipe:
-    """The recipe with what is asked of frames.
-
-    Args:
-        recipe: Of any model.
-        options: Nothing given leaves the recipe as it is.
-
-    Raises:
-        UsageError: if anything is given for a model that takes no videos.
-        InputError: if the frames cannot be joined as asked.
-    """
+    """The recipe with what is asked of frames."""
     if options == VideoOptions():
         return recipe
     if recipe.video is None:

@@ -25,16 +25,7 @@ def check_one_model(
     facts_of: Callable[[Artifact], Mapping[str, object]],
     rule: str,
 ) -> None:
-    """Compare artifacts with the first of them.
-
-    Args:
-        artifacts: At least one.
-        facts_of: What must be the same, by what a message calls it.
-        rule: What is expected, for the message.
-
-    Raises:
-        InputError: if something differs.
-    """
+    """Compare artifacts with the first of them."""
     first, *rest = artifacts
     expected = facts_of(first)
     for other in rest:

@@ -96,9 +96,6 @@ class Artifact:
             name: Of ``RESULTS``.
             content: Of the file.
             parity: What the manifest is to say of parity from now on; None to leave that.
-
-        Raises:
-            InputError: as ``with_files``.
         """
         whole = content if isinstance(content, bytes) else content.json_bytes()
         update = {} if parity is None else {"parity": parity}
@@ -111,9 +108,6 @@ class Artifact:
             engine: What the manifest says of it.
             file: The finished file, which is moved here (same filesystem).
             note: Which engines can be had on this machine.
-
-        Raises:
-            InputError: as ``with_files``.
         """
 
         def added(fresh: Manifest) -> Manifest:
@@ -214,11 +208,7 @@ def _is_as_recorded(folder: Path, name: str, recorded: FileRecord) -> bool:
 
 
 def _check_folders(path: Path, manifest: Manifest) -> None:
-    """Whoever reads a folder of the artifact, as that of the kernels, must find listed files only.
-
-    Raises:
-        InputError: if there is another.
-    """
+    """Whoever reads a folder of the artifact, such as the kernels', must find only listed files."""
     for folder in {Path(name).parts[0] for name in manifest.files if "/" in name}:
         for entry in (path / folder).rglob("*"):
             name = entry.relative_to(path).as_posix()

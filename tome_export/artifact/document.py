@@ -155,15 +155,7 @@ class Document(Part):
 
     @classmethod
     def parse(cls: type[Read], content: bytes, file: Path) -> Read:
-        """Read a file's content.
-
-        Args:
-            content: The content.
-            file: Where it is from, for messages.
-
-        Raises:
-            InputError: in one line, if it is no JSON, or not of this kind.
-        """
+        """Read a file's content."""
         try:
             values = json.loads(content, parse_int=_whole)
             found = cls.model_validate_json(content, strict=True)
@@ -178,11 +170,7 @@ class Document(Part):
 
     @classmethod
     def read(cls: type[Read], file: Path) -> Read:
-        """Read a file.
-
-        Raises:
-            InputError: if it cannot be read, is no JSON, or not of this kind.
-        """
+        """Read a file."""
         try:
             with file.open("rb") as stream:
                 content = stream.read(LARGEST_BYTES + 1)

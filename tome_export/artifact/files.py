@@ -39,15 +39,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def open_regular(folder: Path, name: str) -> BinaryIO:
-    """Open a file of a folder to read it, if it is one and lies there.
-
-    Args:
-        folder: Any directory, which may be given by a link.
-        name: A plain name, or one in a folder below.
-
-    Raises:
-        InputError: if it is missing, not a regular file, or reached by a symbolic link.
-    """
+    """Open a file of a folder to read it, if it is one and lies there."""
     file, part = folder / name, folder
     for step in PurePosixPath(name).parts:
         part /= step
@@ -96,15 +88,7 @@ def is_open_as(descriptor: int, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Keep other writers of a folder out; the lock ends with the process.
-
-    Args:
-        folder: That is written.
-        patience_s: Seconds to wait for another command.
-
-    Raises:
-        InputError: if another command holds the lock for longer.
-    """
+    """Keep other writers of a folder out; the lock ends with the process."""
     descriptor = _lock(folder, fcntl.LOCK_EX, patience_s)
     if descriptor is None:
         raise InputError(f"another command is writing {folder}; wait for it and repeat this one")
@@ -116,12 +100,7 @@ def locked(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(folder: Path, patience_s: float) -> Iterator[None]:
-    """Keep writers of a folder out while it is read, as far as that is possible.
-
-    Args:
-        folder: That is read; one that cannot be locked is read nevertheless.
-        patience_s: Seconds to wait for a command that is writing.
-    """
+    """Keep writers of a folder out while it is read, as far as that is possible."""
     try:
         descriptor = _lock(folder, fcntl.LOCK_SH, patience_s)
     except OSError:  # there is no such folder, or its filesystem has no locks
@@ -155,15 +134,7 @@ def _lock(folder: Path, kind: int, patience_s: float) -> int | None:
 
 @contextlib.contextmanager
 def writing_to(output: Path, what: str = "directory") -> Iterator[None]:
-    """Say in one line why something cannot be written.
-
-    Args:
-        output: That is written.
-        what: ``directory`` or ``file``; a file's folder is the user's to make.
-
-    Raises:
-        InputError: in place of the ``OSError`` that says so.
-    """
+    """Say in one line why something cannot be written."""
     reasons = {
         errno.ENOSPC: f"no space is left on the device; free some or give another {what}",
         errno.EDQUOT: f"the disk quota is used up; free some space or give another {what}",
@@ -201,15 +172,7 @@ def keeping(result: object) -> Iterator[None]:
 
 
 def check_new_file(path: Path, *, force: bool) -> None:
-    """Find out before long work whether its result can be written.
-
-    Args:
-        path: The file.
-        force: Whether one that exists may be replaced.
-
-    Raises:
-        InputError: if it exists (without ``force``), is no file, or cannot be written.
-    """
+    """Find out before long work whether its result can be written."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
     if path.exists() and not path.is_file():  # it would be replaced by a file

@@ -36,11 +36,7 @@ class Goal(Part):
 
     @classmethod
     def min_accuracy(cls, text: str) -> Goal:
-        """Read ``-0.5`` (at most half a point below the unmerged model) or ``97.2`` (percent).
-
-        Raises:
-            InputError: if the text is neither.
-        """
+        """Read ``-0.5`` (at most half a point below the unmerged model) or ``97.2`` (percent)."""
         value, relative = _number(text), text.strip().startswith("-")
         if not (-100 <= value <= 0 if relative else 1 <= value <= 100):
             raise InputError(
@@ -51,11 +47,7 @@ class Goal(Part):
 
     @classmethod
     def target_macs(cls, text: str) -> Goal:
-        """Read ``50%`` (of the unmerged model), ``8.7G``, ``9.5M`` or a plain number of MACs.
-
-        Raises:
-            InputError: if the text is none of these, or not above zero.
-        """
+        """Read ``50%`` (of the unmerged model), ``8.7G``, ``9.5M`` or a plain number of MACs."""
         found = re.fullmatch(r"\s*([0-9.eE+]+)\s*([kmg%]?)\s*", text, re.IGNORECASE)
         number, unit = found.groups() if found else ("", "")
         value, relative = _number(number), unit == "%"
@@ -69,11 +61,7 @@ class Goal(Part):
 
     @classmethod
     def target_latency(cls, value: float) -> Goal:
-        """Milliseconds per batch.
-
-        Raises:
-            InputError: if that is not a number above zero.
-        """
+        """Milliseconds per batch."""
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"target latency is {value:g} ms; expected more than 0")
         return cls(kind="target-latency-ms", value=value, relative=False)

@@ -63,18 +63,7 @@ DEEPEST = 100
 
 
 def check_graph(folder: Path, name: str, listed: Mapping[str, int], precision: str) -> None:
-    """Make sure that a model takes its weights from nowhere but the artifact.
-
-    Args:
-        folder: The artifact.
-        name: Of the model's file, whose weights may be in ``<name>.data`` beside it.
-        listed: File of the artifact -> its bytes, as ``build.json`` has them.
-        precision: As ``build.json`` has it.
-
-    Raises:
-        InputError: if it is not an ONNX model, refers to another file or beyond the end of that
-            one, or most of its weights are of another precision.
-    """
+    """Make sure that a model takes its weights from nowhere but the artifact."""
     data = f"{name}.data"
     with open_regular(folder, name) as stream:
         try:

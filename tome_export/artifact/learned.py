@@ -35,11 +35,7 @@ def write_learned(model: MergedModel, folder: Path) -> None:
 
 
 def with_own_weights(part: Part, artifact: Artifact, name: str) -> Part:
-    """A reducer or compressor that reads an artifact's own file, which is all that it may read.
-
-    Raises:
-        InputError: if it has weights from a file, and the artifact lists none.
-    """
+    """A reducer or compressor that reads an artifact's own file, which is all that it may read."""
     if name in artifact.manifest.files:
         return replace(part, weights=str(artifact.path / name))  # type: ignore[type-var]
     if (source := getattr(part, "weights", None)) not in (None, "random"):

@@ -134,9 +134,6 @@ class ModelInfo(Part):
 
         Args:
             weights: A folder stands for that of the checkpoint.
-
-        Raises:
-            InputError: if the model was a folder's, and the folder is no more.
         """
         if self.folder is None:
             return self.name
@@ -157,14 +154,7 @@ class Component(Part):
     options: dict[str, Any]
 
     def made(self, cls: type[Made]) -> Made:
-        """What the entry describes.
-
-        Args:
-            cls: The dataclass of its name; ``reducers.reducer_class`` knows it.
-
-        Raises:
-            InputError: if it has no such option, one is missing, or a value does not fit.
-        """
+        """What the entry describes."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         unknown = next((key for key in self.options if key not in names), None)
         if unknown is not None:
@@ -581,14 +571,7 @@ class Manifest(Document):
             raise ValueError(f"has patches {grid}, expected rows, cols, height and width above 0")
 
     def check_whole(self, file: Path) -> None:
-        """Make sure that every file that the entries speak of is listed.
-
-        Args:
-            file: Where the manifest is from, for messages.
-
-        Raises:
-            InputError: if one is not.
-        """
+        """Make sure that every file that the entries speak of is listed."""
         wanted = {"": MODEL} | {name: engine.file for name, engine in self.engines.items()}
         for engine, name in wanted.items():
             if name not in self.files:
@@ -613,11 +596,7 @@ def listed_files(folder: Path) -> set[str] | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the ``build.json`` of a directory.
-
-    Raises:
-        InputError: if it is none, of another format, or edited into something unusable.
-    """
+    """Read and check the ``build.json`` of a directory."""
     file = folder / MANIFEST
     if not os.path.lexists(file):
         raise InputError(

@@ -327,10 +327,6 @@ class TunedSchedule(ScheduleFile):
 
 
 def read_search(file: Path) -> TunedSchedule | None:
-    """The search that found a schedule; None of a schedule that was written by hand.
-
-    Raises:
-        InputError: if the file is neither.
-    """
+    """The search that found a schedule; None of a schedule that was written by hand."""
     by_hand = ScheduleFile.read(file)
     return TunedSchedule.read(file) if "front" in (by_hand.model_extra or {}) else None

@@ -60,11 +60,6 @@ def choose_form(request: BuildRequest) -> GraphForm:
 
     A plugin is built for one batch size unless a range is asked for in so many words, because
     TensorRT keeps memory at every change of it; ``auto`` takes none for a range.
-
-    Raises:
-        UsageError: if options exclude each other.
-        MissingComponentError: if the engine, or the plugin's compiler, was asked for and is not
-            here.
     """
     selection = select(request.engine)
     asked = request.engine_options.compute_capabilities
@@ -132,16 +127,7 @@ def _scattering(request: BuildRequest, form: GraphForm) -> GraphForm:
 
 
 def fit_form(form: GraphForm, model: MergedModel, engine: str) -> GraphForm:
-    """What has to change now that the model's token counts are known.
-
-    Args:
-        form: From ``choose_form``.
-        model: The patched model.
-        engine: As it was asked for; ``auto`` does without one that cannot take the model.
-
-    Raises:
-        InputError: if an engine that was asked for cannot take the model.
-    """
+    """What has to change now that the model's token counts are known."""
     merges = limits.merges_of(model.layers, model.prefix)
     if form.capabilities and not form.required:
         tokens = max((merge.tokens for merge in merges), default=0)
@@ -181,18 +167,7 @@ def attention_form(
     lowering: Lowering,
     opset: int = OPSETS[-1],
 ) -> AttentionDecision:
-    """The form of attention for what will run the graph; docs/attention.md says why.
-
-    Args:
-        asked: ``auto`` leaves it to this function.
-        precision: Of the graph.
-        backend: That builds the engine; None for no engine.
-        lowering: Of the merge: a graph with ``index_add`` is for ONNX Runtime alone.
-        opset: Of the graph; that it has the form asked for is ``spec.check_opset``'s to say.
-
-    Raises:
-        UsageError: if what was asked for does not go with the precision or the backend.
-    """
+    """The form of attention for what will run the graph; docs/attention.md says why."""
     if asked == "fused-fp32" and precision != "fp16":
         raise UsageError(
             f"--attention fused-fp32 was asked for in {precision}; expected fp16, the precision "

@@ -234,11 +234,7 @@ class _Build:
         return manifest_of(self.loaded, model, options, exported, plugins, notes), form
 
     def check_parity(self, manifest: Manifest, images: Array) -> Manifest:
-        """Compare the graph with PyTorch and write ``parity.json``; the manifest with the result.
-
-        Raises:
-            ParityFailedError: if they differ by more than rounding.
-        """
+        """Compare the graph with PyTorch, write ``parity.json``, give the manifest the result."""
         from tome_export.parity.compare import ParityFailedError, check_parity
 
         what = "videos" if self.model.takes_video else "images"

@@ -51,16 +51,7 @@ def manifest_of(
     plugins: PluginInfo | None,
     notes: Notes,
 ) -> Manifest:
-    """The manifest of a build, before its files, engines and parity are known.
-
-    Args:
-        loaded: The model and where it is from.
-        model: The same, patched.
-        options: How it was exported.
-        exported: What was written.
-        plugins: The kernels of its plugin nodes; None without any.
-        notes: The reasons for its form.
-    """
+    """The manifest of a build, before its files, engines and parity are known."""
     recipe = loaded.recipe
     merged, unmerged = model.macs(), model.macs(merged=False)
     batch: int | Literal["batch"] = options.batch.max if options.batch.is_static else "batch"
@@ -147,9 +138,6 @@ def merge_info(model: MergedModel, options: ExportOptions, note: str) -> MergeIn
 
 def checkpoint_folder(name: str) -> str | None:
     """Where the checkpoint of ``hf:<folder>`` is, whatever folder is the current one later.
-
-    Args:
-        name: Of any model.
 
     Returns:
         Its absolute path; None for a model that is in no folder.

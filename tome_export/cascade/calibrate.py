@@ -276,11 +276,7 @@ def front_of(
 
 
 def cheapest(front: Sequence[CalibratedSetting], needed: int, target: str) -> CalibratedSetting:
-    """The cheapest setting of a front with so many images right as are needed.
-
-    Raises:
-        InputError: if there is none; it says what can be reached.
-    """
+    """The cheapest setting of a front with so many images right as are needed."""
     found = next((point for point in front if point.score.correct >= needed), None)
     if found is None:
         most = front[-1].score.correct
@@ -296,10 +292,6 @@ def cheapest(front: Sequence[CalibratedSetting], needed: int, target: str) -> Ca
 def best_within(
     front: Sequence[CalibratedSetting], budget: float, costs: Costs, target: str
 ) -> CalibratedSetting:
-    """The setting of the best rank whose mean cost is within a budget.
-
-    Raises:
-        InputError: if the members span no such cost.
-    """
+    """The setting of the best rank whose mean cost is within a budget."""
     costs.check_budget(budget, front[0].score.macs, target)
     return [point for point in front if point.score.macs <= budget][-1]

@@ -137,13 +137,7 @@ class CascadeRequest:
 
 
 def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
-    """Open artifacts of one model, by MACs ascending.
-
-    Raises:
-        UsageError: if there is only one.
-        InputError: if one is damaged, gives no classes or takes more than images, if they are of
-            different models, inputs or outputs, or two take the same MACs.
-    """
+    """Open artifacts of one model, by MACs ascending."""
     if len(paths) < 2:
         raise UsageError(
             f"{len(paths)} artifact is given; a cascade is made of two or more of one model, with "

@@ -54,10 +54,6 @@ class Members:
 
         Returns:
             Observations of the images that could be read, in the order of the listing; the others.
-
-        Raises:
-            InputError: if no image can be read, or the members share no batch size.
-            ExportError: if a member fails.
         """
         chosen, batch = selection(len(source), limit or LIMIT), self._batch()
         tasks = [

@@ -23,11 +23,7 @@ COMPRESSORS = {
 
 
 def compressor_class(name: str) -> type[Compressor]:
-    """The class of a compressor.
-
-    Raises:
-        InputError: if there is none of that name.
-    """
+    """The class of a compressor."""
     return class_of(COMPRESSORS, __name__, "compressor", name)
 
 
@@ -37,10 +33,6 @@ def compressor_from_text(text: str | None, options: Iterable[str] = ()) -> Compr
     Args:
         text: Name, and behind a colon the value of its first option; None for no compressor.
         options: Further ones, each ``key=value``.
-
-    Raises:
-        InputError: if there is no such compressor or option, a value does not fit, or one is
-            missing.
     """
     if text is None:
         if lone := next(iter(options), None):

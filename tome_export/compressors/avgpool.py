@@ -39,11 +39,7 @@ class AvgPool(Compressor):
         return self.grid
 
     def module(self, width: int, grid: PatchGrid) -> nn.Module:  # noqa: ARG002
-        """The pooling, which has no parameters.
-
-        Raises:
-            InputError: if the grid is not smaller than that of the patches, or has no cell.
-        """
+        """The pooling, which has no parameters."""
         rows, cols = self.grid
         if not (1 <= rows <= grid.rows and 1 <= cols <= grid.cols):
             raise InputError(

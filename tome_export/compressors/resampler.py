@@ -74,12 +74,7 @@ class Resampler(Compressor):
         """Latents lie nowhere."""
 
     def module(self, width: int, grid: PatchGrid) -> nn.Module:  # noqa: ARG002
-        """The resampler with its weights.
-
-        Raises:
-            InputError: if the file cannot be read, is of another layout or width, or has another
-                number of latents, layers or heads than asked for.
-        """
+        """The resampler with its weights."""
         if self.weights == RANDOM:
             asked = {name: getattr(self, name) or most for name, most in _DEFAULTS.items()}
             made = partial(PerceiverResampler, width, head_width=self.head_width, **asked)

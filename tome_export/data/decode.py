@@ -83,9 +83,6 @@ def decoded_chunks(
         tasks: Chunks.
         decode: Each thread that calls it has a process that decodes.
         workers: Threads; 0 decodes when a chunk is taken.
-
-    Raises:
-        ExportError: if nothing can be decoded here.
     """
     if workers == 0:
         yield from (decode_task(task, decode) for task in tasks)

@@ -50,10 +50,6 @@ def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None 
         data: A folder; or shards by path, glob (``*``) or braces (``{000..010}``, ``{a,b}``).
         classes: Of the model; None for a model without classes.
         labels: File of labels for a folder of images.
-
-    Raises:
-        InputError: if there are none, or their labels are not usable.
-        UsageError: if labels are given for shards, which hold their own.
     """
     from tome_export.data.image_folder import folder_source
     from tome_export.data.parquet_files import parquet_source
@@ -117,19 +113,7 @@ def source_of(
     classes: Classes | None,
     weights: str | None = None,
 ) -> Source:
-    """The images of ``find_data``, or with ``samples`` those that come with the artifact's model.
-
-    Args:
-        artifact: Whose model is to see them.
-        data: See ``find_data``.
-        labels: See ``find_data``.
-        classes: Classes of the artifact; None for a model without.
-        weights: Where the checkpoint folder of the model is now.
-
-    Raises:
-        InputError: if there are none, or their labels are not usable.
-        UsageError: if labels are given for what has its own.
-    """
+    """Images of ``find_data``, or with ``samples`` those that come with the artifact's model."""
     from tome_export.models import resolve
 
     if tuple(data) != (SAMPLES,):
@@ -163,11 +147,7 @@ def labelled_source(recipe: Recipe) -> Source | None:
 
 
 def shared_path(data: Sequence[str], others: Sequence[str]) -> Path | None:
-    """The first path, links followed, of whose images two such lists both have some; or None.
-
-    Raises:
-        InputError: if a path is not there.
-    """
+    """The first path, links followed, of whose images two such lists both have some; or None."""
     first, second = (
         {
             one.resolve()
@@ -198,11 +178,7 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def expand(pattern: str) -> list[Path]:
-    """The paths of a name with braces and stars, in order.
-
-    Raises:
-        InputError: if one is not there, or the braces stand for too many.
-    """
+    """The paths of a name with braces and stars, in order."""
     from braceexpand import braceexpand
 
     if not pattern:
@@ -226,9 +202,6 @@ def _has_braces(pattern: str) -> bool:
 
     ``braceexpand`` makes all names of a part before the first is taken, and calls itself for each
     part within another.
-
-    Raises:
-        InputError: if there may be too many, or too many in one another.
     """
     depths = list(itertools.accumulate((c == "{") - (c == "}") for c in pattern))
     most = min(MOST_NAMES, MOST_CHARACTERS // len(pattern))

@@ -25,9 +25,6 @@ def walk(root: Path, left_out: list[str]) -> Iterator[tuple[str, list[str], list
     Args:
         root: The folder.
         left_out: Told what is not listed, in words that can be shown after the folder's name.
-
-    Raises:
-        InputError: if a folder cannot be read.
     """
     # Not os.walk, which calls itself for every level up to Python 3.11.
     links, forks, hidden, waiting = [], 0, [], [""]
@@ -78,9 +75,6 @@ def find_files(folder: str | Path, suffixes: Collection[str], what: str) -> list
     """Every file of a kind under a folder, sorted by path; a single file stands for itself.
 
     ``suffixes`` are in lower case; ``what`` is what messages call one of them. See ``walk``.
-
-    Raises:
-        InputError: if there is no such folder or file, or none of them in it.
     """
     folder = Path(folder)
     article = "an" if what[0] in "aeiou" else "a"

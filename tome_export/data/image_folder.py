@@ -86,9 +86,6 @@ def class_folders(folders: Sequence[str], classes: Classes) -> tuple[dict[str, i
     where there is one for each output, but only of a model without names or of ImageNet's
     ``n01440764``. A wrong guess would give a result that looks like one of a bad model, so whatever
     fits a rule in part is refused.
-
-    Raises:
-        InputError: if no rule holds, or two folders would be one class.
     """
     count, names = len(folders), [composed(name) for name in folders]
     unknown = [f for f, name in zip(folders, names, strict=True) if name not in classes.by_name]
@@ -148,10 +145,6 @@ def labels_from_file(path: Path, names: Sequence[str], folder: Path, classes: Cl
     may be in quotes. A path may be absolute, else it is below the folder, and is spelt with
     composed or with separate accents. Empty rows and those that begin with ``#`` are left out; so
     is a first row that names no image.
-
-    Raises:
-        InputError: if there is no such file, a row is of another form, repeats an image or is of
-            none, or an image has no label or one that the model does not have.
     """
     real = lru_cache(maxsize=1024)(os.path.realpath)
 

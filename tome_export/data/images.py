@@ -51,10 +51,6 @@ def parity_images(
 
     Returns:
         ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
-
-    Raises:
-        InputError: if there is no image or video, or one cannot be read.
-        MissingComponentError: if videos are given, and what decodes them is not installed.
     """
     from tome_export.data.preprocess import find_videos, load_videos, pixels_from_bytes
     from tome_export.data.samples import moving_samples, sample_pixels
@@ -105,10 +101,6 @@ def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
 
     Returns:
         ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
-
-    Raises:
-        InputError: naming the file, if one cannot be used.
-        MissingComponentError: if what decodes videos is not installed.
     """
     from tome_export.data.preprocess import load_images, load_videos
 

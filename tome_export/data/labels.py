@@ -75,11 +75,7 @@ class Classes:
         return cls(2, (f"not {names[0]}", names[0]) if names else None)
 
     def index(self, value: object, where: str) -> int:
-        """The class that a label means: a whole number, or text that is a number or a name.
-
-        Raises:
-            InputError: if it means none, or its text is the number of one and the name of another.
-        """
+        """The class that a label means: a whole number, or text that is a number or a name."""
         # A column of whole numbers is one of floats where some were missing.
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -116,9 +112,6 @@ class Classes:
         By name, where all are the model's labels, or are whole numbers; by number, where the user
         says so, the model has no names, they are ImageNet's, or at least half are the model's
         labels, and those at their numbers. An error calls the data set ``where``.
-
-        Raises:
-            InputError: if neither their names nor their numbers tell.
         """
         names = [composed(name) for name in names]
         found, by_number = list(range(len(names))), f"{len(names)} classes, matched by number"

@@ -51,11 +51,7 @@ def pixels_from_bytes(data: bytes, settings: Settings) -> np.ndarray[Any, Any]:
 
 
 def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
-    """Decode one image file upright, as mode ``L`` or ``RGB``; of ``settings`` only the limits.
-
-    Raises:
-        BadImageError: if it is no such file, damaged, cut short, or too large.
-    """
+    """Decode one image file upright, as mode ``L`` or ``RGB``; of ``settings`` only the limits."""
     names = _names(settings.get("formats", FORMATS))
     if not data:
         raise BadImageError(f"is empty; expected the bytes of a {names} file")
@@ -188,11 +184,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """An image as mode ``L`` or ``RGB``: on white where it is transparent, with the upper byte.
-
-    Raises:
-        BadImageError: if its samples have no range of 8 or 16 bits.
-    """
+    """An image as mode ``L`` or ``RGB``: on white where it is transparent, with the upper byte."""
     if image.mode.startswith("I"):
         # Pillow's own conversion clips at 255; 16-bit samples are scaled instead.
         samples = np.asarray(image)
@@ -220,11 +212,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any, Any]:
-    """Preprocess one 8-bit image to ``[C, H, W]`` float32.
-
-    Raises:
-        BadImageError: if it would become too large on the way.
-    """
+    """Preprocess one 8-bit image to ``[C, H, W]`` float32."""
     channels, height, width = settings["input_size"]
     image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
     size = _resized(image.size, height, width, settings["crop_pct"])

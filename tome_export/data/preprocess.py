@@ -53,12 +53,6 @@ def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> ND
     """Read and preprocess images to ``pixel_values [B, C, H, W]`` float32; see ``Preprocessing``.
 
     EXIF orientation is applied; transparency is laid on white; 16-bit grey keeps its upper byte.
-
-    Raises:
-        InputError: naming the file, if one is missing, of no format of ``pixels.FORMATS``,
-            truncated, of a pixel type without a defined range, or beyond the limits of ``pixels``
-            and ``decoder``.
-        ExportError: if the process that decodes cannot be started.
     """
     if not paths:
         raise InputError("no images given; expected at least one image file")
@@ -90,12 +84,7 @@ def read_image(path: str | Path, formats: Sequence[str] = pixels.FORMATS) -> Ima
 
 
 def read_frames(path: str | Path, frames: int) -> list[Image.Image]:
-    """Uniformly sampled frames of one video file; see ``tome_export.video.frames``.
-
-    Raises:
-        InputError: naming the file, if it is missing, no video, damaged, or too short.
-        MissingComponentError: if PyAV is not installed.
-    """
+    """Uniformly sampled frames of one video file; see ``tome_export.video.frames``."""
     from PIL import Image
 
     return [Image.fromarray(frame) for frame in _video("frames", path, {}, frames)]
@@ -108,11 +97,7 @@ def _video(kind: str, path: str | Path, settings: dict[str, Any], frames: int) -
 
 
 def read_file(path: str | Path) -> bytes:
-    """The content of an image file.
-
-    Raises:
-        InputError: naming it, if it is missing, no regular file or too large.
-    """
+    """The content of an image file."""
     size = _check_file(path, "image")
     try:
         check_size(size)

@@ -37,9 +37,6 @@ def sample_pixels(recipe: Recipe, count: int) -> NDArray[np.float32]:
 
     For ``vit_digits`` the first of its test images; for others the six photographs, then the same
     mirrored left to right, top to bottom, and both, so that up to 24 differ.
-
-    Raises:
-        InputError: if more are asked for than there are.
     """
     digits = recipe.name == "vit_digits"
     most = len(_digits()[1]) if digits else MAX_PHOTOGRAPH_PIXELS

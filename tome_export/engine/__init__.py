@@ -35,10 +35,6 @@ def select(choice: str = "auto") -> Selection:
     """Choose a builder.
 
     ``auto`` takes TensorRT where it and a GPU are, else TensorRT-RTX, else none.
-
-    Raises:
-        UsageError: if the choice is unknown.
-        MissingComponentError: if a named one cannot build here.
     """
     if choice not in CHOICES:
         raise UsageError(f"engine is {choice!r}; expected one of {', '.join(CHOICES)}")

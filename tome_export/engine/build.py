@@ -44,22 +44,7 @@ def build_engine(
     plugins: Plugins | None = None,
     model: Path | None = None,
 ) -> EngineInfo:
-    """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself).
-
-    Args:
-        builder: What builds it.
-        artifact: Directory with the model, and the kernels if it has plugin nodes.
-        options: How to build.
-        progress: What is told the notes.
-        folder: Where the engine goes.
-        plugins: Plugins of the model; None if it has none.
-        model: Another graph to build from.
-
-    Raises:
-        InputError: if no kernel of the artifact runs on this machine's GPU.
-        MissingComponentError: if the builder cannot build here.
-        ExportError: if it refuses the model, or took a function body in place of a plugin.
-    """
+    """Build from ``artifact/model.onnx`` into ``folder`` (by default the artifact itself)."""
     if plugins and builder.name == "tensorrt":
         _register_plugins(artifact, plugins.kernels, options)
     output = (folder or artifact) / builder.file_name
@@ -95,11 +80,7 @@ def _register_plugins(artifact: Path, expected: Collection[str], options: Engine
 
 
 def plugins_of(manifest: Manifest) -> Plugins | None:
-    """The plugins of an artifact, or None if its model has none.
-
-    Raises:
-        InputError: if the manifest does not list the kernels.
-    """
+    """The plugins of an artifact, or None if its model has none."""
     merge = manifest.merge
     if merge.merge_op != "plugin":
         return None
@@ -133,9 +114,6 @@ def capabilities_of(
         asked: As given, such as ``8.9`` or ``current``; empty for the default, which is Ampere to
             Blackwell, and this machine's GPU if a TensorRT engine is built here.
         builder: What builds the engine, or None.
-
-    Raises:
-        UsageError: if kernels cannot be compiled for one, or ``current`` is asked without a GPU.
     """
     from tome_export.plugins.aot import PTX_VERSIONS
 
@@ -173,13 +151,7 @@ def refusal(merging: Merging) -> str | None:
 def compile_kernels(
     merging: Merging, capabilities: Sequence[tuple[int, int]], folder: Path, progress: Progress
 ) -> PluginInfo:
-    """Compile what the merging nodes need into ``folder/plugins``; returns the manifest's entry.
-
-    Raises:
-        InputError: if the kernels cannot take the nodes.
-        MissingComponentError: if the Triton language is not installed.
-        ExportError: if it cannot compile a kernel.
-    """
+    """Compile what the merging nodes need into ``folder/plugins``; returns the manifest's entry."""
     from tome_export.plugins.aot import compile_ptx, compiler
 
     reason = refusal(merging)

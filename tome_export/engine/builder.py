@@ -98,11 +98,7 @@ class EngineBuilder(ABC):
     gpu_to_build: bool
 
     def module(self) -> ModuleType:
-        """The imported library.
-
-        Raises:
-            MissingComponentError: if it is not installed, broken or too old.
-        """
+        """The imported library."""
         found = self.availability()
         if not found.available:
             raise MissingComponentError(found.reason)
@@ -140,12 +136,7 @@ class EngineBuilder(ABC):
         return Availability(False, found.version, reason)
 
     def parse(self, onnx_path: Path) -> None:
-        """Check that the parser accepts a model, without building it.
-
-        Raises:
-            MissingComponentError: if the library is not here.
-            ExportError: with the parser's errors: node, operator, reason.
-        """
+        """Check that the parser accepts a model, without building it."""
         trt, cancel = self.module(), threading.Event()
 
         def work() -> None:
@@ -164,12 +155,6 @@ class EngineBuilder(ABC):
         """Build an engine and write it to ``output_path`` in one step.
 
         Ctrl-C ends the build at the builder's next step; nothing is left behind.
-
-        Args:
-            onnx_path: The model; external data is looked up beside it.
-            options: How to build.
-            output_path: The engine file; its folder must exist.
-            progress: What is told of the builder's phases and their steps, from another thread.
 
         Raises:
             MissingComponentError: if it cannot build on this machine.
@@ -255,13 +240,7 @@ class EngineBuilder(ABC):
     def _network_from_onnx(
         self, trt: ModuleType, logger: Any, messages: Messages, onnx_path: Path
     ) -> tuple[Any, Any, Any]:
-        """The builder, the network and its parser; the path lets external data be found.
-
-        Raises:
-            MissingComponentError: if the library does not start.
-            InputError: if the file is missing or holds no graph.
-            ExportError: with node, operator and reason for what the parser refuses.
-        """
+        """The builder, the network and its parser; the path lets external data be found."""
         try:
             builder = trt.Builder(logger)
         except TypeError as error:  # pybind11: the library's factory returned null
@@ -320,11 +299,7 @@ def runtime_for(trt: ModuleType, logger: Any, *, version_compatible: bool) -> An
 
 
 def write_engine(path: Path, content: Any) -> None:
-    """Write bytes (any buffer) in one step.
-
-    Raises:
-        ExportError: if the folder is missing or read-only, or the disk is full.
-    """
+    """Write bytes (any buffer) in one step."""
     from tome_export.artifact.files import write_whole
 
     try:
@@ -363,12 +338,7 @@ def _tensors(count: int, get: Callable[[int], Any]) -> tuple[TensorInfo, ...]:
 
 
 def _add_profile(builder: Any, config: Any, network: Any, batch: BatchRange) -> None:
-    """One optimisation profile, with the first dimension of every input as the batch.
-
-    Raises:
-        InputError: if the graph's batch is fixed to another size than asked for.
-        ExportError: if another dimension than the first is dynamic.
-    """
+    """One optimisation profile, with the first dimension of every input as the batch."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)

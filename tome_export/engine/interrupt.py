@@ -23,9 +23,6 @@ def run_interruptibly(call: Callable[[], T], cancel: threading.Event) -> T:
     Args:
         call: The work; it must end soon after ``cancel`` is set.
         cancel: A flag that it looks at, clear at the start.
-
-    Raises:
-        BaseException: whatever the call raised, or the interrupt.
     """
     results: list[T] = []
     failures: list[BaseException] = []

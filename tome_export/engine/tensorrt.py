@@ -27,12 +27,7 @@ class TensorRT(EngineBuilder):
         return 0 if int(trt.__version__.split(".")[0]) >= 11 else super().network_flags(trt)
 
     def configure(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:
-        """Compatibility levels and the timing cache.
-
-        Raises:
-            UsageError: for compute capabilities other than this machine's.
-            InputError: if the timing cache exists but cannot be read.
-        """
+        """Compatibility levels and the timing cache."""
         if options.compute_capabilities not in ((), ("current",)):
             raise UsageError(
                 f"compute capabilities are {', '.join(options.compute_capabilities)}; TensorRT "

@@ -27,12 +27,7 @@ class TensorRTRTX(EngineBuilder):
     gpu_to_build = False
 
     def configure(self, trt: ModuleType, config: Any, options: EngineOptions) -> list[str]:
-        """Targets; and a note for each option without effect.
-
-        Raises:
-            UsageError: for a version-compatible engine, or a target this version does not know.
-            MissingComponentError: if the target is the current GPU and there is none.
-        """
+        """Targets; and a note for each option without effect."""
         if options.version_compatible:
             raise UsageError(
                 "a version-compatible engine was asked for; TensorRT-RTX engines run only with the "

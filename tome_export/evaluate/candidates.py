@@ -66,16 +66,7 @@ def candidates_of(
     r: Sequence[int],
     progress: Progress,
 ) -> Iterator[list[Candidate]]:
-    """Export whatever the artifact does not hold; it is there until the end of the block.
-
-    Args:
-        artifact: What is evaluated.
-        model: The same in PyTorch.
-        backend: What runs all but ``torch``.
-        against: Of ``unmerged`` and ``torch``.
-        r: Constant schedules to compare besides.
-        progress: Told of each export.
-    """
+    """Export whatever the artifact does not hold; it is there until the end of the block."""
     own = model_from_artifact(artifact, MERGED, model)
     merged = Candidate(MERGED, tuple(layer.r for layer in model.layers), backend, model.macs(), own)
     found, subjects = [merged], {merged.r: own}

@@ -44,11 +44,7 @@ class Journal:
         return list(filter(None, map(_record, self._stream)))
 
     def append(self, record: Record) -> None:
-        """Write one down.
-
-        Raises:
-            InputError: if the disk is full.
-        """
+        """Write one down."""
         try:
             # The line before may be without its end.
             self._stream.write(f"\n{record.to_json()}")
@@ -86,9 +82,6 @@ def open_journal(key: Mapping[str, Any]) -> Iterator[Journal]:
     """The journal of an evaluation, under ``$XDG_CACHE_HOME/tome-export/eval``.
 
     Those of others that nobody has open and nobody took up for ``KEPT_DAYS`` are deleted first.
-
-    Args:
-        key: All that its records hang on; JSON-ready.
 
     Raises:
         InputError: if another process has it open.

@@ -201,10 +201,6 @@ class _Work:
 
         The journal is deleted when the block ends without an error: what fails in there, as for
         want of memory or space, does not cost the work.
-
-        Raises:
-            InputError: if no image can be read, or the same evaluation is running already.
-            ExportError: if a model fails.
         """
         images, models = len(self._chosen), len(self._runs)
         table = Table(images, self._classifier.batch)

@@ -86,11 +86,6 @@ def ray_records(work: RayWork, address: str, cores: int) -> Generator[Record, No
         address: ``local`` to start Ray here, else a cluster's, such as ``10.0.0.1:6379``,
             ``ray://10.0.0.1:10001`` or ``auto``.
         cores: What Ray may use of this machine, where it is started here.
-
-    Raises:
-        MissingComponentError: if Ray is not installed, or a backend not where an actor runs.
-        InputError: if the cluster cannot be reached, or a machine does not see the data.
-        ExportError: if a runner or Ray itself fails.
     """
     require_ray()
     with ExitStack() as stack:

@@ -71,11 +71,7 @@ class Classifier:
     baseline: str
 
     def record(self, decoded: Decoded, runners: Mapping[str, Runner]) -> Record:
-        """Run every runner on a chunk.
-
-        Raises:
-            ExportError: if a runner fails.
-        """
+        """Run every runner on a chunk."""
         values: dict[str, NDArray[Any]] = {}
         if len(decoded.pixels):
             outputs = {

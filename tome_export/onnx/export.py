@@ -157,10 +157,6 @@ def onnx_from_model(
             gives them.
         metadata: Written to the model's metadata_props as JSON, keys prefixed ``tome_export.``.
         external_data_bytes: Weights above this go to a file of their own.
-
-    Raises:
-        ExportError: if the model cannot be traced, or the result is not valid ONNX with a known
-            shape for every tensor.
     """
     names = [output_names] if isinstance(output_names, str) else output_names
     proto = _proto_from_model(model, options, names)

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from tome_export.artifact.document import short
 from tome_export.errors import ExportError, InputError
-from tome_export.spec import INPUT_NAME, TensorInfo
+from tome_export.spec import INPUT_NAME
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this go to ``model.onnx.data``; protobuf's limit is 2 GiB for the whole file."""
@@ -136,11 +136,7 @@ def _varint(value: int) -> bytes:
 
 
 def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
-    """Read a model file.
-
-    Raises:
-        InputError: if the file is not an ONNX model.
-    """
+    """Read a model file."""
     try:
         return onnx.load(path, load_external_data=weights)
     except Exception as error:
@@ -150,16 +146,7 @@ def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
 
 def check(path: Path, model: onnx.ModelProto | None = None) -> None:
-    """Run ONNX's checker with full shape inference and require a shape for every tensor.
-
-    Args:
-        path: The model's file.
-        model: What is in it, if it is in memory; the weights of a large one are not read again.
-
-    Raises:
-        ExportError: if the model is not valid ONNX or a shape could not be inferred.
-        OSError: if the disk is full.
-    """
+    """Run ONNX's checker with full shape inference and require a shape for every tensor."""
     bare, inferred = (path.with_name(path.name + end) for end in (".bare", ".inferred"))
     try:
         checked = path
@@ -200,9 +187,6 @@ def check_memory(path: Path) -> None:
     """Refuse a model that asks for more memory than this machine has, before a runtime obeys.
 
     What can be told from its shapes: of the tensors between its nodes, the largest for one image.
-
-    Raises:
-        InputError: if it does, or it is not an ONNX model.
     """
     model = load(path, weights=False)
     light = without_weights(model)
@@ -265,20 +249,3 @@ def extra_inputs_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         for value in model.graph.input
         if value.name != INPUT_NAME
     }
-
-
-def tensors_from_graph(path: Path) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
-    """Inputs and outputs of an ONNX model, as it has them itself; a named size is ``-1``.
-
-    Raises:
-        InputError: if the file is not an ONNX model.
-    """
-
-    def described(value: onnx.ValueInfoProto) -> TensorInfo:
-        tensor = value.type.tensor_type
-        shape = (d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-        return TensorInfo(value.name, tuple(shape), dtype)
-
-    graph = load(path, weights=False).graph
-    return tuple(map(described, graph.input)), tuple(map(described, graph.output))

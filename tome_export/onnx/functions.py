@@ -300,11 +300,7 @@ def merge_function(lowering: Lowering, opset: int, *, plugin: bool = False) -> o
 
 
 def class_token_of(nodes: Iterable[onnx.NodeProto]) -> bool:
-    """The attribute ``class_token`` that the match nodes of a graph share; true without any.
-
-    Raises:
-        ExportError: if they do not, for all have one body.
-    """
+    """The attribute ``class_token`` that the match nodes of a graph share; true without any."""
     found = {
         bool(attribute.i)
         for node in nodes
@@ -322,11 +318,7 @@ def class_token_of(nodes: Iterable[onnx.NodeProto]) -> bool:
 def functions_for(
     nodes: Collection[onnx.NodeProto], lowering: Lowering, opset: int, *, plugin: bool = False
 ) -> list[onnx.FunctionProto]:
-    """The functions that a graph's nodes need.
-
-    Raises:
-        ExportError: if one body does not do for all match nodes.
-    """
+    """The functions that a graph's nodes need."""
     used = {node.op_type for node in nodes if node.domain == spec.DOMAIN}
     class_token = class_token_of(nodes)
     makers: dict[str, Callable[[], onnx.FunctionProto]] = {

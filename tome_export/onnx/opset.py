@@ -26,9 +26,6 @@ def lower(model: onnx.ModelProto) -> None:
     """Rewrite a model's graph and functions in place, from opset 18 to 17.
 
     Axes of reductions become attributes, and constants go that nothing else reads. Names stay.
-
-    Raises:
-        ExportError: naming an operator that does in 18 what it cannot do in 17.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     parts: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]

@@ -15,14 +15,7 @@ from tome_export.spec import INPUT_NAME
 
 
 def patch_embedding(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weights ``[D, C, h, w]`` and bias ``[D]`` of the convolution that cuts pixels into patches.
-
-    Args:
-        path: ``model.onnx`` of an artifact, in any precision.
-
-    Raises:
-        InputError: if the pixels do not go into a convolution whose kernels lie side by side.
-    """
+    """Weights ``[D, C, h, w]``, bias ``[D]`` of the convolution that cuts pixels into patches."""
     graph = load(path).graph
     pixels, found = {INPUT_NAME}, None
     for node in graph.node:

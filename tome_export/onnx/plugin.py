@@ -45,11 +45,7 @@ class Merging:
 
 
 def merging_of(model: onnx.ModelProto) -> Merging:
-    """The merging nodes of a model exported by this package.
-
-    Raises:
-        InputError: if a shape is missing, or a product lacks the columns of its keys.
-    """
+    """The merging nodes of a model exported by this package."""
     values = {v.name: v for v in (*model.graph.value_info, *model.graph.input)}
 
     def described(name: str) -> tuple[str, list[int]]:

@@ -71,15 +71,7 @@ class Twin:
 
 
 def twin_from_model(model: onnx.ModelProto, *, consume: bool = False) -> Twin:
-    """Instrument a model exported by this package.
-
-    Args:
-        model: The model, which is not changed unless it is consumed.
-        consume: Make the twin of the model itself, which saves a copy of its weights.
-
-    Raises:
-        InputError: if a match node does not carry the name the exporter gives it.
-    """
+    """Instrument a model exported by this package."""
     twin = model
     if not consume:
         twin = onnx.ModelProto()

@@ -105,10 +105,6 @@ def check_parity(
         activation: What makes scores of logits; None for the usual one of so many.
         k: Error allowed as a multiple of PyTorch's own in the same precision.
         progress: Told what is being run.
-
-    Raises:
-        InputError: if there is no image.
-        ExportError: if the runtime refuses the graph.
     """
     from tome_export.onnx.files import beside, data_of, load
     from tome_export.onnx.twin import twin_from_model

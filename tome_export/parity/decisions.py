@@ -64,16 +64,7 @@ def cosine_scores(metric: Array, prefix: int) -> Array:
 def disagreements(
     reference: Plan, candidate: Plan, scores: Array, prefix: int, class_token: bool, image: int
 ) -> list[Disagreement]:
-    """Every decision in which two plans over the same tokens differ.
-
-    Args:
-        reference: What should have been decided.
-        candidate: What was.
-        scores: The reference's ``cosine_scores``.
-        prefix: Protected tokens.
-        class_token: Whether kept tokens are ordered by position (else by rank).
-        image: Index to report.
-    """
+    """Every decision in which two plans over the same tokens differ."""
     value = scores.max(axis=1, initial=-np.inf)
     ranked = np.sort(value)[::-1]
     r = len(reference.src)

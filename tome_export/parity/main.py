@@ -200,11 +200,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
 
 
 def check_entropy_option(value: float | None) -> None:
-    """Refuse a least entropy that is none.
-
-    Raises:
-        UsageError: unless it is 0 to 1.
-    """
+    """Refuse a least entropy that is none."""
     if value is not None and not 0 <= value <= 1:
         raise UsageError(f"--min-entropy is {value:g}; expected 0 to 1, such as 0.8")
 

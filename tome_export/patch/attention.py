@@ -43,11 +43,7 @@ def linear_weights(*modules: nn.Module) -> int:
 
 
 def check_multihead(attn: nn.Module, model_name: str, role: str = "attention") -> None:
-    """Refuse what ``multihead`` does not compute.
-
-    Raises:
-        InputError: for another class, a subclass included, or for options that add tokens.
-    """
+    """Refuse what ``multihead`` does not compute."""
     require(attn, {nn.MultiheadAttention}, role, model_name)
     given: Any = attn
     if given.bias_k is not None or given.add_zero_attn:

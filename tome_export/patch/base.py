@@ -117,11 +117,7 @@ class MergedModel(nn.Module, ABC):
         self.register_load_state_dict_pre_hook(_add_inner_prefix)  # type: ignore[no-untyped-call]
 
     def token_counts(self, schedule: Schedule) -> tuple[LayerTokens, ...]:
-        """Clamped token counts of each block.
-
-        Raises:
-            InputError: if the schedule does not fit the model.
-        """
+        """Clamped token counts of each block."""
         return self.settings.reducer.layers(schedule.of_one_frame(), self.tower)
 
     @property
@@ -278,11 +274,7 @@ class MergedModel(nn.Module, ABC):
         return learned + total_macs(self.block_costs, layers, self.fixed_macs(final))
 
     def fixed_macs(self, tokens: int) -> int:
-        """MACs per image or video outside the blocks, as torch counts them.
-
-        Args:
-            tokens: Tokens that leave the last block.
-        """
+        """MACs per image or video outside the blocks, as torch counts them."""
         grid = self.patch_grid
 
         def outside(zeros: MakeZeros) -> None:
@@ -313,14 +305,7 @@ class MergedModel(nn.Module, ABC):
         inputs: Mapping[str, Tensor] | None = None,
         layers: Sequence[LayerTokens] | None = None,
     ) -> Merger:
-        """A fresh merger.
-
-        Args:
-            forced: Plans to apply instead of the layers' own, by merge.
-            observe: Called with every layer that removes tokens.
-            inputs: The model's inputs besides the images, by name.
-            layers: Token counts other than the model's own.
-        """
+        """A fresh merger."""
         return self.merger_class(
             self.layers if layers is None else layers,
             self.prefix,
@@ -401,14 +386,7 @@ class MergedModel(nn.Module, ABC):
         forced: StepPlans | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """As ``forward``, to the main output only; each layer is handed out and none is kept.
-
-        Args:
-            pixel_values: ``[B, C, H, W]``.
-            observe: Called with every merging layer as it merges.
-            forced: Plans to apply instead of the layers' own, by merge.
-            inputs: The other inputs by name.
-        """
+        """As ``forward``, to the main output only; each layer is handed out and none is kept."""
         return self.run(self._checked(pixel_values), self.merger(forced, observe, inputs))
 
     def _checked(self, pixel_values: Tensor) -> Tensor:

@@ -36,9 +36,6 @@ def check_undispatched(model: nn.Module) -> None:
 
     Its hooks move each module's weights when the module is called, and merging calls the parts of
     layers, not the layers. Not looked at while a graph is traced.
-
-    Raises:
-        InputError: naming the first module that has a hook.
     """
     if torch.compiler.is_compiling():
         return
@@ -59,11 +56,7 @@ def check_undispatched(model: nn.Module) -> None:
 
 
 def require(module: nn.Module, known: set[type], role: str, model_name: str) -> None:
-    """Refuse a module by name unless its class is one of those understood, not a subclass.
-
-    Raises:
-        InputError: naming the class and the classes that are supported.
-    """
+    """Refuse a module by name unless its class is one of those understood, not a subclass."""
     if type(module) not in known:
         names = ", ".join(sorted(cls.__name__ for cls in known))
         raise InputError(
@@ -73,12 +66,7 @@ def require(module: nn.Module, known: set[type], role: str, model_name: str) -> 
 
 
 def count_macs(model: nn.Module, run: Callable[[MakeZeros], None]) -> int:
-    """MACs of some modules of a model, as torch counts them, without computing anything.
-
-    Args:
-        model: Has the parameters, of whichever device and dtype.
-        run: Calls the modules; it is given a function that makes zeros of a shape as their inputs.
-    """
+    """MACs of some modules of a model, as torch counts them, without computing anything."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -99,11 +87,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def pretrained_configuration(model: nn.Module) -> dict[str, Any]:
-    """What timm says of a model's pretrained weights; empty if it says nothing.
-
-    Raises:
-        InputError: if ``pretrained_cfg`` is set to something else than timm's configuration.
-    """
+    """What timm says of a model's pretrained weights; empty if it says nothing."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     cfg = cfg.to_dict() if hasattr(cfg, "to_dict") else cfg
     if not isinstance(cfg, dict):

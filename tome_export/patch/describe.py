@@ -30,12 +30,7 @@ def output_shape(model: MergedModel) -> tuple[int, ...]:
 
 
 def output_names(name: str, model: MergedModel) -> list[str]:
-    """Names of a model's outputs.
-
-    Args:
-        name: Of the main output of the recipe; dense outputs are features whatever it is.
-        model: The patched model.
-    """
+    """Names of a model's outputs."""
     settings = model.settings
     main = FEATURES if settings.dense else name
     asked = ((SOURCE_MAP, settings.source_map), (ENTROPY, settings.entropy))

@@ -21,11 +21,7 @@ class OutputChoice(NamedTuple):
 
 
 def output_choice_from_heads(*heads: object) -> OutputChoice:
-    """Class scores if a head has weights; features where it was taken off.
-
-    Args:
-        heads: The modules behind the pooling; what is no module counts as absent.
-    """
+    """Class scores if a head has weights; features where it was taken off."""
     for head in heads:
         if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
             width = head_width(head)

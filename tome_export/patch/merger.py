@@ -190,12 +190,7 @@ class Merger:
 
 
 def check_reducer(settings: MergeSettings, class_token: bool) -> None:
-    """Refuse what a reducer cannot give.
-
-    Raises:
-        InputError: if it needs a class token that the model has not, would leave holes in dense
-            outputs, or has no sizes whose entropy means anything.
-    """
+    """Refuse what a reducer cannot give."""
     reducer = settings.reducer
     if reducer.needs_class_attention and not class_token:
         raise InputError(

@@ -50,11 +50,7 @@ _READERS: dict[str, tuple[Any, str]] = {
 
 
 def class_of(registry: Mapping[str, str], package: str, kind: str, name: str) -> type[Any]:
-    """The class that a registry names.
-
-    Raises:
-        InputError: if it has none of that name.
-    """
+    """The class that a registry names."""
     if name not in registry:
         raise InputError(f"{kind} is {name!r}; expected one of {', '.join(registry)}")
     module, _, cls = registry[name].partition(".")
@@ -63,35 +59,18 @@ def class_of(registry: Mapping[str, str], package: str, kind: str, name: str) ->
 
 
 def reducer_class(name: str) -> type[Reducer]:
-    """The class of a reducer.
-
-    Raises:
-        InputError: if there is none of that name.
-    """
+    """The class of a reducer."""
     return class_of(REDUCERS, __name__, "reducer", name)
 
 
 def reducer_from_text(name: str = DEFAULT, options: Iterable[str] = ()) -> Reducer:
-    """A reducer by name with options as the command line has them, each ``key=value``.
-
-    Raises:
-        InputError: if there is no such reducer or option, or a value does not fit.
-    """
+    """A reducer by name with options as the command line has them, each ``key=value``."""
     cls = reducer_class(name)
     return cls(**values_from_text(cls, f"reducer {name}", options))
 
 
 def values_from_text(cls: type[Any], what: str, options: Iterable[str]) -> dict[str, Any]:
-    """Options of the command line, each ``key=value``, as values of a dataclass's fields.
-
-    Args:
-        cls: The dataclass.
-        what: What the options are of, for messages.
-        options: The options as given.
-
-    Raises:
-        InputError: if there is no such option, or a value does not fit.
-    """
+    """Options of the command line, each ``key=value``, as values of a dataclass's fields."""
     types = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
     values: dict[str, Any] = {}
     for option in options:

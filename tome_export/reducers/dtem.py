@@ -42,11 +42,7 @@ class DTEM(MatchReducer):
         object.__setattr__(self, "weights", absolute(self.weights))
 
     def module(self, shape: ModelShape) -> nn.Module:
-        """One linear layer per block.
-
-        Raises:
-            InputError: if the weights are missing or of another size.
-        """
+        """One linear layer per block."""
         if self.weights == RANDOM:
             return random_module(lambda: Metrics(shape, self.features))
         if self.weights is None:

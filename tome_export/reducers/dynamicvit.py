@@ -79,12 +79,7 @@ class DynamicViT(StagedReducer):
         return super().layers(Schedule(per_layer=there), shape)
 
     def module(self, shape: ModelShape) -> nn.Module:
-        """One predictor per stage.
-
-        Raises:
-            InputError: if the width cannot be halved twice, or the weights are missing or of
-                another size.
-        """
+        """One predictor per stage."""
         count = len(self.blocks(shape.depth))
         if shape.width % 4:
             raise InputError(

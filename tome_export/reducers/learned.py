@@ -30,11 +30,7 @@ def random_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 def state_of_file(weights: str) -> dict[str, Tensor]:
-    """The tensors of a file.
-
-    Raises:
-        InputError: if it cannot be read.
-    """
+    """The tensors of a file."""
     return read_checkpoint(Path(weights)).state
 
 
@@ -50,17 +46,7 @@ def first_misfit(
 
 
 def filled(module: nn.Module, state: Mapping[str, Tensor], where: str, reducer: str) -> nn.Module:
-    """A module with given weights.
-
-    Args:
-        module: The module, changed in place.
-        state: Its weights by key.
-        where: What holds them, for messages.
-        reducer: Name of the reducer, for messages.
-
-    Raises:
-        InputError: naming the first key that is missing, of another shape, or too many.
-    """
+    """A module with given weights."""
     if misfit := first_misfit(module, state):
         key, got, expected = misfit
         raise InputError(

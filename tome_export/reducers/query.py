@@ -77,11 +77,7 @@ class Query(ScoredReducer):
         return {INPUT: (self._width(shape),)}
 
     def module(self, shape: ModelShape) -> nn.Module | None:
-        """The projection W.
-
-        Raises:
-            InputError: if the widths do not fit, or the file is not one of a linear layer.
-        """
+        """The projection W."""
         width = self._width(shape)
         if self.weights is None:
             return None

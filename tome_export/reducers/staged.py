@@ -43,9 +43,6 @@ class StagedReducer(ScoredReducer):
 
         The quarters of the depth are 3, 6 and 9 of 12, 4, 8 and 12 of 16, 5, 10 and 15 of 20, as
         published.
-
-        Raises:
-            InputError: if a layer is not of the model, or the rates are not as many as the layers.
         """
         at = self.at or tuple(sorted({quarter * depth // 4 for quarter in (1, 2, 3)} - {0}))
         if at and at[-1] >= depth:

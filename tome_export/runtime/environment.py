@@ -59,11 +59,7 @@ def cpu_name() -> str:
 
 
 def nvidia_smi(*query: str) -> list[list[str]] | None:
-    """Rows of a query to NVIDIA's driver as CSV cells; None where there is no working driver.
-
-    Args:
-        query: Its arguments, such as ``--query-gpu=name``.
-    """
+    """Rows of a query to NVIDIA's driver as CSV cells; None where there is no working driver."""
     command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)

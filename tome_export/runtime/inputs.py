@@ -30,10 +30,6 @@ def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np
 
     A mask of frames says that all count.
 
-    Args:
-        shapes: Shape of each input by name, without the batch.
-        count: Number of images.
-
     Returns:
         ``[count, ...]`` float32 by name.
     """
@@ -74,11 +70,7 @@ def asked_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_videos(artifact: Artifact, command: str) -> None:
-    """Stop a command that has only images for the model.
-
-    Raises:
-        InputError: if the model takes videos.
-    """
+    """Stop a command that has only images for the model."""
     if artifact.manifest.video:
         raise InputError(
             f"the model of {artifact.path} takes videos, and 'tome-export {command}' is for models "
@@ -87,11 +79,7 @@ def refuse_videos(artifact: Artifact, command: str) -> None:
 
 
 def refuse_extra_inputs(artifact: Artifact, command: str) -> None:
-    """Stop a command that has only images for the model.
-
-    Raises:
-        InputError: if the model takes more.
-    """
+    """Stop a command that has only images for the model."""
     extra = asked_inputs(artifact.manifest)
     if extra:
         raise InputError(
@@ -109,10 +97,6 @@ def inputs_from_file(
         shapes: Inputs that are wanted, without the batch; at most one.
         path: ``[E]`` for all images alike, or ``[count, E]``; None for no file.
         count: Images.
-
-    Raises:
-        UsageError: if a file is given that is not wanted, or wanted and not given.
-        InputError: if it cannot be read or is of another shape.
     """
     wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     if path is None and shapes:

@@ -112,10 +112,6 @@ def merge_maps(
             videos, video files, or ``[B, F, C, H, W]``.
         progress: Told what is being done.
         inputs: What the model takes besides, ``[B, ...]`` by name; None for no such thing.
-
-    Raises:
-        InputError: if an image cannot be read, or it cannot be told where the patches lie.
-        MissingComponentError: if ONNX Runtime is not here.
     """
     from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
@@ -174,10 +170,6 @@ def maps_from_plans(
     """Images, or videos as mosaics of their frames, with their tokens after every layer.
 
     A token of several frames of a video is one group in all of them.
-
-    Raises:
-        InputError: if patches have no place in the image, or the graph merges other tokens than
-            the manifest says, as when that was edited.
     """
     grid, prefix = grid_from_manifest(manifest, where), manifest.merge.prefix
     if not _agree(plans, manifest.layers):

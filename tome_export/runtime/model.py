@@ -42,9 +42,6 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         artifact: The artifact.
         weights: Where the weights are now, if not where they were at the build: a file, or the
             folder of a checkpoint that was one.
-
-    Raises:
-        InputError: if the weights cannot be found, or are others than at the build.
     """
     from tome_export.compressors import compressor_class
     from tome_export.models import resolve
@@ -113,11 +110,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
 
 
 def rescheduled(model: MergedModel, schedule: Schedule) -> MergedModel:
-    """The same model, weights shared, at another schedule.
-
-    Raises:
-        InputError: if the schedule does not fit the model.
-    """
+    """The same model, weights shared, at another schedule."""
     from tome_export.patch import patch_with_settings
 
     return patch_with_settings(model, replace(model.settings, schedule=schedule)).eval()
@@ -128,18 +121,8 @@ def export_variant(
 ) -> PluginInfo | None:
     """Export a model as the artifact's was: same precision, batch, operators, merge op.
 
-    Args:
-        artifact: The artifact whose build is repeated.
-        model: From ``reference_model`` or ``rescheduled``.
-        folder: Where ``model.onnx`` goes, and the plugin's kernels if the artifact has them.
-        progress: What is told about the kernels.
-
     Returns:
         What the manifest would say of the kernels; None without any.
-
-    Raises:
-        ExportError: if the export fails.
-        MissingComponentError: if kernels are needed that cannot be compiled here.
     """
     from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.files import load
@@ -186,11 +169,7 @@ class ArtifactModel(Runnable):
 def model_from_artifact(
     artifact: Artifact, label: str, module: MergedModel | None = None
 ) -> ArtifactModel:
-    """What an artifact holds, and its model in PyTorch if there is need of it.
-
-    Raises:
-        InputError: if its graph asks for more memory than this machine has.
-    """
+    """What an artifact holds, and its model in PyTorch if there is need of it."""
     from tome_export.onnx.files import check_memory
 
     check_memory(artifact.model_path)
@@ -231,12 +210,7 @@ def exported_variant(
 
 
 def with_engine(name: str, model: ArtifactModel, folder: Path, progress: Progress) -> ArtifactModel:
-    """The model with an engine for a backend, built into a folder if it has none and needs one.
-
-    Raises:
-        MissingComponentError: if the backend cannot build here.
-        ExportError: if it refuses the model.
-    """
+    """The model with an engine for a backend, built into a folder if it has none and needs one."""
     builder = backend_of(name).builder
     if builder is None or name in model.engines or model.graph is None:
         return model
@@ -256,13 +230,7 @@ def with_engine(name: str, model: ArtifactModel, folder: Path, progress: Progres
 
 @contextlib.contextmanager
 def open_runner(name: str, model: ArtifactModel, progress: Progress) -> Iterator[Runner]:
-    """Load a model on a backend; where it has no engine for one, that is built first.
-
-    Raises:
-        MissingComponentError: if the backend cannot run here.
-        InputError: if the model lacks what the backend opens.
-        ExportError: if the backend refuses the model.
-    """
+    """Load a model on a backend; where it has no engine for one, that is built first."""
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
         ready = with_engine(name, model, Path(folder), progress)
         with backend_of(name).open(ready) as runner:

@@ -52,11 +52,7 @@ def missing(provider: Provider) -> str | None:
 
 
 def graph_of(runnable: Runnable) -> onnx.ModelProto | Path:
-    """The graph of a runnable.
-
-    Raises:
-        InputError: if it has none.
-    """
+    """The graph of a runnable."""
     if runnable.graph is None:
         raise InputError(f"{runnable.label} has no ONNX graph; choose another backend")
     return runnable.graph

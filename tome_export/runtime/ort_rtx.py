@@ -64,9 +64,6 @@ def devices() -> list[Any]:
 
     Returns:
         At least one ``onnxruntime.OrtEpDevice``.
-
-    Raises:
-        MissingComponentError: if the provider cannot be loaded, or takes none of the GPUs.
     """
     import onnxruntime
 

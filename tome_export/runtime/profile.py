@@ -107,11 +107,6 @@ def profile_in_turn(
         model_paths: ``model.onnx`` of an artifact or of an exported variant, by any name.
         images: ``pixel_values [B, C, H, W]`` float32; B is within the models' batch range.
         runs: Runs to measure, at least 1; one more comes first to warm up.
-
-    Raises:
-        InputError: if a file is not an ONNX model.
-        MissingComponentError: if onnxruntime is not here.
-        ExportError: if onnxruntime refuses a model.
     """
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder, ExitStack() as stack:
         opened = {}
@@ -132,12 +127,7 @@ def profile_in_turn(
 
 
 def profile_from_events(events: Sequence[Mapping[str, Any]], find: NodePlaceFinder) -> Profile:
-    """Read the events of ONNX Runtime's profile; the first run is left out.
-
-    Args:
-        events: As in the file.
-        find: Gives the place of a node by its name, None if that says nothing.
-    """
+    """Read the events of ONNX Runtime's profile; the first run is left out."""
     spans = sorted((e["ts"], e["dur"]) for e in events if e["name"] == RUN)[1:]
     nodes = [e for e in events if e["cat"] == "Node" and e["name"].endswith(NODE)]
     nodes.sort(key=lambda event: int(event["ts"]))

@@ -29,11 +29,7 @@ ORT_CPU, TORCH = OrtCpu.name, Torch.name
 
 
 def backend_of(name: str, but: str | None = None) -> Backend:
-    """The backend of a name.
-
-    Raises:
-        UsageError: if there is none; ``but`` names one that the caller cannot use.
-    """
+    """The backend of a name."""
     if name not in BACKENDS:
         known = ", ".join(one for one in BACKENDS if one != but)
         raise UsageError(f"backend is {name!r}; expected one of {known}")
@@ -41,12 +37,7 @@ def backend_of(name: str, but: str | None = None) -> Backend:
 
 
 def require(names: Sequence[str], but: str | None = None) -> None:
-    """Check that backends exist and can run here, before any work is done.
-
-    Raises:
-        UsageError: if there is no such backend, or one is named twice.
-        MissingComponentError: if one cannot run here.
-    """
+    """Check that backends exist and can run here, before any work is done."""
     for name in names:
         backend = backend_of(name, but)
         if names.count(name) > 1:

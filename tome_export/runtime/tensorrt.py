@@ -45,12 +45,7 @@ class EngineBackend(Backend):
 
     @contextmanager
     def open(self, runnable: Runnable) -> Iterator[Runner]:
-        """See ``Backend.open``.
-
-        Raises:
-            MissingComponentError: also if the CUDA runtime is not found, or this process already
-                ran an engine of the other library.
-        """
+        """See ``Backend.open``."""
         reason = self.missing()
         if reason is not None:
             raise MissingComponentError(reason)

@@ -20,13 +20,6 @@ def paired(
 ) -> dict[str, Seconds]:
     """Time several things once per round; every other round goes through them backwards.
 
-    Args:
-        runs: What to call, by name.
-        rounds: How many calls of each are timed, at least 1.
-        warmup: How many calls of each come first, untimed.
-        clock: Gives seconds.
-        on_round: Told how many rounds are done.
-
     Returns:
         Seconds by name, ``[rounds]``; entry i of each was measured in the same round.
     """

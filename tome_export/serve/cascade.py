@@ -62,15 +62,7 @@ class CascadeServeRequest:
 
 
 def check_cascade(request: CascadeServeRequest) -> None:
-    """Find out before the calibration whether its result can be served.
-
-    Raises:
-        UsageError: if the name is none that a user may choose.
-        InputError: if the repository is no place for one, a folder of its name is not ours or
-            holds another calibration and is not to be replaced.
-        MissingComponentError: if the server's schema is not installed, or what a self-test needs
-            that was asked for.
-    """
+    """Find out before the calibration whether its result can be served."""
     check_packages()
     model = check_repository(request.repository) / request.model
     if request.name is not None:
@@ -92,10 +84,6 @@ def serve_cascade(
     """Write the members as ``tome-export serve`` does, and the cascade with them, or nothing.
 
     The model runs its policy with a copy of ``policy_file``.
-
-    Raises:
-        InputError: if the repository cannot take them, or a model fails the self-test.
-        ExportError: if the self-test's server does not start.
     """
     options = ServeOptions()
 
@@ -133,11 +121,7 @@ def cascade_folder(
     policy_file: Path,
     options: ServeOptions,
 ) -> ModelFolder:
-    """A model that runs a calibrated policy and asks its members, those of fewer MACs first.
-
-    Raises:
-        InputError: if inputs or outputs differ.
-    """
+    """A model that runs a calibrated policy and asks its members, those of fewer MACs first."""
     config = front_config(
         "cascade",
         name,

@@ -109,9 +109,6 @@ class Client:
             name: Name of it, or of the model or router it belongs to, or what the names of the
                 models behind a router have in common; None for the only one there is, where a
                 router stands for the models behind it.
-
-        Raises:
-            InputError: if there is none, or several and no name.
         """
         known = self.models()
         if name is not None:
@@ -168,10 +165,6 @@ class Client:
 
         Returns:
             The outputs likewise.
-
-        Raises:
-            InputError: if the server refuses the request, with its reason.
-            MissingComponentError: if it is not there any more.
         """
         from tritonclient.utils import np_to_triton_dtype
 
@@ -264,10 +257,6 @@ def connect(
         url: ``host:port`` or ``host``, also with ``grpc://``, ``grpcs://``, ``http://``, ``https://``.
         protocol: ``grpc`` or ``http``; None for that of the scheme, else gRPC.
         seconds: Most time for an answer.
-
-    Raises:
-        UsageError: if the URL is not one, or its scheme is of another protocol.
-        MissingComponentError: if no server answers, or tritonclient is not installed.
     """
     address, used, ssl = parse_url(url, protocol)
     client = Client(address, used, ssl=ssl, seconds=seconds)

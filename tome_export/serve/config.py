@@ -164,11 +164,6 @@ def model_folders(
     A batch size of 1 leaves nothing to fill up: users call the file itself, and the wire is spared
     a copy through another process. Pipelines, routers and cascades cannot: the server batches
     them, and lets them ask only models that it batches as well.
-
-    Raises:
-        UsageError: if a CUDA graph is asked for that the server cannot record: of an ONNX model,
-            or of a model of fixed batch.
-        InputError: if CUDA graphs are asked for of batches that the engine does not take.
     """
     batch = file.batch
     if not batch.is_static or (batch.max == 1 and not asked_by_models):
@@ -195,10 +190,6 @@ def file_folder(
     """The model that serves a file as it is; one of fixed batch takes exactly as many rows.
 
     Behind a batching model it has no queue and no labels of its own.
-
-    Raises:
-        UsageError: as ``model_folders``.
-        InputError: likewise.
     """
     files: dict[str, Path | bytes] = {
         f"{options.folder}/{name}": path for name, path in file.files.items()
@@ -436,11 +427,7 @@ def config_text(config: ModelConfig) -> str:
 
 
 def config_from_text(text: str, where: str) -> ModelConfig:
-    """Read a ``config.pbtxt``, which a message calls ``where``, with the server's own schema.
-
-    Raises:
-        InputError: if the text has an unknown field, a value of the wrong kind, or no syntax.
-    """
+    """Read a ``config.pbtxt``, which a message calls ``where``, with the server's own schema."""
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 

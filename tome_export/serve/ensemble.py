@@ -40,19 +40,9 @@ def pipeline_folders(
 ) -> list[ModelFolder]:
     """The models that make one of encoded images of a served model of pixels.
 
-    Args:
-        artifact: What is served.
-        name: Name of its model on the server.
-        options: Version and instances.
-        max_batch: Most images at once that the model takes; None for the artifact's own.
-        further_outputs: Name and dtype of what it gives besides, a number per image each.
-
     Returns:
         ``<name>_preprocess``, ``<name>_postprocess`` (classifiers only) and the ensemble
         ``<name>_pipeline``.
-
-    Raises:
-        InputError: if images cannot be given to the model.
     """
     most = max_batch or artifact.manifest.batch.max
     folders = [_preprocess(artifact, name, options, most)]

@@ -95,12 +95,7 @@ class Installation:
 
 
 def find() -> Installation:
-    """The server to start: ``tritonserver`` on the path, else the one inside nvidia-pytriton.
-
-    Raises:
-        MissingComponentError: if there is none, or it cannot run python models with this Python
-            and NumPy.
-    """
+    """The server to start: ``tritonserver`` on the path, else the one inside nvidia-pytriton."""
     on_path = shutil.which(NAME)
     if on_path is not None:
         binary = Path(on_path).resolve()

@@ -315,11 +315,7 @@ def _measured_ms(served: Sequence[_ServedArtifact]) -> list[float | None]:
 
 
 def why_untested(files: Sequence[ModelFile], asked: bool | None) -> str:
-    """Why what is served cannot be tried out on this machine; empty if it can.
-
-    Raises:
-        MissingComponentError: if it cannot, and was asked for by name.
-    """
+    """Why what is served cannot be tried out on this machine; empty if it can."""
     why = ""
     try:
         find()

@@ -56,11 +56,6 @@ def model_file_from_artifact(artifact: Artifact, choice: str = "auto") -> ModelF
 
     An engine with plugins that was built for a range of batch sizes is given only the one it is
     tuned for.
-
-    Raises:
-        UsageError: if the choice is unknown.
-        InputError: if an engine is asked for and there is none that the server takes, or the
-            engine's batch sizes are ones that the server cannot keep to.
     """
     if choice not in FORMATS:
         raise UsageError(f"format is {choice!r}; expected one of {', '.join(FORMATS)}")

@@ -106,11 +106,7 @@ def models_in(repository: Path) -> tuple[str, ...]:
 
 
 def choose_version(repository: Path, folder: ModelFolder, asked: int | None) -> int:
-    """The version to write: the one asked for, or that with the same files, or the first.
-
-    Raises:
-        InputError: if none is asked for and the model has versions, none of them this one.
-    """
+    """The version to write: the one asked for, or that with the same files, or the first."""
     model = repository / folder.name
     existing = versions_of(model)
     if asked is not None or not existing:
@@ -145,11 +141,6 @@ def write(
         force: Replace a version that has other files. Without it only models that hold nothing of
             their own (decoding, labels, ensemble, router; not a cascade) are replaced.
         check: Called before anything is changed, with a repository of these models and no others.
-
-    Raises:
-        InputError: if a model is there that we did not write, whose inputs or outputs differ, or
-            that version has other files; if the repository is being written by another command
-            or cannot be written.
     """
     repository = check_repository(repository)
     with writing_to(repository), _locked(repository):

@@ -69,9 +69,6 @@ def router_folders(
     Returns:
         ``<base>_router``, then ``<base>_router_pipeline`` if there are pipelines to choose among;
         none if a single model is given and the repository has no router for it.
-
-    Raises:
-        InputError: if the routes do not go together, or those in the repository are unreadable.
     """
     name, image_name = f"{base}{ROUTER}", f"{base}{ROUTER}{PIPELINE}"
     if len(routes) < 2 and not has_router(repository, base):
@@ -115,9 +112,6 @@ def router_folder(
 
     The routes, at least one, are to models of pixels or to pipelines; ``configs`` are of at least
     these models.
-
-    Raises:
-        InputError: if two routes have the same r, or inputs or outputs differ.
     """
     options = options or ServeOptions()
     ordered = sorted(routes, key=lambda route: route.r)

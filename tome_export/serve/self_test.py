@@ -41,9 +41,6 @@ def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[
     """A request of one image or video that a model takes; its other inputs are zeros.
 
     A decoder among the folders, of all models written together, says how long a video has to be.
-
-    Raises:
-        ImportError: if it takes videos and PyAV is not installed.
     """
     from tritonclient.grpc.model_config_pb2 import DataType
     from tritonclient.utils import triton_to_np_dtype
@@ -78,19 +75,7 @@ def _frames(folders: Sequence[ModelFolder]) -> int:
 def run_self_test(
     view: Path, repository: Path, folders: Sequence[ModelFolder], *, gpu: bool
 ) -> str:
-    """Run a server on models and ask each about one image.
-
-    Args:
-        view: A repository that holds them and no others.
-        repository: What a message calls it.
-        folders: The models.
-        gpu: Whether they run on GPUs, and not with the configs for CPUs.
-
-    Raises:
-        InputError: if the server cannot load a model, or a model refuses, or gives another output
-            than its config says or numbers that are not finite.
-        ExportError: if the server does not start otherwise, at the second try either.
-    """
+    """Run a server on models and ask each about one image."""
     again = ""
     try:
         try:

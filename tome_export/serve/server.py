@@ -80,9 +80,6 @@ def server_options_from_repository(repository: Path) -> ServerOptions:
     - ONNX Runtime's TensorRT accelerator has no key for TF32, which TensorRT's builder allows by
       default; NVIDIA's libraries read one variable that forbids it.
     - ONNX Runtime reports to its maker (docs/privacy.md).
-
-    Raises:
-        InputError: if a config of ours is damaged.
     """
     models = [repository / name for name in models_in(repository) if is_ours(repository / name)]
     configs = [config_of(model) for model in models]
@@ -159,14 +156,7 @@ class RunRequest:
 
 @contextlib.contextmanager
 def running(request: RunRequest, progress: Progress | None = None) -> Iterator[RunningServer]:
-    """Run a server on a repository while the block lasts; on a machine without a GPU on the CPU.
-
-    Raises:
-        MissingComponentError: if no server is at hand, or a model needs a GPU and there is none.
-        InputError: if the repository has no model, or one that the server cannot load.
-        UsageError: if a port is taken, or the host is not an address of this machine.
-        ExportError: if it does not start otherwise, or is not ready in time.
-    """
+    """Run a server on a repository while the block lasts; on a machine without a GPU on the CPU."""
     repository, gpu = request.repository, request.gpu
     if not repository.is_dir():
         raise InputError(f"{repository} is not a folder; expected a model repository")
@@ -283,13 +273,7 @@ class RunningServer:
         return self._process.is_alive()
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> None:
-        """Return once every model is loaded and all ports answer.
-
-        Raises:
-            InputError: if a model cannot be loaded, with the server's reason.
-            UsageError: if a port that was asked for is taken.
-            ExportError: if the server ends for another reason, or is not ready in time.
-        """
+        """Return once every model is loaded and all ports answer."""
         deadline = time.monotonic() + seconds
         attempts = 1
         while not self._answers():
@@ -321,12 +305,6 @@ class RunningServer:
 
         Where a model has lost its process the server goes on saying that it is ready, and answers
         requests to that model with errors.
-
-        Args:
-            on_event: Told in one line each what has happened, and that the server is ready again.
-
-        Raises:
-            ExportError: if the server has ended by itself, or has lost processes again and again.
         """
         tell = on_event or (lambda _: None)
         now = time.monotonic()
@@ -424,11 +402,7 @@ class RunningServer:
 
 
 def free_ports(host: str, wanted: Sequence[int]) -> tuple[int, int, int]:
-    """The three ports asked for, with free ones in place of 0, which others may take meanwhile.
-
-    Raises:
-        UsageError: if the host is not an address of this machine, or a port is taken.
-    """
+    """The three ports asked for, with free ones in place of 0, which others may take meanwhile."""
     with contextlib.ExitStack() as stack:
         ports = []
         for port in wanted:

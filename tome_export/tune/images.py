@@ -111,10 +111,6 @@ def read_images(
         seed: Seed of the draw.
         progress: Told how many are read.
         until: Seconds of ``time.monotonic``, after which no more than ``FEWEST`` are read.
-
-    Raises:
-        InputError: if there is no image that can be read.
-        UsageError: if the images take more than memory should be used for.
     """
     most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs)))
     wanted, shape = min(most, len(source)), preprocessing.input_size

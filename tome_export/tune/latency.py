@@ -152,11 +152,6 @@ class Stopwatch:
 
         After ``until``, in seconds of ``time.monotonic``, no more schedules are measured than the
         two that it takes.
-
-        Raises:
-            InputError: if ``target_ms`` is out of reach of any schedule.
-            MissingComponentError: if onnxruntime is not here.
-            ExportError: if a model cannot be exported or run.
         """
         from tome_export.runtime.profile import profile_onnx
 

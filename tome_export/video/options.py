@@ -100,11 +100,7 @@ class FrameMerging:
 
     @classmethod
     def parse(cls, layers: str, frames: str, proportions: str, position: bool) -> FrameMerging:
-        """Read the command line's lists, such as ``8,9,10``, ``2,2,3`` and ``30,10``.
-
-        Raises:
-            InputError: if one is not a list of numbers, or they do not belong together.
-        """
+        """Read the command line's lists, such as ``8,9,10``, ``2,2,3`` and ``30,10``."""
         inter = _numbers(proportions, "proportions", "30,10", float)
         if len(inter) != 2:
             raise InputError(
@@ -119,11 +115,7 @@ class FrameMerging:
         )
 
     def check(self, depth: int, frames: int) -> None:
-        """Refuse a model of so many blocks, or a number of frames, that this does not fit.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Refuse a model of so many blocks, or a number of frames, that this does not fit."""
         if self.layers[-1] >= depth:
             raise InputError(
                 f"layer {self.layers[-1]} is to join frames; the model has layers 0 to {depth - 1}"
@@ -209,9 +201,6 @@ def video_token_counts(
         frames: Frames of one video.
         tokens: Tokens N of one frame that enter the first block, protected ones included.
         prefix: Protected tokens of one frame.
-
-    Raises:
-        InputError: if the merging does not fit the depth or the frames.
     """
     if merging is not None:
         merging.check(len(resolved), frames)

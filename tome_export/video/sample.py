@@ -12,11 +12,7 @@ SIZE = 48
 
 
 def sample_video(frames: int) -> bytes:
-    """An AVI file of grey frames that get brighter.
-
-    Raises:
-        ImportError: if PyAV is not installed.
-    """
+    """An AVI file of grey frames that get brighter."""
     import av
 
     stream = io.BytesIO()

@@ -129,11 +129,7 @@ def read_checkpoint(path: Path, key: str = "", counts: Collection[str] = ()) -> 
 
 
 def checkpoint_from_content(content: object, path: Path, key: str = "") -> Checkpoint:
-    """The weights in what a file holds, by the rules of ``read_checkpoint``, but as they are.
-
-    Raises:
-        InputError: if there are none, or several and it is unclear which are meant.
-    """
+    """The weights in what a file holds, by the rules of ``read_checkpoint``, but as they are."""
     at, taken = content, key
     beside: tuple[str, ...] = ()
     if key:
@@ -253,16 +249,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def check_stored(state: Mapping[str, Tensor], who: str, counts: Collection[str] = ()) -> None:
-    """Refuse what are no plain floating-point weights, before anything is computed with them.
-
-    Args:
-        state: Tensors by name.
-        who: Begins the message, such as ``weights of X``.
-        counts: Names of tensors that may hold whole numbers, besides ``_COUNTS``.
-
-    Raises:
-        InputError: naming a tensor that is quantised, complex, sparse, or without values.
-    """
+    """Refuse what are no plain floating-point weights, before anything is computed with them."""
     for name, value in state.items():
         if problem := _no_plain_tensor(value):
             raise InputError(
@@ -313,10 +300,6 @@ def read_torch(path: Path, mmap: bool = False) -> object:
     ``PickledObject`` stands in their place, and none of their code runs.
 
     With ``mmap``, tensors stay in the file until they are used.
-
-    Raises:
-        InputError: if the file is damaged, holds objects in a place that only their code could
-            fill, is a program, or cannot be mapped.
     """
     import pickle
     import warnings
@@ -410,17 +393,7 @@ def _refused_objects(path: Path) -> InputError:
 def check_fit(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], who: str, expected: str
 ) -> None:
-    """Refuse tensors that are not exactly those of a module's state dict, by name, shape and kind.
-
-    Args:
-        found: Tensors by name.
-        wanted: The module's state dict.
-        who: Begins the message, as in ``weights file X does not fit the model``.
-        expected: Ends it, such as ``the checkpoint of this architecture``.
-
-    Raises:
-        InputError: naming the first few that differ.
-    """
+    """Refuse tensors that are not exactly a module's state dict, by name, shape and kind."""
     have, want = shapes_of(found), shapes_of(wanted)
     wrong = {k: (have[k], want[k]) for k in want if k in have and have[k] != want[k]}
     missing = [key for key in want if key not in have]

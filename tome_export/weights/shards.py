@@ -25,15 +25,8 @@ def tensors_from_folder(folder: Path, rename: Rename) -> tuple[dict[str, Tensor]
     Of a sharded checkpoint only the shards that hold such tensors are opened, and have to exist.
     Nothing else is read into memory.
 
-    Args:
-        folder: With ``model.safetensors``, ``pytorch_model.bin`` or the index of either.
-        rename: New name of a tensor; None for one that is not wanted.
-
     Returns:
         The tensors by their new names, and the names of the files that they were in.
-
-    Raises:
-        InputError: if there is no checkpoint, a file is missing or damaged, or holds objects.
     """
     state: dict[str, Tensor] = {}
     names: list[str] = []

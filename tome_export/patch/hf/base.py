@@ -88,11 +88,7 @@ def _eager(
 
 
 def check_attention(found: object, name: str) -> None:
-    """Refuse an implementation of attention, by the library's name, that takes no additive bias.
-
-    Raises:
-        InputError: naming the implementation and the model.
-    """
+    """Refuse an implementation of attention, by the library's name, that takes no additive bias."""
     if found not in ATTENTIONS:
         raise InputError(
             f"attention implementation {found!r} of model {name} takes no additive bias, which "
@@ -105,9 +101,6 @@ def check_placed(model: nn.Module, name: str) -> None:
     """Refuse a model that a device map has spread, sharded or offloaded.
 
     A model that is on the meta device as a whole is only looked at, and passes.
-
-    Raises:
-        InputError: saying how to place it.
     """
     hooked = next((where for where, m in model.named_modules() if hasattr(m, "_hf_hook")), None)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -131,13 +124,6 @@ def check_modules(module: nn.Module, name: str) -> None:
     """Refuse modules that are not the library's own, such as quantised layers.
 
     A classifier may be any module: it sees what is left of an image, whose tokens are merged.
-
-    Args:
-        module: The model or a layer; its own class is from the file that all may come from.
-        name: Name of the model, for the message.
-
-    Raises:
-        InputError: naming module and class.
     """
     home = type(module).__module__
     inside = {id(part) for head in classifiers_of(module).values() for part in head.modules()}
@@ -160,11 +146,7 @@ def check_modules(module: nn.Module, name: str) -> None:
 
 
 def grid_from_config(config: Any, name: str) -> PatchGrid:
-    """How images are cut, from the configuration of a model.
-
-    Raises:
-        InputError: if the image is not a whole number of patches.
-    """
+    """How images are cut, from the configuration of a model."""
     height, width = pair(config.image_size)
     tall, wide = pair(config.patch_size)
     if height % tall or width % wide:
@@ -184,17 +166,7 @@ def pair(size: Any) -> tuple[int, int]:
 def library_layout(
     model: Any, layers: Sequence[nn.Module], prefix: int, cost: Callable[[Any], BlockCost]
 ) -> ModelLayout:
-    """Check a model of the library and say what merging needs to know of it.
-
-    Args:
-        model: The model.
-        layers: Its encoder's layers.
-        prefix: Class, distillation and register tokens.
-        cost: Gives the MACs per token of a layer.
-
-    Raises:
-        InputError: if a part of the model is not understood, or a device map has placed it.
-    """
+    """Check a model of the library and say what merging needs to know of it."""
     name = type(model).__name__
     check_placed(model, name)
     check_unhooked(model, name)

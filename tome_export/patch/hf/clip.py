@@ -20,11 +20,7 @@ LAYERS = {"CLIPEncoderLayer": "CLIPAttention", "SiglipEncoderLayer": "SiglipAtte
 
 
 def check_layer(layer: Any, name: str) -> None:
-    """Refuse a layer of an encoder that ``layer_forward`` does not compute as the library does.
-
-    Raises:
-        InputError: naming what is not understood, and the model.
-    """
+    """Refuse a layer of an encoder that ``layer_forward`` does not compute as the library does."""
     cls = type(layer)
     known = cls.__name__ in LAYERS and cls.__module__.startswith("transformers.models.")
     if not known or type(layer.self_attn).__name__ != LAYERS[cls.__name__]:

@@ -166,11 +166,7 @@ def _diff_parallel_scaling(
 
 
 def block_forward(block: nn.Module, model_name: str) -> BlockForward:
-    """The merging forward of a block.
-
-    Raises:
-        InputError: naming the class, if the block, its attention or its MLP is not understood.
-    """
+    """The merging forward of a block."""
     from timm.models import vision_transformer as vit
 
     forwards: dict[type, BlockForward] = {
@@ -205,11 +201,7 @@ def pointwise_mlps() -> set[type]:
 
 
 def check_norms(block: nn.Module, model_name: str) -> None:
-    """Refuse a normalisation in a block that does not treat every token alone.
-
-    Raises:
-        InputError: naming its class.
-    """
+    """Refuse a normalisation in a block that does not treat every token alone."""
     from timm import layers
 
     named = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")

@@ -32,10 +32,6 @@ def output_choice(model: Any) -> OutputChoice:
     Timm keeps the projection of CLIP's and the Perception Encoder's towers as their head. It is the
     head of the pretrained weights as they are, whose width its configuration has as ``num_classes``
     and no label set has; any other head was put there to classify.
-
-    Args:
-        model: A ``VisionTransformer``, ``VisionTransformerDistilled`` or ``Eva``; also without
-            memory for its weights.
     """
     from timm.data import infer_imagenet_subset
 

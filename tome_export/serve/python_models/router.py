@@ -75,11 +75,7 @@ class TritonPythonModel:
 
 
 def chosen_route(routes: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str, Any]:
-    """The route for the parameters of a request; only ``r`` and ``max_ms`` matter.
-
-    Raises:
-        BadBudgetError: if one is not a number in its range, or both are given.
-    """
+    """The route for the parameters of a request; only ``r`` and ``max_ms`` matter."""
     ordered = sorted(routes, key=lambda route: route["r"])
     if "r" in parameters and "max_ms" in parameters:
         raise BadBudgetError("both r and max_ms are given; give one of them")
