@@ -92,7 +92,6 @@ def _lines(found: Bench) -> list[str]:
 
 
 def _rows(found: Bench) -> list[str]:
-    """One line per backend and batch."""
     cells = []
     for row in found.rows:
         merged, against, speedup = row.merged, row.against, row.speedup
@@ -117,7 +116,6 @@ def _rows(found: Bench) -> list[str]:
 
 
 def _profile(profile: BenchProfile) -> list[str]:
-    """Time by group of both models, and the share of merging."""
     sides = (profile.merged, profile.against)
     cells = []
     for group in dict.fromkeys(group for side in sides for group in side.groups_ms):

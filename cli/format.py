@@ -115,7 +115,6 @@ def model_lines(manifest: Manifest) -> list[str]:
 
 
 def _layer_lines(manifest: Manifest) -> list[str]:
-    """Tokens, r and MACs of each layer, and the ratio."""
     video, total = manifest.video is not None, manifest.macs
     rows = [
         (

@@ -133,7 +133,6 @@ def _failed(error: BaseException, terminal: Terminal) -> int:
 
 
 def _described(error: BaseException) -> tuple[str, str, int]:
-    """Kind, message and exit code of a failure."""
     kind, message = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, TomeExportError):
         return kind, message, error.exit_code

@@ -24,9 +24,6 @@ class Terminal:
     """How to talk to whoever runs the command.
 
     Attributes:
-        json: One JSON object on standard output instead of text.
-        debug: Show tracebacks and the output of third parties.
-        verbose: Show what happens within each stage.
         findings: What the JSON object of a failure holds besides the error.
     """
 

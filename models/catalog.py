@@ -32,7 +32,6 @@ class Sizes:
     Attributes:
         tokens: Tokens that enter the first block, prefix tokens included.
         prefix: Class, distillation and register tokens.
-        depth: Number of blocks.
         macs: Multiply-accumulates per image, unmerged.
         macs_merged: The same with the recommended r.
         layers: Token counts with the recommended r.

@@ -40,12 +40,7 @@ MOST_CROP = 16
 
 @dataclass(frozen=True)
 class FunctionLoader(Loader):
-    """Hands out copies of the model that a function has made.
-
-    Attributes:
-        module: The function's model.
-        name: The function, as ``module:function``.
-    """
+    """Hands out copies of the model that a function has made."""
 
     module: nn.Module
     name: str

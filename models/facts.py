@@ -92,9 +92,6 @@ class Geometry:
     """Sizes from which tokens and MACs of a plain ViT follow, for lists that import no torch.
 
     Attributes:
-        width: Width of a token.
-        depth: Number of blocks.
-        mlp: Width of the MLP's hidden layer.
         patch: Side of a patch in pixels.
         prefix: Class, distillation and register tokens.
         head_macs: MACs per image behind the blocks: projection or classifier.

@@ -149,7 +149,6 @@ def require_compiler() -> ModuleType:
 
 
 def _kernel(op: str) -> tuple[Any, ModuleType]:
-    """The kernel of an operator and its contract."""
     from tome_export.plugins.match import contract as match_contract
     from tome_export.plugins.match.kernel import match_kernel
     from tome_export.plugins.merge import contract as merge_contract

@@ -34,10 +34,8 @@ class Binary:
     """A kernel compiled for one GPU architecture.
 
     Attributes:
-        compute_capability: Compute capability it was compiled for, such as ``9.0``.
         target: PTX target: ``sm_89`` runs on 8.9 and all later GPUs, ``sm_90a`` on 9.0 only.
         entry: Name of the kernel in the PTX.
-        threads: Threads per program.
         shared_bytes: Dynamic shared memory per program.
         ptx: The code, which is in a file of its own and not in the index.
         file: Name of that file; empty until the binary is written.

@@ -45,9 +45,6 @@ class Finding:
     """A component or ability that was looked at.
 
     Attributes:
-        name: Its name.
-        ok: Whether it is there and works.
-        found: What was found, in one line.
         fix: What to do for it; empty where nothing is to be done.
     """
 

@@ -29,11 +29,7 @@ class InputError(TomeExportError):
 
 
 class UnrecordedError(InputError):
-    """A result was found, and could not be written down.
-
-    Attributes:
-        result: What was found.
-    """
+    """A result was found, and could not be written down."""
 
     def __init__(self, message: str, result: object) -> None:
         super().__init__(message)

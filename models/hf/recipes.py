@@ -165,7 +165,6 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
 
 
 def _class_of(values: dict[str, Any], where: str) -> str:
-    """The library's name of the class to make of a ``config.json``."""
     refuse_quantised(values, where)
     kind = values.get("model_type")
     supported = ", ".join((*TOWERS, *CLASSES, "llava"))

@@ -239,7 +239,6 @@ def _text_width(text: dict[str, Any], folder: str) -> int:
 
 
 def _options(values: dict[str, Any], key: str, feature: object, folder: str) -> TowerOptions:
-    """The selected layer, which ``key`` names, and the selected feature."""
     layer = values.get(key, -2)
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise InputError(

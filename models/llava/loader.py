@@ -60,11 +60,7 @@ def tower_key(key: str, layers: int, projector: bool) -> str | None:
 
 @dataclass(frozen=True)
 class LlavaLoader(Loader):
-    """Makes the tower of one checkpoint.
-
-    Attributes:
-        config: What the checkpoint says, with the tower's options as they are wanted.
-    """
+    """Makes the tower of one checkpoint."""
 
     config: LlavaConfig
 

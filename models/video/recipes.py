@@ -26,8 +26,6 @@ class Clip4ClipLoader(Loader):
     """Makes a video tower.
 
     Attributes:
-        sizes: Of the image tower.
-        frames: Frames of one video.
         merging: Where frames are joined: its frame positions are weights of the tower.
         prompts: Whether it is STOP's tower, and not the plain one.
     """

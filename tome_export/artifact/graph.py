@@ -83,13 +83,7 @@ def check_graph(folder: Path, name: str, listed: Mapping[str, int], precision: s
 
 
 class _Reader:
-    """One model; what is wrong with it is a ``ValueError``.
-
-    Args:
-        content: Of its file.
-        data: Name of the file that its weights may be in.
-        size: Bytes of that file; None if there is none.
-    """
+    """One model; what is wrong with it is a ``ValueError``."""
 
     def __init__(self, content: mmap.mmap, data: str, size: int | None) -> None:
         self._content, self._data, self._size = content, data, size

@@ -444,7 +444,6 @@ class Manifest(Document):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        """Raise for what the types cannot say."""
         self._check_files()
         self._check_layers()
         self._check_preprocessing()

@@ -149,7 +149,6 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
 
 
 def _check_comparable(artifact: Artifact, other: Artifact) -> None:
-    """Require the same input and output of two artifacts."""
     mine, theirs = artifact.manifest, other.manifest
     for what, a, b in (
         ("input", mine.input, theirs.input),
@@ -221,7 +220,6 @@ def _subjects(
     backends: tuple[str, ...],
     progress: Progress,
 ) -> Iterator[dict[str, ArtifactModel]]:
-    """The artifact and what it is compared with."""
     opened = {backend_of(name).opens for name in backends}
     module = None
     if other is None or "module" in opened:

@@ -196,7 +196,6 @@ def forget_peak(clear: Path = CLEAR) -> bool:
 
 
 def _device_bytes(pid: int) -> int | None:
-    """Device memory of a process on all GPUs."""
     rows = nvidia_smi("--query-compute-apps=pid,used_memory") or []
     found = [cells[1] for cells in rows if len(cells) == 2 and cells[0] == str(pid)]
     known = [int(mib) << 20 for mib in found if mib.isdigit()]

@@ -36,8 +36,6 @@ class GraphForm:
 
     Attributes:
         selection: The backend that builds the engine, or None, and why.
-        batch: Batch sizes the model takes.
-        lowering: Body of the merge function.
         capabilities: GPUs to compile the plugin's kernels for; empty without the plugin.
         required: Whether to fail where there can be no kernels, and not do without.
         note: What a user should know of the choice; empty if nothing.

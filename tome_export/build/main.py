@@ -65,7 +65,6 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
 
 
 def _attention(request: BuildRequest, form: GraphForm) -> AttentionDecision:
-    """The form of attention for what runs the graph in the end."""
     return attention_form(
         request.attention, request.precision, form.selection.builder, form.lowering, request.opset
     )
@@ -117,7 +116,6 @@ class _Merging:
 
 
 def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
-    """The library's model with its weights, and how it is to merge."""
     from tome_export.compressors import compressor_from_text
     from tome_export.models import resolve
     from tome_export.reducers import reducer_from_text
@@ -161,7 +159,6 @@ def _check_precision(request: BuildRequest, stored: str) -> None:
 
 
 def _patch(request: BuildRequest, loaded: LoadedModel, merging: _Merging) -> MergedModel:
-    """The model that merges."""
     from tome_export.patch import patch
 
     prop_attn = request.prop_attn
@@ -261,7 +258,6 @@ def _build_engine(
     backend: EngineBuilder,
     progress: Progress,
 ) -> Manifest:
-    """Build the engine; the manifest with it."""
     progress.stage(f"Build the {backend.name} engine")
     options = replace(request.engine_options, batch=manifest.batch)
     plugins = plugins_of(manifest)

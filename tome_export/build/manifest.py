@@ -160,7 +160,6 @@ def _tower(loaded: LoadedModel, model: MergedModel, shape: tuple[int, ...]) -> T
 
 
 def _video(model: MergedModel) -> VideoOptions | None:
-    """Frames of one video, and where they are joined; None for a model of images."""
     if not model.takes_video:
         return None
     return VideoOptions(model.frames, getattr(model.settings.schedule, "frames", None))
@@ -186,7 +185,6 @@ def _layers(model: MergedModel) -> tuple[Layer, ...]:
 
 
 def _outputs(name: str, model: MergedModel, batch: int | Literal["batch"]) -> tuple[Tensor, ...]:
-    """Name, dtype and shape of every output."""
     from tome_export.patch.describe import fake_outputs, output_names
 
     return tuple(

@@ -50,12 +50,7 @@ class AvgPool(Compressor):
 
 
 class GridPool(nn.Module):
-    """Adaptive average pooling of unmerged tokens, one product with a matrix for each side.
-
-    Args:
-        patches: Rows and columns of the patches.
-        cells: Rows and columns of the result.
-    """
+    """Adaptive average pooling of unmerged tokens, one product with a matrix for each side."""
 
     def __init__(self, patches: tuple[int, int], cells: tuple[int, int]) -> None:
         super().__init__()

@@ -69,8 +69,6 @@ class Decoder:
     """A process that decodes, started when it is needed and again after it ended; for one thread.
 
     Args:
-        pixels: The file ``pixels.py``.
-        frames: The file ``frames.py``.
         niceness: How far the process stands back behind others.
         seconds: Most time of a processor that one image or video takes, by ``kind``.
     """

@@ -43,7 +43,6 @@ class Classes:
     """The classes of a model.
 
     Attributes:
-        count: Number of its outputs.
         names: One per output, where the model brings names.
         in_order: Whether the user says that numbers of data are the model's outputs, and class
             folders are in their order, whatever they are called.

@@ -72,14 +72,9 @@ class Source:
     """A listing of images, made image by image. It holds no encoded image: it may list millions.
 
     Args:
-        kind: Format of the images.
-        text: What the user gave.
-        paths: The folder, or the shards.
         pixels: ``[B, C, H, W]`` float32 of samples, preprocessed.
 
     Attributes:
-        kind: Format of the images.
-        text: What the user gave.
         roots: Folders and files that must be there to read the images.
         read: What reads an image of the folder or the shards; samples have none.
         classes: Class index of each image; empty where there are no labels.

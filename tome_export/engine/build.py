@@ -61,7 +61,6 @@ def build_engine(
 
 
 def _register_plugins(artifact: Path, expected: Collection[str], options: EngineOptions) -> None:
-    """Tell TensorRT of the kernels that an artifact's manifest lists."""
     from tome_export.plugins import tensorrt as plugins
 
     kernels = store.KernelStore.read(artifact / store.FOLDER)

@@ -382,6 +382,5 @@ def _allow_attention_fallback(trt: ModuleType, network: Any) -> int:
 
 
 def _plugin_layers(trt: ModuleType, network: Any) -> int:
-    """Layers of the parsed network that a plugin computes."""
     kind = getattr(trt.LayerType, "PLUGIN_V3", None)
     return sum(network.get_layer(index).type == kind for index in range(network.num_layers))

@@ -35,8 +35,6 @@ class MergeCounts(NamedTuple):
     Attributes:
         name: ``blocks.3``, or ``blocks.3.across``.
         tokens: N of one sequence.
-        r: Tokens removed from each sequence.
-        prefix: Protected tokens of each sequence.
         sequences: Sequences of one image or video.
     """
 

@@ -28,8 +28,6 @@ class Messages:
     """What TensorRT said, in order.
 
     Attributes:
-        errors: Errors, each once.
-        warnings: Warnings, each once.
         parsing: The node the parser was last seen at, ``name [operator]``, from its verbose log.
     """
 

@@ -40,8 +40,6 @@ class Candidate:
     Attributes:
         name: ``merged``, ``unmerged``, ``torch`` or ``r=4``.
         r: Tokens merged per layer, clamped.
-        backend: What runs it.
-        macs: Multiply-accumulates per image.
         subject: What to run; candidates of one schedule and backend share it.
     """
 

@@ -20,12 +20,7 @@ KEPT_DAYS = 30
 
 
 class Journal:
-    """Records of one evaluation; its file is locked while this is open.
-
-    Raises:
-        InputError: if another process has it open.
-        OSError: if it cannot be written.
-    """
+    """Records of one evaluation; its file is locked while this is open."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

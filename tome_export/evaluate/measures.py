@@ -34,7 +34,6 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        candidates: The models.
         classes: Of the models; None if they give no classes.
         activation: Of their logits; None if they give features.
     """
@@ -84,7 +83,6 @@ def evaluation_from_table(
 
 
 def _notes(table: Table, labels: Labels | None, comparison: Comparison) -> Iterator[str]:
-    """What a reader should know of the measure."""
     classes, plain = comparison.classes, comparison.plain
     if comparison.activation == "none":
         yield (

@@ -50,15 +50,7 @@ MAX_FOLDER = 40
 
 @dataclass(frozen=True)
 class RayWork:
-    """What is computed on Ray, the same steps on the same batches as on one machine.
-
-    Attributes:
-        tasks: Chunks, at least one.
-        decode: Encoded image to pixels.
-        opener: Opens the runners.
-        classifier: What to keep.
-        roots: Paths that every machine must see.
-    """
+    """What is computed on Ray, the same steps on the same batches as on one machine."""
 
     tasks: Sequence[Task]
     decode: Decode
@@ -216,7 +208,6 @@ def _drive(
 
 
 def _connected(address: str, options: dict[str, Any]) -> Any:
-    """Ray, connected to a cluster or started here."""
     # Else a thread of its own that outlives a session starts another, which nobody ends.
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     if address == LOCAL and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
@@ -249,7 +240,6 @@ def _connected(address: str, options: dict[str, Any]) -> Any:
 
 
 def _outcomes(ray: Any, work: RayWork) -> Iterator[bytes]:
-    """What the actors give, as it comes."""
     there = ray.cluster_resources()
     # A device is a GPU or all cores of a machine.
     gpus, devices = int(there.get("GPU", 0)), sum(bool(node["Alive"]) for node in ray.nodes())

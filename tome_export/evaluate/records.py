@@ -59,7 +59,6 @@ class Classifier:
     Attributes:
         batch: Images per batch; shorter ones are padded, so that every image is always computed
             in the same surroundings and numbers repeat to the last digit.
-        output_name: Name of the one output.
         activation: What makes scores of its logits; None for features, of which the cosine to those
             of ``baseline`` is kept.
         baseline: The run that is not merged.

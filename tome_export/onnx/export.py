@@ -108,8 +108,6 @@ class OnnxFiles:
 
     Attributes:
         paths: The model, then its external data if any.
-        opset: Version of the standard operators.
-        nodes: Nodes in the main graph.
     """
 
     paths: tuple[Path, ...]

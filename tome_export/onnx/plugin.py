@@ -187,7 +187,6 @@ _VIEWS = {"Reshape": _reshape, "Transpose": _transpose, "Split": _split}
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    """An attribute's value, None if the node lacks it."""
     return next(
         (onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), None
     )

@@ -54,11 +54,7 @@ RunnerFactory = Callable[["onnx.ModelProto | Path"], AbstractContextManager[Runn
 
 
 class ParityFailedError(ParityError):
-    """Parity failed; ``report`` says where.
-
-    Attributes:
-        report: The whole report.
-    """
+    """Parity failed; ``report`` says where."""
 
     def __init__(self, report: ParityReport) -> None:
         first, more = report.failures[0], len(report.failures) - 1

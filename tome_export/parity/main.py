@@ -240,7 +240,6 @@ def _opened(
 
 
 def _check_names(asked: tuple[str, ...]) -> None:
-    """Refuse what is no backend to be checked, before any work."""
     known = [name for name in BACKENDS if name != TORCH]
     for name in asked:
         if name == TORCH:

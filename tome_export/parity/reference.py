@@ -29,8 +29,6 @@ class LayerRecord:
         signals: What the decisions hang on, each ``[B, ...]``: the metric ``[B, N, D]`` of a
             match, or else the scores of the reducer.
         keep: See ``MergePlan``, as are the others.
-        src: See ``MergePlan``.
-        dst: See ``MergePlan``.
     """
 
     signals: tuple[Array, ...]

@@ -120,7 +120,6 @@ def patch_with_settings(model: nn.Module, settings: MergeSettings) -> MergedMode
 
 
 def _supported() -> list[str]:
-    """What can be patched: the classes of every library, and towers of this project."""
     by_library: dict[str, list[str]] = {}
     for name in (name for family in FAMILIES for name in family.library_classes):
         by_library.setdefault(name.partition(".")[0], []).append(name.rpartition(".")[2])

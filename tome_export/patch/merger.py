@@ -54,10 +54,8 @@ class LayerTrace(NamedTuple):
     """What one merging layer saw and decided.
 
     Attributes:
-        layer: Index of the block.
         keys: ``[B, H, N, D]`` in the model's dtype, those that attention compared; or the metric
             ``[B, N, D]`` that the reducer has in their place.
-        plan: The plan that was applied.
         chosen: The plan that the layer led to; other than ``plan`` only when plans are forced.
         scores: The signals of a reducer that decides by scores; see ``ScoredReducer``.
         across: Whether this is the merge across joined sequences, ahead of the attention; the keys

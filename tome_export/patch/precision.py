@@ -50,5 +50,4 @@ def free_weights(model: nn.Module) -> None:
 
 
 def _floating(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, each once."""
     return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]

@@ -125,7 +125,6 @@ class Decision(NamedTuple):
     """A plan and what led to it.
 
     Attributes:
-        plan: The plan.
         metric: What a matching compared, ``[B, H, N, D]`` or ``[B, N, D]``; None without one.
         scores: The signals of a ``ScoredReducer``.
     """

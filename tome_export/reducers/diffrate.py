@@ -147,7 +147,6 @@ class DiffRate(ScoredReducer):
 
 
 def _counts_from_file(path: Path, entry: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The two lists of a JSON file, or of an entry of it."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

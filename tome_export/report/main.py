@@ -155,7 +155,6 @@ def _check_output(request: ReportRequest) -> None:
 
 
 def _read(artifact: Artifact, name: str, reader: Callable[[Path], Found | None]) -> Found | None:
-    """One of the artifact's documents; None if it has none."""
     return reader(artifact.path / name) if name in artifact.manifest.files else None
 
 

@@ -155,7 +155,6 @@ class ArtifactModel(Runnable):
 
     Attributes:
         folder: Folder with ``model.onnx`` and, with the plugin, its kernels.
-        batch: Batch sizes that it takes.
         plugins: Plugins of the model; None if it has none.
         extra_inputs: Inputs besides the images: shape of each without the batch.
     """

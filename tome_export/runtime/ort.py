@@ -81,10 +81,6 @@ class OrtRunner:
         provider: Where it runs.
         profile: Prefix of a file for the runtime's own profile, written by ``end_profiling``.
         devices: Devices of a provider that was registered, as ONNX Runtime lists them.
-
-    Raises:
-        MissingComponentError: if onnxruntime, or its provider, is not here.
-        ExportError: if onnxruntime refuses the model.
     """
 
     def __init__(

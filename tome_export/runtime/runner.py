@@ -43,7 +43,6 @@ class EngineFile:
     """An engine, ready to be loaded.
 
     Attributes:
-        path: Its file.
         version_compatible: Whether it was built so. Only then the code that comes with such an
             engine may run; it is refused otherwise.
     """
@@ -58,8 +57,6 @@ class Runnable:
 
     Attributes:
         label: For messages: ``merged``, ``unmerged``, or the path of an artifact.
-        precision: Precision of the model.
-        output_name: Name of the model's main output.
         graph: The ONNX graph or its file, which takes less memory.
         engines: Ready engines by backend.
         module: The same model in PyTorch, fp32.

@@ -219,7 +219,6 @@ class Client:
 
     @contextlib.contextmanager
     def _explained(self, hint: str = "") -> Iterator[None]:
-        """Turn what goes wrong with a call into one line."""
         try:
             yield
         except TomeExportError:

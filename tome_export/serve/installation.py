@@ -30,7 +30,6 @@ class Installation:
     """A server that can be started.
 
     Attributes:
-        binary: Path of the executable.
         backends: Folder of its backends; None where the server knows by itself.
         stub: The python backend's interpreter process for this Python, of the server inside
             nvidia-pytriton; None where the server brings its own.

@@ -279,7 +279,6 @@ def _routers(
     options: ServeOptions,
     repository: Path,
 ) -> list[ModelFolder]:
-    """What chooses among the models, and among their pipelines."""
     base, interface = served[0].base, interface_of(served[0].called.config)
     # The tokens that a tower gives are fewer for a larger r: no model can stand in for another.
     alike = all(interface_of(one.called.config) == interface for one in served)

@@ -27,15 +27,12 @@ class ModelFile:
     Attributes:
         platform: The server's name for its kind.
         files: Name in the version folder -> file of the artifact.
-        batch: Batch sizes that it is given.
         inputs: Tensors by name, dtype and shape; ``-1`` is the batch.
         outputs: Likewise.
         scatters: Whether its merge is one that TensorRT's parser refuses.
-        labels: Class names; empty where it has none.
         version_compatible: Whether it is an engine that brings a runtime of its own.
         cuda_graphs: Whether its batches may be recorded as CUDA graphs.
         needs_gpu: Whether it runs on GPUs only.
-        notes: What a user should know of the choice.
     """
 
     platform: Literal["tensorrt_plan", "onnxruntime_onnx"]

@@ -64,9 +64,6 @@ class Watchdog:
 
     It removes a folder and shared memory, whose paths begin with ``memory``, and gives the server
     so many seconds to end by itself after SIGTERM.
-
-    Raises:
-        ExportError: if the system cannot start it.
     """
 
     def __init__(self, folder: Path, memory: Path, seconds: int) -> None:

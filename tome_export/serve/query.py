@@ -173,7 +173,6 @@ def _read(model: str, kind: str, given: Sequence[Path], frames: int) -> list[tup
 
 
 def _budget(r: int | None, max_ms: float | None) -> Mapping[str, str | int]:
-    """The parameters of a request to a router."""
     if r is not None and max_ms is not None:
         raise UsageError("both r and max-ms are given; give one of them")
     for name, value in (("r", r), ("max-ms", max_ms)):

@@ -169,7 +169,6 @@ def write(
 
 
 def _change(model: Path, folder: ModelFolder, force: bool) -> _Change:
-    """Compare a model with what is there."""
     if not model.exists():
         return _Change(folder)
     check_ours(model)

@@ -106,7 +106,6 @@ class RunRequest:
     """A server to start.
 
     Attributes:
-        repository: What it serves.
         host: Address to listen on; only this machine reaches the default.
         http_port: Port of HTTP; 0 for a free one, as for ``grpc_port`` and ``metrics_port``.
         ready_seconds: Most time until it is ready; None does not wait. The first start of an ONNX
@@ -118,10 +117,6 @@ class RunRequest:
             on request; ``poll`` looks for changes every second.
         stand_in: Let our stand-in run the models of the ONNX Runtime backend; None where the
             server comes without that backend.
-        arguments: More arguments of tritonserver.
-
-    Raises:
-        UsageError: if a port is none or given twice, or the time is none.
     """
 
     repository: Path
@@ -225,7 +220,6 @@ class RunningServer:
 
     Attributes:
         http: ``host:port`` of HTTP; ``grpc`` and ``metrics`` likewise.
-        log_path: File of what the server prints.
         stand_in: Whether our stand-in runs the models of the ONNX Runtime backend.
     """
 

@@ -162,7 +162,6 @@ def _check_numbers(request: TuneRequest) -> None:
 
 
 def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, Classes]:
-    """The model, patched, and what it tells apart."""
     from tome_export.models import resolve
     from tome_export.patch import patch
     from tome_export.reducers import reducer_from_text
@@ -387,7 +386,6 @@ class _Tuning:
         return self.cut_short
 
     def _points(self, method: str = "") -> list[ScoredSchedule]:
-        """The points that merge something, of one method or of all."""
         points = [point for point in self.search.considered() if any(point.r)]
         return [point for point in points if method in ("", point.method)]
 

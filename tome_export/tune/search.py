@@ -65,8 +65,6 @@ class Score:
     """How a schedule does on some images.
 
     Attributes:
-        images: Images that were looked at.
-        correct: Images that have the right class.
         damage: Mean Kullback-Leibler divergence of the class probabilities from those of the
             unmerged model, in nats.
         complete: Whether no image was left out, as they are once the damage is beyond a bound.
@@ -227,7 +225,6 @@ class Search:
         return rs_of(pool[order[chosen]])
 
     def _window(self) -> tuple[float, float]:
-        """Costs near the target."""
         if self.budget is not None:
             return 0.93 * self.budget, self.budget
         good = self._good()

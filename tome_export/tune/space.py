@@ -35,9 +35,7 @@ class SearchSpace:
     """The schedules of one model.
 
     Attributes:
-        blocks: Cost of each block.
         tokens: Tokens N that enter the first block, prefix tokens included.
-        prefix: Protected tokens at the front.
         fixed: MACs outside the blocks, for a number of tokens that leave the last one.
         limit: The most tokens that a layer can remove, of its tokens and prefix.
         behind_block: Whether tokens are removed behind a block's MLP, and not in front of it.

@@ -23,11 +23,8 @@ class ClipSizes:
     """Sizes of a CLIP image tower.
 
     Attributes:
-        width: Width of a token.
-        depth: Number of blocks.
         patch: Side of a patch in pixels.
         image: Side of a frame in pixels.
-        features: Width of the output.
     """
 
     width: int = 768

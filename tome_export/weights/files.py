@@ -64,8 +64,6 @@ class Checkpoint:
     """The weights in a file, by the names of a model.
 
     Attributes:
-        path: The file.
-        state: Tensors by name.
         key: Where in the file they are; empty if they are all that it holds.
         beside: Other places in the file that hold tensors.
     """
