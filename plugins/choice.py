@@ -28,9 +28,7 @@ one program matches one image, so that beyond it a small batch takes longer than
 def drawback(tokens: int, capability: tuple[int, int]) -> str | None:
     """Why plain operators are expected to be faster than the kernels, or None.
 
-    Args:
-        tokens: Most tokens N of a sequence that a layer of the model matches.
-        capability: Compute capability of the GPU that will run the engine.
+    ``tokens`` is the most N that a layer matches; ``capability`` is that of the GPU for the engine.
     """
     limit = PAYS_UP_TO_TOKENS.get("{}.{}".format(*capability), PAYS_UP_TO_TOKENS[ANY])
     if tokens <= limit:

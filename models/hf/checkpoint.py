@@ -202,16 +202,10 @@ def processor_of(folder: Path) -> tuple[str, dict[str, Any]] | None:
 def preprocessing_of(
     folder: Path, kind: str, family: Preprocessing, where: str
 ) -> tuple[Preprocessing, str]:
-    """Preprocessing as a folder's image processor does it, and remarks on it.
+    """Preprocessing as a folder's image processor does it, and what it cannot express or left out.
 
-    Args:
-        folder: The checkpoint's folder, with or without a file of an image processor.
-        kind: Model type of the vision model, whose processor is used where none is named.
-        family: What holds where the file is silent; its channels are those of the model.
-        where: Name of the checkpoint, for messages.
-
-    Returns:
-        The preprocessing, and what it cannot express or was not said, or "".
+    ``kind`` is the model type, whose processor is used where none is named; ``family`` is what
+    holds where the file is silent, with the model's channels.
     """
     settings = processor_of(folder)
     if settings is None:

@@ -90,25 +90,13 @@ class Artifact:
     def record(
         self, name: str, content: bytes | Document, parity: ParitySummary | None = None
     ) -> Artifact:
-        """Add or replace a result, whoever else is recording.
-
-        Args:
-            name: Of ``RESULTS``.
-            content: Of the file.
-            parity: What the manifest is to say of parity from now on; None to leave that.
-        """
+        """Add or replace one of ``RESULTS``, whoever else is recording; None leaves the parity."""
         whole = content if isinstance(content, bytes) else content.json_bytes()
         update = {} if parity is None else {"parity": parity}
         return self.with_files({name: whole}, lambda fresh: fresh.model_copy(update=update))
 
     def with_engine(self, engine: EngineInfo, file: Path, note: str) -> Artifact:
-        """Add or replace an engine.
-
-        Args:
-            engine: What the manifest says of it.
-            file: The finished file, which is moved here (same filesystem).
-            note: Which engines can be had on this machine.
-        """
+        """Add or replace an engine; its finished file is moved here (same filesystem)."""
 
         def added(fresh: Manifest) -> Manifest:
             engines = {**fresh.engines, engine.backend: engine}
@@ -219,11 +207,7 @@ def _check_folders(path: Path, manifest: Manifest) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write ``build.json`` with the size and sha256 of every other file in the folder and below.
-
-    Returns:
-        What was written.
-    """
+    """Write ``build.json`` with the size and sha256 of every other file in the folder and below."""
     found = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
     files = {name: _record(file) for name, file in found.items() if name != MANIFEST}
     whole = manifest.model_copy(update={"files": files})

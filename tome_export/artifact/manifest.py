@@ -132,8 +132,7 @@ class ModelInfo(Part):
     def resolvable_name(self, weights: str | None = None) -> str:
         """What ``models.resolve`` finds the model by, from any current folder.
 
-        Args:
-            weights: A folder stands for that of the checkpoint.
+        Weights that are a folder stand for that of the checkpoint.
         """
         if self.folder is None:
             return self.name

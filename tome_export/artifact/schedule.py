@@ -111,9 +111,7 @@ class ScheduleFile(Document):
     def check_tokens(self, tokens_in: int, merged: Sequence[int]) -> None:
         """Raise ``InputError`` for a model of other tokens, or one that cannot merge as many.
 
-        Args:
-            tokens_in: Tokens that enter the model's first layer.
-            merged: r that the model merges in each layer, given this schedule.
+        ``merged`` is r as the model merges in each layer, given this schedule.
         """
         if self.tokens_in not in (None, tokens_in):
             raise InputError(

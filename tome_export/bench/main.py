@@ -187,11 +187,9 @@ def _takes(artifact: Artifact, name: str) -> BatchRange:
 
 
 def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[np.float32], str]:
-    """Images to time a model on: the recipe's samples, repeated; noise where they do not fit.
+    """The recipe's samples, repeated, or noise where they do not fit; and which of the two.
 
-    Returns:
-        ``pixel_values [batch, C, H, W]`` float32, frames in front of C for a model of videos, and
-        ``samples`` or ``noise``.
+    They are ``[batch, C, H, W]`` float32, with frames in front of C for a model of videos.
     """
     from tome_export.models import resolve
 
@@ -364,13 +362,8 @@ def row_from_seconds(
 ) -> BenchRow:
     """A line of ``bench.json``, without the memory.
 
-    Args:
-        backend: Where the models ran.
-        batch: Images per run.
-        seconds: Of each run ``[rounds]``, by ``merged`` and ``against``; entry i of both is of the
-            same round.
-        macs_ratio: MACs of the other over those of the merged one: the speed-up if merging cost
-            nothing and time went with MACs.
+    ``seconds`` are of each run ``[rounds]``, by ``merged`` and ``against``; entry i of both is of
+    the same round. ``macs_ratio`` is the speed-up if merging cost nothing and time went with MACs.
     """
     speedup = Quantiles(**percentiles(seconds[AGAINST] / seconds[MERGED]))
     timed = {}

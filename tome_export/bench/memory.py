@@ -47,13 +47,9 @@ class Memory:
 def peak_memory(
     name: str, runnable: Runnable, further: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
 ) -> Memory:
-    """Peak memory of a model on a backend, in a fresh process.
+    """Peak memory of a model on a backend, in a fresh process, on images of ``[B, C, H, W]``.
 
-    Args:
-        name: Of the backend.
-        runnable: The model; its graph is a file.
-        further: Inputs besides the images: shape of each without the batch.
-        shape: ``[B, C, H, W]`` of the images.
+    ``further`` has the shapes of other inputs without the batch.
     """
     if name == ORT_CPU and runnable.precision == "bf16":
         return Memory(None, "bfloat16 is emulated in float32 on the CPU")
@@ -132,12 +128,8 @@ def measure(
 ) -> Memory:
     """Measure what a call takes in a fresh process.
 
-    Args:
-        prepare: A function of a module; it imports libraries and returns what is measured. What
-            that returns is kept until the end.
-        arguments: Its own, which can be pickled.
-        gpu: Whether to count device memory.
-        timeout_s: Seconds in which all of it must be done.
+    ``prepare`` is a function of a module, and its arguments can be pickled; it imports libraries
+    and returns what is measured. What that returns is kept until the end.
     """
     task = request(_measured, prepare, tuple(arguments), gpu)
     who = "the process that measures memory"

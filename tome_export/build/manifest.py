@@ -137,11 +137,7 @@ def merge_info(model: MergedModel, options: ExportOptions, note: str) -> MergeIn
 
 
 def checkpoint_folder(name: str) -> str | None:
-    """Where the checkpoint of ``hf:<folder>`` is, whatever folder is the current one later.
-
-    Returns:
-        Its absolute path; None for a model that is in no folder.
-    """
+    """Absolute path of the checkpoint of ``hf:<folder>``; None for a model in no folder."""
     kind, _, where = name.partition(":")
     folder = Path(where).expanduser()
     return str(folder.resolve()) if kind == "hf" and where and folder.is_dir() else None

@@ -30,9 +30,7 @@ def compressor_class(name: str) -> type[Compressor]:
 def compressor_from_text(text: str | None, options: Iterable[str] = ()) -> Compressor | None:
     """A compressor as the command line has it: ``avgpool:12x12``, ``resampler:weights.pt``.
 
-    Args:
-        text: Name, and behind a colon the value of its first option; None for no compressor.
-        options: Further ones, each ``key=value``.
+    Behind the colon is the value of its first option; ``options`` are further ones, ``key=value``.
     """
     if text is None:
         if lone := next(iter(options), None):

@@ -79,10 +79,7 @@ def decoded_chunks(
 ) -> Generator[Decoded, None, None]:
     """Decode chunks in order, a bounded number of them ahead of what is taken.
 
-    Args:
-        tasks: Chunks.
-        decode: Each thread that calls it has a process that decodes.
-        workers: Threads; 0 decodes when a chunk is taken.
+    Each of the ``workers`` threads has a process that decodes; 0 decodes when a chunk is taken.
     """
     if workers == 0:
         yield from (decode_task(task, decode) for task in tasks)

@@ -46,10 +46,7 @@ EXPECTED = (
 def find_data(data: Sequence[str], classes: Classes | None, labels: Path | None = None) -> Source:
     """List the images that a user named.
 
-    Args:
-        data: A folder; or shards by path, glob (``*``) or braces (``{000..010}``, ``{a,b}``).
-        classes: Of the model; None for a model without classes.
-        labels: File of labels for a folder of images.
+    They are in a folder, or in shards by path, glob (``*``) or braces (``{000..010}``, ``{a,b}``).
     """
     from tome_export.data.image_folder import folder_source
     from tome_export.data.parquet_files import parquet_source

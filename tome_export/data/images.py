@@ -40,17 +40,10 @@ def parity_images(
     count: int,
     progress: Progress | None = None,
 ) -> Array:
-    """Preprocessed images or videos: the user's, or the samples that come along.
+    """Preprocessed images or videos: the user's, or without a folder the samples that come along.
 
-    Args:
-        recipe: Whose preprocessing to use.
-        input_size: Channels, height and width the model takes; the frames of a video first.
-        folder: Folder or shard of images, folder of videos, a file, or None for samples.
-        count: Number of sample images; of videos a third.
-        progress: Told what a user should know of the folder.
-
-    Returns:
-        ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
+    ``count`` of these, of videos a third: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
+    ``input_size`` is channels, height and width, for videos behind the number of frames.
     """
     from tome_export.data.preprocess import find_videos, load_videos, pixels_from_bytes
     from tome_export.data.samples import moving_samples, sample_pixels
@@ -97,11 +90,7 @@ def _items(place: Path, most: int, progress: Progress) -> list[Item]:
 
 
 def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
-    """Image files, or the video files of an artifact that takes videos, as it takes them.
-
-    Returns:
-        ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]``.
-    """
+    """Images ``[B, C, H, W]`` float32, or for a model of videos those, ``[B, F, C, H, W]``."""
     from tome_export.data.preprocess import load_images, load_videos
 
     if manifest.video is not None and manifest.video.frames is not None:

@@ -84,13 +84,9 @@ def refusal(
 ) -> str | None:
     """Why no engine can be built of a merging model, in one line; None if nothing is in the way.
 
-    Args:
-        backend: What is to build the engine.
-        merges: Merges of the model.
-        class_token: Whether the model has one.
-        scored: Whether its reducer ranks scores of its own and has no TomeMatch.
-        plugin: Whether match and merge nodes are for plugins. TensorRT then sorts nothing for a
-            match and has no matrix; TensorRT-RTX runs the bodies all the same.
+    ``scored``: its reducer ranks scores of its own and has no TomeMatch. ``plugin``: match and
+    merge are nodes for plugins. TensorRT then sorts nothing for a match and has no matrix;
+    TensorRT-RTX runs the bodies all the same.
     """
     title, plugged = TITLES[backend], plugin and backend == "tensorrt"
     for merge in merges:

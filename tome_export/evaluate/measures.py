@@ -52,14 +52,7 @@ class Comparison:
 def evaluation_from_table(
     table: Table, source: Source, labels: Labels | None, comparison: Comparison
 ) -> Evaluation:
-    """The content of ``eval.json``.
-
-    Args:
-        table: Every record.
-        source: Where the images are from.
-        labels: Class of each image of the table ``[B]``; None where there are none.
-        comparison: What was run.
-    """
+    """The content of ``eval.json``; labels ``[B]`` are None where there are none."""
     unreadable = tuple(UnreadableImage(name=n, reason=r) for n, r in table.unreadable())
     known = None if labels is None else labels[table.readable]
     classes = comparison.classes

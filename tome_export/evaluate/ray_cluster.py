@@ -71,13 +71,8 @@ def ray_records(work: RayWork, address: str, cores: int) -> Generator[Record, No
     """One record per chunk, in the order in which they are finished.
 
     Every machine needs this package and sees the data under the same path; the models are sent to
-    it. When this ends, also by an exception, nothing is left of a Ray that was started here.
-
-    Args:
-        work: What to compute.
-        address: ``local`` to start Ray here, else a cluster's, such as ``10.0.0.1:6379``,
-            ``ray://10.0.0.1:10001`` or ``auto``.
-        cores: What Ray may use of this machine, where it is started here.
+    it. When this ends, also by an exception, nothing is left of a Ray that was started here, which
+    ``local`` asks for; other addresses are ``10.0.0.1:6379``, ``ray://10.0.0.1:10001`` or ``auto``.
     """
     require_ray()
     with ExitStack() as stack:

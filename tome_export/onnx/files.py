@@ -51,10 +51,8 @@ def data_of(path: Path) -> Path:
 def save(model: onnx.ModelProto, path: Path, *, threshold: int = EXTERNAL_DATA_BYTES) -> list[Path]:
     """Write the model, and its weights beside it when they exceed ``threshold`` bytes.
 
-    A file of weights left by an earlier save is removed. The model is not changed.
-
-    Returns:
-        The files written, model first.
+    A file of weights left by an earlier save is removed. The model is not changed. Returns the
+    files, the model first.
     """
     data = data_of(path)
     data.unlink(missing_ok=True)

@@ -331,12 +331,10 @@ def functions_for(
 
 
 def inline(model: onnx.ModelProto, operators: Collection[str] = tuple(spec.SUFFIXES)) -> None:
-    """Put bodies in the place of their calls; names are those of ``onnx.names``.
+    """Put bodies in the place of their calls, in place; names are those of ``onnx.names``.
 
-    Args:
-        model: Model with its functions, and shapes of what goes into calls and comes out of them;
-            changed in place.
-        operators: Operators whose calls go; the functions of others stay.
+    The model has its functions, and shapes of what goes into calls and comes out of them; functions
+    of other ``operators`` stay.
     """
     graph = model.graph
     bodies = {f.name: f for f in model.functions if f.name in operators}

@@ -44,15 +44,7 @@ class Plan:
 
 
 def cosine_scores(metric: Array, prefix: int) -> Array:
-    """Scores of set A against set B in float64; prefix tokens are -inf.
-
-    Args:
-        metric: ``[N, D]``.
-        prefix: Protected tokens at the front.
-
-    Returns:
-        ``[ceil(N/2), floor(N/2)]`` float64.
-    """
+    """Scores ``[ceil(N/2), floor(N/2)]`` float64 of set A against B; prefix tokens are -inf."""
     metric = metric.astype(np.float64)
     metric = metric / np.maximum(np.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
     scores: Array = metric[::2] @ metric[1::2].T

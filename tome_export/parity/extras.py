@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 
 
 def places(model: MergedModel, free: Pass) -> Array:
-    """Where the plans of a pass put every patch, by composing them.
+    """Where the plans of a pass put every patch, by composing them: ``[B, patches]`` int.
 
-    Returns:
-        ``[B, patches]`` int, the final token counted behind the prefix tokens; -1 for a patch that
-        was dropped.
+    The final token is counted behind the prefix tokens; -1 is for a patch that was dropped.
     """
     import torch
 
@@ -42,16 +40,10 @@ def places(model: MergedModel, free: Pass) -> Array:
 def source_map_defects(
     model: MergedModel, free: Pass, shipped: Array | None, diverged: Array
 ) -> int | None:
-    """Images whose source map does not follow from the plans.
+    """Images whose source map ``[B, patches]`` does not follow from the plans; None without one.
 
-    Args:
-        model: The reference.
-        free: The twin, deciding for itself.
-        shipped: ``[B, patches]`` of the shipped graph.
-        diverged: ``[B]``, -1 for the images where no plan of the twin differs.
-
-    Returns:
-        None for a model without that output.
+    ``free`` is the twin, deciding for itself; ``diverged`` ``[B]`` is -1 where its plans do not
+    differ.
     """
     if free.source_map is None or shipped is None:
         # A model without that output has it in neither graph.
@@ -65,11 +57,7 @@ def source_map_defects(
 
 
 def entropies(model: MergedModel, free: Pass) -> Array:
-    """Token-size entropy of each image by the plans of a pass: patches counted, in fp64.
-
-    Returns:
-        ``[B]`` float64, 0 to 1.
-    """
+    """Token-size entropy ``[B]``, 0 to 1, by the plans of a pass: patches counted, in fp64."""
     found = []
     for row in places(model, free):
         # What is in a prefix token is no part of the tokens whose sizes count.
@@ -85,16 +73,9 @@ def entropies(model: MergedModel, free: Pass) -> Array:
 def entropy_defects(
     model: MergedModel, free: Pass, shipped: Array | None, diverged: Array
 ) -> int | None:
-    """Images whose entropy does not follow from the plans, beyond what fp32 rounds.
+    """Images whose entropy ``[B]`` does not follow from the plans, beyond what fp32 rounds.
 
-    Args:
-        model: The reference.
-        free: The twin, deciding for itself.
-        shipped: ``[B]`` of the shipped graph.
-        diverged: ``[B]``, -1 for the images where no plan of the twin differs.
-
-    Returns:
-        None for a model without that output.
+    Arguments are as for ``source_map_defects``.
     """
     if free.entropy is None or shipped is None:
         return None if free.entropy is shipped else len(free.output)

@@ -63,13 +63,7 @@ Inputs = Mapping[str, Array]
 
 
 def run_reference(model: MergedModel, images: Array, inputs: Inputs | None = None) -> Pass:
-    """PyTorch in fp32, with its own decisions.
-
-    Args:
-        model: In eval mode, fp32 weights.
-        images: ``[B, C, H, W]`` float32.
-        inputs: The model's other inputs by name, ``[B, ...]`` float32.
-    """
+    """PyTorch in fp32, deciding for itself, on ``[B, C, H, W]`` and other inputs ``[B, ...]``."""
     return _run(model, images, _dtype("fp32"), None, inputs or {})
 
 

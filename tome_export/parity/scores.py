@@ -38,16 +38,9 @@ def judge_scores(
 
     A decision is what becomes of one token: kept, folded into which, or dropped. Errors are given
     in units of the largest score of a kind, and made comparable: that of a score with a narrower
-    tolerance counts for as much more.
-
-    Args:
-        model: The reference's model.
-        layer: Index of the block.
-        reference: PyTorch in fp32.
-        yardstick: PyTorch in the candidate's precision, led by the reference.
-        led: The candidate, led by the reference.
-        diverged: ``[B]``, the number of the first merge whose free-running plan differs, or -1.
-        k: Error allowed as a multiple of PyTorch's own.
+    tolerance counts for as much more. ``yardstick`` is PyTorch in the candidate's precision, led
+    like the candidate by the reference; ``diverged`` ``[B]`` is the first merge whose free-running
+    plan differs, or -1.
     """
     ours, theirs, measure = (p.layers[layer] for p in (reference, led, yardstick))
     tolerances = [

@@ -26,12 +26,9 @@ SEED = 0
 
 
 def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Random vectors of unit length, always the same ones, where no others are at hand.
+    """Random vectors ``[count, ...]`` float32 of unit length, always the same, for want of others.
 
     A mask of frames says that all count.
-
-    Returns:
-        ``[count, ...]`` float32 by name.
     """
     rng = np.random.default_rng(SEED)
     found: dict[str, np.ndarray[Any, Any]] = {}
@@ -91,12 +88,9 @@ def refuse_extra_inputs(artifact: Artifact, command: str) -> None:
 def inputs_from_file(
     shapes: Mapping[str, tuple[int, ...]], path: Path | None, count: int
 ) -> dict[str, NDArray[np.float32]]:
-    """The further input of a model from a .npy file, for so many images.
+    """The further input of a model from a .npy file, for so many images; shapes lack the batch.
 
-    Args:
-        shapes: Inputs that are wanted, without the batch; at most one.
-        path: ``[E]`` for all images alike, or ``[count, E]``; None for no file.
-        count: Images.
+    The file has ``[E]`` for all images alike, or ``[count, E]``.
     """
     wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     if path is None and shapes:

@@ -38,10 +38,7 @@ if TYPE_CHECKING:
 def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[MergedModel, Any]:
     """The model of an artifact with the same weights and schedule, in fp32, and its recipe.
 
-    Args:
-        artifact: The artifact.
-        weights: Where the weights are now, if not where they were at the build: a file, or the
-            folder of a checkpoint that was one.
+    ``weights`` says where they are now, if not where they were at the build.
     """
     from tome_export.compressors import compressor_class
     from tome_export.models import resolve
@@ -121,8 +118,7 @@ def export_variant(
 ) -> PluginInfo | None:
     """Export a model as the artifact's was: same precision, batch, operators, merge op.
 
-    Returns:
-        What the manifest would say of the kernels; None without any.
+    Returns what the manifest would say of the kernels; None without any.
     """
     from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.files import load

@@ -60,11 +60,7 @@ class OrtRtx(Backend):
 
 @lru_cache(maxsize=1)
 def devices() -> list[Any]:
-    """The GPUs of the provider, which is registered for the rest of the process.
-
-    Returns:
-        At least one ``onnxruntime.OrtEpDevice``.
-    """
+    """The GPUs of the provider, at least one; it is registered for the rest of the process."""
     import onnxruntime
 
     package: Any = importlib.import_module(PACKAGE)

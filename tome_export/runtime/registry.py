@@ -48,11 +48,7 @@ def require(names: Sequence[str], but: str | None = None) -> None:
 
 
 def usual_backends(engines: Collection[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What an artifact with these engines is run on where the user names nothing.
-
-    Returns:
-        ONNX Runtime's CPU and every engine that can run here; and why the others cannot.
-    """
+    """What runs an artifact with these engines by default, and why other backends cannot here."""
     reasons = {name: one.missing() for name, one in BACKENDS.items() if name in engines}
     able = [name for name, reason in reasons.items() if reason is None]
     return (ORT_CPU, *able), {name: why for name, why in reasons.items() if why is not None}

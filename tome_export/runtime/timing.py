@@ -18,10 +18,9 @@ def paired(
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Seconds]:
-    """Time several things once per round; every other round goes through them backwards.
+    """Seconds ``[rounds]`` of several things by name, each timed once per round.
 
-    Returns:
-        Seconds by name, ``[rounds]``; entry i of each was measured in the same round.
+    Every other round goes through them backwards.
     """
     for _ in range(warmup):
         for run in runs.values():

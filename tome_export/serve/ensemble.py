@@ -40,9 +40,8 @@ def pipeline_folders(
 ) -> list[ModelFolder]:
     """The models that make one of encoded images of a served model of pixels.
 
-    Returns:
-        ``<name>_preprocess``, ``<name>_postprocess`` (classifiers only) and the ensemble
-        ``<name>_pipeline``.
+    They are ``<name>_preprocess``, ``<name>_postprocess`` (classifiers only), and the ensemble
+    ``<name>_pipeline``.
     """
     most = max_batch or artifact.manifest.batch.max
     folders = [_preprocess(artifact, name, options, most)]

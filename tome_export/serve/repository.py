@@ -130,17 +130,12 @@ def write(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> list[WrittenModel]:
-    """Add models, or versions of models, to a repository.
+    """Add models, or versions of models, to a repository, which is made if it is missing.
 
-    Models, versions and files that are there with the same content are not touched. All checks
-    come before the first change.
-
-    Args:
-        repository: The directory; made if it is missing.
-        folders: What to write.
-        force: Replace a version that has other files. Without it only models that hold nothing of
-            their own (decoding, labels, ensemble, router; not a cascade) are replaced.
-        check: Called before anything is changed, with a repository of these models and no others.
+    Models, versions and files that are there with the same content are not touched. All checks come
+    before the first change, ``check`` last, with a repository of these models and no others.
+    Without ``force`` only models that hold nothing of their own (decoding, labels, ensemble,
+    router; not a cascade) are replaced.
     """
     repository = check_repository(repository)
     with writing_to(repository), _locked(repository):

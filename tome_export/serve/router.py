@@ -56,19 +56,10 @@ def router_folders(
 ) -> list[ModelFolder]:
     """The routers of a base name, with the routes that they have in the repository already.
 
-    Routes to models that the repository has no more are left out.
-
-    Args:
-        repository: Where they go.
-        base: What the names of the models have in common.
-        routes: Routes to the models that are added or replaced.
-        folders: All models that are added or replaced, pipelines too.
-        options: Instances, and whether pipelines are added; the version of a router, which is
-            nothing but its routes, is always 1.
-
-    Returns:
-        ``<base>_router``, then ``<base>_router_pipeline`` if there are pipelines to choose among;
-        none if a single model is given and the repository has no router for it.
+    Routes to models that the repository has no more are left out; ``routes`` and ``folders`` are
+    those that are added or replaced. A router is nothing but its routes, and its version always 1.
+    There is ``<base>_router``, then ``<base>_router_pipeline`` if there are pipelines to choose
+    among; none if a single model is given and the repository has no router for it.
     """
     name, image_name = f"{base}{ROUTER}", f"{base}{ROUTER}{PIPELINE}"
     if len(routes) < 2 and not has_router(repository, base):

@@ -103,14 +103,9 @@ def read_images(
 ) -> TuneImages:
     """Read images, drawn and ordered by the seed, and split them.
 
-    Args:
-        source: All images.
-        preprocessing: That of the model, with its input size.
-        macs: MACs per image of the unmerged model.
-        limit: Most images; None for as many as a search in minutes can take.
-        seed: Seed of the draw.
-        progress: Told how many are read.
-        until: Seconds of ``time.monotonic``, after which no more than ``FEWEST`` are read.
+    ``macs`` are those per image of the unmerged model; ``limit`` None reads as many as a search in
+    minutes can take. After ``until``, in seconds of ``time.monotonic``, no more than ``FEWEST`` are
+    read.
     """
     most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs)))
     wanted, shape = min(most, len(source)), preprocessing.input_size

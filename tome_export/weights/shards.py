@@ -20,13 +20,10 @@ Rename = Callable[[str], "str | None"]
 
 
 def tensors_from_folder(folder: Path, rename: Rename) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Read the tensors whose names are wanted.
+    """The tensors whose names are wanted, by their new names; and the files that they were in.
 
     Of a sharded checkpoint only the shards that hold such tensors are opened, and have to exist.
     Nothing else is read into memory.
-
-    Returns:
-        The tensors by their new names, and the names of the files that they were in.
     """
     state: dict[str, Tensor] = {}
     names: list[str] = []
