@@ -53,7 +53,7 @@ KERNEL = re.compile(
     r".*?(\d+), // padded headsize",
     re.DOTALL,
 )
-"""Of a fused attention kernel in an engine: what its products sum in, and its head width."""
+"""What a fused attention kernel in an engine says of itself: types of its sums, its head width."""
 
 
 def main() -> None:

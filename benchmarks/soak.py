@@ -61,8 +61,8 @@ IMAGES = 64
 LEAST_DEPLOYMENTS = 3
 
 TOLERANCE = 1e-5
-"""Of a score: the server's batches are not those of the expected scores, and sums of other batches
-may round otherwise."""
+"""How far a score may be off: the server's batches are not those of the expected scores, and sums
+of other batches may round otherwise."""
 
 MOST_SLOWER = 5.0
 """Goal: most that the 99th percentile may grow with garbage."""

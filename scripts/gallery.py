@@ -180,7 +180,7 @@ def tokens_png(examples: list[dict[str, Any]]) -> bytes:
 
 
 def tokens_digest(examples: list[dict[str, Any]]) -> str:
-    """Of the recorded groups and the image files."""
+    """Digest of the recorded groups and the image files."""
     digest = hashlib.sha256(json.dumps(examples, sort_keys=True).encode())
     for example in examples:
         for name in example["images"]:
@@ -236,7 +236,7 @@ def speed_svg(results: dict[str, Any]) -> str:
 
 
 def speed_digest(results: dict[str, Any]) -> str:
-    """Of the rows and where they were measured."""
+    """Digest of the rows and where they were measured."""
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 

@@ -85,7 +85,7 @@ ARCHITECTURES = {
     "10.0": Architecture(2048, TensorCore("UTCHMMA", 128 * 64 * 8, 0)),
     "12.0": Architecture(1536, _HMMA),
 }
-"""Of the compute capabilities that are compiled for by default."""
+"""Architecture of each compute capability that is compiled for by default."""
 
 
 @dataclass(frozen=True)

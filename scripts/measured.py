@@ -129,7 +129,7 @@ def measured() -> str:
     return "\n".join(lines) + "\n"
 
 
-def evaluated() -> str:
+def evaluation_table() -> str:
     """The table of accuracy of docs/which-r.md, between its marks."""
     found = rows("digits")[1]
     first = found[0]
@@ -307,7 +307,7 @@ def gpu_attention_lines() -> str:
 
 
 ALLOWED = 0.01
-"""Of the images: how many more than unmerged may be wrong in the table of reducers."""
+"""Share of the images that may be wrong beyond the unmerged model's, in the table of reducers."""
 
 
 def reducers_lines() -> str:
@@ -418,7 +418,7 @@ def pages() -> dict[Path, str]:
         (README, STATUS, status()),
         (README, HEADLINE, headline()),
         (DOCS / "measurements.md", MARKS, measured()),
-        (DOCS / "which-r.md", EVALUATED, evaluated()),
+        (DOCS / "which-r.md", EVALUATED, evaluation_table()),
         (DOCS / "reducers.md", REDUCED, reducers_lines()),
         (DOCS / "attention.md", ATTENTION, attention_lines()),
         (DOCS / "attention.md", GPU_ATTENTION, gpu_attention_lines()),

@@ -36,7 +36,7 @@ SHA256 = {
     "cp312": "05d548956197b9d01f59b625de740e0d6be3593f874e241a12dc0362650ecdf7",
     "cp313": "f659529e07c21ec6b6179fd1bfaf82ffb7c3dc9c0916e18f6f313f9a690891be",
 }
-"""Of the wheels for Linux on x86-64, by Python version."""
+"""sha256 of the wheels for Linux on x86-64, by Python version."""
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 """GPU architectures that the wheels hold machine code for."""
 PYTHONS = tuple(f"{tag[2]}.{tag[3:]}" for tag in SHA256)

@@ -161,8 +161,8 @@ class PatchGrid:
     Attributes:
         rows: Patches from top to bottom.
         cols: Patches from left to right.
-        height: Of one patch, in pixels.
-        width: Of one patch, in pixels.
+        height: Height of a patch in pixels.
+        width: Width of a patch in pixels.
     """
 
     rows: int

@@ -94,7 +94,7 @@ def _recipe(
 
 
 def _stop_macs(width: int, side: int, patch: int) -> int:
-    """MACs per video of what makes STOP's prompts; see ``stop_prompts`` for its sizes."""
+    """MACs per video of what makes STOP's prompts; ``video.stop.TemporalPrompt`` has its sizes."""
     pixels, tokens = FRAMES * (side * patch) ** 2, FRAMES * side**2
     inside = (3 * 9 + 2 * 9 * 9 + 9 * 16) * 3 * 11**2 + 16 * 16 + 16 * 3 + 3 * 5 * 11**2
     between = 2 * 9 * 3 * 15 * 25 + 5 * 11**2

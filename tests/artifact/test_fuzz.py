@@ -188,7 +188,7 @@ def test_a_schedule_is_read_as_written_by_hand_or_by_tune(tmp_path_factory, data
 @few
 @given(data=st.data())
 def test_what_is_served_can_be(tmp_path_factory, data):
-    """Of a manifest that is not refused; before anything is written."""
+    """What a manifest that is not refused leads to, before anything is written."""
     folder = tmp_path_factory.mktemp("served")
     artifact = folder / "artifact"
     artifact.mkdir()

@@ -20,7 +20,7 @@ from tome_export.data.labels import Classes
 from tome_export.errors import InputError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
-"""Of each reader; more can be asked for, and are then drawn anew."""
+"""Examples for each reader; more can be asked for, and are then drawn anew."""
 
 fuzzed = settings(
     max_examples=EXAMPLES,

@@ -14,7 +14,7 @@ import pytest
 
 from tome_export.errors import InputError
 from tome_export.evaluate.journal import Journal, open_journal
-from tome_export.evaluate.records import Record, Table
+from tome_export.evaluate.records import Record, RecordTable
 
 KEY = {"model": "a", "batch": 2}
 
@@ -98,7 +98,7 @@ def test_a_row_that_is_no_record_of_this_evaluation_is_done_again(cache, row):
         journal.append(record(1))
     (file,) = cache.glob("*.jsonl")
     file.write_text(row)
-    table = Table(4, 2)
+    table = RecordTable(4, 2)
     with open_journal(KEY) as journal:
         assert [one for one in journal.records() if table.takes(one, ["m"])] == []
 
@@ -178,7 +178,7 @@ def test_a_table_is_the_same_in_any_order():
     records = [record(0), record(1, bad=(0,)), Record(2, ((0, "2/0", "spoilt"),), {})]
     tables = []
     for order in ((0, 1, 2), (2, 0, 1, 0)):
-        table = Table(5, 2)
+        table = RecordTable(5, 2)
         for index in order:
             table.add(records[index])
         tables.append(table)
@@ -190,7 +190,7 @@ def test_a_table_is_the_same_in_any_order():
 
 
 def test_a_table_counts_the_short_last_chunk():
-    table = Table(5, 2)
+    table = RecordTable(5, 2)
     table.add(Record(2, ((0, "x", "spoilt"),), {}))
     assert table.images_done == 1
     table.add(record(0))
@@ -199,7 +199,7 @@ def test_a_table_counts_the_short_last_chunk():
 
 
 def test_no_image_that_can_be_read():
-    table = Table(1, 2)
+    table = RecordTable(1, 2)
     table.add(Record(0, ((0, "x.png", "is no image"),), {}))
     with pytest.raises(
         InputError, match=r"^none of the 1 images could be read; the first is x.png"

@@ -36,7 +36,7 @@ UNWRITTEN = 0xA5
 """Every byte that nothing has written: of shared memory, and of a register in some threads."""
 
 MOST_INSTRUCTIONS = 1_000_000
-"""Of one program; one that takes more does not end."""
+"""Instructions that one program may run; one that takes more does not end."""
 
 
 class PtxError(Exception):

@@ -31,7 +31,7 @@ _EXPORTED: dict[Path, MergedModel] = {}
 
 Plan = tuple[list[int], list[int], list[int]]
 Reference = Callable[[SimpleNamespace], Plan]
-"""Of one image in one layer: plain lists in, ``keep``, ``src`` and ``dst`` out."""
+"""Plans one image in one layer: ``plain`` lists in, ``keep``, ``src`` and ``dst`` out."""
 
 
 class Step(NamedTuple):

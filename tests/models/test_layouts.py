@@ -149,7 +149,7 @@ def test_a_name_that_no_file_can_have():
 
 
 class Arguments:
-    """Of a trainer."""
+    """A trainer's object beside the weights."""
 
 
 def test_objects_beside_the_weights_are_not_made(tmp_path):

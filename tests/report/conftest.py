@@ -79,7 +79,7 @@ def page(full, tmp_path_factory) -> Path:
 
 
 @dataclass
-class Seen:
+class OpenedPage:
     """A page in a browser, and what it complained of or asked for."""
 
     page: Any
@@ -111,11 +111,11 @@ def look(browser) -> Iterator[Any]:
     """``look(path, width=, **context)``: open a page and listen to what it does."""
     with contextlib.ExitStack() as stack:
 
-        def opened(path: Path, width: int = 1280, height: int = 900, **options: Any) -> Seen:
+        def opened(path: Path, width: int = 1280, height: int = 900, **options: Any) -> OpenedPage:
             viewport = {"width": width, "height": height}
             context = browser.new_context(viewport=viewport, **options)
             stack.callback(context.close)
-            seen = Seen(context.new_page())
+            seen = OpenedPage(context.new_page())
             seen.page.on(
                 "console",
                 lambda m: seen.problems.append(m.text) if m.type in ("error", "warning") else None,

@@ -14,7 +14,7 @@ from tome_export.data.labels import Classes
 from tome_export.data.source import samples_source
 from tome_export.evaluate.candidates import Candidate
 from tome_export.evaluate.measures import Comparison, evaluation_from_table
-from tome_export.evaluate.records import TOP, Record, Table
+from tome_export.evaluate.records import TOP, Record, RecordTable
 from tome_export.report.page import Content, render
 from tome_export.runtime.model import ArtifactModel
 from tome_export.spec import BatchRange
@@ -23,7 +23,7 @@ IMAGES = 40
 NAMES = (("merged", 4, "ort-cpu"), ("unmerged", 0, "ort-cpu"), ("torch", 4, "torch"))
 
 
-def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged", "torch")):
+def evaluation_of(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged", "torch")):
     """An evaluation as ``evaluate`` makes it, but for who ran.
 
     Args:
@@ -40,7 +40,7 @@ def evaluated(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmerged"
     ]
     classes = None if kind == "features" else Classes(10)
     runs = list(dict.fromkeys(one.run for one in candidates))
-    table = Table(IMAGES, IMAGES)
+    table = RecordTable(IMAGES, IMAGES)
     labels = np.arange(IMAGES, dtype=np.int32) % 10
     values = {}
     for n, run in enumerate(runs):
@@ -94,7 +94,7 @@ SHOWN = {
 
 @pytest.mark.parametrize(("kind", "said", "unsaid"), SHOWN.values(), ids=SHOWN)
 def test_what_an_evaluation_found_is_shown(built, tmp_path, kind, said, unsaid):
-    words = page_of(built, tmp_path, evaluated(kind))
+    words = page_of(built, tmp_path, evaluation_of(kind))
     accuracy = words[words.index("On 39 images of") :]
     for expected in said:
         assert expected in words, expected
@@ -104,7 +104,7 @@ def test_what_an_evaluation_found_is_shown(built, tmp_path, kind, said, unsaid):
 
 
 def test_a_change_has_its_paired_interval(built, tmp_path):
-    values = evaluated("labelled")
+    values = evaluation_of("labelled")
     found = values.candidates[0].difference_to_unmerged
     low, high = (f"{100 * x:+.2f}".replace("-", "\u2212") for x in (found.low, found.high))
     assert found.share < 0
@@ -115,7 +115,7 @@ def test_a_change_has_its_paired_interval(built, tmp_path):
 
 @pytest.mark.parametrize("kind", ["labelled", "unlabelled", "features"])
 def test_outputs_that_are_not_finite_cannot_be_overlooked(built, tmp_path, kind):
-    words = page_of(built, tmp_path, evaluated(kind, broken=7))
+    words = page_of(built, tmp_path, evaluation_of(kind, broken=7))
     assert "Outputs of the merged model 7 NOT FINITE of 39 images without finite numbers" in words
     assert "merged on ort-cpu gave no finite numbers for 7 images." in words
     assert "not finite" in words
@@ -123,12 +123,12 @@ def test_outputs_that_are_not_finite_cannot_be_overlooked(built, tmp_path, kind)
 
 @pytest.mark.parametrize("kind", ["labelled", "unlabelled", "features"])
 def test_a_model_that_gives_no_numbers_at_all_has_a_page(built, tmp_path, kind):
-    values = evaluated(kind, broken=IMAGES, against=())
+    values = evaluation_of(kind, broken=IMAGES, against=())
     assert "39 NOT FINITE" in page_of(built, tmp_path, values)
 
 
 def test_neither_labels_nor_a_model_to_compare_with(built, tmp_path):
-    words = page_of(built, tmp_path, evaluated("unlabelled", against=("torch",)))
+    words = page_of(built, tmp_path, evaluation_of("unlabelled", against=("torch",)))
     assert "Accuracy not known 39 images without labels" in words
     assert "no other model was run to compare with" in words
     assert "merged ort-cpu 13.00 MMACs" in words

@@ -52,7 +52,7 @@ NAME = "vit_digits_cascade"
 RS = (32, 16, 8)
 COUNT = 48
 NEAR = 1e-5
-"""Of a threshold: kernels may round otherwise in batches of other sizes."""
+"""Distance to a threshold that does not count: other batches may round otherwise."""
 
 
 POLICY = Path(policy.__file__)

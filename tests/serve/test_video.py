@@ -102,14 +102,14 @@ def test_a_folder_with_images_too_and_no_decoder_here(
 
 
 def test_a_video_too_short_is_found_ahead_of_the_first_answer(address, tmp_path):
-    class Told(Silent):
+    class AsksNothing(Silent):
         def stage(self, text):
             raise AssertionError(f"asked the server: {text}")
 
     write_video(tmp_path / "a.mp4", 9)
     short = write_video(tmp_path / "b.mp4", 5)
     with pytest.raises(InputError, match=f"^video {short} has 5 frames; expected 8 or more"):
-        query(QueryRequest(address, [tmp_path]), Told())
+        query(QueryRequest(address, [tmp_path]), AsksNothing())
 
 
 def test_what_cannot_be_used_is_one_clear_line(address, tmp_path):

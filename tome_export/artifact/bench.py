@@ -34,7 +34,7 @@ class BenchRow(Part):
         batch: Images or videos per run.
         merged: The artifact.
         against: What it is compared with.
-        speedup: Of the ratio of the two within each round.
+        speedup: Quantiles of the ratio of the two within each round.
         share_of_macs_limit: Median speed-up over the ratio of MACs.
     """
 

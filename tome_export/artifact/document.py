@@ -35,7 +35,7 @@ DEEPEST = 64
 """Lists and objects in each other; those of our documents are ten deep."""
 
 LARGEST_BYTES = 1 << 28
-"""Of a document: no command writes a hundredth of it."""
+"""Bytes that a document may have: no command writes a hundredth of it."""
 
 _EXPECTED = {
     "string_type": "text",

@@ -56,7 +56,7 @@ LONGEST_TEXT = 1000
 """Bytes that are read of a name."""
 
 MOST_FIELDS = 5_000_000
-"""Of a model's messages: those of the largest models have some 100,000."""
+"""Fields that a model's messages may have: the largest models have some 100,000."""
 
 DEEPEST = 100
 """Messages in each other, as in protocol buffers' own readers."""

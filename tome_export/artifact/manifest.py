@@ -90,8 +90,8 @@ class Weights(Part):
     Attributes:
         kind: ``pretrained``, ``random``, ``file``, ``bundled`` or ``function``.
         source: For people: hub repository, file name, or how they were drawn.
-        sha256: Of the weights file, where there is one.
-        seed: Of random weights.
+        sha256: sha256 of the weights file, where there is one.
+        seed: Seed of random weights.
         stored_dtype: Type of the values in the weights file.
         key: Where in the weights file they are; empty if they are all that it holds.
         state_sha256: Digest of the library model's weights by name, shape and value.
@@ -279,8 +279,8 @@ class Tower(Part):
         select_feature: See there.
         projector: See there.
         tokens: Visual tokens of one image.
-        width: Of each.
-        grid: Their rows and columns; None where they are not on a grid.
+        width: Numbers in each visual token.
+        grid: Rows and columns of the visual tokens; None where they are not on a grid.
     """
 
     kind: str | None = Absent
@@ -301,7 +301,7 @@ class Graph(Part):
     """How the ONNX model is written.
 
     Attributes:
-        opset: Of the standard operators.
+        opset: Opset of the standard operators.
         attention: Its form; docs/attention.md.
         attention_note: Why it has this form.
         nodes: Number of nodes.
@@ -381,10 +381,10 @@ class Manifest(Document):
         tokens: Tokens that leave each layer, of a whole image or video.
         tokens_in: Tokens that enter the first.
         patches: How an image is cut into patches; None where they are no grid.
-        layers: Of each layer.
+        layers: Tokens and MACs of each layer.
         video: Frames of one video, and where they are joined; None for a model of images.
-        macs: Its cost.
-        precision: Of weights and activations.
+        macs: MACs per image, or video, merged and unmerged.
+        precision: Precision of weights and activations.
         batch: Batch sizes that the ONNX model takes.
         input: The pixels.
         inputs: Every input, the pixels first.

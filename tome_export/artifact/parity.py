@@ -136,7 +136,7 @@ class Comparison(Part):
 
     Attributes:
         candidate: What was checked, for example ``onnx on ONNX Runtime CPU``.
-        precision: Of the candidate.
+        precision: Precision of the candidate.
         images: Number of images.
         k: Factor allowed over PyTorch's own error in the same precision.
         layers: Every merging layer.

@@ -31,10 +31,10 @@ class BuildRequest:
         output: The artifact directory.
         schedule: Tokens to remove per layer; None for what the reducer's options say, or else the
             recipe's recommended r.
-        precision: Of weights and activations.
+        precision: Precision of weights and activations.
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         weights_key: Where in that file they are; see ``weights.files.read_checkpoint``.
-        seed: Of random weights.
+        seed: Seed of random weights.
         activation: What makes scores of the output; None for what the model says.
         prop_attn: Proportional attention; None for the recipe's and the reducer's own setting.
         reducer: Name of the reducer.
@@ -48,7 +48,7 @@ class BuildRequest:
         video: Frames of one video and how they are joined; none for a model of images.
         merge_op: How the merge is written into the graph.
         attention: How attention is written into the graph; see docs/attention.md.
-        opset: Of the ONNX model; an older runtime needs a lower one, see docs/runtimes.md.
+        opset: Opset of the ONNX model; an older runtime needs a lower one, see docs/runtimes.md.
         engine: ``auto``, ``tensorrt``, ``tensorrt-rtx`` or ``none``.
         engine_options: Engine settings, without a batch range.
         batch: Batch sizes the model takes; None for 1:8:32, and for 8 alone with ``plugin``.

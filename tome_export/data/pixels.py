@@ -117,7 +117,7 @@ def _check_size(width: int, height: int, settings: Settings) -> None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Of the WebP container, section «Extended File Format» and the formats of its two codes."""
+    """Size of a WebP image, by the container's «Extended File Format» and its two codecs."""
     kind, at = data[12:16], {b"VP8X": 24, b"VP8L": 21}.get(data[12:16], 26)
     if kind == b"VP8X":
         sizes = [int.from_bytes(data[start : start + 3], "little") + 1 for start in (at, at + 3)]

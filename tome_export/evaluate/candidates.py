@@ -47,12 +47,12 @@ class Candidate:
     r: tuple[int, ...]
     backend: str
     macs: int
-    subject: ArtifactModel
+    model: ArtifactModel
 
     @property
     def run(self) -> str:
         """Names what is computed: candidates that compute the same have the same."""
-        return f"{self.backend} {self.subject.precision} r={','.join(map(str, self.r))}"
+        return f"{self.backend} {self.model.precision} r={','.join(map(str, self.r))}"
 
 
 @contextlib.contextmanager
@@ -67,25 +67,25 @@ def candidates_of(
     """Export whatever the artifact does not hold; it is there until the end of the block."""
     own = model_from_artifact(artifact, MERGED, model)
     merged = Candidate(MERGED, tuple(layer.r for layer in model.layers), backend, model.macs(), own)
-    found, subjects = [merged], {merged.r: own}
+    found, by_r = [merged], {merged.r: own}
     wanted = [(UNMERGED, Schedule())] if UNMERGED in against else []
     wanted += [(f"r={n}", Schedule(r=n)) for n in r]
     with contextlib.ExitStack() as stack:
         for name, schedule in wanted:
             module = rescheduled(model, schedule)
             layers = tuple(layer.r for layer in module.layers)
-            if layers not in subjects and backend_of(backend).opens == "module":
-                subjects[layers] = replace(own, label=name, module=module)
-            elif layers not in subjects:
+            if layers not in by_r and backend_of(backend).opens == "module":
+                by_r[layers] = replace(own, label=name, module=module)
+            elif layers not in by_r:
                 progress.stage(f"Export {name}")
                 exported = exported_variant(artifact, name, module, progress)
-                subjects[layers] = stack.enter_context(exported)
-            found.append(Candidate(name, layers, backend, module.macs(), subjects[layers]))
+                by_r[layers] = stack.enter_context(exported)
+            found.append(Candidate(name, layers, backend, module.macs(), by_r[layers]))
         if TORCH in against:
             # The yardstick is fp32, whatever the artifact's precision.
             yardstick = replace(own, label=TORCH, precision="fp32")
             at = 2 if UNMERGED in against else 1
-            found.insert(at, replace(merged, name=TORCH, backend=TORCH, subject=yardstick))
+            found.insert(at, replace(merged, name=TORCH, backend=TORCH, model=yardstick))
         yield found
 
 
@@ -104,7 +104,7 @@ def open_runners(
     """A runner per run, all open at once: each image is decoded once for all."""
     with contextlib.ExitStack() as stack:
         yield {
-            run: stack.enter_context(open_runner(one.backend, one.subject, progress))
+            run: stack.enter_context(open_runner(one.backend, one.model, progress))
             for run, one in candidates.items()
         }
 
@@ -115,21 +115,21 @@ def portable(candidates: Mapping[str, Candidate]) -> Opener:
 
     packed = {}
     for run, candidate in candidates.items():
-        subject, name = candidate.subject, candidate.backend
+        model, name = candidate.model, candidate.backend
         paths: list[Path] = []
         if backend_of(name).opens == "module":
-            subject = replace(subject, engines={})
+            model = replace(model, engines={})
         else:
-            engines = {name: subject.engines[name]} if name in subject.engines else {}
-            subject = replace(subject, engines=engines, module=None)
-            paths = [*subject.folder.glob("model.onnx*"), *subject.folder.glob("plugins/**/*")]
+            engines = {name: model.engines[name]} if name in model.engines else {}
+            model = replace(model, engines=engines, module=None)
+            paths = [*model.folder.glob("model.onnx*"), *model.folder.glob("plugins/**/*")]
             paths += [engine.path for engine in engines.values()]
         files = {
-            path.relative_to(subject.folder).as_posix(): path.read_bytes()
+            path.relative_to(model.folder).as_posix(): path.read_bytes()
             for path in paths
             if path.is_file()
         }
-        packed[run] = (replace(candidate, subject=subject), files)
+        packed[run] = (replace(candidate, model=model), files)
     # As many threads of PyTorch as here, so that sums are split there as here.
     return partial(_open_portable, packed, torch.get_num_threads())
 
@@ -150,11 +150,9 @@ def _open_portable(
                 (folder / path).write_bytes(content)
             engines = {
                 name: replace(engine, path=folder / engine.path.name)
-                for name, engine in candidate.subject.engines.items()
+                for name, engine in candidate.model.engines.items()
             }
-            subject = replace(
-                candidate.subject, folder=folder, graph=folder / MODEL, engines=engines
-            )
-            arrived[run] = replace(candidate, subject=subject)
+            model = replace(candidate.model, folder=folder, graph=folder / MODEL, engines=engines)
+            arrived[run] = replace(candidate, model=model)
         with open_runners(arrived, Silent()) as runners:
             yield runners

@@ -29,7 +29,7 @@ from tome_export.evaluate.candidates import (
 )
 from tome_export.evaluate.journal import Journal, open_journal
 from tome_export.evaluate.measures import Comparison, evaluation_from_table
-from tome_export.evaluate.records import Classifier, Record, Table
+from tome_export.evaluate.records import Classifier, Record, RecordTable
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import output_shape
 from tome_export.progress import Progress, Silent
@@ -58,7 +58,7 @@ class EvalRequest:
         workers: Processes that decode ahead; 0 for none, None takes one per core.
         r: Constant schedules to compare besides.
         backend: What runs all but PyTorch.
-        against: Of ``AGAINST``.
+        against: Some of ``AGAINST``.
         weights: Where the weights are now, if not where they were at the build.
         ray: ``local`` or the address of a Ray cluster; None for this machine alone.
         restart: Begin anew where an evaluation was interrupted.
@@ -196,14 +196,14 @@ class _Work:
         self.labels = None if known is None else known[self._chosen]
 
     @contextlib.contextmanager
-    def table(self) -> Iterator[Table]:
+    def table(self) -> Iterator[RecordTable]:
         """Run every chunk that is not in the journal yet; all results are computed from the table.
 
         The journal is deleted when the block ends without an error: what fails in there, as for
         want of memory or space, does not cost the work.
         """
         images, models = len(self._chosen), len(self._runs)
-        table = Table(images, self._classifier.batch)
+        table = RecordTable(images, self._classifier.batch)
         with self._journal() as journal:
             self._resume(journal, table)
             if table.missing():
@@ -223,7 +223,7 @@ class _Work:
             journal.remove()
 
     @contextlib.contextmanager
-    def _records(self, table: Table) -> Iterator[Iterator[Record]]:
+    def _records(self, table: RecordTable) -> Iterator[Iterator[Record]]:
         """Records as they come; closed at once when the block ends, also by an interrupt."""
         from tome_export.data.preprocess import pixels_from_bytes
 
@@ -279,7 +279,7 @@ class _Work:
                 journal = stack.enter_context(contextlib.closing(Journal(Path(folder) / "journal")))
             yield journal
 
-    def _resume(self, journal: Journal, table: Table) -> None:
+    def _resume(self, journal: Journal, table: RecordTable) -> None:
         if self._request.restart:
             journal.clear()
         for record in journal.records():

@@ -20,7 +20,7 @@ from tome_export.data.labels import Classes
 from tome_export.data.metrics import CONFIDENCE, METHODS, deviations, paired_difference, share_of
 from tome_export.data.source import Labels, Source
 from tome_export.evaluate.candidates import Candidate
-from tome_export.evaluate.records import TOP, Table
+from tome_export.evaluate.records import TOP, RecordTable
 from tome_export.runtime.environment import environment
 from tome_export.runtime.registry import TORCH
 from tome_export.spec import Activation
@@ -50,7 +50,7 @@ class Comparison:
 
 
 def evaluation_from_table(
-    table: Table, source: Source, labels: Labels | None, comparison: Comparison
+    table: RecordTable, source: Source, labels: Labels | None, comparison: Comparison
 ) -> Evaluation:
     """The content of ``eval.json``; labels ``[B]`` are None where there are none."""
     unreadable = tuple(UnreadableImage(name=n, reason=r) for n, r in table.unreadable())
@@ -97,7 +97,7 @@ def _notes(table: Table, labels: Labels | None, comparison: Comparison) -> Itera
 
 
 def _result(
-    candidate: Candidate, table: Table, labels: Labels | None, comparison: Comparison
+    candidate: Candidate, table: RecordTable, labels: Labels | None, comparison: Comparison
 ) -> CandidateResult:
     classes, activation, plain = comparison.classes, comparison.activation, comparison.plain
     found = table.values(candidate.run)

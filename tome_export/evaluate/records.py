@@ -151,7 +151,7 @@ def cosine(features: NDArray[Any], baseline: NDArray[Any]) -> NDArray[np.float64
         return np.where(lengths > 0, dots / lengths, np.nan)[:, None]
 
 
-class Table:
+class RecordTable:
     """The records of so many images, in chunks of a batch."""
 
     def __init__(self, images: int, batch: int) -> None:
@@ -186,7 +186,7 @@ class Table:
         return mask
 
     def values(self, run: str) -> NDArray[Any]:
-        """Of the readable images, in order; see ``Record``."""
+        """What a run gave for the readable images, in order; see ``Record``."""
         return np.concatenate([one.values[run] for one in self._records if one and one.values])
 
     def unreadable(self) -> list[tuple[str, str]]:

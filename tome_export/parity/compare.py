@@ -90,7 +90,7 @@ def check_parity(
         exported: The graph as shipped, or its file: that is read when its turn comes, and held
             once, which large models need.
         images: ``[B, C, H, W]`` float32, preprocessed.
-        precision: Of the exported graph.
+        precision: Precision of the exported graph.
         batch: Batch sizes it accepts.
         inputs: The model's other inputs by name, ``[B, ...]`` float32; None for those of
             ``inputs_of``.

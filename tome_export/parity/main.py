@@ -66,9 +66,9 @@ class EntropyResult:
     Attributes:
         patches: Patches of an image, or of all frames of a video: an entropy of 1 is so many
             effective tokens.
-        least: Of all images.
-        p5: Their fifth percentile.
-        median: Their median.
+        least: The least entropy of all images.
+        p5: The images' fifth percentile.
+        median: The images' median.
         asked: What every image was to have; None for nothing.
         under: Name and entropy of the images that have less, the least first.
     """
@@ -109,7 +109,7 @@ class CheckResult:
             (on the first backend checked, ``backend``), where the recipe brings such images; else
             None.
         skipped: Backends that could not run here, with the reason.
-        entropy: Of the images, the least of all reports.
+        entropy: Entropy of the images, the least of all reports.
         unrecorded: Why the result is not in the artifact, as when that is read-only; else None.
     """
 

@@ -24,7 +24,7 @@ from tome_export.runtime.merge_maps import MergeMap, merge_maps
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Found = TypeVar("Found")
+Document = TypeVar("Document")
 
 MOST_PICTURES = 12
 """Images on a page: more make it larger than a page should be."""

@@ -128,8 +128,8 @@ def merge_maps(
         twin = twin_from_model(load(artifact.model_path))
         progress.detail("running it")
         masks = unit_inputs(extra_inputs(manifest), len(pixels))  # every frame counts
-        subject = replace(model_from_artifact(artifact, str(artifact.path)), graph=twin.model)
-        with open_runner(ORT_CPU, subject, progress) as runner:
+        model = replace(model_from_artifact(artifact, str(artifact.path)), graph=twin.model)
+        with open_runner(ORT_CPU, model, progress) as runner:
             plans = chosen_plans(twin, runner, pixels, manifest.batch, {**masks, **(inputs or {})})
     return maps_from_plans(manifest, artifact.path, plans, pixels)
 
@@ -236,8 +236,8 @@ def groups_by_layer(
     """Where each token of the first layer is after every layer, by composing the plans.
 
     Args:
-        plans: Of the layers that merge, by merge; every other layer is the identity. Of videos
-            ``[B S, ...]``, the clips of one behind those of another.
+        plans: Plans of the layers that merge, by merge; every other layer is the identity. For
+            videos ``[B S, ...]``, the clips of one behind those of another.
         layers: Token counts of each layer, of one clip.
         batch: Images or videos B.
         frames: Frames F of one, whose clips are joined between the plans.

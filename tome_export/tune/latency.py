@@ -38,7 +38,7 @@ from tome_export.progress import Progress
 from tome_export.runtime.registry import ORT_CPU, backend_of
 from tome_export.runtime.runner import Runnable
 from tome_export.spec import INPUT_NAME, BatchRange, Precision
-from tome_export.tune.space import Rs, SearchSpace, Table, table_of
+from tome_export.tune.space import Rs, ScheduleTable, SearchSpace, table_of
 
 if TYPE_CHECKING:
     from tome_export.patch import MergedModel
@@ -110,7 +110,7 @@ def fit(
     return costs.model_copy(update={"run_over_nodes": factor, "residual": residual})
 
 
-def predicted_ms(space: SearchSpace, costs: LatencyCosts, r: Table) -> NDArray[np.float64]:
+def predicted_ms(space: SearchSpace, costs: LatencyCosts, r: ScheduleTable) -> NDArray[np.float64]:
     """Milliseconds ``[P]`` of schedules ``[P, L]`` by fitted costs."""
     total = np.full(len(r), costs.outside_ms)
     groups_of = {layer: cost.groups for cost in costs.layers for layer in cost.layers}

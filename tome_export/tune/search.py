@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.artifact.schedule import Method
-from tome_export.tune.space import Cost, Rs, SearchSpace, Table, rs_of, table_of
+from tome_export.tune.space import Cost, Rs, ScheduleTable, SearchSpace, rs_of, table_of
 
 BASELINES: dict[Method, int] = {"constant": 32, "decreasing": 16, "increasing": 16}
 """Most schedules measured of each baseline family."""
@@ -99,8 +99,8 @@ def pareto(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
 
 
 def predicted_log_damage(
-    candidates: Table,
-    r: Table,
+    candidates: ScheduleTable,
+    r: ScheduleTable,
     damage: NDArray[np.float64],
     weight: NDArray[np.float64],
     tokens: int,
@@ -240,7 +240,7 @@ class Search:
             return []
         return [p for p in self.considered() if p.score.correct >= self.needed]
 
-    def _pool(self, window: tuple[float, float]) -> tuple[Table, NDArray[np.float64]]:
+    def _pool(self, window: tuple[float, float]) -> tuple[ScheduleTable, NDArray[np.float64]]:
         """Unmeasured neighbours, with a cost inside the window, of the points nearest to it."""
         low, high = window
         good = sorted(self._good(), key=lambda p: (p.cost, p.r))[: PARENTS // 3]
@@ -258,7 +258,7 @@ class Search:
         inside = (costs >= low) & (costs <= high) & found.any(axis=1)
         return found[inside], costs[inside]
 
-    def _predicted(self, pool: Table, window: tuple[float, float]) -> NDArray[np.float64]:
+    def _predicted(self, pool: ScheduleTable, window: tuple[float, float]) -> NDArray[np.float64]:
         """Predicted log damage, from all points, those near the window counting most."""
         points = list(self.points.values())
         costs = np.array([point.cost for point in points])

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 Rs = tuple[int, ...]
 """r of every layer, as it is after clamping."""
 
-Table = NDArray[np.int64]
+ScheduleTable = NDArray[np.int64]
 """``[P, L]``: r of P schedules."""
 
-Cost = Callable[[Table], NDArray[np.float64]]
+Cost = Callable[[ScheduleTable], NDArray[np.float64]]
 """``[P, L]`` clamped r to the cost ``[P]`` of each schedule: MACs, or milliseconds."""
 
 STEPS = (1, 2, 4, 8)
@@ -55,7 +55,7 @@ class SearchSpace:
         """Number of blocks."""
         return len(self.blocks)
 
-    def clamped(self, wanted: Table) -> Table:
+    def clamped(self, wanted: ScheduleTable) -> ScheduleTable:
         """What the model makes of r, of many schedules at once."""
         result = np.empty_like(wanted)
         tokens = np.full(len(wanted), self.tokens, dtype=np.int64)
@@ -65,11 +65,11 @@ class SearchSpace:
             tokens = tokens - result[:, layer]
         return result
 
-    def tokens_in(self, r: Table) -> Table:
+    def tokens_in(self, r: ScheduleTable) -> ScheduleTable:
         """``[P, L]``: tokens that enter each layer."""
         return np.asarray(self.tokens - np.cumsum(r, axis=1) + r)
 
-    def macs(self, r: Table) -> NDArray[np.float64]:
+    def macs(self, r: ScheduleTable) -> NDArray[np.float64]:
         """MACs per image of each schedule, exact: equal to ``merge.macs.total_macs``."""
         entering = self.tokens_in(r)
         total = _of_each(self.fixed, (entering - r)[:, -1])
@@ -91,7 +91,7 @@ class SearchSpace:
         """As many tokens as there can be in every layer: nothing takes fewer MACs."""
         return rs_of(self.clamped(table_of([(self.tokens,) * self.depth]))[0])
 
-    def neighbours(self, r: Rs) -> Table:
+    def neighbours(self, r: Rs) -> ScheduleTable:
         """All schedules one move away: tokens more or fewer in a layer, or moved to another.
 
         A move may change the number of tokens on its way, because a token merged early saves more
@@ -118,7 +118,7 @@ def space_from_model(model: MergedModel) -> SearchSpace:
     )
 
 
-def _of_each(count_of: Callable[[int], int], tokens: Table) -> Table:
+def _of_each(count_of: Callable[[int], int], tokens: ScheduleTable) -> ScheduleTable:
     """A count for each number of tokens ``[P]``; equal numbers are looked up once."""
     numbers, where = np.unique(tokens, return_inverse=True)
     return np.array([count_of(int(number)) for number in numbers], np.int64)[where]
@@ -129,6 +129,6 @@ def rs_of(row: NDArray[Any] | Sequence[int]) -> Rs:
     return tuple(int(value) for value in row)
 
 
-def table_of(schedules: Sequence[Rs]) -> Table:
+def table_of(schedules: Sequence[Rs]) -> ScheduleTable:
     """Schedules as ``[P, L]``."""
     return np.array(schedules, dtype=np.int64)

@@ -21,7 +21,7 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo"
 """FFmpeg's names of the containers that are read; none of them leads out of its own file."""
 
 THREADS = 4
-"""Of one video's decoding; FFmpeg's own default is one per core, with memory for each."""
+"""Threads that decode one video; FFmpeg's own default is one per core, with memory for each."""
 
 T = TypeVar("T")
 

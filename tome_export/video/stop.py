@@ -346,7 +346,7 @@ class MergedStop(MergedVideo):
             return [p.reshape(*p.shape[:2], *heads).transpose(1, 2) for p in packed.chunk(3, -1)]
 
         def together(y: Tensor) -> Tensor:
-            """Of all clips of a video, ``[B, H, clips N, D]``."""
+            """Heads of all clips of a video as one sequence, ``[B, H, clips N, D]``."""
             return y.transpose(1, 2).reshape(batch, clips * x.shape[1], *heads).transpose(1, 2)
 
         def repeated(y: Tensor) -> Tensor:
