@@ -40,7 +40,7 @@ class Candidate:
     Attributes:
         name: ``merged``, ``unmerged``, ``torch`` or ``r=4``.
         r: Tokens merged per layer, clamped.
-        subject: What to run; candidates of one schedule and backend share it.
+        model: What to run; candidates of one schedule and backend share it.
     """
 
     name: str

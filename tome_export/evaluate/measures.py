@@ -34,8 +34,8 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        classes: Of the models; None if they give no classes.
-        activation: Of their logits; None if they give features.
+        classes: Classes of the models; None if they give no classes.
+        activation: Activation of their logits; None if they give features.
     """
 
     candidates: Sequence[Candidate]
@@ -75,7 +75,7 @@ def evaluation_from_table(
     )
 
 
-def _notes(table: Table, labels: Labels | None, comparison: Comparison) -> Iterator[str]:
+def _notes(table: RecordTable, labels: Labels | None, comparison: Comparison) -> Iterator[str]:
     classes, plain = comparison.classes, comparison.plain
     if comparison.activation == "none":
         yield (

@@ -154,7 +154,9 @@ def _check_output(request: ReportRequest) -> None:
         )
 
 
-def _read(artifact: Artifact, name: str, reader: Callable[[Path], Found | None]) -> Found | None:
+def _read(
+    artifact: Artifact, name: str, reader: Callable[[Path], Document | None]
+) -> Document | None:
     return reader(artifact.path / name) if name in artifact.manifest.files else None
 
 
