@@ -112,6 +112,8 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: Cascade
         from tome_export.report.page import render_cascade
         from tome_export.serve.cascade import CascadeServeRequest, check_cascade, serve_cascade
 
+        request = options.request(CascadeRequest, members=(), goal=goal)
+        request.check()  # before the artifacts, which take longer
         if repository is None and (
             options.preprocess or options.name is not None or options.self_test
         ):
@@ -124,8 +126,6 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: Cascade
             )
         check_new_file(output, force=force)
         check_new_file(page, force=force)
-        request = options.request(CascadeRequest, members=(), goal=goal)
-        request.check()  # before the artifacts, which take longer
         progress.stage("Verify the artifacts")
         members = members_of(artifacts)
         serving = None

@@ -115,9 +115,9 @@ def recipe_from_function(name: str) -> Recipe:
         )
     try:
         patched = unmerged(f"{name} returned", module)
-    except UnknownModelError:
-        raise
     except InputError as error:
+        if isinstance(error.__cause__, UnknownModelError):
+            raise
         raise InputError(f"{name} returned a model that cannot be merged: {error}") from None
     image_size = patched[0].image_size
     source = remark = ""

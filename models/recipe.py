@@ -345,10 +345,10 @@ def unmerged(who: str, module: nn.Module) -> tuple[MergedModel, bool]:
     except NoImageOutputError:
         return patch(module, 0, dense=True), True
     except UnknownModelError as error:
-        raise UnknownModelError(
+        raise InputError(
             f"{who} a {type(module).__name__}, which has no sequence of tokens to merge that is "
             f"known here: {error}"
-        ) from None
+        ) from error
 
 
 def recipe_from_model(

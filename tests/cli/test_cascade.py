@@ -150,6 +150,11 @@ CASES = {
         2,
         "--seed is -1; expected 0 or more",
     ),
+    "seed, and nowhere to write": (
+        ("--data", "samples", *MACS, "--seed", "-1", "-o", "none/c.json"),
+        2,
+        "--seed is -1; expected 0 or more",
+    ),
     "labels of no test": (
         ("--data", "samples", *MACS, "--test-labels", "labels.csv"),
         2,

@@ -81,6 +81,12 @@ def test_several_labels_of_one_image(tmp_path, ten):
     )
 
 
+def test_a_wrong_label_is_told_before_the_shards_behind_it_are_read(tmp_path, ten):
+    first = shard(tmp_path / "0.tar", ("0.png", 0), ("0.cls", b"10"), ("1.png", 1))
+    (tmp_path / "1.tar").write_bytes(b"no tar file")
+    assert fails((str(first), str(tmp_path / "1.tar")), ten).startswith("0.tar:0.png ")
+
+
 def test_an_index_of_a_shard_is_one_also_where_classes_are_called_by_numbers(tmp_path):
     shifted = Classes(3, ("1", "2", "3"))
     path = shard(tmp_path / "s.tar", ("0.png", 0), ("0.cls", b"1"))

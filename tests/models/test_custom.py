@@ -189,3 +189,4 @@ def test_mistakes(name, message):
         resolve(name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert type(caught.value) is InputError  # its name is in what --json prints

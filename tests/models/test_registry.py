@@ -97,6 +97,7 @@ def test_bad_names(name, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
+    assert type(caught.value) is InputError  # its name is in what --json prints
 
 
 def test_labels_are_loaded_lazily():

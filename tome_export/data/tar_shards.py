@@ -48,7 +48,6 @@ def tar_source(
 
     source, shards = Source("tar", text, paths), [_Shard(path, suffixes) for path in paths]
     source.read = read_member
-    labels: list[dict[str, Any]] = []
     for number, shard in enumerate(shards):
         before, keys, path = len(source), set[int](), shard.path
         try:
@@ -74,7 +73,10 @@ def tar_source(
                     )
                 keys.add(hashed)
                 source.add(sample[images[0]][0], number, *sample[images[0]][1:])
-                labels.append(label)
+                if classes is not None and label:
+                    source.classes.append(
+                        _class(source.items([len(source) - 1])[0], label, classes)
+                    )
                 shard.left_out["images beside one of a shorter name, as of masks"] += (
                     sum(f".{field.rpartition('.')[2]}" in suffixes for field in sample) - 1
                 )
@@ -94,13 +96,11 @@ def tar_source(
         found = f"no images in {text}; expected members such as 000001.jpg with 000001.cls"
         raise InputError("; ".join([found, *source.notes]))
     if classes is not None:
-        if (labelled := sum(map(bool, labels))) not in (0, len(labels)):
+        if (labelled := len(source.classes)) not in (0, len(source)):
             raise InputError(
                 f'{text} has labels (.cls, or .json with "{LABEL_KEYS[0]}") for {labelled} of '
-                f"{len(labels)} images; label all or none"
+                f"{len(source)} images; label all or none"
             )
-        items = source.items(range(labelled))
-        source.classes = [_class(*one, classes) for one in zip(items, labels, strict=False)]
         not_read = sum((shard.not_read for shard in shards), Counter[str]())
         if not source.classes and not_read:
             shown = some([f"{name} ({n})" for name, n in not_read.most_common()])

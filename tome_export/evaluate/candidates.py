@@ -68,11 +68,11 @@ def candidates_of(
     own = model_from_artifact(artifact, MERGED, model)
     merged = Candidate(MERGED, tuple(layer.r for layer in model.layers), backend, model.macs(), own)
     found, by_r = [merged], {merged.r: own}
-    wanted = [(UNMERGED, Schedule())] if UNMERGED in against else []
-    wanted += [(f"r={n}", Schedule(r=n)) for n in r]
+    # All before the first export, which takes long: a schedule may be refused.
+    wanted = [(UNMERGED, rescheduled(model, Schedule()))] if UNMERGED in against else []
+    wanted += [(f"r={n}", rescheduled(model, Schedule(r=n))) for n in r]
     with contextlib.ExitStack() as stack:
-        for name, schedule in wanted:
-            module = rescheduled(model, schedule)
+        for name, module in wanted:
             layers = tuple(layer.r for layer in module.layers)
             if layers not in by_r and backend_of(backend).opens == "module":
                 by_r[layers] = replace(own, label=name, module=module)

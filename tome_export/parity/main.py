@@ -14,7 +14,7 @@ from tome_export.artifact import Artifact
 from tome_export.artifact.parity import PARITY, ParityFile, ParityReport
 from tome_export.data.images import CHECK_COUNT, image_names, parity_images
 from tome_export.errors import InputError, ParityError, UsageError
-from tome_export.merge.entropy import effective_tokens
+from tome_export.merge.entropy import check_min_entropy, effective_tokens
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.model import (
     ArtifactModel,
@@ -135,7 +135,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         MissingComponentError: if a backend asked for cannot run here.
         UsageError: if a backend is unknown, or the entropy not 0 to 1.
     """
-    check_entropy_option(request.min_entropy)
+    check_min_entropy(request.min_entropy)
     _check_names(request.backends)
     from tome_export.data.samples import labelled_samples
     from tome_export.onnx.files import load
@@ -197,12 +197,6 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     patches = frames * (model.tower.tokens - model.prefix)
     entropy = _entropy(reports, names, patches, request.min_entropy)
     return CheckResult(artifact, tuple(reports), accuracy, skipped, entropy, unrecorded)
-
-
-def check_entropy_option(value: float | None) -> None:
-    """Refuse a least entropy that is none."""
-    if value is not None and not 0 <= value <= 1:
-        raise UsageError(f"--min-entropy is {value:g}; expected 0 to 1, such as 0.8")
 
 
 def _entropy(
