@@ -121,7 +121,7 @@ def compile_ptx(variant: Variant, capability: tuple[int, int]) -> Binary:
 
 
 def compiler() -> str:
-    """Name and version of what compiles the kernels; raises as ``require_compiler``."""
+    """Name and version of what compiles the kernels."""
     return f"triton {require_compiler().__version__}"
 
 

@@ -110,7 +110,8 @@ def _check_ours(output: Path) -> None:
     foreign = [
         entry.name
         for entry in entries
-        if not _is_leftover(entry.name) and not _is_listed(entry, (*files, *RESULTS, MANIFEST))
+        if not (DRAFT.fullmatch(entry.name) or UNRECORDED.fullmatch(entry.name))
+        and not _is_listed(entry, (*files, *RESULTS, MANIFEST))
     ]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -118,10 +119,6 @@ def _check_ours(output: Path) -> None:
             f"{output} holds what is not of the artifact ({', '.join(foreign[:3])}{more}), which "
             "--force would delete; move it away or give another directory"
         )
-
-
-def _is_leftover(name: str) -> bool:
-    return bool(DRAFT.fullmatch(name) or UNRECORDED.fullmatch(name))
 
 
 def _is_listed(entry: Path, names: Collection[str]) -> bool:

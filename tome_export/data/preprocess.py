@@ -62,10 +62,7 @@ def load_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> ND
 def load_videos(
     paths: Sequence[str | Path], preprocessing: Preprocessing, frames: int
 ) -> NDArray[np.float32]:
-    """Preprocess videos, every frame as an image, to ``[B, F, C, H, W]`` float32.
-
-    Raises as ``read_frames``, and an ``InputError`` if there are no videos.
-    """
+    """Preprocess videos, every frame as an image, to ``[B, F, C, H, W]`` float32."""
     if not paths:
         raise InputError("no videos given; expected at least one video file")
     check_channels(preprocessing)
@@ -73,7 +70,7 @@ def load_videos(
 
 
 def read_image(path: str | Path, formats: Sequence[str] = pixels.FORMATS) -> Image.Image:
-    """Decode one image file upright, as mode ``L`` or ``RGB``; raises as ``load_images``.
+    """Decode one image file upright, as mode ``L`` or ``RGB``.
 
     ``formats`` are what it may be, by Pillow's names.
     """
@@ -127,7 +124,7 @@ def _check_file(path: str | Path, what: str) -> int:
 
 
 def pixels_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Decode and preprocess one encoded image to ``[C, H, W]`` float32; raises as ``load_images``.
+    """Decode and preprocess one encoded image to ``[C, H, W]`` float32.
 
     ``name`` is what an error calls it.
     """

@@ -95,7 +95,8 @@ class MergedModel(nn.Module, ABC):
 
     def __init__(self, model: nn.Module, settings: MergeSettings, layout: ModelLayout) -> None:
         super().__init__()
-        self.model, self.layout = model, layout
+        self.model: Any = model
+        self.layout = layout
         self.blocks: tuple[Any, ...] = tuple(layout.blocks)
         self.block_costs = tuple(layout.costs)
         self.width, self.input_size = layout.width, layout.input_size

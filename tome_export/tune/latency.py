@@ -182,7 +182,7 @@ class Stopwatch:
         return fit(space, measured, len(self.images), self.precision)
 
     def runs_ms(self, schedules: Sequence[Rs]) -> list[float]:
-        """Median time of a run of each schedule, all taken in turn; raises as ``costs`` does."""
+        """Median time of a run of each schedule, all taken in turn."""
         with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
             paths = [Path(folder) / str(index) / MODEL for index in range(len(schedules))]
             for r, path in zip(schedules, paths, strict=True):

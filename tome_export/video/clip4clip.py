@@ -163,7 +163,7 @@ class MergedClip4Clip(MergedVideo):
 
     def fixed_macs(self, tokens: int) -> int:  # noqa: ARG002 (only class tokens are projected)
         """MACs per video of patch embedding and projection."""
-        model: Any = self.model
+        model = self.model
 
         def outside(zeros: MakeZeros) -> None:
             model.conv1(zeros(*self.input_size))
@@ -173,7 +173,7 @@ class MergedClip4Clip(MergedVideo):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token and patches of every frame, ``[B F, N, C]``."""
-        return cast(Tensor, self.model.embed(pixel_values.flatten(0, 1)))  # type: ignore[operator]
+        return cast(Tensor, self.model.embed(pixel_values.flatten(0, 1)))
 
     def run_block(
         self, block: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, layer: int
@@ -186,10 +186,9 @@ class MergedClip4Clip(MergedVideo):
 
     def finish(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> Tensor:
         """The class tokens of all frames, projected and averaged over those that count."""
-        model: Any = self.model
         classes = tokens.x[:, : self.frames // self.layers[-1].sequences].flatten(0, 1)
         per_video = classes.reshape(-1, self.frames, self.width)
-        return cast(Tensor, model.pool(per_video, inputs[VIDEO_MASK]))
+        return cast(Tensor, self.model.pool(per_video, inputs[VIDEO_MASK]))
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the tower itself gives, of videos whose frames all count."""

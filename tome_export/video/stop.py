@@ -292,16 +292,15 @@ class MergedStop(MergedVideo):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token, prompts and patches of every frame, ``[B F, N, C]``."""
-        return cast(Tensor, self.model.begin(pixel_values)[0])  # type: ignore[operator]
+        return cast(Tensor, self.model.begin(pixel_values)[0])
 
     def encode(self, pixel_values: Tensor, merger: Merger) -> Tokens:
         """The blocks; what is given on is the global prompts ``[B, G, C]``, not the frames."""
-        model: Any = self.model
-        x, shared, between = model.begin(pixel_values)
+        x, shared, between = self.model.begin(pixel_values)
         tokens = Tokens(x)
         for layer, block in enumerate(self.blocks):
             if layer:
-                prompts = model.frame_prompts[layer] + between
+                prompts = self.model.frame_prompts[layer] + between
                 tokens = Tokens(self._with_prompts(tokens.x, prompts, layer), tokens.size)
             tokens = merger.ahead(tokens, layer)
             x, shared, attended = self._attention(block, tokens, shared, layer)
@@ -312,8 +311,7 @@ class MergedStop(MergedVideo):
 
     def finish(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         """The first global prompt's feature."""
-        model: Any = self.model
-        return cast(Tensor, model.finish(tokens.x))
+        return cast(Tensor, self.model.finish(tokens.x))
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the tower itself gives."""

@@ -136,7 +136,7 @@ class MergedVideo(MergedModel):
         return counts
 
     def _check_positions(self, entering: Mapping[int, int]) -> None:
-        have: Any = self.model.frame_positions
+        have = self.model.frame_positions
         for layer, clips in entering.items():
             found = have[str(layer)].shape[0] if str(layer) in have else None
             if found != clips:

@@ -83,7 +83,7 @@ class _MergedTower(MergedModel):
             return self.pooled(tokens)
         size = None if tokens.size is None else tokens.size[:, self.prefix :]
         mean = mean_of_patches(tokens.x[:, self.prefix :], size)
-        return cast(Tensor, self.model.classifier(mean))  # type: ignore[operator]
+        return cast(Tensor, self.model.classifier(mean))
 
     @abstractmethod
     def pooled(self, tokens: Tokens) -> Tensor:
@@ -91,7 +91,7 @@ class _MergedTower(MergedModel):
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the library's model itself gives."""
-        model: Any = self.model
+        model = self.model
         classifies = bool(hf.classifiers_of(model))
         if self.settings.dense:
             tower = model.vision_model if classifies else model

@@ -49,7 +49,7 @@ class MergedLlavaTower(MergedModel):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token and patches, positions added, normalised."""
-        vision: Any = self.model.vision_model
+        vision = self.model.vision_model
         return cast(Tensor, vision.pre_layrnorm(vision.embeddings(pixel_values)))
 
     def run_block(
@@ -60,18 +60,15 @@ class MergedLlavaTower(MergedModel):
 
     def head(self, tokens: Tokens) -> Tensor:
         """The selected features of the tokens that are left, projected."""
-        model: Any = self.model
-        return cast(Tensor, model.project(model.select(tokens.x)))
+        return cast(Tensor, self.model.project(self.model.select(tokens.x)))
 
     def token_features(self, tokens: Tokens) -> Tensor:
         """Projected before they are unmerged, which is less work and the same."""
-        model: Any = self.model
-        return cast(Tensor, model.project(tokens.x))
+        return cast(Tensor, self.model.project(tokens.x))
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the tower itself gives, by the library's own forward."""
-        model: Any = self.model
-        output: Tensor = model(pixel_values)
+        output: Tensor = self.model(pixel_values)
         # Dense outputs never hold the class token.
-        keeps_class = model.select_feature == "cls_patch"
+        keeps_class = self.model.select_feature == "cls_patch"
         return output[:, 1:] if self.settings.dense and keeps_class else output

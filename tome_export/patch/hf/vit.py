@@ -77,7 +77,7 @@ class _MergedTransformer(MergedModel):
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the library's model itself gives."""
-        model: Any = self.model
+        model = self.model
         if self.settings.dense:
             output = _base(model)(pixel_values, return_dict=True)
             return cast(Tensor, output.last_hidden_state[:, self.prefix :])
@@ -130,7 +130,7 @@ class MergedVit(_MergedTransformer):
 
     def head(self, tokens: Tokens) -> Tensor:
         """The library's head, which looks at prefix tokens only."""
-        model: Any = self.model
+        model = self.model
         x = tokens.x
         if hasattr(model, "distillation_classifier"):
             both = model.cls_classifier(x[:, 0, :]) + model.distillation_classifier(x[:, 1, :])
@@ -181,10 +181,9 @@ class MergedDino(_MergedTransformer):
 
     def head(self, tokens: Tokens) -> Tensor:
         """The class token, or a classifier of it and the mean of the patches."""
-        model: Any = self.model
         x = tokens.x
-        if not _classifies(model):
+        if not _classifies(self.model):
             return x[:, 0, :]
         size = None if tokens.size is None else tokens.size[:, self.prefix :]
         mean = mean_of_patches(x[:, self.prefix :], size)
-        return cast(Tensor, model.classifier(torch.cat([x[:, 0], mean], dim=1)))
+        return cast(Tensor, self.model.classifier(torch.cat([x[:, 0], mean], dim=1)))

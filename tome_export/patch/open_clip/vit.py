@@ -54,7 +54,7 @@ class MergedOpenClip(MergedModel):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token and patches, positions added, normalised."""
-        return cast(Tensor, self.model._embeds(pixel_values))  # type: ignore[operator]
+        return cast(Tensor, self.model._embeds(pixel_values))
 
     def run_block(
         self, block: Any, tokens: Tokens, bias: Tensor | None, merger: Merger, layer: int
@@ -66,12 +66,12 @@ class MergedOpenClip(MergedModel):
 
     def token_features(self, tokens: Tokens) -> Tensor:
         """The last block's tokens, behind the final norm where that is of the tokens' width."""
-        model: Any = self.model
+        model = self.model
         return tokens.x if model.attn_pool is not None else cast(Tensor, model.ln_post(tokens.x))
 
     def head(self, tokens: Tokens) -> Tensor:
         """Pooling, norm and projection."""
-        model: Any = self.model
+        model = self.model
         if model.attn_pool is not None:
             pooled = self._pool(Tokens(model.ln_post(self._attention_pool(tokens))))
         elif model.final_ln_after_pool:
@@ -82,7 +82,7 @@ class MergedOpenClip(MergedModel):
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What open_clip's model itself gives, not of unit length."""
-        model: Any = self.model
+        model = self.model
         with same_arithmetic():
             if self.settings.dense:
                 x = model.transformer(model._embeds(pixel_values))
@@ -98,7 +98,7 @@ class MergedOpenClip(MergedModel):
         return mean_of_patches(tokens.x[:, 1:], size)
 
     def _attention_pool(self, tokens: Tokens) -> Tensor:
-        pool: Any = self.model.attn_pool
+        pool = self.model.attn_pool
         queries = pool.ln_q(pool.query).expand(tokens.x.shape[0], -1, -1)
         bias = self.size_bias(tokens, queries.shape[1])
         return multihead(pool.attn, queries, pool.ln_k(tokens.x), bias)[0]
@@ -140,7 +140,7 @@ class MergedTimmModel(MergedModel):
 
     def head(self, tokens: Tokens) -> Tensor:
         """The trunk's pooling, then open_clip's projection."""
-        return cast(Tensor, self.model.head(self._trunk[0].head(tokens)))  # type: ignore[operator]
+        return cast(Tensor, self.model.head(self._trunk[0].head(tokens)))
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What open_clip's model itself gives, not of unit length."""

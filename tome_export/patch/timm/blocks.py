@@ -150,19 +150,13 @@ def _parallel_things(
     return Tokens(t.x + torch.stack([ffn(t.x) for ffn in block.ffns]).sum(dim=0), t.size)
 
 
-def _parallel_scaling(
-    block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int
-) -> Tokens:
+def _merged_behind(side_by_side: AttentionForward) -> BlockForward:
     # Attention and MLP read the same tokens, so the merge can only come behind both.
-    out, attended = parallel_scaling(block, t.x, bias)
-    return merge(Tokens(out, t.size), attended, layer)
+    def forward(block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int) -> Tokens:
+        out, attended = side_by_side(block, t.x, bias)
+        return merge(Tokens(out, t.size), attended, layer)
 
-
-def _diff_parallel_scaling(
-    block: Any, t: Tokens, bias: Tensor | None, merge: Merger, layer: int
-) -> Tokens:
-    out, attended = diff_parallel_scaling(block, t.x, bias)
-    return merge(Tokens(out, t.size), attended, layer)
+    return forward
 
 
 def block_forward(block: nn.Module, model_name: str) -> BlockForward:
@@ -173,8 +167,8 @@ def block_forward(block: nn.Module, model_name: str) -> BlockForward:
         vit.Block: _pre_norm,
         vit.ResPostBlock: _post_norm,
         vit.ParallelThingsBlock: _parallel_things,
-        vit.ParallelScalingBlock: _parallel_scaling,
-        vit.DiffParallelScalingBlock: _diff_parallel_scaling,
+        vit.ParallelScalingBlock: _merged_behind(parallel_scaling),
+        vit.DiffParallelScalingBlock: _merged_behind(diff_parallel_scaling),
     }
     require(block, set(forwards), "block", model_name)
     for attn in _parts(block, "attn", "attns"):

@@ -50,7 +50,7 @@ class MergedEva(MergedVisionTransformer):
 
     def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Also the rotations of the patches; None without rotary positions."""
-        model: Any = self.model
+        model = self.model
         x, rope = model._pos_embed(model.patch_embed(pixel_values))
         return model.norm_pre(x), rope
 

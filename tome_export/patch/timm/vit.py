@@ -110,7 +110,7 @@ class MergedVisionTransformer(MergedModel):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Prefix tokens and patches, positions added."""
-        model: Any = self.model
+        model = self.model
         x = model._pos_embed(model.patch_embed(pixel_values))
         return cast(Tensor, model.norm_pre(model.patch_drop(x)))
 
@@ -122,18 +122,17 @@ class MergedVisionTransformer(MergedModel):
 
     def final(self, x: Tensor) -> Tensor:
         """The last norm."""
-        return cast(Tensor, self.model.norm(x))  # type: ignore[operator]
+        return cast(Tensor, self.model.norm(x))
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What timm's model itself gives."""
-        model: Any = self.model
         if self.settings.dense:
-            return cast(Tensor, model.forward_features(pixel_values)[:, self.prefix :])
-        return cast(Tensor, model(pixel_values))
+            return cast(Tensor, self.model.forward_features(pixel_values)[:, self.prefix :])
+        return cast(Tensor, self.model(pixel_values))
 
     def head(self, tokens: Tokens) -> Tensor:
         """Timm's ``forward_head``, pooling weighted by size."""
-        model: Any = self.model
+        model = self.model
         # Without pooling timm hands on every token, prefix included.
         if tokens.size is None or model.global_pool in ("", "token"):
             return cast(Tensor, model.forward_head(tokens.x))
@@ -147,7 +146,7 @@ class MergedVisionTransformer(MergedModel):
         return bool(self.model.pool_include_prefix)
 
     def _pool(self, tokens: Tokens) -> Tensor:
-        model: Any = self.model
+        model = self.model
         if model.attn_pool is not None:
             mask = self.size_bias(tokens, model.attn_pool.latent_len)
             return cast(Tensor, model.attn_pool(tokens.x, attn_mask=mask))

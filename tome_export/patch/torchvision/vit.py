@@ -50,7 +50,7 @@ class MergedTorchvision(MergedModel):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Class token and patches, positions added."""
-        encoder: Any = self.model.encoder
+        encoder = self.model.encoder
         return cast(Tensor, encoder.dropout(self._patches(pixel_values) + encoder.pos_embedding))
 
     def run_block(
@@ -64,26 +64,22 @@ class MergedTorchvision(MergedModel):
 
     def final(self, x: Tensor) -> Tensor:
         """The last norm."""
-        encoder: Any = self.model.encoder
-        return cast(Tensor, encoder.ln(x))
+        return cast(Tensor, self.model.encoder.ln(x))
 
     def head(self, tokens: Tokens) -> Tensor:
         """The classifier on the class token."""
-        model: Any = self.model
-        return cast(Tensor, model.heads(tokens.x[:, 0]))
+        return cast(Tensor, self.model.heads(tokens.x[:, 0]))
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What torchvision's model itself gives."""
-        model: Any = self.model
         with same_arithmetic():
             if self.settings.dense:
-                return cast(Tensor, model.encoder(self._patches(pixel_values))[:, 1:])
-            return cast(Tensor, model(pixel_values))
+                return cast(Tensor, self.model.encoder(self._patches(pixel_values))[:, 1:])
+            return cast(Tensor, self.model(pixel_values))
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
-        model: Any = self.model
-        patches = model._process_input(pixel_values)
-        return torch.cat([model.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        patches = self.model._process_input(pixel_values)
+        return torch.cat([self.model.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 
 def _check(model: Any) -> None:
