@@ -37,12 +37,6 @@ BF16_OPSET = 22
 """First opset whose convolution takes bfloat16."""
 
 
-def check_min_entropy(value: float | None) -> None:
-    """Raise ``UsageError`` for a least entropy that is not 0 to 1; None is any."""
-    if value is not None and not 0 <= value <= 1:
-        raise UsageError(f"--min-entropy is {value:g}; expected 0 to 1, such as 0.8")
-
-
 def lowering_of(merge_op: MergeOp) -> Lowering:
     """The lowering behind a merge op; ``matmul`` is that of nodes for the plugin too."""
     return next((name for name in LOWERINGS if name == merge_op), "matmul")

@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tome_export.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,6 +35,12 @@ def size_entropy(size: Tensor, prefix: int, patches: int) -> Tensor:
     # log S - sum(s log s) / S is the entropy without a division per token; S is exact.
     entropy = total.log() - (own * own.log()).sum(dim=1) / total
     return entropy / math.log(patches)
+
+
+def check_min_entropy(value: float | None) -> None:
+    """Raise ``UsageError`` for a least entropy that is not 0 to 1; None is any."""
+    if value is not None and not 0 <= value <= 1:
+        raise UsageError(f"--min-entropy is {value:g}; expected 0 to 1, such as 0.8")
 
 
 def entropy_bound(tokens: int) -> float:

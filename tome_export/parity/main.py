@@ -30,7 +30,7 @@ from tome_export.runtime.registry import (
     usual_backends,
 )
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME, check_min_entropy
+from tome_export.spec import INPUT_NAME
 
 if TYPE_CHECKING:
     import onnx

@@ -29,12 +29,13 @@ from tome_export.data.find import SAMPLES
 from tome_export.data.labels import Classes
 from tome_export.data.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.errors import InputError, UsageError
+from tome_export.merge.entropy import check_min_entropy
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.describe import output_shape, state_sha256
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.runtime.environment import environment
-from tome_export.spec import Activation, Precision, check_min_entropy
+from tome_export.spec import Activation, Precision
 from tome_export.tune.images import TuneImages, read_images, tuning_source
 from tome_export.tune.latency import Stopwatch, predicted_ms
 from tome_export.tune.score import Scorer
