@@ -115,14 +115,8 @@ def install(eager_match: Match, eager_merge: Merge) -> bool:
 
     What the kernels cannot take (float64, very wide tokens) still runs the eager functions, and so
     does a GPU on which a trial launch fails, as where the Triton language finds no C compiler; a
-    warning then gives the reason.
-
-    Args:
-        eager_match: What ``tome_export::match`` does without the kernels.
-        eager_merge: What ``tome_export::merge`` does without the kernels.
-
-    Returns:
-        Whether the kernels are installed, which takes the Triton language.
+    warning then gives the reason. Returns whether the kernels are installed, which takes the Triton
+    language.
     """
     import torch
 

@@ -49,14 +49,10 @@ class LlavaTower(nn.Module):
         projector: Projector | None = None,
         attention: str = "sdpa",
     ) -> None:
-        """Make the tower with fresh weights.
+        """Make the tower with fresh weights, of layers up to the selected one.
 
-        Args:
-            vision: Arguments of ``CLIPVisionConfig``, those of the whole model.
-            layers: Layers up to the selected one.
-            select_feature: ``patch`` or ``cls_patch``.
-            projector: Shape of the projector; None leaves it out.
-            attention: The library's name of the attention implementation.
+        ``vision`` are arguments of ``CLIPVisionConfig``, those of the whole model; ``projector``
+        None leaves it out; ``attention`` is the library's name of the implementation.
         """
         super().__init__()
         transformers = library()

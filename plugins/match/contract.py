@@ -81,15 +81,10 @@ def variant(
     offset: int = 0,
     dot: str = DOT,
 ) -> Variant:
-    """The kernel for keys of N tokens and D numbers per head.
+    """The kernel for keys of N tokens, prefix tokens included, and D numbers per head.
 
-    Args:
-        tokens: N, prefix tokens included.
-        width: D.
-        dtype: Data type of the keys.
-        strides: Strides of image, head and token in elements; None if the keys are contiguous.
-        offset: Elements before the first key.
-        dot: Precision of the product.
+    ``strides`` are of image, head and token in elements, None if the keys are contiguous;
+    ``offset`` is the elements before the first key.
     """
     unit = _stride_unit(strides or (width,), offset)
     tiles = next_power_of_2(-(-((tokens + 1) // 2) // BLOCK_A))
@@ -127,18 +122,10 @@ def launch(
     strides: tuple[int, ...] | None = None,
     offset: int = 0,
 ) -> Launch:
-    """One program per image.
+    """One program per image; ``batch`` is a number or a symbolic expression.
 
-    Args:
-        batch: B, a number or a symbolic expression.
-        heads: H; 1 for a metric that is averaged already.
-        tokens: N.
-        width: D.
-        r: Tokens to merge, ``0 <= r <= (N - prefix) // 2``.
-        prefix: Protected tokens.
-        class_token: Whether the output order is by position.
-        strides: As for ``variant``.
-        offset: As for ``variant``.
+    ``heads`` is 1 for a metric that is averaged already; ``0 <= r <= (N - prefix) // 2``; strides
+    and offset are as for ``variant``.
     """
     image, head, token = strides or (heads * tokens * width, tokens * width, width)
     unit = _stride_unit(strides or (width,), offset)

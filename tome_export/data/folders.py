@@ -18,13 +18,10 @@ ARCHIVED_FORKS = "__MACOSX"
 def walk(root: Path, left_out: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Each folder below, sorted: relative path with its slash, the folders and files in it.
 
-    Links to folders are not followed: one may lead out of the folder, as to ``/``, or back up,
-    and what it leads to within the folder is listed there. Neither are folders entered whose names
-    begin with a dot, nor is what macOS adds to archives listed. Links to files are files.
-
-    Args:
-        root: The folder.
-        left_out: Told what is not listed, in words that can be shown after the folder's name.
+    Links to folders are not followed: one may lead out of the folder, as to ``/``, or back up, and
+    what it leads to within the folder is listed there. Neither are folders entered whose names
+    begin with a dot, nor is what macOS adds to archives listed; ``left_out`` is told of these.
+    Links to files are files.
     """
     # Not os.walk, which calls itself for every level up to Python 3.11.
     links, forks, hidden, waiting = [], 0, [], [""]

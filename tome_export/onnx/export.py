@@ -145,16 +145,11 @@ def onnx_from_model(
     *,
     external_data_bytes: int = files.EXTERNAL_DATA_BYTES,
 ) -> OnnxFiles:
-    """Export a merged model to ``path``.
+    """Export a merged model, in eval mode with fp32 weights, to the ``.onnx`` file ``path``.
 
-    Args:
-        model: Model in eval mode with fp32 weights.
-        path: The ``.onnx`` file; external data goes beside it.
-        options: Precision, batch range, operator forms.
-        output_names: ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the model
-            gives them.
-        metadata: Written to the model's metadata_props as JSON, keys prefixed ``tome_export.``.
-        external_data_bytes: Weights above this go to a file of their own.
+    ``output_names`` are ``logits`` or ``features``, then ``source_map`` and ``entropy`` if the
+    model gives them. ``metadata`` goes to the model's metadata_props as JSON, keys prefixed
+    ``tome_export.``. Weights above ``external_data_bytes`` go to a file of their own, beside it.
     """
     names = [output_names] if isinstance(output_names, str) else output_names
     proto = _proto_from_model(model, options, names)

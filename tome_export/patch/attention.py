@@ -23,12 +23,8 @@ def log_size_bias(
     """Bias of proportional attention (ToMe, eq. 1): ``log(size)`` as ``[B, 1, Q, N]``.
 
     It is constant over the queries; their dimension is expanded because ONNX Runtime's Attention
-    does not broadcast it.
-
-    Args:
-        size: ``[B, N]`` float32, or None before the first merge.
-        dtype: Type of the queries.
-        queries: Number of queries Q; None for N, as in self-attention.
+    does not broadcast it. ``size`` is ``[B, N]`` float32, or None before the first merge; Q is N in
+    self-attention.
     """
     if size is None:
         return None
@@ -59,14 +55,9 @@ def multihead(
 ) -> tuple[Tensor, AttentionInputs]:
     """Compute what ``torch.nn.MultiheadAttention`` does, with packed or separate projections.
 
-    Args:
-        attn: The module, which ``check_multihead`` has passed; ``batch_first`` does not matter.
-        queries: ``[B, Q, C]``, already normalised.
-        context: ``[B, N, C']``; ``queries`` itself for self-attention.
-        bias: ``[B, 1, Q, N]`` or None.
-
-    Returns:
-        Output ``[B, Q, C]`` and what was compared.
+    ``check_multihead`` has passed the module; ``batch_first`` does not matter. ``queries [B, Q,
+    C]``, already normalised, attend to ``context [B, N, C']``, themselves for self-attention, with
+    a ``bias [B, 1, Q, N]`` or None. Returns the output ``[B, Q, C]`` and what was compared.
     """
     if attn.in_proj_weight is not None and context is queries:
         packed = functional.linear(queries, attn.in_proj_weight, attn.in_proj_bias)

@@ -37,14 +37,10 @@ def patch_directions(layer: LayerContext) -> Tensor:
 def ranked_plan(
     scores: Tensor, layer: LayerSpec, similarity: Tensor | None = None, merging: int = 0
 ) -> MergePlan:
-    """The r lowest scores go, what stays is in order of position.
+    """The r lowest of scores ``[B, n]`` behind the prefix go; the rest is in order of position.
 
-    Args:
-        scores: ``[B, n]``, of the tokens behind the prefix.
-        layer: Where r and the prefix are from.
-        similarity: ``[B, n, n]`` of these tokens; needed where any merge.
-        merging: How many of the r tokens, the best, go into the most similar token that stays;
-            the others are dropped.
+    ``merging`` of the r tokens, the best, go into the most similar token that stays, by
+    ``similarity`` ``[B, n, n]``; the others are dropped.
     """
     order = rank(scores)
     tokens = order.shape[1]
@@ -87,13 +83,7 @@ class FixedSets(ScoredReducer):
 
     @abstractmethod
     def sets(self, patches: int, layer: int, r: int) -> tuple[list[int], list[int]]:
-        """Sets A and B, which together name every patch once, each in ascending order.
-
-        Args:
-            patches: Number of tokens behind the prefix.
-            layer: Index of the block.
-            r: Tokens to remove, at most the size of A.
-        """
+        """Sets A (at least r) and B, which together name every patch once, each ascending."""
 
     def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
         """Cosines ``[B, |A|, |B|]``."""

@@ -105,13 +105,9 @@ def merge_maps(
     """Which patches are one token after each layer, as the shipped graph decides it.
 
     The graph runs on ONNX Runtime's CPU provider, instrumented and free to choose; no PyTorch.
-
-    Args:
-        artifact: The artifact.
-        images: Image files, or ``pixel_values [B, C, H, W]`` float32; at least one. For a model of
-            videos, video files, or ``[B, F, C, H, W]``.
-        progress: Told what is being done.
-        inputs: What the model takes besides, ``[B, ...]`` by name; None for no such thing.
+    Images are files, or ``pixel_values [B, C, H, W]`` float32, at least one; for a model of videos,
+    video files, or ``[B, F, C, H, W]``. ``inputs`` are what the model takes besides, ``[B, ...]``
+    by name.
     """
     from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
@@ -233,19 +229,12 @@ def _agree(plans: Mapping[Step, Plans], layers: Sequence[Layer]) -> bool:
 def groups_by_layer(
     plans: Mapping[Step, Plans], layers: Sequence[Layer], batch: int, frames: int = 1
 ) -> NDArray[np.int64]:
-    """Where each token of the first layer is after every layer, by composing the plans.
+    """Where each token of the first layer is after every layer, ``[B, depth, F, N]`` int64.
 
-    Args:
-        plans: Plans of the layers that merge, by merge; every other layer is the identity. For
-            videos ``[B S, ...]``, the clips of one behind those of another.
-        layers: Token counts of each layer, of one clip.
-        batch: Images or videos B.
-        frames: Frames F of one, whose clips are joined between the plans.
-
-    Returns:
-        ``[B, depth, F, N]`` int64: the position, among the tokens that leave the layer, of the
-        token that holds each of the N of a frame, ``DROPPED`` for none; clips count on. Equal
-        numbers are one token.
+    That is the position, among the tokens that leave the layer, of the token that holds each of the
+    N of a frame, ``DROPPED`` for none; clips count on. Equal numbers are one token. ``plans`` are
+    of the layers that merge, every other layer is the identity; of videos ``[B S, ...]``, the clips
+    of one behind those of another. ``layers`` have the token counts of one clip.
     """
     from tome_export.merge.plan import Across
 

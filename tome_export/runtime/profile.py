@@ -100,13 +100,9 @@ def profile_in_turn(
     """Profile models on ONNX Runtime's CPU and attribute every node's time to a layer and group.
 
     Names of nodes tell the group (``onnx.names``). The models take turns, run by run, so that a
-    drift of the machine's speed meets them all. Not for a GPU: there the runtime's profiler sees
-    kernels being launched, not running.
-
-    Args:
-        model_paths: ``model.onnx`` of an artifact or of an exported variant, by any name.
-        images: ``pixel_values [B, C, H, W]`` float32; B is within the models' batch range.
-        runs: Runs to measure, at least 1; one more comes first to warm up.
+    drift of the machine's speed meets them all; one run more comes first to warm up. Not for a GPU:
+    there the runtime's profiler sees kernels being launched, not running. Images are ``[B, C, H,
+    W]`` float32; B is within the models' batch range.
     """
     with tempfile.TemporaryDirectory(prefix="tome-export-") as folder, ExitStack() as stack:
         opened = {}

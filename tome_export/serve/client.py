@@ -105,10 +105,9 @@ class Client:
     def pipeline(self, name: str | None = None) -> str:
         """The model that takes encoded images or videos.
 
-        Args:
-            name: Name of it, or of the model or router it belongs to, or what the names of the
-                models behind a router have in common; None for the only one there is, where a
-                router stands for the models behind it.
+        ``name`` is that of it, of the model or router it belongs to, or what the names of the
+        models behind a router have in common; None for the only one there is, where a router stands
+        for the models behind it.
         """
         known = self.models()
         if name is not None:
@@ -155,16 +154,11 @@ class Client:
         shared_memory: bool = False,
         parameters: Mapping[str, str | int | bool] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Send one request.
+        """Send one request to the newest version of a model; the outputs come like the inputs.
 
-        Args:
-            model: Its name; the server takes the newest version.
-            inputs: Arrays with batch by name; BYTES as an object array of ``bytes``.
-            shared_memory: Hand the inputs over in system shared memory: same machine only.
-            parameters: Parameters of the request, such as ``r`` for a router.
-
-        Returns:
-            The outputs likewise.
+        These are arrays with batch by name; BYTES as an object array of ``bytes``. Shared memory is
+        for a server on the same machine only. Parameters are those of the request, such as ``r``
+        for a router.
         """
         from tritonclient.utils import np_to_triton_dtype
 
@@ -250,12 +244,9 @@ class Client:
 def connect(
     url: str, protocol: Protocol | None = None, seconds: float = TIMEOUT_SECONDS
 ) -> Iterator[Client]:
-    """A client of the server at a URL.
+    """A client of the server at a URL, ``host[:port]`` or with ``grpc[s]://`` or ``http[s]://``.
 
-    Args:
-        url: ``host:port`` or ``host``, also with ``grpc://``, ``grpcs://``, ``http://``, ``https://``.
-        protocol: ``grpc`` or ``http``; None for that of the scheme, else gRPC.
-        seconds: Most time for an answer.
+    The protocol is None for that of the scheme, else gRPC; an answer may take ``seconds``.
     """
     address, used, ssl = parse_url(url, protocol)
     client = Client(address, used, ssl=ssl, seconds=seconds)

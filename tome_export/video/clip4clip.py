@@ -127,14 +127,9 @@ class Clip4ClipTower(ClipFrames):
         return MergedClip4Clip(self, settings)
 
     def forward(self, pixel_values: Tensor, video_mask: Tensor) -> Tensor:
-        """Embed videos.
+        """Embed videos ``[B, F, 3, H, W]``: ``[B, E]``, the mean of the frames' unit features.
 
-        Args:
-            pixel_values: ``[B, F, 3, H, W]``.
-            video_mask: ``[B, F]``, 1 for frames that count and 0 for padding.
-
-        Returns:
-            ``[B, E]``: the mean of the frames' unit features.
+        ``video_mask`` ``[B, F]`` is 1 for frames that count and 0 for padding.
         """
         x = self.transformer(self.embed(pixel_values.flatten(0, 1)))
         return self.pool(x[:, 0].unflatten(0, (-1, self.frames)), video_mask)

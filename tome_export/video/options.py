@@ -189,15 +189,9 @@ def video_token_counts(
 ) -> tuple[LayerTokens, ...]:
     """Token counts of every layer of a video tower (TempMe, section 3.3).
 
-    Layers ahead of the first that joins merge the scheduled number of tokens inside each frame;
+    Layers ahead of the first that joins merge the number ``resolved`` of tokens inside each frame;
     from it on the proportions say how many. Products are truncated as in the public code.
-
-    Args:
-        resolved: Tokens asked to be merged in each layer ahead of the first that joins.
-        merging: Where frames are joined; None for never.
-        frames: Frames of one video.
-        tokens: Tokens N of one frame that enter the first block, protected ones included.
-        prefix: Protected tokens of one frame.
+    ``tokens`` are those of one frame that enter the first block, protected ones included.
     """
     if merging is not None:
         merging.check(len(resolved), frames)

@@ -110,14 +110,9 @@ class TemporalPrompt(nn.Module):
         self.Cal_Net_Inter = VideoConv(1, 1, (5, 11, 11), padding=(2, 5, 5))
 
     def forward(self, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Add the prompt inside frames.
+        """Add the prompt inside frames ``[B, F, 3, H, W]``, of ``side`` patches along one side.
 
-        Args:
-            video: ``[B, F, 3, H, W]``.
-            side: Patches along one side of a frame.
-
-        Returns:
-            The video with its prompt, and ``[B, F, patches]`` of 0 and 1: where motion is largest.
+        Returns also ``[B, F, patches]`` of 0 and 1: where motion is largest.
         """
         x = video.transpose(1, 2)
         prompt = self.MLP(self.Conv(x).movedim(1, -1)).movedim(-1, 2)
@@ -138,17 +133,12 @@ class TemporalPrompt(nn.Module):
         return (regions > least[..., None, None]).to(activity.dtype)
 
     def between(self, patches: Tensor, motion: Tensor) -> Tensor:
-        """The prompt tokens that every frame gets from all frames.
+        """The prompt tokens ``[B, F, prompts, C]`` that every frame gets from all frames.
 
         The importance of frames is scaled to [0, 1] per video; the public code does it over the
-        whole batch, so that a video's features depend on its neighbours there.
-
-        Args:
-            patches: ``[B, F, P, C]``, the tokens of the patches in front of the first block.
-            motion: ``[B, F, P]`` of ``forward``.
-
-        Returns:
-            ``[B, F, prompts, C]``.
+        whole batch, so that a video's features depend on its neighbours there. ``patches`` ``[B, F,
+        P, C]`` are tokens in front of the first block, ``motion`` ``[B, F, P]`` is that of
+        ``forward``.
         """
         flat = patches.flatten(1, 2)
         x = self.Attention(flat, flat, flat, need_weights=False)[0].unflatten(1, patches.shape[1:3])
@@ -231,14 +221,10 @@ class StopTower(ClipFrames):
         return StopBlocks(self.sizes)
 
     def begin(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything in front of the first block.
+        """Everything in front of the first block, of ``[B, F, 3, H, W]``.
 
-        Args:
-            pixel_values: ``[B, F, 3, H, W]``.
-
-        Returns:
-            Frames ``[B F, 1 + prompts + P, C]``; global prompts ``[B, G, C]``; and what the frames'
-            prompts of every block have added to them, ``[B, F, prompts, C]``.
+        Returns frames ``[B F, 1 + prompts + P, C]``; global prompts ``[B, G, C]``; and what the
+        frames' prompts of every block have added to them, ``[B, F, prompts, C]``.
         """
         batch = pixel_values.shape[0]
         video, motion = self.TemporalPrompt(pixel_values, self.sizes.side)

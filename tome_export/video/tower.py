@@ -34,15 +34,9 @@ class FrameMerger(Merger):
     def ahead(self, tokens: Tokens, layer: int) -> Tokens:
         """Join clips, and merge across them by the hidden states.
 
-        The metric is what enters the block; the frame position is added between matching and
-        averaging, and not where nothing is merged (TempMe, section 3.3 and its public code).
-
-        Args:
-            tokens: ``[B clips, N, C]``.
-            layer: Index of the block.
-
-        Returns:
-            ``[B clips / joined, joined N - cross, C]``.
+        ``[B clips, N, C]`` become ``[B clips / joined, joined N - cross, C]``. The metric is what
+        enters the block; the frame position is added between matching and averaging, and not where
+        nothing is merged (TempMe, section 3.3 and its public code).
         """
         counts = self.layers[layer]
         if counts.joined == 1:
@@ -221,15 +215,8 @@ def places_after_joining(
 ) -> Tensor:
     """Where every token of every frame ends, by joining and by the plans of all merges.
 
-    Args:
-        layers: Token counts of every layer.
-        prefix: Protected tokens of one frame.
-        plans: Plans of every merge that there is.
-        frames: Frames of all videos.
-
-    Returns:
-        ``[clips, tokens]`` int64: the clips of all videos in the end, and for each the first
-        layer's tokens of its frames, one frame behind the other.
+    Returns ``[clips, tokens]`` int64: the clips of all videos in the end, and for each the first
+    layer's tokens of its frames, one frame behind the other.
     """
     places = torch.arange(layers[0].tokens_in).expand(frames, -1)
     for layer, counts in enumerate(layers):

@@ -42,17 +42,9 @@ def attention(
 ) -> tuple[Tensor, AttentionInputs]:
     """Attention by the library's own interface, with proportional attention as an additive mask.
 
-    Args:
-        module: The attention module, whose configuration names the implementation to use.
-        projections: Its linear layers of queries, keys and values.
-        x: ``[B, N, C]``, already normalised.
-        bias: ``[B, 1, N, N]`` or None.
-        head_width: D.
-        scaling: Factor of the logits.
-        dropout: Dropout of the attention weights, in training.
-
-    Returns:
-        ``[B, N, H * D]`` ahead of the output projection, and what was compared.
+    The module's configuration names the implementation; ``projections`` are its linear layers of
+    queries, keys and values. ``x [B, N, C]``, already normalised, and ``bias [B, 1, N, N]`` or
+    None, to ``[B, N, H * D]`` ahead of the output projection, and what was compared.
     """
     q, k, v = (part(x).view(*x.shape[:-1], -1, head_width).transpose(1, 2) for part in projections)
     dropout = dropout if module.training else 0.0
