@@ -11,21 +11,11 @@ import torch
 from torch import Tensor
 
 from tome_export.errors import InputError
-from tome_export.merge.lowering import (
-    accumulate_dtype,
-    gather_tokens,
-    spread,
-    unit_vectors,
-)
+from tome_export.merge.lowering import accumulate_dtype, gather_tokens, spread, unit_vectors
 from tome_export.merge.ops import merge
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.reducers.base import (
-    LayerContext,
-    LayerSpec,
-    ModelShape,
-    ScoredReducer,
-)
+from tome_export.reducers.base import LayerContext, LayerSpec, ModelShape, ScoredReducer
 from tome_export.reducers.plans import cosines, ranked_plan
 
 _KEYS = ("prune_kept_num", "merge_kept_num")

@@ -9,15 +9,9 @@ from torch import Tensor, nn
 
 from tome_export.errors import InputError
 from tome_export.merge.lowering import accumulate_dtype
-from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens, Schedule
-from tome_export.reducers.base import (
-    LayerContext,
-    LayerSpec,
-    ModelShape,
-)
+from tome_export.reducers.base import LayerContext, ModelShape
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
-from tome_export.reducers.plans import ranked_plan
 from tome_export.reducers.staged import StagedReducer
 
 _OWN = "score_predictor."
@@ -111,14 +105,6 @@ class DynamicViT(StagedReducer):
         assert isinstance(layer.module, Predictors)  # noqa: S101 (what ``module`` made)
         stage = self.blocks(layer.depth).index(layer.index)
         return (layer.module.score_predictor[stage](layer.x[:, layer.prefix :])[..., 0],)
-
-    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
-        """Rank, cut, and put what stays in order of position."""
-        return ranked_plan(signals[0], layer)
-
-    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
-        """The tokens that stay, as they are."""
-        return layer.kept(plan)
 
 
 class Predictors(nn.Module):

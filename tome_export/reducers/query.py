@@ -13,12 +13,7 @@ from tome_export.merge.lowering import accumulate_dtype, mean_keys
 from tome_export.merge.plan import MergePlan
 from tome_export.merge.schedule import LayerTokens
 from tome_export.merge.spec import NORM_EPS
-from tome_export.reducers.base import (
-    LayerContext,
-    LayerSpec,
-    ModelShape,
-    ScoredReducer,
-)
+from tome_export.reducers.base import LayerContext, LayerSpec, ModelShape, ScoredReducer
 from tome_export.reducers.learned import RANDOM, absolute, filled, random_module, state_of_file
 from tome_export.reducers.plans import cosines, ranked_plan
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from torch import Tensor
+
 from tome_export.errors import InputError
-from tome_export.reducers.base import ScoredReducer
+from tome_export.merge.plan import MergePlan
+from tome_export.reducers.base import LayerContext, LayerSpec, ScoredReducer
+from tome_export.reducers.plans import ranked_plan
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,11 @@ class StagedReducer(ScoredReducer):
             )
         rates = self.keep * len(at) if len(self.keep) == 1 else self.keep
         return dict(zip(at, rates, strict=True))
+
+    def plan(self, signals: tuple[Tensor, ...], layer: LayerSpec) -> MergePlan:
+        """Rank, cut, and put what stays in order of position."""
+        return ranked_plan(signals[0], layer)
+
+    def apply(self, layer: LayerContext, plan: MergePlan) -> tuple[Tensor, Tensor]:
+        """The tokens that stay, as they are."""
+        return layer.kept(plan)
