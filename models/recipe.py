@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
-from tome_export.models.facts import (
-    Geometry,
-    MergingAdvice,
-    ModelOutput,
-    OutputName,
-    recommended_r,
-)
+from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, OutputName, recommended_r
 from tome_export.spec import Activation, Preprocessing, default_activation
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import VideoOptions

@@ -19,13 +19,7 @@ from tome_export.models.recipe import (
     loaded,
     refuse_depth,
 )
-from tome_export.weights.files import (
-    Checkpoint,
-    read_checkpoint,
-    sha256,
-    shapes_of,
-    stored_dtype,
-)
+from tome_export.weights.files import Checkpoint, read_checkpoint, sha256, shapes_of, stored_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,12 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tome_export.merge import spec
-from tome_export.plugins.variants import (
-    POINTER_TYPES,
-    Launch,
-    Variant,
-    next_power_of_2,
-)
+from tome_export.plugins.variants import POINTER_TYPES, Launch, Variant, next_power_of_2
 
 OP = spec.MERGE
 INPUTS = spec.MERGE_INPUTS

@@ -9,14 +9,7 @@ from tome_export.engine import Selection, gpu, limits, select
 from tome_export.engine.build import capabilities_of, takes_plugins
 from tome_export.errors import InputError, UsageError
 from tome_export.plugins.choice import LEAK, drawback
-from tome_export.spec import (
-    OPSETS,
-    AttentionForm,
-    BatchRange,
-    Lowering,
-    Precision,
-    lowering_of,
-)
+from tome_export.spec import OPSETS, AttentionForm, BatchRange, Lowering, Precision, lowering_of
 
 if TYPE_CHECKING:
     from tome_export.build.request import BuildRequest

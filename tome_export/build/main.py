@@ -17,16 +17,8 @@ from tome_export.build.library import check_library
 from tome_export.build.manifest import Notes, manifest_of, merge_info, model_info
 from tome_export.build.request import BuildRequest
 from tome_export.data.images import BUILD_COUNT, parity_images
-from tome_export.engine.build import (
-    build_engine,
-    compile_kernels,
-    plugins_of,
-)
-from tome_export.errors import (
-    ExportError,
-    InputError,
-    MissingComponentError,
-)
+from tome_export.engine.build import build_engine, compile_kernels, plugins_of
+from tome_export.errors import ExportError, InputError, MissingComponentError
 from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress, Silent
 

@@ -22,10 +22,7 @@ from tome_export.artifact.manifest import (
     Tower,
     Weights,
 )
-from tome_export.spec import (
-    INPUT_NAME,
-    LOGITS,
-)
+from tome_export.spec import INPUT_NAME, LOGITS
 from tome_export.video.options import VideoOptions
 
 if TYPE_CHECKING:

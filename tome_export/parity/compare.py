@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tome_export.artifact.parity import (
-    LISTED,
-    Comparison,
-    LayerParity,
-    OutputParity,
-    ParityReport,
-)
+from tome_export.artifact.parity import LISTED, Comparison, LayerParity, OutputParity, ParityReport
 from tome_export.errors import InputError, ParityError
 from tome_export.merge.plan import Across, Step, step_layer, step_number
 from tome_export.parity.decisions import Array, Plan, cosine_scores, disagreements
@@ -25,14 +19,7 @@ from tome_export.parity.scores import judge_scores
 from tome_export.runtime.inputs import unit_inputs
 from tome_export.runtime.ort import OrtRunner
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import (
-    ENTROPY,
-    INPUT_NAME,
-    LOGITS,
-    SOURCE_MAP,
-    answers,
-    default_activation,
-)
+from tome_export.spec import ENTROPY, INPUT_NAME, LOGITS, SOURCE_MAP, answers, default_activation
 from tome_export.video import VIDEO_MASK
 
 if TYPE_CHECKING:

@@ -22,13 +22,7 @@ from tome_export.runtime.model import (
     open_runner,
     reference_model,
 )
-from tome_export.runtime.registry import (
-    BACKENDS,
-    TORCH,
-    backend_of,
-    require,
-    usual_backends,
-)
+from tome_export.runtime.registry import BACKENDS, TORCH, backend_of, require, usual_backends
 from tome_export.runtime.runner import Runner, infer_in_batches
 from tome_export.spec import INPUT_NAME
 
