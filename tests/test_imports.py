@@ -38,6 +38,22 @@ def test_help_does_not_import_heavy_packages():
     assert HEAVY.intersection(loaded.split()) == set()
 
 
+def test_features_wait_with_torch_until_a_model_is_loaded():
+    names = [
+        "bench",
+        "build",
+        "cascade",
+        "evaluate",
+        "parity",
+        "report",
+        "serve",
+        "tune",
+        "visualize",
+    ]
+    imports = "".join(f"import tome_export.{name}.main\n" for name in names)
+    assert python(f"{imports}import sys; print('torch' in sys.modules)") == "False\n"
+
+
 @pytest.mark.parametrize("name", ["cli", "models", "plugins"])
 def test_top_level_folders_are_not_global_names(name, tmp_path):
     names = f"{name!r}, 'tome_export.{name}'"

@@ -31,7 +31,6 @@ from tome_export.evaluate.journal import Journal, open_journal
 from tome_export.evaluate.measures import Comparison, evaluation_from_table
 from tome_export.evaluate.records import Classifier, Record, RecordTable
 from tome_export.merge.schedule import Schedule
-from tome_export.patch.describe import output_shape
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.environment import cores
 from tome_export.runtime.inputs import refuse_extra_inputs, refuse_videos
@@ -155,6 +154,8 @@ def _batch(artifact: Artifact, request: EvalRequest) -> int:
 
 def _check_comparable(artifact: Artifact, model: MergedModel) -> None:
     """Features of all tokens that are left have another shape with every schedule."""
+    from tome_export.patch.describe import output_shape
+
     merged, unmerged = (output_shape(m) for m in (model, rescheduled(model, Schedule(0))))
     if merged != unmerged:
         raise InputError(

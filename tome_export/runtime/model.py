@@ -22,7 +22,6 @@ from tome_export.engine.build import (
 )
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
-from tome_export.patch.describe import learned_sha256, output_names, state_sha256
 from tome_export.progress import Progress
 from tome_export.runtime.inputs import extra_inputs
 from tome_export.runtime.registry import backend_of
@@ -43,6 +42,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
     from tome_export.compressors import compressor_class
     from tome_export.models import resolve
     from tome_export.patch import patch
+    from tome_export.patch.describe import learned_sha256, state_sha256
     from tome_export.reducers import reducer_class
 
     manifest = artifact.manifest
@@ -123,6 +123,7 @@ def export_variant(
     from tome_export.onnx.export import ExportOptions, onnx_from_model
     from tome_export.onnx.files import load
     from tome_export.onnx.plugin import merging_of
+    from tome_export.patch.describe import output_names
     from tome_export.plugins.aot import require_compiler
 
     manifest = artifact.manifest

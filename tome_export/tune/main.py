@@ -31,7 +31,6 @@ from tome_export.data.metrics import CONFIDENCE, paired_difference, share_of
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.entropy import check_min_entropy
 from tome_export.merge.schedule import Schedule
-from tome_export.patch.describe import output_shape, state_sha256
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.runtime.environment import environment
@@ -164,6 +163,7 @@ def _check_numbers(request: TuneRequest) -> None:
 def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, Classes]:
     from tome_export.models import resolve
     from tome_export.patch import patch
+    from tome_export.patch.describe import output_shape
     from tome_export.reducers import reducer_from_text
 
     reducer = reducer_from_text(request.reducer, request.reducer_options)
@@ -284,6 +284,8 @@ class _Tuning:
 
     def searched(self, scorer: Scorer, began: float) -> TunedSchedule:
         """Search and choose: the content of the schedule file, of a command begun at ``began``."""
+        from tome_export.patch.describe import state_sha256
+
         self.images = _told_apart(scorer, self.goal)
         self.right = scorer.unmerged_right[: self.images.chosen_on]
         self.needed = self.goal.needed(len(self.right), int(self.right.sum())) or 0
