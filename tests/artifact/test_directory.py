@@ -576,7 +576,7 @@ DROP = object()
         (
             "merge.merge_op",
             "x",
-            "has merge.merge_op 'x', expected one of matmul, index_add, plugin;",
+            "has merge.merge_op 'x', expected one of index_add, matmul, plugin;",
         ),
         ("merge.reducer", [None], r"has merge\.reducer \[None\], expected an object;"),
         ("macs.unmerged", [None], r"has macs\.unmerged \[None\], expected a whole number;"),
