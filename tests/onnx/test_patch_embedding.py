@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from tome_export.errors import InputError
 from tome_export.models.facts import DATA
-from tome_export.onnx.patch_embedding import patch_embedding
+from tome_export.onnx.files import patch_embedding
 
 
 def test_it_is_the_models_own(digit_members):

@@ -191,7 +191,7 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     members = request.members
     embedding: Embedding | None = None
     if request.policy == "learned":
-        from tome_export.onnx.patch_embedding import patch_embedding
+        from tome_export.onnx.files import patch_embedding
 
         embedding = patch_embedding(members[-1].model_path)
     own = _policy_macs(request.policy, members, embedding)
