@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -34,7 +33,7 @@ def command(terminal: Terminal, /, name: str | None) -> None:
         found = details(name) if name else None
         models = [] if name else catalog()
     if found is not None:
-        terminal.result(asdict(found), _details(found))
+        terminal.result(found.document(), _details(found))
         return
     rows = [
         (

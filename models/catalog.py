@@ -74,6 +74,18 @@ class ModelDetails:
         """What the list says of it."""
         return {key: value for key, value in asdict(self).items() if key not in _DETAILS}
 
+    def document(self) -> dict[str, Any]:
+        """All of it; the layers of a model of videos with their clips."""
+        prefix, rows = self.prefix, []
+        for counts in self.layers:
+            row = asdict(counts)
+            clips = {"clips": row.pop("sequences"), "joined": row.pop("joined")}
+            clips["cross"] = row.pop("cross")
+            prefix *= counts.joined
+            video = self.layers[0].sequences * self.layers[0].joined > 1
+            rows.append({**row, **clips, "prefix": prefix} if video else row)
+        return {**asdict(self), "layers": rows}
+
 
 def catalog() -> list[ModelDetails]:
     """Every recipe, in the order to show them."""

@@ -238,6 +238,9 @@ def test_models_describes_one(run):
         "tokens_out": 184,
         "behind_block": False,
     }
+    video = run("models", "clip4clip_b32", "--json").json["layers"]
+    assert list(video[0])[4:] == ["clips", "joined", "cross", "prefix"]
+    assert all(layer["prefix"] == 1 for layer in video)
     ran = run("models", "nothing_like_it")
     assert ran.code == 3
     assert ran.error.startswith("unknown model 'nothing_like_it'; expected a recipe that ")
