@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -34,6 +34,12 @@ HEAVY = (
 ENTRY = "import sys; from tome_export.cli.main import main; sys.exit(main())"
 
 
+def processor_seconds() -> float:
+    """Of all processes that have ended: another load of the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_fast_and_imports_nothing_heavy():
     script = f"""
 import sys
@@ -46,9 +52,9 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
     assert ran.stderr == "[]\n"
     seconds = []
     for _ in range(15):
-        begin = time.perf_counter()
+        begin = processor_seconds()
         subprocess.run([sys.executable, "-c", ENTRY, "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(processor_seconds() - begin)
     assert statistics.median(seconds) < 0.3
 
 
