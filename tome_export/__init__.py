@@ -35,7 +35,7 @@ def load(path: str | os.PathLike[str], backend: str = "ort-cpu") -> LoadedArtifa
         backend: What runs it, as ``--backend`` takes it; not ``torch``.
 
     Raises:
-        InputError: if it is no artifact, or damaged.
+        InputError: if it is no artifact, damaged, or has no engine for a backend that needs one.
         UsageError: if the backend is unknown.
         MissingComponentError: if the backend cannot run here.
     """

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
 import tome_export
+from tome_export.artifact import Artifact
+from tome_export.artifact.manifest import EngineInfo
 from tome_export.build import BuildRequest, build
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.merge.schedule import Schedule
-from tome_export.runtime import registry
+from tome_export.runtime import load, registry
 from tome_export.runtime.model import reference_model
 from tome_export.spec import BatchRange
 
@@ -61,3 +65,37 @@ def test_a_backend_that_is_missing_is_said(digits, monkeypatch):
 def test_no_artifact_is_said(tmp_path):
     with pytest.raises(InputError, match="is not an artifact"):
         tome_export.load(tmp_path)
+
+
+def test_no_image_is_said(digits):
+    with pytest.raises(InputError, match="holds no image"):
+        tome_export.load(digits.path)(np.zeros((0, 1, 32, 32), np.float32))
+
+
+class Counting:
+    """A runner that remembers the sizes of its batches."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def infer(self, inputs):
+        self.sizes.append(len(inputs["pixel_values"]))
+        return {"logits": inputs["pixel_values"][:, 0, 0, :10]}
+
+
+def test_engines_are_asked_in_batches_that_they_take(digits, monkeypatch):
+    """An engine may take fewer sizes than the model that it is built from."""
+    backend = "tensorrt-rtx"
+    monkeypatch.setattr(type(registry.backend_of(backend)), "missing", lambda _: None)
+    with pytest.raises(InputError, match=f"has no {backend} engine; build one with"):
+        tome_export.load(digits.path, backend)
+    two = BatchRange(2, 2, 2)
+    engine = EngineInfo.model_construct(file="e", version_compatible=False, batch=two)
+    manifest = digits.manifest.model_copy(update={"engines": {backend: engine}})
+    assert manifest.batch_on(backend) == two
+    assert manifest.batch_on("ort-cpu") == BatchRange(1, 2, 4)
+    counting = Counting()
+    monkeypatch.setattr(Artifact, "open", lambda path: Artifact(path, manifest))
+    monkeypatch.setattr(load, "open_runner", lambda *_: contextlib.nullcontext(counting))
+    found = tome_export.load(digits.path, backend)(np.zeros((5, 1, 32, 32), np.float32))
+    assert (counting.sizes, len(found["logits"])) == ([2, 2, 2], 5)

@@ -37,6 +37,7 @@ from tome_export.spec import (
     Activation,
     AttentionForm,
     BackendName,
+    BatchRange,
     Lowering,
     PatchGrid,
     Precision,
@@ -433,6 +434,10 @@ class Manifest(Document):
     def merges(self) -> bool:
         """Whether any layer removes tokens."""
         return any(self.merge.r) or (self.video is not None and self.video.merging is not None)
+
+    def batch_on(self, backend: str) -> BatchRange:
+        """Batch sizes that a backend takes: those of its engine, or else of the ONNX model."""
+        return (self.engines.get(backend) or self).batch
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:

@@ -32,7 +32,7 @@ from tome_export.runtime.model import (
 )
 from tome_export.runtime.registry import ORT_CPU, backend_of, require, usual_backends
 from tome_export.runtime.timing import Seconds, paired, percentiles
-from tome_export.spec import INPUT_NAME, BatchRange
+from tome_export.spec import INPUT_NAME
 
 MERGED, AGAINST = "merged", "against"
 """Names of the artifact and of what it is compared with."""
@@ -128,7 +128,7 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
     with _subjects(artifact, other, request.weights, backends, progress) as subjects:
         measured = _Measurements(request, subjects, images, ratio, progress)
         for name in backends:
-            measured.add(name, batches, _takes(artifact, name).min == 1)
+            measured.add(name, batches, artifact.manifest.batch_on(name).min == 1)
     found = Bench(
         latency_ms=measured.latency_ms,
         environment=environment(),
@@ -170,7 +170,8 @@ def _batches(
     chosen = tuple(dict.fromkeys(asked or (max(1, takes.min), takes.opt)))
     for one in (artifact, *([other] if other else [])):
         limits = {"model": one.manifest.batch}
-        limits |= {f"{b} engine": _takes(one, b) for b in backends if b in one.manifest.engines}
+        built = (backend for backend in backends if backend in one.manifest.engines)
+        limits |= {f"{backend} engine": one.manifest.batch_on(backend) for backend in built}
         for what, limit in limits.items():
             for batch in chosen:
                 if not limit.min <= batch <= limit.max:
@@ -179,11 +180,6 @@ def _batches(
                         f"{limit.max}: choose --batch within that"
                     )
     return chosen
-
-
-def _takes(artifact: Artifact, name: str) -> BatchRange:
-    engine = artifact.manifest.engines.get(name)
-    return artifact.manifest.batch if engine is None else engine.batch
 
 
 def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[np.float32], str]:

@@ -119,7 +119,7 @@ class Members:
 
     def _batch(self) -> int:
         """A batch size that all members take, near to what they are tuned for."""
-        ranges = [one.manifest.batch for one in self.artifacts]
+        ranges = [one.manifest.batch_on(self.backend) for one in self.artifacts]
         least, most = max(r.min for r in ranges), min(r.max for r in ranges)
         if least > most:
             raise InputError(

@@ -141,8 +141,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
 
 
 def _batch(artifact: Artifact, request: EvalRequest) -> int:
-    engine = artifact.manifest.engines.get(request.backend)
-    able = (engine or artifact.manifest).batch
+    able = artifact.manifest.batch_on(request.backend)
     batch = able.opt if request.batch is None else request.batch
     if not able.min <= batch <= able.max:
         raise InputError(

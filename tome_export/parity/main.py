@@ -18,6 +18,7 @@ from tome_export.merge.entropy import check_min_entropy, effective_tokens
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.model import (
     ArtifactModel,
+    check_engine,
     model_from_artifact,
     open_runner,
     reference_model,
@@ -209,12 +210,9 @@ def _entropy(
 
 
 def _runnable(artifact: Artifact, name: str) -> ArtifactModel:
-    """What a backend runs of an artifact, in the batch sizes that its engine takes."""
-    subject, engine = (
-        model_from_artifact(artifact, str(artifact.path)),
-        artifact.manifest.engines.get(name),
-    )
-    return subject if engine is None else replace(subject, batch=engine.batch)
+    """What a backend runs of an artifact, in the batch sizes that it takes."""
+    model = model_from_artifact(artifact, str(artifact.path))
+    return replace(model, batch=artifact.manifest.batch_on(name))
 
 
 def _opened(
@@ -244,11 +242,7 @@ def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ..
         return usual_backends(engines)
     require(asked)
     for name in asked:
-        if backend_of(name).opens == "engine" and name not in engines:
-            raise InputError(
-                f"the artifact has no {name} engine; build one with 'tome-export engine "
-                f"{artifact.path} --engine {name}'"
-            )
+        check_engine(artifact, name)
     return asked, {}
 
 

@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tome_export.artifact import Artifact
-from tome_export.errors import UsageError
+from tome_export.errors import InputError, UsageError
 from tome_export.progress import Silent
-from tome_export.runtime.model import model_from_artifact, open_runner
+from tome_export.runtime.model import check_engine, model_from_artifact, open_runner
 from tome_export.runtime.registry import backend_of, require
 from tome_export.runtime.runner import infer_in_batches
 from tome_export.spec import INPUT_NAME
@@ -36,6 +36,8 @@ class LoadedArtifact:
             )
         require((backend,))
         self.artifact = Artifact.open(path.absolute())
+        check_engine(self.artifact, backend)
+        self._batch = self.artifact.manifest.batch_on(backend)
         loaded = model_from_artifact(self.artifact, str(path))
         self._stack = ExitStack()
         self._runner = self._stack.enter_context(open_runner(backend, loaded, Silent()))
@@ -52,12 +54,14 @@ class LoadedArtifact:
             Every output by name, batch first.
 
         Raises:
-            InputError: if a name, dtype or shape does not fit the model.
+            InputError: if there is no image, or a name, dtype or shape does not fit the model.
             ExportError: if the model fails.
         """
-        count, batch = len(pixel_values), self.artifact.manifest.batch
-        given = {INPUT_NAME: pixel_values, **inputs}
-        return infer_in_batches(self._runner, given, count, min(batch.max, max(batch.min, count)))
+        count = len(pixel_values)
+        if count == 0:
+            raise InputError("pixel_values holds no image; give one or more")
+        size = min(self._batch.max, max(self._batch.min, count))
+        return infer_in_batches(self._runner, {INPUT_NAME: pixel_values, **inputs}, count, size)
 
     def close(self) -> None:
         """Unload the model."""

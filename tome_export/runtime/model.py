@@ -162,6 +162,15 @@ class ArtifactModel(Runnable):
     extra_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+def check_engine(artifact: Artifact, backend: str) -> None:
+    """Refuse a backend that loads engines, and the artifact has none for it."""
+    if backend_of(backend).opens == "engine" and backend not in artifact.manifest.engines:
+        raise InputError(
+            f"the artifact has no {backend} engine; build one with 'tome-export engine "
+            f"{artifact.path} --engine {backend}'"
+        )
+
+
 def model_from_artifact(
     artifact: Artifact, label: str, module: MergedModel | None = None
 ) -> ArtifactModel:
