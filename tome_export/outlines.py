@@ -117,8 +117,8 @@ def mean_colours(
     image: NDArray[np.uint8], grid: PatchGrid, ids: NDArray[np.int64]
 ) -> dict[int, Colour]:
     """The mean pixel of every group of ids ``[rows, cols]`` in an image ``[H, W, 3]``, rounded."""
-    seen = image[: grid.rows * grid.height, : grid.cols * grid.width].astype(np.float64)
-    patches = seen.reshape(grid.rows, grid.height, grid.cols, grid.width, 3).mean(axis=(1, 3))
+    covered = image[: grid.rows * grid.height, : grid.cols * grid.width].astype(np.float64)
+    patches = covered.reshape(grid.rows, grid.height, grid.cols, grid.width, 3).mean(axis=(1, 3))
     names, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     sums = np.zeros((len(names), 3))
     np.add.at(sums, inverse.ravel(), patches.reshape(-1, 3))

@@ -125,8 +125,8 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
     ours, theirs = artifact.manifest.macs, (other or artifact).manifest.macs
     ratio = (theirs.unmerged if other is None else theirs.merged) / ours.merged
     images, kind = bench_images(artifact.manifest, max(*batches, 1))
-    with _subjects(artifact, other, request.weights, backends, progress) as subjects:
-        measured = _Measurements(request, subjects, images, ratio, progress)
+    with _compared(artifact, other, request.weights, backends, progress) as models:
+        measured = _Measurements(request, models, images, ratio, progress)
         for name in backends:
             measured.add(name, batches, artifact.manifest.batch_on(name).min == 1)
     found = Bench(
@@ -207,7 +207,7 @@ def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[np.float32], s
 
 
 @contextlib.contextmanager
-def _subjects(
+def _compared(
     artifact: Artifact,
     other: Artifact | None,
     weights: str | None,
@@ -260,12 +260,12 @@ class _Measurements:
     def __init__(
         self,
         request: BenchRequest,
-        subjects: Mapping[str, ArtifactModel],
+        models: Mapping[str, ArtifactModel],
         images: NDArray[np.float32],
         macs_ratio: float,
         progress: Progress,
     ) -> None:
-        self._request, self._subjects, self._images = request, subjects, images
+        self._request, self._models, self._images = request, models, images
         self._macs_ratio, self._progress = macs_ratio, progress
         self.latency_ms: dict[str, float] = {}
         self.rows: list[BenchRow] = []
@@ -276,10 +276,10 @@ class _Measurements:
         """Time both models on one backend; then their memory, and their profile."""
         with tempfile.TemporaryDirectory(prefix="tome-export-") as folder:
             ready = {}
-            for label, subject in self._subjects.items():
+            for label, model in self._models.items():
                 own = Path(folder) / label
                 own.mkdir()
-                ready[label] = with_engine(name, subject, own, self._progress)
+                ready[label] = with_engine(name, model, own, self._progress)
             seconds = self._times(name, ready, batches, takes_one)
             rows = [
                 row_from_seconds(name, batch, seconds[batch], self._macs_ratio) for batch in batches
@@ -299,10 +299,10 @@ class _Measurements:
             self._progress.stage(f"Load the models on {name}")
             runners = {
                 label: Fed(
-                    stack.enter_context(open_runner(name, subject, self._progress)),
-                    subject.extra_inputs,
+                    stack.enter_context(open_runner(name, model, self._progress)),
+                    model.extra_inputs,
                 )
-                for label, subject in ready.items()
+                for label, model in ready.items()
             }
             # Whoever routes requests between artifacts compares single images.
             alone = [(1, {MERGED: runners[MERGED]})] if takes_one and 1 not in batches else []
@@ -333,7 +333,7 @@ class _Measurements:
         from tome_export.runtime.profile import profile_in_turn
 
         self._progress.stage(f"Profile {row.backend}, batch {row.batch}")
-        paths = {label: subject.folder / MODEL for label, subject in self._subjects.items()}
+        paths = {label: model.folder / MODEL for label, model in self._models.items()}
         profiles = profile_in_turn(paths, self._images[: row.batch], PROFILE_RUNS)
         found = {label: profile.entry() for label, profile in profiles.items()}
         for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):

@@ -147,11 +147,11 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     images = parity_images(recipe, model.input_size, request.images, CHECK_COUNT, progress)
     exported = load(artifact.model_path)
     what = "videos" if model.takes_video else "images"
-    subjects: dict[str, ArtifactModel] = {}
+    runnables: dict[str, ArtifactModel] = {}
     reports: list[ParityReport] = []
     for name in backends:
         progress.stage(f"Check parity on {len(images)} {what}, {name}")
-        subjects[name] = _runnable(artifact, name)
+        runnables[name] = _runnable(artifact, name)
         engine = manifest.engines.get(name)
         title = backend_of(name).title
         reports.append(
@@ -160,8 +160,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
                 exported,
                 images,
                 manifest.precision,
-                subjects[name].batch,
-                runner_factory=partial(_opened, name, subjects[name], progress),
+                runnables[name].batch,
+                runner_factory=partial(_opened, name, runnables[name], progress),
                 candidate=f"{engine.file} on {name}" if engine else f"onnx on {title}",
                 engine=engine is not None,
                 activation=manifest.activation,
@@ -175,9 +175,9 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     same = manifest.labels is not None and manifest.labels == recipe.output.labels
     if labelled is not None and same and not model.extra_inputs:
         progress.stage(f"Classify {len(labelled[1])} labelled test images")
-        name, subject = next(iter(subjects.items()))
-        with open_runner(name, subject, progress) as runner:
-            found = _accuracy(model, runner, subject, *labelled)
+        name, runnable = next(iter(runnables.items()))
+        with open_runner(name, runnable, progress) as runner:
+            found = _accuracy(model, runner, runnable, *labelled)
         accuracy = {"backend": backend_of(name).title, **found}
     unrecorded = None
     try:
@@ -216,13 +216,13 @@ def _runnable(artifact: Artifact, name: str) -> ArtifactModel:
 
 
 def _opened(
-    name: str, subject: ArtifactModel, progress: Progress, graph: onnx.ModelProto
+    name: str, runnable: ArtifactModel, progress: Progress, graph: onnx.ModelProto
 ) -> AbstractContextManager[Runner]:
     """A runner of the shipped graph, or of its twin, which an engine has to be built of first."""
     from tome_export.onnx.twin import is_twin
 
-    engines = {} if is_twin(graph) else subject.engines
-    return open_runner(name, replace(subject, graph=graph, engines=engines), progress)
+    engines = {} if is_twin(graph) else runnable.engines
+    return open_runner(name, replace(runnable, graph=graph, engines=engines), progress)
 
 
 def _check_names(asked: tuple[str, ...]) -> None:
@@ -247,15 +247,15 @@ def _backends(artifact: Artifact, asked: tuple[str, ...]) -> tuple[tuple[str, ..
 
 
 def _accuracy(
-    model: MergedModel, runner: Runner, subject: ArtifactModel, pixels: Array, labels: Array
+    model: MergedModel, runner: Runner, runnable: ArtifactModel, pixels: Array, labels: Array
 ) -> dict[str, Any]:
     """Top-1 of the unmerged model in PyTorch, fp32, and of the exported one."""
     import torch
 
     with torch.inference_mode():
         plain = model.library(torch.from_numpy(pixels)).numpy()
-    outputs = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), subject.batch.max)
-    merged = outputs[subject.output_name]
+    outputs = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), runnable.batch.max)
+    merged = outputs[runnable.output_name]
     return {
         "images": len(labels),
         "unmerged": float((np.argmax(plain, axis=1) == labels).mean()),

@@ -281,9 +281,9 @@ def _routers(
 ) -> list[ModelFolder]:
     base, interface = served[0].base, interface_of(served[0].called.config)
     # The tokens that a tower gives are fewer for a larger r: no model can stand in for another.
-    alike = all(interface_of(one.called.config) == interface for one in served)
+    same_interface = all(interface_of(one.called.config) == interface for one in served)
     # A router that is there would go on routing to models that it no longer fits: it is tried.
-    if base is None or not (alike or has_router(repository, base)):
+    if base is None or not (same_interface or has_router(repository, base)):
         return []
     routes = [
         route_to(one.artifact, one.called.name, ms)
