@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError
 from tome_export.models.hf.checkpoint import quiet, read_config, reason_of, vision_config
 from tome_export.models.hub import weights_folder
-from tome_export.models.recipe import LoadedModel, Loader, Recipe, WeightsInfo, loaded, refuse_depth
+from tome_export.models.recipe import (
+    LoadedModel,
+    Loader,
+    Recipe,
+    WeightsInfo,
+    filled,
+    loaded,
+    refuse_depth,
+)
 from tome_export.weights.files import (
     Checkpoint,
     bare_name,
@@ -226,3 +234,49 @@ class HfLoader(Loader):
         key = next(key for key in state if key.endswith("position_embeddings"))
         resampled.load_state_dict({**state, key: position})
         return resampled
+
+
+@dataclass(frozen=True)
+class SaliencyLoader(HfLoader):
+    """Makes a ``SaliencyModel``, whose tensors are named ``backbone.…`` and ``decoder.…``.
+
+    Attributes:
+        channels: See ``SaliencyDecoder``.
+    """
+
+    channels: tuple[int, int, int] = (256, 128, 64)
+
+    def create(self, depth: int | None = None) -> nn.Module:
+        """See ``Loader``."""
+        return self._with_decoder(super().create(depth), self._decoder())
+
+    def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
+        """See ``Loader``."""
+        tower, decoder = {}, {}
+        for key, value in checkpoint.state.items():
+            part, _, name = key.partition(".")
+            if part == "decoder":
+                decoder[name] = value
+            else:
+                tower[key.removeprefix("backbone.")] = value
+        made = super().from_file(recipe, replace(checkpoint, state=tower), depth)
+        head = filled(recipe, self._decoder(), decoder, checkpoint)
+        return loaded(self._with_decoder(made.module, head.module), recipe, made.weights)
+
+    def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:  # noqa: ARG002
+        """Refused: there is no place to get the file from, only a script that makes it."""
+        raise InputError(
+            f"{recipe.name} has no weights to download; make them with python "
+            "scripts/trained_dinov2.py OUT and give --weights OUT/saliency.safetensors, or try the "
+            "toolchain with --weights random"
+        )
+
+    def _decoder(self) -> nn.Module:
+        from tome_export.models.hf.saliency import SaliencyDecoder
+
+        return SaliencyDecoder(self.config().hidden_size, self.channels)
+
+    def _with_decoder(self, backbone: nn.Module, decoder: nn.Module) -> nn.Module:
+        from tome_export.models.hf.saliency import SaliencyModel
+
+        return SaliencyModel(backbone, decoder)
