@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tome_export.spec import Activation
-
-OutputName = Literal["logits", "features", "video_features"]
+    from tome_export.spec import Activation, OutputKind
 
 DATA = Path(__file__).parent / "data"
 
@@ -58,26 +56,36 @@ class ModelOutput:
     """What a model gives for an image.
 
     Attributes:
-        name: ``logits`` of a classifier, ``features`` of a model without a head.
+        name: ``logits`` of a classifier, ``features`` of a model without a head; of a model with
+            a head of its own for the grid of patches what that calls it.
         note: Why it is the one or the other, where the model was looked at.
         activation: What makes scores of logits; None for the usual one of so many.
         labels: Class names, where they are not those of ``label_set``.
         label_set: timm's name of the label set, loaded only when asked for.
         dense_only: Whether there is no output for the whole image, only features of patches.
+        is_map: Whether a head of the model's own makes it of the grid of patches.
     """
 
-    name: OutputName = "logits"
+    name: str = "logits"
     note: str = ""
     activation: Activation | None = None
     labels: tuple[str, ...] | None = None
     label_set: str | None = None
     dense_only: bool = False
+    is_map: bool = False
+
+    @property
+    def kind(self) -> OutputKind:
+        """What the output is."""
+        if self.is_map:
+            return "map"
+        return "classes" if self.name == "logits" else "features"
 
     def label_names(self, classes: int) -> tuple[str, ...] | None:
         """Names of the classes; None where there are not so many, as for a fine-tuned head."""
         if self.labels is not None:
             return self.labels if len(self.labels) == classes else None
-        if self.label_set is None or self.name != "logits":
+        if self.label_set is None or self.kind != "classes":
             return None
         from timm.data import ImageNetInfo
 

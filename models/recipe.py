@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
-from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, OutputName, recommended_r
+from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, recommended_r
 from tome_export.spec import Activation, Preprocessing, default_activation
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import VideoOptions
@@ -154,7 +154,7 @@ class Recipe:
 
     def giving(self, choice: OutputChoice) -> Recipe:
         """The recipe of a model whose output is taken for this."""
-        name: OutputName = "logits" if choice.classifies else "features"
+        name = "logits" if choice.classifies else "features"
         return replace(self, output=replace(self.output, name=name, note=choice.why))
 
     def scored_by(self, activation: Activation | None) -> Recipe:

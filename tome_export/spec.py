@@ -15,6 +15,9 @@ BackendName = Literal["tensorrt", "tensorrt-rtx"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 SelectFeature = Literal["patch", "cls_patch"]
 Activation = Literal["softmax", "sigmoid", "none"]
+OutputKind = Literal["classes", "features", "map"]
+"""What the main output is: one number per class ``[B, K]``, features of the image or of its tokens
+``[B, ...]``, or what a model's own head makes of the grid of patches, such as a depth map."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)

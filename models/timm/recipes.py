@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tome_export.errors import InputError
 from tome_export.models.facts import (
@@ -20,9 +20,6 @@ from tome_export.models.preprocessing import in_words, interpolation_from
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
 from tome_export.models.timm.loader import TimmLoader
 from tome_export.spec import Preprocessing
-
-if TYPE_CHECKING:
-    from tome_export.models.facts import OutputName
 
 _SIZES = {
     "tiny": (192, 12),
@@ -52,7 +49,7 @@ def _timm(
     size: int = 224,
     norm: Norm = IMAGENET_NORM,
     crop_pct: float = 0.9,
-    output: OutputName = "features",
+    output: str = "features",
     label_set: str | None = None,
     licence: str = "apache-2.0",
     prop_attn: bool = True,

@@ -54,7 +54,7 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
         "inputs": [pixels],
         "output": logits,
         "outputs": [logits],
-        "form": {"dense": False, "source_map": False, "entropy": False},
+        "form": {"dense": False, "source_map": False, "entropy": False, "kind": "classes"},
         "compressor": None,
         "tower": None,
         "preprocessing": {
@@ -75,6 +75,8 @@ def manifest_values(**changes: Any) -> dict[str, Any]:
         "engine_note": "none",
         "versions": {"tome-export": "0.1.0"},
     }
+    if "form" not in changes and changes.get("output", logits)["name"] != "logits":
+        values["form"]["kind"] = "features"
     return values | changes
 
 

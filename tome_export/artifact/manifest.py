@@ -39,6 +39,7 @@ from tome_export.spec import (
     BackendName,
     BatchRange,
     Lowering,
+    OutputKind,
     PatchGrid,
     Precision,
     Preprocessing,
@@ -255,12 +256,14 @@ class OutputForm(Part):
         dense: Features of every patch in place of the model's own output.
         source_map: Also which final token each patch went into.
         entropy: Also the token-size entropy of each image.
-        note: Why the model's own output is taken for class scores or features.
+        kind: What the main output is; its name says nothing of it, a segmentation's are logits too.
+        note: Why the model's own output is taken for what it is.
     """
 
     dense: bool
     source_map: bool
     entropy: bool
+    kind: OutputKind
     note: str = ""
 
 
@@ -435,6 +438,11 @@ class Manifest(Document):
         """Whether any layer removes tokens."""
         return any(self.merge.r) or (self.video is not None and self.video.merging is not None)
 
+    @property
+    def output_kind(self) -> OutputKind:
+        """What the main output is."""
+        return self.form.kind
+
     def batch_on(self, backend: str) -> BatchRange:
         """Batch sizes that a backend takes: those of its engine, or else of the ONNX model."""
         return (self.engines.get(backend) or self).batch
@@ -445,12 +453,12 @@ class Manifest(Document):
         self._check_layers()
         self._check_preprocessing()
         self._check_tensors()
-        if (self.activation is not None) != (self.output.name == LOGITS):
+        if (self.activation is not None) != (self.output_kind == "classes"):
             raise ValueError(
-                f"has activation {self.activation} of the output {short(self.output.name)}, "
-                f"expected one of {LOGITS} and none of features"
+                f"has activation {self.activation} of the output {short(self.output.name)}, which "
+                f"is {self.output_kind}; expected one of classes and none of anything else"
             )
-        if self.labels is not None and self.output.shape[1:] != (len(self.labels),):
+        if self.labels is not None and self.output.shape[1:2] != (len(self.labels),):
             raise ValueError(
                 f"has {len(self.labels)} labels for the output {self.output.name} "
                 f"{[*self.output.shape]}, expected one label per logit"
@@ -507,9 +515,12 @@ class Manifest(Document):
         main = self.output.name
         if self.input.name != INPUT_NAME:
             raise ValueError(f"has the input {short(self.input.name)}, expected {INPUT_NAME}")
-        if main not in ((FEATURES,) if self.form.dense else (LOGITS, FEATURES, VIDEO_FEATURES)):
-            expected = FEATURES if self.form.dense else f"{LOGITS}, {FEATURES} or {VIDEO_FEATURES}"
-            raise ValueError(f"has the output {short(main)}, expected {expected}")
+        kind = self.output_kind
+        names = {"classes": (LOGITS,), "features": (FEATURES, VIDEO_FEATURES), "map": (main,)}[kind]
+        names = (FEATURES,) if self.form.dense else names
+        if main not in names or main in (INPUT_NAME, SOURCE_MAP, ENTROPY):
+            expected = "a name of its own" if main in names else " or ".join(names)
+            raise ValueError(f"has the output {short(main)} of kind {kind}, expected {expected}")
         if not self.inputs or self.inputs[0] != self.input:
             raise ValueError(f"has inputs that do not begin with {INPUT_NAME} as input has it")
         form = self.form

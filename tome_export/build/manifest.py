@@ -22,11 +22,12 @@ from tome_export.artifact.manifest import (
     Tower,
     Weights,
 )
-from tome_export.spec import INPUT_NAME, LOGITS
+from tome_export.spec import INPUT_NAME, OutputKind
 from tome_export.video.options import VideoOptions
 
 if TYPE_CHECKING:
     from tome_export.models import LoadedModel
+    from tome_export.models.facts import ModelOutput
     from tome_export.onnx.export import ExportOptions, OnnxFiles
     from tome_export.patch import MergedModel
 
@@ -60,7 +61,8 @@ def manifest_of(
     shape = tuple(int(size) for size in outputs[0].shape[1:])
     channels, height, width = model.image_size
     compressor, settings = model.settings.compressor, model.settings
-    classifies = outputs[0].name == LOGITS
+    kind: OutputKind = "features" if settings.dense else recipe.output.kind
+    classifies = kind == "classes"
     return Manifest(
         format=FORMAT,
         model=model_info(loaded, model),
@@ -81,13 +83,14 @@ def manifest_of(
             dense=settings.dense,
             source_map=settings.source_map,
             entropy=settings.entropy,
+            kind=kind,
             note="" if settings.dense else recipe.output.note,
         ),
         compressor=None if compressor is None else Component(**compressor.record()),
         tower=_tower(loaded, model, shape),
         preprocessing=replace(recipe.preprocessing, input_size=(channels, height, width)),
         activation=recipe.activation(shape) if classifies else None,
-        labels=recipe.output.label_names(shape[-1]) if classifies else None,
+        labels=_labels(recipe.output, kind, shape),
         onnx=Graph(
             opset=options.opset,
             attention=options.attention_form,
@@ -98,6 +101,14 @@ def manifest_of(
         engine_note=notes.engine,
         versions=versions(),
     )
+
+
+def _labels(
+    output: ModelOutput, kind: OutputKind, shape: tuple[int, ...]
+) -> tuple[str, ...] | None:
+    """Names of the classes ``[K]``, or of the channels ``[K, H, W]`` of a segmentation."""
+    named = kind == "classes" or (kind == "map" and len(shape) == 3)
+    return output.label_names(shape[0]) if named else None
 
 
 def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:

@@ -147,10 +147,10 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
     members = sorted(opened, key=lambda one: one.manifest.macs.merged)
     for one in members:
         refuse_extra_inputs(one, "cascade")
-        if (name := one.manifest.output.name) != "logits":
+        if one.manifest.output_kind != "classes":
             raise InputError(
-                f"{one.path} gives {name}, not classes, by which a cascade is calibrated; give "
-                "artifacts of a classifier"
+                f"{one.path} gives {one.manifest.output.name}, not classes, by which a cascade is "
+                "calibrated; give artifacts of a classifier"
             )
         single = one.manifest.output.shape[-1] == 1 and one.manifest.activation == "sigmoid"
         if one.manifest.activation != "softmax" and not single:

@@ -45,7 +45,7 @@ def pipeline_folders(
     """
     most = max_batch or artifact.manifest.batch.max
     folders = [_preprocess(artifact, name, options, most)]
-    if artifact.manifest.output.name == "logits":
+    if artifact.manifest.output_kind == "classes":
         folders.append(_postprocess(artifact, name, options, most))
     return [*folders, _ensemble(artifact, folders, name, options, further_outputs)]
 

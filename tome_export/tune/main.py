@@ -213,7 +213,7 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, C
 
 
 def _require_classes(recipe: Recipe) -> None:
-    if recipe.output.name != "logits":
+    if recipe.output.kind != "classes":
         raise InputError(
             f"{recipe.name} gives {recipe.output.name}, not classes to count; {UNTUNABLE}"
         )
