@@ -525,9 +525,9 @@ class Manifest(Document):
             raise ValueError(f"has inputs that do not begin with {INPUT_NAME} as input has it")
         form = self.form
         asked = {SOURCE_MAP: form.source_map, ENTROPY: form.entropy}
-        names = [main, *(name for name, given in asked.items() if given)]
-        if [tensor.name for tensor in self.outputs] != names or self.outputs[0] != self.output:
-            raise ValueError(f"has outputs other than {', '.join(names)}, as output and form say")
+        listed = [main, *(name for name, given in asked.items() if given)]
+        if [tensor.name for tensor in self.outputs] != listed or self.outputs[0] != self.output:
+            raise ValueError(f"has outputs other than {', '.join(listed)}, as output and form say")
         if len({tensor.name for tensor in self.inputs}) < len(self.inputs):
             raise ValueError("has two inputs of one name")
         batch = self.batch.max if self.batch.is_static else "batch"
