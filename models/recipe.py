@@ -364,6 +364,8 @@ def recipe_from_model(
     video = None
     if merged.takes_video:
         output, video = replace(output, name=VIDEO_FEATURES), VideoOptions(merged.input_size[0])
+    elif merged.map_name is not None:
+        output = replace(output, name=merged.map_name, is_map=True)
     elif not choice.classifies:
         output = replace(output, name="features")
     return Recipe(

@@ -111,7 +111,9 @@ def check_parity(
     with runner_factory(file if file is not None and stays else graph) as runner:
         shown = infer_in_batches(runner, pixels, len(images), size)
     shipped = shown[output_name]
-    scores = activation or default_activation(shipped.shape[-1]) if output_name == LOGITS else None
+    scores = None
+    if output_name == LOGITS and model.map_name is None:
+        scores = activation or default_activation(shipped.shape[-1])
     twin = twin_from_model(graph, consume=graph is not exported)
     if not twin.layers:
         free = led = Pass(shipped, {}, shown.get(SOURCE_MAP), shown.get(ENTROPY))

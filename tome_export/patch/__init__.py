@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.base import MergedModel, NoImageOutputError
+from tome_export.patch.dense import MergedDense, backbone_inside
 from tome_export.patch.hf.clip import MergedClip, MergedSiglip
 from tome_export.patch.hf.vit import MergedDino, MergedVit
 from tome_export.patch.merger import LayerTrace, MergeSettings
@@ -49,6 +50,9 @@ FAMILIES: tuple[Any, ...] = (
     MergedDino,
 )
 """Merging by the classes of libraries that each names; none imports its library."""
+
+BACKBONES = {name: family for family in FAMILIES for name in family.backbone_classes}
+"""Classes inside of a whole model, such as one of segmentation, and what merges in them."""
 
 OWN_TOWERS = (
     "LLaVA's vision tower (hf:<checkpoint folder>)",
@@ -114,6 +118,8 @@ def patch_with_settings(model: nn.Module, settings: MergeSettings) -> MergedMode
             f"model class {cls.__name__} is a whole open_clip model; patch its image tower alone: "
             "patch(model.visual, r)"
         )
+    if found := backbone_inside(model, BACKBONES):
+        return MergedDense(model, settings, *found)
     raise UnknownModelError(
         f"model class {cls.__name__} is not supported; supported: {'; '.join(_supported())}"
     )
@@ -124,7 +130,8 @@ def _supported() -> list[str]:
     for name in (name for family in FAMILIES for name in family.library_classes):
         by_library.setdefault(name.partition(".")[0], []).append(name.rpartition(".")[2])
     libraries = [f"{name}'s {', '.join(classes)}" for name, classes in by_library.items()]
-    return [*libraries, *OWN_TOWERS]
+    inside = ", ".join(name.rpartition(".")[2] for name in BACKBONES)
+    return [*libraries, *OWN_TOWERS, f"models that give a map by a head of their own on {inside}"]
 
 
 def _use_kernels() -> None:

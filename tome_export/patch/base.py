@@ -87,6 +87,13 @@ class MergedModel(nn.Module, ABC):
     library_classes: ClassVar[tuple[str, ...]] = ()
     """Full names of the library's classes that a family merges in: these, and no subclass."""
 
+    backbone_classes: ClassVar[tuple[str, ...]] = ()
+    """Full names of the classes that it merges in inside of a model with a head of its own; see
+    ``patch.dense``."""
+
+    map_name: str | None = None
+    """What a model with a head of its own for the grid of patches calls its output; else None."""
+
     takes_video: ClassVar[bool] = False
     """Whether the first input is videos, ``[B, F, C, H, W]``."""
 
@@ -163,9 +170,9 @@ class MergedModel(nn.Module, ABC):
         size = tokens.size if self.settings.prop_attn else None
         return log_size_bias(size, tokens.x.dtype, queries)
 
-    @abstractmethod
     def head(self, tokens: Tokens) -> Tensor:
         """The library model's own output from the final tokens."""
+        raise NotImplementedError
 
     @abstractmethod
     def library(self, pixel_values: Tensor) -> Tensor:
@@ -198,6 +205,17 @@ class MergedModel(nn.Module, ABC):
     def output_choice(self) -> OutputChoice:
         """What the model's own output is: one score per class, or features."""
         return OutputChoice(classifies=False, why="the model is a tower without a classifier")
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The library's model whose tokens merge."""
+        inner: nn.Module = self.model
+        return inner
+
+    @property
+    def tracks(self) -> bool:
+        """Whether a forward pass has to know where each patch is by now."""
+        return self.settings.unmerges or self.settings.source_map
 
     @property
     def gives_tokens(self) -> bool:
@@ -315,7 +333,7 @@ class MergedModel(nn.Module, ABC):
             self.reducer,
             forced=forced,
             observe=observe,
-            track=self.settings.unmerges or self.settings.source_map,
+            track=self.tracks,
             inputs=inputs,
         )
 

@@ -12,6 +12,8 @@ from tome_export.errors import InputError
 
 MakeZeros = Callable[..., Tensor]
 
+_COLLECTING = "transformers.utils.output_capturing"
+
 ONE_DEVICE = (
     "a merged model runs on one device: load the model without device_map or offload, patch it, "
     "and move the patched model with .to(device)"
@@ -21,7 +23,9 @@ ONE_DEVICE = (
 def check_unhooked(model: nn.Module, name: str) -> None:
     """Refuse what patching would bypass: hooks, and ``forward`` methods put on single modules."""
     for where, module in model.named_modules():
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        # Those by which Transformers collects hidden states are put in place by a forward pass.
+        own = [h for h in module._forward_hooks.values() if h.__module__ == _COLLECTING]
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) - len(own)
         if hooks or "forward" in vars(module):
             what = "a forward hook" if hooks else "a forward method of its own"
             raise InputError(

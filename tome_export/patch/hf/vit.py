@@ -105,6 +105,7 @@ class MergedVit(_MergedTransformer):
         *hf.class_names("deit", "DeiTModel", "DeiTForImageClassification"),
         *hf.class_names("deit", "DeiTForImageClassificationWithTeacher"),
     )
+    backbone_classes = (*hf.class_names("vit", "ViTModel"), *hf.class_names("deit", "DeiTModel"))
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         # The class token, and DeiT's distillation token.
@@ -152,6 +153,11 @@ class MergedDino(_MergedTransformer):
         *hf.class_names("dinov2", "Dinov2Model", "Dinov2ForImageClassification"),
         *hf.class_names("dinov2_with_registers", "Dinov2WithRegistersModel"),
         *hf.class_names("dinov2_with_registers", "Dinov2WithRegistersForImageClassification"),
+    )
+    backbone_classes = (
+        *hf.class_names("dinov2", "Dinov2Model", "Dinov2Backbone"),
+        *hf.class_names("dinov2_with_registers", "Dinov2WithRegistersModel"),
+        *hf.class_names("dinov2_with_registers", "Dinov2WithRegistersBackbone"),
     )
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:

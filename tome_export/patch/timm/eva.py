@@ -25,6 +25,7 @@ class MergedEva(MergedVisionTransformer):
     """A timm ``Eva`` that merges tokens; see ``MergedModel``."""
 
     library_classes = ("timm.models.eva.Eva",)
+    backbone_classes = ()
 
     @staticmethod
     def block_forward(block: nn.Module, name: str) -> BlockForward:

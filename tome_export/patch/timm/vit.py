@@ -71,6 +71,7 @@ class MergedVisionTransformer(MergedModel):
         "timm.models.vision_transformer.VisionTransformer",
         "timm.models.deit.VisionTransformerDistilled",
     )
+    backbone_classes: ClassVar[tuple[str, ...]] = library_classes
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         name = model_name(model)

@@ -1,0 +1,266 @@
+"""Merging inside a whole model: a backbone, and a head that needs features of every patch.
+
+The model's own forward runs as its library wrote it, on a shallow copy in which only the blocks of
+the backbone are others. They hand the merged tokens to each other out of sight, and give the code
+around them the features of every token, those of one group alike (ToMe, arXiv 2210.09461, section
+3.2: unmerging). So the head reads what it always reads, wherever it reads it, and what nobody reads
+is no part of an exported graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tome_export.errors import InputError
+from tome_export.merge.plan import unmerge
+from tome_export.merge.schedule import Schedule
+from tome_export.patch.base import MergedModel
+from tome_export.patch.checks import MakeZeros, check_unhooked, count_macs
+from tome_export.patch.heads import OutputChoice
+from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.spec import ENTROPY, INPUT_NAME, SOURCE_MAP
+
+BARE = "map"
+"""Name of the output of a model that gives a tensor without one."""
+
+BlockForward = Callable[..., Any]
+
+
+class MergedDense(MergedModel):
+    """A whole model whose backbone merges tokens; see ``MergedModel``.
+
+    The output is the model's own, a tensor ``[B, ...]`` of three or more axes.
+
+    Attributes:
+        map_name: What the model calls its output; ``map`` if it gives a tensor without a name.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: MergeSettings, family: Any, backbone: nn.Module
+    ) -> None:
+        name = type(model).__name__
+        check_unhooked(model, name)
+        _check_settings(settings, name)
+        inner: MergedModel = family(backbone, MergeSettings(Schedule(0), settings.prop_attn))
+        # Not registered: its weights are those of the model.
+        self._inner = (inner,)
+        places = {id(part): place for place, part in model.named_modules()}
+        self._block_places = tuple(places[id(block)] for block in inner.blocks)
+        super().__init__(model, settings, inner.layout)
+        found: list[tuple[str, Tensor]] = []
+
+        def outside(zeros: MakeZeros) -> None:
+            blocks = [_stand_in(block, _passing_on(block)) for block in self.blocks]
+            found.append(self._run_with(blocks, zeros(1, *self.input_size)))
+
+        self._outside_macs = count_macs(model, outside)
+        self.map_name, example = found[0]
+        if example.ndim < 3:
+            raise InputError(
+                f"model {name} gives {self.map_name} {list(example.shape[1:])} for an image; of a "
+                "model with a head of its own a map is expected, [rows, columns] or [channels, "
+                "rows, columns]: give the library's own class of a classifier or tower"
+            )
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The library's model inside whose tokens merge."""
+        return self._inner[0].backbone
+
+    @property
+    def output_choice(self) -> OutputChoice:
+        """Neither classes nor features, but what the head makes of the patches."""
+        why = f"the model's own head makes {self.map_name} of the features of all patches"
+        return OutputChoice(classifies=False, why=why)
+
+    @property
+    def tracks(self) -> bool:
+        """The head needs the features of every patch."""
+        return True
+
+    def run(self, pixel_values: Tensor, merger: Merger) -> Tensor:
+        """The model's own forward, its backbone merging with ``merger``."""
+        state = _Blocks(self, self._inner[0], merger)
+        blocks = [
+            _stand_in(block, state.forward_of(layer)) for layer, block in enumerate(self.blocks)
+        ]
+        _, output = self._run_with(blocks, pixel_values)
+        state.check_done()
+        return output
+
+    def library(self, pixel_values: Tensor) -> Tensor:
+        """What the model itself gives."""
+        return own_output(self.model(pixel_values), type(self.model).__name__)[1]
+
+    def fixed_macs(self, tokens: int) -> int:  # noqa: ARG002
+        """Those of embedding and head, which sees every patch, whatever is merged."""
+        return self._outside_macs
+
+    def _run_with(self, blocks: Sequence[nn.Module], pixel_values: Tensor) -> tuple[str, Tensor]:
+        model = with_parts(self.model, dict(zip(self._block_places, blocks, strict=True)))
+        return own_output(model(pixel_values), type(model).__name__)
+
+
+class _Blocks:
+    """The blocks of one forward pass: the merged tokens on their way from each to the next."""
+
+    def __init__(self, model: MergedDense, inner: MergedModel, merger: Merger) -> None:
+        self.model, self.inner, self.merger = model, inner, merger
+        self.tokens = self.shown = None
+        self.done = 0
+
+    def forward_of(self, layer: int) -> BlockForward:
+        """What one block does in place of its own forward; masks are no part of these models."""
+        as_tuple = _gives_tuple(self.model.blocks[layer])
+
+        def forward(x: Tensor, *_: Any, **__: Any) -> Any:
+            found = self._run(layer, x)
+            return (found,) if as_tuple else found
+
+        return forward
+
+    def _run(self, layer: int, x: Tensor) -> Tensor:
+        model, expected = self.model, self.model.layout.tokens
+        if layer != self.done:
+            raise InputError(
+                f"model {type(model.model).__name__} runs block {layer} of its backbone where "
+                f"block {self.done} is expected; expected every block once and in order"
+            )
+        if layer == 0 and x.shape[1:-1] != (expected,):
+            raise InputError(
+                f"model {type(model.model).__name__} gives its backbone's blocks "
+                f"{list(x.shape[1:-1])} tokens of an image, and its configuration {expected}; "
+                "expected images of the size that the backbone is configured for"
+            )
+        if layer > 0 and x is not self.shown:
+            raise InputError(
+                f"model {type(model.model).__name__} changes tokens ahead of block {layer} of its "
+                "backbone, which would be lost on the merged ones; it is not supported"
+            )
+        tokens = Tokens(x) if self.tokens is None else self.tokens
+        tokens = self.merger.ahead(tokens, layer)
+        bias = model.size_bias(tokens)
+        tokens = self.inner.run_block(model.blocks[layer], tokens, bias, self.merger, layer)
+        self.tokens = tokens = self.merger.behind(tokens, layer)
+        self.done += 1
+        places = self.merger.positions
+        self.shown = tokens.x if places is None else unmerge(tokens.x, places)
+        return self.shown
+
+    def check_done(self) -> None:
+        """Refuse a model that left blocks out, whose merges nothing would show."""
+        if self.done != len(self.model.blocks):
+            raise InputError(
+                f"model {type(self.model.model).__name__} runs {self.done} of the "
+                f"{len(self.model.blocks)} blocks of its backbone; expected all of them: cut the "
+                "others off"
+            )
+
+
+def own_output(output: Any, name: str) -> tuple[str, Tensor]:
+    """The one tensor that a model gives, and its name.
+
+    It may be bare, in a tuple, or in a dictionary or a Transformers ``ModelOutput``, whose key is
+    then its name; entries of None do not count.
+
+    Raises:
+        InputError: if there is another number of them, or something else.
+    """
+    entries: list[tuple[str, Any]] = [(BARE, output)]
+    if isinstance(output, Mapping):
+        entries = [(str(key), value) for key, value in output.items() if value is not None]
+    elif isinstance(output, tuple | list):
+        entries = [(BARE, value) for value in output if value is not None]
+    if len(entries) != 1 or not isinstance(entries[0][1], Tensor):
+        what = ", ".join(f"{key} ({type(value).__name__})" for key, value in entries) or "nothing"
+        raise InputError(
+            f"model {name} gives {what}; expected one tensor, alone or in a dictionary with its "
+            "name: return only what is to be served"
+        )
+    key = entries[0][0]
+    if not key.isidentifier() or key in (INPUT_NAME, SOURCE_MAP, ENTROPY):
+        raise InputError(
+            f"model {name} calls its output {key!r}; expected a name of letters, digits and _ "
+            f"other than {INPUT_NAME}, {SOURCE_MAP} and {ENTROPY}"
+        )
+    return entries[0]
+
+
+def with_parts(module: Any, parts: Mapping[str, nn.Module]) -> Any:
+    """A copy of a module with others in some places, such as ``encoder.layer.0``.
+
+    Only the modules on the way there are copied, without what they hold: everything else, weights
+    too, is that of the module itself, which is left as it is.
+    """
+    if "" in parts:
+        return parts[""]
+    made = copy.copy(module)
+    made.__dict__["_modules"] = children = dict(module._modules)
+    inside: dict[str, dict[str, nn.Module]] = {}
+    for place, part in parts.items():
+        child, _, rest = place.partition(".")
+        inside.setdefault(child, {})[rest] = part
+    for child, some in inside.items():
+        children[child] = with_parts(children[child], some)
+    return made
+
+
+def _stand_in(block: nn.Module, forward: BlockForward) -> nn.Module:
+    """A block of the same class with another forward.
+
+    It has no parts, in which the library might put hooks of its own, and hooks of its own.
+    """
+    made = copy.copy(block)
+    made.__dict__["_modules"] = {}
+    made.__dict__["_forward_hooks"] = block._forward_hooks.copy()
+    made.__dict__["forward"] = forward
+    return made
+
+
+def _passing_on(block: nn.Module) -> BlockForward:
+    as_tuple = _gives_tuple(block)
+    return lambda x, *_, **__: (x,) if as_tuple else x
+
+
+def _gives_tuple(block: nn.Module) -> bool:
+    """Whether the library's block gives a tuple, as those of transformers 4 say they do."""
+    return "uple" in str(type(block).forward.__annotations__.get("return", ""))
+
+
+def _check_settings(settings: MergeSettings, name: str) -> None:
+    """Refuse forms of output that a model with a head of its own has none of."""
+    for given, option in ((settings.dense, "--dense"), (settings.compressor, "--compress")):
+        if given:
+            raise InputError(
+                f"{option} is for features, and model {name} gives a map by a head of its own; "
+                f"leave {option} out"
+            )
+    if settings.reducer.drops:
+        raise InputError(
+            f"reducer {settings.reducer.name} drops tokens, so not every patch has features for "
+            f"the head of model {name}; use a reducer that merges, such as tome"
+        )
+
+
+def backbone_inside(model: nn.Module, backbones: Mapping[str, Any]) -> tuple[Any, nn.Module] | None:
+    """The one backbone inside a model and its family, by full names of classes; None without one.
+
+    Raises:
+        InputError: if there are several.
+    """
+    found: dict[str, tuple[Any, nn.Module]] = {}
+    for place, part in model.named_modules():
+        cls = type(part)
+        family = backbones.get(f"{cls.__module__}.{cls.__qualname__}")
+        if family is not None and place and not any(f"{place}.".startswith(f"{p}.") for p in found):
+            found[place] = family, part
+    if len(found) > 1:
+        raise InputError(
+            f"model class {type(model).__name__} has {len(found)} backbones "
+            f"({', '.join(found)}); expected one whose tokens merge"
+        )
+    return next(iter(found.values()), None)
