@@ -110,7 +110,8 @@ class _Blocks:
 
     def __init__(self, model: MergedDense, inner: MergedModel, merger: Merger) -> None:
         self.model, self.inner, self.merger = model, inner, merger
-        self.tokens = self.shown = None
+        self.tokens: Tokens | None = None
+        self.shown: Tensor | None = None
         self.done = 0
 
     def forward_of(self, layer: int) -> BlockForward:
@@ -148,8 +149,8 @@ class _Blocks:
         self.tokens = tokens = self.merger.behind(tokens, layer)
         self.done += 1
         places = self.merger.positions
-        self.shown = tokens.x if places is None else unmerge(tokens.x, places)
-        return self.shown
+        self.shown = shown = tokens.x if places is None else unmerge(tokens.x, places)
+        return shown
 
     def check_done(self) -> None:
         """Refuse a model that left blocks out, whose merges nothing would show."""
