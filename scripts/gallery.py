@@ -1,26 +1,29 @@
 """Make the pictures of docs/gallery.
 
-    python scripts/gallery.py             # both pictures
-    python scripts/gallery.py --groups    # first run the models again: a minute on two cores
+    python scripts/gallery.py                  # both pictures
+    python scripts/gallery.py --record OUT     # first run the model again: minutes on two cores
 
-``merged_tokens.png`` is drawn from ``merged_tokens.json``, which ``--groups`` writes: what the
-exported graphs of the models decided. ``speed.svg`` is drawn from ``benchmarks/results/cpu.json``.
+``merged_tokens.jpg`` is drawn from ``merged_tokens.json``, which ``--record`` writes: what the
+exported graphs of a trained model decided and gave. OUT is the folder that
+``scripts/trained_dinov2.py`` makes. ``speed.svg`` is drawn from ``benchmarks/results/cpu.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import io
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
+import tome_export
 from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
@@ -39,125 +42,142 @@ from tome_export.visualize.draw import draw
 
 ROOT = Path(__file__).parents[1]
 GALLERY = ROOT / "docs" / "gallery"
-GROUPS, TOKENS, SPEED = (
-    GALLERY / f"{name}" for name in ("merged_tokens.json", "merged_tokens.png", "speed.svg")
+RECORD, TOKENS, SPEED = (
+    GALLERY / f"{name}" for name in ("merged_tokens.json", "merged_tokens.jpg", "speed.svg")
 )
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 
-PANEL, GAP, LEFT, LINE = 320, 12, 12, 30
+PANEL, GAP, LEFT, LINE = 280, 10, 10, 28
 """Pixels of a panel's side, between panels, to their left, and of a line of text."""
+
+MAP_SIDE = 148
+"""Pixels of a side that a saliency map is recorded with: enough for a panel."""
 
 INK, PAPER = (25, 25, 25), (255, 255, 255)
 DIGEST = "Inputs-SHA256"
 
-
-@dataclass(frozen=True)
-class Example:
-    """A model, images, and the layers after which to show them."""
-
-    model: str
-    r: int
-    weights: str
-    said: str
-    images: tuple[str, ...]
-    layers: tuple[int, ...]
+MODEL, R = "dinov2_s14_saliency_518", 100
+IMAGES = ("chelsea.jpg", "rocket.jpg", "camera.jpg")
+LAYERS = (5, 11)
+"""Layers behind which tokens are shown."""
 
 
-EXAMPLES = (
-    Example("vit_digits", 8, "pretrained", "trained weights", ("digit.png",), (1, 3, 5)),
-    Example("vit_b16", 16, "random", "random weights", ("chelsea.jpg", "coffee.jpg"), (2, 5, 11)),
-)
-
-
-def groups_of(example: Example, artifact: Artifact) -> dict[str, Any]:
-    """What the artifact's graph decides on an example's images."""
-    grid = grid_from_manifest(artifact.manifest, artifact.path)
-    maps = merge_maps(artifact, [DATA / name for name in example.images])
+def record(unmerged: Artifact, merged: Artifact) -> dict[str, Any]:
+    """What two artifacts of a saliency model decide and give on the images."""
+    manifest = merged.manifest
+    grid = grid_from_manifest(manifest, merged.path)
+    paths = [DATA / name for name in IMAGES]
+    pixels = load_images(paths, RECIPES[MODEL].preprocessing)
+    found = merge_maps(merged, pixels)
+    saliency = []
+    for artifact in (unmerged, merged):
+        with tome_export.load(artifact.path) as model:
+            saliency.append(model(pixels)[manifest.output.name][:, 0])
     return {
-        "model": example.model,
-        "r": example.r,
-        "weights": example.said,
-        "depth": len(maps[0].layers),
+        "model": MODEL,
+        "r": R,
+        "weights": manifest.model.weights.kind,
+        "macs": [manifest.macs.unmerged, manifest.macs.merged],
+        "depth": len(found[0].layers),
         "grid": [grid.rows, grid.cols, grid.height, grid.width],
         "images": {
-            name: [
-                {
-                    "layer": layer,
-                    "tokens": found.layers[layer].tokens,
-                    "ids": found.layers[layer].ids.ravel().tolist(),
-                }
-                for layer in example.layers
-            ]
-            for name, found in zip(example.images, maps, strict=True)
+            name: {
+                "layers": [
+                    {
+                        "layer": layer,
+                        "tokens": found[index].layers[layer].tokens,
+                        "ids": found[index].layers[layer].ids.ravel().tolist(),
+                    }
+                    for layer in LAYERS
+                ],
+                "saliency": [png_text(maps[index]) for maps in saliency],
+                "difference": float(np.abs(saliency[0][index] - saliency[1][index]).mean()),
+            }
+            for index, name in enumerate(IMAGES)
         },
     }
 
 
-def run_models() -> list[dict[str, Any]]:
-    """Build each example's model and run it."""
-    results = []
+def run_models(trained: Path) -> dict[str, Any]:
+    """Build the model unmerged and merged, with trained weights, and run it."""
     with tempfile.TemporaryDirectory() as folder:
-        for example in EXAMPLES:
-            request = BuildRequest(
-                example.model,
-                Path(folder) / example.model,
-                schedule=Schedule(example.r),
-                weights=example.weights,
-                engine="none",
-                check=False,
+        unmerged, merged = (
+            build(
+                BuildRequest(
+                    MODEL,
+                    Path(folder) / str(r),
+                    schedule=Schedule(r),
+                    weights=str(trained / "saliency.safetensors"),
+                    engine="none",
+                    check=False,
+                )
             )
-            results.append(groups_of(example, build(request)))
-    return results
+            for r in (0, R)
+        )
+        return record(unmerged, merged)
 
 
-def tokens_picture(examples: list[dict[str, Any]]) -> Image.Image:
-    """Original and merged tokens of every image, one row each under its model's heading."""
-    rows = sum(len(example["images"]) for example in examples)
-    width = 2 * LEFT + 4 * PANEL + 3 * GAP
-    height = GAP + rows * (PANEL + LINE + GAP) + len(examples) * (LINE + GAP)
-    page = Image.new("RGB", (width, height), PAPER)
+def png_text(values: NDArray[np.float32]) -> str:
+    """A map ``[H, W]`` of 0 to 1 as a small grey PNG, in text."""
+    image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    buffer = io.BytesIO()
+    image.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX).save(buffer, "png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def tokens_picture(recorded: dict[str, Any]) -> Image.Image:
+    """One row for each image: itself, its tokens, and the saliency map unmerged and merged."""
+    rows = [panels(recorded, name) for name in recorded["images"]]
+    width = 2 * LEFT + len(rows[0]) * (PANEL + GAP) - GAP
+    page = Image.new("RGB", (width, LINE + GAP + len(rows) * (PANEL + LINE + GAP)), PAPER)
     pen = ImageDraw.Draw(page)
-    y = GAP
-    for example in examples:
-        heading = f"{example['model']}, {example['weights']}, r = {example['r']}"
-        pen.text((LEFT, y), heading, INK, font(22, bold=True))
-        y += LINE + GAP // 2
-        for name, layers in example["images"].items():
-            for column, (picture, caption) in enumerate(panels(example, name, layers)):
-                x = LEFT + column * (PANEL + GAP)
-                page.paste(picture, (x, y))
-                pen.text((x, y + PANEL + 4), caption, INK, font(18))
-            y += PANEL + LINE + GAP
-        y += GAP // 2
+    before, after = recorded["macs"]
+    heading = (
+        f"{recorded['model']}, trained weights, r = {recorded['r']}: "
+        f"{before / 1e9:.1f} G to {after / 1e9:.1f} G MACs"
+    )
+    pen.text((LEFT, GAP), heading, INK, font(20, bold=True))
+    for row, entries in enumerate(rows):
+        y = LINE + 2 * GAP + row * (PANEL + LINE + GAP)
+        for column, (picture, caption) in enumerate(entries):
+            x = LEFT + column * (PANEL + GAP)
+            page.paste(picture, (x, y))
+            pen.text((x, y + PANEL + 4), caption, INK, font(15))
     return page
 
 
-def panels(
-    example: dict[str, Any], name: str, layers: list[dict[str, Any]]
-) -> list[tuple[Image.Image, str]]:
+def panels(recorded: dict[str, Any], name: str) -> list[tuple[Image.Image, str]]:
     """Pictures of one row with their captions."""
-    preprocessing = RECIPES[example["model"]].preprocessing
+    preprocessing = RECIPES[recorded["model"]].preprocessing
     image = image_from_pixels(load_images([DATA / name], preprocessing)[0], preprocessing)
-    grid = PatchGrid(*example["grid"])
-    untouched = np.arange(grid.patches).reshape(grid.rows, grid.cols)
-    entries = [
-        (LayerGroups(0, grid.patches, untouched, 0), f"{grid.patches} patches and a class token")
-    ]
-    entries += [
-        (
-            LayerGroups(
-                entry["layer"], entry["tokens"], np.reshape(entry["ids"], untouched.shape), 0
-            ),
-            f"after layer {entry['layer'] + 1} of {example['depth']}: {entry['tokens']} tokens",
+    entry, grid = recorded["images"][name], PatchGrid(*recorded["grid"])
+    photograph = Image.fromarray(image).resize((PANEL, PANEL), Image.Resampling.BOX)
+    found = [(photograph, f"{grid.patches} patches, a class token")]
+    groups = tuple(
+        LayerGroups(
+            each["layer"], each["tokens"], np.reshape(each["ids"], (grid.rows, grid.cols)), 0
         )
-        for entry in layers
-    ]
-    # Drawn twice as large and made smaller, so that every panel has the same size.
-    found = MergeMap(image, grid, tuple(groups for groups, _ in entries))
-    return [
-        (draw(found, index, 2 * PANEL).resize((PANEL, PANEL), Image.Resampling.BOX), caption)
-        for index, (_, caption) in enumerate(entries)
-    ]
+        for each in entry["layers"]
+    )
+    for index, group in enumerate(groups):
+        # Drawn larger and made smaller, so that every panel has the same size.
+        picture = draw(MergeMap(image, grid, groups), index, 2 * PANEL)
+        caption = f"layer {group.layer + 1} of {recorded['depth']}: {group.tokens} tokens"
+        found.append((picture.resize((PANEL, PANEL), Image.Resampling.BOX), caption))
+    captions = "saliency, unmerged", f"merged, mean difference {entry['difference']:.3f}"
+    for text, caption in zip(entry["saliency"], captions, strict=True):
+        found.append((heat_map(text, photograph), caption))
+    return found
+
+
+def heat_map(text: str, photograph: Image.Image) -> Image.Image:
+    """A recorded map in colours over a grey photograph."""
+    import matplotlib as mpl
+
+    with Image.open(io.BytesIO(base64.b64decode(text))) as small:
+        values = np.asarray(small.resize(photograph.size, Image.Resampling.BILINEAR))
+    colours = Image.fromarray(mpl.colormaps["inferno"](values, bytes=True)[..., :3])
+    return Image.blend(photograph.convert("L").convert("RGB"), colours, 0.65)
 
 
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
@@ -168,23 +188,25 @@ def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def tokens_png(examples: list[dict[str, Any]]) -> bytes:
+def tokens_jpeg(recorded: dict[str, Any]) -> bytes:
     """The file of ``tokens_picture``, with the digest of what it is drawn from."""
-    notes = PngImagePlugin.PngInfo()
-    notes.add_text(DIGEST, tokens_digest(examples))
-    # A palette makes the photographs a third of their size.
-    picture = tokens_picture(examples).quantize(256, Image.Quantize.MEDIANCUT)
     buffer = io.BytesIO()
-    picture.save(buffer, "png", optimize=True, pnginfo=notes)
+    tokens_picture(recorded).save(
+        buffer,
+        "jpeg",
+        quality=80,
+        subsampling=0,
+        optimize=True,
+        comment=f"{DIGEST} {tokens_digest(recorded)}",
+    )
     return buffer.getvalue()
 
 
-def tokens_digest(examples: list[dict[str, Any]]) -> str:
-    """Digest of the recorded groups and the image files."""
-    digest = hashlib.sha256(json.dumps(examples, sort_keys=True).encode())
-    for example in examples:
-        for name in example["images"]:
-            digest.update((DATA / name).read_bytes())
+def tokens_digest(recorded: dict[str, Any]) -> str:
+    """Digest of what was recorded and of the image files."""
+    digest = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode())
+    for name in recorded["images"]:
+        digest.update((DATA / name).read_bytes())
     return digest.hexdigest()
 
 
@@ -242,10 +264,10 @@ def speed_digest(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", action="store_true", help="run the models again")
-    if parser.parse_args().groups:
-        GROUPS.write_text(json.dumps(run_models(), separators=(",", ":")) + "\n")
-    TOKENS.write_bytes(tokens_png(json.loads(GROUPS.read_text())))
+    parser.add_argument("--record", type=Path, metavar="OUT", help="run the trained model again")
+    if trained := parser.parse_args().record:
+        RECORD.write_text(json.dumps(run_models(trained), separators=(",", ":")) + "\n")
+    TOKENS.write_bytes(tokens_jpeg(json.loads(RECORD.read_text())))
     SPEED.write_text(speed_svg(json.loads(RESULTS.read_text())))
     for file in (TOKENS, SPEED):
         print(f"{file.relative_to(ROOT)}: {file.stat().st_size / 1e3:.0f} kB")

@@ -61,7 +61,7 @@ STAGES = (
         "tested, on a server with a stand-in for the ONNX Runtime backend",
         (),
     ),
-    ("trained weights", "`vit_digits` alone; all others are random", ()),
+    ("trained weights", "`vit_digits`, and DINOv2 ViT-S/14 with a saliency decoder", ()),
 )
 """What the project does; what of it has run without a GPU; the parts of ``benchmarks/gpu`` that run
 it on one."""

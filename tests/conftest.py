@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 from forkserver import ForkServer
 from traces import shared_traces
+from trained import make_trained_folder
 
 import tome_export  # noqa: F401 (before the libraries that would report what the tests do)
 
@@ -231,6 +232,15 @@ def built_artifact(run_folder: Path) -> Callable[..., Any]:
         return Artifact.open(path)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def trained_folder(run_folder: Path) -> Path:
+    """A trained DINOv2 and its saliency decoder, downloaded; see ``scripts/trained_dinov2.py``."""
+    folder = run_folder / "trained"
+    with FileLock(folder.with_suffix(".lock")):
+        made = folder / "out" / "dinov2"
+        return made if made.exists() else make_trained_folder(folder)
 
 
 @pytest.fixture(scope="session")

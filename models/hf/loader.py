@@ -250,6 +250,20 @@ class SaliencyLoader(HfLoader):
         """See ``Loader``."""
         return self._with_decoder(super().create(depth), self._decoder())
 
+    def random(self, recipe: Recipe, seed: int, depth: int | None = None) -> LoadedModel:
+        """See ``Loader``; the decoder's norms know what they see, else its map would be flat."""
+        import torch
+
+        made = super().random(recipe, seed, depth)
+        decoder: Any = made.module.decoder
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for norm in (decoder.bn1, decoder.bn2, decoder.bn3):
+                norm.momentum = 1.0
+            decoder.train()(torch.randn(8, self.config().hidden_size, 8, 8))
+        decoder.eval()
+        return made
+
     def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``Loader``."""
         tower, decoder = {}, {}

