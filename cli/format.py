@@ -1,4 +1,4 @@
-"""Tables, manifests and parity reports as lines of text."""
+"""Tables, manifests, parity reports and answers of models as lines of text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from tome_export.artifact import Artifact, Manifest
     from tome_export.artifact.parity import ParityReport, ParitySummary
+    from tome_export.data.answers import ImageAnswer
 
 RANDOM = (
     "RANDOM WEIGHTS: this model has learned nothing; sizes, speed and parity are real, its "
@@ -202,3 +203,25 @@ def file_lines(manifest: Manifest, path: Path) -> list[str]:
         folders[folder + slash] += record.bytes
     rows = [(name, size(total)) for name, total in folders.items()]
     return [*table(("file", "size"), rows, "lr"), f"Artifact: {path}"]
+
+
+def answer_values(answer: ImageAnswer) -> dict[str, Any]:
+    """What a model says of an image, as data."""
+    if answer.labels is not None:
+        return {"image": str(answer.image), "labels": [vars(label) for label in answer.labels]}
+    return {
+        "image": str(answer.image),
+        **{name: array.tolist() for name, array in answer.features.items()},
+    }
+
+
+def answer_lines(answer: ImageAnswer) -> list[str]:
+    """Labels with their scores, or the first numbers of features."""
+    if answer.labels is not None:
+        rows = [(label.label, f"{label.score:.4f}", label.index) for label in answer.labels]
+        return table(("label", "score", "index"), rows, "lrr")
+    return [
+        f"{name} {list(array.shape)}: {', '.join(f'{x:.4f}' for x in array.reshape(-1)[:4])}"
+        f"{', ...' * (array.size > 4)}"
+        for name, array in answer.features.items()
+    ]

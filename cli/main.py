@@ -18,7 +18,7 @@ from tome_export.errors import InputError, TomeExportError, exit_text
 
 COMMANDS = (
     *("build", "engine", "check", "bench", "eval", "tune", "cascade"),
-    *("inspect", "report", "serve", "query", "models", "doctor"),
+    *("predict", "inspect", "report", "serve", "query", "models", "doctor"),
 )
 """In the order in which they are used."""
 

@@ -47,14 +47,23 @@ class Terminal:
         self, values: Mapping[str, Any], lines: Sequence[str], unrecorded: str | None
     ) -> None:
         """Print a result; where it could not be written down, that is an error nevertheless."""
-        if unrecorded is None:
+        error = None
+        if unrecorded is not None:
+            error = InputError(f"the result was not recorded: {unrecorded}")
+        self.result_with(values, lines, error)
+
+    def result_with(
+        self, values: Mapping[str, Any], lines: Sequence[str], error: Exception | None
+    ) -> None:
+        """Print a result, and raise the error that comes with it, if there is one."""
+        if error is None:
             self.result(values, lines)
             return
         if not self.json:
             with beside_the_error():
                 self.result(values, lines)
         self.findings = dict(values)
-        raise InputError(f"the result was not recorded: {unrecorded}")
+        raise error
 
     def error(self, kind: str, message: str, exit_code: int) -> None:
         """One line on standard error; with JSON also the object that is promised."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import click
 
-from tome_export.cli.format import table
+from tome_export.cli.format import answer_lines, answer_values
 from tome_export.cli.options import FILE, QueryGroup, grouped_command, option
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-
-if TYPE_CHECKING:
-    from tome_export.serve.query import ImageAnswer
 
 
 class QueryOptions(QueryGroup):
@@ -59,29 +56,9 @@ def command(
         "server": result.address,
         "protocol": result.protocol,
         "model": result.model,
-        "images": [_values(answer) for answer in result.answers],
+        "images": [answer_values(answer) for answer in result.answers],
     }
     lines = [f"Model  {result.model}"]
     for answer in result.answers:
-        lines += ["", str(answer.image), *(f"  {line}" for line in _lines(answer))]
+        lines += ["", str(answer.image), *(f"  {line}" for line in answer_lines(answer))]
     terminal.result(values, lines)
-
-
-def _values(answer: ImageAnswer) -> dict[str, Any]:
-    if answer.labels is not None:
-        return {"image": str(answer.image), "labels": [vars(label) for label in answer.labels]}
-    return {
-        "image": str(answer.image),
-        **{name: array.tolist() for name, array in answer.features.items()},
-    }
-
-
-def _lines(answer: ImageAnswer) -> list[str]:
-    if answer.labels is not None:
-        rows = [(label.label, f"{label.score:.4f}", label.index) for label in answer.labels]
-        return table(("label", "score", "index"), rows, "lrr")
-    return [
-        f"{name} {list(array.shape)}: {', '.join(f'{x:.4f}' for x in array.reshape(-1)[:4])}"
-        f"{', ...' * (array.size > 4)}"
-        for name, array in answer.features.items()
-    ]

@@ -39,8 +39,6 @@ def load(path: str | os.PathLike[str], backend: str = "ort-cpu") -> LoadedArtifa
         UsageError: if the backend is unknown.
         MissingComponentError: if the backend cannot run here.
     """
-    from pathlib import Path
+    from tome_export.runtime.load import loaded_artifact
 
-    from tome_export.runtime.load import LoadedArtifact
-
-    return LoadedArtifact(Path(path), backend)
+    return loaded_artifact(path, backend)

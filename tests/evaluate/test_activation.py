@@ -12,12 +12,12 @@ from tome_export.artifact.schedule import TuneData
 from tome_export.cascade import policy
 from tome_export.data.labels import Classes
 from tome_export.data.metrics import deviations
+from tome_export.data.scores import top_k
 from tome_export.errors import InputError
 from tome_export.evaluate.records import TOP, as_classes, ranked
 from tome_export.models import resolve
 from tome_export.parity.compare import _output_parity
 from tome_export.patch import patch
-from tome_export.serve.python_models.postprocess import top_k
 from tome_export.spec import answers
 from tome_export.tune.images import TuneImages, tuning_source
 from tome_export.tune.main import _told_apart

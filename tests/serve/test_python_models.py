@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import create_transform
 from video_files import write_video
 
-from tome_export.data import decoder
+from tome_export.data import decoder, scores
 from tome_export.data import pixels as pixels_module
 from tome_export.data.pixels import BadImageError, pixels_from_bytes, pixels_from_image
 from tome_export.data.preprocess import load_images
@@ -173,7 +173,7 @@ def test_problem_names_the_image():
 
 def test_top_k_orders_by_logit_then_index():
     logits = np.array([[1, 3, 3, 0, 2], [0, 0, 0, 0, 0]], np.float32)
-    index, score = postprocess.top_k(logits, 3)
+    index, score = scores.top_k(logits, 3)
     np.testing.assert_array_equal(index, [[1, 2, 4], [0, 1, 2]])
     assert (index.dtype, score.dtype) == (np.int32, np.float32)
     expected = torch.softmax(torch.from_numpy(logits), 1).numpy()
@@ -182,13 +182,13 @@ def test_top_k_orders_by_logit_then_index():
 
 def test_top_k_of_many_equal_logits_is_by_index():
     logits = np.random.default_rng(0).integers(0, 3, (4, 1000)).astype(np.float32)
-    index, _ = postprocess.top_k(logits, 1000)
+    index, _ = scores.top_k(logits, 1000)
     for row, found in zip(logits, index, strict=True):
         assert found.tolist() == sorted(range(1000), key=lambda i, row=row: (-row[i], i))
 
 
 def test_top_k_of_large_logits_is_finite():
-    _, score = postprocess.top_k(np.array([[3e38, -3e38, 0]], np.float32), 2)
+    _, score = scores.top_k(np.array([[3e38, -3e38, 0]], np.float32), 2)
     np.testing.assert_array_equal(score, [[1, 0]])
 
 
@@ -248,7 +248,7 @@ def test_budgets_that_cannot_be_met_in_any_way_are_refused():
         router.chosen_route(ROUTES, {"r": 1, "max_ms": 1})
 
 
-SERVED = [preprocess, postprocess, router, pixels_module, decoder, frames]
+SERVED = [preprocess, postprocess, scores, router, pixels_module, decoder, frames]
 
 
 @pytest.mark.parametrize("module", SERVED, ids=lambda m: m.__name__)

@@ -71,7 +71,9 @@ def reason_of(error: BaseException, name: str = "") -> str:
     text = printable(" ".join(str(error).split()))
     if not isinstance(error, InputError):
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text.removeprefix("image ").removeprefix(" ".join(name.split())).strip()
+    for what in ("image ", "video "):
+        text = text.removeprefix(what)
+    return text.removeprefix(" ".join(name.split())).strip()
 
 
 def decoded_chunks(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,15 @@ from tome_export.errors import InputError
 from tome_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from tome_export.models import Recipe
+    from tome_export.spec import Preprocessing
 
 Array = NDArray[np.float32]
+
+AnImage: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8]"
+"""A file, which may be a video, or an image in memory, as an array ``[H, W, 3]`` or ``[H, W]``."""
 
 BUILD_COUNT = 4
 """Sample images that a build checks on when the user gives none."""
@@ -76,9 +83,7 @@ def _items(place: Path, most: int, progress: Progress) -> list[Item]:
     from tome_export.data.preprocess import find_images
 
     if not place.is_dir() and place.suffix.lower() not in SHARDS:
-        (path,) = find_images(place)
-        read = partial(read_file, str(path.parent), path.name, 0, 0)
-        return [Item(printable(str(path)), read)]
+        return [_item(path) for path in find_images(place)]
     source = find_data((str(place),), None)
     for note in source.notes:
         progress.stage(f"Note: {note}")
@@ -89,13 +94,82 @@ def _items(place: Path, most: int, progress: Progress) -> list[Item]:
     return [replace(item, name=printable(str(place / item.name))) for item in items]
 
 
-def load_inputs(manifest: Manifest, paths: Sequence[Path]) -> Array:
-    """Images ``[B, C, H, W]`` float32, or for a model of videos those, ``[B, F, C, H, W]``."""
-    from tome_export.data.preprocess import load_images, load_videos
+def listed_inputs(images: AnImage | Iterable[AnImage]) -> list[AnImage]:
+    """One image, or several, as a list; what is neither is refused when it is read."""
+    if isinstance(images, str | bytes | np.ndarray) or not isinstance(images, Iterable):
+        return [cast("AnImage", images)]
+    return list(images)
 
-    if manifest.video is not None and manifest.video.frames is not None:
-        return load_videos(paths, manifest.preprocessing, manifest.video.frames)
-    return load_images(paths, manifest.preprocessing)
+
+def _item(path: Path) -> Item:
+    """An image file by itself."""
+    return Item(printable(str(path)), partial(read_file, str(path.parent), path.name, 0, 0))
+
+
+def load_inputs(manifest: Manifest, images: Sequence[AnImage]) -> Array:
+    """Images ``[B, C, H, W]`` float32, or for a model of videos those, ``[B, F, C, H, W]``.
+
+    Raises:
+        InputError: if there is none, or one is nothing that is read; the message says which.
+    """
+    from tome_export.data.preprocess import load_videos
+
+    if manifest.video is not None:
+        for number, video in enumerate(images, 1):
+            if not isinstance(video, str | os.PathLike):
+                raise InputError(
+                    f"video {number} is {_what(video)}; the model takes videos, give paths of files"
+                )
+        paths = cast("Sequence[str | Path]", images)
+        return load_videos(paths, manifest.preprocessing, int(manifest.input.shape[1]))
+    if not images:
+        raise InputError("no images given; expected one or more")
+    return np.stack(
+        [_pixels(image, number, manifest.preprocessing) for number, image in enumerate(images, 1)]
+    )
+
+
+def _pixels(image: AnImage, number: int, preprocessing: Preprocessing) -> Array:
+    """One image ``[C, H, W]`` float32; a file is decoded as everywhere."""
+    from PIL.Image import Image, fromarray
+
+    from tome_export.data.preprocess import load_images, pixels_from_image
+
+    if isinstance(image, str | os.PathLike):
+        return load_images([os.fspath(image)], preprocessing)[0]
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and _is_picture(image.shape):
+        image = fromarray(np.ascontiguousarray(image))
+    if not isinstance(image, Image):
+        raise InputError(
+            f"image {number} is {_what(image)}; expected a path, a PIL image, or uint8 [H, W, 3] "
+            "or [H, W], each image by itself; preprocessed pixels are for run()"
+        )
+    try:
+        return pixels_from_image(image, preprocessing)
+    except InputError as error:
+        raise InputError(f"image {number} {str(error).removeprefix('image ')}") from None
+
+
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    return len(shape) in (2, 3) and shape[2:] in ((), (3,))
+
+
+def _what(given: object) -> str:
+    """What a wrong image is, for an error."""
+    if isinstance(given, np.ndarray):
+        return f"an array {given.dtype} {list(given.shape)}"
+    return f"of type {type(given).__qualname__}"
+
+
+def input_items(manifest: Manifest, paths: Sequence[Path]) -> list[Item]:
+    """Files as ``decode.Task`` has them: images to be decoded, or videos' pixels."""
+    if manifest.video is None:
+        return [_item(path) for path in paths]
+    return [Item(printable(str(path)), partial(_video, manifest, path)) for path in paths]
+
+
+def _video(manifest: Manifest, path: Path, _name: str) -> Array:
+    return load_inputs(manifest, [path])[0]
 
 
 def image_names(folder: Path | None, count: int, *, videos: bool = False) -> list[str]:

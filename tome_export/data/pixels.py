@@ -5,11 +5,12 @@ Needs Pillow and NumPy, nothing of this package. Source of the steps: see ``spec
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,28 @@ def image_from_bytes(data: bytes, settings: Settings) -> Image.Image:
     names = _names(settings.get("formats", FORMATS))
     if not data:
         raise BadImageError(f"is empty; expected the bytes of a {names} file")
+    with _faults_named(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow: about metadata, which is not used here
+        return _decoded(data, settings, names)
+
+
+def upright(image: Image.Image, settings: Settings) -> Image.Image:
+    """An opened or decoded image as mode ``L`` or ``RGB``, as its EXIF or XMP says it is held."""
+    with _faults_named(settings):
+        if not all(image.size):
+            raise BadImageError("has no pixels; expected one or more each way")
+        _check_size(*image.size, settings)
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        plain = eight_bit(image)
+        return plain if turn is None else plain.transpose(turn)
+
+
+@contextlib.contextmanager
+def _faults_named(settings: Settings) -> Iterator[None]:
+    """Whatever a decoder raises as a ``BadImageError``."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: about metadata, which is not used here
-            return _decoded(data, settings, names)
+        yield
     except BadImageError:
         raise
     except Image.DecompressionBombError:
@@ -102,10 +121,7 @@ def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
             raise BadImageError(
                 f"is a JPEG file of more than {MAX_SCANS} scans; save it anew, encoders make 10"
             )
-        image.load()
-        turn = _TURNS.get(_orientation(image))
-        upright = eight_bit(image)
-        return upright if turn is None else upright.transpose(turn)
+        return upright(image, settings)
 
 
 def _check_size(width: int, height: int, settings: Settings) -> None:

@@ -154,10 +154,11 @@ def decoded(kind: str, data: bytes, name: str, settings: dict[str, Any]) -> NDAr
 
 
 def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Preprocess one decoded 8-bit image to ``[C, H, W]`` float32."""
+    """Preprocess one image in memory to ``[C, H, W]`` float32, as ``load_images`` does a file."""
     check_channels(preprocessing)
+    settings = asdict(preprocessing)
     try:
-        return pixels.pixels_from_image(image, asdict(preprocessing))
+        return pixels.pixels_from_image(pixels.upright(image, settings), settings)
     except pixels.BadImageError as error:
         raise InputError(f"image {error}") from None
 

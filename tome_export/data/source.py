@@ -48,11 +48,11 @@ class Item:
     Attributes:
         name: What people call it.
         content: ``[C, H, W]`` float32 that are already preprocessed, or what reads the encoded
-            image and is told the name for its errors; can be pickled.
+            image, or such pixels, and is told the name for its errors; can be pickled.
     """
 
     name: str
-    content: Pixels | Callable[[str], bytes]
+    content: Pixels | Callable[[str], bytes | Pixels]
 
     def load(self) -> bytes | Pixels:
         """The encoded image, or its pixels.

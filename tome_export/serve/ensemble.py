@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.data import decoder, pixels
+from tome_export.data import decoder, pixels, scores
 from tome_export.errors import InputError
 from tome_export.serve.config import (
     ModelFolder,
@@ -26,9 +26,6 @@ from tome_export.video import VIDEO_MASK, frames
 if TYPE_CHECKING:
     from tome_export.artifact import Artifact
     from tome_export.artifact.manifest import Tensor
-
-TOP_K = 5
-"""Labels per image, where there are as many classes."""
 
 
 def pipeline_folders(
@@ -102,8 +99,7 @@ def _postprocess(
             f"{artifact.path} has logits {list(shape)} and {len(labels)} labels; expected one "
             "logit per label, serve it without preprocessing or rebuild the artifact"
         )
-    # Of a regression every number is told, and none is better than another.
-    k = len(labels) if manifest.activation == "none" else min(TOP_K, len(labels))
+    k = scores.count_of(scores.TOP_K, len(labels), manifest.activation or "")
     outputs = (("label", "bytes"), ("score", "float32"), ("index", "int32"))
     config = python_config(
         f"{name}{POSTPROCESS}",
@@ -113,7 +109,8 @@ def _postprocess(
         output=[tensor_values(tensor, dtype, [k]) for tensor, dtype in outputs],
     )
     settings = {"k": k, "labels": labels, "activation": manifest.activation}
-    return python_folder(config, "postprocess", "postprocessing.json", settings, options)
+    modules = [Path(scores.__file__)]
+    return python_folder(config, "postprocess", "postprocessing.json", settings, options, modules)
 
 
 def _ensemble(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tome_export.data.answers import ImageAnswer, Label
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import inputs_from_file
@@ -49,27 +50,6 @@ class QueryRequest:
     r: int | None = None
     max_ms: float | None = None
     query: Path | None = None
-
-
-@dataclass(frozen=True)
-class Label:
-    """One of the best classes: its name (empty if it has none), probability, row of the logits."""
-
-    label: str
-    score: float
-    index: int
-
-
-@dataclass(frozen=True)
-class ImageAnswer:
-    """What the server says about one image file.
-
-    A classifier gives labels, best first; a tower features by the names of its outputs.
-    """
-
-    image: Path
-    labels: list[Label] | None
-    features: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -198,4 +178,4 @@ def _answer(path: Path, outputs: dict[str, NDArray[Any]], top: int | None) -> Im
         Label(name.decode("utf-8", "replace"), float(score), int(index))
         for name, score, index in zip(names, scores, indices, strict=True)
     ]
-    return ImageAnswer(path, labels[:top], {})
+    return ImageAnswer(path, labels[:top])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tome_export.artifact import Artifact, staged, write_json
+from tome_export.artifact.pictures import names_of, pictures_of
 from tome_export.errors import InputError, UsageError
 from tome_export.outlines import LONGER_SIDE
 from tome_export.progress import Progress, Silent
@@ -120,14 +119,15 @@ def inspect(request: InspectRequest, progress: Progress | None = None) -> Inspec
     shapes = asked_inputs(artifact.manifest)
     given = inputs_from_file(shapes, request.query, len(request.images))
     output = request.output or Path(f"{artifact.path.resolve().name}-inspect")
-    with staged(output, force=request.force, replaceable=_is_ours) as folder:
+    ours = pictures_of(SUMMARY, "inspect")
+    with staged(output, force=request.force, replaceable=ours) as folder:
         kind, count = "video" if artifact.manifest.video else "image", len(request.images)
         on = f"{count} {kind}{'s' * (count != 1)}"
         progress.stage(f"Run {artifact.manifest.model.name} on {on}")
         maps = merge_maps(artifact, request.images, progress, given)
         progress.stage("Draw")
         pictures = []
-        names = _names(request.images)
+        names = names_of(request.images)
         for index, (path, name, found) in enumerate(zip(request.images, names, maps, strict=True)):
             progress.step(f"{kind}s", index + 1, len(maps))
             for layer in layers:
@@ -169,35 +169,3 @@ def layers_from_text(text: str, depth: int) -> tuple[int, ...]:
             f"layer is {layer}; the model has {depth} layers, give 0 to {depth - 1}, all or last"
         )
     return (layer,)
-
-
-def _names(images: Sequence[Path]) -> list[str]:
-    """One name per image, told apart by a number where several files have the same."""
-    names: list[str] = []
-    for path in images:
-        name, number = path.stem, 2
-        while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-def _is_ours(output: Path) -> None:
-    """Refuse to replace a folder that holds anything but an earlier inspection's files."""
-    written = _written(output)
-    entries = list(output.iterdir()) if output.is_dir() else [output]
-    foreign = sorted(e.name for e in entries if e.name not in written or not e.is_file())
-    if foreign:
-        what = f" ({', '.join(foreign[:3])})" if output.is_dir() else ""
-        raise InputError(
-            f"{output} holds what 'tome-export inspect' did not write{what}, which --force would "
-            "delete; give another directory"
-        )
-
-
-def _written(output: Path) -> Collection[str]:
-    try:
-        pictures = json.loads((output / SUMMARY).read_text(encoding="utf-8"))["pictures"]
-        return {SUMMARY, *(str(picture["file"]) for picture in pictures)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()

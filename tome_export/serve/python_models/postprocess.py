@@ -1,16 +1,16 @@
 """``logits`` to the k best labels with their scores; runs inside the server.
 
 Input ``logits`` FP32 ``[B, K]``. Outputs, best first: ``label`` BYTES ``[B, k]``, ``score`` FP32
-``[B, k]``, ``index`` INT32 ``[B, k]``. Of equal logits the lower index comes first. The score is
-the softmax over all K classes; the sigmoid of each logit where classes do not exclude each other,
-or there is one; or the number itself of a regression, whose outputs keep their order.
-``postprocessing.json`` beside this file holds k, the labels and the activation.
+``[B, k]``, ``index`` INT32 ``[B, k]``. ``postprocessing.json`` beside this file holds k, the labels
+and the activation; ``scores.py`` beside it makes scores of logits.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read k, the labels and the activation."""
         folder = Path(args["model_repository"]) / args["model_version"]
+        self.top_k = beside(folder).top_k
         settings = json.loads((folder / SETTINGS).read_text())
         self.k: int = settings["k"]
         self.activation: str = settings["activation"]
@@ -41,26 +42,18 @@ class TritonPythonModel:
                 error = pb_utils.TritonError("the model's logits are not finite for this input")
                 responses.append(pb_utils.InferenceResponse(error=error))
                 continue
-            index, score = top_k(logits, self.k, self.activation)
+            index, score = self.top_k(logits, self.k, self.activation)
             outputs = {"label": self.labels[index], "score": score, "index": index}
             tensors = [pb_utils.Tensor(name, value) for name, value in outputs.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
 
 
-def top_k(
-    logits: np.ndarray[Any, Any], k: int, activation: str = "softmax"
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The k best classes of finite ``logits [B, K]``: index int32 and score float32 ``[B, k]``."""
-    wide = logits.astype(np.float64)
-    if activation == "none":
-        index = np.broadcast_to(np.arange(k), (len(logits), k))
-    else:
-        index = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    if activation == "softmax":
-        powers = np.exp(wide - wide.max(axis=1, keepdims=True))
-        wide = powers / powers.sum(axis=1, keepdims=True)
-    elif activation == "sigmoid":
-        wide = (1 + np.tanh(wide / 2)) / 2  # which overflows for no logit
-    best = np.take_along_axis(wide, index, axis=1)
-    return index.astype(np.int32), best.astype(np.float32)
+def beside(folder: Path) -> ModuleType:
+    """The module of ``scores.py`` beside this file, whatever else has that name."""
+    spec = importlib.util.spec_from_file_location("tome_export_scores", folder / "scores.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("scores.py is not beside the model; write the repository again")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
