@@ -45,11 +45,11 @@ from benchmarks.harness import write_rows
 from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
 from tome_export.data.preprocess import load_images
+from tome_export.data.scores import TOP_K
 from tome_export.errors import TomeExportError
 from tome_export.merge.schedule import Schedule
 from tome_export.models.facts import DATA
 from tome_export.serve.client import Client, connect
-from tome_export.serve.ensemble import TOP_K
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.names import PIPELINE
 from tome_export.serve.probe import stub_states

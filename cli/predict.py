@@ -18,6 +18,7 @@ from tome_export.cli.format import (
 from tome_export.cli.options import FILE, QueryGroup, grouped_command, option
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
+from tome_export.display import percent
 from tome_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def command(
             f"{len(result.failed)} of {total} images could not be used; the first is {first.name}: "
             f"{first.reason}"
         )
-    terminal.result_with(values, _lines(result), error)
+    terminal.result_with(values, _lines(result, options.top), error)
 
 
 def _values(answer: ImageAnswer | MapAnswer) -> dict[str, Any]:
@@ -89,10 +90,11 @@ def _values(answer: ImageAnswer | MapAnswer) -> dict[str, Any]:
 
     if isinstance(answer, ImageAnswer):
         return answer_values(answer)
-    return {**vars(answer), "image": str(answer.image)}
+    labels = None if answer.labels is None else [vars(label) for label in answer.labels]
+    return {**vars(answer), "image": str(answer.image), "labels": labels}
 
 
-def _lines(result: PredictResult) -> list[str]:
+def _lines(result: PredictResult, top: int) -> list[str]:
     manifest, output = result.artifact.manifest, result.output
     facts = {
         "Model": manifest.model.name,
@@ -101,7 +103,7 @@ def _lines(result: PredictResult) -> list[str]:
     }
     lines = [*warning_lines(manifest), *fields(facts)]
     if manifest.output_kind == "map":
-        lines += ["", *_map_lines(cast("Sequence[MapAnswer]", result.answers))]
+        lines += ["", *_map_lines(cast("Sequence[MapAnswer]", result.answers), top)]
     elif output is None:
         for answer in cast("Sequence[ImageAnswer]", result.answers):
             lines += ["", str(answer.image), *(f"  {line}" for line in answer_lines(answer))]
@@ -120,19 +122,23 @@ def _lines(result: PredictResult) -> list[str]:
     return lines
 
 
-def _map_lines(answers: Sequence[MapAnswer]) -> list[str]:
+def _map_lines(answers: Sequence[MapAnswer], top: int) -> list[str]:
+    """Range of each map; of several channels the share of each that is the largest somewhere."""
     written = ["file"] if answers[0].file else []
-    several = ["classes"] if answers[0].classes else []
     rows = [
         (
             one.image,
             "x".join(map(str, one.shape)),
             f"{one.low:.4g}",
             f"{one.high:.4g}",
-            *(len(one.classes or ()) for _ in several),
             *(one.file for _ in written),
         )
         for one in answers
     ]
-    headers = ("image", "shape", "lowest", "highest", *several, *written)
-    return table(headers, rows, "lrrr" + "r" * len(several) + "l" * len(written))
+    headers = ("image", "shape", "lowest", "highest", *written)
+    lines = table(headers, rows, "lrrr" + "l" * len(written))
+    for one in answers:
+        if one.labels:
+            shares = [(x.label, percent(x.score, 1), x.index) for x in one.labels[:top]]
+            lines += ["", str(one.image), *table(("label", "share", "index"), shares, "lrr")]
+    return lines

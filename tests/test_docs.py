@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 # In this order later commands find what earlier ones made.
-RUN = ("install", "build", "which-r", "cascade", "pictures", "plugins", "serve")
+RUN = ("install", "build", "predict", "which-r", "cascade", "pictures", "plugins", "serve")
 WORDS = 750
 
 

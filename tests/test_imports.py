@@ -45,6 +45,7 @@ def test_features_wait_with_torch_until_a_model_is_loaded():
         "cascade",
         "evaluate",
         "parity",
+        "predict",
         "report",
         "serve",
         "tune",

@@ -15,6 +15,7 @@ from video_reference import Merging, tempme
 from video_reference import stop as stop_reference
 from video_towers import MERGING, clip4clip, groups, schedule, stop, videos
 
+import tome_export
 from tome_export.artifact import Artifact
 from tome_export.bench.main import BenchRequest, bench
 from tome_export.build import BuildRequest, build
@@ -29,6 +30,7 @@ from tome_export.onnx.plugin import merging_of
 from tome_export.onnx.twin import twin_from_model
 from tome_export.parity.main import CheckRequest, OverMergedError, check
 from tome_export.plugins.match import contract
+from tome_export.predict import PredictRequest, predict
 from tome_export.report.main import ReportRequest, report
 from tome_export.runtime.merge_maps import chosen_plans, merge_maps
 from tome_export.runtime.model import reference_model
@@ -97,6 +99,30 @@ def test_the_manifest_says_how_frames_are_joined(artifact):
     assert manifest["merge"]["schedule"] == ("r=3 constant; layers 1,2 join 2,2 clips, 30,10 %")
     assert sum(layer["macs"] for layer in manifest["layers"]) < manifest["macs"]["merged"]
     assert manifest["parity"]["passed"]
+
+
+def test_load_and_predict_take_video_files(artifact, tmp_path):
+    pytest.importorskip("av", reason="the video extra is not installed")
+    paths = [write_video(tmp_path / f"{frames}.mp4", frames) for frames in (8, 20)]
+    pixels = load_videos(paths, artifact.manifest.preprocessing, 8)
+    with tome_export.load(artifact.path) as model:
+        expected = model.run(pixels, video_mask=np.ones((2, 8), np.float32))["video_features"]
+        np.testing.assert_allclose(model(paths).features, expected, atol=1e-5)
+        with pytest.raises(InputError, match=r"^video 1 is an array uint8 \[9, 9, 3\]; the model "):
+            model(np.zeros((9, 9, 3), np.uint8))
+    write_video(tmp_path / "short.mp4", 3)
+    output = tmp_path / "features.npy"
+    images = (paths[0], tmp_path / "short.mp4", paths[1])
+    result = predict(PredictRequest(artifact.path, images, output=output))
+    np.testing.assert_allclose(np.load(output)[[0, 2]], expected, atol=1e-5)
+    assert np.isnan(np.load(output)[1]).all()
+    (failed,) = result.failed
+    assert failed.reason == (
+        "has 3 frames; expected 8 or more, give a longer one or take fewer frames"
+    )
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png is no video, and the model takes videos$"):
+        predict(PredictRequest(artifact.path, (tmp_path / "a.png",)))
 
 
 @pytest.fixture(scope="module", params=["clip4clip", "stop"])

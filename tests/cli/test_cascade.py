@@ -240,7 +240,7 @@ def test_artifacts_that_make_no_cascade(run, digit_members, tmp_path):
             [low, asks],
             3,
             f"the model of {asks} takes query with every image, which 'tome-export cascade' cannot "
-            "give; use check, bench, inspect --query or serve",
+            "give; use check, bench, predict or inspect --query, or serve",
         ),
         (
             [low, silent],

@@ -107,7 +107,7 @@ def test_the_table_counts_clips(run, tmp_path):
     assert ran.code == 3
     assert ran.error == (
         f"the model of {tmp_path / 'out'} takes videos, and 'tome-export eval' is for models of "
-        "images; use check, bench, inspect, report or serve"
+        "images; use check, bench, predict, inspect, report or serve"
     )
     ran = run("tune", "cli_video:clip4clip", "--target-macs", "0.8", "-o", "schedule.json")
     assert ran.code == 3

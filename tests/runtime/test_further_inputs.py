@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+import tome_export
 from tome_export.artifact import Artifact
 from tome_export.artifact.manifest import Tensor, read_manifest
 from tome_export.bench.main import BenchRequest, bench
@@ -16,6 +17,7 @@ from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.evaluate.main import EvalRequest, evaluate
 from tome_export.models.facts import DATA
 from tome_export.parity.main import CheckRequest, check
+from tome_export.predict import PredictRequest, predict
 from tome_export.report.main import ReportRequest, report
 from tome_export.runtime.inputs import extra_inputs, inputs_from_file
 from tome_export.runtime.torch import TorchRunner
@@ -81,6 +83,30 @@ def test_inspect_draws_what_a_query_keeps(artifact, vector, tmp_path):
     assert drawn[0] != drawn[1]
     with pytest.raises(UsageError, match=r"^the model takes query \[24\] with every image; give "):
         inspect(InspectRequest(artifact.path, (DIGIT,), output=tmp_path / "none"))
+
+
+def test_load_and_predict_take_it(artifact, vector, tmp_path):
+    given = np.load(vector)
+    with tome_export.load(artifact.path) as model:
+        with pytest.raises(
+            UsageError, match=r"^the model takes query \[24\] with every image; giv"
+        ):
+            model(DIGIT)
+        with pytest.raises(InputError, match=r"^query has shape \[24, 1\]; expected 2 rows, one p"):
+            model([DIGIT, DIGIT], query=given[:, None])
+        one = model(DIGIT, query=np.float32(given)).labels[0]
+        rows = np.float32([given, -given])
+        two = model([DIGIT, DIGIT], query=rows).labels
+    assert (two[0] == one, two[1] == one) == (True, False)
+    assert predict(PredictRequest(artifact.path, (DIGIT,), query=vector)).answers[0].labels == one
+    # What is left of a batch keeps its own rows.
+    (tmp_path / "broken.png").write_text("no image")
+    np.save(tmp_path / "three.npy", rows[[0, 0, 1]])
+    images = (DIGIT, tmp_path / "broken.png", DIGIT)
+    found = predict(PredictRequest(artifact.path, images, query=tmp_path / "three.npy"))
+    assert [answer.labels for answer in found.answers] == two
+    with pytest.raises(UsageError, match=r"the model takes query \[24\] with every image; give it"):
+        predict(PredictRequest(artifact.path, (DIGIT,)))
 
 
 def test_served_models_take_it(artifact, tmp_path):

@@ -38,15 +38,18 @@ class ImageAnswer:
     features: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
+def names_of_classes(manifest: Manifest) -> tuple[str, ...]:
+    """Of each class of the output ``[B, K, ...]`` its name, or its number where it has none."""
+    return manifest.labels or tuple(map(str, range(int(manifest.output.shape[1]))))
+
+
 def labels_from_logits(manifest: Manifest, logits: NDArray[Any], top: int) -> list[list[Label]]:
     """The best classes of each image by its finite ``logits [B, K]``, as many as there are.
 
     Of a regression these are all numbers, in their order.
     """
-    activation = manifest.activation or "none"
-    classes = logits.shape[1]
-    names = manifest.labels or tuple(map(str, range(classes)))
-    found = top_k(logits, count_of(top, classes, activation), activation)
+    activation, names = manifest.activation or "none", names_of_classes(manifest)
+    found = top_k(logits, count_of(top, len(names), activation), activation)
     return [
         [Label(names[i], s, i) for i, s in zip(index, score, strict=True)]
         for index, score in zip(*(array.tolist() for array in found), strict=True)

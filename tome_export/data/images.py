@@ -136,7 +136,7 @@ def _pixels(image: AnImage, number: int, preprocessing: Preprocessing) -> Array:
     from tome_export.data.preprocess import load_images, pixels_from_image
 
     if isinstance(image, str | os.PathLike):
-        return load_images([os.fspath(image)], preprocessing)[0]
+        return np.asarray(load_images([os.fspath(image)], preprocessing)[0])
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and _is_picture(image.shape):
         image = fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image):
@@ -169,7 +169,7 @@ def input_items(manifest: Manifest, paths: Sequence[Path]) -> list[Item]:
 
 
 def _video(manifest: Manifest, path: Path, _name: str) -> Array:
-    return load_inputs(manifest, [path])[0]
+    return np.asarray(load_inputs(manifest, [path])[0])
 
 
 def image_names(folder: Path | None, count: int, *, videos: bool = False) -> list[str]:

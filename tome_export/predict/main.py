@@ -16,14 +16,14 @@ from tome_export.artifact import Artifact, Manifest, staged, write_json, writing
 from tome_export.artifact.evaluation import UnreadableImage
 from tome_export.artifact.files import check_new_file, write_whole
 from tome_export.artifact.pictures import names_of, pictures_of
-from tome_export.data.answers import ImageAnswer, labels_from_logits
+from tome_export.data.answers import ImageAnswer, Label, labels_from_logits, names_of_classes
 from tome_export.data.decode import Task, decoded_chunks
 from tome_export.data.images import input_items
 from tome_export.data.preprocess import find_images, find_videos, is_video, pixels_from_bytes
 from tome_export.data.scores import TOP_K
 from tome_export.display import counted
 from tome_export.errors import InputError, UsageError
-from tome_export.predict.pictures import classes_of, is_picture, picture_of
+from tome_export.predict.pictures import class_map, is_picture, picture_of
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.environment import cores
 from tome_export.runtime.inputs import asked_inputs, inputs_from_file
@@ -73,7 +73,8 @@ class MapAnswer:
         shape: Shape of the output.
         low: Its lowest value, black in a picture of one channel.
         high: Its highest, white in it.
-        classes: Of several channels those that are the largest somewhere; None of one.
+        labels: Of several channels those that are the largest somewhere, with the share of the map
+            where they are as their score, largest first; None of one channel.
         file: Name of its picture in the output folder; None where nothing was written.
         raw: Name of the file with its values; None where that was not asked for.
     """
@@ -82,7 +83,7 @@ class MapAnswer:
     shape: tuple[int, ...]
     low: float
     high: float
-    classes: tuple[int, ...] | None
+    labels: list[Label] | None
     file: str | None = None
     raw: str | None = None
 
@@ -154,7 +155,9 @@ def predict(request: PredictRequest, progress: Progress | None = None) -> Predic
                 (labels,) = labels_from_logits(manifest, values[None], request.top)
                 answers.append(ImageAnswer(paths[index], labels))
             elif manifest.output_kind == "map":
-                answers.append(_map(paths[index], values, folder, names[index], request.raw))
+                answers.append(
+                    _map(manifest, paths[index], values, folder, names[index], request.raw)
+                )
             elif output is None:
                 answers.append(ImageAnswer(paths[index], None, dict(found)))
             else:
@@ -232,15 +235,16 @@ def _outputs(
                     continue
                 row = kept.index(position)
                 one = {name: array[row] for name, array in outputs.items()}
-                name = manifest.output.name
-                finite = np.isfinite(one[name]).all()
-                yield one if finite else f"the model's {name} of it is not finite"
+                finite = np.isfinite(one[manifest.output.name]).all()
+                yield one if finite else "what the model gives of it is not finite"
             progress.step("images", start + count, len(paths))
 
 
-def _map(image: Path, values: NDArray[Any], folder: Path | None, name: str, raw: bool) -> MapAnswer:
+def _map(
+    manifest: Manifest, image: Path, values: NDArray[Any], folder: Path | None, name: str, raw: bool
+) -> MapAnswer:
     """A dense output, and its files where there is a folder for them."""
-    classes = classes_of(values) if is_picture(values.shape) else None
+    classes = class_map(values) if is_picture(values.shape) else None
     file, array = f"{name}.png", f"{name}.npy"
     if folder is not None:
         picture_of(values).save(folder / file, optimize=True)
@@ -251,10 +255,18 @@ def _map(image: Path, values: NDArray[Any], folder: Path | None, name: str, raw:
         values.shape,
         float(values.min()),
         float(values.max()),
-        None if classes is None else tuple(np.unique(classes).tolist()),
+        None if classes is None else _shares(manifest, classes),
         None if folder is None else file,
         array if raw else None,
     )
+
+
+def _shares(manifest: Manifest, classes: NDArray[np.int64]) -> list[Label]:
+    """The classes of a map ``[H, W]`` of them, largest first, by their share of it."""
+    shares = np.bincount(classes.reshape(-1)) / classes.size
+    names = names_of_classes(manifest)
+    order = np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)]
+    return [Label(names[i], float(shares[i]), i) for i in order.tolist()]
 
 
 def _summary(manifest: Manifest, answers: Sequence[Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def is_picture(shape: Sequence[int]) -> bool:
     return len(shape) in (2, 3) and all(shape)
 
 
-def classes_of(values: NDArray[Any]) -> NDArray[np.int64] | None:
+def class_map(values: NDArray[Any]) -> NDArray[np.int64] | None:
     """The channel of the largest value ``[H, W]`` of ``[K, H, W]``; None of a single channel."""
     if values.ndim == 2 or len(values) == 1:
         return None
@@ -38,7 +38,7 @@ def picture_of(values: NDArray[Any]) -> Image:
     """
     from PIL import Image
 
-    classes = classes_of(values)
+    classes = class_map(values)
     if classes is None:
         plain = values.reshape(values.shape[-2:]).astype(np.float64)
         low, high = plain.min(), plain.max()

@@ -71,7 +71,7 @@ def refuse_videos(artifact: Artifact, command: str) -> None:
     if artifact.manifest.video:
         raise InputError(
             f"the model of {artifact.path} takes videos, and 'tome-export {command}' is for models "
-            "of images; use check, bench, inspect, report or serve"
+            "of images; use check, bench, predict, inspect, report or serve"
         )
 
 
@@ -81,7 +81,8 @@ def refuse_extra_inputs(artifact: Artifact, command: str) -> None:
     if extra:
         raise InputError(
             f"the model of {artifact.path} takes {', '.join(extra)} with every image, which "
-            f"'tome-export {command}' cannot give; use check, bench, inspect --query or serve"
+            f"'tome-export {command}' cannot give; use check, bench, predict or inspect --query, "
+            "or serve"
         )
 
 
