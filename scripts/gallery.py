@@ -72,7 +72,7 @@ def record(unmerged: Artifact, merged: Artifact) -> dict[str, Any]:
     saliency = []
     for artifact in (unmerged, merged):
         with tome_export.load(artifact.path) as model:
-            saliency.append(model(pixels)[manifest.output.name][:, 0])
+            saliency.append(model(paths).map[:, 0])
     return {
         "model": MODEL,
         "r": R,

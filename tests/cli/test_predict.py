@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tome_export.build import BuildRequest, build
+from tome_export.data.preprocess import load_images
 from tome_export.merge.schedule import Schedule
 from tome_export.models.facts import DATA
 from tome_export.runtime.registry import backend_of
@@ -217,3 +218,95 @@ def test_outputs_that_are_not_finite_are_named(run, built, monkeypatch):
         {"name": str(DIGIT), "reason": "what the model gives of it is not finite"}
     ]
     assert len(ran.json["images"]) == 2
+
+
+DENSE = """
+import torch
+from tome_export.spec import Preprocessing
+
+class Head(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        from transformers import Dinov2Config, Dinov2Model
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        self.backbone = Dinov2Model(Dinov2Config(image_size=56, patch_size=14, **sizes))
+        self.head = torch.nn.Conv2d(32, channels, 1)
+
+    def forward(self, pixel_values):
+        tokens = self.backbone(pixel_values).last_hidden_state[:, 1:]
+        return {"seen": self.head(tokens.transpose(1, 2).unflatten(2, (4, 4)))}
+
+def made(channels):
+    how = Preprocessing((3, 56, 56), (0.5,) * 3, (0.25,) * 3, 1.0, "bicubic")
+    return Head(channels).eval(), how
+
+def grey():
+    return made(1)
+
+def classes():
+    return made(3)
+"""
+
+
+@pytest.fixture(scope="module", params=["grey", "classes"])
+def dense(request, tmp_path_factory):
+    """The artifact of a whole model with a head of one channel, or three, and the model itself."""
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    folder = tmp_path_factory.mktemp("dense")
+    (folder / f"predict_{request.param}.py").write_text(DENSE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        made = BuildRequest(
+            f"predict_{request.param}:{request.param}",
+            folder / "built",
+            schedule=Schedule(0),
+            engine="none",
+            check=False,
+        )
+        artifact = build(made)
+    code: dict = {}
+    exec(DENSE, code)  # noqa: S102 (the same model, without this package's loader)
+    return artifact, *code[request.param]()
+
+
+def test_maps_are_those_of_the_model_and_drawn(run, dense, photographs, tmp_path):
+    import torch
+
+    artifact, model, preprocessing = dense
+    whole = [photographs / f"{index}.png" for index in (0, 1, 3, 4)]
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(load_images(whole, preprocessing)))["seen"].numpy()
+    ran = run("predict", artifact.path, photographs, "-o", "maps", "--raw", "--json")
+    assert ran.code == 3
+    assert [one["name"] for one in ran.json["failed"]] == [f"{photographs}/2.png"]
+    files = [f"{index}.{end}" for index in (0, 1, 3, 4) for end in ("npy", "png")]
+    assert names(tmp_path / "maps") == [*files, "predict.json"]
+    for values, one in zip(expected, ran.json["images"], strict=True):
+        found = np.load(tmp_path / "maps" / one["raw"])
+        np.testing.assert_allclose(found, values, atol=1e-4)
+        assert (one["low"], one["high"]) == (found.min(), found.max())
+        with Image.open(tmp_path / "maps" / one["file"]) as picture:
+            drawn = np.asarray(picture)
+        if len(values) == 1:
+            scaled = (found[0] - one["low"]) / (one["high"] - one["low"])
+            np.testing.assert_allclose(drawn, 255 * scaled, atol=0.6)
+            assert one["labels"] is None
+        else:
+            assert drawn.tolist() == found.argmax(axis=0).tolist()
+            shares = {label["index"]: label["score"] for label in one["labels"]}
+            assert shares == {i: (drawn == i).mean() for i in range(3) if (drawn == i).any()}
+    again = run("predict", artifact.path, whole[0], "-o", "maps")
+    assert (again.code, names(tmp_path / "maps")) == (3, [*files, "predict.json"])
+    assert again.error.endswith("maps exists; give another directory, or --force to replace it")
+    again = run("predict", artifact.path, whole[0], "-o", "maps", "--force")
+    assert again.code == 0, again.err
+    assert names(tmp_path / "maps") == ["0.png", "predict.json"]
+    assert "cut to 56 x 56 around the centre" in again.out
+    (tmp_path / "maps" / "mine.txt").touch()
+    assert run("predict", artifact.path, whole[0], "-o", "maps", "--force").code == 3
+    printed = run("predict", artifact.path, whole[0])
+    assert printed.code == 0
+    assert f"{len(values)}x4x4" in printed.out
+    assert run("predict", artifact.path, photographs / "2.png", "-o", "none").code == 3
+    assert names(tmp_path) == ["maps", "photos"]
