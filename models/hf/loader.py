@@ -266,16 +266,19 @@ class SaliencyLoader(HfLoader):
 
     def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``Loader``."""
+        from torch.nn import ModuleDict
+
         tower, decoder = {}, {}
         for key, value in checkpoint.state.items():
-            part, _, name = key.partition(".")
-            if part == "decoder":
-                decoder[name] = value
+            if key.startswith("decoder."):
+                decoder[key] = value
             else:
                 tower[key.removeprefix("backbone.")] = value
         made = super().from_file(recipe, replace(checkpoint, state=tower), depth)
-        head = filled(recipe, self._decoder(), decoder, checkpoint)
-        return loaded(self._with_decoder(made.module, head.module), recipe, made.weights)
+        # By the names of the file, which a message repeats.
+        named: Any = ModuleDict({"decoder": self._decoder()})
+        filled(recipe, named, decoder, checkpoint)
+        return loaded(self._with_decoder(made.module, named.decoder), recipe, made.weights)
 
     def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:  # noqa: ARG002
         """Refused: there is no place to get the file from, only a script that makes it."""

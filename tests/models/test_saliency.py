@@ -73,7 +73,7 @@ def test_positions_are_resampled_as_the_library_does(written):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.pop("decoder.bn2.running_var"), "bn2.running_var"),
+        (lambda s: s.pop("decoder.bn2.running_var"), "decoder.bn2.running_var"),
         (lambda s: s.pop("backbone.layernorm.bias"), "layernorm.bias"),
         (lambda s: s["decoder.upconv1.weight"].fill_(float("nan")), "upconv1.weight"),
         (lambda s: s.update({"decoder.more": torch.zeros(1)}), "more"),
