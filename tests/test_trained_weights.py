@@ -53,7 +53,7 @@ def test_the_page_states_versions_and_licences(script) -> None:
 
 @pytest.mark.slow
 def test_from_an_empty_folder_to_a_report(trained_folder: Path) -> None:
-    """The fixture has run the page's first command, in a folder with nothing but scripts in it."""
+    """The fixture has run the page's first command, in a folder with links to a checkout only."""
     folder = trained_folder.parents[1]
     for line in page_commands()[1:]:
         done = run_command(line, folder)

@@ -37,10 +37,11 @@ def run_command(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def make_trained_folder(folder: Path) -> Path:
-    """Run the page's first command in an empty folder; skip where no package can be downloaded."""
+    """Run the page's first command in a folder; skip where no package can be downloaded."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "scripts").exists():
-        (folder / "scripts").symlink_to(ROOT / "scripts")
+    for name in ("scripts", "models"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     line = page_commands()[0]
     done = run_command(line, folder)
     if done.returncode == 4 and UNREACHABLE.search(done.stderr):
