@@ -64,8 +64,12 @@ def command(terminal: Terminal, /, artifact: Path, options: CheckOptions) -> Non
         return
     failed = next((report for report in result.reports if not report.passed), None)
     first = result.reports[0]
-    error = OverMergedError(result.entropy, first.images, first.subject)
-    terminal.result_with(values, _lines(result), ParityFailedError(failed) if failed else error)
+    error: Exception
+    if failed is not None:
+        error = ParityFailedError(failed)
+    else:
+        error = OverMergedError(result.entropy, first.images, first.subject)
+    terminal.result_with(values, _lines(result), error)
 
 
 def _lines(result: CheckResult) -> list[str]:
