@@ -10,7 +10,7 @@ import click
 
 from tome_export.cli.format import artifact_values, listed, model_lines, parity_lines
 from tome_export.cli.options import FILE, ImagesGroup, StoredWeightsGroup, grouped_command, option
-from tome_export.cli.output import Terminal
+from tome_export.cli.output import Terminal, beside_the_error
 from tome_export.cli.progress import working
 from tome_export.display import percent
 from tome_export.runtime.registry import BACKENDS, TORCH
@@ -62,14 +62,15 @@ def command(terminal: Terminal, /, artifact: Path, options: CheckOptions) -> Non
     if result.passed:
         terminal.recorded(values, _lines(result), result.unrecorded)
         return
+    if not terminal.json:
+        with beside_the_error():
+            terminal.result(values, _lines(result))
+    terminal.findings = values
     failed = next((report for report in result.reports if not report.passed), None)
-    first = result.reports[0]
-    error: Exception
-    if failed is not None:
-        error = ParityFailedError(failed)
-    else:
-        error = OverMergedError(result.entropy, first.images, first.subject)
-    terminal.result_with(values, _lines(result), error)
+    if failed is None:
+        first = result.reports[0]
+        raise OverMergedError(result.entropy, first.images, first.subject)
+    raise ParityFailedError(failed)
 
 
 def _lines(result: CheckResult) -> list[str]:
