@@ -100,8 +100,8 @@ def recipe_from_function(name: str) -> Recipe:
     """Call ``module:function``, which returns an ``nn.Module`` or (module, ``Preprocessing``).
 
     The module is looked for on the Python path and in the current folder. The model may be of any
-    family that can be patched; its tokens, layers, image size and kind of output are those of the
-    patched model. Without a ``Preprocessing``, what the model itself says of its images is used
+    family that can be patched, or have a head of its own on a backbone (``patch.whole``); its
+    tokens, layers, image size and kind of output are those of the patched model. Without a ``Preprocessing``, what the model itself says of its images is used
     (the configuration of timm or open_clip), else its family's mean and standard deviation.
     """
     from tome_export.patch import MergedModel, UnknownModelError
@@ -122,7 +122,10 @@ def recipe_from_function(name: str) -> Recipe:
     image_size = patched[0].image_size
     source = remark = ""
     if preprocessing is None:
-        preprocessing, source = _own_preprocessing(name, module, image_size)
+        # A model around a backbone of the library may say nothing of its images itself.
+        own = _hf_config(module) is not None or hasattr(module, "pretrained_cfg")
+        described = module if own else patched[0].backbone
+        preprocessing, source = _own_preprocessing(name, described, image_size)
     _check_images(name, preprocessing, image_size)
     if source:
         remark = f"; preprocessing is {source}: {in_words(preprocessing)}"

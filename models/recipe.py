@@ -161,10 +161,11 @@ class Recipe:
         """The recipe with what a user says makes scores of its output; None leaves it as it is."""
         if activation is None:
             return self
-        if self.video is not None or self.tower is not None:
+        if self.video is not None or self.tower is not None or self.output.is_map:
+            what = "gives a map" if self.output.is_map else "is a tower whose output is features"
             raise InputError(
-                f"activation {activation} was asked for {self.name}, which is a tower whose output "
-                "is features; leave --activation out"
+                f"activation {activation} was asked for {self.name}, which {what}; leave "
+                "--activation out"
             )
         note = f"--activation {activation}"
         output = replace(self.output, name="logits", note=note, activation=activation)

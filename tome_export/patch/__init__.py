@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.base import MergedModel, NoImageOutputError
-from tome_export.patch.dense import MergedDense, backbone_inside
+from tome_export.patch.whole import MergedWholeModel, backbone_inside
 from tome_export.patch.hf.clip import MergedClip, MergedSiglip
 from tome_export.patch.hf.vit import MergedDino, MergedVit
 from tome_export.patch.merger import LayerTrace, MergeSettings
@@ -119,7 +119,7 @@ def patch_with_settings(model: nn.Module, settings: MergeSettings) -> MergedMode
             "patch(model.visual, r)"
         )
     if found := backbone_inside(model, BACKBONES):
-        return MergedDense(model, settings, *found)
+        return MergedWholeModel(model, settings, *found)
     raise UnknownModelError(
         f"model class {cls.__name__} is not supported; supported: {'; '.join(_supported())}"
     )

@@ -89,7 +89,7 @@ class MergedModel(nn.Module, ABC):
 
     backbone_classes: ClassVar[tuple[str, ...]] = ()
     """Full names of the classes that it merges in inside of a model with a head of its own; see
-    ``patch.dense``."""
+    ``patch.whole``."""
 
     map_name: str | None = None
     """What a model with a head of its own for the grid of patches calls its output; else None."""

@@ -30,7 +30,7 @@ BARE = "map"
 BlockForward = Callable[..., Any]
 
 
-class MergedDense(MergedModel):
+class MergedWholeModel(MergedModel):
     """A whole model whose backbone merges tokens; see ``MergedModel``.
 
     The output is the model's own, a tensor ``[B, ...]`` of three or more axes.
@@ -108,7 +108,7 @@ class MergedDense(MergedModel):
 class _Blocks:
     """The blocks of one forward pass: the merged tokens on their way from each to the next."""
 
-    def __init__(self, model: MergedDense, inner: MergedModel, merger: Merger) -> None:
+    def __init__(self, model: MergedWholeModel, inner: MergedModel, merger: Merger) -> None:
         self.model, self.inner, self.merger = model, inner, merger
         self.tokens: Tokens | None = None
         self.shown: Tensor | None = None
