@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.base import MergedModel, NoImageOutputError
-from tome_export.patch.whole import MergedWholeModel, backbone_inside
 from tome_export.patch.hf.clip import MergedClip, MergedSiglip
 from tome_export.patch.hf.vit import MergedDino, MergedVit
 from tome_export.patch.merger import LayerTrace, MergeSettings
@@ -19,6 +18,7 @@ from tome_export.patch.open_clip.vit import MergedOpenClip, MergedTimmModel
 from tome_export.patch.timm.eva import MergedEva
 from tome_export.patch.timm.vit import MergedVisionTransformer
 from tome_export.patch.torchvision.vit import MergedTorchvision
+from tome_export.patch.whole import MergedWholeModel, backbone_inside
 from tome_export.reducers import DEFAULT, reducer_class
 
 if TYPE_CHECKING:

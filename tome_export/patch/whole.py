@@ -177,7 +177,8 @@ def own_output(output: Any, name: str) -> tuple[str, Tensor]:
     elif isinstance(output, tuple | list):
         entries = [(BARE, value) for value in output if value is not None]
     if len(entries) != 1 or not isinstance(entries[0][1], Tensor):
-        what = ", ".join(f"{key} ({type(value).__name__})" for key, value in entries) or "nothing"
+        kinds = {k: "a tensor" if isinstance(v, Tensor) else type(v).__name__ for k, v in entries}
+        what = ", ".join(f"{key} ({kind})" for key, kind in kinds.items()) or "nothing"
         raise InputError(
             f"model {name} gives {what}; expected one tensor, alone or in a dictionary with its "
             "name: return only what is to be served"
