@@ -101,8 +101,9 @@ def recipe_from_function(name: str) -> Recipe:
 
     The module is looked for on the Python path and in the current folder. The model may be of any
     family that can be patched, or have a head of its own on a backbone (``patch.whole``); its
-    tokens, layers, image size and kind of output are those of the patched model. Without a ``Preprocessing``, what the model itself says of its images is used
-    (the configuration of timm or open_clip), else its family's mean and standard deviation.
+    tokens, layers, image size and kind of output are those of the patched model. Without a
+    ``Preprocessing``, what the model itself says of its images is used (the configuration of timm
+    or open_clip), else its family's mean and standard deviation.
     """
     from tome_export.patch import MergedModel, UnknownModelError
 
