@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -20,13 +20,27 @@ from tome_export.cli.options import (
 )
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
-from tome_export.display import percent, short_macs
+from tome_export.display import percent, scored, short_macs
 from tome_export.errors import UnrecordedError
 from tome_export.reducers import DEFAULT
 
 if TYPE_CHECKING:
     from tome_export.artifact.goal import Goal
-    from tome_export.artifact.schedule import Estimate, TunedPoint, TunedSchedule
+    from tome_export.artifact.schedule import (
+        Estimate,
+        Similarity,
+        SimilarityEstimate,
+        TunedPoint,
+        TunedSchedule,
+    )
+
+METRICS = {
+    "top1": "Top-1",
+    "agreement": "Agreement",
+    "similarity": "Similarity",
+    "retrieval": "Same neighbour",
+}
+"""What is counted, as ``goal.Metric``, in words."""
 
 ROWS = 6
 """Most rows of each method, besides the chosen one."""
@@ -60,11 +74,19 @@ class TuneOptions(Targets, LabelsGroup, WeightsGroup, ReducerGroup, PrecisionGro
         metavar="-0.5|97.2",
         help="-0.5: at most half a point below the unmerged model; 97.2: percent.",
     )
+    min_similarity: float | None = option(
+        metavar="0.98",
+        help="Of models without classes: mean similarity to the unmerged output, 0 to 1.",
+    )
+    measure: Literal["similarity", "retrieval"] | None = option(
+        help="Of models without classes: cosine of features or correlation of maps, or whether "
+        "images keep their nearest neighbour.  [default: similarity]",
+    )
     data: tuple[str, ...] = option(
         heading="Images",
         metavar="FOLDER|SHARDS|samples",
         default=("samples",),
-        help="Images: top-1 with class sub-folders, else agreement with the unmerged model.",
+        help="Images: top-1 with class sub-folders, else compared with the unmerged model.",
     )
     limit: int | None = option(
         heading="Images", metavar="N", help="Most images.  [default: 2048, or fewer]"
@@ -95,7 +117,7 @@ def command(terminal: Terminal, /, model: str, options: TuneOptions) -> None:
     The schedule goes into a file for 'tome-export build MODEL --schedule FILE'.
     """
     with working(terminal) as progress:
-        goal = options.goal("target_latency_ms", "target_macs", "min_accuracy")
+        goal = options.goal("target_latency_ms", "target_macs", "min_accuracy", "min_similarity")
         precision = options.precision
         from tome_export.tune.main import TuneRequest, tune
 
@@ -129,7 +151,10 @@ def _lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
 
 
 def _facts(tuned: TunedSchedule) -> dict[str, str]:
+    from tome_export.artifact.schedule import ChosenPoint
+
     data, search, found, unmerged = tuned.data, tuned.search, tuned.found, tuned.unmerged
+    metric = tuned.objective.metric
     images = f"{data.search} to search"
     images += f", {data.validation} to choose" if data.validation else ", none to choose"
     images += f", {data.held_out} held out" if data.held_out else ""
@@ -142,16 +167,27 @@ def _facts(tuned: TunedSchedule) -> dict[str, str]:
         "Schedule": _list(found),
         "MACs": f"{short_macs(found.macs)}, {_share(found, tuned)} of the unmerged model's",
     }
-    parts = f"search {percent(found.search_accuracy)}"
-    if found.validation_accuracy is not None:
-        parts += f", choice {percent(found.validation_accuracy)}"
-    accuracy = f"{percent(found.accuracy)} ({parts}), unmerged {percent(unmerged.accuracy)}"
-    facts["Top-1" if tuned.objective.metric == "top1" else "Agreement"] = accuracy
+    if isinstance(found, ChosenPoint):
+        parts = f"search {percent(found.search_accuracy)}"
+        if found.validation_accuracy is not None:
+            parts += f", choice {percent(found.validation_accuracy)}"
+        accuracy = f"{percent(found.accuracy)} ({parts})"
+        known = unmerged.accuracy is not None
+        facts[METRICS[metric]] = accuracy + f", unmerged {percent(unmerged.accuracy)}" * known
+    if found.similarity is not None:
+        facts[METRICS["similarity"]] = _similarity(found.similarity)
     facts["Entropy"] = f"{found.entropy:.4f} on the search image with the least"
     if search.min_entropy is not None:
         limit = f"{search.min_entropy:g}"
         facts["Entropy"] += f"; {search.over_merged} schedules fell under {limit} and were left out"
-    facts |= _estimate(found.estimate, tuned.confidence)
+    if found.estimate is None:
+        facts["Elsewhere"] = "unknown: all images were searched on"
+    else:
+        text = _estimate(found.estimate, f"{100 * tuned.confidence:g} % interval")
+        held_out = found.estimate.on == "held out"
+        facts["Held out" if held_out else "Choice"] = (
+            text if held_out else f"{text}; optimistic, the schedule was chosen with them"
+        )
     if (costs := tuned.cost_table) is not None:
         facts["Latency"] = (
             f"{found.latency_ms:.3g} ms measured, {found.predicted_latency_ms:.3g} ms predicted; "
@@ -163,20 +199,36 @@ def _facts(tuned: TunedSchedule) -> dict[str, str]:
     best = "none was found that meets the target"
     if (constant := tuned.best_constant) is not None:
         best = f"{_list(constant)}: {short_macs(constant.macs)} MACs, {_share(constant, tuned)}, "
-        best += percent(constant.accuracy)
+        best += scored(constant.counted, metric)
     return {**facts, "Best constant r": best}
 
 
-def _estimate(estimate: Estimate | None, confidence: float) -> dict[str, str]:
-    """What to expect of images that are not here; the label says which images tell."""
-    if estimate is None:
-        return {"Elsewhere": "unknown: all images were searched on"}
+def _similarity(found: Similarity) -> str:
+    text = f"mean {found.mean:.4f}, lowest {found.lowest:.4f}"
+    if found.mean_absolute_difference is not None:
+        text += f", mean absolute difference {found.mean_absolute_difference:.3g}"
+    return text
+
+
+def _estimate(estimate: Estimate | SimilarityEstimate, interval: str) -> str:
+    """What to expect of images that are not here."""
+    from tome_export.artifact.schedule import SimilarityEstimate
+
+    if isinstance(estimate, SimilarityEstimate):
+        text = f"{estimate.mean:.4f} over {estimate.images}, {interval} {estimate.low:.4f} to "
+        text += f"{estimate.high:.4f}, lowest {estimate.lowest:.4f}"
+        if estimate.best_constant is not None and (more := estimate.over_constant) is not None:
+            text += f"; best constant r {estimate.best_constant.mean:.4f}: {more.mean:+.4f}, "
+            text += f"{more.low:+.4f} to {more.high:+.4f}"
+        return text
     change, text = estimate.change, f"{percent(estimate.share)} of {estimate.images}, unmerged "
     text += f"{percent(estimate.unmerged.share)}: {100 * change.share:+.2f} points, "
-    text += f"{100 * confidence:g} % interval {100 * change.low:+.2f} to {100 * change.high:+.2f}"
-    if estimate.on == "held out":
-        return {"Held out": text}
-    return {"Choice": f"{text}; optimistic, the schedule was chosen with them"}
+    text += f"{interval} {100 * change.low:+.2f} to {100 * change.high:+.2f}"
+    if estimate.best_constant is not None and (points := estimate.over_constant) is not None:
+        text += f"; best constant r {percent(estimate.best_constant.share)}: "
+        text += f"{100 * points.share:+.2f} points, "
+        text += f"{100 * points.low:+.2f} to {100 * points.high:+.2f}"
+    return text
 
 
 def _front(tuned: TunedSchedule) -> list[str]:
@@ -185,9 +237,11 @@ def _front(tuned: TunedSchedule) -> list[str]:
     rows: list[TunedPoint] = []
     for method in dict.fromkeys(point.method for point in tuned.front):
         rows += thinned([point for point in tuned.front if point.method == method], ROWS)
-    metric = "top-1" if tuned.objective.metric == "top1" else "agreement"
+    metric = tuned.objective.metric
+    alike = metric == "similarity"
+    head = ["", "method", "MACs", "of unmerged", *(["ms"] * timed), METRICS[metric].lower()]
     return table(
-        ["", "method", "MACs", "of unmerged", *(["ms"] * timed), metric, "r per layer"],
+        [*head, *(["lowest"] * alike), "r per layer"],
         [
             (
                 "*" if point.chosen else "",
@@ -195,12 +249,13 @@ def _front(tuned: TunedSchedule) -> list[str]:
                 short_macs(point.macs),
                 _share(point, tuned),
                 *([f"{point.latency_ms:.3g}"] if timed else []),
-                percent(point.accuracy),
+                scored(point.counted, metric),
+                *([f"{point.similarity.lowest:.4f}"] if alike and point.similarity else []),
                 _list(point),
             )
             for point in sorted(rows, key=lambda point: point.macs)
         ],
-        f"llrr{'r' * timed}rl",
+        f"llrr{'r' * timed}r{'r' * alike}l",
     )
 
 

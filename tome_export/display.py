@@ -77,6 +77,11 @@ def percent(share: float | None, digits: int | None = None) -> str:
     return (text if digits is not None else text.rstrip("0").rstrip(".")) + " %"
 
 
+def scored(value: float, metric: str, digits: int | None = None) -> str:
+    """What is counted of images, by ``goal.Metric``: a mean similarity, or a share in percent."""
+    return number(value, ".4f") if metric == "similarity" else percent(value, digits)
+
+
 def points(difference: float) -> str:
     """A difference of two shares in percentage points, with its sign."""
     text = f"{100 * difference:+.2f}".replace("-", MINUS)

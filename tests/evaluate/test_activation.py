@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.conftest import small_vit
-from tome_export.artifact.goal import Goal
 from tome_export.artifact.schedule import TuneData
 from tome_export.cascade import policy
 from tome_export.data.labels import Classes
@@ -20,7 +19,7 @@ from tome_export.parity.compare import _output_parity
 from tome_export.patch import patch
 from tome_export.spec import answers
 from tome_export.tune.images import TuneImages, tuning_source
-from tome_export.tune.main import _told_apart
+from tome_export.tune.measure import ClassMeasure
 from tome_export.tune.score import Scorer
 
 LOGITS = np.array([[2.0], [-1.0], [np.nan]])
@@ -119,9 +118,9 @@ def centred(classes: int):
 def test_a_sigmoid_is_tuned_by_what_can_fail(classes):
     model, pixels = centred(classes)
     r = (6, 6)
-    with Scorer(model, images_of(model), "sigmoid") as scorer:
-        score, right = scorer.search(r), scorer.right(r, 0, 4)
-        assert not scorer.one_answer
+    with Scorer(model, images_of(model), ClassMeasure("sigmoid")) as scorer:
+        score, right = scorer.counted(r, 0, 4)
+        assert scorer.images.data.notes == ()
     with torch.no_grad():
         plain, merged = model(pixels)[:4].double(), patch(model, list(r))(pixels)[:4].double()
     np.testing.assert_array_equal(right, ((plain > 0) == (merged > 0)).all(dim=1).numpy())
@@ -136,8 +135,8 @@ def test_labels_of_one_logit_are_no_and_yes():
     with torch.no_grad():
         yes = (model(pixels)[:, 0] > 0).numpy().astype(np.int64)
     yes[0] = 1 - yes[0]
-    with Scorer(model, images_of(model, yes), "sigmoid") as scorer:
-        assert scorer.unmerged_right.tolist() == [False] + [True] * 7
+    with Scorer(model, images_of(model), ClassMeasure("sigmoid", yes)) as scorer:
+        assert scorer.unmerged.tolist() == [False] + [True] * 7
 
 
 def test_agreement_with_one_answer_is_no_target():
@@ -145,13 +144,13 @@ def test_agreement_with_one_answer_is_no_target():
     with torch.no_grad():
         model.model.head.bias += 1000
     images = images_of(model)
-    with Scorer(model, images, "sigmoid") as scorer:
-        with pytest.raises(InputError, match=r"says the same of all 8 images.*; give images with"):
-            _told_apart(scorer, Goal.min_accuracy("90"))
-        noted = _told_apart(scorer, Goal.target_macs("50%"))
-        assert "told apart by damage" in noted.data.notes[0]
-    with Scorer(model, images_of(model, np.zeros(8, np.int64)), "sigmoid") as scorer:
-        assert not scorer.one_answer
+    with pytest.raises(InputError, match=r"says the same of all 8 images.*; give images with"):
+        Scorer(model, images, ClassMeasure("sigmoid"), targeted=True)
+    with Scorer(model, images, ClassMeasure("sigmoid")) as scorer:
+        assert "told apart by damage" in scorer.images.data.notes[0]
+    labelled = ClassMeasure("sigmoid", np.zeros(8, np.int64))
+    with Scorer(model, images, labelled, targeted=True) as scorer:
+        assert scorer.images.data.notes == ()
 
 
 def test_the_samples_labels_are_for_the_recipes_own_classes():

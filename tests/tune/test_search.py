@@ -56,13 +56,13 @@ def test_reaches_the_least_cost_at_an_accuracy(small_space, every_schedule, need
     optimum = min(
         cost
         for r, cost in zip(every_schedule, costs, strict=True)
-        if score(r).correct >= needed and any(r)
+        if score(r).total >= needed and any(r)
     )
     search = searched(small_space, 120, needed=needed)
     points = [point for point in search.points.values() if any(point.r)]
     found = Finalists(None).cheapest(points, needed, 0)
     assert found.cost <= 1.005 * optimum
-    constant = [p.cost for p in points if p.method == "constant" and p.score.correct >= needed]
+    constant = [p.cost for p in points if p.method == "constant" and p.score.total >= needed]
     assert found.cost <= min(constant, default=float("inf"))
 
 
@@ -97,11 +97,11 @@ def test_the_target_holds_on_all_images_not_on_those_of_the_search(small_space):
 
     def validate(r):
         looked.append(r)
-        return Score(IMAGES, score(r).correct - (30 if r[1] > 4 else 0), damage(r))
+        return Score(IMAGES, score(r).total - (30 if r[1] > 4 else 0), damage(r))
 
     points = [point for point in search.points.values() if any(point.r)]
     found = Finalists(validate).cheapest(points, 1900, IMAGES)
-    assert found.score.correct >= 1900
+    assert found.score.total >= 1900
     assert found.score.images == 2 * IMAGES
     assert len(looked) == len(set(looked)) < len(points) / 2
     plain = Finalists(None).cheapest(points, 950, 0)
@@ -125,7 +125,7 @@ def test_the_choice_ends_with_its_time(small_space):
     """No matter that nothing has met the target: one more is looked at, the likeliest to."""
     search = searched(small_space, 60, needed=950)
     points = [point for point in search.points.values() if any(point.r)]
-    best = max(points, key=lambda p: (p.score.correct, -p.score.damage))
+    best = max(points, key=lambda p: (p.score.total, -p.score.damage))
 
     for right, met in ((IMAGES, True), (0, False)):
         looked = []

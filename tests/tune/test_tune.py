@@ -18,6 +18,7 @@ from tome_export.progress import Silent
 from tome_export.tune import images as images_module
 from tome_export.tune.images import FEWEST, TuneImages
 from tome_export.tune.main import estimate as estimate_of
+from tome_export.tune.measure import ClassMeasure
 from tome_export.tune.score import Scorer
 
 R = (5, 0, 4)
@@ -57,17 +58,17 @@ def digits(limit, **more):
 def test_scores_are_those_of_the_patched_model(small):
     images = images_of(small)
     threads = torch.get_num_threads()
-    with Scorer(small, images) as scorer:
+    with Scorer(small, images, ClassMeasure()) as scorer:
         parts = [scorer.search(R), scorer.validation(R)]
         again = Scorer.search(scorer, R)
-        right = np.concatenate([scorer.right(R, a, b) for a, b in ((0, 16), (16, 24), (24, 30))])
+        parted = [scorer.counted(R, a, b)[1] for a, b in ((0, 16), (16, 24), (24, 30))]
     with torch.no_grad():
         merged = patch(small, list(R))(torch.from_numpy(images.pixels))
         plain = small(torch.from_numpy(images.pixels))
     expected = (merged.argmax(1) == plain.argmax(1)).numpy()
-    np.testing.assert_array_equal(right, expected)
+    np.testing.assert_array_equal(np.concatenate(parted), expected)
     assert [part.images for part in parts] == [16, 8]
-    assert sum(part.correct for part in parts) == expected[:24].sum()
+    assert sum(part.total for part in parts) == expected[:24].sum()
     reference, logits = (x[:24].double().log_softmax(1) for x in (plain, merged))
     damage = (reference.exp() * (reference - logits)).sum(1).mean()
     whole = sum(part.damage * part.images for part in parts) / 24
@@ -80,7 +81,7 @@ def test_scores_are_those_of_the_patched_model(small):
 
 
 def test_a_bad_schedule_is_left_early(small):
-    with Scorer(small, images_of(small)) as scorer:
+    with Scorer(small, images_of(small), ClassMeasure()) as scorer:
         whole = scorer.search((32, 16, 8))
         left = scorer.search((32, 16, 8), bound=whole.damage / 1000)
         assert whole.complete
@@ -90,7 +91,7 @@ def test_a_bad_schedule_is_left_early(small):
 
 def test_no_thread_is_left(small):
     before = threading.active_count()
-    with Scorer(small, images_of(small)) as scorer:
+    with Scorer(small, images_of(small), ClassMeasure()) as scorer:
         scorer.search(R)
         assert threading.active_count() > before
     assert threading.active_count() == before
@@ -102,12 +103,12 @@ def test_no_thread_is_left(small):
 )
 def test_the_estimate_is_of_images_that_the_search_did_not_see(small, parts, on, count):
     images = images_of(small, 30, *parts)
-    with Scorer(small, images) as scorer:
-        estimate = estimate_of(R, scorer)
+    with Scorer(small, images, ClassMeasure()) as scorer:
+        estimate = estimate_of(R, None, scorer, "agreement")
         if on is None:
             assert estimate is None
             return
-        right = scorer.right(R, 30 - count, 30)
+        right = scorer.counted(R, 30 - count, 30)[1]
     assert (estimate.on, estimate.images) == (on, count)
     assert estimate.correct == right.sum()
     assert estimate.low <= estimate.share <= estimate.high
@@ -137,10 +138,10 @@ def test_late_steps_take_what_they_cannot_do_without(small):
     assert len(images.pixels) == FEWEST
     note = f"{FEWEST} of 450 images are used; --limit and --time-limit set how many"
     assert note in images.data.notes
-    with Scorer(small, images_of(small, 100, 50, 75), until=0.0) as scorer:
+    with Scorer(small, images_of(small, 100, 50, 75), ClassMeasure(), until=0.0) as scorer:
         images = scorer.images
         assert FEWEST <= len(images.pixels) < 100
-        assert len(scorer.unmerged_right) == len(images.pixels)
+        assert len(scorer.unmerged) == len(images.pixels)
         assert 0 < images.data.search < images.chosen_on < len(images.pixels)
         assert images.data.held_out == len(images.pixels) - images.chosen_on
         assert scorer.search(R).images == images.data.search

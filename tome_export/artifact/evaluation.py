@@ -38,6 +38,17 @@ class Difference(Part):
     lost: Count
 
 
+class Mean(Part):
+    """A mean over images with its interval, see ``data.metrics.mean_of``.
+
+    For a difference the images are paired: it is the mean of each image's own difference.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
 class Cosines(Part):
     """Mean and smallest cosine of some images' features to those of another model."""
 

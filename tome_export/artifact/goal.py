@@ -9,10 +9,11 @@ from typing import Literal
 from tome_export.artifact.document import Part
 from tome_export.errors import InputError
 
-TargetKind = Literal["min-accuracy", "target-latency-ms", "target-macs"]
+TargetKind = Literal["min-accuracy", "min-similarity", "target-latency-ms", "target-macs"]
 
-Metric = Literal["top1", "agreement"]
-"""What counts as right: the label, or what the unmerged model or the largest member says."""
+Metric = Literal["top1", "agreement", "similarity", "retrieval"]
+"""What counts as right: the label, or what the unmerged model or the largest member says; of models
+without classes, how similar the output is to the unmerged model's, or the nearest neighbour."""
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
@@ -25,7 +26,8 @@ class Goal(Part):
 
     Attributes:
         kind: What is bounded.
-        value: Milliseconds, MACs per image or a share of them (see ``relative``), or percent.
+        value: Milliseconds, MACs per image or a share of them (see ``relative``), percent, or for
+            ``min-similarity`` a mean from 0 to 1.
         relative: ``target-macs`` as a percentage of the unmerged model's; ``min-accuracy`` as the
             change in points that is allowed against the unmerged model, zero or below.
     """
@@ -66,16 +68,35 @@ class Goal(Part):
             raise InputError(f"target latency is {value:g} ms; expected more than 0")
         return cls(kind="target-latency-ms", value=value, relative=False)
 
+    @classmethod
+    def min_similarity(cls, value: float) -> Goal:
+        """Mean over the images of what is counted of each, 0 to 1."""
+        if not 0 < value <= 1:
+            raise InputError(
+                f"minimum similarity is {value:g}; expected a mean above 0, at most 1, such as 0.98"
+            )
+        return cls(kind="min-similarity", value=value, relative=False)
+
+    @property
+    def bounds_cost(self) -> bool:
+        """Whether a cost is bounded, and not what is counted of the images."""
+        return self.kind in ("target-macs", "target-latency-ms")
+
     def budget(self, unmerged: float) -> float | None:
-        """Most cost that is allowed, from that of the unmerged model; None for an accuracy."""
-        if self.kind == "min-accuracy":
+        """Most cost that is allowed, from that of the unmerged model; None if none is bounded."""
+        if not self.bounds_cost:
             return None
         return self.value / 100 * unmerged if self.relative else self.value
 
-    def needed(self, images: int, unmerged: int) -> int | None:
-        """Images that must be right, where the unmerged model has so many; None for a cost."""
-        if self.kind != "min-accuracy":
+    def needed(self, images: int, unmerged: float) -> float | None:
+        """The least sum over the images of what is counted, each at most 1; None for a cost.
+
+        It is how many must be right, where the unmerged model has so many.
+        """
+        if self.bounds_cost:
             return None
+        if self.kind == "min-similarity":
+            return self.value * images - _ROUNDING
         points = self.value / 100 * images
         return max(0, math.ceil((unmerged if self.relative else 0) + points - _ROUNDING))
 
@@ -85,6 +106,8 @@ class Goal(Part):
         if self.kind == "target-macs":
             share = f"{self.value:g} % of the unmerged model's"
             return f"at most {share if self.relative else f'{self.value / 1e6:.2f} M'} MACs"
+        if self.kind == "min-similarity":
+            return f"similarity of at least {self.value:g}"
         if self.relative:
             return f"accuracy at most {-self.value:g} points below the unmerged model"
         return f"accuracy of at least {self.value:g} %"

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tome_export.artifact.document import Count, Document, Measured, Part, Text
 from tome_export.artifact.environment import Environment
-from tome_export.artifact.evaluation import Difference, Share
+from tome_export.artifact.evaluation import Difference, Mean, Share
 from tome_export.artifact.goal import Goal, Metric
 from tome_export.artifact.manifest import Absent, Component
 from tome_export.errors import InputError
@@ -141,11 +141,28 @@ class Objective(Goal):
     """The target, in words too.
 
     Attributes:
-        metric: What counts as right.
+        metric: What is counted of an image.
     """
 
     metric: Metric
     text: str
+
+
+class Similarity(Part):
+    """How similar outputs are to those of the unmerged model on the same images.
+
+    It is the cosine of an image's features, for features of patches its mean over the patches, or
+    Pearson's correlation of a map over all its numbers.
+
+    Attributes:
+        mean: Mean over the images.
+        lowest: That of the image with the lowest.
+        mean_absolute_difference: Mean over the numbers of all images' maps; of maps only.
+    """
+
+    mean: float
+    lowest: float
+    mean_absolute_difference: float | None = Absent
 
 
 class TunedPoint(Part):
@@ -156,8 +173,11 @@ class TunedPoint(Part):
         macs: Multiply-accumulates per image.
         latency_ms: Milliseconds per batch by the cost table, measured where the point is that of
             ``found``; None if latency was not asked for.
-        accuracy: Share of the images that are right; ``correct`` is how many.
-        damage: Mean Kullback-Leibler divergence from the unmerged model, in nats.
+        accuracy: Share of the images that are right, or whose nearest neighbour is the unmerged
+            model's; ``correct`` is how many. Absent where similarity is what is counted.
+        similarity: To the unmerged model's outputs; absent for classifiers.
+        damage: Mean Kullback-Leibler divergence from the unmerged model, in nats; one minus the
+            mean similarity where there are no classes.
         entropy: Least token-size entropy of any search image, 0 to 1.
     """
 
@@ -165,11 +185,26 @@ class TunedPoint(Part):
     method: Method
     macs: Count
     latency_ms: float | None
-    accuracy: float
-    correct: Count
+    accuracy: float | None = Absent
+    correct: Count | None = Absent
+    similarity: Similarity | None = Absent
     damage: Measured
     entropy: Measured
     chosen: bool
+
+    @property
+    def counted(self) -> float:
+        """Mean over the images of what the objective's metric counts of each."""
+        if self.accuracy is not None:
+            return self.accuracy
+        assert self.similarity is not None  # noqa: S101 - see ``_has_a_measure``
+        return self.similarity.mean
+
+    @model_validator(mode="after")
+    def _has_a_measure(self) -> TunedPoint:
+        if (self.accuracy is None or self.correct is None) and self.similarity is None:
+            raise ValueError("accuracy and correct, or similarity")
+        return self
 
 
 class Estimate(Share):
@@ -179,38 +214,92 @@ class Estimate(Share):
         on: Which images tell; ``validation`` images flatter, the schedule was chosen with them.
         unmerged: The unmerged model on the same images.
         change: The schedule's share minus that of the unmerged model.
+        best_constant: The best constant r on the same images; not for classifiers.
+        over_constant: The schedule's share minus that of the best constant r.
     """
 
     on: Literal["held out", "validation"]
     unmerged: Share
     change: Difference
+    best_constant: Share | None = Absent
+    over_constant: Difference | None = Absent
 
 
-class ChosenPoint(TunedPoint):
+class SimilarityEstimate(Mean):
+    """What to expect on images that are not here; the unmerged model's similarity is 1.
+
+    Attributes:
+        on: Which images tell; ``validation`` images flatter, the schedule was chosen with them.
+        images: How many they are.
+        lowest: Similarity of the image with the lowest.
+        mean_absolute_difference: That of the maps; of maps only.
+        best_constant: Mean similarity of the best constant r on the same images.
+        over_constant: The schedule's mean minus that of the best constant r.
+    """
+
+    on: Literal["held out", "validation"]
+    images: Count
+    lowest: float
+    mean_absolute_difference: float | None = Absent
+    best_constant: Mean | None = Absent
+    over_constant: Mean | None = Absent
+
+
+class ChosenSchedule(TunedPoint):
     """The schedule that meets the target.
 
     Attributes:
         predicted_latency_ms: Milliseconds per batch by the cost table.
+    """
+
+    predicted_latency_ms: float | None
+
+
+class ChosenPoint(ChosenSchedule):
+    """The schedule that meets the target, where images are right or wrong.
+
+    Attributes:
         search_accuracy: Share of the search images that are right.
         validation_accuracy: Share of the validation images; None if there are none.
         estimate: What to expect elsewhere; None if the search looked at all images.
     """
 
-    predicted_latency_ms: float | None
     search_accuracy: float
     validation_accuracy: float | None
     estimate: Estimate | None
 
 
+class ChosenBySimilarity(ChosenSchedule):
+    """The schedule that meets the target, where similarity is counted.
+
+    Attributes:
+        search_similarity: On the search images.
+        validation_similarity: On the validation images; absent if there are none.
+        estimate: What to expect elsewhere; None if the search looked at all images.
+    """
+
+    search_similarity: Similarity
+    validation_similarity: Similarity | None = Absent
+    estimate: SimilarityEstimate | None
+
+
 class UnmergedPoint(Part):
-    """The model without merging; its entries mean what those of ``ChosenPoint`` do."""
+    """The model without merging; its entries mean what those of ``ChosenPoint`` do.
+
+    Those of accuracy are absent where it is compared with itself, without classes.
+    """
 
     macs: Count
     latency_ms: float | None
     predicted_latency_ms: float | None
-    accuracy: float
-    correct: Count
-    search_accuracy: float
+    accuracy: float | None = Absent
+    correct: Count | None = Absent
+    search_accuracy: float | None = Absent
+
+    @property
+    def counted(self) -> float:
+        """As ``TunedPoint.counted``: it is 1 where the unmerged model is what is compared with."""
+        return 1.0 if self.accuracy is None else self.accuracy
 
 
 class GroupCost(Part):
@@ -311,7 +400,7 @@ class TunedSchedule(ScheduleFile):
     weights: ScheduleWeights
     reducer: ScheduleReducer
     objective: Objective
-    found: ChosenPoint
+    found: ChosenPoint | ChosenBySimilarity
     best_constant: TunedPoint | None
     unmerged: UnmergedPoint
     front: tuple[TunedPoint, ...]

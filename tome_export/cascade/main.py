@@ -302,7 +302,7 @@ def _settings(
 
 def _needed(goal: Goal, observed: Observations) -> int:
     """Images that must be right for an accuracy target; 0 for any other."""
-    return goal.needed(len(observed), int(observed.right[:, -1].sum())) or 0
+    return int(goal.needed(len(observed), int(observed.right[:, -1].sum())) or 0)
 
 
 def _document(

@@ -249,16 +249,18 @@ def _range(one: CandidateResult, measure: Measure) -> tuple[float, float, float]
 
 
 def efficient(front: Iterable[TunedPoint], cost: str = "macs") -> list[TunedPoint]:
-    """The points than which none costs less (``macs`` or ``latency_ms``) and is as accurate."""
+    """The points than which none costs less (``macs`` or ``latency_ms``) and is as good."""
     found: list[TunedPoint] = []
-    for point in sorted(front, key=lambda p: (getattr(p, cost), -p.accuracy)):
-        if not found or point.accuracy > found[-1].accuracy:
+    for point in sorted(front, key=lambda p: (getattr(p, cost), -p.counted)):
+        if not found or point.counted > found[-1].counted:
             found.append(point)
     return found
 
 
 def draw_front(form: Form, search: TunedSchedule, metric: str, timed: bool) -> Figure:
-    """Accuracy against MACs, and against latency where all points have one."""
+    """What is counted against MACs, and against latency where all points have one."""
+    short = "similarity" if search.objective.metric == "similarity" else "accuracy (%)"
+    wide = metric if short == "similarity" else f"{metric} (%)"
     figure, axes = panels(form, 1 + timed, 3.3, narrow_height=2.9)
     largest = max(search.unmerged.macs, *(point.macs for point in search.front))
     scale, unit = macs_unit(largest)
@@ -268,14 +270,16 @@ def draw_front(form: Form, search: TunedSchedule, metric: str, timed: bool) -> F
         _scatter(axes[1], search, "latency_ms", 1.0)
         axes[1].set_xlabel("latency (ms)")
     for one in axes:
-        one.set_ylabel(f"{metric} (%)" if form == "wide" else "accuracy (%)")
+        one.set_ylabel(wide if form == "wide" else short)
     legend(figure, axes[0], form)
     return figure
 
 
 def _scatter(axes: Axes, search: TunedSchedule, cost: str, scale: float) -> None:
+    unit = 1 if search.objective.metric == "similarity" else 100
+
     def placed(points: Sequence[TunedPoint]) -> tuple[list[float], list[float]]:
-        return [getattr(p, cost) / scale for p in points], [100 * p.accuracy for p in points]
+        return [getattr(p, cost) / scale for p in points], [unit * p.counted for p in points]
 
     line = placed(efficient(search.front, cost))
     axes.plot(*line, color=GREY, linewidth=1.1, drawstyle="steps-post")
@@ -288,8 +292,8 @@ def _scatter(axes: Axes, search: TunedSchedule, cost: str, scale: float) -> None
         ring(axes, *placed(chosen))
     plain = getattr(search.unmerged, cost)
     if plain is not None:
-        accuracy = [100 * search.unmerged.accuracy]
-        axes.scatter([plain / scale], accuracy, 30, color=GREY, marker="s", label="unmerged")
+        counted = [unit * search.unmerged.counted]
+        axes.scatter([plain / scale], counted, 30, color=GREY, marker="s", label="unmerged")
 
 
 def draw_cascade(form: Form, cascade: Cascade, metric: str) -> Figure:

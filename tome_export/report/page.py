@@ -159,8 +159,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
-    formats = ("counted", "fixed", "macs", "milliseconds", "percent", "points", "size", "small")
-    environment.filters |= {name: getattr(display, name) for name in (*formats, "times")}
+    formats = ("counted", "fixed", "macs", "milliseconds", "percent", "points", "scored", "size")
+    environment.filters |= {name: getattr(display, name) for name in (*formats, "small", "times")}
     environment.filters |= {
         # What this package wrote itself: drawings, styles and scripts.
         "ours": Markup,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tome_export.artifact.goal import Metric
 from tome_export.artifact.schedule import TuneData
 from tome_export.data.decode import pixels_or_reason
 from tome_export.data.find import SAMPLES, find_data, labelled_source
@@ -53,18 +52,13 @@ class TuneImages:
 
     Attributes:
         pixels: ``[B, C, H, W]`` float32.
-        labels: ``[B]``; None where only agreement with the unmerged model can be counted.
+        labels: ``[B]``; None where there is only the unmerged model to compare with.
         data: What the document says of them: how many each part has, and where they are from.
     """
 
     pixels: NDArray[np.float32]
     labels: NDArray[Any] | None
     data: TuneData
-
-    @property
-    def metric(self) -> Metric:
-        """What is counted."""
-        return "top1" if self.labels is not None else "agreement"
 
     @property
     def chosen_on(self) -> int:
@@ -81,15 +75,21 @@ class TuneImages:
         whole = len(self.pixels)
         search = max(1, self.data.search * count // whole)
         chosen_on = max(1, self.chosen_on * count // whole)
+        fewer = self._some(slice(count), search, chosen_on, count)
+        return fewer.noted(f"{count} of {whole} images are used: the time limit leaves no more")
+
+    def where(self, mask: NDArray[np.bool_]) -> TuneImages:
+        """The images of ``mask [B]`` alone, each in the part that it was in."""
+        parts = (mask[: self.data.search], mask[: self.chosen_on], mask)
+        return self._some(mask, *(int(part.sum()) for part in parts))
+
+    def _some(self, index: Any, search: int, chosen_on: int, count: int) -> TuneImages:
+        """Some of the images; the first ``search`` and ``chosen_on`` of them are those parts."""
         parts = {
             "search": search, "validation": chosen_on - search, "held_out": count - chosen_on
         }  # fmt: skip
-        fewer = TuneImages(
-            self.pixels[:count],
-            None if self.labels is None else self.labels[:count],
-            self.data.model_copy(update=parts),
-        )
-        return fewer.noted(f"{count} of {whole} images are used: the time limit leaves no more")
+        labels = None if self.labels is None else self.labels[index]
+        return TuneImages(self.pixels[index], labels, self.data.model_copy(update=parts))
 
 
 def read_images(
@@ -100,19 +100,23 @@ def read_images(
     seed: int,
     progress: Progress,
     until: float = math.inf,
+    output_bytes: int = 0,
 ) -> TuneImages:
     """Read images, drawn and ordered by the seed, and split them.
 
-    ``macs`` are those per image of the unmerged model; ``limit`` None reads as many as a search in
-    minutes can take. After ``until``, in seconds of ``time.monotonic``, no more than ``FEWEST`` are
-    read.
+    ``macs`` are those per image of the unmerged model, and ``output_bytes`` what is kept of its
+    outputs for each; ``limit`` None reads as many as a search in minutes can take. After ``until``,
+    in seconds of ``time.monotonic``, no more than ``FEWEST`` are read.
     """
-    most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs)))
-    wanted, shape = min(most, len(source)), preprocessing.input_size
-    if wanted > (room := MOST_BYTES // (4 * math.prod(shape))):
+    shape = preprocessing.input_size
+    room = MOST_BYTES // (4 * math.prod(shape) + output_bytes)
+    most = limit or int(min(LIMIT, max(FEWEST, IMAGE_MACS // macs), max(1, room)))
+    wanted = min(most, len(source))
+    if wanted > room:
+        outputs = f" and outputs of {output_bytes >> 20} MiB" if output_bytes >> 20 else ""
         raise UsageError(
-            f"--limit is {most}; {wanted} images of {'x'.join(map(str, shape))} numbers take more "
-            f"than {MOST_BYTES >> 30} GiB, give at most {room}"
+            f"--limit is {most}; {wanted} images of {'x'.join(map(str, shape))} numbers{outputs} "
+            f"take more than {MOST_BYTES >> 30} GiB, give at most {room}"
         )
     decode = partial(pixels_from_bytes, preprocessing=preprocessing)
     pixels = np.empty((wanted, *shape), np.float32)
@@ -161,13 +165,17 @@ def read_images(
 
 
 def tuning_source(
-    recipe: Recipe, classes: Classes, data: tuple[str, ...], labels: Path | None
+    recipe: Recipe, classes: Classes | None, data: tuple[str, ...], labels: Path | None
 ) -> Source:
-    """The images that a user named; samples have labels if these are of the model's classes."""
+    """The images that a user named; samples have labels if these are of the model's classes.
+
+    ``classes`` are None for a model that has none.
+    """
     if data != (SAMPLES,):
         return find_data(data, classes, labels)
     if labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
     # Labels of the recipe's own classes, not of a checkpoint's.
-    labelled = labelled_source(recipe) if classes.names == recipe.output.labels else None
+    own = classes is not None and classes.names == recipe.output.labels
+    labelled = labelled_source(recipe) if own else None
     return labelled or samples_source(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS), None)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tome_export.artifact.files import check_new_file, keeping, write_whole, writing_to
-from tome_export.artifact.goal import Goal
+from tome_export.artifact.goal import Goal, Metric
 from tome_export.artifact.schedule import (
+    ChosenBySimilarity,
     ChosenPoint,
     Estimate,
     LatencyCosts,
@@ -21,13 +24,16 @@ from tome_export.artifact.schedule import (
     ScheduleReducer,
     ScheduleWeights,
     SearchInfo,
+    Similarity,
+    SimilarityEstimate,
     TunedPoint,
     TunedSchedule,
     UnmergedPoint,
 )
 from tome_export.data.find import SAMPLES
 from tome_export.data.labels import Classes
-from tome_export.data.metrics import CONFIDENCE, paired_difference, share_of
+from tome_export.data.metrics import CONFIDENCE, mean_of, paired_difference, share_of
+from tome_export.display import scored
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.entropy import check_min_entropy
 from tome_export.merge.schedule import Schedule
@@ -37,8 +43,14 @@ from tome_export.runtime.environment import environment
 from tome_export.spec import Activation, Precision
 from tome_export.tune.images import TuneImages, read_images, tuning_source
 from tome_export.tune.latency import Stopwatch, predicted_ms
+from tome_export.tune.measure import (
+    ClassMeasure,
+    Measure,
+    RetrievalMeasure,
+    SimilarityMeasure,
+)
 from tome_export.tune.score import Scorer
-from tome_export.tune.search import BASELINES, Finalists, ScoredSchedule, Search, most_right
+from tome_export.tune.search import BASELINES, Finalists, Score, ScoredSchedule, Search, best_of
 from tome_export.tune.space import Cost, Rs, rs_of, space_from_model, table_of
 
 if TYPE_CHECKING:
@@ -56,7 +68,10 @@ measured."""
 LATENCY_TRIES = 3
 """Times that a schedule whose real latency is above its target is exchanged for a cheaper one."""
 
-UNTUNABLE = "tune a classifier, or give a schedule to 'tome-export build' yourself"
+UNTUNABLE = "give a schedule to 'tome-export build' yourself"
+
+SimilarityKind = Literal["similarity", "retrieval"]
+"""What is counted of models without classes."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,9 @@ class TuneRequest:
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         weights_key: Where in that file they are; see ``weights.files.read_checkpoint``.
         activation: What makes scores of the output; None for what the model says.
+        measure: What is counted of a model without classes; None for similarity.
         batch: Images per run, for latency.
-        precision: Precision whose latency is measured; classes are counted in fp32.
+        precision: Precision whose latency is measured; outputs are compared in fp32.
         time_limit: Seconds, from when the model is loaded, after which the best by then is taken.
             What is begun then is finished.
         seed: Seed of the images drawn, the search, and random weights.
@@ -93,6 +109,7 @@ class TuneRequest:
     weights: str = "pretrained"
     weights_key: str = ""
     activation: Activation | None = None
+    measure: SimilarityKind | None = None
     batch: int = 1
     precision: Precision = "fp32"
     time_limit: float = 600.0
@@ -110,7 +127,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
         InputError: if model, weights, data or output are not usable, or no schedule that merges
             anything meets the target; the message says what can be reached.
         UnrecordedError: if the file cannot be written any more; it holds what was found.
-        UsageError: if a number is out of range.
+        UsageError: if a number is out of range, or target or measure are not for such a model.
         MissingComponentError: if latency is asked for and onnxruntime is not here.
     """
     began = time.monotonic()
@@ -118,7 +135,8 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
     _check_numbers(request)
     check_new_file(request.output, force=request.force)
     progress.stage(f"Load {request.model}")
-    loaded, model, activation, classes = _load(request)
+    subject = _load(request)
+    loaded, model = subject.loaded, subject.model
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     progress.stage("Read images")
     ready = time.monotonic()
@@ -129,17 +147,22 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
     preprocessing = replace(loaded.recipe.preprocessing, input_size=model.image_size)
     recipe = replace(loaded.recipe, preprocessing=preprocessing)
     images = read_images(
-        tuning_source(recipe, classes, request.data, request.labels),
+        tuning_source(recipe, subject.classes, request.data, request.labels),
         preprocessing,
         model.macs(merged=False),
         request.limit,
         request.seed,
         progress,
         until(READ_SHARE),
+        subject.output_bytes,
     )
-    tuning = _Tuning(request, loaded, model, images, progress, until)
+    measure = subject.measure(request.measure, images)
+    tuning = _Tuning(request, loaded, model, images, measure, progress, until)
     progress.stage(f"Measure the unmerged model on {len(images.pixels)} images")
-    with Scorer(model, images, activation, until(UNMERGED_SHARE)) as scorer:
+    targeted = not request.goal.bounds_cost
+    with Scorer(
+        subject.compared, images, measure, until(UNMERGED_SHARE), targeted=targeted
+    ) as scorer:
         found = tuning.searched(scorer, began)
     with keeping(found):
         check_new_file(request.output, force=request.force)
@@ -160,7 +183,36 @@ def _check_numbers(request: TuneRequest) -> None:
     check_min_entropy(request.min_entropy)
 
 
-def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, Classes]:
+@dataclass(frozen=True)
+class _Subject:
+    """What is tuned.
+
+    Attributes:
+        model: What costs are of.
+        compared: What outputs are of: the model itself, or of one that gives a sequence of tokens,
+            whose number merging changes, the same with the features of every patch.
+        activation: Activation of a classifier; None for models without classes.
+        classes: Those of a classifier; None for models without classes.
+        output_bytes: What is kept of outputs for each image of a model without classes.
+        maps: Whether outputs are maps.
+    """
+
+    loaded: LoadedModel
+    model: MergedModel
+    compared: MergedModel
+    activation: Activation | None = None
+    classes: Classes | None = None
+    output_bytes: int = 0
+    maps: bool = False
+
+    def measure(self, kind: SimilarityKind | None, images: TuneImages) -> Measure:
+        """What is counted of the images."""
+        if self.activation is not None:
+            return ClassMeasure(self.activation, images.labels)
+        return RetrievalMeasure() if kind == "retrieval" else SimilarityMeasure(self.maps)
+
+
+def _load(request: TuneRequest) -> _Subject:
     from tome_export.models import resolve
     from tome_export.patch import patch
     from tome_export.patch.describe import output_shape
@@ -174,7 +226,7 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, C
         )
     recipe = resolve(request.model)
     if request.weights in ("pretrained", "random"):  # a file may bring a classifier of its own
-        _require_classes(recipe.scored_by(request.activation))
+        _check_goal(recipe.scored_by(request.activation), request)
     loaded = recipe.load(
         request.weights,
         request.seed,
@@ -182,10 +234,11 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, C
         reducer_keys=reducer.own_keys,
     )
     loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))
-    _require_classes(loaded.recipe)
+    _check_goal(loaded.recipe, request)
+    dense = loaded.recipe.output.dense_only
     prop_attn = reducer.proportional(recipe.merging.prop_attn)
     # Without an r first: what a reducer has learned need not be there for one that is refused.
-    plain = patch(loaded.module, 0, prop_attn=prop_attn, reducer=reducer)
+    plain = patch(loaded.module, 0, prop_attn=prop_attn, reducer=reducer, dense=dense)
     layers = reducer.layers(Schedule(1), plain.tower)
     able = [index for index, layer in enumerate(layers) if layer.r]
     if any(not layer.r and reducer.limit(layer.tokens_in, plain.prefix) for layer in layers):
@@ -193,29 +246,83 @@ def _load(request: TuneRequest) -> tuple[LoadedModel, MergedModel, Activation, C
             f"reducer {reducer.name} removes tokens in layers {','.join(map(str, able))} only; "
             "tune gives every layer an r of its own, use another reducer"
         )
-    # Schedules are given to each pass.
-    model = patch(
-        loaded.module, 1, prop_attn=prop_attn, reducer=reducer, learned=loaded.learned
-    ).eval()
+
+    def patched(dense: bool) -> MergedModel:
+        # Schedules are given to each pass.
+        return patch(
+            loaded.module,
+            1,
+            prop_attn=prop_attn,
+            reducer=reducer,
+            learned=loaded.learned,
+            dense=dense,
+        ).eval()
+
+    model = patched(dense)
     if model.extra_inputs:
         raise InputError(
             f"reducer {reducer.name} needs the input {', '.join(model.extra_inputs)}, which images "
             "to tune on do not have; use another reducer"
         )
-    recipe, shape = loaded.recipe, output_shape(model)
+    recipe = loaded.recipe
+    if recipe.output.kind != "classes":
+        compared = model
+        if model.gives_tokens and not dense:
+            if reducer.drops:
+                raise InputError(
+                    f"{recipe.name} gives a sequence of tokens, which is compared patch by patch, "
+                    f"and reducer {reducer.name} drops patches; use a reducer that merges, such as "
+                    "tome"
+                )
+            compared = patched(True)
+        shape = output_shape(compared)
+        if compared.gives_tokens and request.measure == "retrieval":
+            raise UsageError(
+                f"--measure retrieval compares one vector of features per image, and {recipe.name} "
+                f"gives {list(shape)}; leave --measure out"
+            )
+        # Those of the unmerged model, and beside them those of a schedule.
+        kept = 2 * 4 * math.prod(shape)
+        maps = recipe.output.kind == "map"
+        return _Subject(loaded, model, compared, output_bytes=kept, maps=maps)
+    shape = output_shape(model)
     activation = recipe.activation(shape)
     if activation == "none":
         raise InputError(
             f"{recipe.name} gives numbers (a regression), not classes to count; {UNTUNABLE}"
         )
     classes = Classes.of_outputs(shape[-1], recipe.output.label_names(shape[-1]))
-    return loaded, model, activation, replace(classes, in_order=request.classes_in_order)
+    classes = replace(classes, in_order=request.classes_in_order)
+    return _Subject(loaded, model, model, activation, classes)
 
 
-def _require_classes(recipe: Recipe) -> None:
-    if recipe.output.kind != "classes":
-        raise InputError(
-            f"{recipe.name} gives {recipe.output.name}, not classes to count; {UNTUNABLE}"
+def _check_goal(recipe: Recipe, request: TuneRequest) -> None:
+    """Refuse a target or measure that is not for what the model gives."""
+    name, kind, goal = recipe.name, recipe.output.kind, request.goal.kind
+    if recipe.video is not None:
+        raise InputError(f"{name} takes videos, and schedules are tuned on images; {UNTUNABLE}")
+    if kind == "classes":
+        if request.measure is not None:
+            raise UsageError(
+                f"{name} gives classes, of which the right ones are counted; leave --measure "
+                f"{request.measure} out, which is for models of features or maps"
+            )
+        if goal == "min-similarity":
+            raise UsageError(
+                f"{name} gives classes, which are right or wrong and not similar; give "
+                "--min-accuracy, such as -0.5, in place of --min-similarity"
+            )
+        return
+    if goal == "min-accuracy":
+        what = "a map, which is" if kind == "map" else "features, which are"
+        raise UsageError(
+            f"{name} gives {what} neither right nor wrong; give --min-similarity, such "
+            "as 0.98, in place of --min-accuracy"
+        )
+    if kind == "map" and request.measure == "retrieval":
+        raise UsageError(
+            f"--measure retrieval compares one vector of features per image, and {name} gives a "
+            "map; leave --measure out"
         )
 
 
@@ -228,9 +335,11 @@ class _Tuning:
         loaded: LoadedModel,
         model: MergedModel,
         images: TuneImages,
+        measure: Measure,
         progress: Progress,
         until: Callable[[float], float],
     ) -> None:
+        self.metric = measure.metric
         self.request, self.goal, self.progress = request, request.goal, progress
         self.loaded, self.model, self.images, self.until = loaded, model, images, until
         self.space = space_from_model(model)
@@ -257,11 +366,11 @@ class _Tuning:
             return budget
         if self.table is not None:
             raise InputError(
-                f"target is {self.goal}; the fastest schedule by the cost table takes "
+                f"target is {self.target}; the fastest schedule by the cost table takes "
                 f"{least:.3g} ms and the unmerged model {unmerged:.3g} ms, ask for no less"
             )
         raise InputError(
-            f"target is {self.goal}; merging all that can be in every layer still takes "
+            f"target is {self.target}; merging all that can be in every layer still takes "
             f"{least / 1e6:.2f} M of the unmerged model's {unmerged / 1e6:.2f} M, ask for no less"
         )
 
@@ -286,13 +395,13 @@ class _Tuning:
         """Search and choose: the content of the schedule file, of a command begun at ``began``."""
         from tome_export.patch.describe import state_sha256
 
-        self.images = _told_apart(scorer, self.goal)
-        self.right = scorer.unmerged_right[: self.images.chosen_on]
-        self.needed = self.goal.needed(len(self.right), int(self.right.sum())) or 0
-        if self.needed > self.right.sum():
+        self.images = scorer.images
+        self.plain = scorer.unmerged[: self.images.chosen_on]
+        self.needed = self.goal.needed(len(self.plain), self.plain.sum().item()) or 0
+        if self.needed > self.plain.sum():
             raise InputError(
-                f"target is {self.goal}; the unmerged model itself has "
-                f"{100 * self.right.mean():.2f} %, ask for no more"
+                f"target is {self.target}; the unmerged model itself has "
+                f"{self._scored(self.plain.mean())}, ask for no more"
             )
         self.search = self._search(scorer)
         validate = scorer.validation if self.images.data.validation else None
@@ -310,8 +419,7 @@ class _Tuning:
                 method=point.method,
                 macs=self._macs(point.r),
                 latency_ms=self._predicted_ms(point.r),
-                accuracy=point.score.correct / point.score.images,
-                correct=point.score.correct,
+                **self._counted(point.score),
                 damage=point.score.damage,
                 entropy=point.score.entropy,
                 chosen=point.r == chosen.r,
@@ -319,7 +427,7 @@ class _Tuning:
 
         weights, data = self.loaded.weights, self.images.data
         searched = self.search.points[chosen.r].score
-        validated = chosen.score.correct - searched.correct
+        plain = self.plain if self.metric in ("top1", "agreement") else None
         return TunedSchedule(
             format=1,
             model=self.loaded.recipe.name,
@@ -329,22 +437,23 @@ class _Tuning:
                 kind=weights.kind, source=weights.source, state_sha256=state_sha256(self.model)
             ),
             reducer=ScheduleReducer(**self.model.settings.reducer.record()),
-            objective=Objective(**vars(self.goal), metric=self.images.metric, text=str(self.goal)),
-            found=ChosenPoint(
-                **{**vars(entry(chosen)), "latency_ms": latency_ms},
-                predicted_latency_ms=self._predicted_ms(chosen.r),
-                search_accuracy=searched.correct / searched.images,
-                validation_accuracy=validated / data.validation if validate else None,
-                estimate=estimate(chosen.r, scorer),
+            objective=Objective(**vars(self.goal), metric=self.metric, text=self.target),
+            found=self._found(
+                {**vars(entry(chosen)), "latency_ms": latency_ms},
+                searched,
+                scorer.counted(chosen.r, data.search, scorer.images.chosen_on)[0]
+                if validate
+                else None,
+                estimate(chosen.r, constant.r if constant else None, scorer, self.metric),
             ),
             best_constant=entry(constant) if constant else None,
             unmerged=UnmergedPoint(
                 macs=self._macs(self.unmerged),
                 latency_ms=unmerged_ms,
                 predicted_latency_ms=self._predicted_ms(self.unmerged),
-                accuracy=float(self.right.mean()),
-                correct=int(self.right.sum()),
-                search_accuracy=float(self.right[: data.search].mean()),
+                accuracy=None if plain is None else float(plain.mean()),
+                correct=None if plain is None else int(plain.sum()),
+                search_accuracy=None if plain is None else float(plain[: data.search].mean()),
             ),
             front=tuple(map(entry, front)),
             cost_table=self.table,
@@ -362,6 +471,47 @@ class _Tuning:
             environment=environment(),
         )
 
+    @property
+    def target(self) -> str:
+        """The target in words."""
+        if self.metric == "retrieval" and self.goal.kind == "min-similarity":
+            share = f"{100 * self.goal.value:g} %"
+            return f"the nearest neighbour kept for at least {share} of the images"
+        return str(self.goal)
+
+    def _scored(self, value: float) -> str:
+        return scored(float(value), self.metric, 2)
+
+    def _counted(self, score: Score) -> dict[str, Any]:
+        """What a score has of the entries of a ``TunedPoint``."""
+        found: dict[str, Any] = {}
+        if self.metric != "similarity":
+            found = {"accuracy": score.total / score.images, "correct": int(score.total)}
+        if self.metric in ("similarity", "retrieval"):
+            found["similarity"] = similarity_of(score)
+        return found
+
+    def _found(
+        self,
+        entry: dict[str, Any],
+        searched: Score,
+        validated: Score | None,
+        expected: Estimate | SimilarityEstimate | None,
+    ) -> ChosenPoint | ChosenBySimilarity:
+        entry["predicted_latency_ms"] = self._predicted_ms(entry["schedule"])
+        entry["estimate"] = expected
+        if self.metric == "similarity":
+            return ChosenBySimilarity(
+                **entry,
+                search_similarity=similarity_of(searched),
+                validation_similarity=None if validated is None else similarity_of(validated),
+            )
+        return ChosenPoint(
+            **entry,
+            search_accuracy=searched.total / searched.images,
+            validation_accuracy=None if validated is None else validated.total / validated.images,
+        )
+
     def _search(self, scorer: Scorer) -> Search:
         count = self.images.data.search
         search = Search(
@@ -369,7 +519,7 @@ class _Tuning:
             self.cost,
             scorer.search,
             budget=self.budget,
-            needed=self.goal.needed(count, int(self.right[:count].sum())),
+            needed=self.goal.needed(count, self.plain[:count].sum().item()),
             seed=self.request.seed,
             min_entropy=self.request.min_entropy or 0.0,
             deadline=self.until(SEARCH_SHARE),
@@ -410,7 +560,7 @@ class _Tuning:
         found = self._pick(self._points(), self.budget)
         if found is None:
             raise InputError(
-                f"no schedule was found for the target, {self.goal}; {self._reachable()}"
+                f"no schedule was found for the target, {self.target}; {self._reachable()}"
             )
         if self.stopwatch is None:
             return found, None, None
@@ -428,7 +578,7 @@ class _Tuning:
                 break
             found = cheaper
         raise InputError(
-            f"target is {self.goal}; the fastest schedule that was run takes {least:.3g} ms, "
+            f"target is {self.target}; the fastest schedule that was run takes {least:.3g} ms, "
             f"unmerged {unmerged:.3g} ms: ask for more time, or less load on this machine"
         )
 
@@ -443,47 +593,60 @@ class _Tuning:
         points = [point for point in self._points() if point.score.complete]
         if not points:
             return f"{late}none was measured whole; give more with --time-limit"
-        best = self.finalists.measure(most_right(points))
+        best = self.finalists.measure(best_of(points))
         return (
             f"{late}the best that was found has "
-            f"{100 * best.score.correct / best.score.images:.2f} % "
-            f"(unmerged {100 * self.right.mean():.2f} %): {','.join(map(str, best.r))}"
+            f"{self._scored(best.score.total / best.score.images)} "
+            f"(unmerged {self._scored(self.plain.mean())}): {','.join(map(str, best.r))}"
         )
 
 
-def _told_apart(scorer: Scorer, goal: Goal) -> TuneImages:
-    """The scored images, with a note where agreement on them tells little, or refused for that."""
-    images = scorer.images
-    if not scorer.one_answer:
-        return images
-    what = (
-        f"the unmerged model says the same of all {len(images.pixels)} images, so agreement with "
-        "it tells no schedule from another"
+def similarity_of(score: Score) -> Similarity:
+    """The similarity of outputs without classes, of which the damage is what it lacks of 1."""
+    return Similarity(
+        mean=1 - score.damage,
+        lowest=1 - score.worst,
+        mean_absolute_difference=score.difference,
     )
-    if goal.kind == "min-accuracy":
-        raise InputError(
-            f"{what}; give images with labels (class sub-folders), or more different ones, with "
-            "--data"
-        )
-    return images.noted(f"{what}: schedules are told apart by damage")
 
 
-def estimate(r: Rs, scorer: Scorer) -> Estimate | None:
+def estimate(
+    r: Rs, constant: Rs | None, scorer: Scorer, metric: Metric
+) -> Estimate | SimilarityEstimate | None:
     """What to expect on images that are not here, with its interval.
 
     It comes from the held-out images alone. Where there are none it comes from the validation
     images, which the schedule was chosen with: then it is optimistic. Where there are none of those
     either, nothing can be said: the search picked what is right on its own images.
+
+    For models without classes ``constant``, the best constant r, is measured on the same images.
     """
-    images, whole = scorer.images, len(scorer.unmerged_right)
+    images, whole = scorer.images, len(scorer.unmerged)
     held_out = images.chosen_on < whole
     first, last = (images.chosen_on, whole) if held_out else (images.data.search, images.chosen_on)
-    if first == last:
+    on: Literal["held out", "validation"] = "held out" if held_out else "validation"
+    if last - first < (2 if metric == "similarity" else 1):
         return None
-    right, unmerged = scorer.right(r, first, last), scorer.unmerged_right[first:last]
+    score, each = scorer.counted(r, first, last)
+    other: NDArray[Any] | None = None
+    if constant is not None and metric in ("similarity", "retrieval"):
+        other = scorer.counted(constant, first, last)[1]
+    if metric == "similarity":
+        return SimilarityEstimate(
+            **vars(mean_of(each)),
+            on=on,
+            images=last - first,
+            lowest=1 - score.worst,
+            mean_absolute_difference=score.difference,
+            best_constant=None if other is None else mean_of(other),
+            over_constant=None if other is None else mean_of(each - other),
+        )
+    unmerged = scorer.unmerged[first:last].astype(bool)
     return Estimate(
-        **vars(share_of(right)),
-        on="held out" if held_out else "validation",
+        **vars(share_of(each)),
+        on=on,
         unmerged=share_of(unmerged),
-        change=paired_difference(right, unmerged),
+        change=paired_difference(each, unmerged),
+        best_constant=None if other is None else share_of(other),
+        over_constant=None if other is None else paired_difference(each, other),
     )

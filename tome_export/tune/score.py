@@ -1,4 +1,4 @@
-"""Schedules measured with PyTorch: classes that stay right, and divergence from the unmerged."""
+"""Schedules measured with PyTorch on fixed images, beside the unmerged model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.merge.schedule import Schedule
 from tome_export.runtime.environment import cores
 from tome_export.tune.images import FEWEST, TuneImages
+from tome_export.tune.measure import Measure, comparable
 from tome_export.tune.search import Score
 from tome_export.tune.space import Rs
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from tome_export.patch import MergedModel
     from tome_export.patch.merger import LayerTrace
-    from tome_export.spec import Activation
 
 BATCH_TOKENS = {"cpu": 16 * 197, "cuda": 64 * 197}
 """Tokens per batch, unmerged: those of 16 or 64 images of a ViT with 16-pixel patches."""
@@ -40,18 +39,19 @@ class Scorer:
 
     Attributes:
         images: Images that are measured on: after ``until``, in seconds of ``time.monotonic``, the
-            unmerged model is run on no more than ``FEWEST``, and the rest are left out.
-        unmerged_right: Which images the unmerged model has right ``[B]``.
-        one_answer: Whether agreement is counted and the unmerged model says the same of all
-            images, so that it could hardly fail.
+            unmerged model is run on no more than ``FEWEST``, and the rest are left out, as are
+            those whose output can be compared with nothing.
+        unmerged: What is counted of each image for the unmerged model ``[B]``, 1 at most.
     """
 
     def __init__(
         self,
         model: MergedModel,
         images: TuneImages,
-        activation: Activation = "softmax",
+        measure: Measure,
         until: float = float("inf"),
+        *,
+        targeted: bool = False,
     ) -> None:
         import copy
 
@@ -61,7 +61,7 @@ class Scorer:
         # Moved in place, the caller's model would be on the GPU too.
         self._model = copy.deepcopy(model).to("cuda") if self._device == "cuda" else model
         self._pixels = torch.from_numpy(images.pixels)
-        self._sigmoid = activation == "sigmoid"
+        self._measure = measure
         largest = max(1, BATCH_TOKENS[self._device] // model.layers[0].tokens_in)
         self._batch = min(largest, max(1, -(-images.data.search // CHUNKS)))
         self._threads = torch.get_num_threads()
@@ -71,24 +71,28 @@ class Scorer:
             workers, initializer=torch.set_num_threads, initargs=(each,)
         )
         self._ending = threading.Event()
-        self._known: dict[tuple[Rs, int], NDArray[np.bool_]] = {}
+        self._known: dict[tuple[Rs, int], tuple[Score, NDArray[Any]]] = {}
+        try:
+            images, reference = self._unmerged_outputs(images, until)
+            images, self._reference = comparable(measure, images, reference)
+            self.images = measure.checked(images, self._reference, targeted=targeted)
+        except BaseException:
+            self.__exit__()
+            raise
+        self._pixels = torch.from_numpy(images.pixels)
+        self.unmerged: NDArray[Any] = measure.of_unmerged(self._reference).cpu().numpy()
+
+    def _unmerged_outputs(self, images: TuneImages, until: float) -> tuple[TuneImages, Tensor]:
+        """What is compared of the unmerged model, and the images that there was time for."""
+        import torch
+
         found: list[Tensor] = []
-        for start, output, _ in self._outputs((0,) * len(model.layers), 0, len(self._pixels)):
+        for start, output, _ in self._outputs((0,) * len(self._model.layers), 0, len(self._pixels)):
             found.append(output)
             done = start + len(output)
             if done >= FEWEST and time.monotonic() >= until and done < len(self._pixels):
-                images = images.first(done)
-                break
-        self.images = images
-        self._reference = torch.cat(found)
-        predicted = self._reference.argmax(dim=2)
-        self._labels = predicted
-        if images.labels is not None:
-            labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-            self._labels = labels.to(self._device)[:, None]
-        same = len(predicted) > 1 and bool((predicted == predicted[:1]).all())
-        self.one_answer: bool = images.labels is None and same
-        self.unmerged_right: NDArray[np.bool_] = self._is_right(self._reference, 0).cpu().numpy()
+                return images.first(done), torch.cat(found)
+        return images, torch.cat(found)
 
     def __enter__(self) -> Scorer:
         return self
@@ -109,8 +113,8 @@ class Scorer:
         """Measure on the images that finalists are chosen with."""
         return self._score(r, self.images.data.search, self.images.chosen_on)
 
-    def right(self, r: Rs, first: int, last: int) -> NDArray[np.bool_]:
-        """Which of the search, validation or held-out images are right ``[last - first]``."""
+    def counted(self, r: Rs, first: int, last: int) -> tuple[Score, NDArray[Any]]:
+        """The score on search, validation or held-out images, and what is counted of each."""
         if (r, first) not in self._known:
             self._score(r, first, last)
         return self._known[r, first]
@@ -118,36 +122,38 @@ class Scorer:
     def _score(self, r: Rs, first: int, last: int, bound: float = float("inf")) -> Score:
         import torch
 
-        damage, done, rights, least = 0.0, first, [], 1.0
+        measure, damage, done, least, apart = self._measure, 0.0, first, 1.0, 0.0
+        counted, worst = [], 0.0
         for start, output, entropy in self._outputs(r, first, last):
             least = min(least, float(entropy.min()))
             done = start + len(output)
             reference = self._reference[start:done]
-            # Rounding can take a divergence of zero below it.
-            found = (reference.exp() * (reference - output)).sum(dim=(1, 2)).clamp_min(0.0)
-            rights.append(self._is_right(output, start))
+            found = measure.damage(output, reference)
+            counted.append(measure.counted(output, reference, start, found))
+            difference = measure.difference(output, reference)
+            apart += 0.0 if difference is None else float(difference.sum())
             damage += float(found.sum())
+            worst = max(worst, float(found.max()))
             if damage > bound * (last - first):
                 break
-        right = torch.cat(rights).cpu().numpy()
-        if done == last:
-            self._known[r, first] = right
-        return Score(len(right), int(right.sum()), damage / len(right), done == last, least)
-
-    def _is_right(self, output: Tensor, start: int) -> Tensor:
-        """Which images from ``start`` on have the label, or all that unmerged says ``[B]``."""
-        expected = self._labels[start : start + len(output)]
-        if output.shape[1] > expected.shape[1]:
-            # A label of one class, where each has a yes or no: that of the surest yes.
-            return output[:, :, 1].argmax(dim=1) == expected[:, 0]
-        return (output.argmax(dim=2) == expected).all(dim=1)
+        count = done - first
+        values = measure.counted_of_part(torch.cat(counted), self._reference[first:done])
+        each: NDArray[Any] = values.cpu().numpy()
+        score = Score(
+            count,
+            each.sum().item(),
+            damage / count,
+            worst,
+            None if difference is None else apart / count,
+            done == last,
+            least,
+        )
+        if score.complete:
+            self._known[r, first] = score, each
+        return score
 
     def _outputs(self, r: Rs, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Run images in batches: the start of each, log probabilities, token-size entropy ``[B]``.
-
-        Log probabilities ``[B, G, C]`` float64 are of the C answers to each of G questions: one
-        question of all classes, or of a sigmoid a no and a yes for each class.
-        """
+        """Run images in batches: start, what is compared of it, token-size entropy ``[B]``."""
         import torch
 
         model = self._model
@@ -163,11 +169,7 @@ class Scorer:
             pixels = self._pixels[start : min(start + self._batch, last)].to(self._device)
             with torch.inference_mode():
                 output = model.run(pixels, merger)
-                wide, entropy = output.double(), model.entropy(merger, output)
-                if not self._sigmoid:
-                    return wide.log_softmax(dim=1)[:, None], entropy
-                each = torch.stack([torch.zeros_like(wide), wide], dim=2)
-                return each.log_softmax(dim=2), entropy
+                return self._measure.kept(output), model.entropy(merger, output)
 
         starts = range(first, last, self._batch)
         futures = [self._pool.submit(run, start) for start in starts]

@@ -12,10 +12,10 @@ for directly, without any training:
   the measured damage (``predicted_log_damage``) says which to measure next: the one that promises
   to lie furthest below the front at its cost. Every fourth is one of the best ten by chance.
 - Most are sought near the target, one in four anywhere on the front.
-- Damage is a divergence from the unmerged model's output. Top-1 on a few hundred images is too
-  coarse to rank by; a mean of many small changes is not. It is a sum of terms that are never
-  negative: once the sum is past what the front does at that cost, the candidate is surely dominated
-  and the remaining images are not looked at.
+- Damage is a divergence from the unmerged model's output, see ``tune.measure``. Top-1 on a few
+  hundred images is too coarse to rank by, and so are nearest neighbours; a mean of many small
+  changes is not. It is a sum of terms that are never negative: once the sum is past what the front
+  does at that cost, the candidate is surely dominated and the remaining images are not looked at.
 
 What is chosen has to hold on more. The search sees its own images only. Finalists are measured on
 validation images too, and the target must hold on both together. The validation images are thereby
@@ -50,7 +50,7 @@ TOLERANCE = 1.3
 """Candidates this far above the front are still measured whole: damage and top-1 can disagree."""
 
 SMALLEST, RIDGE = 1e-6, 0.05
-"""Damage in nats below which differences mean nothing, and the penalty of the regression on it."""
+"""Damage below which differences mean nothing, and the penalty of the regression on it."""
 
 FINALISTS, BUDGET_FINALISTS = 40, 6
 """Most free lists that are measured on the validation images for an accuracy target, and for a cost
@@ -65,17 +65,38 @@ class Score:
     """How a schedule does on some images.
 
     Attributes:
-        damage: Mean Kullback-Leibler divergence of the class probabilities from those of the
-            unmerged model, in nats.
+        total: Sum over the images of what is counted of each, at most 1: how many are right, or
+            the sum of their similarities.
+        damage: Mean damage of an image, see ``measure.Measure``.
+        worst: Largest damage of an image.
+        difference: Mean absolute difference from the unmerged model's maps; None if no maps.
         complete: Whether no image was left out, as they are once the damage is beyond a bound.
         entropy: Least token-size entropy of any image, 0 to 1.
     """
 
     images: int
-    correct: int
+    total: float
     damage: float
+    worst: float = 0.0
+    difference: float | None = None
     complete: bool = True
     entropy: float = 1.0
+
+    def joined(self, other: Score) -> Score:
+        """The score on these images and on others, of which this one has the entropy."""
+        images = self.images + other.images
+        share = self.images / images
+        difference = None
+        if self.difference is not None and other.difference is not None:
+            difference = share * self.difference + (1 - share) * other.difference
+        return replace(
+            self,
+            images=images,
+            total=self.total + other.total,
+            damage=(self.damage * self.images + other.damage * other.images) / images,
+            worst=max(self.worst, other.worst),
+            difference=difference,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,7 @@ def predicted_log_damage(
     """Guess the log damage ``[C]`` of ``candidates [C, L]``, to rank them.
 
     It is a ridge regression on r and its square, in shares of the model's tokens, of the ``damage
-    [P]`` in nats of measured schedules ``r [P, L]``, each of which counts by its ``weight [P]``.
+    [P]`` of measured schedules ``r [P, L]``, each of which counts by its ``weight [P]``.
     """
     measured, wanted = (
         np.concatenate([x, x**2], axis=1) for x in (r / tokens, candidates / tokens)
@@ -137,7 +158,7 @@ class Search:
         evaluate: Measures a schedule on the search images, or stops early once the mean damage is
             sure to be above a bound.
         budget: Most cost allowed; None with ``needed``.
-        needed: Search images that must be right; None with ``budget``.
+        needed: Least total of the search images; None with ``budget``.
         min_entropy: Least token-size entropy of any search image; schedules with less are measured,
             and then neither beat others nor have neighbours.
         deadline: Seconds of ``time.monotonic``; nothing new is measured after it.
@@ -149,7 +170,7 @@ class Search:
     cost: Cost
     evaluate: Callable[[Rs, float], Score]
     budget: float | None = None
-    needed: int | None = None
+    needed: float | None = None
     seed: int = 0
     min_entropy: float = 0.0
     deadline: float = float("inf")
@@ -235,10 +256,10 @@ class Search:
         return 0.8 * least, 1.05 * least
 
     def _good(self) -> list[ScoredSchedule]:
-        """The points with as many images right as are needed; none of them with a budget."""
+        """The points with as high a total as is needed; none of them with a budget."""
         if self.needed is None:
             return []
-        return [p for p in self.considered() if p.score.correct >= self.needed]
+        return [p for p in self.considered() if p.score.total >= self.needed]
 
     def _pool(self, window: tuple[float, float]) -> tuple[ScheduleTable, NDArray[np.float64]]:
         """Unmeasured neighbours, with a cost inside the window, of the points nearest to it."""
@@ -296,28 +317,23 @@ class Finalists:
     def measure(self, point: ScoredSchedule) -> ScoredSchedule:
         """The point with its score on both parts."""
         if point.r not in self.measured:
-            parts = [point.score, *([self.validate(point.r)] if self.validate else [])]
-            images = sum(part.images for part in parts)
-            score = replace(
-                point.score,
-                images=images,
-                correct=sum(part.correct for part in parts),
-                damage=sum(part.damage * part.images for part in parts) / images,
-            )
+            score = point.score
+            if self.validate is not None:
+                score = score.joined(self.validate(point.r))
             self.measured[point.r] = replace(point, score=score)
         return self.measured[point.r]
 
     def cheapest(
-        self, points: Iterable[ScoredSchedule], needed: int, validation_images: int
+        self, points: Iterable[ScoredSchedule], needed: float, validation_images: int
     ) -> ScoredSchedule | None:
-        """The cheapest point with enough images right, of those of search and validation.
+        """The cheapest point with a high enough total of the search and validation images.
 
         Out of time, the cheapest that met the target so far is taken. If none did, one is still
         measured: the one that does best on the search images. None if no point meets the target.
         """
-        # Fewer right than this on the search images cannot be made good by the others.
+        # Less than this on the search images cannot be made good by the others, at most 1 each.
         hopeful = [
-            p for p in points if p.score.complete and p.score.correct + validation_images >= needed
+            p for p in points if p.score.complete and p.score.total + validation_images >= needed
         ]
         hopeful.sort(key=lambda p: (p.cost, p.score.damage, p.r))
         best: ScoredSchedule | None = None
@@ -328,15 +344,15 @@ class Finalists:
             late = self.out_of_time()
             if late and best is not None:
                 return best
-            found = self.measure(most_right(hopeful) if late else point)
-            if found.score.correct >= needed:
+            found = self.measure(best_of(hopeful) if late else point)
+            if found.score.total >= needed:
                 best = found
             if late:
                 break
         return best
 
     def best_within(self, points: Iterable[ScoredSchedule], budget: float) -> ScoredSchedule | None:
-        """The point within a budget with the most images right of all; then the least damage.
+        """The point within a budget with the highest total of all; then the least damage.
 
         Out of time, only one is measured. None if no point is within the budget.
         """
@@ -350,7 +366,7 @@ class Finalists:
             if self.out_of_time() and found:
                 break
             found.append(self.measure(point))
-        return min(found, key=lambda p: (-p.score.correct, p.score.damage, p.cost), default=None)
+        return min(found, key=lambda p: (-p.score.total, p.score.damage, p.cost), default=None)
 
     def front(self, points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
         """Each family's and the free lists' own front, and what was measured, cheapest first."""
@@ -366,17 +382,17 @@ class Finalists:
         return [self.measured[point.r] for point in shown if point.r in self.measured]
 
 
-def most_right(points: Iterable[ScoredSchedule]) -> ScoredSchedule:
+def best_of(points: Iterable[ScoredSchedule]) -> ScoredSchedule:
     """The point that does best on the search images."""
-    return max(points, key=lambda p: (p.score.correct, -p.score.damage, p.r))
+    return max(points, key=lambda p: (p.score.total, -p.score.damage, p.r))
 
 
 def _free(points: Sequence[ScoredSchedule]) -> list[ScoredSchedule]:
-    """Free lists that no cheaper one beats in images right and damage; the points are by cost."""
+    """Free lists that no cheaper one beats in total and damage; the points are by cost."""
     kept: list[ScoredSchedule] = []
     for point in points:
         beaten = any(
-            other.score.correct >= point.score.correct and other.score.damage <= point.score.damage
+            other.score.total >= point.score.total and other.score.damage <= point.score.damage
             for other in kept
         )
         if point.method == "free" and not beaten:
