@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifests import engine_values, manifest_values
 from onnx import TensorProto, helper
-from results import REPORTS
+from results import REPORTS, tower_report
 
 from tome_export.artifact.bench import Bench
 from tome_export.artifact.document import Document
@@ -104,6 +104,7 @@ DOCUMENTS: dict[str, tuple[Callable[[], dict[str, Any]], type[Document]]] = {
     "eval.json": (REPORTS["eval.json"], Evaluation),
     "schedule.json": (REPORTS["schedule.json"], ScheduleFile),
     "search": (REPORTS["schedule.json"], TunedSchedule),
+    "search of a tower": (tower_report, TunedSchedule),
     "routes.json": (lambda: ROUTES, RouteList),
 }
 

@@ -27,6 +27,16 @@ def test_images_that_must_be_right(text, images, unmerged, needed):
     assert goal.budget(1e9) is None
 
 
+def test_a_mean_similarity():
+    goal = Goal.min_similarity(0.98)
+    assert goal.needed(200, 200) == pytest.approx(196)
+    assert goal.needed(200, 200) < 196
+    assert goal.budget(1e9) is None
+    for value in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(InputError, match=r"is .*; expected a mean above 0, at most 1, such as"):
+            Goal.min_similarity(value)
+
+
 @pytest.mark.parametrize(
     ("text", "budget"),
     [("50%", 5e8), ("12.5 %", 1.25e8), ("8.7G", 8.7e9), ("9m", 9e6), ("3K", 3e3), ("1e6", 1e6)],

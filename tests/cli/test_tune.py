@@ -16,7 +16,7 @@ TUNE = ("tune", "vit_digits", "--limit", "64", "--time-limit", "10")
 BUILD = ("build", "vit_digits", "--engine", "none", "--no-check", "-o", "out")
 HELP = "; see 'tome-export tune --help'"
 BUILD_HELP = "; see 'tome-export build --help'"
-TARGETS = "give exactly one of --target-latency-ms, --target-macs, --min-accuracy"
+TARGETS = "give exactly one of --target-latency-ms, --target-macs, --min-accuracy, --min-similarity"
 
 CASES = {
     "no target": (TUNE, 2, f"0 targets were given; {TARGETS}{HELP}"),
@@ -30,6 +30,23 @@ CASES = {
         3,
         "minimum accuracy is '0.5'; expected the drop that is allowed, in points, such as -0.5, or "
         "an accuracy from 1 to 100 percent such as 97.2",
+    ),
+    "similarity": (
+        (*TUNE, "--min-similarity", "98"),
+        3,
+        "minimum similarity is 98; expected a mean above 0, at most 1, such as 0.98",
+    ),
+    "similarity of classes": (
+        (*TUNE, "--min-similarity", "0.98"),
+        2,
+        "vit_digits gives classes, which are right or wrong and not similar; give --min-accuracy, "
+        "such as -0.5, in place of --min-similarity",
+    ),
+    "neighbours of classes": (
+        (*TUNE, "--target-macs", "50%", "--measure", "retrieval"),
+        2,
+        "vit_digits gives classes, of which the right ones are counted; leave --measure retrieval "
+        "out, which is for models of features or maps",
     ),
     "limit": (
         ("tune", "vit_digits", "--min-accuracy", "-1", "--limit", "0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from results import REPORTS, bench_report, eval_report, schedule_report
+from results import REPORTS, bench_report, eval_report, schedule_report, tower_report
 
 from tome_export.artifact.bench import Bench
 from tome_export.artifact.evaluation import Evaluation
@@ -107,6 +107,21 @@ def test_more_entries_are_welcome_and_kept(tmp_path, name):
     found = READERS[name](file)
     assert found.later == {"versions": ["say", "more"]}
     assert json.loads(found.json_bytes())["later"] == found.later
+
+
+def test_a_search_by_similarity_is_read_as_it_is_written(tmp_path):
+    file = tmp_path / "schedule.json"
+    file.write_text(json.dumps(tower_report()))
+    found = read_search(file)
+    written, given = json.loads(found.json_bytes()), json.loads(file.read_text())
+    assert written == {**given, "reducer": {"name": "tome", "options": {}}}
+    assert [point.counted for point in found.front] == [p.similarity.mean for p in found.front]
+    assert found.unmerged.counted == 1.0
+    file.write_text(json.dumps(without(tower_report(), "front", 2, "similarity")))
+    with pytest.raises(
+        InputError, match=r"has front\[2\] .*, expected accuracy and correct, or simi"
+    ):
+        read_search(file)
 
 
 def test_a_schedule_written_by_hand_has_no_search(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tome_export.tune.search import Finalists, Score, Search, pareto
-from tome_export.tune.space import table_of
+from tome_export.merge.macs import BlockCost
+from tome_export.tune.search import BASELINES, Finalists, Score, Search, _spread, pareto
+from tome_export.tune.space import SearchSpace, table_of
 
 WEIGHTS = (0.9, 0.02, 0.3, 0.05)
 IMAGES = 1000
@@ -79,6 +81,39 @@ def test_ends_at_the_deadline(small_space):
     search.free(10)
     assert list(search.points) == [(0, 0, 0, 0)]
     assert search.cut_short
+
+
+@pytest.mark.parametrize("share", [0.55, 0.9])
+def test_what_a_budget_is_compared_with_comes_first(share):
+    """The best constant r, however few there is time for and however many there are."""
+    space = SearchSpace((BlockCost(100, 3, 200),) * 4, 401, 1, lambda _: 1000)
+    constant = space.baselines("constant")
+    costs = space.macs(table_of(constant))
+    budget = share * float(space.macs(table_of([(0, 0, 0, 0)]))[0])
+    expected = max((cost, r) for cost, r in zip(costs, constant, strict=True) if cost <= budget)[1]
+    assert expected not in _spread(constant, BASELINES["constant"])
+    looked = []
+
+    def evaluate(r, bound):
+        looked.append(r)
+        search.deadline = 0.0
+        return score(r, bound)
+
+    search = Search(space, space.macs, evaluate, budget=budget)
+    search.baselines()
+    assert looked == [expected]
+
+
+def test_free_lists_have_a_share_of_the_time(small_space):
+    """Baselines that half of the time leaves out are measured once there is time again."""
+    late = time.monotonic() + 600
+    search = Search(small_space, small_space.macs, score, needed=900, deadline=late)
+    search.measure((0, 0, 0, 0), "constant")
+    search.baselines(share=-1.0)
+    assert len(search.points) == 1
+    assert not search.cut_short
+    search.baselines()
+    assert len(search.points) > 20
 
 
 def test_bad_candidates_are_left_early_and_never_chosen(small_space):

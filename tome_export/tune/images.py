@@ -33,6 +33,10 @@ IMAGE_MACS, SEARCH_MACS = 4e12, 1e12
 """MACs, at the unmerged model's cost, of one pass over all images that are taken where the user
 sets no limit, and over the images of the search."""
 
+GRADED_MACS = 2.5e11
+"""The same of the search where what is counted is graded, and not right or wrong: means of fewer
+images tell schedules apart."""
+
 FEWEST = 32
 """Images below which no set is made smaller to save MACs."""
 
@@ -101,12 +105,15 @@ def read_images(
     progress: Progress,
     until: float = math.inf,
     output_bytes: int = 0,
+    *,
+    graded: bool = False,
 ) -> TuneImages:
     """Read images, drawn and ordered by the seed, and split them.
 
     ``macs`` are those per image of the unmerged model, and ``output_bytes`` what is kept of its
     outputs for each; ``limit`` None reads as many as a search in minutes can take. After ``until``,
-    in seconds of ``time.monotonic``, no more than ``FEWEST`` are read.
+    in seconds of ``time.monotonic``, no more than ``FEWEST`` are read. ``graded`` says that what is
+    counted is not right or wrong.
     """
     shape = preprocessing.input_size
     room = MOST_BYTES // (4 * math.prod(shape) + output_bytes)
@@ -145,8 +152,9 @@ def read_images(
         notes.append(f"{count} of {len(source)} images are used; --limit{late} {sets} how many")
     search = chosen_on = count
     if count >= SPLIT:
-        search = min(count // 2, max(FEWEST, int(SEARCH_MACS // macs)))
-        chosen_on = search + (count - search) // 2 if count >= HOLD_OUT else count
+        search = min(count // 2, max(FEWEST, int((GRADED_MACS if graded else SEARCH_MACS) // macs)))
+        rest = (count - search) // 2
+        chosen_on = search + (min(search, rest) if graded else rest) if count >= HOLD_OUT else count
     else:
         notes.append(
             f"{count} images are few: none is kept from the search, so nothing validates its "

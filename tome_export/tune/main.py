@@ -65,6 +65,9 @@ READ_SHARE, COST_SHARE, UNMERGED_SHARE, SEARCH_SHARE, CHOICE_SHARE = 0.15, 0.35,
 cost table, the unmerged model is run on no more images, no more is searched, and no finalist is
 measured."""
 
+BASELINE_SHARE = 0.5
+"""Share of the search's time for the baselines, before the free lists; the rest come behind."""
+
 LATENCY_TRIES = 3
 """Times that a schedule whose real latency is above its target is exchanged for a cheaper one."""
 
@@ -155,6 +158,7 @@ def tune(request: TuneRequest, progress: Progress | None = None) -> TunedSchedul
         progress,
         until(READ_SHARE),
         subject.output_bytes,
+        graded=subject.classes is None and request.measure != "retrieval",
     )
     measure = subject.measure(request.measure, images)
     tuning = _Tuning(request, loaded, model, images, measure, progress, until)
@@ -266,8 +270,8 @@ def _load(request: TuneRequest) -> _Subject:
         )
     recipe = loaded.recipe
     if recipe.output.kind != "classes":
-        compared = model
-        if model.gives_tokens and not dense:
+        compared, maps = model, recipe.output.kind == "map"
+        if not maps and not dense and len(output_shape(model)) > 1:
             if reducer.drops:
                 raise InputError(
                     f"{recipe.name} gives a sequence of tokens, which is compared patch by patch, "
@@ -276,14 +280,13 @@ def _load(request: TuneRequest) -> _Subject:
                 )
             compared = patched(True)
         shape = output_shape(compared)
-        if compared.gives_tokens and request.measure == "retrieval":
+        if len(shape) > 1 and request.measure == "retrieval":
             raise UsageError(
                 f"--measure retrieval compares one vector of features per image, and {recipe.name} "
                 f"gives {list(shape)}; leave --measure out"
             )
         # Those of the unmerged model, and beside them those of a schedule.
         kept = 2 * 4 * math.prod(shape)
-        maps = recipe.output.kind == "map"
         return _Subject(loaded, model, compared, output_bytes=kept, maps=maps)
     shape = output_shape(model)
     activation = recipe.activation(shape)
@@ -529,8 +532,9 @@ class _Tuning:
         search.measure(self.unmerged, "constant")
         # The other end, so that a budget is met however little time there is.
         search.measure(self._least_cost(), "constant")
-        search.baselines()
+        search.baselines(BASELINE_SHARE)
         search.free(FREE)
+        search.baselines()
         return search
 
     def _late(self) -> bool:

@@ -191,21 +191,36 @@ class Search:
             cost = float(self.cost(table_of([r]))[0])
             self.points[r] = ScoredSchedule(r, method, cost, self.evaluate(r, bound))
 
-    def baselines(self) -> None:
-        """Measure ToMe's families, each spread evenly over its costs."""
-        families = {m: _spread(self.space.baselines(m), most) for m, most in BASELINES.items()}
-        # Every fourth first, for when time is short.
-        picked = [
+    def baselines(self, share: float = 1.0) -> None:
+        """Measure ToMe's families, each spread evenly over its costs.
+
+        No more are begun after ``share`` of the time up to the deadline; called again, it goes on.
+        """
+        families = {method: self.space.baselines(method) for method in BASELINES}
+        spread = {method: _spread(families[method], most) for method, most in BASELINES.items()}
+        # What a target is compared with comes first, then every fourth, for when time is short.
+        picked = [(method, r) for method in families for r in self._dearest(families[method])]
+        picked += [
             (method, r)
             for offset in range(4)
-            for method, schedules in families.items()
+            for method, schedules in spread.items()
             for r in schedules[offset::4]
         ]
+        now = time.monotonic()
+        until = now + share * (self.deadline - now)
         for done, (method, r) in enumerate(picked, 1):
-            if self._late():
+            if self._late() or time.monotonic() > until:
                 return
             self.measure(r, method)
             self.on_progress("baselines", done, len(picked))
+
+    def _dearest(self, family: list[Rs]) -> list[Rs]:
+        """The schedule of a family that is the dearest within a budget."""
+        if self.budget is None:
+            return []
+        costs = zip(self.cost(table_of(family)).tolist(), family, strict=True)
+        within = max(((cost, r) for cost, r in costs if cost <= self.budget), default=None)
+        return [] if within is None else [within[1]]
 
     def free(self, count: int) -> None:
         """Measure up to ``count`` free lists; there must be baselines to start from."""
