@@ -113,7 +113,7 @@ def test_maps_are_compared_by_correlation_and_difference():
         assert float(measure.difference(a, b)[i]) == pytest.approx(apart / 30, rel=1e-6)
 
 
-@pytest.mark.parametrize("other", [0.5, np.nan])
+@pytest.mark.parametrize("other", [0.5, np.nan, np.inf])
 def test_a_map_without_a_correlation_counts_as_unlike(other):
     plain, measure = torch.rand(2, 3, 3), SimilarityMeasure(maps=True)
     merged = plain.clone()

@@ -93,6 +93,43 @@ def mean_of(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Mean
     return Mean(mean=mean, low=float(found.low), high=float(found.high))
 
 
+def cosines(found: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Cosine of each image's features to another model's ``[B]``; NaN where one has no direction.
+
+    Features are ``[B, C]``, or ``[B, P, C]`` of patches, whose mean cosine it is.
+    """
+    each = (unit_vectors(found) * unit_vectors(other)).sum(axis=-1)
+    return np.asarray(each.reshape(len(each), -1).mean(axis=1))
+
+
+def correlations(found: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Pearson's correlation of each image's map ``[B, ...]`` with another model's ``[B]``.
+
+    It is over all numbers of the map, and NaN where one is constant.
+    """
+    with np.errstate(invalid="ignore"):  # of infinite numbers, which come out as NaN
+        return np.asarray((_centred(found) * _centred(other)).sum(axis=-1))
+
+
+def unit_vectors(features: NDArray[Any]) -> NDArray[np.float64]:
+    """Vectors ``[..., C]`` of length 1; NaN for those of zeros or of what is not finite."""
+    with np.errstate(invalid="ignore"):
+        return _of_length_1(features.astype(np.float64), 0.0)
+
+
+def _centred(maps: NDArray[Any]) -> NDArray[np.float64]:
+    """Directions ``[B, C]`` of maps less their mean."""
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
+    # What is left of a constant map is the rounding of its numbers.
+    least = np.finfo(np.float32).eps * np.linalg.norm(flat, axis=1, keepdims=True)
+    return _of_length_1(flat - flat.mean(axis=1, keepdims=True), least)
+
+
+def _of_length_1(vectors: NDArray[np.float64], least: Any) -> NDArray[np.float64]:
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(length > least, length, np.nan))
+
+
 def deviations(found: NDArray[Any], other: NDArray[Any]) -> Deviations | None:
     """How far numbers ``[B, K]`` are from another model's; None where no image has finite ones."""
     finite = np.isfinite(found).all(axis=1) & np.isfinite(other).all(axis=1)

@@ -15,12 +15,15 @@ correlation of a map is the cosine of its numbers less their mean, so that one f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.artifact.goal import Metric
+from tome_export.data.metrics import correlations, cosines, unit_vectors
 from tome_export.errors import InputError
 from tome_export.spec import Activation
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tome_export.tune.images import TuneImages
+
+Compare = Callable[..., NDArray[np.float64]]
+"""What compares arrays."""
 
 SAME = 1e-6
 """Difference of cosines within which two images are as near as each other, above rounding."""
@@ -179,9 +185,8 @@ class SimilarityMeasure(Measure):
 
         An output that has no direction counts as unlike any other.
         """
-        first, second = self._directions(output), self._directions(reference)
-        cosine = (first * second).sum(dim=-1).mean(dim=1)
-        return (1 - cosine.nan_to_num(nan=0.0)).clamp_min(0.0)
+        similar = correlations if self.maps else cosines
+        return (1 - self._of_arrays(similar, output, reference).nan_to_num(nan=0.0)).clamp_min(0.0)
 
     def difference(self, output: Tensor, reference: Tensor) -> Tensor | None:
         """See ``Measure``."""
@@ -195,20 +200,14 @@ class SimilarityMeasure(Measure):
 
     def defined(self, reference: Tensor) -> Tensor:
         """See ``Measure``: a constant map has no correlation, features of zeros no cosine."""
-        return self._directions(reference).isfinite().all(dim=-1).all(dim=-1)
+        similar = correlations if self.maps else cosines
+        return self._of_arrays(similar, reference, reference).isfinite()
 
-    def _directions(self, output: Tensor) -> Tensor:
-        """Vectors of length 1, ``[B, 1 or P, C]`` float64; NaN for those of no direction."""
+    def _of_arrays(self, compare: Compare, *tensors: Tensor) -> Tensor:
         import torch
 
-        x = output.double()
-        x = x.flatten(1)[:, None] if self.maps else x.reshape(len(x), -1, x.shape[-1])
-        # What is left of a constant map is rounding of its numbers.
-        least = torch.finfo(torch.float32).eps * x.norm(dim=-1, keepdim=True) if self.maps else 0.0
-        x = x - x.mean(dim=-1, keepdim=True) if self.maps else x
-        length = x.norm(dim=-1, keepdim=True)
-        directions: Tensor = x / length.where(length > least, torch.nan)
-        return directions
+        found = compare(*(one.cpu().numpy() for one in tensors))
+        return torch.from_numpy(found).to(tensors[0].device)
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ class RetrievalMeasure(SimilarityMeasure):
 
     def _cosines(self, features: Tensor) -> Tensor:
         """Cosine of each of ``[n, C]`` to each ``[n, n]``; that to itself is below all others."""
-        directions = self._directions(features)[:, 0].nan_to_num(nan=0.0)
+        directions = self._of_arrays(unit_vectors, features).nan_to_num(nan=0.0)
         return (directions @ directions.T).fill_diagonal_(-2.0)
 
 
