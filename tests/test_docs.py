@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tome_export.artifact import Artifact
+
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
@@ -98,6 +100,20 @@ def test_python_runs(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_whole_model_is_built(tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (code,) = blocks(DOCS / "whole-models.md", "python")
+    (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(code)
+    (commands,) = blocks(DOCS / "whole-models.md", "sh")
+    for line in commands.splitlines():
+        run(line, tmp_path)
+    manifest = Artifact.open(tmp_path / "out" / "segmenter").manifest
+    assert (
+        f"{manifest.output.name} {list(manifest.output.shape)}".replace("'", "")
+        in (DOCS / "whole-models.md").read_text()
+    )
 
 
 def entries() -> list[str]:

@@ -220,7 +220,11 @@ def _class_of(values: dict[str, Any], where: str) -> str:
                 f"{where} is a model of model type {kind!r} without a vision tower, so it has no "
                 f"image tokens to merge; expected model type {supported}"
             )
-        raise InputError(f"model type {kind!r} of {where} is not supported; supported: {supported}")
+        whole = "a whole model can be returned by a function of yours, module:function; "
+        hint = whole if "backbone_config" in values else ""
+        raise InputError(
+            f"model type {kind!r} of {where} is not supported; {hint}supported: {supported}"
+        )
     names = values.get("architectures") or [""]
     found = names[0] if isinstance(names, list) else names
     if kind in TOWERS:

@@ -162,6 +162,13 @@ def test_hidden_states_that_were_asked_for_before_are_no_obstacle():
         assert torch.equal(alone(images), alone.library(images))
 
 
+def test_a_model_in_training_stays_in_training():
+    """Norms over a batch of one image could not be trained."""
+    model = upernet().train()
+    assert patch(model, R).map_name == "logits"
+    assert all(part.training for part in model.modules())
+
+
 def test_a_users_hook_is_refused():
     model = on_dinov2()
     model.head.register_forward_hook(lambda *_: None)
@@ -262,6 +269,8 @@ class Gives(Head):
             "a nest": lambda: {"a": (found,)},
             "a name": lambda: {"source_map": found},
             "no name": lambda: {"a b": found},
+            "a failure": lambda: found[:, 5],
+            "a decision": lambda: found if found.sum() > 0 else -found,
         }[self.what]()
 
 
@@ -284,6 +293,8 @@ def gives(what: str) -> Any:
         (lambda: gives("nothing"), "gives map (NoneType); expected one tensor"),
         (lambda: gives("a nest"), "gives a (tuple); expected one tensor"),
         (lambda: gives("a name"), "calls its output 'source_map'; expected a name"),
+        (lambda: gives("a failure"), "Gives cannot be traced: its forward fails with IndexError"),
+        (lambda: gives("a decision"), "Gives cannot be traced: its forward fails with"),
         (lambda: gives("no name"), "calls its output 'a b'; expected a name"),
     ],
 )

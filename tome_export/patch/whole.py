@@ -9,8 +9,9 @@ is no part of an exported graph.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,20 +52,37 @@ class MergedWholeModel(MergedModel):
         places = {id(part): place for place, part in model.named_modules()}
         self._block_places = tuple(places[id(block)] for block in inner.blocks)
         super().__init__(model, settings, inner.layout)
+        self.map_name, shape, self._outside_macs = self._tried()
+        if len(shape) not in (2, 3):
+            raise InputError(
+                f"model {name} gives {self.map_name} {list(shape)} for an image; of a model with a "
+                "head of its own a map is expected, [rows, columns] or [channels, rows, columns]: "
+                "give the library's own class of a classifier or tower"
+            )
+
+    def _tried(self) -> tuple[str, tuple[int, ...], int]:
+        """Name and shape of the output for one image, and MACs outside the blocks."""
         found: list[tuple[str, Tensor]] = []
 
         def outside(zeros: MakeZeros) -> None:
             blocks = [_stand_in(block, _passing_on(block)) for block in self.blocks]
             found.append(self._run_with(blocks, zeros(1, *self.input_size)))
 
-        self._outside_macs = count_macs(model, outside)
-        self.map_name, example = found[0]
-        if example.ndim < 3:
-            raise InputError(
-                f"model {name} gives {self.map_name} {list(example.shape[1:])} for an image; of a "
-                "model with a head of its own a map is expected, [rows, columns] or [channels, "
-                "rows, columns]: give the library's own class of a classifier or tower"
-            )
+        with evaluating(self.model):
+            try:
+                macs = count_macs(self.model, outside)
+            except InputError:
+                raise
+            # It is the user's code that runs.
+            except Exception as error:
+                reason = next(iter(str(error).splitlines()), "") or "no message"
+                raise InputError(
+                    f"model {type(self.model).__name__} cannot be traced: its forward fails with "
+                    f"{type(error).__name__}: {reason}; expected one that takes an image of "
+                    f"{list(self.input_size)} whatever its pixels are"
+                ) from error
+        name, example = found[0]
+        return name, tuple(example.shape[1:]), macs
 
     @property
     def backbone(self) -> nn.Module:
@@ -160,6 +178,18 @@ class _Blocks:
                 f"{len(self.model.blocks)} blocks of its backbone; expected all of them: cut the "
                 "others off"
             )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while, and then in the modes in which its parts were."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def own_output(output: Any, name: str) -> tuple[str, Tensor]:
