@@ -22,7 +22,13 @@ from tome_export.cli.progress import working
 from tome_export.display import percent, short_macs
 
 if TYPE_CHECKING:
-    from tome_export.artifact.evaluation import CandidateResult, Evaluation, EvaluationData, Share
+    from tome_export.artifact.evaluation import (
+        CandidateResult,
+        Evaluation,
+        EvaluationData,
+        Share,
+        Similarities,
+    )
 
 COUNT = click.IntRange(min=1)
 
@@ -123,7 +129,7 @@ def _table(candidates: Sequence[CandidateResult]) -> list[str]:
     """A row per candidate; columns without a single figure are left out."""
     rows = []
     for one in candidates:
-        cosine, apart = one.cosine_to_unmerged, one.deviation_from_unmerged
+        apart = one.deviation_from_unmerged
         change = one.difference_to_unmerged
         row = {
             "model": one.name,
@@ -135,7 +141,8 @@ def _table(candidates: Sequence[CandidateResult]) -> list[str]:
             "top-5": _share(one.top5),
             "difference": "-",
             "agreement": _share(one.agreement_with_unmerged),
-            "cosine, mean (min)": f"{cosine.mean:.6f} ({cosine.min:.6f})" if cosine else "-",
+            "cosine, mean (min)": _similarity(one.cosine_to_unmerged),
+            "correlation, mean (min)": _similarity(one.correlation_to_unmerged),
             "deviation, mean (max)": f"{apart.mean:.4g} ({apart.max:.4g})" if apart else "-",
         }
         if change:
@@ -151,6 +158,10 @@ def _share(found: Share | None) -> str:
     if found is None:
         return "-"
     return f"{percent(found.share)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
+
+
+def _similarity(found: Similarities | None) -> str:
+    return f"{found.mean:.6f} ({found.min:.6f})" if found else "-"
 
 
 def _legend(found: Evaluation) -> list[str]:
@@ -171,6 +182,8 @@ def _legend(found: Evaluation) -> list[str]:
         )
     if any(c.cosine_to_unmerged for c in candidates):
         lines.append("cosine: of an image's features to those of unmerged")
+    if any(c.correlation_to_unmerged for c in candidates):
+        lines.append("correlation: of an image's map with that of unmerged (Pearson)")
     return lines
 
 

@@ -12,7 +12,7 @@ from tome_export.video.options import video_token_counts, without_last_merge
 
 if TYPE_CHECKING:
     from tome_export.models.recipe import Recipe
-    from tome_export.spec import Preprocessing
+    from tome_export.spec import OutputKind, Preprocessing
 
 _DETAILS = (
     "aliases",
@@ -60,6 +60,7 @@ class ModelDetails:
     macs_merged: int
     macs_ratio: float
     output: str
+    output_kind: OutputKind
     family: str
     description: str
     aliases: tuple[str, ...]
@@ -107,6 +108,7 @@ def _details(recipe: Recipe, sizes: Sizes) -> ModelDetails:
         recommended_r=recipe.merging.r,
         macs_ratio=sizes.macs / sizes.macs_merged,
         output=recipe.output.name,
+        output_kind=recipe.output.kind,
         family=recipe.family,
         description=recipe.description,
         aliases=recipe.aliases,

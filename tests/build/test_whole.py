@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 import whole_models
+from PIL import Image
 
 import tome_export
 from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
 from tome_export.build.engine import EngineRequest, add_engine
+from tome_export.data.preprocess import load_images
 from tome_export.engine import EngineOptions
 from tome_export.errors import InputError
+from tome_export.evaluate.main import EvalRequest, evaluate
 from tome_export.merge.schedule import Schedule
 from tome_export.models import resolve
 from tome_export.parity.main import CheckRequest, check
@@ -79,6 +82,23 @@ def test_check_again_on_other_runtimes(artifact):
     found = check(CheckRequest(artifact.path, backends=("ort-cpu", "openvino")))
     assert [report.passed for report in found.reports] == [True, True]
     assert all(report.output.top1_agreement is None for report in found.reports)
+
+
+def test_eval_tells_the_correlation_with_the_unmerged_map(artifact, make_images, tmp_path):
+    """By NumPy's own, on PyTorch's maps in float32."""
+    model, _ = reference_model(artifact)
+    pixels = make_images(model, 4)
+    for index, image in enumerate(((pixels - pixels.min()) / np.ptp(pixels) * 255).astype("uint8")):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{index}.png")
+    found = evaluate(EvalRequest(artifact.path, (str(tmp_path),), batch=2)).evaluation
+    rows = {row.name: row for row in found.candidates}
+    images = load_images(sorted(tmp_path.iterdir()), artifact.manifest.preprocessing)
+    with torch.no_grad():
+        maps = [run(torch.from_numpy(images)).numpy() for run in (model, model.library)]
+    expected = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(*maps, strict=True)]
+    assert rows["merged"].cosine_to_unmerged is None
+    shown = rows["torch"].correlation_to_unmerged
+    assert (shown.mean, shown.min) == pytest.approx((np.mean(expected), np.min(expected)), abs=2e-3)
 
 
 def test_an_engine_is_built(artifact):

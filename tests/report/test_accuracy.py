@@ -55,7 +55,9 @@ def evaluation_of(kind: str, broken: int = 0, against: tuple[str, ...] = ("unmer
     table.add(Record(0, ((IMAGES - 1, "bad.png", "cut short"),), values_without_last(values)))
     source = samples_source(np.zeros((IMAGES, 1, 8, 8), np.float32), labels)
     known = labels if kind == "labelled" else None
-    comparison = Comparison(candidates, classes, classes and "softmax")
+    comparison = Comparison(
+        candidates, classes, classes and "softmax", "classes" if classes else "features"
+    )
     return evaluation_from_table(table, source, known, comparison)
 
 

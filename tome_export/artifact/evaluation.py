@@ -49,8 +49,8 @@ class Mean(Part):
     high: float
 
 
-class Cosines(Part):
-    """Mean and smallest cosine of some images' features to those of another model."""
+class Similarities(Part):
+    """Mean and smallest similarity, such as a cosine, of outputs for some images to another's."""
 
     mean: float
     min: float
@@ -113,6 +113,7 @@ class CandidateResult(Part):
             is a yes or no for each class, those with the same answer for all.
         difference_to_unmerged: Top-1 minus that of the unmerged model.
         cosine_to_unmerged: Cosines to the features of the unmerged model.
+        correlation_to_unmerged: Pearson correlations to the maps of the unmerged model.
         deviation_from_unmerged: How far the numbers of a regression, or the probability of a yes
             where there is one logit, are from the unmerged model's.
         not_finite: Images for which it gave no finite numbers.
@@ -126,7 +127,8 @@ class CandidateResult(Part):
     top5: Share | None = None
     agreement_with_unmerged: Share | None = None
     difference_to_unmerged: Difference | None = None
-    cosine_to_unmerged: Cosines | None = None
+    cosine_to_unmerged: Similarities | None = None
+    correlation_to_unmerged: Similarities | None = None
     deviation_from_unmerged: Deviations | None = None
     not_finite: Count
 

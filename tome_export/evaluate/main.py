@@ -129,7 +129,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     with candidates_of(
         artifact, model, request.backend, request.against, request.r, progress
     ) as candidates:
-        comparison = Comparison(candidates, classes, artifact.manifest.activation)
+        comparison = Comparison(
+            candidates, classes, artifact.manifest.activation, artifact.manifest.output_kind
+        )
         work = _Work(request, artifact, source, batch, comparison, progress)
         with work.table() as table:
             found = evaluation_from_table(table, source, work.labels, comparison)
@@ -190,7 +192,11 @@ class _Work:
         self._source, self._chosen = source, selection(len(source), request.limit)
         self._runs = distinct(comparison.candidates)
         self._classifier = Classifier(
-            batch, manifest.output.name, manifest.activation, plain.run if plain else ""
+            batch,
+            manifest.output.name,
+            manifest.activation,
+            plain.run if plain else "",
+            manifest.output_kind,
         )
         known = None if comparison.classes is None else source.labels
         self.labels = None if known is None else known[self._chosen]

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from tome_export.artifact.evaluation import (
     CandidateResult,
-    Cosines,
     Evaluation,
     EvaluationData,
+    Similarities,
     UnreadableImage,
 )
 from tome_export.data.labels import Classes
@@ -23,7 +23,7 @@ from tome_export.evaluate.candidates import Candidate
 from tome_export.evaluate.records import TOP, RecordTable
 from tome_export.runtime.environment import environment
 from tome_export.runtime.registry import TORCH
-from tome_export.spec import Activation
+from tome_export.spec import Activation, OutputKind
 
 TOP5_FROM = 10
 """Fewest classes for which top-5 is told: with fewer, guessing is right most of the time."""
@@ -35,12 +35,14 @@ class Comparison:
 
     Attributes:
         classes: Classes of the models; None if they give no classes.
-        activation: Activation of their logits; None if they give features.
+        activation: Activation of their logits; None if they give features or maps.
+        kind: What they give.
     """
 
     candidates: Sequence[Candidate]
     classes: Classes | None
     activation: Activation | None
+    kind: OutputKind
 
     @property
     def plain(self) -> Candidate | None:
@@ -99,7 +101,7 @@ def _notes(table: RecordTable, labels: Labels | None, comparison: Comparison) ->
 def _result(
     candidate: Candidate, table: RecordTable, labels: Labels | None, comparison: Comparison
 ) -> CandidateResult:
-    classes, activation, plain = comparison.classes, comparison.activation, comparison.plain
+    classes, plain = comparison.classes, comparison.plain
     found = table.values(candidate.run)
     finite = np.isfinite(found).all(axis=1) if classes is None else found[:, 0] >= 0
     values: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def _result(
     # A model against itself would be told as a finding, with an interval.
     if plain is not None and plain.run != candidate.run:
         base = table.values(plain.run)
-        values |= _against_plain(found, base, finite, activation)
+        values |= _against_plain(found, base, finite, comparison)
         if "top1" in values:
             values["difference_to_unmerged"] = paired_difference(right, base[:, -TOP] == labels)
     return CandidateResult(
@@ -129,16 +131,17 @@ def _against_plain(
     found: NDArray[Any],
     base: NDArray[Any],
     finite: NDArray[np.bool_],
-    activation: Activation | None,
+    comparison: Comparison,
 ) -> dict[str, Any]:
     """How a candidate's values compare with those of the unmerged model, labels aside."""
-    if activation is None:
-        cosines = found[finite]
-        if not len(cosines):
+    if comparison.activation is None:
+        similar = found[finite]
+        if not len(similar):
             return {}
-        summary = Cosines(mean=float(cosines.mean()), min=float(cosines.min()))
-        return {"cosine_to_unmerged": summary}
-    if activation == "none":
+        summary = Similarities(mean=float(similar.mean()), min=float(similar.min()))
+        measure = "correlation" if comparison.kind == "map" else "cosine"
+        return {f"{measure}_to_unmerged": summary}
+    if comparison.activation == "none":
         return {"deviation_from_unmerged": deviations(found, base)}
     # An output that is not finite agrees with none, not with another such.
     values: dict[str, Any] = {

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tome_export.data.decode import Decoded
+from tome_export.data.metrics import correlations
 from tome_export.errors import ExportError, InputError
 from tome_export.runtime.runner import Runner, infer_in_batches
-from tome_export.spec import INPUT_NAME, Activation, answers
+from tome_export.spec import INPUT_NAME, Activation, OutputKind, answers
 
 TOP = 5
 """Classes kept per image."""
@@ -29,7 +30,7 @@ class Record:
         unreadable: Position in the chunk, name and reason of what could not be read.
         values: For each run of a model, of the images that could be read: the answer and the best
             classes, see ``ranked``; of a regression its numbers ``[B, K]`` float64; or of features
-            the cosine to the unmerged output ``[B, 1]`` float64.
+            the cosine, and of a map the correlation, to the unmerged output ``[B, 1]`` float64.
     """
 
     chunk: int
@@ -59,15 +60,17 @@ class Classifier:
     Attributes:
         batch: Images per batch; shorter ones are padded, so that every image is always computed
             in the same surroundings and numbers repeat to the last digit.
-        activation: What makes scores of its logits; None for features, of which the cosine to those
-            of ``baseline`` is kept.
+        activation: What makes scores of its logits; None for features and maps, of which the
+            similarity to those of ``baseline`` is kept.
         baseline: The run that is not merged.
+        kind: What the output is.
     """
 
     batch: int
     output_name: str
     activation: Activation | None
     baseline: str
+    kind: OutputKind = "classes"
 
     def record(self, decoded: Decoded, runners: Mapping[str, Runner]) -> Record:
         """Run every runner on a chunk."""
@@ -77,7 +80,9 @@ class Classifier:
                 name: self._infer(name, one, decoded.pixels) for name, one in runners.items()
             }
             for name, output in outputs.items():
-                if self.activation is None:
+                if self.kind == "map":
+                    values[name] = correlations(output, outputs[self.baseline])[:, None]
+                elif self.activation is None:
                     values[name] = cosine(output, outputs[self.baseline])
                 elif self.activation == "none":
                     values[name] = output.astype(np.float64)

@@ -86,7 +86,7 @@ class FixedSets(ScoredReducer):
         """Sets A (at least r) and B, which together name every patch once, each ascending."""
 
     def signals(self, layer: LayerContext) -> tuple[Tensor, ...]:
-        """Cosines ``[B, |A|, |B|]``."""
+        """Similarities ``[B, |A|, |B|]``."""
         directions = patch_directions(layer)
         a, b = self._indices(layer, directions)
         return (directions[:, a] @ directions[:, b].transpose(-1, -2),)

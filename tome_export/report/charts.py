@@ -76,13 +76,18 @@ HATCHES = ("////", "....", "xxxx", "----")
 """Of further groups, which are grey, in their order."""
 
 Measure = Literal[
-    "top1", "agreement_with_unmerged", "cosine_to_unmerged", "deviation_from_unmerged"
+    "top1",
+    "agreement_with_unmerged",
+    "cosine_to_unmerged",
+    "correlation_to_unmerged",
+    "deviation_from_unmerged",
 ]
 
 MEASURES: dict[Measure, str] = {
     "top1": "top-1 accuracy (%)",
     "agreement_with_unmerged": "agreement (%)",
     "cosine_to_unmerged": "cosine",
+    "correlation_to_unmerged": "correlation",
     "deviation_from_unmerged": "deviation",
 }
 """What an evaluation may have of its models, the most telling first -> label of its axis."""
