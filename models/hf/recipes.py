@@ -149,7 +149,7 @@ def _saliency(name: str, size: int) -> Recipe:
         preprocessing=Preprocessing((3, size, size), *IMAGENET_NORM, 1.0, "bicubic"),
         merging=MergingAdvice(geometry.recommended_r(size)),
         output=ModelOutput("saliency", is_map=True),
-        family="hf_dense",
+        family="hf_whole",
         description=f"DINOv2 ViT-S/14 and a saliency decoder, at {size} pixels ({grid**2} patches)",
         geometry=replace(geometry, head_macs=_decoder_macs(width, loader.channels, grid)),
     )
