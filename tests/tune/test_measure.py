@@ -10,16 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import whole_models
 
 from tests.conftest import small_vit
 from tome_export.artifact.goal import Goal
 from tome_export.artifact.schedule import TuneData
 from tome_export.data.metrics import mean_of
 from tome_export.data.preprocess import load_images
-from tome_export.data.samples import sample_paths
+from tome_export.data.samples import MAX_PHOTOGRAPH_PIXELS, sample_paths, sample_pixels
 from tome_export.errors import InputError, UsageError
 from tome_export.models import resolve
 from tome_export.patch import patch
+from tome_export.tune import main as tune_main
+from tome_export.tune import search as tune_search
 from tome_export.tune.images import TuneImages
 from tome_export.tune.main import TuneRequest, estimate, tune
 from tome_export.tune.measure import RetrievalMeasure, SimilarityMeasure
@@ -259,3 +262,36 @@ def test_tokens_are_compared_patch_by_patch(model, tmp_path):
     ):
         with pytest.raises((InputError, UsageError), match=message):
             tune(replace(request, measure=measure, reducer=reducer, force=True))
+
+
+@pytest.mark.parametrize("make", [whole_models.upernet, whole_models.depth_anything])
+def test_whole_models_are_tuned_by_their_maps(make, monkeypatch, tmp_path):
+    """Nothing is kept from so few samples, so the schedule's figures are over all of them."""
+    monkeypatch.setitem(sys.modules, "own_maps", SimpleNamespace(make=make))
+    monkeypatch.setattr(tune_main, "FREE", 4)
+    monkeypatch.setattr(tune_search, "BASELINES", dict.fromkeys(tune_search.BASELINES, 3))
+    request = TuneRequest("own_maps:make", Goal.target_macs("95%"), tmp_path / "s.json", limit=12)
+    found = tune(request)
+    library, recipe = make().eval(), resolve("own_maps:make")
+    merged = patch(library, list(found.schedule))
+    assert found.found.macs == merged.macs() <= 0.95 * found.unmerged.macs
+    order = np.random.default_rng(0).permutation(MAX_PHOTOGRAPH_PIXELS)[:12]
+    pixels = torch.from_numpy(sample_pixels(recipe, MAX_PHOTOGRAPH_PIXELS)[order])
+    with torch.no_grad():
+        theirs = library(pixels)
+        plain = (theirs["logits"] if "logits" in theirs else theirs["predicted_depth"]).numpy()
+        own = merged(pixels).numpy()
+    pairs = list(zip(plain.astype(float), own.astype(float), strict=True))
+    similar = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
+    alike = found.found.similarity
+    assert alike.mean == pytest.approx(np.mean(similar), abs=1e-4)
+    assert alike.lowest == pytest.approx(min(similar), abs=1e-4)
+    apart = np.mean([np.abs(a - b).mean() for a, b in pairs])
+    assert alike.mean_absolute_difference == pytest.approx(apart, rel=1e-3)
+    assert alike.mean >= found.best_constant.similarity.mean
+    for more, message in (
+        ({"goal": Goal.min_accuracy("-1")}, r"gives a map, which is neither right nor wrong; give"),
+        ({"measure": "retrieval"}, r"compares one vector of features per image, and own_maps:make"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            tune(replace(request, force=True, **more))
