@@ -83,7 +83,9 @@ def test_features_are_compared_by_their_cosine(tower, images):
     assert (whole.images, whole.difference) == (24, None)
     assert whole.total == pytest.approx(sum(expected[:24]), abs=1e-4)
     assert 1 - whole.damage == pytest.approx(np.mean(expected[:24]), abs=2e-6)
-    assert 1 - whole.worst == pytest.approx(min(expected[:24]), abs=2e-6)
+    for score, (first, last) in zip(scores, PARTS, strict=True):
+        assert 1 - score.worst == pytest.approx(min(expected[first:last]), abs=2e-6)
+    assert whole.worst == max(scores[0].worst, scores[1].worst)
 
 
 def test_retrieval_searches_each_part_on_its_own(tower, images):
@@ -295,3 +297,12 @@ def test_whole_models_are_tuned_by_their_maps(make, monkeypatch, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             tune(replace(request, force=True, **more))
+
+
+def test_the_unmerged_model_is_run_once(tower, images, monkeypatch):
+    with Scorer(tower, images, SimilarityMeasure()) as scorer:
+        monkeypatch.setattr(type(tower), "run", None)
+        score, each = scorer.counted((0, 0, 0), 16, 24)
+        assert (score.damage, score.worst) == pytest.approx((0, 0), abs=1e-12)
+        assert (score.images, score.entropy) == (8, 1.0)
+        assert each.tolist() == pytest.approx([1.0] * 8)

@@ -530,8 +530,8 @@ class _Tuning:
         )
         self.progress.stage(f"Search on {count} images")
         search.measure(self.unmerged, "constant")
-        # The other end, so that a budget is met however little time there is.
-        search.measure(self._least_cost(), "constant")
+        # However little time there is, this meets a budget: the best constant r, if one does.
+        search.measure(search.dearest("constant") or self._least_cost(), "constant")
         search.baselines(BASELINE_SHARE)
         search.free(FREE)
         search.baselines()

@@ -71,6 +71,7 @@ class Scorer:
             workers, initializer=torch.set_num_threads, initargs=(each,)
         )
         self._ending = threading.Event()
+        self._reference = torch.empty(0)
         self._known: dict[tuple[Rs, int], tuple[Score, NDArray[Any]]] = {}
         try:
             images, reference = self._unmerged_outputs(images, until)
@@ -156,6 +157,9 @@ class Scorer:
         """Run images in batches: start, what is compared of it, token-size entropy ``[B]``."""
         import torch
 
+        if not any(r) and len(self._reference):  # the unmerged model, which has been run
+            yield first, self._reference[first:last], torch.ones(last - first)
+            return
         model = self._model
         layers = model.settings.reducer.layers(Schedule(per_layer=r), model.tower)
         left = threading.Event()

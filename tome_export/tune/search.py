@@ -196,14 +196,13 @@ class Search:
 
         No more are begun after ``share`` of the time up to the deadline; called again, it goes on.
         """
-        families = {method: self.space.baselines(method) for method in BASELINES}
-        spread = {method: _spread(families[method], most) for method, most in BASELINES.items()}
-        # What a target is compared with comes first, then every fourth, for when time is short.
-        picked = [(method, r) for method in families for r in self._dearest(families[method])]
+        families = {m: _spread(self.space.baselines(m), most) for m, most in BASELINES.items()}
+        # What a budget is compared with comes first, then every fourth, for when time is short.
+        picked = [(method, r) for method in families if (r := self.dearest(method)) is not None]
         picked += [
             (method, r)
             for offset in range(4)
-            for method, schedules in spread.items()
+            for method, schedules in families.items()
             for r in schedules[offset::4]
         ]
         now = time.monotonic()
@@ -214,13 +213,13 @@ class Search:
             self.measure(r, method)
             self.on_progress("baselines", done, len(picked))
 
-    def _dearest(self, family: list[Rs]) -> list[Rs]:
-        """The schedule of a family that is the dearest within a budget."""
+    def dearest(self, method: Method) -> Rs | None:
+        """The baseline of a family that costs most within the budget; None if none is."""
         if self.budget is None:
-            return []
+            return None
+        family = self.space.baselines(method)
         costs = zip(self.cost(table_of(family)).tolist(), family, strict=True)
-        within = max(((cost, r) for cost, r in costs if cost <= self.budget), default=None)
-        return [] if within is None else [within[1]]
+        return max(((cost, r) for cost, r in costs if cost <= self.budget), default=(0, None))[1]
 
     def free(self, count: int) -> None:
         """Measure up to ``count`` free lists; there must be baselines to start from."""
