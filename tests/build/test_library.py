@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from whole_models import depth_anything
 
 from tome_export.build import BuildRequest, build, library
 from tome_export.build.library import check_library
@@ -103,3 +104,20 @@ def test_weights_of_a_function_are_called_so(
     assert json.loads(
         (tmp_path / "out" / "build.json").read_text()
     ) == artifact.manifest.model_dump(mode="json")
+
+
+def test_a_map_has_rows_and_no_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column of a depth map that is all but zero is no channel of its own."""
+    merged = patch(depth_anything(), 4)
+    images = torch.rand(1, *merged.input_size)
+    with torch.no_grad():
+        depth = merged.library(images)
+    depth[..., 0] = 1e-6
+    near = depth.clone()
+    near[..., 0] += 1e-8
+    assert (near - depth).abs().max() < 1e-7 * depth.abs().max()
+    monkeypatch.setattr(merged, "library", lambda _: near)
+    monkeypatch.setattr(library, "_next", lambda x: x)
+    cls = type(merged)
+    monkeypatch.setattr(cls, "forward_observed", lambda *_, **__: depth)
+    check_library(merged, images.numpy())

@@ -237,19 +237,25 @@ class Twice(Head):
         return super().forward(x)
 
 
+def tokens_of(output: Any) -> Any:
+    """In transformers 4 layers give a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Between(Head):
     """Changes tokens between two blocks of its backbone."""
 
     def forward(self, x: Any) -> Any:
         tokens = self.backbone.embeddings(x)
         for block in self.backbone.encoder.layer:
-            tokens = block(tokens) + 1
+            tokens = tokens_of(block(tokens)) + 1
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
 
 
 class Few(Head):
     def forward(self, x: Any) -> Any:
-        return self.backbone.encoder.layer[0](self.backbone.embeddings(x)).unsqueeze(1)
+        tokens = self.backbone.encoder.layer[0](self.backbone.embeddings(x))
+        return tokens_of(tokens).unsqueeze(1)
 
 
 class Smaller(Head):
