@@ -104,6 +104,23 @@ def test_what_a_budget_is_compared_with_comes_first(share):
     assert looked == [expected]
 
 
+def test_the_best_constant_r_is_among_what_is_measured():
+    """However wide the family is spread."""
+    space = SearchSpace((BlockCost(100, 3, 200),) * 4, 401, 1, lambda _: 1000)
+    constant = space.baselines("constant")
+    expected = constant[len(BASELINES) + 40]
+    assert expected not in _spread(constant, BASELINES["constant"])
+
+    def evaluate(r, _):
+        return Score(IMAGES, IMAGES - 2 * sum(r), sum(r) / IMAGES)
+
+    search = Search(space, space.macs, evaluate, needed=IMAGES - 2 * sum(expected))
+    search.measure((0, 0, 0, 0), "constant")
+    search.baselines()
+    good = [p for p in search.points.values() if any(p.r) and p.method == "constant"]
+    assert Finalists(None).cheapest(good, search.needed, 0).r == expected
+
+
 def test_free_lists_have_a_share_of_the_time(small_space):
     """Baselines that half of the time leaves out are measured once there is time again."""
     late = time.monotonic() + 600

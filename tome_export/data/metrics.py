@@ -108,7 +108,9 @@ def correlations(found: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64
     It is over all numbers of the map, and NaN where one is constant.
     """
     with np.errstate(invalid="ignore"):  # of infinite numbers, which come out as NaN
-        return np.asarray((_centred(found) * _centred(other)).sum(axis=-1))
+        # One by one: a segmentation's map of one image may be of gigabytes in float64.
+        pairs = zip(found, other, strict=True)
+        return np.array([_centred(a) @ _centred(b) for a, b in pairs], np.float64)
 
 
 def unit_vectors(features: NDArray[Any]) -> NDArray[np.float64]:
@@ -117,15 +119,15 @@ def unit_vectors(features: NDArray[Any]) -> NDArray[np.float64]:
         return _of_length_1(features.astype(np.float64), 0.0)
 
 
-def _centred(maps: NDArray[Any]) -> NDArray[np.float64]:
-    """Directions ``[B, C]`` of maps less their mean."""
-    flat = maps.reshape(len(maps), -1).astype(np.float64)
+def _centred(image_map: NDArray[Any]) -> NDArray[np.float64]:
+    """Direction ``[C]`` of a map less its mean."""
+    flat = image_map.ravel().astype(np.float64)
     # What is left of a constant map is the rounding of its numbers.
-    least = np.finfo(np.float32).eps * np.linalg.norm(flat, axis=1, keepdims=True)
-    return _of_length_1(flat - flat.mean(axis=1, keepdims=True), least)
+    least = np.finfo(np.float32).eps * float(np.linalg.norm(flat))
+    return _of_length_1(flat - flat.mean(), least)
 
 
-def _of_length_1(vectors: NDArray[np.float64], least: Any) -> NDArray[np.float64]:
+def _of_length_1(vectors: NDArray[np.float64], least: float) -> NDArray[np.float64]:
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.where(length > least, length, np.nan))
 

@@ -190,9 +190,11 @@ class SimilarityMeasure(Measure):
 
     def difference(self, output: Tensor, reference: Tensor) -> Tensor | None:
         """See ``Measure``."""
+        import torch
+
         if not self.maps:
             return None
-        return (output.double() - reference.double()).abs().flatten(1).mean(dim=1)
+        return (output - reference).abs().flatten(1).mean(dim=1, dtype=torch.float64)
 
     def counted(self, output: Tensor, reference: Tensor, first: int, damage: Tensor) -> Tensor:  # noqa: ARG002
         """See ``Measure``: the similarity."""

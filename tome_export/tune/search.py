@@ -212,6 +212,20 @@ class Search:
                 return
             self.measure(r, method)
             self.on_progress("baselines", done, len(picked))
+        self._best_constant()
+
+    def _best_constant(self) -> None:
+        """Measure the constant r between the cheapest that is good and the next, which is not.
+
+        A family is spread, and a free list is to be compared with the best r there is.
+        """
+        constant, good = self.space.baselines("constant"), {point.r for point in self._good()}
+        known = [index for index, r in enumerate(constant) if r in self.points]
+        best = max((index for index in known if constant[index] in good), default=len(constant))
+        for r in constant[best + 1 : min((i for i in known if i > best), default=0)]:
+            if self._late():
+                return
+            self.measure(r, "constant")
 
     def dearest(self, method: Method) -> Rs | None:
         """The baseline of a family that costs most within the budget; None if none is."""
