@@ -17,6 +17,7 @@ STATUS = ("<!-- status by scripts/measured.py -->\n", "<!-- end of status -->")
 ATTENTION = ("<!-- attention by scripts/measured.py -->\n", "<!-- end of attention -->")
 GPU_ATTENTION = ("<!-- attention on a GPU by scripts/measured.py -->\n", "<!-- end of that -->")
 HEADLINE = ("<!-- headline by scripts/measured.py -->\n", "<!-- end of headline -->")
+TUNED = ("<!-- tuned by scripts/measured.py -->\n", "<!-- end of tuned -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
 
@@ -146,6 +147,45 @@ def evaluation_table() -> str:
                 f"{100 * row['top1']['high']:.2f}] |"
                 for row in found
             ),
+            "",
+        ]
+    )
+
+
+def tuned_table() -> str:
+    """What tuning a trained tower gains over a constant r, for docs/which-r.md."""
+    (row,) = rows("tuned")[1]
+    other, held_out, data = row["other_photographs"], row["held_out"], row["data"]
+    constant = row["constant"][0]
+
+    def interval(found: dict[str, float], sign: str = "") -> str:
+        mean, low, high = (format(found[key], f"{sign}.4f") for key in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    def line(name: str, kind: str, held: dict[str, float]) -> str:
+        share = row["macs"][kind] / row["macs"]["unmerged"]
+        own = other[kind]
+        return (
+            f"| {name} | {share:.1%} | {interval(held)} | {interval(own)} | {own['lowest']:.3f} |"
+        )
+
+    return "\n".join(
+        [
+            "For the trained DINOv2 ViT-S/14 ([weights](trained-weights.md)), ToMe and at most "
+            f"{row['share']} % of the MACs, {row['search']['schedules']} schedules were searched "
+            f"on {data['search']} crops of photographs and chosen with {data['validation']} more "
+            "(`benchmarks/tuned.py`). Mean cosine to the unmerged features, with its interval, on "
+            f"{held_out['images']} held-out crops of the same photographs, and on "
+            f"{other['images']} crops of photographs that the search never saw:",
+            "",
+            "| schedule | MACs | held-out crops | other photographs | lowest of these |",
+            "|---|---|---|---|---|",
+            line(f"best constant r, {constant}", "constant", held_out["best_constant"]),
+            line("tuned", "tuned", held_out),
+            "",
+            f"The difference, image by image, is {interval(held_out['over_constant'], '+')} and "
+            f"{interval(other['over_constant'], '+')}. The schedule is "
+            f"`{','.join(map(str, row['schedule']))}`: little merges in the first layers.",
             "",
         ]
     )
@@ -419,6 +459,7 @@ def pages() -> dict[Path, str]:
         (README, HEADLINE, headline()),
         (DOCS / "measurements.md", MARKS, measured()),
         (DOCS / "which-r.md", EVALUATED, evaluation_table()),
+        (DOCS / "which-r.md", TUNED, tuned_table()),
         (DOCS / "reducers.md", REDUCED, reducers_lines()),
         (DOCS / "attention.md", ATTENTION, attention_lines()),
         (DOCS / "attention.md", GPU_ATTENTION, gpu_attention_lines()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import whole_models
@@ -107,6 +108,25 @@ def test_an_engine_is_built(artifact):
     request = EngineRequest(artifact.path, "tensorrt-rtx", EngineOptions(), artifact.manifest.batch)
     engine = add_engine(request).manifest.engines["tensorrt-rtx"]
     assert [(one.name, one.shape) for one in engine.outputs] == [(name, (-1, *shape))]
+
+
+def test_batch_norms_of_a_head_are_folded_in_bfloat16(tmp_path):
+    """In float32 the weights of their convolutions would not fit what they are applied to."""
+    request = BuildRequest(
+        "whole_models:upernet",
+        tmp_path / "out",
+        schedule=Schedule(R),
+        precision="bf16",
+        engine="none",
+    )
+    graph = onnx.load(build(request).model_path).graph
+    types = {one.name: one.data_type for one in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
+    assert len(convolutions) > 5
+    assert {types[name] for node in convolutions for name in node.input[1:]} == {
+        onnx.TensorProto.BFLOAT16
+    }
 
 
 def test_a_backbone_alone_says_how_images_are_scaled():
