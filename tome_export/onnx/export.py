@@ -246,8 +246,29 @@ def _ir_from_model(
         ) from error
     if program is None:
         raise ExportError("torch returned no ONNX program; expected a traced model")
+    _retype_folded_weights(program.model)
     _finish_merge_nodes(program.model, model.steps, options.plugin)
     return program.model
+
+
+def _retype_folded_weights(model: ir.Model) -> None:
+    """Give weights of convolutions and products the type of what they are applied to.
+
+    ONNX Script folds batch norms into them, and of bfloat16 NumPy's arithmetic makes float32.
+    """
+    import onnx_ir as ir
+
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        x, *weights = node.inputs
+        for weight in weights:
+            if weight is None or weight.const_value is None or x is None or x.dtype is None:
+                continue
+            if weight.dtype != x.dtype:
+                array = weight.const_value.numpy().astype(x.dtype.numpy())
+                weight.const_value = ir.tensor(array, dtype=x.dtype, name=weight.name)
+                weight.dtype = x.dtype
 
 
 def _finish_merge_nodes(model: ir.Model, merging: Sequence[Step], plugin: bool) -> None:
