@@ -260,7 +260,8 @@ def seed_rows(
                 for most in [share / 100 * found.members[-1].macs]
             ]
             mean = float(np.mean([one.macs for one in picked]))
-            correct, images = sum(one.correct for one in picked), sum(one.images for one in picked)
+            correct = sum(one.correct or 0 for one in picked)  # of a classifier it is never None
+            images = sum(one.images for one in picked)
             rows.append(
                 {
                     "benchmark": "cascade",

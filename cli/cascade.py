@@ -35,11 +35,16 @@ class CascadeOptions(Targets, LabelsGroup, SelfTestGroup):
         metavar="-0.5|97.2",
         help="-0.5: at most half a point below the highest artifact; 97.2: percent.",
     )
+    min_similarity: float | None = option(
+        metavar="0.98",
+        help="Of features or maps: mean similarity to those of the highest artifact, 0 to 1.",
+    )
     data: tuple[str, ...] = option(
         heading="Images",
         required=True,
         metavar="FOLDER|SHARDS|samples",
-        help="Images: accuracy with class sub-folders, else agreement with the highest artifact.",
+        help="Images: accuracy with class sub-folders, else agreement with the highest artifact; "
+        "similarity to its features or maps.",
     )
     test: tuple[str, ...] = option(
         heading="Images",
@@ -100,15 +105,15 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: Cascade
 
     complexity chooses by the differences of neighbouring pixels. confidence starts at the lowest
     artifact and goes on to the next while it is unsure. learned chooses by a linear head on the
-    pooled patch embedding.
+    pooled patch embedding. Artifacts that give features or maps have complexity and learned.
     """
     output, repository, force = options.output, options.repository, options.force
     page = output.with_suffix(".html")
     with working(terminal) as progress:
-        goal = options.goal("target_macs", "min_accuracy")
+        goal = options.goal("target_macs", "min_accuracy", "min_similarity")
         from tome_export.artifact.files import check_new_file, write_whole, writing_to
         from tome_export.cascade import policy
-        from tome_export.cascade.main import CascadeRequest, cascade, members_of
+        from tome_export.cascade.main import CascadeRequest, cascade, check_kind, members_of
         from tome_export.report.page import render_cascade
         from tome_export.serve.cascade import CascadeServeRequest, check_cascade, serve_cascade
 
@@ -128,6 +133,7 @@ def command(terminal: Terminal, /, artifacts: tuple[Path, ...], options: Cascade
         check_new_file(page, force=force)
         progress.stage("Verify the artifacts")
         members = members_of(artifacts)
+        check_kind(members, options.policy, goal)
         serving = None
         if repository is not None:
             serving = options.request(CascadeServeRequest, members=members)
@@ -158,14 +164,16 @@ def _lines(found: Cascade, files: Mapping[str, str]) -> list[str]:
     images = f"{data.source}: {fitted}{data.calibration} to calibrate; "
     images += f"{data.test_source or data.source}: {data.test} to test (seed {data.seed})"
     interval = f"[{percent(test.low)}, {percent(test.high)}]"
-    change = f"{100 * test.difference_to_highest.share:+.2f} points against the highest"
+    change = ""
+    if test.difference_to_highest is not None:
+        change = f", {100 * test.difference_to_highest.share:+.2f} points against the highest"
     facts = {
         "Model": found.model,
         "Policy": _policy(found),
         "Target": found.target.text,
         "Images": images,
         "Calibration": _score(found.chosen.calibration, found.metric),
-        "Test": f"{_score(test, found.metric)} {interval}, {change}",
+        "Test": f"{_score(test, found.metric)} {interval}{change}",
         "One for all": _single(found),
     }
     lines = [RANDOM] if found.random_weights else []
@@ -194,14 +202,15 @@ def _policy(found: Cascade) -> str:
 
 
 def _score(score: CascadeScore, metric: str) -> str:
-    word = "top-1" if metric == "top1" else "agreement"
+    word = "top-1" if metric == "top1" else metric
     return f"{short_macs(score.macs)} MACs on average, {word} {percent(score.share)}"
 
 
 def _single(found: Cascade) -> str:
     single = found.single
     if single is None:
-        return "no artifact alone is as accurate on the test images"
+        word = "similar" if found.metric == "similarity" else "accurate"
+        return f"no artifact alone is as {word} on the test images"
     word = "saves" if single.saved >= 0 else "costs"
     return (
         f"{short_macs(single.macs)} MACs at {percent(single.share)}: the cascade {word} "
@@ -238,4 +247,5 @@ def _sweep(found: Cascade) -> list[str]:
         )
         for one in thinned(found.sweep, ROWS)
     ]
-    return table(["", "calibration MACs", "right", "test MACs", "right"], rows, "lrrrr")
+    word = "similarity" if found.metric == "similarity" else "right"
+    return table(["", "calibration MACs", word, "test MACs", word], rows, "lrrrr")

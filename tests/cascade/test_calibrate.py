@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,16 +32,22 @@ COSTS = Costs(MACS, OWN)
 def observations(count=80, members=3, seed=0):
     """Larger members are right more often, and surer where they are."""
     rng = np.random.default_rng(seed)
-    truth = rng.integers(0, 5, count)
     right = rng.random((members, count)) < np.linspace(0.7, 0.97, members)[:, None]
-    classes = np.where(right, truth, (truth + 1) % 5)
-    classes[0, 0] = -1
+    right[0, 0] = False
     confidence = np.clip(rng.random((members, count)) * 0.6 + 0.4 * right, 0, 1)
     confidence[0, 0] = np.nan
     surprise = np.where(right, 0.1, 2.0) + 0.1 * rng.random((members, count))
     return Observations(
-        classes.T, confidence.T, surprise.T, rng.random(count), rng.random((count, 4)), truth
+        right.T, surprise.T, confidence.T, rng.random(count), rng.random((count, 4))
     )
+
+
+def similarities(count=80, members=3, seed=0):
+    """The same without classes: how similar members are to the last one."""
+    seen = observations(count, members, seed)
+    score = np.random.default_rng(seed).random((count, members)).cumsum(axis=1) / members
+    score[:, -1] = 1.0
+    return replace(seen, score=score, surprise=1 - score, confidence=np.full_like(score, np.nan))
 
 
 def slow_outcome(settings, seen, macs):
@@ -67,8 +74,7 @@ def slow_outcome(settings, seen, macs):
             ]
             member = net.index(max(net))
             cost = macs[member]
-        answer = seen.classes[image, member]
-        found.append((member, cost + OWN, answer == seen.truth[image] and answer >= 0))
+        found.append((member, cost + OWN, seen.score[image, member]))
     return found
 
 
@@ -97,7 +103,7 @@ def test_outcomes_are_those_of_the_loop(name):
     tried = settings_of(name, seen)
     for settings in tried[:: max(1, len(tried) // 25)]:
         found = outcome(settings, seen, COSTS)
-        together = zip(found.budget, found.macs, found.right, strict=True)
+        together = zip(found.budget, found.macs, found.score, strict=True)
         assert [tuple(one) for one in together] == slow_outcome(settings, seen, MACS)
 
 
@@ -131,8 +137,26 @@ def test_the_front_has_every_setting_that_no_other_beats(name):
     assert [one.rank for one in front] == sorted({one.rank for one in front})
     for settings in tried:
         found = outcome(settings, seen, COSTS)
-        cost, right = found.macs.mean(), found.right.sum()
+        cost, right = found.macs.mean(), found.score.sum()
         assert any(p.score.macs <= cost and p.score.correct >= right for p in front)
+
+
+@pytest.mark.parametrize("name", ["complexity", "learned"])
+def test_similarity_is_traded_as_accuracy_is(name):
+    seen = similarities()
+    tried = settings_of(name, seen)
+    for settings in tried[:: max(1, len(tried) // 25)]:
+        found = outcome(settings, seen, COSTS)
+        expected = slow_outcome(settings, seen, MACS)
+        assert [*zip(found.budget, found.macs, found.score, strict=True)] == expected
+        assert (found.mean.correct, found.mean.share) == (None, np.mean([e[2] for e in expected]))
+    front = front_of(tried, seen, COSTS)
+    assert front[-1].score.share == 1.0
+    chosen = cheapest(front, 0.9 * len(seen), "x")
+    assert chosen.score.share >= 0.9
+    assert all(p.score.share < 0.9 for p in front if p.score.macs < chosen.score.macs)
+    within = best_within(front, 300, COSTS, "x")
+    assert all(p.score.share <= within.score.share for p in front if p.score.macs <= 300)
 
 
 def test_the_cheapest_that_meets_an_accuracy():

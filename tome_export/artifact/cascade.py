@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tome_export.artifact.document import Count, Document, Part, Text, Whole
 from tome_export.artifact.environment import Environment
-from tome_export.artifact.evaluation import Difference, Methods, Share, UnreadableImage
+from tome_export.artifact.evaluation import Difference, Methods, UnreadableImage
 from tome_export.artifact.goal import Metric, TargetKind
 from tome_export.artifact.manifest import Absent
 from tome_export.spec import Precision
@@ -70,6 +70,16 @@ class CascadeTarget(Part):
     text: str
 
 
+class CascadeShare(Part):
+    """A member alone on some images: as ``CascadeScore``, with the limits of its share."""
+
+    correct: Count | None
+    images: Count
+    share: float
+    low: float
+    high: float
+
+
 class CascadeMember(Part):
     """An artifact of the cascade.
 
@@ -78,8 +88,8 @@ class CascadeMember(Part):
         schedule: How it merges, for people.
         r: Tokens removed in each layer.
         macs: Multiply-accumulates per image.
-        calibration: Calibration images that it alone has right.
-        test: Test images that it alone has right.
+        calibration: What it alone has right of the calibration images.
+        test: What it alone has right of the test images.
     """
 
     artifact: Text
@@ -87,8 +97,8 @@ class CascadeMember(Part):
     r: tuple[Count, ...]
     precision: Precision
     macs: Count
-    calibration: Share
-    test: Share
+    calibration: CascadeShare
+    test: CascadeShare
 
 
 class CascadeScore(Part):
@@ -96,13 +106,19 @@ class CascadeScore(Part):
 
     Attributes:
         macs: Mean multiply-accumulates per image, those of the policy included.
-        share: Share of the images that are right.
+        correct: Images that are right; None where similarity is told, of models without classes.
+        share: Share of the images that are right, or their mean similarity.
     """
 
     macs: float
-    correct: Count
+    correct: Count | None
     images: Count
     share: float
+
+    @property
+    def total(self) -> float:
+        """The sum over the images of what counts."""
+        return self.share * self.images if self.correct is None else self.correct
 
 
 class CascadeTest(CascadeScore):
@@ -110,14 +126,15 @@ class CascadeTest(CascadeScore):
 
     Attributes:
         budgets: Images whose answer is that of each member.
-        difference_to_highest: Its share minus that of the member of the most MACs alone.
+        difference_to_highest: Its share minus that of the member of the most MACs alone; None where
+            similarity to that member is told.
         met: Whether the target holds on these images.
     """
 
     low: float
     high: float
     budgets: tuple[Count, ...]
-    difference_to_highest: Difference
+    difference_to_highest: Difference | None
     met: bool
 
 
@@ -198,7 +215,9 @@ class Cascade(Document):
     Attributes:
         model: The model that all members are artifacts of.
         random_weights: Whether its weights are random, and so not meant for use.
-        metric: ``top1``, or ``agreement`` with the highest member where there are no labels.
+        metric: ``top1``, or ``agreement`` with the highest member where there are no labels; of
+            models without classes mean ``similarity`` to its output, each image's from 0 to 1: the
+            cosine of features, or the correlation of maps.
         settings: The policy with the thresholds that were chosen.
         policy_macs: Multiply-accumulates per image of the policy itself.
         members: The members by MACs ascending.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,30 +66,25 @@ class Observations:
     """What every member says of every image, and what the policies look at.
 
     Attributes:
-        classes: Best class by each member ``[B, M]`` int64; -1 where its output is not finite.
-        confidence: Confidence of each member ``[B, M]`` float64, by the measure of the policy.
-        surprise: Cross-entropy of each member's answer ``[B, M]`` float64, in nats.
+        score: What counts of each member ``[B, M]``: bool, whether its class is the label, or what
+            the largest member says; or of models without classes float64 from 0 to 1, how similar
+            its output is to the largest member's. An output that is not finite counts nothing.
+        surprise: Cross-entropy of each member's answer ``[B, M]`` float64, in nats; without classes
+            one minus the score.
+        confidence: Confidence of each member ``[B, M]`` float64, by the measure of the policy; NaN
+            without classes.
         complexity: Complexity of the image ``[B]`` float64.
         patches: Average patches ``[B, P]`` float64; P is 0 where no policy needs them.
-        truth: The class that counts as right ``[B]`` int64: the label, or what the largest
-            member says.
     """
 
-    classes: NDArray[np.int64]
-    confidence: NDArray[np.float64]
+    score: NDArray[Any]
     surprise: NDArray[np.float64]
+    confidence: NDArray[np.float64]
     complexity: NDArray[np.float64]
     patches: NDArray[np.float64]
-    truth: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.truth)
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether each member is right ``[B, M]``; an output that is not finite never is."""
-        same: NDArray[np.bool_] = (self.classes == self.truth[:, None]) & (self.classes >= 0)
-        return same
+        return len(self.score)
 
     def take(self, rows: NDArray[np.int64] | slice) -> Observations:
         """The observations of some images."""
@@ -107,21 +103,24 @@ class Outcome:
     Attributes:
         budget: The member whose answer it gets ``[B]`` int64.
         macs: What it costs ``[B]`` int64: the policy, and every member that is run for it.
-        right: Whether the answer is right ``[B]``.
+        score: What counts of the answer ``[B]``, as in ``Observations``.
         surprise: Cross-entropy of the answer ``[B]``, in nats.
     """
 
     budget: NDArray[np.int64]
     macs: NDArray[np.int64]
-    right: NDArray[np.bool_]
+    score: NDArray[Any]
     surprise: NDArray[np.float64]
 
     @property
-    def score(self) -> CascadeScore:
-        """Mean cost and how many are right."""
-        correct, images = int(self.right.sum()), len(self.right)
+    def mean(self) -> CascadeScore:
+        """Mean cost, and the mean of what counts: how many are right."""
+        correct = int(self.score.sum()) if self.score.dtype == np.bool_ else None
         return CascadeScore(
-            macs=float(self.macs.mean()), correct=correct, images=images, share=correct / images
+            macs=float(self.macs.mean()),
+            correct=correct,
+            images=len(self.score),
+            share=float(self.score.mean()),
         )
 
 
@@ -140,13 +139,13 @@ def outcome(setting: Policy, observed: Observations, costs: Costs) -> Outcome:
         scores = policy.head_scores(observed.patches, setting.weights, setting.bias)
         budget = policy.by_price(scores, setting.shares, setting.price)
     image = np.arange(len(observed))
-    right, surprise = observed.right[image, budget], observed.surprise[image, budget]
-    return Outcome(budget, each[budget] + costs.policy, right, surprise)
+    score, surprise = observed.score[image, budget], observed.surprise[image, budget]
+    return Outcome(budget, each[budget] + costs.policy, score, surprise)
 
 
 def complexity_settings(observed: Observations) -> list[ComplexityPolicy]:
     """Ascending thresholds on the score, one fewer than there are members."""
-    scores, count = observed.complexity, observed.classes.shape[1] - 1
+    scores, count = observed.complexity, observed.score.shape[1] - 1
     ends = {float(scores.min()) - 1.0, float(scores.max()) + 1.0}
     cuts = sorted({*ends, *_cuts(scores, _levels(count))})
     found = itertools.combinations_with_replacement(cuts, count)
@@ -204,8 +203,11 @@ def trained_head(
     """Train a linear head on the pooled patch embedding, and fold the embedding into it.
 
     The class of an image is the cheapest member that is right about it; the lowest one where none
-    is. The loss is cross-entropy plus ``strength * (actual - target)^2``, where actual is the mean
-    over the images of the share of MACs that the head's probabilities expect. The embedding is its
+    is. Without classes it is the cheapest that is similar enough to the largest, and what is enough
+    is the most for which these members meet the target in the mean.
+
+    The loss is cross-entropy plus ``strength * (actual - target)^2``, where actual is the mean over
+    the images of the share of MACs that the head's probabilities expect. The embedding is its
     weights ``[D, C, h, w]`` and bias ``[D]``; ``shares`` are MACs of members over the largest's.
 
     Returns:
@@ -218,8 +220,7 @@ def trained_head(
     pooled = observed.patches @ kernels.T + offset
     mean, std = pooled.mean(axis=0), pooled.std(axis=0) + 1e-6
     x = torch.from_numpy((pooled - mean) / std)
-    right = observed.right
-    y = torch.from_numpy(np.where(right.any(axis=1), right.argmax(axis=1), 0))
+    y = torch.from_numpy(_cheapest_enough(observed.score, shares, target))
     cost = torch.tensor(list(shares), dtype=torch.float64)
     weight = torch.zeros(len(cost), x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(cost), dtype=torch.float64, requires_grad=True)
@@ -242,6 +243,23 @@ def trained_head(
     )
 
 
+def _cheapest_enough(
+    score: NDArray[Any], shares: Sequence[float], target: float
+) -> NDArray[np.int64]:
+    """The cheapest member ``[B]`` whose score ``[B, M]`` is enough; the lowest where none is."""
+    levels = np.unique(score[score > 0].astype(np.float64))
+    if len(levels) > MOST_PRICES:
+        levels = levels[np.linspace(0, len(levels) - 1, MOST_PRICES).astype(int)]
+    found = np.zeros(len(score), np.int64)
+    for index, level in enumerate(levels):
+        enough = score >= level
+        member = np.where(enough.any(axis=1), enough.argmax(axis=1), 0)
+        if index and np.asarray(shares)[member].mean() > target:
+            break
+        found = member
+    return found
+
+
 @dataclass(frozen=True)
 class CalibratedSetting:
     """A policy with its thresholds on the calibration images: score and mean cross-entropy."""
@@ -251,13 +269,13 @@ class CalibratedSetting:
     surprise: float
 
     @property
-    def rank(self) -> tuple[int, float]:
-        """Greater is better: images right, then how probable the answers hold the truth.
+    def rank(self) -> tuple[float, float]:
+        """Greater is better: share right, then how probable the answers hold the truth.
 
         Once all calibration images are right, their number tells thresholds apart no more; the
         probabilities still do, so that a greater budget goes on being spent where it helps.
         """
-        return self.score.correct, -self.surprise
+        return self.score.share, -self.surprise
 
 
 def front_of(
@@ -267,20 +285,20 @@ def front_of(
     points = []
     for setting in settings:
         found = outcome(setting, observed, costs)
-        points.append(CalibratedSetting(setting, found.score, float(found.surprise.mean())))
+        points.append(CalibratedSetting(setting, found.mean, float(found.surprise.mean())))
     front: list[CalibratedSetting] = []
-    for point in sorted(points, key=lambda p: (p.score.macs, -p.score.correct, p.surprise)):
+    for point in sorted(points, key=lambda p: (p.score.macs, -p.score.share, p.surprise)):
         if not front or point.rank > front[-1].rank:
             front.append(point)
     return front
 
 
-def cheapest(front: Sequence[CalibratedSetting], needed: int, target: str) -> CalibratedSetting:
-    """The cheapest setting of a front with so many images right as are needed."""
-    found = next((point for point in front if point.score.correct >= needed), None)
+def cheapest(front: Sequence[CalibratedSetting], needed: float, target: str) -> CalibratedSetting:
+    """The cheapest setting of a front with so many images right, or such a sum, as is needed."""
+    found = next((point for point in front if point.score.total >= needed), None)
     if found is None:
-        most = front[-1].score.correct
-        best = next(point.score for point in front if point.score.correct == most)
+        most = front[-1].score.total
+        best = next(point.score for point in front if point.score.total == most)
         raise InputError(
             f"target is {target}, {needed} of the {best.images} calibration images right; no "
             f"thresholds give more than {best.correct} ({100 * best.share:.2f} %, at "

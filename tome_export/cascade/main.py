@@ -17,6 +17,7 @@ from tome_export.artifact.cascade import (
     Cascade,
     CascadeData,
     CascadeMember,
+    CascadeShare,
     CascadeTarget,
     CascadeTest,
     ChosenSetting,
@@ -27,7 +28,7 @@ from tome_export.artifact.cascade import (
     SweepPoint,
 )
 from tome_export.artifact.compatibility import check_one_model, shared_facts
-from tome_export.artifact.goal import Goal
+from tome_export.artifact.goal import Goal, Metric
 from tome_export.cascade.calibrate import (
     CalibratedSetting,
     Costs,
@@ -44,11 +45,11 @@ from tome_export.cascade.calibrate import (
 from tome_export.cascade.observe import Members
 from tome_export.data.find import SAMPLES, shared_path, source_of
 from tome_export.data.labels import classes_of
-from tome_export.data.metrics import CONFIDENCE, METHODS, paired_difference, share_of
+from tome_export.data.metrics import CONFIDENCE, METHODS, mean_of, paired_difference, share_of
 from tome_export.errors import InputError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.environment import environment
-from tome_export.runtime.inputs import refuse_extra_inputs
+from tome_export.runtime.inputs import refuse_extra_inputs, refuse_videos
 from tome_export.runtime.registry import ORT_CPU, TORCH, require
 
 LEAST = 10
@@ -71,8 +72,8 @@ class CascadeRequest:
         members: Artifacts of one model, from ``members_of``.
         data: A folder of images, shards, or ``samples``; see ``data.find``.
         policy: ``complexity``, ``confidence`` or ``learned``; see ``cascade.policy``.
-        goal: ``target-macs``, of the mean per image, or ``min-accuracy``. What is relative is so to
-            the artifact of the most MACs.
+        goal: ``target-macs``, of the mean per image, ``min-accuracy``, or without classes
+            ``min-similarity``. What is relative is so to the artifact of the most MACs.
         test: Images to measure on; empty to keep a part of ``data`` for it.
         labels: File of labels, if ``data`` is a folder of images.
         classes_in_order: Whether class folders are in the order of the model's classes.
@@ -147,11 +148,9 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
     members = sorted(opened, key=lambda one: one.manifest.macs.merged)
     for one in members:
         refuse_extra_inputs(one, "cascade")
+        refuse_videos(one, "cascade")
         if one.manifest.output_kind != "classes":
-            raise InputError(
-                f"{one.path} gives {one.manifest.output.name}, not classes, by which a cascade is "
-                "calibrated; give artifacts of a classifier"
-            )
+            continue
         single = one.manifest.output.shape[-1] == 1 and one.manifest.activation == "sigmoid"
         if one.manifest.activation != "softmax" and not single:
             gives = "a regression's numbers"
@@ -169,6 +168,23 @@ def members_of(paths: Sequence[Path]) -> tuple[Artifact, ...]:
                 "a cascade is made of artifacts of different cost, leave one out"
             )
     return tuple(members)
+
+
+def check_kind(members: Sequence[Artifact], policy: PolicyName, goal: Goal) -> None:
+    """Refuse a policy or a target that makes no sense for what the members give."""
+    kind = members[-1].manifest.output_kind
+    gives = f"the artifacts give {members[-1].manifest.output.name}, not classes"
+    if kind != "classes" and policy == "confidence":
+        raise UsageError(
+            f"{gives}, of which none is confident; choose --policy complexity or learned"
+        )
+    if kind != "classes" and goal.kind == "min-accuracy":
+        raise UsageError(f"{gives}, and have no accuracy; give --min-similarity or --target-macs")
+    if kind == "classes" and goal.kind == "min-similarity":
+        raise UsageError(
+            "the artifacts give classes, and --min-similarity is for features and maps; give "
+            "--min-accuracy or --target-macs"
+        )
 
 
 def _facts(artifact: Artifact) -> dict[str, Any]:
@@ -189,6 +205,7 @@ def cascade(request: CascadeRequest, progress: Progress | None = None) -> Cascad
     progress = progress or Silent()
     request.check()
     members = request.members
+    check_kind(members, request.policy, request.goal)
     embedding: Embedding | None = None
     if request.policy == "learned":
         from tome_export.onnx.files import patch_embedding
@@ -250,7 +267,7 @@ def _observe(request: CascadeRequest, embedding: Embedding | None, progress: Pro
         progress.stage("Run them on the test images")
         other = source_of(request.members[-1], request.test, request.test_labels, classes)
         test, more = members.observe(other, request.limit, progress)
-        if (source.labels is None) != (other.labels is None):
+        if classes is not None and (source.labels is None) != (other.labels is None):
             raise InputError(
                 "one of the data and the test images has labels and the other has none; give both "
                 "with labels (--labels, --test-labels or class sub-folders), or both without"
@@ -280,7 +297,8 @@ def _observe(request: CascadeRequest, embedding: Embedding | None, progress: Pro
         notes=tuple(dict.fromkeys(notes)),
     )
     fit, calibration = calibration.take(order[:fitted]), calibration.take(order[fitted:])
-    return _Images(fit, calibration, test, source.labels is not None, data)
+    labelled = classes is not None and source.labels is not None
+    return _Images(fit, calibration, test, labelled, data)
 
 
 def _settings(
@@ -300,9 +318,25 @@ def _settings(
     return found
 
 
-def _needed(goal: Goal, observed: Observations) -> int:
-    """Images that must be right for an accuracy target; 0 for any other."""
-    return int(goal.needed(len(observed), int(observed.right[:, -1].sum())) or 0)
+def _needed(goal: Goal, observed: Observations) -> float:
+    """Images that must be right for a target of accuracy, or similarity of all; 0 for any other."""
+    return goal.needed(len(observed), float(observed.score[:, -1].sum())) or 0
+
+
+def _share(score: NDArray[Any]) -> CascadeShare:
+    """The mean of what counts of some images ``[B]``, with its interval."""
+    if score.dtype == np.bool_:
+        return CascadeShare(**vars(share_of(score)))
+    found = mean_of(score)
+    return CascadeShare(
+        correct=None, images=len(score), share=found.mean, low=found.low, high=found.high
+    )
+
+
+def _metric(images: _Images) -> Metric:
+    if images.test.score.dtype != np.bool_:
+        return "similarity"
+    return "top1" if images.labelled else "agreement"
 
 
 def _document(
@@ -315,8 +349,9 @@ def _document(
     """The content of ``cascade.json``; everything was chosen on the calibration images alone."""
     goal, test, highest = request.goal, images.test, request.members[-1].manifest.model
     tested = outcome(chosen.policy, test, costs)
-    score, budget = tested.score, goal.budget(costs.members[-1])
-    met = score.correct >= _needed(goal, test) if budget is None else score.macs <= budget
+    score, budget = tested.mean, goal.budget(costs.members[-1])
+    met = score.total >= _needed(goal, test) if budget is None else score.macs <= budget
+    alone, exact = test.score[:, -1], test.score.dtype == np.bool_
     members = tuple(
         CascadeMember(
             artifact=str(one.path),
@@ -324,8 +359,8 @@ def _document(
             r=one.manifest.merge.r,
             precision=one.manifest.precision,
             macs=one.manifest.macs.merged,
-            calibration=share_of(images.calibration.right[:, index]),
-            test=share_of(test.right[:, index]),
+            calibration=_share(images.calibration.score[:, index]),
+            test=_share(test.score[:, index]),
         )
         for index, one in enumerate(request.members)
     )
@@ -335,7 +370,7 @@ def _document(
         model=highest.name,
         random_weights=highest.random_weights,
         policy=request.policy,
-        metric="top1" if images.labelled else "agreement",
+        metric=_metric(images),
         target=CascadeTarget(kind=goal.kind, value=goal.value, text=request.target),
         settings=chosen.policy,
         policy_macs=costs.policy,
@@ -343,9 +378,9 @@ def _document(
         chosen=ChosenSetting(
             calibration=chosen.score,
             test=CascadeTest(
-                **{**vars(share_of(tested.right)), **vars(score)},
+                **{**vars(_share(tested.score)), **vars(score)},
                 budgets=np.bincount(tested.budget, minlength=len(members)).tolist(),
-                difference_to_highest=paired_difference(tested.right, test.right[:, -1]),
+                difference_to_highest=paired_difference(tested.score, alone) if exact else None,
                 met=met,
             ),
         ),
@@ -361,7 +396,7 @@ def _document(
                 thresholds=getattr(setting.policy, "thresholds", None),
                 price=getattr(setting.policy, "price", None),
                 calibration=setting.score,
-                test=outcome(setting.policy, test, costs).score,
+                test=outcome(setting.policy, test, costs).mean,
                 chosen=setting is chosen,
             )
             for setting in front

@@ -16,6 +16,7 @@ from tome_export.artifact.evaluation import UnreadableImage
 from tome_export.cascade import policy
 from tome_export.cascade.calibrate import Observations
 from tome_export.data.decode import Task, decoded_chunks
+from tome_export.data.metrics import correlations, cosines
 from tome_export.data.preprocess import pixels_from_bytes
 from tome_export.data.source import Source, selection
 from tome_export.errors import ExportError, InputError
@@ -26,6 +27,8 @@ from tome_export.spec import INPUT_NAME
 
 LIMIT = 2048
 """Most images taken where the user sets no limit."""
+
+NOTHING = "the highest artifact's output of it is constant or not finite: nothing is similar to it"
 
 MOST_SURPRISE = 50.0
 """Nats that one image counts at most: one that is wrong beyond doubt must not decide alone."""
@@ -50,7 +53,8 @@ class Members:
     ) -> tuple[Observations, tuple[UnreadableImage, ...]]:
         """Run all members on at most so many images of a source, taken evenly from its listing.
 
-        Without labels the last member is right.
+        Without labels the last member is right. Of models without classes it always is, and labels
+        are not used.
 
         Returns:
             Observations of the images that could be read, in the order of the listing; the others.
@@ -60,7 +64,8 @@ class Members:
             Task(number, tuple(source.items(chosen[start : start + batch])))
             for number, start in enumerate(range(0, len(chosen), batch))
         ]
-        labels, preprocessing = source.labels, self.artifacts[0].manifest.preprocessing
+        manifest = self.artifacts[-1].manifest
+        labels, preprocessing = source.labels, manifest.preprocessing
         decode = partial(pixels_from_bytes, preprocessing=preprocessing)
         parts: list[Observations] = []
         unreadable: list[UnreadableImage] = []
@@ -76,13 +81,22 @@ class Members:
                 unreadable += [
                     UnreadableImage(name=name, reason=why) for _, name, why in decoded.unreadable
                 ]
-                rows = np.delete(rows, [position for position, _, _ in decoded.unreadable])
-                if len(rows):
+                bad = [position for position, _, _ in decoded.unreadable]
+                rows = np.delete(rows, bad)
+                if len(rows) and manifest.output_kind == "classes":
                     truth = None if labels is None else labels[rows].astype(np.int64)
                     parts.append(self._observed(decoded.pixels, truth, runners, batch))
+                elif len(rows):
+                    part = self._compared(decoded.pixels, runners, batch)
+                    known = part.score[:, -1] > 0
+                    parts.append(part.take(np.flatnonzero(known)))
+                    items = np.delete(np.array(tasks[decoded.chunk].items, object), bad)
+                    unreadable += [
+                        UnreadableImage(name=item.name, reason=NOTHING) for item in items[~known]
+                    ]
                 done = min(len(chosen), (decoded.chunk + 1) * batch)
                 progress.step("images", done, len(chosen))
-        if not parts:
+        if not sum(map(len, parts)):
             raise InputError(
                 f"none of the {len(chosen)} images of {source.text} could be read; the first is "
                 f"{unreadable[0].name}: {unreadable[0].reason}"
@@ -96,21 +110,40 @@ class Members:
         runners: Sequence[Runner],
         batch: int,
     ) -> Observations:
-        logits = [policy.two_classes(self._logits(one, pixels, batch)) for one in runners]
+        logits = [policy.two_classes(self._output(one, pixels, batch)) for one in runners]
         classes = np.stack([_best_class(one) for one in logits], axis=1)
         truth = classes[:, -1] if truth is None else truth
         return Observations(
-            classes,
-            np.stack([policy.confidence(one, self.measure) for one in logits], axis=1),
+            (classes == truth[:, None]) & (classes >= 0),
             np.stack([_surprise(one, truth) for one in logits], axis=1),
-            policy.complexity(pixels),
-            policy.mean_patch(pixels, self.patch) if self.patch else np.empty((len(pixels), 0)),
-            truth,
+            np.stack([policy.confidence(one, self.measure) for one in logits], axis=1),
+            *self._looks(pixels),
         )
 
-    def _logits(self, runner: Runner, pixels: NDArray[np.float32], batch: int) -> Any:
+    def _compared(
+        self, pixels: NDArray[np.float32], runners: Sequence[Runner], batch: int
+    ) -> Observations:
+        """How similar each member's features or maps are to the last one's.
+
+        The last one's score is 1; 0 where its own output is nothing that can be compared with.
+        """
+        outputs = [self._output(one, pixels, batch) for one in runners]
+        features = self.artifacts[-1].manifest.output_kind == "features"
+        similarity = cosines if features else correlations
+        found = np.stack([similarity(one, outputs[-1]) for one in outputs], axis=1)
+        found[:, -1] = np.where(np.isnan(found[:, -1]), np.nan, 1.0)
+        score = np.clip(np.nan_to_num(found), 0.0, 1.0)
+        return Observations(score, 1 - score, np.full_like(score, np.nan), *self._looks(pixels))
+
+    def _looks(self, pixels: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What policies look at of each image: its complexity and its average patch."""
+        patches = policy.mean_patch(pixels, self.patch) if self.patch else None
+        return policy.complexity(pixels), np.empty((len(pixels), 0)) if patches is None else patches
+
+    def _output(self, runner: Runner, pixels: NDArray[np.float32], batch: int) -> Any:
+        name = self.artifacts[-1].manifest.output.name
         try:
-            return infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch)["logits"]
+            return infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch)[name]
         # Runtimes raise what they please: out of memory, a kernel that is not there.
         except Exception as error:
             raise ExportError(
