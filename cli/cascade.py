@@ -14,7 +14,7 @@ from tome_export.cli.options import FILE, LabelsGroup, SelfTestGroup, grouped_co
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
 from tome_export.cli.tune import Targets, thinned
-from tome_export.display import percent, short_macs
+from tome_export.display import percent, scored, short_macs
 from tome_export.errors import ExportError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _lines(found: Cascade, files: Mapping[str, str]) -> list[str]:
     fitted = f"{data.fitted} to train, " if data.fitted else ""
     images = f"{data.source}: {fitted}{data.calibration} to calibrate; "
     images += f"{data.test_source or data.source}: {data.test} to test (seed {data.seed})"
-    interval = f"[{percent(test.low)}, {percent(test.high)}]"
+    interval = f"[{scored(test.low, found.metric)}, {scored(test.high, found.metric)}]"
     change = ""
     if test.difference_to_highest is not None:
         change = f", {100 * test.difference_to_highest.share:+.2f} points against the highest"
@@ -203,7 +203,7 @@ def _policy(found: Cascade) -> str:
 
 def _score(score: CascadeScore, metric: str) -> str:
     word = "top-1" if metric == "top1" else metric
-    return f"{short_macs(score.macs)} MACs on average, {word} {percent(score.share)}"
+    return f"{short_macs(score.macs)} MACs on average, {word} {scored(score.share, metric)}"
 
 
 def _single(found: Cascade) -> str:
@@ -212,10 +212,9 @@ def _single(found: Cascade) -> str:
         word = "similar" if found.metric == "similarity" else "accurate"
         return f"no artifact alone is as {word} on the test images"
     word = "saves" if single.saved >= 0 else "costs"
-    return (
-        f"{short_macs(single.macs)} MACs at {percent(single.share)}: the cascade {word} "
-        f"{percent(abs(single.saved))}"
-    )
+    score = scored(single.share, found.metric)
+    cost = f"{short_macs(single.macs)} MACs at {score}"
+    return f"{cost}: the cascade {word} {percent(abs(single.saved))}"
 
 
 def _members(found: Cascade) -> list[str]:
@@ -224,7 +223,7 @@ def _members(found: Cascade) -> list[str]:
             str(index),
             one.schedule,
             short_macs(one.macs),
-            percent(one.test.share),
+            scored(one.test.share, found.metric),
             percent(count / found.data.test),
             one.artifact,
         )
@@ -241,9 +240,9 @@ def _sweep(found: Cascade) -> list[str]:
         (
             "*" if one.chosen else "",
             short_macs(one.calibration.macs),
-            percent(one.calibration.share),
+            scored(one.calibration.share, found.metric),
             short_macs(one.test.macs),
-            percent(one.test.share),
+            scored(one.test.share, found.metric),
         )
         for one in thinned(found.sweep, ROWS)
     ]

@@ -17,6 +17,7 @@ from tome_export.serve import cascade as serve_module
 
 HELP = "; see 'tome-export cascade --help'"
 MACS = ("--target-macs", "60%")
+TARGETS = "--target-macs, --min-accuracy, --min-similarity"
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,12 @@ CASES = {
     "no target": (
         ("--data", "samples"),
         2,
-        f"0 targets were given; give exactly one of --target-macs, --min-accuracy{HELP}",
+        f"0 targets were given; give exactly one of {TARGETS}{HELP}",
     ),
     "two targets": (
         ("--data", "samples", *MACS, "--min-accuracy", "-1"),
         2,
-        f"2 targets were given; give exactly one of --target-macs, --min-accuracy{HELP}",
+        f"2 targets were given; give exactly one of {TARGETS}{HELP}",
     ),
     "no data": (MACS, 2, f"Missing option '--data'{HELP}"),
     "no such data": (
@@ -197,6 +198,7 @@ def test_artifacts_that_make_no_cascade(run, digit_members, tmp_path):
         lambda m: m.update(
             output={**m["output"], "name": "features"},
             outputs=[{**m["output"], "name": "features"}],
+            form={**m["form"], "kind": "features"},
             labels=None,
             activation=None,
         ),
@@ -233,8 +235,7 @@ def test_artifacts_that_make_no_cascade(run, digit_members, tmp_path):
         (
             [low, tower],
             3,
-            f"{tower} gives features, not classes, by which a cascade is calibrated; give "
-            "artifacts of a classifier",
+            f"{low} and {tower} have different labels; {one_model}",
         ),
         (
             [low, asks],

@@ -58,6 +58,9 @@ LEAST = 10
 TARGETS = 5
 """Mean costs that heads are trained for, where the target is an accuracy."""
 
+OF_MEANS = "Efron 1987, BCa bootstrap of the mean"
+"""How the interval of a mean similarity is made."""
+
 RULE = "a cascade is made of artifacts of one model, with different r"
 
 Embedding = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -404,6 +407,6 @@ def _document(
         data=images.data,
         backend=request.backend,
         confidence=CONFIDENCE,
-        methods=METHODS,
+        methods=METHODS if exact else METHODS.model_copy(update={"share": OF_MEANS}),
         environment=environment(),
     )

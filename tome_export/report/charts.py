@@ -305,16 +305,20 @@ def draw_cascade(form: Form, cascade: Cascade, metric: str) -> Figure:
     """Members with their intervals, the sweep as a line, the chosen setting ringed."""
     figure, (axes,) = panels(form, 1, 3.6, narrow_height=3.1)
     scale, unit = macs_unit(max(one.macs for one in cascade.members))
-    line = sorted((one.test.macs / scale, 100 * one.test.share) for one in cascade.sweep)
+    similar = cascade.metric == "similarity"
+    unit_share = 1 if similar else 100
+    line = sorted((one.test.macs / scale, unit_share * one.test.share) for one in cascade.sweep)
     axes.plot(*np.array(line).T, "-D", color=VERMILLION, ms=3.5, label=cascade.policy)
     alone = [(one.test.share, one.test.low, one.test.high) for one in cascade.members]
-    share, low, high = 100 * np.array(alone).T
+    share, low, high = unit_share * np.array(alone).T
     cost = [one.macs / scale for one in cascade.members]
     error = reach(share, low, high)
     axes.errorbar(cost, share, yerr=error, label="one artifact for all", **bars(BLUE))
     chosen = cascade.chosen.test
-    ring(axes, [chosen.macs / scale], [100 * chosen.share])
+    ring(axes, [chosen.macs / scale], [unit_share * chosen.share])
     axes.set_xlabel(f"mean {unit} per image")
-    axes.set_ylabel(f"{metric} (%)" if form == "wide" else "accuracy (%)")
+    short = "similarity" if similar else "accuracy (%)"
+    wide = metric if similar else f"{metric} (%)"
+    axes.set_ylabel(wide if form == "wide" else short)
     legend(figure, axes, form)
     return figure

@@ -23,7 +23,7 @@ from tome_export.artifact.files import utf8
 from tome_export.artifact.manifest import Layer
 from tome_export.artifact.parity import ParityFile
 from tome_export.artifact.schedule import TunedSchedule
-from tome_export.display import NONE, percent, span
+from tome_export.display import NONE, percent, scored, span
 from tome_export.report import charts
 from tome_export.report.commands import compared_with, reproducing_commands
 from tome_export.report.gallery import gallery_from_maps
@@ -167,7 +167,7 @@ def _environment() -> Environment:
         "one_line": lambda text: Markup(" ").join(text.split()),
         "upper_first": lambda text: text[:1].upper() + text[1:],
         "file_name": lambda path: utf8(path.rstrip("/").rpartition("/")[2] or path).decode(),
-        "interval": lambda share: span(percent(share.low, 2), percent(share.high, 2)),
+        "interval": _interval,
         "short_interval": lambda share: span(f"{100 * share.low:.2f}", percent(share.high, 2)),
         "value_of": lambda key, values: values[key],
         "share_of": _share_of,
@@ -188,6 +188,11 @@ def _environment() -> Environment:
 @cache
 def _template_file(name: str) -> str:
     return (resources.files("tome_export.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _interval(share: Any, metric: str = "top1") -> str:
+    """The limits of a share of images, or of what ``metric`` counts of them."""
+    return span(scored(share.low, metric, 2), scored(share.high, metric, 2))
 
 
 def _share_of(error: float, allowed: float | None) -> str:
