@@ -174,7 +174,8 @@ def tuned_table() -> str:
             "For the trained DINOv2 ViT-S/14 ([weights](trained-weights.md)), ToMe and at most "
             f"{row['share']} % of the MACs, {row['search']['schedules']} schedules were searched "
             f"on {data['search']} crops of photographs and chosen with {data['validation']} more "
-            "(`benchmarks/tuned.py`). Mean cosine to the unmerged features, with its interval, on "
+            "(`benchmarks/results/tuned.json`). Mean cosine to the unmerged features, with its "
+            "interval, on "
             f"{held_out['images']} held-out crops of the same photographs, and on "
             f"{other['images']} crops of photographs that the search never saw:",
             "",
@@ -185,7 +186,8 @@ def tuned_table() -> str:
             "",
             f"The difference, image by image, is {interval(held_out['over_constant'], '+')} and "
             f"{interval(other['over_constant'], '+')}. The schedule is "
-            f"`{','.join(map(str, row['schedule']))}`: little merges in the first layers.",
+            f"`{','.join(map(str, row['schedule']))}`. Crops of one photograph are "
+            "alike, so these intervals are rather too narrow.",
             "",
         ]
     )
