@@ -147,6 +147,7 @@ def test_no_command_reaches_out(observe, digit_members, tmp_path):
         *([("eval", "r8", "--data", "data", "--ray", "local")] if find_spec("ray") else []),
         ("tune", "vit_digits", "--target-macs", "80%", *limit),
         ("cascade", "r32", "r8", "--data", "samples", "--target-macs", "60%", "--limit", "40"),
+        ("predict", "r8", "data/3/0.png"),
         ("inspect", "r8", "data/3/0.png"),
         ("report", "r8"),
         ("serve", "r8", "--repository", "models", "--preprocess"),

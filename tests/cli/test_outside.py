@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[[Path], tuple[object, ...]]] = {
     "bench": lambda a: ("bench", a, "--rounds", "1"),
     "bench against": lambda a: ("bench", a.parent / "built", "--against", a),
     "eval": lambda a: ("eval", a, "--data", "samples"),
+    "predict": lambda a: ("predict", a, a / "image.png"),
     "inspect": lambda a: ("inspect", a, a / "image.png"),
     "report": lambda a: ("report", a),
     "serve": lambda a: ("serve", a, "--repository", "models"),
