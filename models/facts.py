@@ -51,6 +51,39 @@ class MergingAdvice:
     needs_grid: str = ""
 
 
+def rule_advice(tokens: int, depth: int) -> MergingAdvice:
+    """Advice for a model of which nothing was published or measured: ``recommended_r``."""
+    return MergingAdvice(recommended_r(tokens, depth))
+
+
+DINOV2_LEAST = 0.99
+"""Least mean cosine of merged to unmerged features, or correlation of maps, at a measured r."""
+
+DINOV2_FEATURES, DINOV2_MAPS = ({257: 12, 1370: 100}, {257: 4, 1370: 60})
+"""Largest r of those measured on trained DINOv2 ViT-S/14 that keeps to ``DINOV2_LEAST``, by the
+tokens that enter its 12 blocks: by its features, and by the saliency maps made of them."""
+
+_MEASURED = f"at least {DINOV2_LEAST} on ViT-S/14, benchmarks/results/trained.json"
+
+
+def dinov2_advice(tokens: int, depth: int) -> MergingAdvice:
+    """Advice for a tower of DINOv2: the share of its tokens that was measured on ViT-S/14.
+
+    The share is that of the most tokens that are not more; with fewer than any, it is the rule.
+    """
+    known = max((count for count in DINOV2_FEATURES if count <= tokens), default=None)
+    if known is None or not depth:
+        return rule_advice(tokens, depth)
+    r = 12 * DINOV2_FEATURES[known] * tokens // (known * depth)
+    return MergingAdvice(r, f"measured: mean cosine to the unmerged features {_MEASURED}")
+
+
+def dinov2_map_advice(tokens: int) -> MergingAdvice:
+    """Advice for the saliency model of DINOv2 ViT-S/14, measured for so many tokens."""
+    source = f"measured: mean correlation with the unmerged map {_MEASURED}"
+    return MergingAdvice(DINOV2_MAPS[tokens], source)
+
+
 @dataclass(frozen=True)
 class ModelOutput:
     """What a model gives for an image.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
-from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, recommended_r
+from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, rule_advice
 from tome_export.spec import Activation, Preprocessing, default_activation
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import VideoOptions
@@ -356,11 +356,15 @@ def recipe_from_model(
     description: str,
     output: ModelOutput,
     prop_attn: bool = True,
+    advise: Callable[[int, int], MergingAdvice] = rule_advice,
 ) -> Recipe:
-    """A recipe whose r and kind of output are those of the model itself, see ``unmerged``."""
+    """A recipe whose r and kind of output are those of the model itself, see ``unmerged``.
+
+    ``advise`` is asked for r with the tokens that enter the first block and the number of blocks.
+    """
     merged, dense_only = patched
     layers, choice = merged.layers, merged.output_choice
-    r = recommended_r(layers[0].tokens_in, len(layers)) if layers else 0
+    advice = advise(layers[0].tokens_in if layers else merged.prefix, len(layers))
     output = replace(output, dense_only=dense_only, note=choice.why)
     video = None
     if merged.takes_video:
@@ -373,7 +377,7 @@ def recipe_from_model(
         name=name,
         source=source,
         preprocessing=preprocessing,
-        merging=MergingAdvice(r, prop_attn=prop_attn),
+        merging=replace(advice, prop_attn=prop_attn),
         output=output,
         family=family,
         description=description,

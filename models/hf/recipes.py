@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ from tome_export.models.facts import (
     MergingAdvice,
     ModelOutput,
     Norm,
+    dinov2_advice,
+    dinov2_map_advice,
+    rule_advice,
 )
 from tome_export.models.hf.checkpoint import (
     check_size,
@@ -137,8 +139,9 @@ DINOV2_S14: dict[str, Any] = {
 def _saliency(name: str, size: int) -> Recipe:
     loader = SaliencyLoader("Dinov2Model", DINOV2_S14, name, size)
     width, depth, patch = 384, 12, DINOV2_S14["patch_size"]
-    geometry = Geometry(width, depth, 4 * width, patch)
     grid = size // patch
+    decoder = _decoder_macs(width, loader.channels, grid)
+    geometry = Geometry(width, depth, 4 * width, patch, head_macs=decoder)
     return Recipe(
         name=name,
         source=ModelSource(
@@ -147,11 +150,11 @@ def _saliency(name: str, size: int) -> Recipe:
             "mit; its DINOv2: apache-2.0",
         ),
         preprocessing=Preprocessing((3, size, size), *IMAGENET_NORM, 1.0, "bicubic"),
-        merging=MergingAdvice(geometry.recommended_r(size)),
+        merging=dinov2_map_advice(grid**2 + geometry.prefix),
         output=ModelOutput("saliency", is_map=True),
         family="hf_whole",
         description=f"DINOv2 ViT-S/14 and a saliency decoder, at {size} pixels ({grid**2} patches)",
-        geometry=replace(geometry, head_macs=_decoder_macs(width, loader.channels, grid)),
+        geometry=geometry,
     )
 
 
@@ -207,6 +210,7 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
         family="hf_clip" if kind.endswith("_vision_model") else "hf_vit",
         description="; ".join(filter(None, (f"Transformers' {loader.cls}", remark))),
         output=output_from_config(config),
+        advise=dinov2_advice if kind in _RESAMPLES else rule_advice,
     )
 
 

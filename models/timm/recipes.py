@@ -15,6 +15,8 @@ from tome_export.models.facts import (
     MergingAdvice,
     ModelOutput,
     Norm,
+    dinov2_advice,
+    rule_advice,
 )
 from tome_export.models.preprocessing import in_words, interpolation_from
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
@@ -46,6 +48,7 @@ def _timm(
     by: str,
     *,
     published: tuple[int, str] | None = None,
+    advice: MergingAdvice | None = None,
     size: int = 224,
     norm: Norm = IMAGENET_NORM,
     crop_pct: float = 0.9,
@@ -64,7 +67,7 @@ def _timm(
             TimmLoader(timm_name, arguments), f"{by}; hub repository timm/{timm_name}", licence
         ),
         preprocessing=Preprocessing((3, size, size), *norm, crop_pct, "bicubic"),
-        merging=MergingAdvice(r, f"ToMe README, {where}" if where else RULE, prop_attn),
+        merging=advice or MergingAdvice(r, f"ToMe README, {where}" if where else RULE, prop_attn),
         output=ModelOutput(output, label_set=label_set),
         family=family,
         description=description,
@@ -111,12 +114,14 @@ def _deit(name: str, arch: str, title: str, trained: str = "") -> Recipe:
 def _dinov2(name: str, arch: str, title: str, registers: int = 0) -> Recipe:
     # timm's default of 518 pixels is the resolution of the last stage of training; 224 is that of
     # DINOv2's published evaluations: 16 x 16 = 256 patches, position embedding resampled by timm.
+    geometry = _sizes(arch, 1 + registers)
     return _timm(
         name,
         f"{arch}.lvd142m",
         f"{title}, self-supervised on LVD-142M; features, at 224 pixels (256 patches)",
-        _sizes(arch, 1 + registers),
+        geometry,
         "Meta Research (DINOv2)",
+        advice=dinov2_advice(256 + geometry.prefix, geometry.depth),
         crop_pct=1.0,
         arguments=(("img_size", 224),),
     )
@@ -284,8 +289,9 @@ def close_timm_names(name: str) -> list[str]:
 def recipe_from_timm(name: str) -> Recipe:
     """A recipe for ``timm:<name>``, its facts from timm's pretrained configuration.
 
-    The name may carry a tag of weights (``vit_base_patch16_224.mae``). r is ``recommended_r``;
-    proportional attention is on except for MAE weights, as the ToMe authors advise.
+    The name may carry a tag of weights (``vit_base_patch16_224.mae``). r is ``recommended_r``, that
+    of DINOv2 ``dinov2_advice``; proportional attention is on except for MAE weights, as the ToMe
+    authors advise.
     """
     from timm import get_pretrained_cfg, is_model, list_pretrained
 
@@ -315,6 +321,7 @@ def recipe_from_timm(name: str) -> Recipe:
         description=_description(arch, values),
         output=ModelOutput(label_set=_LABEL_SETS.get(getattr(model, "num_classes", 0))),
         prop_attn="mae" not in str(values.get("tag") or "").split("_"),
+        advise=dinov2_advice if arch.endswith("_dinov2") else rule_advice,
     )
 
 

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 
 from tome_export.errors import InputError
 from tome_export.models import RECIPES, resolve
-from tome_export.models.facts import recommended_r
+from tome_export.models.facts import (
+    DINOV2_FEATURES,
+    DINOV2_LEAST,
+    DINOV2_MAPS,
+    RULE,
+    MergingAdvice,
+    dinov2_advice,
+    recommended_r,
+)
 
+TRAINED = Path(__file__).parents[2] / "benchmarks" / "results" / "trained.json"
 TIMM = [r for r in RECIPES.values() if r.source.loader.timm_name and r.name != "vit_digits"]
 
 
@@ -38,6 +49,36 @@ def test_recommended_r_rule_never_exceeds_what_the_authors_publish():
     assert recommended_r(65, 6) == 8
     assert all(recommended_r(*shape) <= r for shape, r in published.items())
     assert recommended_r(197, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("known", "measure"),
+    [
+        (DINOV2_FEATURES, lambda row: row["cosine"]["mean"]),
+        (DINOV2_MAPS, lambda row: row["map"]["correlation"]["mean"]),
+    ],
+)
+def test_measured_r_is_the_largest_of_the_rows_that_keeps_to_the_bound(known, measure):
+    found = {}
+    for row in json.loads(TRAINED.read_text())["rows"]:
+        if (row["part"], row["reducer"]) == ("quality", "tome") and measure(row) >= DINOV2_LEAST:
+            tokens = (row["size"] // 14) ** 2 + 1
+            found[tokens] = max(found.get(tokens, 0), row["tome_r"])
+    assert found == known
+
+
+def test_dinov2_has_the_share_of_tokens_that_was_measured():
+    assert [dinov2_advice(tokens, 12).r for tokens in (257, 261, 1370, 1374)] == [
+        *[DINOV2_FEATURES[257]] * 2,
+        *[DINOV2_FEATURES[1370]] * 2,
+    ]
+    assert dinov2_advice(257, 24).r == DINOV2_FEATURES[257] // 2
+    # What is smaller than anything that was measured, and a model without blocks.
+    assert dinov2_advice(65, 12) == MergingAdvice(recommended_r(65, 12), RULE)
+    assert dinov2_advice(257, 0).r == 0
+    measured = [recipe for name, recipe in RECIPES.items() if name.startswith("dinov2")]
+    assert len(measured) == 6
+    assert all("benchmarks/results/trained.json" in recipe.merging.source for recipe in measured)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
