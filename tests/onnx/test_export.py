@@ -202,6 +202,20 @@ def test_attention_form(export, make_vit, make_images, precision, attention, fus
         assert relative_error(run(made.proto, images), expected) < 1e-5
 
 
+@pytest.mark.parametrize(("precision", "adds"), [("fp32", False), ("fp16", True)])
+def test_size_bias_in_parts(export, make_vit, make_images, precision, adds):
+    """In fp32 no Add goes over all logits; in half precision one does, which holds log(size)."""
+    options = ExportOptions(precision=precision, batch=BATCH, attention="parts")
+    made = export(make_vit, "test_vit", 5, options)
+    makers = {name: node.op_type for node in made.proto.graph.node for name in node.output}
+    logits = [makers[n.input[0]] for n in made.proto.graph.node if n.op_type == "Softmax"]
+    assert logits == ["MatMul", *["Add" if adds else "MatMul"] * 2]  # the first has no sizes yet
+    images = make_images(made.model, 3)
+    with torch.no_grad():
+        expected = made.model(torch.from_numpy(images)).numpy()
+    assert relative_error(run(made.proto, images), expected) < (1e-2 if adds else 1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_keys_reach_the_match_in_the_models_precision(export, make_vit, precision):
     """One body serves every layer; the mean over heads is inside."""

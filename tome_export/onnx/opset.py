@@ -14,6 +14,7 @@ TRACED = 18
 """Lowest opset that torch's exporter has translations for."""
 
 _NEUTRAL: Mapping[str, Mapping[str, Any]] = {
+    "Pad": {},
     "Split": {"num_outputs": None},
     "Resize": {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"},
     "ScatterElements": {},
