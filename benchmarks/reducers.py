@@ -58,7 +58,7 @@ def budgets(name: str) -> Iterator[Budget]:
     elif name == "diffrate":
         for r in R:
             counts = [layer.r for layer in Schedule(r).tokens(DEPTH, TOKENS, prefix=1)]
-            yield Budget(_halved(TOKENS, counts), None)
+            yield Budget(halved(TOKENS, counts), None)
     else:
         for r in R:
             yield Budget(learned, Schedule(r))
@@ -99,7 +99,7 @@ def accuracy(_folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _halved(tokens: int, counts: list[int]) -> tuple[str, ...]:
+def halved(tokens: int, counts: list[int]) -> tuple[str, ...]:
     """DiffRate's options that remove ``counts``, one half by pruning and one by merging."""
     prune, merged = [], []
     for r in counts:
@@ -117,7 +117,7 @@ def same_macs(name: str, module: Any) -> MergedModel:
     tome = patch(module, SPEED_R)
     learned = LEARNED.get(name, ())
     if name == "diffrate":
-        options = _halved(tome.layers[0].tokens_in, [SPEED_R] * len(tome.layers))
+        options = halved(tome.layers[0].tokens_in, [SPEED_R] * len(tome.layers))
         return patch(module, None, reducer=reducer_from_text(name, options))
     reducers: list[Reducer] = [reducer_from_text(name, learned)]
     if name == "dynamicvit":

@@ -162,6 +162,13 @@ def test_figures_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert path.read_text() == text, f"python scripts/measured.py writes another {path.name}"
 
 
+def test_figures_of_trained_weights_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    figures = importlib.import_module("scripts.trained_figures")
+    remedy = "python -m scripts.trained_figures writes another trained-weights.md"
+    assert figures.PAGE.read_text() == figures.page(), remedy
+
+
 def test_options_are_those_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = script("commands", monkeypatch)
     assert commands.PAGE.read_text() == commands.text(), "run `python scripts/commands.py`"
