@@ -181,7 +181,11 @@ def _lines(found: Cascade, files: Mapping[str, str]) -> list[str]:
     if not test.met:
         lines.append("Note: the target is missed on the test images")
     if data.unreadable:
-        lines.append(f"Note: {len(data.unreadable)} images could not be read")
+        first = data.unreadable[0]
+        lines.append(
+            f"Note: {len(data.unreadable)} images could not be used; the first is {first.name}: "
+            f"{first.reason}"
+        )
     lines += [f"Note: {note}" for note in data.notes]
     if files:
         lines.append(f"Result: {', '.join(files.values())}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from whole_models import depth_anything
+from whole_models import GRID, Head, depth_anything, on_dinov2
 
 from tome_export.build import BuildRequest, build, library
 from tome_export.build.library import check_library
@@ -104,6 +105,39 @@ def test_weights_of_a_function_are_called_so(
     assert json.loads(
         (tmp_path / "out" / "build.json").read_text()
     ) == artifact.manifest.model_dump(mode="json")
+
+
+class OverBatch(Head):
+    """Scales maps by the mean of the batch."""
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        found = super().forward(pixel_values)["two"]
+        return {"two": found - found.mean(dim=0)}
+
+
+class InPlace(Head):
+    """Adds to tokens between blocks, which in inference mode leaves no trace on them."""
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        tokens = self.backbone.embeddings(pixel_values)
+        for block in self.backbone.encoder.layer:
+            tokens = block(tokens)
+            tokens += 1
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (OverBatch, "two of an image is another when it is in a batch with a second one"),
+        (InPlace, "without merging differs from the model's own output"),
+    ],
+)
+def test_a_whole_model_that_cannot_be_trusted_is_refused(cls: type[Head], message: str) -> None:
+    merged = patch(on_dinov2(cls), 4)
+    images = torch.rand(1, *merged.input_size).numpy()
+    with pytest.raises(InputError, match=message):
+        check_library(merged, images)
 
 
 def test_a_map_has_rows_and_no_channels(monkeypatch: pytest.MonkeyPatch) -> None:

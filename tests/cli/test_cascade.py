@@ -289,7 +289,7 @@ def test_images_that_cannot_be_read(run, lowest_and_highest, write, tmp_path):
     shutil.copy(tmp_path / "empty" / "0.png", tmp_path / write("some", 40, labels=False))
     ran = run("cascade", *lowest_and_highest, "--data", "some", *MACS)
     assert ran.code == 0, ran.err
-    assert "Note: 1 images could not be read" in ran.out
+    assert "Note: 1 images could not be used; the first is" in ran.out
     values = json.loads((tmp_path / "cascade.json").read_text())
     assert [one["name"] for one in values["data"]["unreadable"]] == ["0.png"]
     assert (values["data"]["calibration"], values["data"]["test"]) == (20, 20)

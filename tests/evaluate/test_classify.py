@@ -7,7 +7,7 @@ import pytest
 
 from tome_export.data.decode import Decoded
 from tome_export.errors import ExportError
-from tome_export.evaluate.records import Classifier, best, cosine
+from tome_export.evaluate.records import UNDEFINED, Classifier, best, cosine
 
 PIXELS = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
 
@@ -62,6 +62,29 @@ def test_features_are_compared_with_the_baseline():
     runners = {"a": Doubling(), "b": Doubling()}
     record = Classifier(4, "y", None, "b").record(Decoded(0, PIXELS, ()), runners)
     assert record.values["a"][:, 0] == pytest.approx([1, 1, 1])
+
+
+class Maps:
+    """Gives the same maps whatever its input is."""
+
+    def __init__(self, *maps):
+        self.maps = np.array(maps, np.float32)
+
+    def infer(self, _inputs):
+        return {"y": self.maps}
+
+
+def test_maps_that_are_constant_or_not_finite():
+    """Nothing correlates with a constant map; a constant one correlates with no other."""
+    ramp, flat, broken = [[0, 1], [2, 3]], [[5, 5], [5, 5]], [[0, np.inf], [1, 2]]
+    pixels = np.zeros((4, 1, 1, 1), np.float32)
+    runners = {"b": Maps(ramp, ramp, flat, ramp), "a": Maps(ramp[::-1], flat, ramp, broken)}
+    record = Classifier(4, "y", None, "b", "map").record(Decoded(0, pixels, ()), runners)
+    reversed_ramp = np.corrcoef([0, 1, 2, 3], [2, 3, 0, 1])[0, 1]
+    found = record.values["a"][:, 0]
+    assert found[:3] == pytest.approx([reversed_ramp, 0, UNDEFINED])
+    assert np.isnan(found[3])
+    assert record.values["b"][:, 0] == pytest.approx([1, 1, UNDEFINED, 1])
 
 
 def test_a_chunk_without_a_readable_image_runs_nothing():

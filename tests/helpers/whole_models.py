@@ -125,7 +125,7 @@ def on_registers() -> Any:
     return live(Head(transformers.Dinov2WithRegistersModel(config), 3))
 
 
-def on_timm() -> Any:
+def on_timm(cls: type[nn.Module] = TimmMaps) -> Any:
     import timm
 
-    return live(TimmMaps(timm.create_model("test_vit", depth=3)))
+    return live(cls(timm.create_model("test_vit", depth=3)))

@@ -17,6 +17,7 @@ from whole_models import (
     WIDTH,
     Head,
     HiddenStates,
+    TimmMaps,
     backbone_config,
     depth_anything,
     on_dinov2,
@@ -31,6 +32,7 @@ from tome_export.merge.plan import source_map
 from tome_export.merge.reference import match
 from tome_export.merge.schedule import Schedule
 from tome_export.patch import UnknownModelError, patch
+from tome_export.patch.describe import output_shape
 from tome_export.patch.precision import copy_with_dtype
 from tome_export.reducers import reducer_from_text
 
@@ -162,6 +164,39 @@ def test_hidden_states_that_were_asked_for_before_are_no_obstacle():
         assert torch.equal(alone(images), alone.library(images))
 
 
+class Grid(nn.Module):
+    """Makes positions at its first pass and keeps them."""
+
+    places: Any = None
+
+    def forward(self, x: Any) -> Any:
+        if self.places is None:
+            self.places = torch.linspace(0, 1, GRID)
+        return x + self.places
+
+
+class Caching(Head):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.grid = Grid()
+
+    def forward(self, x: Any) -> Any:
+        return {"two": self.grid(super().forward(x)["two"])}
+
+
+def test_what_a_head_keeps_is_real():
+    """Looking at shapes runs the head without data: nothing of that may stay in it."""
+    model = on_dinov2(Caching)
+    merged = patch(model, R)
+    images = images_of(merged)
+    assert output_shape(merged) == (2, GRID, GRID)
+    assert model.grid.places is None
+    with torch.no_grad():
+        merged(images)
+        assert model.grid.places.tolist() == torch.linspace(0, 1, GRID).tolist()
+        assert (patch(model, 0)(images) - model(images)["two"]).abs().max() <= 1e-6
+
+
 def test_a_model_in_training_stays_in_training():
     """Norms over a batch of one image could not be trained."""
     model = upernet().train()
@@ -252,6 +287,44 @@ class Between(Head):
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
 
 
+class InPlace(Head):
+    """The same in place, as prompts are added."""
+
+    def forward(self, x: Any) -> Any:
+        tokens = self.backbone.embeddings(x)
+        for block in self.backbone.encoder.layer:
+            tokens = tokens_of(block(tokens))
+            tokens += 1
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
+
+
+class Tokens(Head):
+    def forward(self, x: Any) -> Any:
+        return self.backbone(x).last_hidden_state
+
+
+class Masked(TimmMaps):
+    def forward(self, x: Any) -> Any:
+        tokens = self.trunk._pos_embed(self.trunk.patch_embed(x))
+        for block in self.trunk.blocks:
+            tokens = block(tokens, attn_mask=torch.zeros(1, 1, 101, 101))
+        return self.head(tokens[:, 1:].transpose(1, 2).unflatten(2, (10, 10)))
+
+
+class Alias(TimmMaps):
+    """Knows its blocks by two names, and runs them by the shorter one."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self.blocks = backbone.blocks
+
+    def forward(self, x: Any) -> Any:
+        tokens = self.trunk._pos_embed(self.trunk.patch_embed(x))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens[:, 1:].transpose(1, 2).unflatten(2, (10, 10)))
+
+
 class Few(Head):
     def forward(self, x: Any) -> Any:
         tokens = self.backbone.encoder.layer[0](self.backbone.embeddings(x))
@@ -275,6 +348,9 @@ class Gives(Head):
             "a nest": lambda: {"a": (found,)},
             "a name": lambda: {"source_map": found},
             "no name": lambda: {"a b": found},
+            "classes": lambda: found.argmax(dim=1),
+            "a mask": lambda: found > 0,
+            "one map for all": lambda: found.flatten(0, 1),
             "a failure": lambda: found[:, 5],
             "a decision": lambda: found if found.sum() > 0 else -found,
         }[self.what]()
@@ -292,6 +368,7 @@ def gives(what: str) -> Any:
         (Pair, "Pair has 2 backbones (left, right); expected one"),
         (lambda: on_dinov2(Twice), "Twice runs block 0 of its backbone where block 4 is expected"),
         (lambda: on_dinov2(Between), "Between changes tokens ahead of block 1 of its backbone"),
+        (lambda: on_dinov2(InPlace), "InPlace changes tokens ahead of block 1 of its backbone"),
         (lambda: on_dinov2(Few), "Few runs 1 of the 4 blocks of its backbone; expected all"),
         (lambda: on_dinov2(Smaller), "Smaller gives its backbone's blocks [17] tokens of an image"),
         (lambda: gives("vector"), "gives logits [2] for an image; of a model with a head"),
@@ -299,6 +376,14 @@ def gives(what: str) -> Any:
         (lambda: gives("nothing"), "gives map (NoneType); expected one tensor"),
         (lambda: gives("a nest"), "gives a (tuple); expected one tensor"),
         (lambda: gives("a name"), "calls its output 'source_map'; expected a name"),
+        (
+            lambda: gives("classes"),
+            "gives map of int64; expected floating-point numbers: of classes",
+        ),
+        (lambda: gives("a mask"), "gives map of bool; expected floating-point numbers"),
+        (lambda: on_dinov2(Tokens), "gives map [65, 48] for an image; of a model with a head"),
+        (lambda: on_timm(Masked), "Masked gives its backbone's blocks a mask or another tensor"),
+        (lambda: gives("one map for all"), "gives map [4, 8, 8] for 2 images; expected one map"),
         (lambda: gives("a failure"), "Gives cannot be traced: its forward fails with IndexError"),
         (lambda: gives("a decision"), "Gives cannot be traced: its forward fails with"),
         (lambda: gives("no name"), "calls its output 'a b'; expected a name"),

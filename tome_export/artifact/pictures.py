@@ -14,13 +14,15 @@ FILES = ("file", "raw")
 
 def names_of(images: Sequence[Path]) -> list[str]:
     """One name per image, told apart by a number where several files have the same."""
-    names: list[str] = []
+    # A dictionary keeps the order, and is searched at once; numbers go on where they were.
+    names: dict[str, None] = {}
+    numbers: dict[str, int] = {}
     for path in images:
-        name, number = path.stem, 2
+        name, number = path.stem, numbers.get(path.stem, 2)
         while name in names:
             name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
+        names[name], numbers[path.stem] = None, number
+    return list(names)
 
 
 def pictures_of(summary: str, command: str) -> Callable[[Path], None]:

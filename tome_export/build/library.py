@@ -20,6 +20,9 @@ TOLERANCE = 1e-6
 ROUNDINGS = 4
 """Allowed where that is less than rounding does: so many times what one of the input does."""
 
+BESIDE = 1e-3
+"""Relative difference allowed of a map alone and in a batch: far above rounding."""
+
 LIMIT = 1e-5
 """Never allowed: what fp32 keeps through a whole ViT."""
 
@@ -57,6 +60,15 @@ def check_library(model: MergedModel, images: Array) -> None:
         if TOLERANCE < error <= LIMIT:
             moved = _relative(model.library(_next(pixel_values)), expected, channels)
             allowed = min(max(TOLERANCE, ROUNDINGS * moved), LIMIT)
+        alone = expected
+        if model.map_name is not None:
+            beside = torch.cat([pixel_values, pixel_values.flip(-1)])
+            alone = model.library(beside)[: len(expected)]
+    if not _relative(alone, expected, channels=False) <= BESIDE:
+        raise InputError(
+            f"{model.map_name} of an image is another when it is in a batch with a second one; "
+            "expected a model that treats every image by itself"
+        )
     if not error <= allowed:
         raise InputError(
             f"the patched model without merging differs from the model's own output by {error:.1e} "

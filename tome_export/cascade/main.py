@@ -285,8 +285,12 @@ def _observe(request: CascadeRequest, embedding: Embedding | None, progress: Pro
         ("test", len(test), LEAST),
     ):
         if images < least:
+            without = ""
+            if unreadable:
+                without = f" ({len(unreadable)} could not be used: {unreadable[0].reason})"
             raise InputError(
-                f"{images} images are for {part}; expected {least} or more, give more with --data"
+                f"{images} images are for {part}{without}; expected {least} or "
+                "more, give more with --data"
             )
     fitted = 0 if embedding is None else len(order) // 2
     data = CascadeData(

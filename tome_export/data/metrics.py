@@ -12,6 +12,9 @@ from tome_export.artifact.evaluation import Deviations, Difference, Mean, Method
 
 CONFIDENCE = 0.95
 
+MOST_RESAMPLED = 1_000_000
+"""Numbers of resamples that are held at a time."""
+
 _ALIKE = 1e-12
 """Range of values that are one value but for rounding, whose mean has no other."""
 
@@ -89,8 +92,11 @@ def mean_of(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Mean
     mean = float(values.mean())
     if np.ptp(values) <= _ALIKE:
         return Mean(mean=mean, low=mean, high=mean)
-    found = bootstrap((values,), np.mean, confidence_level=confidence, rng=0).confidence_interval
-    return Mean(mean=mean, low=float(found.low), high=float(found.high))
+    # Resamples of all images at once take gigabytes for some thousands of them.
+    batch = max(1, MOST_RESAMPLED // len(values))
+    found = bootstrap((values,), np.mean, batch=batch, confidence_level=confidence, rng=0)
+    interval = found.confidence_interval
+    return Mean(mean=mean, low=float(interval.low), high=float(interval.high))
 
 
 def cosines(found: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:

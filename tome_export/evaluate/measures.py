@@ -20,7 +20,7 @@ from tome_export.data.labels import Classes
 from tome_export.data.metrics import CONFIDENCE, METHODS, deviations, paired_difference, share_of
 from tome_export.data.source import Labels, Source
 from tome_export.evaluate.candidates import Candidate
-from tome_export.evaluate.records import TOP, RecordTable
+from tome_export.evaluate.records import TOP, UNDEFINED, RecordTable
 from tome_export.runtime.environment import environment
 from tome_export.runtime.registry import TORCH
 from tome_export.spec import Activation, OutputKind
@@ -84,6 +84,13 @@ def _notes(table: RecordTable, labels: Labels | None, comparison: Comparison) ->
             "the model gives numbers (a regression), not classes: labels are not used, and told is "
             "how far the numbers are from the unmerged model's"
         )
+    if comparison.kind == "map" and plain is not None:
+        constant = int(np.count_nonzero(table.values(plain.run) == UNDEFINED))
+        if constant:
+            yield (
+                f"{constant} images have a constant map without merging, with which nothing "
+                "correlates; they are left out of the correlations"
+            )
     if classes is None:
         return
     if comparison.activation == "sigmoid" and classes.count > 2:
@@ -135,7 +142,7 @@ def _against_plain(
 ) -> dict[str, Any]:
     """How a candidate's values compare with those of the unmerged model, labels aside."""
     if comparison.activation is None:
-        similar = found[finite]
+        similar = found[finite & (found != UNDEFINED)[:, 0]]
         if not len(similar):
             return {}
         summary = Similarities(mean=float(similar.mean()), min=float(similar.min()))

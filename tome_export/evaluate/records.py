@@ -21,6 +21,10 @@ TOP = 5
 """Classes kept per image."""
 
 
+UNDEFINED = 2.0
+"""In place of a correlation with a map that is constant, which has none."""
+
+
 @dataclass(frozen=True)
 class Record:
     """The outcome of a chunk.
@@ -81,7 +85,7 @@ class Classifier:
             }
             for name, output in outputs.items():
                 if self.kind == "map":
-                    values[name] = correlations(output, outputs[self.baseline])[:, None]
+                    values[name] = _of_maps(output, outputs[self.baseline])[:, None]
                 elif self.activation is None:
                     values[name] = cosine(output, outputs[self.baseline])
                 elif self.activation == "none":
@@ -145,6 +149,18 @@ def best(logits: NDArray[Any]) -> NDArray[np.int32]:
     found[:, : order.shape[1]] = order
     found[~np.isfinite(logits).all(axis=1)] = -1
     return found
+
+
+def _of_maps(found: NDArray[Any], baseline: NDArray[Any]) -> NDArray[np.float64]:
+    """Correlation ``[B]`` of each image's map with the baseline's.
+
+    It is 0 for a constant map where the baseline's is none, ``UNDEFINED`` where that is constant,
+    and NaN for a map that is not finite.
+    """
+    similar = np.nan_to_num(correlations(found, baseline), nan=0.0)
+    similar[np.isnan(correlations(baseline, baseline))] = UNDEFINED
+    finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)
+    return np.where(finite, similar, np.nan)
 
 
 def cosine(features: NDArray[Any], baseline: NDArray[Any]) -> NDArray[np.float64]:

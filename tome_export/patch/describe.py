@@ -18,6 +18,11 @@ def fake_outputs(model: MergedModel) -> tuple[Tensor, ...]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from tome_export.patch.precision import copy_sharing_weights
+
+    if model.map_name is not None:
+        # A user's head may keep what it made in a pass.
+        model = copy_sharing_weights(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         extra = (torch.zeros(1, *shape) for shape in model.extra_inputs.values())
         found = model(torch.zeros(1, *model.input_size), *extra)

@@ -27,6 +27,11 @@ def copy_with_dtype(model: Model, dtype: torch.dtype) -> Model:
     return copy.deepcopy(model, made)
 
 
+def copy_sharing_weights(model: Model) -> Model:
+    """A copy of the modules, whose parameters and buffers are those of the model."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
 @contextlib.contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
     """The model itself in float64 for a while, which changes no value: it is exact both ways.

@@ -9,11 +9,11 @@ is no part of an exported graph.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tome_export.errors import InputError
@@ -23,10 +23,14 @@ from tome_export.patch.base import MergedModel
 from tome_export.patch.checks import MakeZeros, check_unhooked, count_macs
 from tome_export.patch.heads import OutputChoice
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
+from tome_export.patch.precision import copy_sharing_weights
 from tome_export.spec import ENTROPY, INPUT_NAME, SOURCE_MAP
 
-BARE = "map"
+UNNAMED = "map"
 """Name of the output of a model that gives a tensor without one."""
+
+IMAGES = 2
+"""Images of the pass that only looks at shapes."""
 
 BlockForward = Callable[..., Any]
 
@@ -49,40 +53,58 @@ class MergedWholeModel(MergedModel):
         inner: MergedModel = family(backbone, MergeSettings(Schedule(0), settings.prop_attn))
         # Not registered: its weights are those of the model.
         self._inner = (inner,)
-        places = {id(part): place for place, part in model.named_modules()}
-        self._block_places = tuple(places[id(block)] for block in inner.blocks)
+        layers = {id(block): layer for layer, block in enumerate(inner.blocks)}
+        # A model may know its blocks by several names.
+        self._block_places = {
+            place: layers[id(part)]
+            for place, part in model.named_modules(remove_duplicate=False)
+            if id(part) in layers
+        }
         super().__init__(model, settings, inner.layout)
         self.map_name, shape, self._outside_macs = self._tried()
-        if len(shape) not in (2, 3):
+        patches = inner.layout.tokens - inner.layout.prefix
+        tokens = [(count, inner.layout.width) for count in (patches, inner.layout.tokens)]
+        if len(shape) not in (2, 3) or shape in tokens:
             raise InputError(
                 f"model {name} gives {self.map_name} {list(shape)} for an image; of a model with a "
                 "head of its own a map is expected, [rows, columns] or [channels, rows, columns]: "
-                "give the library's own class of a classifier or tower"
+                "give the library's own class of a classifier or tower (--dense gives features of "
+                "patches)"
             )
 
     def _tried(self) -> tuple[str, tuple[int, ...], int]:
         """Name and shape of the output for one image, and MACs outside the blocks."""
         found: list[tuple[str, Tensor]] = []
 
-        def outside(zeros: MakeZeros) -> None:
-            blocks = [_stand_in(block, _passing_on(block)) for block in self.blocks]
-            found.append(self._run_with(blocks, zeros(1, *self.input_size)))
+        # What a model keeps of a pass without data must not stay in it.
+        model = copy_sharing_weights(self.model).eval()
+        places = dict(model.named_modules(remove_duplicate=False))
+        passing = {p: _stand_in(places[p], _passing_on(places[p])) for p in self._block_places}
 
-        with evaluating(self.model):
-            try:
-                macs = count_macs(self.model, outside)
-            except InputError:
-                raise
-            # It is the user's code that runs.
-            except Exception as error:
-                reason = next(iter(str(error).splitlines()), "") or "no message"
-                raise InputError(
-                    f"model {type(self.model).__name__} cannot be traced: its forward fails with "
-                    f"{type(error).__name__}: {reason}; expected one that takes an image of "
-                    f"{list(self.input_size)} whatever its pixels are"
-                ) from error
+        def outside(zeros: MakeZeros) -> None:
+            output = with_parts(model, passing)(zeros(IMAGES, *self.input_size))
+            found.append(own_output(output, type(model).__name__))
+
+        who = f"model {type(self.model).__name__}"
+        try:
+            macs = count_macs(model, outside)
+        except InputError:
+            raise
+        # It is the user's code that runs.
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "") or "no message"
+            raise InputError(
+                f"{who} cannot be traced: its forward fails with {type(error).__name__}: {reason}; "
+                f"expected one that takes images of {list(self.input_size)} whatever their pixels "
+                "are"
+            ) from error
         name, example = found[0]
-        return name, tuple(example.shape[1:]), macs
+        if example.shape[:1] != (IMAGES,):
+            raise InputError(
+                f"{who} gives {name} {list(example.shape)} for {IMAGES} images; expected one map "
+                "for each, images first"
+            )
+        return name, tuple(example.shape[1:]), macs // IMAGES
 
     @property
     def backbone(self) -> nn.Module:
@@ -106,9 +128,10 @@ class MergedWholeModel(MergedModel):
         blocks = [
             _stand_in(block, state.forward_of(layer)) for layer, block in enumerate(self.blocks)
         ]
-        _, output = self._run_with(blocks, pixel_values)
+        parts = {place: blocks[layer] for place, layer in self._block_places.items()}
+        output = with_parts(self.model, parts)(pixel_values)
         state.check_done()
-        return output
+        return own_output(output, type(self.model).__name__)[1]
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What the model itself gives."""
@@ -118,10 +141,6 @@ class MergedWholeModel(MergedModel):
         """Those of embedding and head, which sees every patch, whatever is merged."""
         return self._outside_macs
 
-    def _run_with(self, blocks: Sequence[nn.Module], pixel_values: Tensor) -> tuple[str, Tensor]:
-        model = with_parts(self.model, dict(zip(self._block_places, blocks, strict=True)))
-        return own_output(model(pixel_values), type(model).__name__)
-
 
 class _Blocks:
     """The blocks of one forward pass: the merged tokens on their way from each to the next."""
@@ -130,13 +149,22 @@ class _Blocks:
         self.model, self.inner, self.merger = model, inner, merger
         self.tokens: Tokens | None = None
         self.shown: Tensor | None = None
+        self.version = 0
         self.done = 0
 
     def forward_of(self, layer: int) -> BlockForward:
-        """What one block does in place of its own forward; masks are no part of these models."""
+        """What one block does in place of its own forward."""
         as_tuple = _gives_tuple(self.model.blocks[layer])
 
-        def forward(x: Tensor, *_: Any, **__: Any) -> Any:
+        def forward(x: Tensor, *more: Any, **named: Any) -> Any:
+            given = any(isinstance(value, Tensor) for value in (*more, *named.values()))
+            # Where a forward is traced, Transformers makes a mask that masks nothing.
+            if given and not _is_traced(x):
+                raise InputError(
+                    f"model {type(self.model.model).__name__} gives its backbone's blocks a mask "
+                    "or another tensor beside the tokens, which merging would leave out; it is not "
+                    "supported"
+                )
             found = self._run(layer, x)
             return (found,) if as_tuple else found
 
@@ -155,7 +183,7 @@ class _Blocks:
                 f"{list(x.shape[1:-1])} tokens of an image, and its configuration {expected}; "
                 "expected images of the size that the backbone is configured for"
             )
-        if layer > 0 and x is not self.shown:
+        if layer > 0 and (x is not self.shown or _version(x) != self.version):
             raise InputError(
                 f"model {type(model.model).__name__} changes tokens ahead of block {layer} of its "
                 "backbone, which would be lost on the merged ones; it is not supported"
@@ -167,7 +195,9 @@ class _Blocks:
         self.tokens = tokens = self.merger.behind(tokens, layer)
         self.done += 1
         places = self.merger.positions
-        self.shown = shown = tokens.x if places is None else unmerge(tokens.x, places)
+        # Never the tokens themselves: what is done to them in place would be right without merging.
+        shown = tokens.x.clone() if places is None else unmerge(tokens.x, places)
+        self.shown, self.version = shown, _version(shown)
         return shown
 
     def check_done(self) -> None:
@@ -180,16 +210,16 @@ class _Blocks:
             )
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while, and then in the modes in which its parts were."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place, where torch counts that."""
+    return 0 if x.is_inference() or _is_traced(x) else int(x._version)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether there is no data in it, or a graph is made of what is done to it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor) or torch.compiler.is_compiling()
 
 
 def own_output(output: Any, name: str) -> tuple[str, Tensor]:
@@ -201,11 +231,11 @@ def own_output(output: Any, name: str) -> tuple[str, Tensor]:
     Raises:
         InputError: if there is another number of them, or something else.
     """
-    entries: list[tuple[str, Any]] = [(BARE, output)]
+    entries: list[tuple[str, Any]] = [(UNNAMED, output)]
     if isinstance(output, Mapping):
         entries = [(str(key), value) for key, value in output.items() if value is not None]
     elif isinstance(output, tuple | list):
-        entries = [(BARE, value) for value in output if value is not None]
+        entries = [(UNNAMED, value) for value in output if value is not None]
     if len(entries) != 1 or not isinstance(entries[0][1], Tensor):
         kinds = {k: "a tensor" if isinstance(v, Tensor) else type(v).__name__ for k, v in entries}
         what = ", ".join(f"{key} ({kind})" for key, kind in kinds.items()) or "nothing"
@@ -213,13 +243,19 @@ def own_output(output: Any, name: str) -> tuple[str, Tensor]:
             f"model {name} gives {what}; expected one tensor, alone or in a dictionary with its "
             "name: return only what is to be served"
         )
-    key = entries[0][0]
+    key, tensor = entries[0]
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"model {name} gives {key} of {str(tensor.dtype).removeprefix('torch.')}; expected "
+            "floating-point numbers: of classes the scores, [classes, rows, columns], and not the "
+            "best one"
+        )
     if not key.isidentifier() or key in (INPUT_NAME, SOURCE_MAP, ENTROPY):
         raise InputError(
             f"model {name} calls its output {key!r}; expected a name of letters, digits and _ "
             f"other than {INPUT_NAME}, {SOURCE_MAP} and {ENTROPY}"
         )
-    return entries[0]
+    return key, tensor
 
 
 def with_parts(module: Any, parts: Mapping[str, nn.Module]) -> Any:
