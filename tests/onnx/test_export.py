@@ -216,6 +216,24 @@ def test_size_bias_in_parts(export, make_vit, make_images, precision, adds):
     assert relative_error(run(made.proto, images), expected) < (1e-2 if adds else 1e-6)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_nothing_is_computed_of_weights_alone(tmp_path, capfd, precision):
+    """Of queries, keys and values that are projections of their own, as in Transformers."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4
+    )
+    model = patch(transformers.Dinov2Model(config).eval(), 4)
+    options = ExportOptions(precision=precision, batch=BATCH)
+    onnx_from_model(model, tmp_path / "model.onnx", options, "features")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    weights = {tensor.name for tensor in graph.initializer}
+    constant = [n.name for n in graph.node if n.input and weights.issuperset(n.input)]
+    assert constant == []
+    assert "WARNING" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_keys_reach_the_match_in_the_models_precision(export, make_vit, precision):
     """One body serves every layer; the mean over heads is inside."""

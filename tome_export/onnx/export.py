@@ -25,6 +25,7 @@ from tome_export.errors import ExportError, UsageError
 from tome_export.merge import spec
 from tome_export.merge.plan import Step, step_name
 from tome_export.onnx import files, opset
+from tome_export.onnx.emulate import uses_bfloat16
 from tome_export.onnx.functions import functions_for, inline
 from tome_export.onnx.names import decision_of_tensor, name_by_module, name_by_place
 from tome_export.onnx.plugin import read_keys_from_products
@@ -339,7 +340,12 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
 
     shown, before = _show_decisions(model.graph), _interface(model)
     large = files.weight_bytes(model) > files.LARGE_BYTES
-    result, valid = _simplified_light(model) if large else onnxsim.simplify(model)
+    # It joins the weights of queries, keys and values, and cannot fold that in bfloat16: they would
+    # be joined anew at every run. It computes with ONNX Runtime, whose CPU has no such type.
+    skipped = ["fuse_qkv"] if uses_bfloat16(model) else None
+    result, valid = (
+        _simplified_light(model) if large else onnxsim.simplify(model, skipped_optimizers=skipped)
+    )
     if not valid:
         raise ExportError(
             "onnxsim could not validate its own result; expected an equal graph, try another "
