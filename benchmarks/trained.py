@@ -87,7 +87,7 @@ class Crops(NamedTuple):
     labels: NDArray[np.int64]
 
 
-class Seen(NamedTuple):
+class Outputs(NamedTuple):
     """What a model gives: ``features [B, C]``, ``maps [B, 1, H, W]`` where no token is dropped."""
 
     features: Array
@@ -176,14 +176,14 @@ def nearest(name: str, module: Any, macs: int) -> MergedModel:
     return min(tried, key=lambda model: abs(model.macs() - macs))
 
 
-def see(tower: MergedModel, module: Any, images: torch.Tensor) -> Seen:
+def outputs_of(tower: MergedModel, module: Any, images: torch.Tensor) -> Outputs:
     """Run the whole model with a tower's merging; only the tower where tokens are dropped."""
     settings = tower.settings
     batches = [images[at : at + BATCH] for at in range(0, len(images), BATCH)]
     features: list[torch.Tensor] = []
     with torch.inference_mode():
         if settings.reducer.drops:
-            return Seen(_joined(tower(batch) for batch in batches), None)
+            return Outputs(_joined(tower(batch) for batch in batches), None)
         whole = patch(
             module, settings.schedule, reducer=settings.reducer, prop_attn=settings.prop_attn
         )
@@ -195,7 +195,7 @@ def see(tower: MergedModel, module: Any, images: torch.Tensor) -> Seen:
             maps = _joined(whole(batch) for batch in batches)
         finally:
             hook.remove()
-    return Seen(_joined(features), maps)
+    return Outputs(_joined(features), maps)
 
 
 def _joined(batches: Iterable[torch.Tensor]) -> Array:
@@ -227,7 +227,7 @@ def measure_quality(loaded: LoadedModel, size: int, names: Sequence[str], rows: 
     module: Any = loaded.module
     images = crops(loaded, CROPS[size], EVERY[size])
     plain = patch(module.backbone, 0)
-    unmerged = see(plain, module, images.pixels)
+    unmerged = outputs_of(plain, module, images.pixels)
     same = {"benchmark": NAME, "part": "quality", "size": size, "weights": loaded.weights.sha256}
     same |= {"photographs": len(np.unique(images.labels)), "crops": len(images.labels)}
     wanted = [("unmerged", 0), *((name, r) for r in R[size] for name in names)]
@@ -237,7 +237,7 @@ def measure_quality(loaded: LoadedModel, size: int, names: Sequence[str], rows: 
             continue
         tome = patch(module.backbone, r)
         tower = tome if r == 0 else nearest(name, module.backbone, tome.macs())
-        found = unmerged if r == 0 else see(tower, module, images.pixels)
+        found = unmerged if r == 0 else outputs_of(tower, module, images.pixels)
         maps = None
         if found.maps is not None and unmerged.maps is not None:
             maps = map_measures(found.maps, unmerged.maps)

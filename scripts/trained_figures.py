@@ -125,9 +125,10 @@ def gain() -> str:
             ]
         )
     first = rows[0]
+    threads = f"{first['threads']} thread{'s' * (first['threads'] != 1)}"
     return (
-        f"ONNX Runtime {environment['versions']['onnxruntime']}, fp32, batch 1, {first['threads']} "
-        f"threads of {first['cpu']}, the tower; all graphs in turn, median of {first['rounds']} "
+        f"ONNX Runtime {environment['versions']['onnxruntime']}, fp32, batch 1, {threads} "
+        f"of {first['cpu']}, the tower; all graphs in turn, median of {first['rounds']} "
         "rounds [p20-p80], and the shares of the runtime's own profile:\n\n"
         + table(
             [

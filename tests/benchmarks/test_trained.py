@@ -75,7 +75,7 @@ def test_nearest_has_the_macs_or_the_next_to_them(trained, saliency, name):
 def test_whole_model_and_tower_are_the_same_run(trained, saliency, name):
     tower = trained.nearest(name, saliency.backbone, patch(saliency.backbone, 6).macs())
     images = torch.randn(9, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    seen = trained.see(tower, saliency, images)
+    seen = trained.outputs_of(tower, saliency, images)
     with torch.inference_mode():
         np.testing.assert_allclose(seen.features, tower(images).numpy(), rtol=1e-5, atol=1e-5)
         if name == "topk":  # what it drops has no place on a map
