@@ -285,6 +285,11 @@ def _load(request: TuneRequest) -> _Subject:
                 f"--measure retrieval compares one vector of features per image, and {recipe.name} "
                 f"gives {list(shape)}; leave --measure out"
             )
+        if request.measure == "retrieval" and request.data == (SAMPLES,):
+            raise UsageError(
+                "--measure retrieval looks for nearest neighbours, and the samples are six "
+                "photographs and their mirror images; give images of yours with --data"
+            )
         # Those of the unmerged model, and beside them those of a schedule.
         kept = 2 * 4 * math.prod(shape)
         return _Subject(loaded, model, compared, output_bytes=kept, maps=maps)
