@@ -238,10 +238,10 @@ def _front(tuned: TunedSchedule) -> list[str]:
     for method in dict.fromkeys(point.method for point in tuned.front):
         rows += thinned([point for point in tuned.front if point.method == method], ROWS)
     metric = tuned.objective.metric
-    alike = metric == "similarity"
+    with_lowest = metric == "similarity"
     head = ["", "method", "MACs", "of unmerged", *(["ms"] * timed), METRICS[metric].lower()]
     return table(
-        [*head, *(["lowest"] * alike), "r per layer"],
+        [*head, *(["lowest"] * with_lowest), "r per layer"],
         [
             (
                 "*" if point.chosen else "",
@@ -250,12 +250,12 @@ def _front(tuned: TunedSchedule) -> list[str]:
                 _share(point, tuned),
                 *([f"{point.latency_ms:.3g}"] if timed else []),
                 scored(point.counted, metric),
-                *([f"{point.similarity.lowest:.4f}"] if alike and point.similarity else []),
+                *([f"{point.similarity.lowest:.4f}"] if with_lowest and point.similarity else []),
                 _list(point),
             )
             for point in sorted(rows, key=lambda point: point.macs)
         ],
-        f"llrr{'r' * timed}r{'r' * alike}l",
+        f"llrr{'r' * timed}r{'r' * with_lowest}l",
     )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 
-AnImage: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8]"
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8]"
 """A file, which may be a video, or an image in memory, as an array ``[H, W, 3]`` or ``[H, W]``."""
 
 BUILD_COUNT = 4
@@ -94,10 +94,10 @@ def _items(place: Path, most: int, progress: Progress) -> list[Item]:
     return [replace(item, name=printable(str(place / item.name))) for item in items]
 
 
-def listed_inputs(images: AnImage | Iterable[AnImage]) -> list[AnImage]:
+def listed_inputs(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     """One image, or several, as a list; what is neither is refused when it is read."""
     if isinstance(images, str | bytes | np.ndarray) or not isinstance(images, Iterable):
-        return [cast("AnImage", images)]
+        return [cast("ImageLike", images)]
     return list(images)
 
 
@@ -106,7 +106,7 @@ def _item(path: Path) -> Item:
     return Item(printable(str(path)), partial(read_file, str(path.parent), path.name, 0, 0))
 
 
-def load_inputs(manifest: Manifest, images: Sequence[AnImage]) -> Array:
+def load_inputs(manifest: Manifest, images: Sequence[ImageLike]) -> Array:
     """Images ``[B, C, H, W]`` float32, or for a model of videos those, ``[B, F, C, H, W]``.
 
     Raises:
@@ -129,7 +129,7 @@ def load_inputs(manifest: Manifest, images: Sequence[AnImage]) -> Array:
     )
 
 
-def _pixels(image: AnImage, number: int, preprocessing: Preprocessing) -> Array:
+def _pixels(image: ImageLike, number: int, preprocessing: Preprocessing) -> Array:
     """One image ``[C, H, W]`` float32; a file is decoded as everywhere."""
     from PIL.Image import Image, fromarray
 

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 MOST_RESAMPLED = 1_000_000
 """Numbers of resamples that are held at a time."""
 
-_ALIKE = 1e-12
+_EQUAL = 1e-12
 """Range of values that are one value but for rounding, whose mean has no other."""
 
 METHODS = Methods(
@@ -90,7 +90,7 @@ def mean_of(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Mean
     from scipy.stats import bootstrap
 
     mean = float(values.mean())
-    if np.ptp(values) <= _ALIKE:
+    if np.ptp(values) <= _EQUAL:
         return Mean(mean=mean, low=mean, high=mean)
     # Resamples of all images at once take gigabytes for some thousands of them.
     batch = max(1, MOST_RESAMPLED // len(values))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tome_export.data.answers import Label
-    from tome_export.data.images import AnImage
+    from tome_export.data.images import ImageLike
 
     Array = np.ndarray[Any, Any]
 
@@ -46,7 +46,7 @@ class Predictions:
 
     @property
     def kind(self) -> OutputKind:
-        """Whether the model gives ``labels``, ``features`` or a ``map``."""
+        """Whether the model gives classes, of which there are ``labels``, features or a map."""
         return self.manifest.output_kind
 
     @property
@@ -112,7 +112,7 @@ class LoadedArtifact:
         self._runner = self._stack.enter_context(runner)
 
     def __call__(
-        self, images: AnImage | Iterable[AnImage], *, top: int = TOP_K, **inputs: Array
+        self, images: ImageLike | Iterable[ImageLike], *, top: int = TOP_K, **inputs: Array
     ) -> Predictions:
         """What the model says of any number of images, preprocessed as the manifest says.
 
