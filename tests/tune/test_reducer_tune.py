@@ -25,7 +25,7 @@ def test_macs_are_those_of_the_build(tuned, tmp_path):
     assert found.reducer.name == "topk"
     # More than half of the tokens of a layer: what bipartite matching could not remove.
     most = min(found.front, key=lambda row: row.macs)
-    assert most.schedule[0] == 63
+    assert most.schedule[0] > (found.tokens_in - 1) // 2
     request = BuildRequest(
         "vit_digits", tmp_path / "x", reducer="topk", schedule_file=path, engine="none"
     )
