@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -48,7 +48,7 @@ class FunctionLoader(Loader):
     def create(self, depth: int | None = None) -> nn.Module:
         """See ``Loader``: a copy of the model with weights of its own."""
         self._refuse_depth(depth)
-        return self._copy({})
+        return self._copy(copy.deepcopy)
 
     def architecture(self) -> nn.Module:
         """See ``Loader``."""
@@ -64,8 +64,10 @@ class FunctionLoader(Loader):
     def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:
         """The model with the weights that the function gave it."""
         self._refuse_depth(depth)
-        # The weights are shared, as they may be gigabytes.
-        module = self._copy({id(t): t for t in (*self.module.parameters(), *self.module.buffers())})
+        from tome_export.patch.precision import copy_sharing_weights
+
+        # As they may be gigabytes.
+        module = self._copy(copy_sharing_weights)
         stored = stored_dtype(module.parameters())
         source = f"returned by {recipe.name}"
         return loaded(module, recipe, WeightsInfo("function", source, stored_dtype=stored))
@@ -86,13 +88,14 @@ class FunctionLoader(Loader):
                 "leave the depth"
             )
 
-    def _copy(self, shared: dict[int, Any]) -> nn.Module:
+    def _copy(self, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        from tome_export.patch.checks import COPYABLE
+
         try:
-            return copy.deepcopy(self.module, shared)
+            return copied(self.module)
         except Exception as error:
             raise InputError(
-                f"the model of {self.name} cannot be copied ({_line(error)}); expected one that "
-                "copy.deepcopy copies: leave locks, open files and tensors with a gradient out"
+                f"the model of {self.name} cannot be copied ({_line(error)}); {COPYABLE}"
             ) from error
 
 

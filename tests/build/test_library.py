@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from whole_models import GRID, Head, depth_anything, on_dinov2
+from whole_models import Head, InPlace, depth_anything, on_dinov2
 
 from tome_export.build import BuildRequest, build, library
 from tome_export.build.library import check_library
@@ -113,17 +113,6 @@ class OverBatch(Head):
     def forward(self, pixel_values: torch.Tensor) -> Any:
         found = super().forward(pixel_values)["two"]
         return {"two": found - found.mean(dim=0)}
-
-
-class InPlace(Head):
-    """Adds to tokens between blocks, which in inference mode leaves no trace on them."""
-
-    def forward(self, pixel_values: torch.Tensor) -> Any:
-        tokens = self.backbone.embeddings(pixel_values)
-        for block in self.backbone.encoder.layer:
-            tokens = block(tokens)
-            tokens += 1
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
 
 
 @pytest.mark.parametrize(

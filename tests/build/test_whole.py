@@ -67,8 +67,7 @@ def test_its_numbers_are_pytorchs(artifact, make_images):
     model, _ = reference_model(artifact)
     images = make_images(model, 3)
     with tome_export.load(artifact.path) as loaded:
-        run = getattr(loaded, "run", loaded)
-        found = run(images)[artifact.manifest.output.name]
+        found = loaded.run(images)[artifact.manifest.output.name]
     with torch.no_grad():
         merged = model(torch.from_numpy(images)).numpy()
         plain = model.library(torch.from_numpy(images)).numpy()

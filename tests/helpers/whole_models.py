@@ -83,6 +83,22 @@ class HiddenStates(Head):
         return self.head(x.transpose(1, 2).unflatten(2, (side, side)))
 
 
+class InPlace(Head):
+    """Adds to tokens between blocks, in place, as prompts are added."""
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        tokens = self.backbone.embeddings(pixel_values)
+        for block in self.backbone.encoder.layer:
+            tokens = tokens_of(block(tokens))
+            tokens += 1
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
+
+
+def tokens_of(output: Any) -> Any:
+    """In transformers 4 layers give a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class TimmMaps(nn.Module):
     """A head of intermediate feature maps of a timm backbone."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from whole_models import (
     WIDTH,
     Head,
     HiddenStates,
+    InPlace,
     TimmMaps,
     backbone_config,
     depth_anything,
@@ -24,6 +26,7 @@ from whole_models import (
     on_registers,
     on_timm,
     on_vit,
+    tokens_of,
     upernet,
 )
 
@@ -272,11 +275,6 @@ class Twice(Head):
         return super().forward(x)
 
 
-def tokens_of(output: Any) -> Any:
-    """In transformers 4 layers give a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 class Between(Head):
     """Changes tokens between two blocks of its backbone."""
 
@@ -284,17 +282,6 @@ class Between(Head):
         tokens = self.backbone.embeddings(x)
         for block in self.backbone.encoder.layer:
             tokens = tokens_of(block(tokens)) + 1
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
-
-
-class InPlace(Head):
-    """The same in place, as prompts are added."""
-
-    def forward(self, x: Any) -> Any:
-        tokens = self.backbone.embeddings(x)
-        for block in self.backbone.encoder.layer:
-            tokens = tokens_of(block(tokens))
-            tokens += 1
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))
 
 
@@ -411,6 +398,13 @@ def test_forms_without_sense_are_refused(options, message):
     with pytest.raises(InputError) as error:
         patch(on_dinov2(), 2, **options)
     assert message in str(error.value)
+
+
+def test_a_model_that_cannot_be_copied_is_one_clear_line():
+    model = on_dinov2()
+    model.head.lock = threading.Lock()
+    with pytest.raises(InputError, match=r"model Head cannot be copied \(cannot pickle .*lock"):
+        patch(model, 2)
 
 
 def test_a_model_without_a_known_backbone_is_of_no_family():

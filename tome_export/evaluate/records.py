@@ -83,9 +83,12 @@ class Classifier:
             outputs = {
                 name: self._infer(name, one, decoded.pixels) for name, one in runners.items()
             }
+            if self.kind == "map":
+                plain = outputs[self.baseline]
+                constant = np.isnan(correlations(plain, plain))
             for name, output in outputs.items():
                 if self.kind == "map":
-                    values[name] = _of_maps(output, outputs[self.baseline])[:, None]
+                    values[name] = _of_maps(output, plain, constant)[:, None]
                 elif self.activation is None:
                     values[name] = cosine(output, outputs[self.baseline])
                 elif self.activation == "none":
@@ -151,14 +154,16 @@ def best(logits: NDArray[Any]) -> NDArray[np.int32]:
     return found
 
 
-def _of_maps(found: NDArray[Any], baseline: NDArray[Any]) -> NDArray[np.float64]:
-    """Correlation ``[B]`` of each image's map with the baseline's.
+def _of_maps(
+    found: NDArray[Any], baseline: NDArray[Any], constant: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Correlation ``[B]`` of each image's map with the baseline's, ``constant [B]`` or not.
 
     It is 0 for a constant map where the baseline's is none, ``UNDEFINED`` where that is constant,
     and NaN for a map that is not finite.
     """
     similar = np.nan_to_num(correlations(found, baseline), nan=0.0)
-    similar[np.isnan(correlations(baseline, baseline))] = UNDEFINED
+    similar[constant] = UNDEFINED
     finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)
     return np.where(finite, similar, np.nan)
 

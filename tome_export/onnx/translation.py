@@ -141,9 +141,9 @@ def _attention_in_parts(
 ) -> Any:
     """``scaled_dot_product_attention`` as MatMul, Add, Softmax, MatMul.
 
-    In float32 a bias that all queries share is a channel of queries and keys: an Add over
-    ``[B, H, N, N]`` costs a CPU 4 % of a DINOv2 of 1,370 tokens. In half precision a channel would
-    round the bias, and TensorRT fuses the Add (docs/attention.md).
+    In float32 a bias that all queries share is a channel of queries and keys: an Add would read and
+    write all of ``[B, H, N, N]`` once more. In half precision a channel would round the bias, and
+    TensorRT fuses the Add (docs/attention.md).
     """
     from onnxscript import opset18
 

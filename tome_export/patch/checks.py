@@ -12,6 +12,12 @@ from tome_export.errors import InputError
 
 MakeZeros = Callable[..., Tensor]
 
+COPYABLE = (
+    "expected one that copy.deepcopy copies: leave locks, open files and tensors with a gradient "
+    "out"
+)
+"""What a model of a user's has to be, for messages."""
+
 _COLLECTING = "transformers.utils.output_capturing"
 
 ONE_DEVICE = (

@@ -20,11 +20,12 @@ from tome_export.errors import InputError
 from tome_export.merge.plan import unmerge
 from tome_export.merge.schedule import Schedule
 from tome_export.patch.base import MergedModel
-from tome_export.patch.checks import MakeZeros, check_unhooked, count_macs
+from tome_export.patch.checks import COPYABLE, MakeZeros, check_unhooked, count_macs
 from tome_export.patch.heads import OutputChoice
 from tome_export.patch.merger import Merger, MergeSettings, Tokens
 from tome_export.patch.precision import copy_sharing_weights
 from tome_export.spec import ENTROPY, INPUT_NAME, SOURCE_MAP
+from tome_export.weights.files import first_line
 
 UNNAMED = "map"
 """Name of the output of a model that gives a tensor without one."""
@@ -76,8 +77,12 @@ class MergedWholeModel(MergedModel):
         """Name and shape of the output for one image, and MACs outside the blocks."""
         found: list[tuple[str, Tensor]] = []
 
+        who = f"model {type(self.model).__name__}"
         # What a model keeps of a pass without data must not stay in it.
-        model = copy_sharing_weights(self.model).eval()
+        try:
+            model = copy_sharing_weights(self.model).eval()
+        except Exception as error:
+            raise InputError(f"{who} cannot be copied ({first_line(error)}); {COPYABLE}") from error
         places = dict(model.named_modules(remove_duplicate=False))
         passing = {p: _stand_in(places[p], _passing_on(places[p])) for p in self._block_places}
 
@@ -85,18 +90,16 @@ class MergedWholeModel(MergedModel):
             output = with_parts(model, passing)(zeros(IMAGES, *self.input_size))
             found.append(own_output(output, type(model).__name__))
 
-        who = f"model {type(self.model).__name__}"
         try:
             macs = count_macs(model, outside)
         except InputError:
             raise
         # It is the user's code that runs.
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "") or "no message"
             raise InputError(
-                f"{who} cannot be traced: its forward fails with {type(error).__name__}: {reason}; "
-                f"expected one that takes images of {list(self.input_size)} whatever their pixels "
-                "are"
+                f"{who} cannot be traced: its forward fails with {type(error).__name__}: "
+                f"{first_line(error)}; expected one that takes images of {list(self.input_size)} "
+                "whatever their pixels are"
             ) from error
         name, example = found[0]
         if example.shape[:1] != (IMAGES,):
@@ -147,6 +150,7 @@ class _Blocks:
 
     def __init__(self, model: MergedWholeModel, inner: MergedModel, merger: Merger) -> None:
         self.model, self.inner, self.merger = model, inner, merger
+        self.who = f"model {type(model.model).__name__}"
         self.tokens: Tokens | None = None
         self.shown: Tensor | None = None
         self.version = 0
@@ -161,7 +165,7 @@ class _Blocks:
             # Where a forward is traced, Transformers makes a mask that masks nothing.
             if given and not _is_traced(x):
                 raise InputError(
-                    f"model {type(self.model.model).__name__} gives its backbone's blocks a mask "
+                    f"{self.who} gives its backbone's blocks a mask "
                     "or another tensor beside the tokens, which merging would leave out; it is not "
                     "supported"
                 )
@@ -174,18 +178,18 @@ class _Blocks:
         model, expected = self.model, self.model.layout.tokens
         if layer != self.done:
             raise InputError(
-                f"model {type(model.model).__name__} runs block {layer} of its backbone where "
+                f"{self.who} runs block {layer} of its backbone where "
                 f"block {self.done} is expected; expected every block once and in order"
             )
         if layer == 0 and x.shape[1:-1] != (expected,):
             raise InputError(
-                f"model {type(model.model).__name__} gives its backbone's blocks "
+                f"{self.who} gives its backbone's blocks "
                 f"{list(x.shape[1:-1])} tokens of an image, and its configuration {expected}; "
                 "expected images of the size that the backbone is configured for"
             )
         if layer > 0 and (x is not self.shown or _version(x) != self.version):
             raise InputError(
-                f"model {type(model.model).__name__} changes tokens ahead of block {layer} of its "
+                f"{self.who} changes tokens ahead of block {layer} of its "
                 "backbone, which would be lost on the merged ones; it is not supported"
             )
         tokens = Tokens(x) if self.tokens is None else self.tokens
@@ -204,7 +208,7 @@ class _Blocks:
         """Refuse a model that left blocks out, whose merges nothing would show."""
         if self.done != len(self.model.blocks):
             raise InputError(
-                f"model {type(self.model.model).__name__} runs {self.done} of the "
+                f"{self.who} runs {self.done} of the "
                 f"{len(self.model.blocks)} blocks of its backbone; expected all of them: cut the "
                 "others off"
             )
