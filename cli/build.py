@@ -13,6 +13,7 @@ from tome_export.cli.format import artifact_lines
 from tome_export.cli.options import (
     EngineGroup,
     Group,
+    ImageSizeGroup,
     ImagesGroup,
     PrecisionGroup,
     ReducerGroup,
@@ -167,6 +168,7 @@ class TargetGroup(Group):
 
 class BuildOptions(
     WeightsGroup,
+    ImageSizeGroup,
     TowerGroup,
     MergingGroup,
     ReducerGroup,
@@ -183,7 +185,7 @@ class BuildOptions(
         "-o",
         "--output",
         metavar="DIR",
-        help="The artifact's directory.  [default: ./<model>-r<r>-<precision>]",
+        help="The artifact's directory.  [default: ./<model>[-<size>]-r<r>-<precision>]",
     )
     force: bool = option(help="Replace an existing artifact.")
     no_check: bool = option(heading="Check", help="Do not check parity; the artifact says so.")
@@ -211,8 +213,9 @@ def command(terminal: Terminal, /, model: str, options: BuildOptions) -> None:
         schedule = None
         own_counts = reducer != DEFAULT and reducer_class(reducer).own_counts
         if not own_counts or options.r is not None or options.schedule is not None:
-            schedule = _schedule(model, options.r, options.schedule, file, tower)
-        name = model if reducer == DEFAULT else f"{model}-{reducer}"
+            schedule = _schedule(model, options, file, tower)
+        name = model if options.image_size is None else f"{model}-{options.image_size}"
+        name = name if reducer == DEFAULT else f"{name}-{reducer}"
         name = name if video.merging is None else f"{name}-across"
         output = options.output or _default_output(name, schedule, precision)
         request = options.request(
@@ -241,10 +244,11 @@ def _schedule_file(text: str | None) -> Path | None:
 
 
 def _schedule(
-    model: str, r: int | None, text: str | None, file: Path | None, tower: TowerOptions
+    model: str, options: BuildOptions, file: Path | None, tower: TowerOptions
 ) -> Schedule:
     from tome_export.models import resolve
 
+    r, text = options.r, options.schedule
     if file is not None:
         from tome_export.artifact.schedule import ScheduleFile
 
@@ -255,7 +259,7 @@ def _schedule(
         return Schedule(per_layer=ScheduleFile.read(file).schedule)
     text = "constant" if text is None else text
     if r is None and text in INFLECTION:
-        r = resolve(model, tower).merging.r
+        r = resolve(model, tower, image_size=options.image_size).merging.r
     return Schedule.parse(text, r)
 
 

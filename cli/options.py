@@ -23,7 +23,7 @@ from typing import (
 import click
 
 from tome_export.reducers import DEFAULT, REDUCERS
-from tome_export.spec import PRECISIONS, Activation, Precision
+from tome_export.spec import PRECISIONS, Activation, ImageSize, Precision
 
 if TYPE_CHECKING:
     from tome_export.engine import EngineOptions
@@ -230,6 +230,17 @@ class WeightsGroup(Group):
     activation: Activation | None = option(
         help="What makes scores of the model's output; none: a regression's numbers.  [default: "
         "what the model says]"
+    )
+
+
+class ImageSizeGroup(Group):
+    """Model."""
+
+    image_size: ImageSize | None = option(
+        type=ImageSize.parse,
+        metavar="HxW",
+        help="Height and width of the images, such as 448x224, or one number; positions are "
+        "resampled for it.  [default: the model's own]",
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
 from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, rule_advice
-from tome_export.spec import Activation, Preprocessing, default_activation
+from tome_export.spec import Activation, ImageSize, Preprocessing, default_activation
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import VideoOptions
 from tome_export.weights.files import (
@@ -148,6 +148,33 @@ class Recipe:
             made = loader.from_path(self, Path(weights), depth, weights_key, reducer_keys)
         return replace(made, recipe=loader.described(made.recipe, made.module))
 
+    def at(self, image_size: ImageSize) -> Recipe:
+        """The recipe of the same model for images of another size.
+
+        Preprocessing follows it. What was published or measured of r holds for the recipe's own
+        size, so at another one r is the rule's.
+
+        Raises:
+            InputError: if the model's patches do not divide the size, or its library cannot make
+                it for that size.
+        """
+        channels, *own = self.preprocessing.input_size
+        if own == [image_size.height, image_size.width]:
+            return self
+        loader = self.source.loader.at(image_size)
+        resized = replace(
+            self,
+            source=replace(self.source, loader=loader),
+            preprocessing=replace(
+                self.preprocessing, input_size=(channels, image_size.height, image_size.width)
+            ),
+        )
+        merged, _ = unmerged(f"{self.name} at {image_size} is", loader.architecture())
+        layers = merged.layers
+        advice = rule_advice(layers[0].tokens_in if layers else merged.prefix, len(layers))
+        merging = replace(self.merging, r=advice.r, source=advice.source)
+        return replace(resized, merging=merging)
+
     def architecture(self) -> nn.Module:
         """The model without memory for its weights, to be counted and looked at."""
         return self.source.loader.architecture().eval()
@@ -200,6 +227,14 @@ class Loader(ABC):
     @abstractmethod
     def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """The model with the weights of a file; raises an ``InputError`` if they do not fit."""
+
+    def at(self, image_size: ImageSize) -> Loader:
+        """The loader of the same model for images of another size, its positions resampled.
+
+        Raises:
+            InputError: if there is no such model.
+        """
+        raise InputError(f"image size {image_size} was asked for; expected the model's own")
 
     def download(self, recipe: Recipe) -> Path:
         """The file of the pretrained weights; raises an ``InputError`` if there is none."""

@@ -15,7 +15,7 @@ from tome_export.models.recipe import Recipe
 from tome_export.models.timm.recipes import DIGITS, TIMM, close_timm_names, recipe_from_timm
 from tome_export.models.torchvision.recipes import TORCHVISION, recipe_from_torchvision
 from tome_export.models.video.recipes import CLIP4CLIP, with_video
-from tome_export.spec import TowerOptions
+from tome_export.spec import ImageSize, TowerOptions
 from tome_export.video.options import VideoOptions
 
 _RECIPES = (*TIMM, *OPEN_CLIP, *TORCHVISION, *HF, LLAVA15_TOWER, *CLIP4CLIP, DIGITS)
@@ -31,7 +31,10 @@ RECIPES = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
 
 
 def resolve(
-    name: str, tower: TowerOptions | None = None, video: VideoOptions | None = None
+    name: str,
+    tower: TowerOptions | None = None,
+    video: VideoOptions | None = None,
+    image_size: ImageSize | None = None,
 ) -> Recipe:
     """Find a model.
 
@@ -41,10 +44,12 @@ def resolve(
             ``module:function``.
         tower: What a language model takes of it; for vision towers only.
         video: Frames of one video and how they are joined; for video towers only.
+        image_size: Size of the images; None for the model's own.
     """
     recipe = _find(name.strip(), tower or TowerOptions())
     recipe = with_tower(recipe, tower) if tower else recipe
-    return with_video(recipe, video or VideoOptions())
+    recipe = with_video(recipe, video or VideoOptions())
+    return recipe if image_size is None else recipe.at(image_size)
 
 
 def _find(name: str, tower: TowerOptions) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -126,6 +127,42 @@ class BatchRange:
 
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"
+
+
+MAX_SIDE = 16384
+"""Pixels of a side: 2^20 patches of 16 pixels, whose attention no machine holds."""
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Height and width of a model's images in pixels.
+
+    Raises:
+        InputError: unless both are 1 to ``MAX_SIDE``.
+    """
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.height <= MAX_SIDE and 1 <= self.width <= MAX_SIDE):
+            raise InputError(
+                f"image size is {self}; expected sides of 1 to {MAX_SIDE} pixels, such as 448x224"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> ImageSize:
+        """Read ``HEIGHTxWIDTH``, or one number for a square."""
+        found = re.fullmatch(r"([+-]?\d+)(?:[xX×]([+-]?\d+))?", text.strip(), re.ASCII)
+        if found is None or max(map(len, found.groups(""))) > 9:
+            raise InputError(
+                f"image size is {text!r}; expected HEIGHTxWIDTH in pixels, such as 448x224, or one "
+                "number for a square"
+            )
+        return cls(int(found[1]), int(found[2] or found[1]))
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
 
 
 @dataclass(frozen=True)

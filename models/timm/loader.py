@@ -19,6 +19,7 @@ from tome_export.models.recipe import (
     loaded,
     refuse_depth,
 )
+from tome_export.spec import ImageSize
 from tome_export.weights.files import Checkpoint, read_checkpoint, sha256, shapes_of, stored_dtype
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class TimmLoader(Loader):
         given = {k: v for k, v in {"depth": depth, **more}.items() if v is not None}
         module: nn.Module = create_model(self.timm_name, **{**dict(self.arguments), **given})
         return module
+
+    def at(self, image_size: ImageSize) -> TimmLoader:
+        """See ``Loader``: timm resamples positions as it loads weights, for any grid."""
+        size = (image_size.height, image_size.width)
+        given = {**dict(self.arguments), "img_size": size}
+        return replace(self, arguments=tuple(given.items()))
 
     def described(self, recipe: Recipe, module: nn.Module) -> Recipe:
         """See ``Loader``: a checkpoint may bring a head, or leave it out."""

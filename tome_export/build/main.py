@@ -112,7 +112,7 @@ def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
     from tome_export.models import resolve
     from tome_export.reducers import reducer_from_text
 
-    recipe = resolve(request.model, request.tower, request.video)
+    recipe = resolve(request.model, request.tower, request.video, request.image_size)
     if recipe.merging.needs_grid and not request.dense:
         raise InputError(
             f"{recipe.merging.needs_grid}: its language model arranges the features of all patches "

@@ -14,6 +14,7 @@ from tome_export.spec import (
     Activation,
     AttentionForm,
     BatchRange,
+    ImageSize,
     MergeOp,
     Precision,
     TowerOptions,
@@ -46,6 +47,7 @@ class BuildRequest:
         compress_options: Its options, each ``key=value``.
         tower: Options of a vision tower; none for any other model.
         video: Frames of one video and how they are joined; none for a model of images.
+        image_size: Size of the images; None for the model's own. See docs/image-size.md.
         merge_op: How the merge is written into the graph.
         attention: How attention is written into the graph; see docs/attention.md.
         opset: Opset of the ONNX model; an older runtime needs a lower one, see docs/runtimes.md.
@@ -80,6 +82,7 @@ class BuildRequest:
     compress_options: tuple[str, ...] = ()
     tower: TowerOptions = field(default_factory=TowerOptions)
     video: VideoOptions = field(default_factory=VideoOptions)
+    image_size: ImageSize | None = None
     merge_op: MergeOp = "auto"
     attention: AttentionForm = "auto"
     opset: int = OPSETS[-1]
