@@ -13,8 +13,8 @@ from tome_export.cli.format import artifact_lines
 from tome_export.cli.options import (
     EngineGroup,
     Group,
-    ImageSizeGroup,
     ImagesGroup,
+    ImageSizeGroup,
     PrecisionGroup,
     ReducerGroup,
     WeightsGroup,

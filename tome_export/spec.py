@@ -153,7 +153,7 @@ class ImageSize:
     @classmethod
     def parse(cls, text: str) -> ImageSize:
         """Read ``HEIGHTxWIDTH``, or one number for a square."""
-        found = re.fullmatch(r"([+-]?\d+)(?:[xX×]([+-]?\d+))?", text.strip(), re.ASCII)
+        found = re.fullmatch(r"([+-]?\d+)(?:[xX]([+-]?\d+))?", text.strip(), re.ASCII)
         if found is None or max(map(len, found.groups(""))) > 9:
             raise InputError(
                 f"image size is {text!r}; expected HEIGHTxWIDTH in pixels, such as 448x224, or one "
