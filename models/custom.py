@@ -27,7 +27,7 @@ from tome_export.models.recipe import (
     recipe_from_model,
     unmerged,
 )
-from tome_export.spec import Interpolation, Preprocessing
+from tome_export.spec import CropOffset, Interpolation, Preprocessing, Resize, is_fill
 from tome_export.weights.files import Checkpoint, check_finite, check_stored, stored_dtype
 
 if TYPE_CHECKING:
@@ -272,6 +272,11 @@ def _check_images(name: str, found: Preprocessing, expected: tuple[int, ...]) ->
     crop_ok = is_number(found.crop_pct) and 0 < found.crop_pct <= MOST_CROP
     require(crop_ok, "crop_pct", f"a number above 0, at most {MOST_CROP}")
     require(found.interpolation in known, "interpolation", ", ".join(known))
+    rules, offsets = get_args(Resize), get_args(CropOffset)
+    require(found.resize in rules, "resize", ", ".join(rules))
+    require(found.crop_offset in offsets, "crop_offset", ", ".join(offsets))
+    levels = is_fill(found.fill, channels)
+    require(levels, "fill", f"nothing, or {channels} levels from 0 to 255")
     same = isinstance(found.input_size, tuple | list) and tuple(found.input_size) == expected
     require(same, "input_size", f"that of the model, {expected}")
 

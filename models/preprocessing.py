@@ -7,7 +7,7 @@ import sys
 from typing import cast, get_args
 
 from tome_export.errors import InputError
-from tome_export.spec import Interpolation, Preprocessing
+from tome_export.spec import Interpolation, Preprocessing, Resize
 
 
 def interpolation_from(value: str, library: str) -> Interpolation:
@@ -18,6 +18,12 @@ def interpolation_from(value: str, library: str) -> Interpolation:
         f"{library} resizes images for this model with {value!r}; "
         f"supported: {', '.join(get_args(Interpolation))}"
     )
+
+
+def crop_pct_of(side: int, edge: int) -> float:
+    """The share ``side / edge``, of which ``floor(side / share)`` is ``edge`` again."""
+    share = side / edge
+    return share if math.floor(side / share) == edge else math.nextafter(share, 0.0)
 
 
 def is_number(value: object) -> bool:
@@ -39,4 +45,13 @@ def in_words(found: Preprocessing) -> str:
     height, width = found.input_size[1:]
     mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (found.mean, found.std))
     cut = f" cut out of {math.floor(height / found.crop_pct)}" if found.crop_pct != 1 else ""
-    return f"size {height} x {width}{cut}, {found.interpolation}, mean {mean}, std {std}"
+    how = f"{found.interpolation}{_RULES[found.resize]}"
+    return f"size {height} x {width}{cut}, {how}, mean {mean}, std {std}"
+
+
+_RULES: dict[Resize, str] = {
+    "crop": "",
+    "squash": " whatever the shape",
+    "letterbox": " to fit, with borders",
+    "pad": " after padding to its shape",
+}

@@ -14,6 +14,8 @@ MergeOp = Literal["auto", Lowering, "plugin"]
 AttentionForm = Literal["auto", "fused", "fused-fp32", "parts"]
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Resize = Literal["crop", "squash", "letterbox", "pad"]
+CropOffset = Literal["round", "floor"]
 SelectFeature = Literal["patch", "cls_patch"]
 Activation = Literal["softmax", "sigmoid", "none"]
 OutputKind = Literal["classes", "features", "map"]
@@ -170,10 +172,23 @@ class Preprocessing:
     """How an image becomes ``pixel_values [B, C, H, W]`` float32.
 
     The image is converted to RGB (``C == 3``) or grey (``C == 1``), resized with PIL's
-    ``interpolation`` so that its shorter side is ``floor(side / crop_pct)`` pixels (the longer one
-    in proportion, truncated), cut to ``[H, W]`` around its centre (offset rounded half to even),
-    scaled to [0, 1], then ``(x - mean) / std`` per channel. This is timm's evaluation transform
-    with ``crop_mode="center"``.
+    ``interpolation``, cut to ``[H, W]`` around its centre, scaled to [0, 1], then ``(x - mean) /
+    std`` per channel. With ``h, w = floor(H / crop_pct), floor(W / crop_pct)`` it is resized
+
+    - ``crop``: so that it covers ``[h, w]`` in its own shape; of a square the shorter side has that
+      length and the longer one is truncated (timm's ``center``, torchvision, open_clip's
+      ``shortest``, most of Transformers' processors).
+    - ``squash``: to ``[h, w]``, whatever its shape (timm's and open_clip's ``squash``, those of
+      Transformers' processors whose size is a height and a width).
+    - ``letterbox``: so that it fits into ``[h, w]`` in its own shape (timm's ``border``,
+      open_clip's ``longest``).
+    - ``pad``: to ``[h, w]``, after it was laid in the middle of the smallest canvas of the shape of
+      ``[H, W]`` that holds it (LLaVA's ``pad``, which knows squares only).
+
+    Attributes:
+        fill: Level of each channel, 0 to 255, of what the image does not cover; empty is black.
+        crop_offset: How an offset that ends in a half is rounded: ``round`` to the even neighbour
+            (torchvision), ``floor`` down (Transformers).
     """
 
     input_size: tuple[int, int, int]
@@ -181,6 +196,16 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float
     interpolation: Interpolation
+    resize: Resize = "crop"
+    fill: tuple[int, ...] = ()
+    crop_offset: CropOffset = "round"
+
+
+def is_fill(levels: object, channels: int) -> bool:
+    """Whether levels can be ``Preprocessing.fill`` for images of so many channels."""
+    if not isinstance(levels, tuple | list) or len(levels) not in (0, channels):
+        return False
+    return all(type(level) is int and 0 <= level <= 255 for level in levels)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tome_export.errors import InputError, MissingComponentError
-from tome_export.models.preprocessing import are_numbers, in_words, is_number
-from tome_export.spec import Interpolation, Preprocessing
+from tome_export.models.preprocessing import are_numbers, crop_pct_of, in_words, is_number
+from tome_export.spec import Interpolation, Preprocessing, Resize
 
 PROCESSOR = "preprocessor_config.json"
 PROCESSORS = "processor_config.json"
@@ -26,11 +27,7 @@ PROCESSORS = "processor_config.json"
 RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of those that ``Preprocessing`` has."""
 
-SQUASHES = (
-    "its own processor resizes to the size whatever the shape, here images are centre-cropped"
-)
-PADS = "its own processor pads images to a square, here they are centre-cropped"
-TILES = "its own processor cuts images into tiles, here they are centre-cropped"
+TILES = "its own processor cuts images into tiles, here they are squashed as for its first one"
 NO_PROCESSOR = f"without {PROCESSOR} and {PROCESSORS}, preprocessing is its family's"
 
 _FAMILIES = {
@@ -230,16 +227,27 @@ def preprocessing_of(
         raise _refused(where, f"PIL's resampling {number}")
     if not values.get("do_resize", True):
         raise _refused(where, "images that are not resized")
-    side, edge, remark = _sides(values, where)
+    side, edge, resize = _sides(values, where)
     if edge < min(side):
         raise _refused(where, f"a cut of {side[0]} x {side[1]} out of images of {edge}")
-    crop_pct = side[0] / edge
-    # floor(side / crop_pct) is what resizes.
-    if math.floor(side[0] / crop_pct) != edge:
-        crop_pct = math.nextafter(crop_pct, 0.0)
-    found = Preprocessing((channels, *side), mean, std, crop_pct, RESAMPLING[number])
-    remarks = (PADS if values.get("do_pad") else remark, _unsaid(file, given, values, found))
-    return found, "; ".join(filter(None, remarks))
+    found = Preprocessing(
+        (channels, *side), mean, std, crop_pct_of(side[0], edge), RESAMPLING[number], resize
+    )
+    found = replace(found, crop_offset="floor")
+    if values.get("do_pad"):
+        # That of other processors pads a batch to its largest image, and all are of one size here.
+        if values["image_processor_type"].startswith("LlavaImageProcessor"):
+            found = padded(found)
+        elif values.get("pad_size"):
+            raise _refused(where, f"images that are padded to {values['pad_size']}")
+    return found, _unsaid(file, given, values, found)
+
+
+def padded(found: Preprocessing) -> Preprocessing:
+    """Preprocessing that pads images to a square with their mean first, as LLaVA does."""
+    # Truncated, as there.
+    fill = tuple(int(level * 255) for level in found.mean)
+    return replace(found, resize="pad", fill=fill)
 
 
 def without_processor(family: Preprocessing) -> str:
@@ -315,8 +323,8 @@ def _per_channel(found: Any, key: str, channels: int, where: str) -> tuple[float
     return tuple(map(float, found))
 
 
-def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, str]:
-    """Size of the cut, length of the shorter side before it, and a remark."""
+def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, Resize]:
+    """Size of the cut, length of its first side, or of the shorter one, before it, and the rule."""
     size = values.get("size") or {}
     crop: tuple[int, int] | None = None
     if values.get("do_center_crop"):
@@ -329,12 +337,16 @@ def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, st
         cut = crop or (height, width)
         if height * cut[1] != width * cut[0]:
             raise _refused(where, f"a size of {height} x {width} cut to {cut[0]} x {cut[1]}")
-        return cut, height, SQUASHES
+        return cut, height, "squash"
     if size.get("shortest_edge") is None:
         raise _refused(where, f"size {size!r}")
     if crop is None:
         raise _refused(where, "images that keep their shape")
-    return crop, whole(size["shortest_edge"], what), ""
+    edge = whole(size["shortest_edge"], what)
+    if crop[0] != crop[1]:
+        cut = f"a cut of {crop[0]} x {crop[1]} out of images whose shorter side is {edge}"
+        raise _refused(where, cut)
+    return crop, edge, "crop"
 
 
 def _refused(where: str, what: str) -> InputError:

@@ -27,7 +27,7 @@ from tome_export.models.hf.checkpoint import (
 )
 from tome_export.models.hf.loader import CLASSIFIERS, TOWERS, HfLoader, SaliencyLoader
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
-from tome_export.spec import Activation, Preprocessing
+from tome_export.spec import Activation, Preprocessing, Resize
 
 CLASSES = {
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -71,14 +71,22 @@ def output_from_config(config: Any) -> ModelOutput:
 
 
 def _named(
-    name: str, loader: HfLoader, geometry: Geometry, description: str, by: str, licence: str
+    name: str,
+    loader: HfLoader,
+    geometry: Geometry,
+    description: str,
+    by: str,
+    licence: str,
+    resize: Resize = "crop",
 ) -> Recipe:
     size = loader.values["image_size"]
     norm = norm_of(loader.values["model_type"])
     return Recipe(
         name=name,
         source=ModelSource(loader, f"{by}; hub repository {loader.source}", licence),
-        preprocessing=Preprocessing((3, size, size), *norm, 1.0, "bicubic"),
+        preprocessing=Preprocessing(
+            (3, size, size), *norm, 1.0, "bicubic", resize, crop_offset="floor"
+        ),
         merging=MergingAdvice(geometry.recommended_r(size)),
         output=ModelOutput("features"),
         family="hf_clip",
@@ -122,6 +130,7 @@ def _siglip_b16() -> Recipe:
         "SigLIP ViT-B/16 of Transformers, pooled image features, 196 patches",
         "Google (SigLIP)",
         "apache-2.0",
+        "squash",
     )
 
 
@@ -194,7 +203,8 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
     patched = unmerged(f"{name} is", module := loader.architecture())
     config: Any = module.config
     kind = str(getattr(config, "vision_config", config).model_type)
-    family = Preprocessing(patched[0].image_size, *norm_of(kind), 1.0, "bicubic")
+    norm = norm_of(kind)
+    family = Preprocessing(patched[0].image_size, *norm, 1.0, "bicubic", crop_offset="floor")
     preprocessing, remark = preprocessing_of(folder, kind, family, where)
     if preprocessing.input_size != family.input_size:
         height, width = preprocessing.input_size[1:]

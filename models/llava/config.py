@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tome_export.errors import InputError
 from tome_export.models.hf.checkpoint import (
-    PADS,
-    TILES,
     attention_of,
     quiet,
     refuse_quantised,
@@ -71,7 +69,7 @@ class LlavaConfig:
         projector: Shape of the projector; None if the checkpoint has none.
         needs_grid: Why the language model needs every patch; empty if it does not.
         attention: The tower's attention implementation.
-        remark: What its preprocessing does that is not done here; empty if nothing.
+        aspect: What becomes of an image's shape: ``processor`` is for the image processor to say.
     """
 
     folder: str
@@ -81,7 +79,7 @@ class LlavaConfig:
     projector: Projector | None = None
     needs_grid: str = ""
     attention: str = "sdpa"
-    remark: str = ""
+    aspect: Literal["processor", "pad", "tiles"] = "processor"
 
     @property
     def layers(self) -> int:
@@ -167,7 +165,7 @@ def _official(values: dict[str, Any], folder: str) -> LlavaConfig:
         options=_options(values, "mm_vision_select_layer", feature, folder),
         projector=Projector(layers, outputs, bare=kind == "linear"),
         needs_grid=f"{grid} of {folder} is {values[grid]!r}" if grid else "",
-        remark=TILES if "anyres" in aspect else PADS if aspect == "pad" else "",
+        aspect="tiles" if "anyres" in aspect else "pad" if aspect == "pad" else "processor",
     )
 
 
@@ -199,7 +197,7 @@ def _transformers(values: dict[str, Any], folder: str) -> LlavaConfig:
         projector=Projector(2, _text_width(text, folder), bias),
         needs_grid=f"model type of {folder} is llava_next (anyres)" if tiles else "",
         attention=attention_of(values),
-        remark=TILES if tiles else "",
+        aspect="tiles" if tiles else "processor",
     )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from tome_export.errors import UsageError
 from tome_export.models.facts import CLIP_NORM, Geometry, MergingAdvice, ModelOutput
 from tome_export.models.hf.checkpoint import (
-    PADS,
-    SQUASHES,
+    TILES,
     attention_of,
     check_size,
+    padded,
     preprocessing_of,
     processor_of,
     read_config,
@@ -80,21 +80,27 @@ def _preprocessing(config: LlavaConfig, folders: tuple[Path, ...]) -> tuple[Prep
     """Preprocessing as the first of some folders says, and what it leaves unsaid."""
     size = config.vision["image_size"]
     channels = config.vision.get("num_channels", 3)
-    found = family = Preprocessing((channels, size, size), *CLIP_NORM, 1.0, "bicubic")
+    found = family = Preprocessing(
+        (channels, size, size), *CLIP_NORM, 1.0, "bicubic", crop_offset="floor"
+    )
     known = any(config.vision is shape for shape in KNOWN.values())
     remark = "" if known else without_processor(family)
     folder = next((folder for folder in folders if processor_of(folder)), None)
     if folder is not None:
         found, remark = preprocessing_of(folder, "clip_vision_model", family, str(folder))
         check_size(found, family, folder, str(folder))
-    if config.remark:  # it says of the shape what holds, and the other file need not agree
-        remark = remark.removeprefix(PADS).removeprefix(SQUASHES).removeprefix("; ")
-    return found, "; ".join(filter(None, (config.remark, remark)))
+    if config.aspect == "pad":
+        found = padded(found)
+    elif config.aspect == "tiles":
+        # Of the tiles the first is the whole image, squashed.
+        found = replace(found, resize="squash", fill=())
+        remark = "; ".join(filter(None, (TILES, remark)))
+    return found, remark
 
 
 LLAVA15_TOWER = _recipe(
     "llava15_tower",
-    LlavaConfig("", L14_336, CLIP_L14_336, DEFAULTS, Projector(2, _LLAVA15_WIDTH)),
+    LlavaConfig("", L14_336, CLIP_L14_336, DEFAULTS, Projector(2, _LLAVA15_WIDTH), aspect="pad"),
     "LLaVA-1.5's vision tower, CLIP ViT-L/14 at 336 pixels cut behind layer 23",
     f"OpenAI (CLIP); hub repository {CLIP_L14_336}",
     licence="mit",

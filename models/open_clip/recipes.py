@@ -13,7 +13,7 @@ from tome_export.models.facts import CLIP_NORM, Geometry, MergingAdvice, ModelOu
 from tome_export.models.open_clip.loader import OpenClipLoader, library
 from tome_export.models.preprocessing import in_words, interpolation_from
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
-from tome_export.spec import Preprocessing
+from tome_export.spec import Preprocessing, Resize
 
 _UNSTATED = "not stated by open_clip"
 
@@ -43,8 +43,6 @@ def recipe_from_open_clip(name: str) -> Recipe:
     tower: Any = loader.architecture()
     preprocessing = preprocessing_of(tower.image_size, cfg)
     remarks = [f"open_clip's {arch}, image features not of unit length"]
-    if (mode := cfg.get("resize_mode", "shortest")) != "shortest":
-        remarks.append(f"open_clip resizes by {mode!r}, here images are centre-cropped")
     if not cfg:
         said = in_words(preprocessing)
         remarks.append(f"no weights are named, preprocessing is open_clip's default: {said}")
@@ -60,12 +58,18 @@ def recipe_from_open_clip(name: str) -> Recipe:
     )
 
 
+_RESIZES: dict[str, Resize] = {"shortest": "crop", "longest": "letterbox", "squash": "squash"}
+"""open_clip's names of the rules."""
+
+
 def preprocessing_of(image_size: Any, cfg: dict[str, Any]) -> Preprocessing:
     """Preprocessing from open_clip's table; its own defaults where that is silent."""
     from open_clip.transform import PreprocessCfg
 
     default = PreprocessCfg()
     height, width = image_size if isinstance(image_size, tuple | list) else (image_size,) * 2
+    resize = _RESIZES[cfg.get("resize_mode", default.resize_mode)]
+    level = int(cfg.get("fill_color", default.fill_color))
     return Preprocessing(
         input_size=(3, int(height), int(width)),
         mean=tuple(cfg.get("mean", default.mean)),
@@ -74,6 +78,8 @@ def preprocessing_of(image_size: Any, cfg: dict[str, Any]) -> Preprocessing:
         interpolation=interpolation_from(
             cfg.get("interpolation", default.interpolation), "open_clip"
         ),
+        resize=resize,
+        fill=(level,) * 3 if resize == "letterbox" else (),
     )
 
 

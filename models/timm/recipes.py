@@ -21,7 +21,7 @@ from tome_export.models.facts import (
 from tome_export.models.preprocessing import in_words, interpolation_from
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
 from tome_export.models.timm.loader import TimmLoader
-from tome_export.spec import Preprocessing
+from tome_export.spec import Preprocessing, Resize
 
 _SIZES = {
     "tiny": (192, 12),
@@ -325,15 +325,23 @@ def recipe_from_timm(name: str) -> Recipe:
     )
 
 
+_CROP_MODES: dict[str, Resize] = {"squash": "squash", "border": "letterbox"}
+"""timm's names of the rules; any other is its ``center``."""
+
+
 def preprocessing_from_cfg(cfg: dict[str, Any]) -> Preprocessing:
     """Preprocessing from a timm pretrained configuration; ImageNet's where it is silent."""
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    mean = tuple(cfg.get("mean") or IMAGENET_NORM[0])
+    resize = _CROP_MODES.get(cfg.get("crop_mode") or "center", "crop")
     return Preprocessing(
         input_size=(channels, height, width),
-        mean=tuple(cfg.get("mean") or IMAGENET_NORM[0]),
+        mean=mean,
         std=tuple(cfg.get("std") or IMAGENET_NORM[1]),
         crop_pct=float(cfg.get("crop_pct") or 0.875),
         interpolation=interpolation_from(cfg.get("interpolation") or "bicubic", "timm"),
+        resize=resize,
+        fill=tuple(round(255 * level) for level in mean) if resize == "letterbox" else (),
     )
 
 
@@ -341,7 +349,4 @@ def _description(arch: str, cfg: dict[str, Any]) -> str:
     if not cfg:
         said = in_words(preprocessing_from_cfg(cfg))
         return f"timm's {arch}; timm says nothing of its images, ImageNet's are taken: {said}"
-    mode = cfg.get("crop_mode") or "center"
-    # Preprocessing has the centre crop only, so the difference is told instead of hidden.
-    other = f"; timm's evaluation uses crop mode {mode!r}, here images are centre-cropped"
-    return f"timm's {arch}{other * (mode != 'center')}"
+    return f"timm's {arch}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from tome_export.errors import InputError
 from tome_export.models.facts import IMAGENET_NORM, RULE, Geometry, MergingAdvice, ModelOutput
-from tome_export.models.preprocessing import interpolation_from
+from tome_export.models.preprocessing import crop_pct_of, interpolation_from
 from tome_export.models.recipe import ModelSource, Recipe, recipe_from_model, unmerged
 from tome_export.models.torchvision.loader import TorchvisionLoader
 from tome_export.spec import Preprocessing
@@ -56,7 +56,7 @@ def preprocessing_of(transforms: Any) -> Preprocessing:
         input_size=(3, side, side),
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
-        crop_pct=side / resized,
+        crop_pct=crop_pct_of(side, resized),
         interpolation=interpolation_from(transforms.interpolation.value, "torchvision"),
     )
 
@@ -77,7 +77,7 @@ def _named(
     _, letter, patch = arch.split("_")
     width, depth = _WIDTH_DEPTH[letter]
     geometry = Geometry(width, depth, 4 * width, int(patch), head_macs=1000 * width)
-    title, crop_pct = f"ViT-{letter.upper()}", size / (resize or size)
+    title, crop_pct = f"ViT-{letter.upper()}", crop_pct_of(size, resize or size)
     if swag_r is None:
         merging = MergingAdvice(geometry.recommended_r(size), RULE)
         what, licence, resampling = "torchvision's weights, ImageNet-1k", UNSTATED, "bilinear"

@@ -41,6 +41,9 @@ TINY = {
     "mean": [0.0] * 3,
     "std": [1.0] * 3,
     "crop_pct": 1.0,
+    "resize": "crop",
+    "fill": (),
+    "crop_offset": "round",
     "interpolation": "bilinear",
 }
 PIXELS = Path(pixels_module.__file__)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +14,12 @@ from tome_export.models import RECIPES
 from tome_export.spec import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FILL = (124, 116, 104)
+SIZES = [(301, 200), (200, 301), (199, 200), (33, 64), (7, 400), (90, 90)]
 TINY = Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, 1.0, "bilinear")
+
+
+CROP_MODES = {"crop": "center", "squash": "squash", "letterbox": "border"}
 
 
 def timms(path, p):
@@ -22,7 +29,7 @@ def timms(path, p):
         mean=p.mean,
         std=p.std,
         crop_pct=p.crop_pct,
-        crop_mode="center",
+        crop_mode=CROP_MODES[p.resize],
     )
     return transform(Image.open(path).convert("RGB")).numpy()
 
@@ -38,8 +45,12 @@ def timms(path, p):
         Preprocessing((3, 96, 160), MEAN, STD, 0.9, "bicubic"),
         Preprocessing((3, 160, 96), MEAN, STD, 1.0, "nearest"),
         Preprocessing((3, 90, 90), MEAN, STD, 1.1, "bilinear"),
+        Preprocessing((3, 96, 160), MEAN, STD, 1.0, "bicubic", "squash"),
+        Preprocessing((3, 90, 90), MEAN, STD, 0.9, "bicubic", "squash"),
+        Preprocessing((3, 96, 160), MEAN, STD, 1.0, "bicubic", "letterbox", FILL),
+        Preprocessing((3, 90, 90), MEAN, STD, 0.9, "bilinear", "letterbox", FILL),
     ],
-    ids=lambda p: f"{p.input_size}-{p.crop_pct}-{p.interpolation}",
+    ids=lambda p: f"{p.input_size}-{p.crop_pct}-{p.interpolation}-{p.resize}",
 )
 def test_equals_timms_transform_exactly(preprocessing):
     ours = load_images(sample_paths(), preprocessing)
@@ -48,14 +59,80 @@ def test_equals_timms_transform_exactly(preprocessing):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("size", [(301, 200), (200, 301), (199, 200), (33, 64), (7, 400)])
-def test_equals_timms_transform_for_odd_sizes(tmp_path, size):
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "x.png")
+def noise(size):
+    drawn = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
+
+
+@pytest.mark.parametrize("resize", CROP_MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_timms_transform_for_odd_sizes(tmp_path, size, resize):
+    noise(size).save(tmp_path / "x.png")
     p = RECIPES["deit_ti16"].preprocessing
+    p = replace(p, resize=resize, fill=FILL if resize == "letterbox" else ())
     np.testing.assert_array_equal(
         load_images([tmp_path / "x.png"], p)[0], timms(tmp_path / "x.png", p)
     )
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("side", [64, (48, 80)])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_open_clips_transform(size, side, mode):
+    transform = pytest.importorskip("open_clip.transform", reason="open_clip is not installed")
+    from tome_export.models.open_clip.recipes import preprocessing_of
+
+    given = {"mean": MEAN, "std": STD, "resize_mode": mode, "fill_color": 7}
+    theirs = transform.image_transform_v2(
+        transform.PreprocessCfg(size=side, **given), is_train=False
+    )(noise(size))
+    ours = pixels_from_image(noise(size), preprocessing_of(side, given))
+    np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+PROCESSORS = {
+    "CLIP": {"size": {"shortest_edge": 70}, "crop_size": {"height": 63, "width": 63}},
+    "ViT": {"size": {"height": 48, "width": 80}},
+    "DeiT": {"size": {"height": 71, "width": 71}, "crop_size": {"height": 64, "width": 64}},
+    "Siglip": {"size": {"height": 64, "width": 64}},
+    "Bit": {"size": {"shortest_edge": 73}, "crop_size": {"height": 64, "width": 64}},
+    "Llava": {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_transformers_processors(tmp_path, size, name):
+    """Those that resize with Pillow: torchvision rounds otherwise, by a level at most."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tome_export.models.hf.checkpoint import preprocessing_of
+
+    pads = {"do_pad": True} if name == "Llava" else {}
+    cls = getattr(transformers, f"{name}ImageProcessorPil", None)
+    cls = cls or getattr(transformers, f"{name}ImageProcessor")
+    processor = cls(**PROCESSORS[name], **pads)
+    processor.save_pretrained(tmp_path)
+    family = Preprocessing((3, 64, 64), MEAN, STD, 1.0, "bicubic")
+    found = preprocessing_of(tmp_path, "clip_vision_model", family, "m")[0]
+    theirs = processor(noise(size), return_tensors="np")["pixel_values"][0]
+    ours = pixels_from_image(noise(size), found)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_wide_image_is_laid_in_the_middle_before_it_is_resized():
+    """As in LLaVA, whose canvas has the side of the longer one; here of another shape too."""
+    p = Preprocessing((3, 8, 16), (0.0,) * 3, (1.0,) * 3, 1.0, "nearest", "pad", (51, 102, 153))
+    square = pixels_from_image(Image.new("RGB", (8, 8), "white"), p)
+    expected = np.ones((3, 8, 16), np.float32)
+    for channel, level in enumerate((0.2, 0.4, 0.6)):
+        expected[channel, :, :4] = expected[channel, :, 12:] = level
+    np.testing.assert_allclose(square, expected, atol=1e-6)
+
+
+def test_a_canvas_that_takes_too_much_memory_is_refused():
+    p = Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, 1.0, "nearest", "pad")
+    with pytest.raises(InputError, match=r"is 20000 x 2 pixels, which would be padded to 20000 x"):
+        pixels_from_image(Image.new("RGB", (20000, 2)), p)
 
 
 def test_exif_orientation_is_applied(tmp_path):

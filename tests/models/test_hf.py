@@ -14,10 +14,8 @@ from tome_export.merge.schedule import Schedule
 from tome_export.models import RECIPES, resolve
 from tome_export.models.hf.checkpoint import (
     NO_PROCESSOR,
-    PADS,
     PROCESSOR,
     PROCESSORS,
-    SQUASHES,
     preprocessing_of,
     quiet,
     reason_of,
@@ -185,15 +183,15 @@ def preprocessing(folder, values, kind="clip_vision_model"):
 
 
 @pytest.mark.parametrize(
-    ("values", "size", "crop_pct", "interpolation", "remark"),
+    ("values", "size", "crop_pct", "interpolation", "resize"),
     [
-        ({**CLIP, "size": 224, "crop_size": 224}, 224, 1.0, "bicubic", ""),
+        ({**CLIP, "size": 224, "crop_size": 224}, 224, 1.0, "bicubic", "crop"),
         (
             {**CLIP, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
             224,
             0.875,
             "bicubic",
-            "",
+            "crop",
         ),
         (
             {
@@ -205,17 +203,18 @@ def preprocessing(folder, values, kind="clip_vision_model"):
             224,
             1.0,
             "bilinear",
-            SQUASHES,
+            "squash",
         ),
     ],
 )
-def test_preprocessing(tmp_path, values, size, crop_pct, interpolation, remark):
+def test_preprocessing(tmp_path, values, size, crop_pct, interpolation, resize):
     found, said = preprocessing(tmp_path, values)
     assert found.input_size == (3, size, size)
     assert found.crop_pct == crop_pct
     assert found.interpolation == interpolation
     assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
-    assert said == remark
+    assert (found.resize, found.crop_offset) == (resize, "floor")
+    assert said == ""
 
 
 FULL = {**CLIP, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
@@ -252,8 +251,17 @@ def test_what_a_file_leaves_out_is_said_with_its_value(tmp_path, left_out, said,
     assert told.startswith(f"{file} names no {', '.join(left_out)}: {said}")
 
 
-def test_padding_of_its_own_processor_is_said(tmp_path):
-    assert preprocessing(tmp_path, {**FULL, "do_pad": True})[1] == PADS
+def test_padding_of_a_batch_changes_no_image(tmp_path):
+    padding, plain = (preprocessing(tmp_path, {**FULL, "do_pad": flag}) for flag in (True, False))
+    assert padding == plain
+    with pytest.raises(InputError, match=r"asks for images that are padded to .*'height': 300"):
+        preprocessing(tmp_path, {**FULL, "do_pad": True, "pad_size": {"height": 300, "width": 300}})
+
+
+def test_llavas_processor_pads_to_a_square(tmp_path):
+    given = {**FULL, "do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+    found = preprocessing(tmp_path, given)[0]
+    assert (found.resize, found.fill, found.crop_pct) == ("pad", (127, 127, 127), 0.875)
 
 
 def test_the_file_of_transformers_5(tmp_path):
@@ -271,7 +279,7 @@ def test_the_file_of_transformers_5(tmp_path):
     recipe = resolve(f"hf:{tmp_path}")
     found = recipe.preprocessing
     assert found == Preprocessing(
-        (3, 32, 32), (0.1, 0.2, 0.3), (0.9, 0.8, 0.7), 32 / 36, "bilinear"
+        (3, 32, 32), (0.1, 0.2, 0.3), (0.9, 0.8, 0.7), 32 / 36, "bilinear", crop_offset="floor"
     )
     assert recipe.description == "Transformers' CLIPVisionModelWithProjection"
     # As in Transformers, it goes before the other file, unless it has no image processor.
@@ -336,6 +344,10 @@ def test_a_dinov2_that_names_no_mean_has_imagenets(tmp_path):
         ({"size": 16, "crop_size": 32}, "a cut of 32 x 32 out of images of 16"),
         ({"do_resize": False}, "images that are not resized"),
         ({"size": {"longest_edge": 3}}, "size {'longest_edge': 3}"),
+        (
+            {"size": 256, "crop_size": {"height": 224, "width": 128}},
+            "a cut of 224 x 128 out of images whose shorter side is 256",
+        ),
         ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "images that keep their shape"),
     ],
 )
@@ -612,27 +624,27 @@ def test_an_image_processor_that_the_library_refuses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "kind", "remark"),
+    ("values", "kind", "resize"),
     [
-        ({"feature_extractor_type": "DeiTFeatureExtractor"}, "clip_vision_model", SQUASHES),
-        ({"feature_extractor_type": "CLIPFeatureExtractor"}, "vit", ""),
-        ({}, "deit", SQUASHES),
-        ({}, "dinov2_with_registers", ""),
-        ({}, "clip_vision_model", ""),
+        ({"feature_extractor_type": "DeiTFeatureExtractor"}, "clip_vision_model", "squash"),
+        ({"feature_extractor_type": "CLIPFeatureExtractor"}, "vit", "crop"),
+        ({}, "deit", "squash"),
+        ({}, "dinov2_with_registers", "crop"),
+        ({}, "clip_vision_model", "crop"),
     ],
 )
-def test_a_size_of_one_number(tmp_path, values, kind, remark):
+def test_a_size_of_one_number(tmp_path, values, kind, resize):
     given = {**CLIP, "size": 256, "crop_size": 224, **values}
     found, said = preprocessing(tmp_path, given, kind)
     assert (found.input_size, found.crop_pct) == ((3, 224, 224), 224 / 256)
-    assert said == remark
+    assert (found.resize, said) == (resize, "")
 
 
 def test_a_vit_with_a_size_of_one_number_says_that_it_squashes(tmp_path):
     saved(tmp_path, "ViT")
     (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
     told = (
-        f"Transformers' ViTModel; {SQUASHES}; {PROCESSOR} names no resample, image_mean, "
-        "image_std: size 32 x 32, bilinear, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
+        f"Transformers' ViTModel; {PROCESSOR} names no resample, image_mean, image_std: size 32 x "
+        "32, bilinear whatever the shape, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
     )
     assert resolve(f"hf:{tmp_path}").description == told

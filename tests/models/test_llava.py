@@ -19,7 +19,7 @@ from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.models import resolve
 from tome_export.models.catalog import sizes_from_geometry, sizes_from_model
 from tome_export.models.facts import RULE, recommended_r
-from tome_export.models.hf.checkpoint import PADS, SQUASHES, TILES, read_config
+from tome_export.models.hf.checkpoint import TILES, read_config
 from tome_export.models.llava.config import KNOWN, kept_layers, llava_config
 from tome_export.models.llava.loader import tower_key
 from tome_export.models.llava.recipes import recipe_from_clip, recipe_from_llava, with_tower
@@ -720,33 +720,47 @@ def test_preprocessing_is_the_checkpoints(make_llava, tmp_path, layout, where):
 
 
 @pytest.mark.parametrize(
-    ("layout", "config", "processor", "remark"),
+    ("layout", "config", "processor", "resize", "remark"),
     [
-        ("llava", {}, {"size": 32}, ""),
-        ("llava", {"image_aspect_ratio": "pad"}, {"size": 32}, PADS),
-        ("llava", {"image_aspect_ratio": "anyres"}, {"size": 32}, TILES),
-        ("transformers", {}, {"size": 32, "do_pad": True}, PADS),
-        ("transformers", {}, {"size": {"height": 32, "width": 32}}, SQUASHES),
-        ("transformers", {"model_type": "llava_next"}, {"size": 32, "do_pad": True}, TILES),
+        ("llava", {}, {"size": 32}, "crop", ""),
+        ("llava", {"image_aspect_ratio": "pad"}, {"size": 32}, "pad", ""),
+        ("llava", {"image_aspect_ratio": "anyres"}, {"size": 32}, "squash", TILES),
+        (
+            "transformers",
+            {},
+            {"size": 32, "do_pad": True, "image_processor_type": "LlavaImageProcessor"},
+            "pad",
+            "",
+        ),
+        ("transformers", {}, {"size": {"height": 32, "width": 32}}, "squash", ""),
+        (
+            "transformers",
+            {"model_type": "llava_next"},
+            {"size": 32, "do_pad": True},
+            "squash",
+            TILES,
+        ),
         (
             "transformers",
             {},
             None,
+            "crop",
             "without preprocessor_config.json and processor_config.json, preprocessing is its "
             "family's: size 32 x 32, bicubic, mean 0.4815, 0.4578, 0.4082, std 0.2686, 0.2613, "
             "0.2758",
         ),
     ],
 )
-def test_what_preprocessing_cannot_say_is_said(
-    make_llava, tmp_path, layout, config, processor, remark
+def test_what_becomes_of_the_shape_of_images(
+    make_llava, tmp_path, layout, config, processor, resize, remark
 ):
     make_llava(tmp_path, layout, **config)
     if processor is not None:
         text = json.dumps({**PROCESSOR, **processor})
         (tmp_path / "preprocessor_config.json").write_text(text)
     parts = [f"vision tower of {tmp_path.name}", *([remark] if remark else [])]
-    assert recipe_of(tmp_path).description == "; ".join(parts)
+    recipe = recipe_of(tmp_path)
+    assert (recipe.description, recipe.preprocessing.resize) == ("; ".join(parts), resize)
 
 
 @pytest.mark.parametrize("layout", ["llava", "transformers"])

@@ -17,7 +17,7 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 from tome_export.errors import InputError, MissingComponentError  # noqa: E402
 from tome_export.models import RECIPES, hub, resolve  # noqa: E402
 from tome_export.models.open_clip.loader import OpenClipLoader  # noqa: E402
-from tome_export.models.open_clip.recipes import OPEN_CLIP  # noqa: E402
+from tome_export.models.open_clip.recipes import OPEN_CLIP, preprocessing_of  # noqa: E402
 
 TINY = {
     "embed_dim": 32,
@@ -44,10 +44,22 @@ def test_recipes_have_the_facts_of_open_clips_table(recipe):
     assert full.output.name == recipe.output.name == "features"
 
 
-def test_squash_is_told():
-    assert "'squash', here images are centre-cropped" in (
-        resolve("open_clip:ViT-B-16-SigLIP/webli").description
-    )
+@pytest.mark.parametrize(
+    ("given", "resize", "fill"),
+    [
+        ({}, "crop", ()),
+        ({"resize_mode": "squash"}, "squash", ()),
+        ({"resize_mode": "longest"}, "letterbox", (0, 0, 0)),
+        ({"resize_mode": "longest", "fill_color": 127}, "letterbox", (127, 127, 127)),
+    ],
+)
+def test_its_rules_of_resizing_are_followed(given, resize, fill):
+    found = preprocessing_of(16, given)
+    assert (found.resize, found.fill) == (resize, fill)
+
+
+def test_siglip_is_squashed():
+    assert resolve("open_clip:ViT-B-16-SigLIP/webli").preprocessing.resize == "squash"
 
 
 @pytest.mark.parametrize("layout", ["whole", "tower", "trained by others"])

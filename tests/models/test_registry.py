@@ -19,6 +19,7 @@ from tome_export.models.facts import (
     dinov2_advice,
     recommended_r,
 )
+from tome_export.models.timm.recipes import preprocessing_from_cfg
 
 TRAINED = Path(__file__).parents[2] / "benchmarks" / "results" / "trained.json"
 TIMM = [r for r in RECIPES.values() if r.source.loader.timm_name and r.name != "vit_digits"]
@@ -112,13 +113,14 @@ def test_timm_tag_chooses_the_weights():
     assert resolve("timm:vit_base_patch16_224").merging.prop_attn is True
 
 
-def test_squash_crop_is_told():
-    squashed = next(
-        name
-        for name in timm.list_models("vit*", module="vision_transformer")
-        if (cfg := timm.get_pretrained_cfg(name)) and cfg.crop_mode == "squash"
-    )
-    assert "'squash'" in resolve(f"timm:{squashed}").description
+def test_timms_crop_modes_are_followed():
+    names = timm.list_models("vit*", module="vision_transformer")
+    cfgs = {name: cfg for name in names if (cfg := timm.get_pretrained_cfg(name))}
+    modes = {(cfg.crop_mode or "center"): name for name, cfg in cfgs.items()}
+    assert resolve(f"timm:{modes['squash']}").preprocessing.resize == "squash"
+    assert resolve(f"timm:{modes['center']}").preprocessing.resize == "crop"
+    found = preprocessing_from_cfg({"crop_mode": "border", "mean": (0.485, 0.456, 0.406)})
+    assert (found.resize, found.fill) == ("letterbox", (124, 116, 104))
 
 
 @pytest.mark.parametrize(

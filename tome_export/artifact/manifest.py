@@ -46,6 +46,7 @@ from tome_export.spec import (
     SelectFeature,
     TensorInfo,
     TowerOptions,
+    is_fill,
 )
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import VideoOptions
@@ -567,6 +568,11 @@ class Manifest(Document):
         if not all(abs(value) <= 1 / LEAST for value in recipe.mean):
             raise ValueError(
                 f"has preprocessing.mean {short([*recipe.mean])}, expected levels of pixels"
+            )
+        if not is_fill(recipe.fill, channels):
+            raise ValueError(
+                f"has preprocessing.fill {short([*recipe.fill])}, expected nothing or {channels} "
+                "levels from 0 to 255"
             )
         largest = max(sides) / max(recipe.crop_pct, LEAST)
         if not 0 < recipe.crop_pct <= MOST_CROP or largest > LONGEST_SIDE:

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ ROWS = 256
 MODES = {1: "L", 3: "RGB"}
 
 Settings = dict[str, Any]
-"""``input_size`` [C, H, W], ``mean``, ``std``, ``crop_pct``, ``interpolation``; where they differ
-from the constants above, ``max_pixels`` and ``formats``."""
+"""The fields of ``spec.Preprocessing``; where they differ from the constants above, ``max_pixels``
+and ``formats``."""
 
 
 _MEMORY = "takes more memory to decode than is allowed; give a smaller one"
@@ -231,34 +231,78 @@ def pixels_from_image(image: Image.Image, settings: Settings) -> np.ndarray[Any,
     """Preprocess one 8-bit image to ``[C, H, W]`` float32."""
     channels, height, width = settings["input_size"]
     image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
-    size = _resized(image.size, height, width, settings["crop_pct"])
-    if size[0] * size[1] > max(_most(settings), 16 * height * width):
-        raise BadImageError(
-            f"is {image.size[0]} x {image.size[1]} pixels, which would be resized to "
-            f"{size[0]} x {size[1]}; give one whose sides differ less"
-        )
-    image = image.resize(size, Image.Resampling[settings["interpolation"].upper()])
-    image = _centre_crop(image, height, width)
+    image = _fitted(image, settings)
     x = np.asarray(image, dtype=np.float32).reshape(height, width, channels).transpose(2, 0, 1)
     mean = np.asarray(settings["mean"], np.float32)[:, None, None]
     std = np.asarray(settings["std"], np.float32)[:, None, None]
     return np.ascontiguousarray((x / np.float32(255) - mean) / std)
 
 
-def _resized(size: tuple[int, int], height: int, width: int, crop_pct: float) -> tuple[int, int]:
-    target_h, target_w = math.floor(height / crop_pct), math.floor(width / crop_pct)
+def _fitted(image: Image.Image, settings: Settings) -> Image.Image:
+    """An image resized and cut to the size of the model's images."""
+    _, height, width = settings["input_size"]
+    fill = tuple(settings["fill"]) or (0,) * len(image.getbands())
+    if settings["resize"] == "pad":
+        image = _padded(image, height, width, fill, settings)
+    targets = (math.floor(side / settings["crop_pct"]) for side in (height, width))
+    size = _resized(image.size, *targets, settings["resize"])
+    if size[0] * size[1] > max(_most(settings), 16 * height * width):
+        raise _stretched(image, f"resized to {size[0]} x {size[1]}")
+    image = image.resize(size, Image.Resampling[settings["interpolation"].upper()])
+    return _centre_cut(
+        image, height, width, fill, round if settings["crop_offset"] == "round" else math.floor
+    )
+
+
+def _stretched(image: Image.Image, what: str) -> BadImageError:
+    return BadImageError(
+        f"is {image.width} x {image.height} pixels, which would be {what}; give one whose sides "
+        "differ less"
+    )
+
+
+def _padded(
+    image: Image.Image, height: int, width: int, fill: tuple[int, ...], settings: Settings
+) -> Image.Image:
+    """An image in the middle of the smallest canvas of the shape ``[height, width]``."""
+    w, h = image.size
+    size = max(w, -(-h * width // height)), max(h, -(-w * height // width))
+    if size == image.size:
+        return image
+    if size[0] * size[1] > 2 * _most(settings):
+        raise _stretched(image, f"padded to {size[0]} x {size[1]}")
+    canvas = Image.new(image.mode, size, fill)
+    canvas.paste(image, ((size[0] - w) // 2, (size[1] - h) // 2))
+    return canvas
+
+
+def _resized(size: tuple[int, int], target_h: int, target_w: int, resize: str) -> tuple[int, int]:
     w, h = size
-    if target_h == target_w:
+    if resize in ("squash", "pad"):
+        return target_w, target_h
+    if resize == "crop" and target_h == target_w:
         longer = int(target_h * max(w, h) / min(w, h))
         return (target_h, longer) if w <= h else (longer, target_h)
-    # timm's ResizeKeepRatio: the smallest size that covers a target that is not square.
-    ratio = min(h / target_h, w / target_w)
-    return round(w / ratio), round(h / ratio)
+    # timm's ResizeKeepRatio: the smallest size that covers a target that is not square, or the
+    # largest that fits into it.
+    ratios = h / target_h, w / target_w
+    ratio = min(ratios) if resize == "crop" else max(ratios)
+    return max(1, round(w / ratio)), max(1, round(h / ratio))
 
 
-def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+def _centre_cut(
+    image: Image.Image,
+    height: int,
+    width: int,
+    fill: tuple[int, ...],
+    rounded: Callable[[float], int],
+) -> Image.Image:
     w, h = image.size
-    # A crop_pct above 1 leaves less than the crop: black borders, as torchvision pads.
-    left = round((w - width) / 2) if w >= width else -((width - w) // 2)
-    top = round((h - height) / 2) if h >= height else -((height - h) // 2)
-    return image.crop((left, top, left + width, top + height))
+    if (w, h) == (width, height):
+        return image
+    # Where there is less than the cut, as with a crop_pct above 1, torchvision's borders.
+    left = rounded((w - width) / 2) if w >= width else -((width - w) // 2)
+    top = rounded((h - height) / 2) if h >= height else -((height - h) // 2)
+    canvas = Image.new(image.mode, (width, height), fill)
+    canvas.paste(image, (-left, -top))
+    return canvas
