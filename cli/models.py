@@ -72,7 +72,7 @@ def _details(model: ModelDetails) -> list[str]:
         "Family": model.family,
         "timm name": model.timm_name or "none",
         "Input": f"{_input(model)}, mean {list(used.mean)}, std {list(used.std)}",
-        "Resize": f"{used.interpolation}, crop {used.crop_pct:g}",
+        "Resize": f"{used.resize}, {used.interpolation}, crop {used.crop_pct:g}",
         "Output": f"{model.output}, of kind {model.output_kind}",
         "Tokens": f"{model.tokens}, {model.prefix} of them prefix tokens",
         "Depth": str(model.depth),
