@@ -344,8 +344,8 @@ def _sides(values: dict[str, Any], where: str) -> tuple[tuple[int, int], int, Re
         raise _refused(where, "images that keep their shape")
     edge = whole(size["shortest_edge"], what)
     if crop[0] != crop[1]:
-        cut = f"a cut of {crop[0]} x {crop[1]} out of images whose shorter side is {edge}"
-        raise _refused(where, cut)
+        unlike = f"a cut of {crop[0]} x {crop[1]} out of images whose shorter side is {edge}"
+        raise _refused(where, unlike)
     return crop, edge, "crop"
 
 

@@ -563,6 +563,7 @@ DROP = object()
         ("preprocessing.std", [0.5, 0.5], r"std \[0\.5, 0\.5\], expected 1, one per channel"),
         ("preprocessing.std", [], r"std \[\], expected 1, one per channel"),
         ("preprocessing.mean", [], r"mean \[\], expected 1, one per channel"),
+        ("preprocessing.fill", [256], r"fill \[256\], expected none or 1 levels from 0 to 255"),
         ("preprocessing.mean", [1e300], r"mean \[1e\+300\], expected levels of pixels"),
         ("preprocessing.interpolation", "lanczos", "interpolation 'lanczos', expected one of"),
         ("layers", [], "has 0 layers, 2 tokens and 2 merge.r, expected one of each per layer;"),

@@ -571,7 +571,7 @@ class Manifest(Document):
             )
         if not is_fill(recipe.fill, channels):
             raise ValueError(
-                f"has preprocessing.fill {short([*recipe.fill])}, expected nothing or {channels} "
+                f"has preprocessing.fill {short([*recipe.fill])}, expected none or {channels} "
                 "levels from 0 to 255"
             )
         largest = max(sides) / max(recipe.crop_pct, LEAST)

@@ -244,7 +244,8 @@ def _fitted(image: Image.Image, settings: Settings) -> Image.Image:
     fill = tuple(settings["fill"]) or (0,) * len(image.getbands())
     if settings["resize"] == "pad":
         image = _padded(image, height, width, fill, settings)
-    targets = (math.floor(side / settings["crop_pct"]) for side in (height, width))
+    crop_pct = settings["crop_pct"]
+    targets = math.floor(height / crop_pct), math.floor(width / crop_pct)
     size = _resized(image.size, *targets, settings["resize"])
     if size[0] * size[1] > max(_most(settings), 16 * height * width):
         raise _stretched(image, f"resized to {size[0]} x {size[1]}")
