@@ -30,6 +30,7 @@ from tome_export.spec import (
     TOWERS,
     AttentionForm,
     BatchRange,
+    InputForm,
     MergeOp,
     Precision,
     SelectFeature,
@@ -138,6 +139,11 @@ class GraphGroup(Group):
         help="An option of the compressor, such as latents=64; repeatable.",
     )
 
+    input: InputForm = option(
+        default="float32",
+        help="uint8: images as decoded and cut, [batch, H, W, C]; the graph scales and normalises "
+        "them. See docs/raw-pixels.md.",
+    )
     attention: AttentionForm = option(
         heading="Precision",
         default="auto",

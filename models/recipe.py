@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
 from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, rule_advice
-from tome_export.spec import Activation, ImageSize, Preprocessing, default_activation
+from tome_export.spec import (
+    Activation,
+    ImageSize,
+    InputForm,
+    Preprocessing,
+    default_activation,
+)
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import VideoOptions
 from tome_export.weights.files import (
@@ -183,6 +189,10 @@ class Recipe:
         """The recipe of a model whose output is taken for this."""
         name = "logits" if choice.classifies else "features"
         return replace(self, output=replace(self.output, name=name, note=choice.why))
+
+    def fed(self, form: InputForm) -> Recipe:
+        """The recipe of a graph that takes pixel values in a form."""
+        return replace(self, preprocessing=replace(self.preprocessing, form=form))
 
     def scored_by(self, activation: Activation | None) -> Recipe:
         """The recipe with what a user says makes scores of its output; None leaves it as it is."""

@@ -16,6 +16,9 @@ BackendName = Literal["tensorrt", "tensorrt-rtx"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Resize = Literal["crop", "squash", "letterbox", "pad"]
 CropOffset = Literal["round", "floor"]
+InputForm = Literal["float32", "uint8", "uint8-nchw"]
+"""How pixel values are handed to a graph: ``float32`` is ``[B, C, H, W]``, scaled and normalised;
+``uint8`` is ``[B, H, W, C]``, an image's own pixels; ``uint8-nchw`` the same, ``[B, C, H, W]``."""
 SelectFeature = Literal["patch", "cls_patch"]
 Activation = Literal["softmax", "sigmoid", "none"]
 OutputKind = Literal["classes", "features", "map"]
@@ -24,6 +27,7 @@ OutputKind = Literal["classes", "features", "map"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
+INPUT_FORMS: tuple[InputForm, ...] = get_args(InputForm)
 
 TOWERS = ("llava",)
 SELECT_FEATURES: tuple[SelectFeature, ...] = get_args(SelectFeature)
@@ -185,6 +189,9 @@ class Preprocessing:
     - ``pad``: to ``[h, w]``, after it was laid in the middle of the smallest canvas of the shape of
       ``[H, W]`` that holds it (LLaVA's ``pad``, which knows squares only).
 
+    A model of another ``form`` than ``float32`` does the last two steps itself, in its graph.
+    ``input_size`` is C, H and W in every form.
+
     Attributes:
         fill: Level of each channel, 0 to 255, of what the image does not cover; empty is black.
         crop_offset: How an offset that ends in a half is rounded: ``round`` to the even neighbour
@@ -199,6 +206,18 @@ class Preprocessing:
     resize: Resize = "crop"
     fill: tuple[int, ...] = ()
     crop_offset: CropOffset = "round"
+    form: InputForm = "float32"
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Shape of the pixel values of one image."""
+        channels, height, width = self.input_size
+        return (height, width, channels) if self.form == "uint8" else self.input_size
+
+    @property
+    def pixel_dtype(self) -> Literal["float32", "uint8"]:
+        """Type of the pixel values."""
+        return "float32" if self.form == "float32" else "uint8"
 
 
 def is_fill(levels: object, channels: int) -> bool:

@@ -539,11 +539,12 @@ class Manifest(Document):
                     f"behind it, as batch is {self.batch}"
                 )
         frames = () if self.video is None else self.input.shape[1:2]
-        wanted = (batch, *frames, *self.preprocessing.input_size)
-        if self.input.shape != wanted:
+        wanted = (batch, *frames, *self.preprocessing.pixel_shape)
+        dtype = self.preprocessing.pixel_dtype
+        if (self.input.dtype, self.input.shape) != (dtype, wanted):
             raise ValueError(
-                f"has {INPUT_NAME} of shape {[*self.input.shape]}, expected {[*wanted]}, as "
-                "preprocessing has input_size"
+                f"has {INPUT_NAME} of {short(self.input.dtype)} {[*self.input.shape]}, expected "
+                f"{dtype} {[*wanted]}, as preprocessing has input_size and form"
             )
 
     def _check_preprocessing(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,10 +183,10 @@ def _batches(
     return chosen
 
 
-def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[np.float32], str]:
+def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[Any], str]:
     """The recipe's samples, repeated, or noise where they do not fit; and which of the two.
 
-    They are ``[batch, C, H, W]`` float32, with frames in front of C for a model of videos.
+    They are ``[batch, ...]``, of the dtype and shape of the model's input.
     """
     from tome_export.models import resolve
 
@@ -194,16 +195,19 @@ def bench_images(manifest: Manifest, batch: int) -> tuple[NDArray[np.float32], s
     # A user's own model may not be importable here, or take what no photograph gives.
     with contextlib.suppress(InputError):
         recipe = replace(resolve(manifest.model.resolvable_name()), preprocessing=preprocessing)
-        samples = parity_images(recipe, shape, None, COUNT)
+        size = (*shape[:-3], *preprocessing.input_size)
+        samples = parity_images(recipe, size, None, COUNT)
         if samples.shape[1:] == shape:
             return samples[np.arange(batch) % len(samples)], SAMPLES
+    random = np.random.default_rng(0)
+    if preprocessing.pixel_dtype == "uint8":
+        return random.integers(0, 256, (batch, *shape), np.uint8), NOISE
     channels = (preprocessing.input_size[0], 1, 1)
     mean, std = (
         np.resize(np.array(values, np.float32), channels)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    pixels = np.random.default_rng(0).random((batch, *shape), np.float32)
-    return (pixels - mean) / std, NOISE
+    return (random.random((batch, *shape), np.float32) - mean) / std, NOISE
 
 
 @contextlib.contextmanager
@@ -261,7 +265,7 @@ class _Measurements:
         self,
         request: BenchRequest,
         models: Mapping[str, ArtifactModel],
-        images: NDArray[np.float32],
+        images: NDArray[Any],
         macs_ratio: float,
         progress: Progress,
     ) -> None:
@@ -322,7 +326,8 @@ class _Measurements:
         self._progress.stage(f"Measure memory on {row.backend}, batch {row.batch}")
         shape, measured = (row.batch, *self._images.shape[1:]), {}
         for label, timed in ((MERGED, row.merged), (AGAINST, row.against)):
-            memory = peak_memory(row.backend, ready[label], ready[label].extra_inputs, shape)
+            further, dtype = ready[label].extra_inputs, self._images.dtype.name
+            memory = peak_memory(row.backend, ready[label], further, shape, dtype)
             measured[label] = timed.model_copy(update={"peak_memory_bytes": memory.peak_bytes})
             note = f"Peak memory on {row.backend} is not known: {memory.reason}"
             if memory.reason is not None and note not in self.notes:

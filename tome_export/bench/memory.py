@@ -45,9 +45,13 @@ class Memory:
 
 
 def peak_memory(
-    name: str, runnable: Runnable, further: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
+    name: str,
+    runnable: Runnable,
+    further: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, ...],
+    dtype: str = "float32",
 ) -> Memory:
-    """Peak memory of a model on a backend, in a fresh process, on images of ``[B, C, H, W]``.
+    """Peak memory of a model on a backend, in a fresh process, on pixel values of a shape and type.
 
     ``further`` has the shapes of other inputs without the batch.
     """
@@ -62,7 +66,7 @@ def peak_memory(
         engines=dict(runnable.engines),
     )
     if backend.opens != "module":
-        return measure(_prepared, (name, sent, dict(further), shape), gpu=backend.on_gpu())
+        return measure(_prepared, (name, sent, dict(further), shape, dtype), gpu=backend.on_gpu())
     if module is None:
         return Memory(None, "the model is not at hand in PyTorch")
     import torch
@@ -79,7 +83,7 @@ def peak_memory(
             return Memory(None, f"the PyTorch model cannot be stored: {error}")
         # What is stored is in its precision, and need not be copied to get there.
         sent = replace(sent, precision="fp32")
-        arguments = (name, sent, dict(further), shape, file, imports)
+        arguments = (name, sent, dict(further), shape, dtype, file, imports)
         return measure(_prepared, arguments, gpu=backend.on_gpu())
 
 
@@ -88,6 +92,7 @@ def _prepared(
     runnable: Runnable,
     further: Mapping[str, tuple[int, ...]],
     shape: tuple[int, ...],
+    dtype: str,
     module: Path | None = None,
     imports: Sequence[str] = (),
 ) -> Callable[[], object]:
@@ -97,7 +102,7 @@ def _prepared(
     from tome_export.runtime.inputs import unit_inputs
 
     inputs: dict[str, Any] = unit_inputs(further, shape[0])
-    inputs[INPUT_NAME] = np.zeros(shape, np.float32)
+    inputs[INPUT_NAME] = np.zeros(shape, dtype)
     backend = backend_of(name)
     backend.missing()
     for one in imports:

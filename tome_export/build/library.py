@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tome_export.errors import InputError
 from tome_export.merge.schedule import Schedule
@@ -36,7 +38,8 @@ def check_library(model: MergedModel, images: Array) -> None:
 
     Args:
         model: The patched model; it is compared without its compressor, which no library has.
-        images: ``[B, C, H, W]`` float32, or ``[B, F, C, H, W]`` of videos.
+        images: ``pixel_values`` of images or videos in the model's form. The library's model gets
+            the float32 pixels that preprocessing makes of them, the patched one makes its own.
 
     Raises:
         InputError: if the outputs differ by more than 1e-6 of the largest, or four times what such
@@ -46,15 +49,20 @@ def check_library(model: MergedModel, images: Array) -> None:
     """
     import torch
 
+    from tome_export.data.pixels import normalised
     from tome_export.patch import patch_with_settings
 
+    preprocessing, floats = model.settings.preprocessing, images
+    if preprocessing is not None and images.dtype == np.uint8:
+        floats = normalised(images, asdict(preprocessing))
     settings = replace(model.settings, schedule=Schedule(0), compressor=None)
     plain = patch_with_settings(model, settings).eval()
     with torch.inference_mode():
-        pixel_values = torch.from_numpy(images)
+        pixel_values = torch.from_numpy(floats)
         expected = model.library(pixel_values)
         inputs = plain.neutral_inputs(len(images))
-        found = plain.forward_observed(pixel_values, lambda _: None, inputs=inputs)
+        given = torch.from_numpy(images)
+        found = plain.forward_observed(given, lambda _: None, inputs=inputs)
         channels = expected.ndim == 3 and model.map_name is None
         error, allowed = _relative(found, expected, channels), TOLERANCE
         if TOLERANCE < error <= LIMIT:

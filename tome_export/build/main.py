@@ -136,7 +136,8 @@ def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
         weights_key=request.weights_key,
         reducer_keys=reducer.own_keys,
     )
-    loaded = replace(loaded, recipe=loaded.recipe.scored_by(request.activation))
+    recipe = loaded.recipe.scored_by(request.activation).fed(request.input)
+    loaded = replace(loaded, recipe=recipe)
     return loaded, _Merging(schedule, reducer, compressor, tuned)
 
 
@@ -169,6 +170,7 @@ def _patch(request: BuildRequest, loaded: LoadedModel, merging: _Merging) -> Mer
         entropy=request.entropy,
         compressor=merging.compressor,
         learned=loaded.learned,
+        preprocessing=loaded.recipe.preprocessing,
     ).eval()
     if tuned is not None:
         tuned.check_tokens(model.layers[0].tokens_in, [layer.r for layer in model.layers])

@@ -53,10 +53,13 @@ def manifest_of(
     recipe = loaded.recipe
     merged, unmerged = model.macs(), model.macs(merged=False)
     batch: int | Literal["batch"] = options.batch.max if options.batch.is_static else "batch"
-    inputs = tuple(
-        Tensor(name=name, dtype="float32", shape=(batch, *shape))
-        for name, shape in {INPUT_NAME: model.input_size, **model.extra_inputs}.items()
+    pixels = Tensor(
+        name=INPUT_NAME,
+        dtype=str(model.pixel_dtype).removeprefix("torch."),
+        shape=(batch, *model.pixel_shape),
     )
+    extra = model.extra_inputs.items()
+    inputs = (pixels, *(Tensor(name=n, dtype="float32", shape=(batch, *s)) for n, s in extra))
     outputs = _outputs(recipe.output.name, model, batch)
     shape = tuple(int(size) for size in outputs[0].shape[1:])
     channels, height, width = model.image_size

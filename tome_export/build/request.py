@@ -15,6 +15,7 @@ from tome_export.spec import (
     AttentionForm,
     BatchRange,
     ImageSize,
+    InputForm,
     MergeOp,
     Precision,
     TowerOptions,
@@ -55,6 +56,7 @@ class BuildRequest:
         engine_options: Engine settings, without a batch range.
         batch: Batch sizes the model takes; None for 1:8:32, and for 8 alone with ``plugin``.
         plugin_batch_range: Let ``plugin`` take more than one batch size, whose price is memory.
+        input: In which form the graph takes pixel values; see docs/raw-pixels.md.
         images: Folder of images for the parity check; None for those that come along.
         check: Whether to check parity; without it the artifact says that it was not checked.
         force: Replace an existing artifact.
@@ -90,6 +92,7 @@ class BuildRequest:
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     batch: BatchRange | None = None
     plugin_batch_range: bool = False
+    input: InputForm = "float32"
     images: Path | None = None
     check: bool = True
     force: bool = False

@@ -235,12 +235,15 @@ def _policy_macs(name: PolicyName, members: Sequence[Artifact], embedding: Embed
 
     ``complexity``: two differences and two sums per pixel and axis at most. ``learned``: the
     average patch, one addition per pixel, and the folded matrix on it. ``confidence``: none, a
-    softmax is not counted in the models either.
+    softmax is not counted in the models either. Pixels in uint8 are normalised first, one more.
     """
-    pixels = math.prod(members[-1].manifest.preprocessing.input_size)
+    recipe = members[-1].manifest.preprocessing
+    pixels, raw = math.prod(recipe.input_size), int(recipe.pixel_dtype == "uint8")
     if name == "complexity":
-        return 4 * pixels
-    return 0 if embedding is None else pixels + len(members) * math.prod(embedding[0].shape[1:])
+        return (4 + raw) * pixels
+    if embedding is None:
+        return 0
+    return (1 + raw) * pixels + len(members) * math.prod(embedding[0].shape[1:])
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Members:
 
     def _observed(
         self,
-        pixels: NDArray[np.float32],
+        pixels: NDArray[Any],
         truth: NDArray[np.int64] | None,
         runners: Sequence[Runner],
         batch: int,
@@ -121,7 +121,7 @@ class Members:
         )
 
     def _compared(
-        self, pixels: NDArray[np.float32], runners: Sequence[Runner], batch: int
+        self, pixels: NDArray[Any], runners: Sequence[Runner], batch: int
     ) -> Observations:
         """How similar each member's features or maps are to the last one's.
 
@@ -135,12 +135,13 @@ class Members:
         score = np.clip(np.nan_to_num(found), 0.0, 1.0)
         return Observations(score, 1 - score, np.full_like(score, np.nan), *self._looks(pixels))
 
-    def _looks(self, pixels: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _looks(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """What policies look at of each image: its complexity and its average patch."""
+        pixels = policy.normalised(pixels, self.artifacts[-1].manifest.preprocessing)
         patches = policy.mean_patch(pixels, self.patch) if self.patch else None
         return policy.complexity(pixels), np.empty((len(pixels), 0)) if patches is None else patches
 
-    def _output(self, runner: Runner, pixels: NDArray[np.float32], batch: int) -> Any:
+    def _output(self, runner: Runner, pixels: NDArray[Any], batch: int) -> Any:
         name = self.artifacts[-1].manifest.output.name
         try:
             return infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), batch)[name]

@@ -41,14 +41,31 @@ def settings_from_json(text: str) -> Any:
 def first_budgets(settings: Any, pixels: Array) -> Array:
     """The member that each image of ``pixels [B, C, H, W]`` begins at: ``[B]`` int64.
 
-    ``settings`` is a policy of ``artifact.cascade``, or from ``settings_from_json``.
+    ``settings`` is a policy of ``artifact.cascade``, or from ``settings_from_json``; what they hold
+    as ``pixels`` says how uint8 pixels are normalised.
     """
+    if settings.policy == "confidence":
+        return np.zeros(len(pixels), np.int64)
+    pixels = normalised(pixels, getattr(settings, "pixels", None))
     if settings.policy == "complexity":
         return by_thresholds(complexity(pixels), settings.thresholds)
-    if settings.policy == "learned":
-        scores = head_scores(mean_patch(pixels, settings.patch), settings.weights, settings.bias)
-        return by_price(scores, settings.shares, settings.price)
-    return np.zeros(len(pixels), np.int64)
+    scores = head_scores(mean_patch(pixels, settings.patch), settings.weights, settings.bias)
+    return by_price(scores, settings.shares, settings.price)
+
+
+def normalised(pixels: Array, preprocessing: Any) -> Array:
+    """Pixel values in the form that a model takes them, as ``[B, C, H, W]`` float32, normalised.
+
+    Without a preprocessing they are that already.
+    """
+    if preprocessing is None or preprocessing.form == "float32":
+        return pixels
+    pixels = pixels.transpose(0, 3, 1, 2) if preprocessing.form == "uint8" else pixels
+    mean, std = (
+        np.array(values, np.float32)[:, None, None]
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return np.asarray((pixels.astype(np.float32) / np.float32(255) - mean) / std)
 
 
 def goes_on(settings: Any, budget: int, logits: Array) -> Array:

@@ -9,6 +9,7 @@ import os
 import re
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,7 @@ def source_of(
     if labels is not None:
         raise UsageError("--labels are for a folder of images; the samples have their own")
     recipe = resolve(artifact.manifest.model.resolvable_name(weights))
+    recipe = replace(recipe, preprocessing=artifact.manifest.preprocessing)
     found, name = labelled_source(recipe), artifact.manifest.model.name
     if found is None:
         raise InputError(f"no labelled images come with {name}; give a folder of them with --data")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,25 +45,31 @@ def sample_pixels(recipe: Recipe, count: int) -> NDArray[np.float32]:
     if digits:
         return _digit_pixels(_digits()[0][:count], recipe.preprocessing)
     photographs = load_images(sample_paths(), recipe.preprocessing)
-    mirrored = [photographs[..., ::v, ::h] for v, h in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    rows = 1 if recipe.preprocessing.form == "uint8" else 2  # the axis; columns are the next
+    mirrored = [photographs, *(np.flip(photographs, axes) for axes in (rows + 1, rows))]
+    mirrored.append(np.flip(photographs, (rows, rows + 1)))
     return np.ascontiguousarray(np.concatenate(mirrored)[:count])
 
 
 def labelled_samples(recipe: Recipe) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
     """As ``digits_test`` for the recipe that comes with labelled images; None for others."""
-    return digits_test() if recipe.name == "vit_digits" else None
+    return digits_test(recipe.preprocessing) if recipe.name == "vit_digits" else None
 
 
-def digits_test() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def digits_test(
+    preprocessing: Preprocessing | None = None,
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The 450 images that ``vit_digits`` was not trained on.
 
     Returns:
-        ``pixel_values [450, 1, 32, 32]`` float32 and labels ``[450]`` int64.
+        ``pixel_values [450, 1, 32, 32]`` float32, or in another form of ``preprocessing``, and
+        labels ``[450]`` int64.
     """
     from tome_export.models.registry import RECIPES
 
     images, labels = _digits()
-    return _digit_pixels(images, RECIPES["vit_digits"].preprocessing), labels.copy()
+    preprocessing = preprocessing or RECIPES["vit_digits"].preprocessing
+    return _digit_pixels(images, preprocessing), labels.copy()
 
 
 def _digit_pixels(images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:

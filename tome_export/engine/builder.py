@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tome_export.artifact.manifest import EngineInfo
 
 _SHOWN_ERRORS = 3
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "UINT8": "uint8"}
 _WAY_OUT = "try --merge-op matmul, or --engine none to keep only the ONNX model"
 
 

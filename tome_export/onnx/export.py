@@ -32,7 +32,7 @@ from tome_export.onnx.plugin import read_keys_from_products
 from tome_export.onnx.translation import translation_table
 from tome_export.onnx.twin import METADATA_PREFIX
 from tome_export.patch import MergedModel
-from tome_export.patch.precision import copy_with_dtype, free_weights
+from tome_export.patch.precision import copy_with_dtype, floats_to, free_weights
 from tome_export.spec import (
     INPUT_NAME,
     OPSETS,
@@ -65,7 +65,8 @@ class ExportOptions:
 
     Attributes:
         precision: Type of weights and activations. Matching, sizes, merge sums and layer-norm
-            statistics are fp32 in every precision; so are the model's input and output.
+            statistics are fp32 in every precision; so are the model's output, and its inputs other
+            than pixels in uint8.
         batch: Accepted batch sizes; a static range gives a static batch dimension.
         lowering: Body of ``TomeMerge``: ``matmul`` runs everywhere, ``index_add`` not in TensorRT.
         attention: ``fused`` is the Attention operator, ``fused-fp32`` the same on queries, keys
@@ -117,7 +118,7 @@ class OnnxFiles:
 
 
 class PrecisionBoundary(nn.Module):
-    """A model in its own precision behind float32 inputs and outputs."""
+    """A model in its own precision behind inputs and outputs in float32, or pixels in uint8."""
 
     def __init__(self, model: MergedModel, dtype: torch.dtype) -> None:
         super().__init__()
@@ -125,8 +126,8 @@ class PrecisionBoundary(nn.Module):
         self.dtype = dtype
 
     def forward(self, pixel_values: Tensor, *extra: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """``pixel_values [B, C, H, W]`` float32 -> main output in float32, then the others."""
-        output = self.model(pixel_values.to(self.dtype), *(x.to(self.dtype) for x in extra))
+        """``pixel_values`` and other inputs -> main output in float32, then the others."""
+        output = self.model(*(floats_to(x, self.dtype) for x in (pixel_values, *extra)))
         return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
 
 
@@ -214,8 +215,10 @@ def _ir_from_model(
     module = PrecisionBoundary(model, dtype).eval()
     # A traced batch of 1 would be specialised to the constant 1.
     size = options.batch.opt if options.batch.is_static else max(2, options.batch.min)
-    inputs = {INPUT_NAME: model.input_size, **model.extra_inputs}
-    examples = tuple(torch.zeros(size, *shape) for shape in inputs.values())
+    inputs = {INPUT_NAME: model.pixel_shape, **model.extra_inputs}
+    pixels = torch.zeros(size, *model.pixel_shape, dtype=model.pixel_dtype)
+    extra = (torch.zeros(size, *shape) for shape in model.extra_inputs.values())
+    examples = (pixels, *extra)
     shapes: Any = None
     if not options.batch.is_static:
         batch = torch.export.Dim("batch", min=options.batch.min, max=options.batch.max)

@@ -37,6 +37,9 @@ LARGE_BYTES = 1 << 28
 HEAVY_BYTES = 1 << 16
 """Weights above this stay out of the hands of tools that copy them, in a large model."""
 
+_NORMALISING = ("Cast", "Transpose", "Div", "Sub")
+"""Operators between pixels and the convolution that cuts patches; see ``patch.pixels``."""
+
 _GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
@@ -257,7 +260,7 @@ def patch_embedding(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64
     graph = load(path).graph
     pixels, found = {INPUT_NAME}, None
     for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in pixels:
+        if node.op_type in _NORMALISING and node.input[0] in pixels:
             pixels.add(node.output[0])
         if node.op_type == "Conv" and node.input[0] in pixels:
             found = node

@@ -253,7 +253,7 @@ def _accuracy(
     import torch
 
     with torch.inference_mode():
-        plain = model.library(torch.from_numpy(pixels)).numpy()
+        plain = model.library(model.library_pixels(torch.from_numpy(pixels))).numpy()
     outputs = infer_in_batches(runner, {INPUT_NAME: pixels}, len(pixels), runnable.batch.max)
     merged = outputs[runnable.output_name]
     return {

@@ -63,7 +63,7 @@ Inputs = Mapping[str, Array]
 
 
 def run_reference(model: MergedModel, images: Array, inputs: Inputs | None = None) -> Pass:
-    """PyTorch in fp32, deciding for itself, on ``[B, C, H, W]`` and other inputs ``[B, ...]``."""
+    """PyTorch in fp32, deciding for itself, on images and other inputs, each ``[B, ...]``."""
     return _run(model, images, _dtype("fp32"), None, inputs or {})
 
 
@@ -105,6 +105,8 @@ def _run(
 ) -> Pass:
     import torch
 
+    from tome_export.patch.precision import floats_to
+
     outputs: list[Array] = []
     parts: dict[Step, list[tuple[Array, ...]]] = {}
 
@@ -116,7 +118,7 @@ def _run(
         chunk = slice(start, start + CHUNK)
         forced = None if lead is None else _plans(lead, chunk)
         with torch.inference_mode():
-            pixel_values = torch.from_numpy(images[chunk]).to(dtype)
+            pixel_values = floats_to(torch.from_numpy(images[chunk]), dtype)
             extra = {name: torch.from_numpy(x[chunk]).to(dtype) for name, x in inputs.items()}
             output = model.forward_observed(pixel_values, record, forced, extra)
         outputs.append(_numpy(output))

@@ -87,7 +87,7 @@ def patch(
             ToMe is on. Off for off-the-shelf MAE.
         reducer: How tokens become fewer; None for ToMe.
         options: Further fields of ``MergeSettings``: ``dense``, ``source_map``, ``entropy``,
-            ``compressor``, ``learned``.
+            ``compressor``, ``learned``, ``preprocessing``.
 
     Raises:
         InputError: if the model is not understood or the schedule does not fit it; an

@@ -27,6 +27,7 @@ from tome_export.patch.merger import (
     Tokens,
     check_reducer,
 )
+from tome_export.patch.pixels import DTYPES, normalised, pixel_shape
 from tome_export.reducers.base import ModelShape
 from tome_export.spec import PatchGrid
 
@@ -127,6 +128,17 @@ class MergedModel(nn.Module, ABC):
     def token_counts(self, schedule: Schedule) -> tuple[LayerTokens, ...]:
         """Clamped token counts of each block."""
         return self.settings.reducer.layers(schedule.of_one_frame(), self.tower)
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Shape of the pixel values of one image or video, as they are handed over."""
+        return pixel_shape(self.input_size, self.settings.preprocessing)
+
+    @property
+    def pixel_dtype(self) -> torch.dtype:
+        """Type in which pixel values are handed over; a float32 may be narrower."""
+        given = self.settings.preprocessing
+        return DTYPES["float32" if given is None else given.pixel_dtype]
 
     @property
     def image_size(self) -> tuple[int, int, int]:
@@ -341,7 +353,7 @@ class MergedModel(nn.Module, ABC):
         """Classify or embed images.
 
         Args:
-            pixel_values: ``[B, C, H, W]``.
+            pixel_values: ``[B, C, H, W]``; of another form than ``float32`` as that has them.
             extra: The other inputs, in the order of ``extra_inputs``.
 
         Returns:
@@ -351,11 +363,11 @@ class MergedModel(nn.Module, ABC):
             behind the prefix tokens. With the entropy also that, ``[B]`` float32.
 
         Raises:
-            InputError: if the image size is not the one the token counts were made for, or hooks
-                move the inner model's weights between devices.
+            InputError: if dtype or image size are not those that the token counts were made for,
+                or hooks move the inner model's weights between devices.
         """
         merger = self.merger(inputs=dict(zip(self.extra_inputs, extra, strict=True)))
-        output = self.run(self._checked(pixel_values), merger)
+        output = self.run(self.library_pixels(pixel_values), merger)
         more = []
         if self.settings.source_map:
             more.append(self._source_map(output, merger))
@@ -406,17 +418,29 @@ class MergedModel(nn.Module, ABC):
         inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As ``forward``, to the main output only; each layer is handed out and none is kept."""
-        return self.run(self._checked(pixel_values), self.merger(forced, observe, inputs))
+        return self.run(self.library_pixels(pixel_values), self.merger(forced, observe, inputs))
 
-    def _checked(self, pixel_values: Tensor) -> Tensor:
+    def library_pixels(self, pixel_values: Tensor) -> Tensor:
+        """Pixel values in the model's form, checked, as the library model takes them."""
         check_undispatched(self.model)
-        if tuple(pixel_values.shape[1:]) != self.input_size:
+        preprocessing = self.settings.preprocessing
+        raw = self.pixel_dtype == torch.uint8
+        if tuple(pixel_values.shape[1:]) != self.pixel_shape:
             what, axes = ("video", "frames, ") if self.takes_video else ("image", "")
+            last = self.pixel_shape[-3:] != self.input_size[-3:]
+            axes += "height, width, channels" if last else "channels, height, width"
             raise InputError(
                 f"{what} shape is {tuple(pixel_values.shape[1:])}; this model's token counts are "
-                f"fixed for {self.input_size} ({axes}channels, height, width)"
+                f"fixed for {self.pixel_shape} ({axes})"
             )
-        return pixel_values
+        if raw != (pixel_values.dtype == torch.uint8):
+            raise InputError(
+                f"pixel values are {str(pixel_values.dtype).removeprefix('torch.')}; this model "
+                f"takes {'uint8, 0 to 255' if raw else 'floating-point numbers, normalised'}"
+            )
+        if preprocessing is None or not raw:
+            return pixel_values
+        return normalised(pixel_values, preprocessing, next(self.model.parameters()).dtype)
 
 
 def _drop_inner_prefix(

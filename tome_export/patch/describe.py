@@ -25,7 +25,8 @@ def fake_outputs(model: MergedModel) -> tuple[Tensor, ...]:
         model = copy_sharing_weights(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         extra = (torch.zeros(1, *shape) for shape in model.extra_inputs.values())
-        found = model(torch.zeros(1, *model.input_size), *extra)
+        pixels = torch.zeros(1, *model.pixel_shape, dtype=model.pixel_dtype)
+        found = model(pixels, *extra)
     return found if isinstance(found, tuple) else (found,)
 
 

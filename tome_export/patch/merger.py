@@ -16,6 +16,7 @@ from tome_export.merge.plan import Across, MergePlan, Step, StepPlans, compose_p
 from tome_export.merge.schedule import LayerTokens, Schedule
 from tome_export.reducers.base import AttentionInputs, LayerContext, Reducer
 from tome_export.reducers.tome import ToMe
+from tome_export.spec import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class MergeSettings:
         reducer: How tokens become fewer.
         compressor: What makes a fixed number of tokens of those that are left, or None.
         learned: Weights of the reducer that came in the file of the model's weights, by key.
+        preprocessing: In which form pixel values are handed over, and what is done to them here if
+            they are an image's own; None for the form ``float32``.
     """
 
     schedule: Schedule | None
@@ -43,6 +46,7 @@ class MergeSettings:
     reducer: Reducer = field(default_factory=ToMe)
     compressor: Compressor | None = None
     learned: Mapping[str, Tensor] | None = field(default=None, compare=False)
+    preprocessing: Preprocessing | None = None
 
     @property
     def unmerges(self) -> bool:

@@ -32,6 +32,11 @@ def copy_sharing_weights(model: Model) -> Model:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
+def floats_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input of a model in its dtype; pixels in uint8 stay as they are, the model casts them."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
 @contextlib.contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
     """The model itself in float64 for a while, which changes no value: it is exact both ways.

@@ -186,7 +186,7 @@ def _samples(manifest: Manifest, count: int) -> tuple[NDArray[np.float32], list[
     from tome_export.data.samples import digits_test, moving_samples, sample_paths
 
     if manifest.model.name == "vit_digits":
-        digits, labels = digits_test()
+        digits, labels = digits_test(manifest.preprocessing)
         return digits[:count], [f"digit {n}, test image {i}" for i, n in enumerate(labels[:count])]
     paths = sample_paths()
     if count > len(paths):
@@ -196,7 +196,7 @@ def _samples(manifest: Manifest, count: int) -> tuple[NDArray[np.float32], list[
     names = [path.stem.replace("_", " ") for path in paths[:count]]
     shape = tuple(int(size) for size in manifest.input.shape[1:])
     if not count:
-        return np.empty((0, *shape), np.float32), []
+        return np.empty((0, *shape), manifest.input.dtype), []
     if manifest.video:
         moving: NDArray[np.float32] = moving_samples(manifest.preprocessing, count, shape[0])
         return moving, [f"{name}, moving" for name in names]

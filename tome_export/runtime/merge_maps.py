@@ -98,16 +98,16 @@ class MergeMap:
 
 def merge_maps(
     artifact: Artifact,
-    images: Sequence[Path] | NDArray[np.float32],
+    images: Sequence[Path] | NDArray[Any],
     progress: Progress | None = None,
     inputs: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> list[MergeMap]:
     """Which patches are one token after each layer, as the shipped graph decides it.
 
     The graph runs on ONNX Runtime's CPU provider, instrumented and free to choose; no PyTorch.
-    Images are files, or ``pixel_values [B, C, H, W]`` float32, at least one; for a model of videos,
-    video files, or ``[B, F, C, H, W]``. ``inputs`` are what the model takes besides, ``[B, ...]``
-    by name.
+    Images are files, or ``pixel_values [B, ...]`` in the model's form, at least one; for a model of
+    videos, video files or pixel values. ``inputs`` are what the model takes besides, by name,
+    ``[B, ...]``.
     """
     from tome_export.onnx.files import load
     from tome_export.onnx.twin import twin_from_model
@@ -133,7 +133,7 @@ def merge_maps(
 def chosen_plans(
     twin: Twin,
     runner: Runner,
-    pixels: NDArray[np.float32],
+    pixels: NDArray[Any],
     batch: BatchRange,
     further: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[Step, Plans]:
@@ -161,7 +161,7 @@ def chosen_plans(
 
 
 def maps_from_plans(
-    manifest: Manifest, where: Path, plans: Mapping[Step, Plans], pixels: NDArray[np.float32]
+    manifest: Manifest, where: Path, plans: Mapping[Step, Plans], pixels: NDArray[Any]
 ) -> list[MergeMap]:
     """Images, or videos as mosaics of their frames, with their tokens after every layer.
 
@@ -173,11 +173,7 @@ def maps_from_plans(
             f"model.onnx of {where} merges other tokens than its build.json says; rebuild the "
             "artifact"
         )
-    if manifest.video:
-        # What lies beyond the last whole patch would part the frames' grids.
-        pixels = pixels[..., : grid.rows * grid.height, : grid.cols * grid.width]
-    else:
-        pixels = pixels[:, None]
+    pixels = pixels if manifest.video else pixels[:, None]
     batch, frames = pixels.shape[:2]
     beside = mosaic_side(frames)
     whole = replace(grid, rows=grid.rows * (frames // beside), cols=grid.cols * beside)
@@ -185,6 +181,9 @@ def maps_from_plans(
     maps = []
     for parts, one in zip(pixels, positions, strict=True):
         images = [image_from_pixels(frame, manifest.preprocessing) for frame in parts]
+        if manifest.video:
+            # What lies beyond the last whole patch would part the frames' grids.
+            images = [x[: grid.rows * grid.height, : grid.cols * grid.width] for x in images]
         layers = layers_from_positions(one, manifest.tokens, prefix, grid)
         maps.append(MergeMap(mosaic(np.stack(images)), whole, layers))
     return maps
@@ -298,10 +297,11 @@ def mosaic(parts: NDArray[Any]) -> NDArray[Any]:
     return whole
 
 
-def image_from_pixels(
-    pixels: NDArray[np.float32], preprocessing: Preprocessing
-) -> NDArray[np.uint8]:
-    """The image ``[H, W, 3]`` uint8 that became pixels ``[C, H, W]`` with one or three channels."""
+def image_from_pixels(pixels: NDArray[Any], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The image ``[H, W, 3]`` uint8 that became pixels, in their form, of one or three channels."""
+    if preprocessing.pixel_dtype == "uint8":
+        image = pixels if preprocessing.form == "uint8" else pixels.transpose(1, 2, 0)
+        return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
     mean = np.asarray(preprocessing.mean)[:, None, None]
     std = np.asarray(preprocessing.std)[:, None, None]
     values = np.rint((pixels * std + mean) * 255).clip(0, 255).astype(np.uint8)

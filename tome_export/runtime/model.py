@@ -92,6 +92,7 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         dense=manifest.form.dense,
         source_map=manifest.form.source_map,
         entropy=manifest.form.entropy,
+        preprocessing=manifest.preprocessing,
     ).eval()
     if state_sha256(model) != recorded.state_sha256:
         raise InputError(

@@ -64,7 +64,7 @@ def convolutions_without_tf32() -> Iterator[None]:
 
 
 class TorchRunner:
-    """A torch module in eval mode behind float32 arrays; it runs in the dtype of its weights.
+    """A torch module in eval mode behind arrays; it runs in the dtype of its weights.
 
     Args:
         module: Takes ``pixel_values``, and what its ``extra_inputs`` names if it has any, and gives
@@ -95,13 +95,12 @@ class TorchRunner:
         """Run one batch; the result is on the host when this returns."""
         import torch
 
+        from tome_export.patch.precision import floats_to
+
+        names = (INPUT_NAME, *getattr(self._module, "extra_inputs", ()))
         with torch.inference_mode(), convolutions_without_tf32():
-            pixel_values = torch.from_numpy(inputs[INPUT_NAME]).to(self.device, self._dtype)
-            further = (
-                torch.from_numpy(inputs[name]).to(self.device, self._dtype)
-                for name in getattr(self._module, "extra_inputs", ())
-            )
-            output = self._module(pixel_values, *further)
+            given = (torch.from_numpy(inputs[name]).to(self.device) for name in names)
+            output = self._module(*(floats_to(x, self._dtype) for x in given))
         # A source map, where there is one, comes second and is not the model's own output.
         main = output[0] if isinstance(output, tuple) else output
         return {self._output_name: main.float().cpu().numpy()}

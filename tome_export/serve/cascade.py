@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tome_export.artifact import Artifact
@@ -28,6 +28,7 @@ from tome_export.serve.repository import (
     check_repository,
     versions_of,
 )
+from tome_export.spec import Preprocessing
 
 OUTPUTS = (("budget", "int32"), ("macs", "int64"))
 """What a cascade gives besides the models' outputs, each ``[B, 1]``."""
@@ -88,7 +89,8 @@ def serve_cascade(
     options = ServeOptions()
 
     def further(members: Sequence[ModelFolder]) -> list[ModelFolder]:
-        cascade = cascade_folder(request.model, members, result, policy_file, options)
+        pixels = request.members[-1].manifest.preprocessing
+        cascade = cascade_folder(request.model, members, result, policy_file, options, pixels)
         if not request.preprocess:
             return [cascade]
         most = cascade.config.max_batch_size
@@ -120,8 +122,12 @@ def cascade_folder(
     result: Cascade,
     policy_file: Path,
     options: ServeOptions,
+    preprocessing: Preprocessing | None = None,
 ) -> ModelFolder:
-    """A model that runs a calibrated policy and asks its members, those of fewer MACs first."""
+    """A model that runs a calibrated policy and asks its members, those of fewer MACs first.
+
+    ``preprocessing`` says in which form they take pixel values; None for ``float32``.
+    """
     config = front_config(
         "cascade",
         name,
@@ -137,4 +143,6 @@ def cascade_folder(
             for member, one in zip(members, result.members, strict=True)
         ],
     }
+    if preprocessing is not None and preprocessing.form != "float32":
+        settings["pixels"] = asdict(preprocessing)
     return python_folder(config, "cascade", CASCADE_SETTINGS, settings, options, [policy_file])

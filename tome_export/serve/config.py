@@ -32,6 +32,7 @@ CPU = "cpu"
 """Name of the config for servers without a GPU: ``--model-config-name=cpu``."""
 
 DATA_TYPES = {
+    "uint8": "TYPE_UINT8",
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
     "bfloat16": "TYPE_BF16",

@@ -62,7 +62,7 @@ def _preprocess(
             "or 3, serve it without preprocessing"
         )
     shape = image_shape(manifest.input)
-    outputs = [tensor_values(INPUT_NAME, "float32", shape)]
+    outputs = [tensor_values(INPUT_NAME, manifest.input.dtype, shape)]
     settings = {
         **asdict(recipe),
         "max_pixels": pixels.MAX_PIXELS,

@@ -107,7 +107,7 @@ async def run_cascade(
     Args:
         policy: The module ``policy``.
         settings: The content of ``cascade.json``, by the policy's ``settings_from_json``.
-        pixels: Images ``[B, C, H, W]`` float32.
+        pixels: Images as the members take them, ``[B, ...]``.
         ask: Gives the outputs of a member for some of the images, or raises ``MemberError``.
 
     Returns:
