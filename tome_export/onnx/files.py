@@ -37,9 +37,6 @@ LARGE_BYTES = 1 << 28
 HEAVY_BYTES = 1 << 16
 """Weights above this stay out of the hands of tools that copy them, in a large model."""
 
-_NORMALISING = ("Cast", "Transpose", "Div", "Sub")
-"""Operators between pixels and the convolution that cuts patches; see ``patch.pixels``."""
-
 _GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
@@ -259,10 +256,17 @@ def patch_embedding(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64
     """Weights ``[D, C, h, w]``, bias ``[D]`` of the convolution that cuts pixels into patches."""
     graph = load(path).graph
     pixels, found = {INPUT_NAME}, None
+    raw = graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    # What patch.pixels does to uint8, in this order; the weights are for what comes of it.
+    ahead = ["Div", "Sub", "Div"] if raw else []
     for node in graph.node:
-        if node.op_type in _NORMALISING and node.input[0] in pixels:
-            pixels.add(node.output[0])
-        if node.op_type == "Conv" and node.input[0] in pixels:
+        if node.input and node.input[0] in pixels:
+            if ahead and node.op_type == ahead[0]:
+                ahead.pop(0)
+                pixels = {node.output[0]}
+            elif node.op_type == "Cast" or (ahead and node.op_type == "Transpose"):
+                pixels.add(node.output[0])
+        if node.op_type == "Conv" and node.input[0] in pixels and not ahead:
             found = node
             break
     if found is None or not _is_side_by_side(found):

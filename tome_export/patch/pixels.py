@@ -35,7 +35,9 @@ def normalised(pixel_values: Tensor, preprocessing: Preprocessing, dtype: torch.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # Cast before anything else: TensorRT has no other operator on uint8.
     x = pixel_values.to(wide)
-    x = x.movedim(-1, -3) if preprocessing.form == "uint8" else x
+    if preprocessing.form == "uint8":
+        # Laid out as floats come: torch would convolve channels that lie inside in another order.
+        x = x.movedim(-1, -3).contiguous()
     # Rounded to float32, as data.pixels has them.
     mean, std = (
         torch.tensor(values, dtype=torch.float32, device=x.device).to(wide)[:, None, None]

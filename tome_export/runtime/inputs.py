@@ -41,6 +41,32 @@ def unit_inputs(shapes: Mapping[str, Sequence[int]], count: int) -> dict[str, np
     return found
 
 
+def check_pixels(manifest: Manifest, pixels: NDArray[Any]) -> None:
+    """Refuse pixel values of another dtype, layout or size than the model takes, in one line."""
+    dtype, expected = manifest.input.dtype, tuple(manifest.input.shape[1:])
+    if pixels.dtype == dtype and pixels.shape[1:] == expected:
+        return
+    channels, last = manifest.preprocessing.input_size[0], manifest.preprocessing.form == "uint8"
+    axes = "height, width, channels" if last else "channels, height, width"
+    fix = "give pixels of that size, or images of any to load(path)()"
+    if pixels.dtype != dtype and dtype == "uint8":
+        fix = "give an image's own pixels, 0 to 255: the model scales and normalises them itself"
+    elif pixels.dtype != dtype and pixels.dtype == np.uint8:
+        fix = "scale and normalise them first, or build with --input uint8, whose graph does it"
+    elif pixels.dtype != dtype:
+        fix = f"convert them with .astype(numpy.{dtype})"
+    elif pixels.shape == expected:
+        fix = "put the batch in front, pixel_values[None]"
+    elif pixels.ndim == len(expected) + 1 and pixels.shape[-3 if last else -1] == channels:
+        # The channels stand where they are in the other layout.
+        move = "-3, -1" if last else "-1, -3"
+        fix = f"move the channels with numpy.moveaxis(pixel_values, {move})"
+    raise InputError(
+        f"pixel_values are {pixels.dtype} {[*pixels.shape]}; the model takes {dtype} "
+        f"{['batch', *expected]} ({axes}): {fix}"
+    )
+
+
 class Fed:
     """A runner that gets ``unit_inputs`` of some shapes besides what it is given, to be timed."""
 

@@ -15,7 +15,7 @@ from tome_export.artifact import Artifact, Manifest
 from tome_export.data.scores import TOP_K
 from tome_export.errors import ExportError, InputError, UsageError
 from tome_export.progress import Progress, Silent
-from tome_export.runtime.inputs import asked_inputs, extra_inputs, unit_inputs
+from tome_export.runtime.inputs import asked_inputs, check_pixels, extra_inputs, unit_inputs
 from tome_export.runtime.model import check_engine, model_from_artifact, open_runner
 from tome_export.runtime.registry import backend_of, require
 from tome_export.runtime.runner import infer_in_batches
@@ -141,8 +141,9 @@ class LoadedArtifact:
         """Run preprocessed images, in batches of at most the largest that the model takes.
 
         Args:
-            pixel_values: ``[B, C, H, W]`` float32, preprocessed as the manifest says;
-                ``[B, F, C, H, W]`` for a model of videos.
+            pixel_values: ``[B, C, H, W]`` float32, preprocessed as the manifest says; of a model
+                built with ``--input uint8`` the pixels themselves, ``[B, H, W, C]`` uint8. Those of
+                videos have frames behind the batch.
             **inputs: Further inputs by name, ``[B, ...]``, or without ``B`` for all images alike.
                 Without ``video_mask`` every frame counts.
 
@@ -156,9 +157,11 @@ class LoadedArtifact:
         """
         import numpy as np
 
-        count = len(pixel_values)
+        pixel_values = np.asarray(pixel_values)
+        count = len(pixel_values) if pixel_values.ndim else 0
         if count == 0:
             raise InputError("pixel_values holds no image; give one or more")
+        check_pixels(self.artifact.manifest, pixel_values)
         self._check_given(inputs)
         shapes = extra_inputs(self.artifact.manifest)
         given = unit_inputs({n: s for n, s in shapes.items() if n not in inputs}, count)
