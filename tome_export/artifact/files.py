@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,9 @@ from tome_export.errors import ExportError, InputError, UnrecordedError
 
 POLL_S = 0.05
 """Seconds between two tries for a lock."""
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Why a file gets no second name: another filesystem, somebody else's file, none of such names."""
 
 
 def utf8(text: str) -> bytes:
@@ -76,6 +80,19 @@ def write_whole(path: Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or where the filesystem cannot a copy.
+
+    Only for files that are replaced and never changed in place, which all of ours are.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
 
 
 def is_open_as(descriptor: int, folder: Path) -> bool:

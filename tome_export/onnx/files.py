@@ -1,13 +1,14 @@
-"""Reading, checking and writing ONNX files, with external data above protobuf's limit."""
+"""Reading, checking and writing ONNX files; large or shared weights are in a file beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
 from tome_export.artifact.document import short
+from tome_export.artifact.files import link_or_copy, open_regular
 from tome_export.errors import ExportError, InputError
 from tome_export.spec import INPUT_NAME
 
@@ -73,10 +75,68 @@ def _moved(tensor: onnx.TensorProto, stream: BinaryIO, location: str) -> onnx.Te
     """A tensor whose values are in a file, or the tensor itself if it is small."""
     if len(tensor.raw_data) < SMALL_BYTES:
         return tensor
+    offset = _appended(tensor.raw_data, stream)
+    return _reference(tensor, location=location, offset=offset, length=len(tensor.raw_data))
+
+
+def _appended(values: bytes, stream: BinaryIO) -> int:
+    """Write values at the next page of a file, and give the offset of that."""
     offset = -(-stream.tell() // PAGE_BYTES) * PAGE_BYTES
     stream.seek(offset)
-    stream.write(tensor.raw_data)
-    return _reference(tensor, location=location, offset=offset, length=len(tensor.raw_data))
+    stream.write(values)
+    return offset
+
+
+def share_weights(paths: Sequence[Path]) -> int:
+    """Have models of one origin keep their common weights in a file that is the same for all.
+
+    What differs, such as embeddings of positions at other image sizes, stays in each model's own
+    file. The file of weights lies beside each model, in the order of the weights' digests: it is
+    byte for byte the same, and a hard link where the filesystem has such. Models that have nothing
+    in common, or too much that differs for one file, are left as they are.
+
+    Returns:
+        Bytes of the common weights, which are stored once.
+    """
+    known, total = [], []
+    for path in paths:
+        weights = [t for t in load(path).graph.initializer if len(t.raw_data) >= SMALL_BYTES]
+        known.append({tensor.name: _digest(tensor) for tensor in weights})
+        total.append({known[-1][tensor.name]: len(tensor.raw_data) for tensor in weights})
+    common = set.intersection(*({*digests.values()} for digests in known))
+    own = max(sum(n for digest, n in sizes.items() if digest not in common) for sizes in total)
+    if not common or own > EXTERNAL_DATA_BYTES:
+        return 0
+    places: dict[str, int] = {}
+    for path, digests in zip(paths, known, strict=True):
+        model, data = load(path), data_of(path)
+        moved = {name: digest for name, digest in digests.items() if digest in common}
+        tensors = model.graph.initializer
+        data.unlink(missing_ok=True)
+        if not places:
+            by_digest = {digests[tensor.name]: tensor for tensor in tensors if tensor.name in moved}
+            with data.open("wb") as stream:
+                for digest in sorted(by_digest):
+                    places[digest] = _appended(by_digest[digest].raw_data, stream)
+        else:
+            link_or_copy(data_of(paths[0]), data)
+        written = [
+            _reference(
+                tensor,
+                location=data.name,
+                offset=places[moved[tensor.name]],
+                length=len(tensor.raw_data),
+            )
+            if tensor.name in moved
+            else tensor
+            for tensor in tensors
+        ]
+        _write(model, path, written)
+    return sum(total[0][digest] for digest in common)
+
+
+def _digest(tensor: onnx.TensorProto) -> str:
+    return hashlib.sha256(tensor.raw_data).hexdigest()
 
 
 def _reference(tensor: onnx.TensorProto, **place: str | int) -> onnx.TensorProto:
@@ -139,11 +199,36 @@ def _varint(value: int) -> bytes:
 def load(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     """Read a model file."""
     try:
-        return onnx.load(path, load_external_data=weights)
+        model = onnx.load(path, load_external_data=False)
+        if weights:
+            _read_weights(model, data_of(path))
+        return model
     except Exception as error:
         raise InputError(
             f"{path} is not a readable ONNX model ({type(error).__name__}); rebuild the artifact"
         ) from error
+
+
+def _read_weights(model: onnx.ModelProto, data: Path) -> None:
+    """Put the weights of the file beside a model into it.
+
+    ONNX's own reader refuses a file of several hard links, as it cannot know who made them.
+    """
+    outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if not outside:
+        return
+    with open_regular(data.parent, data.name) as stream:
+        for tensor in outside:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if place["location"] != data.name:
+                raise ValueError(f"{tensor.name} is in {place['location']}")
+            length = int(place["length"])
+            stream.seek(int(place["offset"]))
+            tensor.raw_data = stream.read(length)
+            if len(tensor.raw_data) != length:
+                raise ValueError(f"{tensor.name} is cut short")
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
 
 
 def check(path: Path, model: onnx.ModelProto | None = None) -> None:
