@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import click
 
+from tome_export import display
+from tome_export.artifact import MODEL
 from tome_export.cli.format import artifact_lines
 from tome_export.cli.options import (
     EngineGroup,
     Group,
     ImagesGroup,
-    ImageSizeGroup,
     PrecisionGroup,
     ReducerGroup,
     WeightsGroup,
@@ -30,6 +33,7 @@ from tome_export.spec import (
     TOWERS,
     AttentionForm,
     BatchRange,
+    ImageSize,
     InputForm,
     MergeOp,
     Precision,
@@ -37,6 +41,24 @@ from tome_export.spec import (
     TowerOptions,
 )
 from tome_export.video.options import FrameMerging, VideoOptions
+
+
+def image_sizes(text: str) -> tuple[ImageSize, ...]:
+    """Image sizes with commas between them."""
+    return tuple(map(ImageSize.parse, text.split(",")))
+
+
+class SizesGroup(Group):
+    """Model."""
+
+    image_sizes: tuple[ImageSize, ...] | None = option(
+        "--image-size",
+        type=image_sizes,
+        metavar="HxW[,HxW...]",
+        help="Height and width of the images, such as 448x224, or one number; positions are "
+        "resampled for it. Of several sizes, such as 224,448x224, DIR gets an artifact each.  "
+        "[default: the model's own]",
+    )
 
 
 class TowerGroup(Group):
@@ -174,7 +196,7 @@ class TargetGroup(Group):
 
 class BuildOptions(
     WeightsGroup,
-    ImageSizeGroup,
+    SizesGroup,
     TowerGroup,
     MergingGroup,
     ReducerGroup,
@@ -212,23 +234,24 @@ def command(terminal: Terminal, /, model: str, options: BuildOptions) -> None:
         raise click.UsageError("--images are for the check that --no-check omits; give one")
     precision = options.precision
     with working(terminal) as progress:
-        from tome_export.build import BuildRequest, build
+        from tome_export.build import BuildRequest, build, build_sizes
 
         tower, reducer = options.request(TowerOptions), options.reducer
         video, file = options.video_options(), _schedule_file(options.schedule)
-        schedule = None
+        sizes: Sequence[ImageSize | None] = options.image_sizes or (None,)
+        schedules: list[Schedule | None] = [None for _ in sizes]
         own_counts = reducer != DEFAULT and reducer_class(reducer).own_counts
         if not own_counts or options.r is not None or options.schedule is not None:
-            schedule = _schedule(model, options, file, tower)
-        name = model if options.image_size is None else f"{model}-{options.image_size}"
+            schedules = [_schedule(model, options, size, file, tower) for size in sizes]
+        name = "-".join([model, *(str(size) for size in sizes if size)])
         name = name if reducer == DEFAULT else f"{name}-{reducer}"
         name = name if video.merging is None else f"{name}-across"
-        output = options.output or _default_output(name, schedule, precision)
+        same = len({str(schedule) for schedule in schedules}) == 1
+        output = options.output or _default_output(name, schedules[0] if same else None, precision)
         request = options.request(
             BuildRequest,
             model=model,
             output=Path(os.path.normpath(output)),  # what is printed is what is written
-            schedule=schedule,
             schedule_file=file,
             precision=precision,
             tower=tower,
@@ -236,10 +259,23 @@ def command(terminal: Terminal, /, model: str, options: BuildOptions) -> None:
             engine_options=options.engine_options(),
             check=not options.no_check,
         )
-        artifact = build(request, progress)
-    manifest = artifact.manifest
-    values = {"artifact": str(artifact.path), "manifest": manifest}
-    terminal.result(values, artifact_lines(manifest, artifact.path))
+        requests = [
+            replace(request, image_size=size, schedule=schedule)
+            for size, schedule in zip(sizes, schedules, strict=True)
+        ]
+        if len(requests) > 1:
+            artifacts = build_sizes(requests, progress)
+        else:
+            artifacts = (build(requests[0], progress),)
+    values = [{"artifact": str(one.path), "manifest": one.manifest} for one in artifacts]
+    lines = [line for one in artifacts for line in ("", *artifact_lines(one.manifest, one.path))]
+    if len(artifacts) == 1:
+        terminal.result(values[0], lines[1:])
+    else:
+        data = [one.manifest.files.get(f"{MODEL}.data") for one in artifacts]
+        shared = data[0].bytes if data[0] is not None and data.count(data[0]) == len(data) else 0
+        note = f"Weights of all {len(data)} sizes in one file: {display.size(shared)}"
+        terminal.result({"artifacts": values, "shared_bytes": shared}, [*lines[1:], "", note])
 
 
 def _schedule_file(text: str | None) -> Path | None:
@@ -250,7 +286,11 @@ def _schedule_file(text: str | None) -> Path | None:
 
 
 def _schedule(
-    model: str, options: BuildOptions, file: Path | None, tower: TowerOptions
+    model: str,
+    options: BuildOptions,
+    image_size: ImageSize | None,
+    file: Path | None,
+    tower: TowerOptions,
 ) -> Schedule:
     from tome_export.models import resolve
 
@@ -265,7 +305,7 @@ def _schedule(
         return Schedule(per_layer=ScheduleFile.read(file).schedule)
     text = "constant" if text is None else text
     if r is None and text in INFLECTION:
-        r = resolve(model, tower, image_size=options.image_size).merging.r
+        r = resolve(model, tower, image_size=image_size).merging.r
     return Schedule.parse(text, r)
 
 

@@ -11,6 +11,7 @@ from tome_export.cli.format import answer_lines, answer_values
 from tome_export.cli.options import FILE, QueryGroup, grouped_command, option
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
+from tome_export.spec import ImageSize
 
 
 class QueryOptions(QueryGroup):
@@ -21,6 +22,12 @@ class QueryOptions(QueryGroup):
     )
     r: int | None = option(metavar="N", help="Of a router: merge at most N tokens per layer.")
     max_ms: float | None = option(metavar="MS", help="Of a router: be as fast as MS per image.")
+    size: ImageSize | None = option(
+        type=ImageSize.parse,
+        metavar="HxW",
+        help="Of a router of several image sizes: the one for all images.  [default: for each "
+        "image the one that wastes least of it]",
+    )
     protocol: Literal["grpc", "http"] | None = option(
         heading="Server", help="How to ask.  [default: by the URL's scheme, else grpc]"
     )
@@ -46,7 +53,8 @@ def command(
 
     URL is host:port (gRPC's default port is 8001, HTTP's 8000), also with grpc:// or http://. The
     server must have the model with its preprocessing (tome-export serve --preprocess). Several
-    artifacts served together have a router, which --r or --max-ms tells how much to merge.
+    artifacts served together have a router, which --r or --max-ms tells how much to merge, and
+    --size for which image size.
     """
     with working(terminal) as progress:
         from tome_export.serve.query import QueryRequest, query

@@ -101,9 +101,9 @@ def command(
 ) -> None:
     """Write ARTIFACT into a model repository for Triton Inference Server.
 
-    Several artifacts of one model, with different r, come with a router, which chooses by the
-    parameter r or max_ms of each request. A server started with --run is ended by Ctrl-C or
-    SIGTERM, and the exit code is then 0.
+    Several artifacts of one model, with different r or image sizes, come with a router. It chooses
+    by the image itself, and by the parameters size, and r or max_ms, of each request. A server
+    started with --run is ended by Ctrl-C or SIGTERM, and the exit code is then 0.
     """
     if options.storage_uri is not None and options.kserve is None:
         raise click.UsageError("--storage-uri is for the manifest of --kserve FILE; give both")

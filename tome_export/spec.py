@@ -209,6 +209,11 @@ class Preprocessing:
     form: InputForm = "float32"
 
     @property
+    def image_size(self) -> ImageSize:
+        """Height and width of the input."""
+        return ImageSize(*self.input_size[1:])
+
+    @property
     def pixel_shape(self) -> tuple[int, int, int]:
         """Shape of the pixel values of one image."""
         channels, height, width = self.input_size

@@ -276,10 +276,10 @@ def counts() -> Callable[[Any, str], Any]:
 def write_artifact(folder: Path, **changes: object) -> Path:
     """An artifact of ``logits = pixel_values [B, 3, 8, 8] @ weights``.
 
-    Keyword arguments: ``schedule``, ``r``, ``merge_op``, ``precision``, ``batch``, ``labels``,
-    ``model``, ``attention``, ``seed`` and ``scale`` (of the weights), ``ms`` (measured latency, of
-    any backend or by backend), and ``engines`` (name -> batch), whose files are no real engines and
-    ``version_compatible`` or not.
+    Keyword arguments: ``size`` (height and width), ``schedule``, ``r``, ``merge_op``,
+    ``precision``, ``batch``, ``labels``, ``model``, ``attention``, ``seed`` and ``scale`` (of the
+    weights), ``ms`` (measured latency, of any backend or by backend), and ``engines`` (name ->
+    batch), whose files are no real engines and ``version_compatible`` or not.
     """
     import onnx
 
@@ -287,7 +287,9 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     rows = batch.split(":")
     size = int(rows[-1]) if len({*rows}) == 1 else "batch"
     seed = int(changes.get("seed", 0))  # type: ignore[call-overload]
-    weights = np.random.default_rng(seed).standard_normal((192, 5), dtype=np.float32)
+    shape = (3, *changes.get("size", (8, 8)))  # type: ignore[misc]
+    count = int(np.prod(shape))
+    weights = np.random.default_rng(seed).standard_normal((count, 5), dtype=np.float32)
     weights *= np.float32(changes.get("scale", 1))
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     precision = str(changes.get("precision", "fp32"))
@@ -299,7 +301,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
             helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
         ],
         "small",
-        [helper.make_tensor_value_info("pixel_values", float32, [size, 3, 8, 8])],
+        [helper.make_tensor_value_info("pixel_values", float32, [size, *shape])],
         [helper.make_tensor_value_info("logits", float32, [size, 5])],
         [helper.make_tensor("stored", stored.get(precision, float32), weights.shape, weights)],
     )
@@ -307,7 +309,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, folder / "model.onnx")
     described = [
-        {"name": "pixel_values", "dtype": "float32", "shape": [-1, 3, 8, 8]},
+        {"name": "pixel_values", "dtype": "float32", "shape": [-1, *shape]},
         {"name": "logits", "dtype": "float32", "shape": [-1, 5]},
     ]
     if "ms" in changes:
@@ -347,7 +349,8 @@ def write_artifact(folder: Path, **changes: object) -> Path:
         }
     plain = manifest()
     pixels, logits = ({**t, "shape": [size, *t["shape"][1:]]} for t in described)
-    weights = plain.model.weights.model_copy(update={"seed": seed, "state_sha256": "0"})
+    digests = {"state_sha256": f"0{changes.get('size', '')}", "common_sha256": "0"}
+    weights = plain.model.weights.model_copy(update={"seed": seed, **digests})
     named = {"name": changes.get("model", "small"), "random_weights": True, "weights": weights}
     merge = {"schedule": "r=8 constant", "r": (8,), "merge_op": "matmul"}
     merge |= {name: changes[name] for name in merge if name in changes}
@@ -365,7 +368,7 @@ def write_artifact(folder: Path, **changes: object) -> Path:
             inputs=[pixels],
             output=logits,
             outputs=[logits],
-            preprocessing=Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"),
+            preprocessing=Preprocessing(shape, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"),
             labels=changes.get("labels"),
             engines=engines,
         ),

@@ -17,7 +17,7 @@ from tome_export.serve.config import (
     model_folders,
 )
 from tome_export.serve.model_file import model_file_from_artifact
-from tome_export.serve.names import check_name, default_name
+from tome_export.serve.names import check_name, name_end, plain_name
 from tome_export.spec import BatchRange
 
 pytest.importorskip("tritonclient.grpc", reason="the serve extra is not installed")
@@ -288,7 +288,7 @@ def test_default_name(model, schedule, name):
     plain = manifest()
     merge = plain.merge.model_copy(update={"schedule": schedule})
     named = manifest(model=plain.model.model_copy(update={"name": model}), merge=merge)
-    assert default_name(named) == name
+    assert f"{plain_name(named.model.name)}{name_end(named)}" == name
     check_name(name)
 
 

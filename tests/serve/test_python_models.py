@@ -239,12 +239,12 @@ def test_least_merging_where_nothing_was_measured():
 @pytest.mark.parametrize("name", ["r", "max_ms"])
 @pytest.mark.parametrize("value", [-1, True, "fast", "nan", "inf", None, "", [], 10**400])
 def test_no_number_is_refused(name, value):
-    with pytest.raises(router.BadBudgetError, match=rf"^{name} is .*; expected a number, 0 or mo"):
+    with pytest.raises(router.BadRequestError, match=rf"^{name} is .*; expected a number, 0 or mo"):
         router.chosen_route(ROUTES, {name: value})
 
 
 def test_budgets_that_cannot_be_met_in_any_way_are_refused():
-    with pytest.raises(router.BadBudgetError, match="both r and max_ms are given"):
+    with pytest.raises(router.BadRequestError, match="both r and max_ms are given"):
         router.chosen_route(ROUTES, {"r": 1, "max_ms": 1})
 
 

@@ -79,6 +79,10 @@ def grpc(server):
         yield made
 
 
+def route(model, r, ms=None):
+    return Route(model=model, r=r, ms=ms, size="8x8", shape=(3, 8, 8))
+
+
 def made_pixels(count):
     return np.random.default_rng(1).standard_normal((count, 3, 8, 8), dtype=np.float32)
 
@@ -208,9 +212,9 @@ def test_a_fast_model_does_not_wait_for_a_slow_one(by_hand, tmp_path):
     for r, (name, seconds) in enumerate({"slow": slow_seconds, "fast": 0}.items()):
         by_hand.write_identity(tmp_path, name, WAITS.replace("{seconds}", str(seconds)))
         text = (tmp_path / name / "config.pbtxt").read_text()
-        routes.append(Route(model=name, r=r, ms=None))
+        routes.append(route(name, r))
         configs[name] = config_from_text(text, name)
-    write(tmp_path, [router_folder("router", routes, configs)])
+    write(tmp_path, [router_folder("router", RouteList(routes=tuple(routes)), configs)])
     x = np.ones((1, 4), np.float32)
     with running(RunRequest(tmp_path)) as server:
 
@@ -248,8 +252,9 @@ def test_config_of_a_router(make_artifact, instances):
     artifact = artifact_of(make_artifact)
     options = ServeOptions(version=3, instances=instances)
     configs = {"small": config_of(artifact)}
-    folder = router_folder(ROUTER, [route_to(artifact, "small")], configs, options)
-    assert {*folder.files} == {"3/model.py", "3/routes.json"}
+    listed = RouteList(routes=(route_to(artifact, "small"),))
+    folder = router_folder(ROUTER, listed, configs, options)
+    assert {*folder.files} == {"3/model.py", "3/routes.json", "3/best_size.py"}
     assert folder.config.instance_group[0].count == max(FRONT_INSTANCES, instances)
     assert folder.config.parameters[ROUTES].string_value == "small"
     assert folder.config.max_batch_size == 8
@@ -270,13 +275,14 @@ def test_r_of_a_route(make_artifact, schedule, layers, r):
 
 def test_routes_are_read_back(make_artifact, tmp_path):
     config = config_of(artifact_of(make_artifact))
-    routes = [Route(model="b", r=8, ms=1.5), Route(model="a", r=0.5, ms=None)]
+    listed = RouteList(routes=(route("b", 8, 1.5), route("a", 0.5)), crop_pct=0.9, resize="squash")
     file = tmp_path / ROUTES_FILE
-    folder = router_folder(ROUTER, routes, {"a": config, "b": config})
+    folder = router_folder(ROUTER, listed, {"a": config, "b": config})
     file.write_bytes(folder.files[f"1/{ROUTES_FILE}"])
-    found = RouteList.read(file).routes
-    assert [(one.model, one.r, one.ms) for one in found] == [("a", 0.5, None), ("b", 8, 1.5)]
-    assert RouteList(routes=found).json_bytes() == file.read_bytes()
+    found = RouteList.read(file)
+    assert found.routes == listed.routes[::-1]
+    assert (found.crop_pct, found.resize, found.sizes) == (0.9, "squash", {"8x8"})
+    assert found.json_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +291,10 @@ def test_routes_are_read_back(make_artifact, tmp_path):
         ("", "is not valid JSON"),
         ("[]", r"is \[\], expected an object"),
         ('{"routes": [{"model": "a"}]}', r"has no routes\[0\]\.r"),
-        ('{"routes": [{"model": 1, "r": 1, "ms": 1}]}', r"has routes\[0\].model 1, expected text"),
+        (
+            '{"routes": [{"model": 1, "r": 1, "ms": 1, "size": "8x8", "shape": []}]}',
+            r"has routes\[0\].model 1, expected text",
+        ),
     ],
 )
 def test_other_routes_are_refused(text, fault, tmp_path):
@@ -302,9 +311,9 @@ def test_routes_that_cannot_be_told_apart_are_refused(make_artifact):
         ({"a": 8, "b": 8}, "models a and b both merge r = 8; a router needs one"),
         ({"a": 8, "t": 2}, "models t and a have different inputs or outputs"),
     ):
-        routes = [Route(model=model, r=r, ms=None) for model, r in models.items()]
+        listed = RouteList(routes=tuple(route(model, r) for model, r in models.items()))
         with pytest.raises(InputError, match=message):
-            router_folder(ROUTER, routes, configs)
+            router_folder(ROUTER, listed, configs)
 
 
 def test_outputs_that_depend_on_r_have_no_router_and_it_is_told(make_artifact, tmp_path):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from tome_export.artifact import Artifact
 from tome_export.errors import InputError
 
 
-def shared_facts(artifact: Artifact) -> dict[str, object]:
-    """What artifacts of one model have in common, by what a message calls it."""
+def shared_facts(artifact: Artifact, *, any_size: bool = False) -> dict[str, object]:
+    """What artifacts of one model have in common, by what a message calls it.
+
+    With ``any_size`` they may be for images of different sizes, which nothing but embeddings of
+    positions and the input's shape depend on.
+    """
     manifest = artifact.manifest
+    weights, preprocessing = manifest.model.weights, manifest.preprocessing
+    if any_size:
+        preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], 0, 0))
     return {
         "models": manifest.model.name,
-        "weights": manifest.model.weights.state_sha256,
-        "preprocessing": manifest.preprocessing,
+        "weights": (any_size and weights.common_sha256) or weights.state_sha256,
+        "preprocessing": preprocessing,
         "labels": manifest.labels,
         "activations": manifest.activation,
     }

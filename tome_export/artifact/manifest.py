@@ -91,6 +91,8 @@ class Weights(Part):
         stored_dtype: Type of the values in the weights file.
         key: Where in the weights file they are; empty if they are all that it holds.
         state_sha256: Digest of the library model's weights by name, shape and value.
+        common_sha256: The same without embeddings of positions, which are others at another image
+            size; empty in artifacts of before.
     """
 
     kind: Literal["pretrained", "random", "file", "bundled", "function"]
@@ -100,6 +102,7 @@ class Weights(Part):
     stored_dtype: str
     key: str = ""
     state_sha256: str
+    common_sha256: str = ""
 
 
 class ModelInfo(Part):
@@ -613,8 +616,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the ``build.json`` of a directory."""
     file = folder / MANIFEST
     if not os.path.lexists(file):
+        sizes = sorted(str(path.parent) for path in folder.glob(f"*x*/{MANIFEST}"))
+        give = f"one of {', '.join(sizes)}" if sizes else "the directory"
         raise InputError(
-            f"{folder} is not an artifact: it has no {MANIFEST}; give the directory that "
+            f"{folder} is not an artifact: it has no {MANIFEST}; give {give} that "
             "'tome-export build' wrote"
         )
     with open_regular(folder, MANIFEST) as stream:

@@ -23,6 +23,10 @@ UNRECORDED = re.compile(r"\.engine-\w+|model(?:\.\w+)?\.engine")
 """Names of what a killed ``engine`` may leave: the folder it built in, or an engine not listed."""
 
 
+SIZE = re.compile(r"[0-9]+x[0-9]+")
+"""Names of the artifacts of one model that were built at several image sizes together."""
+
+
 @contextlib.contextmanager
 def staged(
     output: Path, *, force: bool, replaceable: Callable[[Path], None] | None = None
@@ -88,6 +92,12 @@ def _check_replaceable(output: Path, force: bool, check: Callable[[Path], None])
 
 
 def _check_artifact(output: Path) -> None:
+    """An artifact, or a folder of those that were built at several image sizes together."""
+    sizes = [*output.iterdir()] if output.is_dir() else []
+    if sizes and all(SIZE.fullmatch(one.name) and (one / MANIFEST).is_file() for one in sizes):
+        for folder in sizes:
+            _check_ours(folder)
+        return
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
         raise InputError(
             f"{output} exists and is not an artifact (it has no {MANIFEST}); "

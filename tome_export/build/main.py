@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from tome_export.artifact.schedule import SCHEDULE, ScheduleFile
 from tome_export.build.form import GraphForm, attention_form, choose_form, fit_form
 from tome_export.build.library import check_library
 from tome_export.build.manifest import Notes, manifest_of, merge_info, model_info
-from tome_export.build.request import BuildRequest
+from tome_export.build.request import BuildRequest, check_sizes
 from tome_export.data.images import BUILD_COUNT, parity_images
 from tome_export.engine.build import build_engine, compile_kernels, plugins_of
 from tome_export.errors import ExportError, InputError, MissingComponentError
@@ -45,15 +46,61 @@ def build(request: BuildRequest, progress: Progress | None = None) -> Artifact:
     form = choose_form(request)
     _attention(request, form)  # refuses here what is asked for in vain, before any work
     with staged(request.output, force=request.force) as folder:
-        manifest, form = _export(folder, request, form, progress)
-        backend = form.selection.builder
-        if backend is not None:
-            # The builder needs gigabytes of its own; the torch model is garbage by now.
-            gc.collect()
-            manifest = _build_engine(folder, request, manifest, backend, progress)
+        manifest = _model_and_engine(folder, request, form, progress)
         progress.stage("Write the artifact")
         manifest = write_manifest(folder, manifest)
     return Artifact(request.output.absolute(), manifest)
+
+
+def build_sizes(
+    requests: Sequence[BuildRequest], progress: Progress | None = None
+) -> tuple[Artifact, ...]:
+    """Build artifacts of one model at several image sizes: all of them, or none.
+
+    The requests differ in ``image_size``, and in the schedule where r depends on it. Their output
+    becomes a folder of artifacts, each called by its size, such as ``448x224``. Weights that all
+    have in common are the same file in each; see ``onnx.files.share_weights``.
+
+    Raises:
+        UsageError: if a size is missing or given twice.
+        InputError: as ``build`` does, like its other errors.
+    """
+    from tome_export.models import resolve
+    from tome_export.onnx.files import share_weights
+
+    progress = progress or Silent()
+    first = requests[0]
+    form = choose_form(first)
+    _attention(first, form)
+    check_sizes([request.image_size for request in requests])
+    for request in requests:  # a size that cannot be is refused before the others are built
+        resolve(request.model, request.tower, request.video, request.image_size)
+    with staged(first.output, force=first.force) as root:
+        folders, manifests = [root / str(one.image_size) for one in requests], []
+        for folder, request in zip(folders, requests, strict=True):
+            folder.mkdir()
+            manifests.append(_model_and_engine(folder, request, form, progress))
+            gc.collect()
+        progress.stage("Write the artifacts")
+        share_weights([folder / MODEL for folder in folders])
+        made = [write_manifest(*pair) for pair in zip(folders, manifests, strict=True)]
+    output = first.output.absolute()
+    return tuple(
+        Artifact(output / folder.name, manifest)
+        for folder, manifest in zip(folders, made, strict=True)
+    )
+
+
+def _model_and_engine(
+    folder: Path, request: BuildRequest, form: GraphForm, progress: Progress
+) -> Manifest:
+    manifest, form = _export(folder, request, form, progress)
+    backend = form.selection.builder
+    if backend is not None:
+        # The builder needs gigabytes of its own; the torch model is garbage by now.
+        gc.collect()
+        manifest = _build_engine(folder, request, manifest, backend, progress)
+    return manifest
 
 
 def _attention(request: BuildRequest, form: GraphForm) -> AttentionDecision:
@@ -68,7 +115,8 @@ def _export(
     """Everything that needs the PyTorch model; the manifest so far, and the form as written."""
     from tome_export.patch.describe import state_sha256
 
-    progress.stage(f"Load {request.model}")
+    at = "" if request.image_size is None else f" at {request.image_size}"
+    progress.stage(f"Load {request.model}{at}")
     loaded, merging = _load(request)
     progress.detail(f"weights: {loaded.weights.kind}, {loaded.weights.source}")
     _check_precision(request, loaded.weights.stored_dtype)

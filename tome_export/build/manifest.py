@@ -116,7 +116,7 @@ def _labels(
 
 def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
     """What the manifest says of a model and its weights."""
-    from tome_export.patch.describe import learned_sha256, state_sha256
+    from tome_export.patch.describe import common_sha256, learned_sha256, state_sha256
 
     recipe, weights = loaded.recipe, loaded.weights
     return ModelInfo(
@@ -125,7 +125,11 @@ def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
         family=recipe.family,
         timm_name=recipe.source.loader.timm_name,
         description=recipe.description,
-        weights=Weights(**asdict(weights), state_sha256=state_sha256(model)),
+        weights=Weights(
+            **asdict(weights),
+            state_sha256=state_sha256(model),
+            common_sha256=common_sha256(model),
+        ),
         learned_sha256=learned_sha256(model),
         random_weights=weights.kind == "random",
     )

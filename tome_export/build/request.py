@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,3 +113,12 @@ class BuildRequest:
                 f"engine options have the batch range {given}; give the request's own batch, which "
                 "the model and its engine share"
             )
+
+
+def check_sizes(sizes: Sequence[ImageSize | None]) -> None:
+    """Raise ``UsageError`` unless there is an image size, and each of them only once."""
+    if not sizes or None in sizes:
+        raise UsageError("no image size is given; expected one or more, such as 224,448x224")
+    twice = next((size for size, count in Counter(sizes).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"image size {twice} is given twice; give each size once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING
 
 from tome_export.spec import ENTROPY, FEATURES, SOURCE_MAP
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tome_export.patch import MergedModel
+
+_POSITIONS = re.compile(r"pos_embed|position|rope|rel_pos|relative_pos")
+"""In the names of tensors that are resampled or computed anew for another image size."""
 
 
 def fake_outputs(model: MergedModel) -> tuple[Tensor, ...]:
@@ -48,15 +52,22 @@ def state_sha256(model: MergedModel) -> str:
     return _digest(model.model)
 
 
+def common_sha256(model: MergedModel) -> str:
+    """Digest of the weights that a model has at every image size: all but those of positions."""
+    return _digest(model.model, skip=_POSITIONS)
+
+
 def learned_sha256(model: MergedModel) -> str | None:
     """Digest of what reducer and compressor learned; None where neither learns anything."""
     parts = [part for part in (model.reducer, model.compressor) if part and part.state_dict()]
     return ",".join(map(_digest, parts)) or None
 
 
-def _digest(module: nn.Module) -> str:
+def _digest(module: nn.Module, skip: re.Pattern[str] | None = None) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if skip is not None and skip.search(name):
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -362,25 +362,52 @@ def front_config(
     models: Mapping[str, ModelConfig],
     options: ServeOptions,
     outputs: Sequence[Mapping[str, Any]] = (),
+    *,
+    sizes: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> ModelConfig:
-    """A router or cascade in front of models of one interface, with ``outputs`` of its own."""
-    first, *others = models
-    interface = models[first]
-    for other in others:
-        if interface_of(models[other]) != interface_of(interface):
-            raise InputError(
-                f"models {first} and {other} have different inputs or outputs; a {kind} needs "
-                "artifacts of one model, give another --name"
-            )
+    """A router or cascade in front of models of one interface, with ``outputs`` of its own.
+
+    Models of different image sizes, where ``sizes`` names them, may have different dims: those are
+    -1 in front.
+    """
+    of_size: dict[str, str] = {}
+    for model in models:
+        peer = of_size.setdefault((sizes or {}).get(model, ""), model)
+        for other, compare in ((peer, interface_of), (next(iter(models)), _interface_without_dims)):
+            if compare(models[model]) != compare(models[other]):
+                raise InputError(
+                    f"models {other} and {model} have different inputs or outputs; a {kind} needs "
+                    "artifacts of one model, give another --name"
+                )
+    one_each = [models[model] for model in of_size.values()]
     return python_config(
         name,
         min(config.max_batch_size for config in models.values()),
         count=max(FRONT_INSTANCES, options.instances),
-        input=interface_values(interface.input),
-        output=[*interface_values(interface.output), *outputs],
+        input=_joint_values([config.input for config in one_each]),
+        output=[*_joint_values([config.output for config in one_each]), *outputs],
         **fields,
     )
+
+
+def _joint_values(interfaces: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Inputs or outputs of several models as those of one: dims that differ are -1."""
+    return [
+        {
+            **values[0],
+            "dims": [
+                sizes[0] if len({*sizes}) == 1 else -1
+                for sizes in zip(*(value["dims"] for value in values), strict=True)
+            ],
+        }
+        for values in zip(*map(interface_values, interfaces), strict=True)
+    ]
+
+
+def _interface_without_dims(config: ModelConfig) -> list[dict[str, Any]]:
+    """Name, type and number of dims of every input and output."""
+    return [{**tensor, "dims": len(tensor["dims"])} for tensor in interface_of(config)]
 
 
 def python_folder(

@@ -6,8 +6,10 @@ pipeline around it, and routers. They are tried out on a server, then written, o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.installation import find
 from tome_export.serve.kserve import KServeOptions, write_manifest
 from tome_export.serve.model_file import TENSORRT, ModelFile, model_file_from_artifact
-from tome_export.serve.names import FIXED, check_chosen_name, check_name, default_name, plain_name
+from tome_export.serve.names import FIXED, check_chosen_name, check_name, name_end, plain_name
 from tome_export.serve.repository import (
     WrittenModel,
     check_repository,
@@ -38,9 +40,10 @@ from tome_export.serve.repository import (
     models_in,
     write,
 )
-from tome_export.serve.router import has_router, route_to, router_folders
+from tome_export.serve.router import RouteList, has_router, route_to, router_folders, sizes_behind
 from tome_export.serve.self_test import run_self_test
 from tome_export.serve.server import ServerOptions, server_options_from_repository
+from tome_export.spec import ImageSize
 
 __all__ = ["KServeOptions", "ServeOptions", "ServeRequest", "ServeResult", "serve"]
 
@@ -50,7 +53,8 @@ class ServeRequest:
     """What to serve.
 
     Attributes:
-        artifacts: Artifact directories; several are one model with different r, behind a router.
+        artifacts: Artifact directories; several are one model with different r, image size or both,
+            behind a router.
         repository: Directory of the model repository.
         options: How it is served.
         format: ``auto`` (the TensorRT engine where there is one), ``engine`` or ``onnx``.
@@ -118,6 +122,11 @@ class _ServedArtifact:
     pipeline: Sequence[ModelFolder]
 
     @property
+    def image_size(self) -> ImageSize:
+        """Size of its images."""
+        return self.artifact.manifest.preprocessing.image_size
+
+    @property
     def called(self) -> ModelFolder:
         """The model that users call."""
         return self.models[-1]
@@ -152,7 +161,10 @@ def serve(
     artifacts = [Artifact.open(path.absolute()) for path in request.artifacts]
     _check_compatible(artifacts)
     progress.stage("Make and check the model configs")
-    served = [_served_artifact(artifact, request, repository) for artifact in artifacts]
+    sized = _have_several_sizes(artifacts, request, repository)
+    served = [
+        _served_artifact(artifact, request, repository, sized=sized) for artifact in artifacts
+    ]
     folders = [folder for one in served for folder in (*one.models, *one.pipeline)]
     entry = folders[-1].name
     routers = _routers(served, folders, options, repository)
@@ -210,18 +222,30 @@ def serve(
 
 def _check_compatible(artifacts: Sequence[Artifact]) -> None:
     """Behind one router a request may get any of the models."""
+    sizes = {artifact.manifest.preprocessing.image_size for artifact in artifacts}
     check_one_model(
         artifacts,
-        shared_facts,
-        "several artifacts served together must be of one model, with different r",
+        partial(shared_facts, any_size=len(sizes) > 1),
+        "several artifacts served together must be of one model, with different r or image sizes",
     )
-    first, *rest = artifacts
-    for other in rest:
-        if first.manifest.merge.r == other.manifest.merge.r:
+    for first, other in itertools.combinations(artifacts, 2):
+        same = first.manifest.merge.r == other.manifest.merge.r
+        if same and first.manifest.preprocessing == other.manifest.preprocessing:
             raise InputError(
                 f"{first.path} and {other.path} merge the same tokens per layer; several "
-                "artifacts served together must have different r"
+                "artifacts served together must have different r or image sizes"
             )
+
+
+def _have_several_sizes(
+    artifacts: Sequence[Artifact], request: ServeRequest, repository: Path
+) -> bool:
+    """Whether models differ in image size, with those that the router has already."""
+    name = request.options.name
+    base = name or plain_name(artifacts[0].manifest.model.name)
+    sizes = {str(artifact.manifest.preprocessing.image_size) for artifact in artifacts}
+    chosen = name is not None and name.endswith(name_end(artifacts[0].manifest, sized=True))
+    return chosen or len(sizes | sizes_behind(repository, base)) > 1
 
 
 def _check_names(folders: Sequence[ModelFolder]) -> None:
@@ -233,11 +257,11 @@ def _check_names(folders: Sequence[ModelFolder]) -> None:
 
 
 def _served_artifact(
-    artifact: Artifact, request: ServeRequest, repository: Path
+    artifact: Artifact, request: ServeRequest, repository: Path, *, sized: bool
 ) -> _ServedArtifact:
     options = request.options
     file = model_file_from_artifact(artifact, request.format)
-    base, name = _base_and_name(artifact, request, repository)
+    base, name = _base_and_name(artifact, request, repository, sized=sized)
     check_name(name)
     asked = (
         options.preprocess
@@ -254,17 +278,17 @@ def _served_artifact(
 
 
 def _base_and_name(
-    artifact: Artifact, request: ServeRequest, repository: Path
+    artifact: Artifact, request: ServeRequest, repository: Path, *, sized: bool
 ) -> tuple[str | None, str]:
     """What the names behind one router have in common, and the name of this model.
 
     A single model of any other name has None: it is behind no router.
     """
-    default = default_name(artifact.manifest)
-    end = f"_{default.rpartition('_')[2]}"
+    end = name_end(artifact.manifest, sized=sized)
     name = request.options.name
     if name is None:
-        return plain_name(artifact.manifest.model.name), default
+        base = plain_name(artifact.manifest.model.name)
+        return base, f"{base}{end}"
     is_base = len(request.artifacts) > 1 or (
         has_router(repository, name) and name not in models_in(repository)
     )
@@ -279,9 +303,14 @@ def _routers(
     options: ServeOptions,
     repository: Path,
 ) -> list[ModelFolder]:
-    base, interface = served[0].base, interface_of(served[0].called.config)
-    # The tokens that a tower gives are fewer for a larger r: no model can stand in for another.
-    same_interface = all(interface_of(one.called.config) == interface for one in served)
+    base, interfaces = served[0].base, dict[ImageSize, object]()
+    # The tokens that a tower gives are fewer for a larger r: no model can stand in for another of
+    # the same image size.
+    same_interface = all(
+        interfaces.setdefault(one.image_size, interface) == interface
+        for one in served
+        for interface in [interface_of(one.called.config)]
+    )
     # A router that is there would go on routing to models that it no longer fits: it is tried.
     if base is None or not (same_interface or has_router(repository, base)):
         return []
@@ -289,7 +318,9 @@ def _routers(
         route_to(one.artifact, one.called.name, ms)
         for one, ms in zip(served, _measured_ms(served), strict=True)
     ]
-    return router_folders(repository, base, routes, folders, replace(options, version=None))
+    recipe = served[0].artifact.manifest.preprocessing
+    listed = RouteList(routes=tuple(routes), crop_pct=recipe.crop_pct, resize=recipe.resize)
+    return router_folders(repository, base, listed, folders, replace(options, version=None))
 
 
 def _measured_ms(served: Sequence[_ServedArtifact]) -> list[float | None]:

@@ -29,8 +29,8 @@ MAX_NAME = 128
 """Longest name of a model: names of the models around it, and of files, are longer."""
 
 
-def default_name(manifest: Manifest) -> str:
-    """``<model>_r<r>``, with r as the schedule has it, such as ``vit_digits_r8``."""
+def name_end(manifest: Manifest, *, sized: bool = False) -> str:
+    """``_r<r>``, with r as the schedule has it; ``_448x224_r<r>`` where there are several sizes."""
     schedule, _, frames = manifest.merge.schedule.partition("; ")
     merged = re.fullmatch(r"r=(\d+) (.+)", schedule)
     if merged is None:
@@ -38,7 +38,8 @@ def default_name(manifest: Manifest) -> str:
     else:
         r = merged[1] if merged[2] == "constant" else f"{merged[1]}-{merged[2]}"
     r = f"{r}-across" if frames else r
-    return f"{plain_name(manifest.model.name)}_r{plain_name(r)}"
+    size = f"_{manifest.preprocessing.image_size}" if sized else ""
+    return f"{size}_r{plain_name(r)}"
 
 
 def plain_name(text: str) -> str:

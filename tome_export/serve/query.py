@@ -17,7 +17,7 @@ from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import inputs_from_file
 from tome_export.serve.client import Protocol, connect
 from tome_export.serve.names import IMAGE, PIPELINE, PREPROCESS, VIDEO
-from tome_export.spec import INPUT_NAME
+from tome_export.spec import INPUT_NAME, ImageSize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class QueryRequest:
         shared_memory: Hand the images over in shared memory: server on this machine only.
         r: Most tokens to merge per layer, for a router.
         max_ms: Longest that one image may take the model, in ms, for a router.
+        size: Image size that all images go to, for a router of several.
         query: File of what the model takes besides images; see ``inputs.inputs_from_file``.
     """
 
@@ -49,6 +50,7 @@ class QueryRequest:
     shared_memory: bool = False
     r: int | None = None
     max_ms: float | None = None
+    size: ImageSize | None = None
     query: Path | None = None
 
 
@@ -70,21 +72,23 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
     Raises:
         UsageError: if ``top``, ``r`` or ``max_ms`` is out of its range, both of the latter are
             given, the URL is not one, or a query is missing or too many.
-        InputError: if an image is unreadable, the server has no such model or refuses, or ``r`` or
-            ``max_ms`` is given for a model that is no router.
+        InputError: if an image is unreadable, the server has no such model or refuses, or ``r``,
+            ``max_ms`` or ``size`` is given for a model that is no router.
         MissingComponentError: if no server answers.
     """
     progress = progress or Silent()
     if request.top is not None and request.top < 1:
         raise UsageError(f"top is {request.top}; expected 1 or more")
-    parameters = _budget(request.r, request.max_ms)
+    parameters = {**_budget(request.r, request.max_ms)}
+    if request.size is not None:
+        parameters["size"] = str(request.size)
     with connect(request.url, request.protocol) as client:
         model = client.pipeline(request.model)
         if parameters and not client.routes(model):
             raise InputError(
-                f"model {model} at {client.address} is no router, which is what --r and --max-ms "
-                "are for; leave them out, or serve several artifacts of one model together, with "
-                "--preprocess"
+                f"model {model} at {client.address} is no router, which is what --r, --max-ms and "
+                "--size are for; leave them out, or serve several artifacts of one model together, "
+                "with --preprocess"
             )
         tensors = client.tensors(model)[0]
         kind = VIDEO if VIDEO in tensors else IMAGE

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from tome_export.artifact import MANIFEST, locked, writing_to
+from tome_export.artifact.files import link_or_copy
 from tome_export.errors import InputError
 from tome_export.serve.config import (
     HEADER,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 CONFIG = "config.pbtxt"
+
+DATA = ".data"
+"""Ends the name of a file of weights beside an ONNX model."""
 
 CASCADE_SETTINGS = "cascade.json"
 """In a version of a cascade: the calibrated policy, and the models that it asks."""
@@ -149,12 +153,18 @@ def write(
             whole = [change.folder.name for change in changes if "." in change.entries]
             staying = [name for name in models_in(repository) if name not in whole]
             with _staging(repository, staying) as made:
+
+                def known() -> Iterator[Path]:
+                    for place in (made, repository):
+                        yield from place.rglob(f"*{DATA}")
+
                 if check is not None:
                     for folder in folders:
-                        _stage(made / VIEW / folder.name, _Change(folder))
+                        _stage(made / VIEW / folder.name, _Change(folder), known)
                     check(made / VIEW)
                 for change in changes:
-                    _stage(made / change.folder.name, change, made / VIEW / change.folder.name)
+                    view = made / VIEW / change.folder.name
+                    _stage(made / change.folder.name, change, known, view)
                 for change in changes:
                     _publish(made / change.folder.name, repository / change.folder.name, change)
     return [
@@ -294,8 +304,14 @@ def _holds(path: Path, content: Path | bytes) -> bool:
     return filecmp.cmp(path, content, shallow=False)
 
 
-def _stage(folder: Path, change: _Change, view: Path | None = None) -> None:
-    """Make what is new of a model in the staging folder; what the view has is not copied again."""
+def _stage(
+    folder: Path, change: _Change, known: Callable[[], Iterator[Path]], view: Path | None = None
+) -> None:
+    """Make what is new of a model in the staging folder; what the view has is not copied again.
+
+    Weights that models have in common are stored once: ``known`` gives the files of weights that
+    are there.
+    """
     for name, content in _files(change.folder).items():
         if not {".", name, PurePosixPath(name).parts[0]} & {*change.entries}:
             continue
@@ -305,8 +321,15 @@ def _stage(folder: Path, change: _Change, view: Path | None = None) -> None:
             (view / name).rename(target)
         elif isinstance(content, bytes):
             target.write_bytes(content)
+        elif twin := next((one for one in known() if _is_twin(one, content)), None):
+            link_or_copy(twin, target)
         else:
             shutil.copyfile(content, target)
+
+
+def _is_twin(known: Path, source: Path) -> bool:
+    """Whether a file of weights is the same as one to be copied."""
+    return source.suffix == DATA and filecmp.cmp(known, source, shallow=False)
 
 
 def _publish(staged: Path, model: Path, change: _Change) -> None:

@@ -103,14 +103,14 @@ def _ask_all(view: Path, folders: Sequence[ModelFolder], *, gpu: bool) -> None:
 
 def _ask(client: Client, folders: Sequence[ModelFolder], folder: ModelFolder) -> None:
     name = folder.name
-    try:
-        request = sample_request(folders, folder.config)
-    except ImportError as error:
-        raise MissingComponentError(
-            f"{error.name} is not installed, which writes the video to ask {name} about; "
-            "pip install 'tome-export[video]'"
-        ) from error
-    for parameters in _parameters(folders, folder):
+    for config, parameters in _requests(folders, folder):
+        try:
+            request = sample_request(folders, config)
+        except ImportError as error:
+            raise MissingComponentError(
+                f"{error.name} is not installed, which writes the video to ask {name} about; "
+                "pip install 'tome-export[video]'"
+            ) from error
         try:
             answer = client.infer(name, request, parameters=parameters)
         except (InputError, MissingComponentError) as error:
@@ -125,16 +125,20 @@ def _ask(client: Client, folders: Sequence[ModelFolder], folder: ModelFolder) ->
                 raise InputError(f"model {name} gives a {tensor} that is not finite")
 
 
-def _parameters(folders: Sequence[ModelFolder], folder: ModelFolder) -> Iterator[Mapping[str, str]]:
-    """Parameters of the requests: one for each of these models that a router may choose."""
+def _requests(
+    folders: Sequence[ModelFolder], folder: ModelFolder
+) -> Iterator[tuple[ModelConfig, Mapping[str, str]]]:
+    """Whose inputs to ask a model about, and parameters; of a router for each model behind it."""
     if ROUTES not in folder.config.parameters:
-        yield {}
+        yield folder.config, {}
         return
     (listed,) = (
         json.loads(content)["routes"]
         for name, content in folder.files.items()
         if name.endswith(".json") and isinstance(content, bytes)
     )
-    names = {one.name for one in folders}
-    # Others are in the repository, and not in the view of it.
-    yield from ({"r": str(route["r"])} for route in listed if route["model"] in names)
+    configs = {one.name: one.config for one in folders}
+    for route in listed:
+        # Others are in the repository, and not in the view of it.
+        if route["model"] in configs:
+            yield configs[route["model"]], {"r": str(route["r"]), "size": route["size"]}
