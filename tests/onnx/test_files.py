@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -73,6 +74,96 @@ def test_saving_again_replaces_the_data(tmp_path):
     )
     files.save(add_model(), path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def layered_model(*seeds):
+    """A sum of an input and weights ``w0``, ``w1`` and so on, each drawn from its seed."""
+    names = [f"s{index}" for index in range(len(seeds))]
+    nodes = [
+        helper.make_node("Add", [before, f"w{index}"], [after])
+        for index, (before, after) in enumerate(
+            zip(["x", *names], [*names[:-1], "y"], strict=False)
+        )
+    ]
+    weights = [
+        numpy_helper.from_array(
+            np.random.default_rng(seed).standard_normal(4000, dtype=np.float32), f"w{index}"
+        )
+        for index, seed in enumerate(seeds)
+    ]
+    one = numpy_helper.from_array(np.ones(1, np.float32), "one")
+    nodes[0].input[1], mul = "scaled", helper.make_node("Mul", ["w0", "one"], ["scaled"])
+    graph = helper.make_graph(
+        [mul, *nodes],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4000])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4000])],
+        [*weights, one],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+def write_models(folder, *models, threshold=files.EXTERNAL_DATA_BYTES):
+    paths = [folder / str(index) / "model.onnx" for index in range(len(models))]
+    for path, model in zip(paths, models, strict=True):
+        path.parent.mkdir()
+        files.save(model, path, threshold=threshold)
+    return paths
+
+
+@pytest.mark.parametrize("threshold", [files.EXTERNAL_DATA_BYTES, 1000])
+def test_weights_in_common_are_one_file_whatever_they_are_called(tmp_path, threshold):
+    models = layered_model(1, 2, 3), layered_model(4, 3, 1), layered_model(3, 3, 1)
+    expected = [run(model.SerializeToString()) for model in models]
+    paths = write_models(tmp_path, *models, threshold=threshold)
+    assert files.share_weights(paths) == 2 * 16000
+    data = [files.data_of(path) for path in paths]
+    assert [path.stat().st_nlink for path in data] == [3] * 3
+    # Each begins at a page of its own.
+    assert data[0].stat().st_size == 4 * files.PAGE_BYTES + 16000
+    inside = []
+    for path, before in zip(paths, expected, strict=True):
+        files.check(path)
+        np.testing.assert_array_equal(run(str(path)), before)
+        np.testing.assert_array_equal(run(files.load(path).SerializeToString()), before)
+        held = files.load(path, weights=False).graph.initializer
+        inside.append({tensor.name for tensor in held if tensor.raw_data})
+    assert inside == [{"one", "w1"}, {"one", "w0"}, {"one"}]
+
+
+def test_the_shared_file_is_the_same_in_another_build(tmp_path):
+    contents = []
+    for name, orders in (("a", ((1, 2, 3), (2, 1, 5))), ("b", ((7, 2, 1), (1, 8, 2)))):
+        (tmp_path / name).mkdir()
+        paths = write_models(tmp_path / name, *(layered_model(*order) for order in orders))
+        files.share_weights(paths)
+        contents.append(files.data_of(paths[0]).read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_without_links_it_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another filesystem")
+
+    monkeypatch.setattr(os, "link", refuse)
+    paths = write_models(tmp_path, layered_model(1, 2), layered_model(2, 1))
+    assert files.share_weights(paths) == 2 * 16000
+    first, second = map(files.data_of, paths)
+    assert first.read_bytes() == second.read_bytes()
+    assert (first.stat().st_nlink, second.stat().st_nlink) == (1, 1)
+    run(str(paths[1]))
+
+
+def test_what_has_nothing_in_common_or_too_much_of_its_own_is_left(tmp_path, monkeypatch):
+    paths = write_models(tmp_path, layered_model(1, 2), layered_model(2, 3))
+    before = [path.read_bytes() for path in paths]
+    monkeypatch.setattr(files, "EXTERNAL_DATA_BYTES", 15_999)
+    assert files.share_weights(paths) == 0
+    monkeypatch.undo()
+    files.save(layered_model(4, 5), paths[1])
+    assert files.share_weights(paths) == 0
+    assert paths[0].read_bytes() == before[0]
+    assert not files.data_of(paths[0]).exists()
 
 
 def test_serialized_gives_a_file_above_the_limit_and_keeps_the_weights(monkeypatch):
