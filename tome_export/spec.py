@@ -224,11 +224,6 @@ class Preprocessing:
         """Type of the pixel values."""
         return "float32" if self.form == "float32" else "uint8"
 
-    @property
-    def image_size(self) -> ImageSize:
-        """Height and width of the input."""
-        return ImageSize(*self.input_size[1:])
-
 
 def is_fill(levels: object, channels: int) -> bool:
     """Whether levels can be ``Preprocessing.fill`` for images of so many channels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import onnx
@@ -123,7 +124,9 @@ def test_weights_in_common_are_one_file_whatever_they_are_called(tmp_path, thres
     assert data[0].stat().st_size == 4 * files.PAGE_BYTES + 16000
     inside = []
     for path, before in zip(paths, expected, strict=True):
-        files.check(path)
+        # ONNX's own checker takes no file of several names.
+        copy = shutil.copytree(path.parent, tmp_path / f"copy{len(inside)}")
+        files.check(copy / path.name)
         np.testing.assert_array_equal(run(str(path)), before)
         np.testing.assert_array_equal(run(files.load(path).SerializeToString()), before)
         held = files.load(path, weights=False).graph.initializer
