@@ -254,7 +254,8 @@ def test_config_of_a_router(make_artifact, instances):
     configs = {"small": config_of(artifact)}
     listed = RouteList(routes=(route_to(artifact, "small"),))
     folder = router_folder(ROUTER, listed, configs, options)
-    assert {*folder.files} == {"3/model.py", "3/routes.json", "3/best_size.py"}
+    modules = {"best_size.py", "headers.py", "model.py"}
+    assert {*folder.files} == {f"3/{name}" for name in (*modules, "routes.json")}
     assert folder.config.instance_group[0].count == max(FRONT_INSTANCES, instances)
     assert folder.config.parameters[ROUTES].string_value == "small"
     assert folder.config.max_batch_size == 8

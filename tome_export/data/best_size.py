@@ -1,21 +1,11 @@
 """Which of several image sizes wastes least of an image; also runs inside the server.
 
-Needs nothing but Python: a router decodes no image, it reads sizes from the headers of files.
+Needs nothing but Python.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Literal
-
-MOST_PARTS = 10_000
-"""Most parts of a file that are gone through for its size and orientation."""
-
-_PNG = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION, _SHORT = 0x0112, 3  # a tag and a type of TIFF
-_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-_ON_ITS_SIDE = range(5, 9)
 
 
 def waste(
@@ -72,81 +62,3 @@ def best_size(
         sizes,
         key=lambda size: (round(waste(image, size, crop_pct, resize), 9), size[0] * size[1], size),
     )
-
-
-def upright_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG or PNG file, as its EXIF or XMP says it is held.
-
-    None where the header does not say, as in a damaged file.
-    """
-    size, exif, xmp = (_png_header if data[:8] == _PNG else _jpeg_header)(data)
-    if not all(size):
-        return None
-    orientation = _exif_orientation(exif)
-    if orientation is None:
-        found = _XMP.search(xmp)
-        orientation = int(found[1]) if found else 1
-    return size[::-1] if orientation in _ON_ITS_SIDE else size
-
-
-Header = tuple[tuple[int, int], bytes, bytes]
-"""Width and height as they are stored, 0 where unknown; the content of EXIF; that of XMP."""
-
-
-def _jpeg_header(data: bytes) -> Header:
-    """The segments of a JPEG file (ITU-T T.81, B.1.1) up to the frame's, which has the size."""
-    exif = xmp = b""
-    place = 2
-    for _ in range(MOST_PARTS if data[:2] == b"\xff\xd8" else 0):
-        marker, length = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == b"\xff\xff":  # fills up
-            place += 1
-            continue
-        if len(marker) < 2 or marker[0] != 0xFF or length < 2:
-            break
-        start, end = place + 4, place + 2 + length
-        if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
-            height, width = (
-                int.from_bytes(data[at : at + 2], "big") for at in (start + 1, start + 3)
-            )
-            return (width, height), exif, xmp
-        if marker[1] == 0xE1 and data.startswith(b"Exif\0\0", start):
-            exif = exif or data[start + 6 : end]
-        if marker[1] == 0xE1 and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", start):
-            xmp = data[start:end]
-        place = end
-    return (0, 0), exif, xmp
-
-
-def _png_header(data: bytes) -> Header:
-    """The chunks of a PNG file; EXIF and XMP may stand behind the pixels."""
-    exif = xmp = b""
-    size, place = (0, 0), 8
-    for _ in range(MOST_PARTS):
-        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        start, end = place + 8, place + 8 + length
-        if len(kind) < 4:
-            break
-        if kind == b"IHDR":
-            width, height = (int.from_bytes(data[at : at + 4], "big") for at in (start, start + 4))
-            size = width, height
-        elif kind == b"eXIf":
-            exif = data[start:end]
-        elif kind == b"iTXt" and data.startswith(b"XML:com.adobe.xmp\0", start):
-            xmp = data[start:end]
-        place = end + 4  # behind it is its checksum
-    return size, exif, xmp
-
-
-def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in the first directory of EXIF, which is a TIFF file; None without."""
-    order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
-
-    def number(at: int, length: int) -> int:
-        return int.from_bytes(exif[at : at + length], order)
-
-    at = number(4, 4)
-    for entry in range(at + 2, min(at + 2 + 12 * number(at, 2), len(exif)), 12):
-        if number(entry, 2) == _ORIENTATION and number(entry + 2, 2) == _SHORT:
-            return number(entry + 8, 2)
-    return None

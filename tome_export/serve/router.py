@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from tome_export.artifact.document import Document, Measure, Part, Size
-from tome_export.data import best_size
+from tome_export.data import best_size, headers
 from tome_export.errors import InputError
 from tome_export.serve.config import ModelFolder, ServeOptions, front_config, python_folder
 from tome_export.serve.model_file import image_shape
@@ -151,8 +151,8 @@ def router_folder(
         dynamic_batching=None,
     )
     content = listed.model_copy(update={"routes": tuple(ordered)}).model_dump()
-    rule = [Path(best_size.__file__)]
-    return python_folder(config, "router", ROUTES_FILE, content, options, rule)
+    modules = [Path(best_size.__file__), Path(headers.__file__)]
+    return python_folder(config, "router", ROUTES_FILE, content, options, modules)
 
 
 def route_to(artifact: Artifact, model: str, ms: float | None = None) -> Route:

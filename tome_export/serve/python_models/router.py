@@ -29,6 +29,7 @@ import asyncio
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 
 ROUTES = "routes.json"
-RULE = "best_size.py"
+RULE, HEADERS = "best_size", "headers"
 IMAGE, PIXELS = "image", "pixel_values"
 
 
@@ -53,7 +54,7 @@ class TritonPythonModel:
         self.settings = json.loads((folder / ROUTES).read_text())
         self.sizes = sizes_of(self.settings["routes"])
         if len(self.sizes) > 1:
-            self.rule = beside(folder)
+            self.rule, self.headers = beside(RULE, folder), beside(HEADERS, folder)
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def execute(self, requests: list[Any]) -> None:
@@ -186,12 +187,12 @@ class TritonPythonModel:
 
     def _size_of(self, data: bytes) -> str:
         """The image size for one file; of one that has none the least: its decoder says why."""
-        image = self.rule.upright_size(data)
-        if image is None:
+        header = self.headers.read_header(data)
+        if header is None:
             return self.sizes[0]
         sizes = [(int(height), int(width)) for height, width in (s.split("x") for s in self.sizes)]
         height, width = self.rule.best_size(
-            image, sizes, self.settings["crop_pct"], self.settings["resize"]
+            header.upright, sizes, self.settings["crop_pct"], self.settings["resize"]
         )
         return f"{height}x{width}"
 
@@ -211,12 +212,13 @@ def numbers(rows: Sequence[int]) -> str:
     return f"{shown} and {len(rows) - 5} more" if len(rows) > 5 else shown
 
 
-def beside(folder: Path) -> Any:
-    """The module of ``best_size.py`` beside this file, whatever else has that name."""
-    spec = importlib.util.spec_from_file_location("tome_export_best_size", folder / RULE)
+def beside(name: str, folder: Path) -> Any:
+    """The module of a file that lies beside this one, whatever else has that name."""
+    spec = importlib.util.spec_from_file_location(f"tome_export_{name}", folder / f"{name}.py")
     if spec is None or spec.loader is None:
-        raise ImportError(f"{RULE} is not beside the model; write the repository again")
+        raise ImportError(f"{name}.py is not beside the model; write the repository again")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
