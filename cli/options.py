@@ -294,6 +294,10 @@ class EngineGroup(Group):
     hardware_compatible: bool = option(
         help="The engine runs on every GPU from the Ampere generation on."
     )
+    strip_weights: bool = option(
+        help="Leave the weights out: those of the ONNX model are put in before the engine runs. "
+        "Needs a GPU; tritonserver cannot load it."
+    )
     compute_capabilities: tuple[str, ...] = option(
         "--compute-capability",
         metavar="X.Y",

@@ -100,6 +100,19 @@ def test_a_version_compatible_engine_says_what_its_server_needs(run, artifact, t
     assert ran.json["server"] == {"arguments": [flag], "environment": {}}
 
 
+def test_an_engine_without_weights_is_not_served(run, artifact, tmp_path):
+    add_engine(artifact, "tensorrt", stripped=True)
+    line = (
+        f"the engine in {artifact} has no weights (--strip-weights), and tritonserver gives it none"
+    )
+    ran = run("serve", artifact, "--repository", "models", "--format", "engine")
+    assert (ran.code, ran.error) == (3, f"{line}; build one with weights, or serve the ONNX model")
+    assert not (tmp_path / "models").exists()
+    ran = run("serve", artifact, *WRITE)
+    assert ran.code == 0
+    assert f"{line}: the ONNX model is served" in ran.out
+
+
 def test_an_engine_with_plugins_and_a_range_is_served_at_one_batch(run, artifact, tmp_path):
     build = artifact / "build.json"
     manifest = json.loads(build.read_text())

@@ -142,6 +142,12 @@ def test_options_take_effect_or_are_noted(save_vit, tmp_path):
             "current GPU",
             marks=needs_no_gpu,
         ),
+        pytest.param(
+            {"strip_weights": True},
+            MissingComponentError,
+            "builds only where there is a GPU: .*; leave --strip-weights out",
+            marks=needs_no_gpu,
+        ),
     ],
 )
 def test_options_it_cannot_honour_are_refused(save_vit, tmp_path, options, error, message):

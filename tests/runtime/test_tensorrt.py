@@ -99,3 +99,42 @@ def test_tensorrt_has_the_switch_too(tmp_path):
     if done.stderr.startswith("skip: "):
         pytest.skip(done.stderr.removeprefix("skip: ").strip())
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "True True"), done.stderr
+
+
+REFIT = """
+import types
+from pathlib import Path
+import tensorrt_rtx as trt
+from tome_export.engine.messages import collect
+from tome_export.errors import InputError
+from tome_export.runtime.runner import EngineFile
+from tome_export.runtime.tensorrt import _refit
+assert trt.OnnxParserRefitter.refit_from_file and trt.Refitter.refit_cuda_engine
+file = EngineFile(Path("model.engine"), weights=Path("model.onnx"))
+for takes in ((True, True), (True, False), (False, True)):
+    asked = []
+    library = types.SimpleNamespace(
+        Refitter=lambda engine, logger: types.SimpleNamespace(refit_cuda_engine=lambda: takes[1]),
+        OnnxParserRefitter=lambda refitter, logger: types.SimpleNamespace(
+            refit_from_file=lambda path: asked.append(path) or takes[0]
+        ),
+    )
+    with collect(trt) as (logger, messages):
+        try:
+            _refit(library, object(), logger, messages, file)
+            print("refitted", *asked)
+        except InputError as error:
+            print(error)
+"""
+
+
+def test_an_engine_without_weights_gets_those_of_its_model_or_is_refused():
+    """The library's classes stand in: an engine can only be loaded where there is a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    command = [sys.executable, "-c", REFIT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    assert first == "refitted model.onnx"
+    assert len(others) == 2
+    assert all("model.engine does not take the weights of model.onnx" in one for one in others)

@@ -345,6 +345,7 @@ class EngineInfo(Part):
         network_layers: Layers of the parsed network, before the builder fuses them.
         plugin_layers: Those of them that are plugins.
         version_compatible: Whether it brings a runtime of its own: code that loading it runs.
+        stripped: Whether it has no weights, and is given those of the ONNX model before it runs.
         layers: The engine's layers as its inspector gives them; None where it could not be read.
         notes: Whatever a user should know: options without effect here, fall-backs, warnings.
     """
@@ -361,6 +362,7 @@ class EngineInfo(Part):
     network_layers: Count
     plugin_layers: Count
     version_compatible: bool
+    stripped: bool = False
     layers: tuple[Any, ...] | None
     notes: tuple[str, ...]
 

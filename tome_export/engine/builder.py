@@ -48,6 +48,8 @@ class EngineOptions:
         timing_cache: File of tactic timings, read when it exists and written after the build.
         version_compatible: The engine also runs on later TensorRT versions of the same major.
         hardware_compatible: The engine runs on every GPU of the Ampere generation and later.
+        strip_weights: Leave the weights out of the engine: it is given those of the ONNX model
+            before it runs. Needs a GPU to build.
         compute_capabilities: GPUs a TensorRT-RTX engine is built for, such as ``("8.9", "12.0")``,
             or ``("current",)``; empty for its portable default (Ampere and later). At a build with
             ``--merge-op plugin`` also the GPUs its kernels are compiled for.
@@ -62,6 +64,7 @@ class EngineOptions:
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    strip_weights: bool = False
     compute_capabilities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -188,6 +191,13 @@ class EngineBuilder(ABC):
         output_path: Path,
     ) -> tuple[Any, EngineInfo]:
         started = time.monotonic()
+        report = gpu.detect()
+        if options.strip_weights and not report.gpus:
+            # Tried with TensorRT-RTX 1.7, for named GPUs as well: CUDA fails within its compiler.
+            raise MissingComponentError(
+                f"an engine without weights was asked for, which {self.title} builds only where "
+                f"there is a GPU: {report.reason}; leave --strip-weights out"
+            )
         # The parser owns weights the network refers to: it must live until the build is over.
         builder, net, parser = self._network_from_onnx(trt, logger, messages, onnx_path)
         config = builder.create_builder_config()
@@ -201,6 +211,8 @@ class EngineBuilder(ABC):
             config.builder_optimization_level = options.optimization_level
         _add_profile(builder, config, net, options.batch)
         notes = self.configure(trt, config, options)
+        if options.strip_weights:
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         attentions = _allow_attention_fallback(trt, net)
         if attentions:
             notes.append(f"attention layers: {attentions}, fused where the library has a kernel")
@@ -232,6 +244,7 @@ class EngineBuilder(ABC):
             network_layers=int(net.num_layers),
             plugin_layers=_plugin_layers(trt, net),
             version_compatible=options.version_compatible,
+            stripped=options.strip_weights,
             layers=layers,
             notes=tuple(notes + messages.warnings),
         )

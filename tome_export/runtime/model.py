@@ -188,7 +188,11 @@ def model_from_artifact(
         output_name=manifest.output.name,
         batch=manifest.batch,
         engines={
-            name: EngineFile(artifact.path / engine.file, engine.version_compatible)
+            name: EngineFile(
+                artifact.path / engine.file,
+                engine.version_compatible,
+                artifact.model_path if engine.stripped else None,
+            )
             for name, engine in manifest.engines.items()
         },
         plugins=plugins_of(manifest),

@@ -45,10 +45,12 @@ class EngineFile:
     Attributes:
         version_compatible: Whether it was built so. Only then the code that comes with such an
             engine may run; it is refused otherwise.
+        weights: ONNX model that an engine without weights is given those of; None for any other.
     """
 
     path: Path
     version_compatible: bool = False
+    weights: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

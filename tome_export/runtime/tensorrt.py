@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tome_export.engine.builder import EngineBuilder, runtime_for
-from tome_export.engine.messages import collect
+from tome_export.engine.messages import Messages, collect
 from tome_export.engine.tensorrt import TensorRT as TensorRTBuilder
 from tome_export.engine.tensorrt_rtx import TensorRTRTX as TensorRTRTXBuilder
 from tome_export.errors import ExportError, InputError, MissingComponentError
@@ -139,6 +139,8 @@ def _load(trt: ModuleType, engine_file: EngineFile) -> Iterator[Runner]:
                 f"{engine_path.name} cannot be loaded by {trt.__name__} {trt.__version__} on this "
                 f"GPU: {messages.first_errors()}; build it here with tome-export engine"
             )
+        if engine_file.weights is not None:
+            _refit(trt, engine, logger, messages, engine_file)
         runner = TrtRunner(engine)
         try:
             runner.activate()
@@ -149,6 +151,17 @@ def _load(trt: ModuleType, engine_file: EngineFile) -> Iterator[Runner]:
     finally:
         with G_LOGGER.verbosity(_SILENT):
             runner.deactivate()
+
+
+def _refit(trt: ModuleType, engine: Any, logger: Any, messages: Messages, file: EngineFile) -> None:
+    """Give an engine the weights of its ONNX model."""
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not (parser.refit_from_file(str(file.weights)) and refitter.refit_cuda_engine()):
+        raise InputError(
+            f"{file.path.name} does not take the weights of {file.weights}: "
+            f"{messages.first_errors()}; build it again with tome-export engine"
+        )
 
 
 def _prepare_polygraphy(trt: ModuleType) -> None:

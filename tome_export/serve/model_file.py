@@ -58,6 +58,15 @@ def model_file_from_artifact(artifact: Artifact, choice: str = "auto") -> ModelF
         raise UsageError(f"format is {choice!r}; expected one of {', '.join(FORMATS)}")
     manifest, notes = artifact.manifest, []
     engine = None if choice == "onnx" else manifest.engines.get(TENSORRT)
+    if engine is not None and engine.stripped:
+        line = (
+            f"the engine in {artifact.path} has no weights (--strip-weights), and tritonserver "
+            "gives it none"
+        )
+        if choice == "engine":
+            raise InputError(f"{line}; build one with weights, or serve the ONNX model")
+        notes.append(f"{line}: the ONNX model is served")
+        engine = None
     if choice == "engine" and engine is None:
         raise InputError(_no_engine(artifact))
     batch = engine.batch if engine else manifest.batch
