@@ -87,7 +87,8 @@ class Cases:
         self.scores = dict(zip(keys, scores, strict=True))
         self.bytes = [path.read_bytes() for path in files]
         self.upright = [_upright(path) for path in files]
-        self.pixels, self.logits = {}, {}
+        self.pixels: dict[Size, NDArray[Any]] = {}
+        self.logits: dict[tuple[Size, int], NDArray[Any]] = {}
         for (size, r), path in artifacts.items():
             recipe = Artifact.open(path).manifest.preprocessing
             self.pixels[size] = load_images(files, recipe)
@@ -171,10 +172,10 @@ def check(client: Client, case: Case, tally: Tally) -> None:
     if found is None:
         found = np.zeros_like(case.expected)
         np.put_along_axis(found, answer["index"], answer["score"], axis=1)
-    error = np.abs(found - case.expected).max() / max(1.0, np.abs(case.expected).max())
-    tally.largest_error = max(tally.largest_error, float(error))
-    if not error <= TOLERANCE:  # NaN is wrong
-        tally.wrong[f"{case.kind}: off by {error:.1e}"] += 1
+    off = np.abs(found - case.expected).max() / max(1.0, np.abs(case.expected).max())
+    tally.largest_error = max(tally.largest_error, float(off))
+    if not off <= TOLERANCE:  # NaN is wrong
+        tally.wrong[f"{case.kind}: off by {off:.1e}"] += 1
 
 
 def run(server: Any, cases: Cases, requests: int, concurrency: int) -> dict[str, Any]:
@@ -228,9 +229,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         artifacts = {}
         for r in RS:
-            common = {"engine": "none", "batch": BatchRange(1, 8, 16), "schedule": Schedule(r)}
             asked = [
-                BuildRequest(MODEL, Path(folder, f"r{r}"), image_size=size, **common)
+                BuildRequest(
+                    MODEL,
+                    Path(folder, f"r{r}"),
+                    Schedule(r),
+                    image_size=size,
+                    engine="none",
+                    batch=BatchRange(1, 8, 16),
+                )
                 for size in SIZES
             ]
             for size, artifact in zip(SIZES, build_sizes(asked), strict=True):
