@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tome_export.cli.format import fields, table
-from tome_export.cli.options import grouped_command
+from tome_export.cli.options import ImageSizeGroup, grouped_command
 from tome_export.cli.output import Terminal
 from tome_export.cli.progress import working
 from tome_export.display import short_macs
@@ -22,7 +22,7 @@ HEADERS = ("name", "input", "tokens", "depth", "MACs", "r", "MACs ratio", "outpu
     "models", "List the models, or describe one.", example="tome-export models vit_b16"
 )
 @click.argument("name", required=False)
-def command(terminal: Terminal, /, name: str | None) -> None:
+def command(terminal: Terminal, /, name: str | None, options: ImageSizeGroup) -> None:
     """List the models that have a recipe, or describe NAME.
 
     r is the recommended number of tokens to merge per layer, MACs ratio what it saves.
@@ -30,7 +30,9 @@ def command(terminal: Terminal, /, name: str | None) -> None:
     with working(terminal):
         from tome_export.models.catalog import catalog, details
 
-        found = details(name) if name else None
+        if options.image_size is not None and name is None:
+            raise click.UsageError("--image-size is for one model; give its NAME")
+        found = details(name, options.image_size) if name else None
         models = [] if name else catalog()
     if found is not None:
         terminal.result(found.document(), _details(found))

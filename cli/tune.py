@@ -11,6 +11,7 @@ import click
 from tome_export.cli.format import RANDOM, fields, table
 from tome_export.cli.options import (
     Group,
+    ImageSizeGroup,
     LabelsGroup,
     PrecisionGroup,
     ReducerGroup,
@@ -61,7 +62,7 @@ class Targets(Group):
         return goal
 
 
-class TuneOptions(Targets, LabelsGroup, WeightsGroup, ReducerGroup, PrecisionGroup):
+class TuneOptions(Targets, LabelsGroup, WeightsGroup, ImageSizeGroup, ReducerGroup, PrecisionGroup):
     """Target."""
 
     target_latency_ms: float | None = option(

@@ -12,7 +12,7 @@ from tome_export.video.options import video_token_counts, without_last_merge
 
 if TYPE_CHECKING:
     from tome_export.models.recipe import Recipe
-    from tome_export.spec import OutputKind, Preprocessing
+    from tome_export.spec import ImageSize, OutputKind, Preprocessing
 
 _DETAILS = (
     "aliases",
@@ -93,10 +93,10 @@ def catalog() -> list[ModelDetails]:
     return [_details(recipe, sizes_from_geometry(recipe)) for recipe in RECIPES.values()]
 
 
-def details(name: str) -> ModelDetails:
+def details(name: str, image_size: ImageSize | None = None) -> ModelDetails:
     """All about one model; one without a recipe is built, without weights, to be counted."""
-    recipe = resolve(name)
-    known = recipe.name in RECIPES
+    recipe = resolve(name, image_size=image_size)
+    known = recipe.name in RECIPES and recipe.geometry is not None
     return _details(recipe, sizes_from_geometry(recipe) if known else sizes_from_model(recipe))
 
 

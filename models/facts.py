@@ -69,17 +69,19 @@ _MEASURED = f"at least {DINOV2_LEAST} on ViT-S/14, benchmarks/results/trained.js
 def dinov2_advice(tokens: int, depth: int) -> MergingAdvice:
     """Advice for a tower of DINOv2: the share of its tokens that was measured on ViT-S/14.
 
-    The share is that of the most tokens that are not more; with fewer than any, it is the rule.
+    The tokens may include four registers; for any other number of them it is the rule.
     """
-    known = max((count for count in DINOV2_FEATURES if count <= tokens), default=None)
+    known = next((count for count in DINOV2_FEATURES if 0 <= tokens - count <= 4), None)
     if known is None or not depth:
         return rule_advice(tokens, depth)
     r = 12 * DINOV2_FEATURES[known] * tokens // (known * depth)
     return MergingAdvice(r, f"measured: mean cosine to the unmerged features {_MEASURED}")
 
 
-def dinov2_map_advice(tokens: int) -> MergingAdvice:
-    """Advice for the saliency model of DINOv2 ViT-S/14, measured for so many tokens."""
+def dinov2_map_advice(tokens: int, depth: int) -> MergingAdvice:
+    """Advice for the saliency model of DINOv2 ViT-S/14, where it was measured for such tokens."""
+    if tokens not in DINOV2_MAPS:
+        return rule_advice(tokens, depth)
     source = f"measured: mean correlation with the unmerged map {_MEASURED}"
     return MergingAdvice(DINOV2_MAPS[tokens], source)
 

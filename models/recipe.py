@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tome_export.errors import InputError
 from tome_export.models.facts import Geometry, MergingAdvice, ModelOutput, rule_advice
+from tome_export.models.positions import Grid, check_divides
 from tome_export.spec import (
     Activation,
     ImageSize,
@@ -53,6 +54,8 @@ class WeightsInfo:
         stored_dtype: Type of the values in the weights file, narrower than float32 where it is
             half precision.
         key: Where in the file they are; empty if they are all that it holds.
+        resampled_from: Rows and columns of the patches that the positions in the file are for,
+            where they were resampled for other ones.
     """
 
     kind: WeightsKind
@@ -61,6 +64,7 @@ class WeightsInfo:
     seed: int | None = None
     stored_dtype: str = "float32"
     key: str = ""
+    resampled_from: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Recipe:
         geometry: Sizes of the model; None where only the model itself knows them.
         tower: What a language model takes of it, nothing left open; None for any other model.
         video: Frames of one video and how they are joined; None for a model of images.
+        image_size: Size of the images that was asked for; None for the model's own.
+        advise: What is advised of r at another, square size, given tokens and depth.
     """
 
     name: str
@@ -115,6 +121,8 @@ class Recipe:
     geometry: Geometry | None = None
     tower: TowerOptions | None = None
     video: VideoOptions | None = None
+    image_size: ImageSize | None = None
+    advise: Callable[[int, int], MergingAdvice] = field(default=rule_advice, compare=False)
 
     def load(
         self,
@@ -157,29 +165,38 @@ class Recipe:
     def at(self, image_size: ImageSize) -> Recipe:
         """The recipe of the same model for images of another size.
 
-        Preprocessing follows it. What was published or measured of r holds for the recipe's own
-        size, so at another one r is the rule's.
+        Preprocessing follows it. What was published of r, or measured, holds for the size that it
+        was measured at, so r is the rule's at another one.
 
         Raises:
             InputError: if the model's patches do not divide the size, or its library cannot make
                 it for that size.
         """
         channels, *own = self.preprocessing.input_size
-        if own == [image_size.height, image_size.width]:
-            return self
+        size = (image_size.height, image_size.width)
+        if size == tuple(own):
+            return replace(self, image_size=image_size)
+        grid = unmerged(f"{self.name} is", self.architecture())[0].patch_grid
+        if grid is not None:
+            check_divides(image_size, (grid.height, grid.width), self.name)
         loader = self.source.loader.at(image_size)
-        resized = replace(
+        merged, _ = unmerged(f"{self.name} at {image_size} is", loader.architecture())
+        if merged.image_size[1:] != size:
+            raise InputError(
+                f"image size {image_size} was asked for {self.name}, whose library makes it for "
+                "{}x{} all the same; leave --image-size out".format(*merged.image_size[1:])
+            )
+        layers = merged.layers
+        advise = self.advise if image_size.height == image_size.width else rule_advice
+        advice = advise(layers[0].tokens_in if layers else merged.prefix, len(layers))
+        return replace(
             self,
             source=replace(self.source, loader=loader),
-            preprocessing=replace(
-                self.preprocessing, input_size=(channels, image_size.height, image_size.width)
-            ),
+            preprocessing=replace(self.preprocessing, input_size=(channels, *size)),
+            merging=replace(self.merging, r=advice.r, source=advice.source),
+            geometry=None,
+            image_size=image_size,
         )
-        merged, _ = unmerged(f"{self.name} at {image_size} is", loader.architecture())
-        layers = merged.layers
-        advice = rule_advice(layers[0].tokens_in if layers else merged.prefix, len(layers))
-        merging = replace(self.merging, r=advice.r, source=advice.source)
-        return replace(resized, merging=merging)
 
     def architecture(self) -> nn.Module:
         """The model without memory for its weights, to be counted and looked at."""
@@ -244,7 +261,22 @@ class Loader(ABC):
         Raises:
             InputError: if there is no such model.
         """
-        raise InputError(f"image size {image_size} was asked for; expected the model's own")
+        raise InputError(
+            f"image size {image_size} was asked for a model of {type(self).__name__}, which is "
+            "made for one size; leave --image-size out"
+        )
+
+    @property
+    def own(self) -> Loader:
+        """The loader of the model for its own image size."""
+        return self
+
+    def fitted(self, state: State, module: nn.Module) -> tuple[State, Grid | None]:  # noqa: ARG002
+        """A state, by the names of a module of ``create``, whose positions are for its grid.
+
+        Also rows and columns of the patches that they were resampled from; None if they were not.
+        """
+        return state, None
 
     def download(self, recipe: Recipe) -> Path:
         """The file of the pretrained weights; raises an ``InputError`` if there is none."""
@@ -263,8 +295,13 @@ class Loader(ABC):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = self.create(depth)
+            module = self.own.create(depth)
             wake_constants(module)
+            if self.own is not self:
+                # So that a seed gives the same weights at every size, but for the positions.
+                sized = self.create(depth)
+                sized.load_state_dict(self.fitted(module.state_dict(), sized)[0])
+                module = sized
         return loaded(module, recipe, WeightsInfo("random", f"random, seed {seed}", seed=seed))
 
     def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:
@@ -338,11 +375,12 @@ def filled(
     checkpoint: Checkpoint,
     stored: str = "",
     remark: str = "",
+    resampled_from: Grid | None = None,
 ) -> LoadedModel:
     """The model with the tensors of a file, by the module's own names.
 
     ``stored`` is their dtype in the file, if ``state`` holds others too; ``remark`` is put behind
-    the name of the file.
+    the name of the file; ``resampled_from`` is the grid that positions were resampled from.
     """
     path = checkpoint.path
     check_fit(
@@ -360,6 +398,7 @@ def filled(
         sha256(path),
         stored_dtype=stored or stored_dtype(state.values()),
         key=checkpoint.key,
+        resampled_from=resampled_from,
     )
     return loaded(module, recipe, info)
 
@@ -427,4 +466,5 @@ def recipe_from_model(
         family=family,
         description=description,
         video=video,
+        advise=advise,
     )

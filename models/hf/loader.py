@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError
 from tome_export.models.hf.checkpoint import quiet, read_config, reason_of, vision_config
 from tome_export.models.hub import weights_folder
+from tome_export.models.positions import Grid, position_grid, resampling
 from tome_export.models.recipe import (
     LoadedModel,
     Loader,
@@ -24,6 +25,7 @@ from tome_export.models.recipe import (
     loaded,
     refuse_depth,
 )
+from tome_export.spec import ImageSize
 from tome_export.weights.files import (
     Checkpoint,
     bare_name,
@@ -55,6 +57,7 @@ _HEADS = re.compile(
     r"\.(?:weight|bias)"
 )
 _CLASSIFIER = re.compile(r"(?:classifier|cls_classifier|distillation_classifier)\.weight")
+_POSITIONS = re.compile(r"\bembeddings\.position_embeddings?(?:\.weight)?$")
 _POOLING_HEAD = re.compile(r"(?:vision_model\.)?head\..+")
 
 
@@ -66,18 +69,48 @@ class HfLoader(Loader):
         cls: The library's name of the class.
         values: Content of ``config.json``.
         source: Folder or hub name of the checkpoint.
-        image_size: Side of the images in pixels, where positions are to be resampled for it.
+        image_size: Height and width of the images, where it is not that of ``values``.
     """
 
     cls: str
     values: dict[str, Any]
     source: str
-    image_size: int | None = None
+    image_size: Grid | None = None
 
     def create(self, depth: int | None = None) -> nn.Module:
         """See ``Loader``."""
-        made: nn.Module = self._make(depth, self.image_size)
+        made: nn.Module = self._make(depth)
+        if self.image_size is not None:
+            from tome_export.patch.hf.positions import resample
+
+            resample(made, self.image_size)
         return made
+
+    def at(self, image_size: ImageSize) -> HfLoader:
+        """See ``Loader``."""
+        from tome_export.patch.hf.base import pair
+
+        size = (image_size.height, image_size.width)
+        return replace(self, image_size=None if size == pair(self.config().image_size) else size)
+
+    @property
+    def own(self) -> HfLoader:
+        """See ``Loader``."""
+        return self if self.image_size is None else replace(self, image_size=None)
+
+    def fitted(
+        self,
+        state: State,
+        module: nn.Module | None = None,  # noqa: ARG002
+    ) -> tuple[State, Grid | None]:
+        """See ``Loader``; the names may be those of any layout of the library."""
+        key = next(iter(_positions(state)), None)
+        if self.image_size is None or key is None:
+            return state, None
+        found, before = resampled_positions(self._make(depth=1), state[key], self.image_size)
+        if found is None:
+            return state, None
+        return {**state, key: found.reshape(*state[key].shape[:-2], *found.shape)}, before
 
     def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``Loader``."""
@@ -102,14 +135,13 @@ class HfLoader(Loader):
         headless = not getattr(self.config(), "vision_use_head", True)
         return self.cls == "SiglipVisionModel" and headless
 
-    def config(self, depth: int | None = None, image_size: int | None = None) -> Any:
-        """The library's configuration, with so many layers and of that image size if given."""
+    def config(self, depth: int | None = None) -> Any:
+        """The library's configuration, with so many layers if given."""
         from tome_export.patch.hf.base import check_attention
 
         config = vision_config(self.values, self.source)
         check_attention(config._attn_implementation, self.source)
         config.num_hidden_layers = depth or config.num_hidden_layers
-        config.image_size = image_size or config.image_size
         return config
 
     def _whole(self, vision: Any) -> Any:
@@ -122,8 +154,8 @@ class HfLoader(Loader):
         config.vision_config = vision
         return config
 
-    def _make(self, depth: int | None = None, image_size: int | None = None) -> Any:
-        config = self._whole(self.config(depth, image_size))
+    def _make(self, depth: int | None = None) -> Any:
+        config = self._whole(self.config(depth))
         with quiet() as transformers:
             # Its layers check their sizes with many classes of error.
             try:
@@ -158,28 +190,36 @@ class HfLoader(Loader):
     def _loaded(self, recipe: Recipe, state: State, info: WeightsInfo) -> LoadedModel:
         import torch
 
-        remarks = [info.source]
-        if self.image_size not in (None, before := self.config().image_size):
-            remarks.append(f"position embedding resampled {before} -> {self.image_size} pixels")
-        stored = stored_dtype(state.values())
+        who = f"weights of {self.source}"
+        check_stored(state, who)
+        check_finite(state, f"{who} have")
+        source, stored = info.source, stored_dtype(state.values())
         # The library draws weights first, also where all are replaced.
         with torch.random.fork_rng(devices=[]):
-            module = self._filled(state)
+            fitted, before = self.fitted(state)
+            # Those of another size are none that the library could read.
+            positions = [] if fitted is state else [fitted.pop(key) for key in _positions(state)]
+            module = self._filled(fitted, who, positions)
+            if positions and self.image_size is not None:
+                from tome_export.patch.hf.positions import fit, grid_of
+
+                fit(module, positions[0].reshape(-1, positions[0].shape[-1]), self.image_size)
+                source += resampling(before, grid_of(module))
             # A bare model's class leaves the classifier of its checkpoint out: not in silence.
             own = {name.partition(".")[0] for name, _ in module.named_parameters()}
             heads = {key.partition(".")[0] for key in state if _CLASSIFIER.fullmatch(key)}
             if left := ", ".join(sorted(heads - own)):
-                remarks.append(f"its {left} left out, as {self.cls} has none")
-            info = replace(info, source="; ".join(remarks), stored_dtype=stored)
-            return loaded(self._resampled(module), recipe, info)
+                source += f"; its {left} left out, as {self.cls} has none"
+            info = replace(info, source=source, stored_dtype=stored, resampled_from=before)
+            return loaded(module, recipe, info)
 
-    def _filled(self, state: State) -> Any:
-        """The model with the tensors of a checkpoint: all of them, and of no other shapes."""
+    def _filled(self, state: State, who: str, positions: list[Tensor]) -> Any:
+        """The model with the tensors of a checkpoint: all of them, and of no other shapes.
+
+        Its positions are zero where they come from elsewhere.
+        """
         import torch
 
-        who = f"weights of {self.source}"
-        check_stored(state, who)
-        check_finite(state, f"{who} have")
         config, extra = self._whole(self.config()), {}
         pooled = any(key.endswith("pooler.dense.weight") for key in state)
         if self.cls in ("ViTModel", "DeiTModel") and not pooled:
@@ -201,7 +241,8 @@ class HfLoader(Loader):
                     f"{who} do not fit its config.json ({reason_of(error)}); expected the whole "
                     "checkpoint of this architecture"
                 ) from None
-        missing = (key for key in sorted(info["missing_keys"]) if not key.endswith(_UNUSED))
+        absent = [key for key in sorted(info["missing_keys"]) if not key.endswith(_UNUSED)]
+        missing = (key for key in absent if not (positions and _POSITIONS.search(key)))
         unexpected = (key for key in sorted(info["unexpected_keys"]) if not self._spare(key))
         wrong = {key: (got, want) for key, got, want in sorted(info["mismatched_keys"])}
         if text := misfit(missing, unexpected, wrong):
@@ -217,23 +258,36 @@ class HfLoader(Loader):
         head = self.dense_only and _POOLING_HEAD.fullmatch(key)
         return key.endswith(_UNUSED) or bool(_HEADS.fullmatch(key) or head)
 
-    def _resampled(self, module: Any) -> Any:
-        """The model for another image size, its positions as the library resamples them."""
-        import torch
 
-        size = self.image_size
-        if size in (None, self.config().image_size):
-            return module
-        resampled = self._make(image_size=size)
-        base, other = (getattr(m, m.base_model_prefix, m) for m in (module, resampled))
-        tokens = other.embeddings.position_embeddings.shape[1]
-        with torch.no_grad():
-            like = torch.empty(1, tokens, module.config.hidden_size)
-            position = base.embeddings.interpolate_pos_encoding(like, size, size)
-        state = module.state_dict()
-        key = next(key for key in state if key.endswith("position_embeddings"))
-        resampled.load_state_dict({**state, key: position})
-        return resampled
+def _positions(state: State) -> list[str]:
+    """Name of the position embedding in a state; none if it has none."""
+    return [key for key in state if _POSITIONS.search(key)][:1]
+
+
+def resampled_positions(
+    own: nn.Module, stored: Tensor, size: Grid
+) -> tuple[Tensor | None, Grid | None]:
+    """Positions ``[N, C]`` for images of a size, of those that a checkpoint stores for any.
+
+    Also the grid that the library resampled them from, None if they are for that size already.
+    They are None where it cannot be told which grid they are for.
+
+    Args:
+        own: A model of the library for its own size, which is of no other use afterwards.
+        stored: ``[..., N, C]``, those of prefix tokens in front.
+        size: Height and width of the images.
+    """
+    from tome_export.patch.hf.positions import grid_of, interpolated, positions_of
+
+    native, grid, wanted = positions_of(own), grid_of(own), grid_of(own, size)
+    if stored.ndim < 2 or stored.shape[-1] != native.shape[1]:
+        return None, None
+    found = stored.float().reshape(-1, native.shape[1])
+    prefix = len(native) - grid[0] * grid[1]
+    before = position_grid(len(found) - prefix, grid, wanted)
+    if before in (None, wanted):
+        return None if before is None else found, None
+    return interpolated(own, found, before, size), before
 
 
 @dataclass(frozen=True)

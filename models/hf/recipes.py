@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ DINOV2_S14: dict[str, Any] = {
 
 
 def _saliency(name: str, size: int) -> Recipe:
-    loader = SaliencyLoader("Dinov2Model", DINOV2_S14, name, size)
+    other = None if size == DINOV2_S14["image_size"] else (size, size)
+    loader = SaliencyLoader("Dinov2Model", DINOV2_S14, name, other)
     width, depth, patch = 384, 12, DINOV2_S14["patch_size"]
     grid = size // patch
     decoder = _decoder_macs(width, loader.channels, grid)
@@ -159,7 +161,8 @@ def _saliency(name: str, size: int) -> Recipe:
             "mit; its DINOv2: apache-2.0",
         ),
         preprocessing=Preprocessing((3, size, size), *IMAGENET_NORM, 1.0, "bicubic"),
-        merging=dinov2_map_advice(grid**2 + geometry.prefix),
+        merging=dinov2_map_advice(grid**2 + geometry.prefix, depth),
+        advise=dinov2_map_advice,
         output=ModelOutput("saliency", is_map=True),
         family="hf_whole",
         description=f"DINOv2 ViT-S/14 and a saliency decoder, at {size} pixels ({grid**2} patches)",
@@ -207,10 +210,9 @@ def recipe_from_hf(name: str, where: str, folder: Path) -> Recipe:
     family = Preprocessing(patched[0].image_size, *norm, 1.0, "bicubic", crop_offset="floor")
     preprocessing, remark = preprocessing_of(folder, kind, family, where)
     if preprocessing.input_size != family.input_size:
-        height, width = preprocessing.input_size[1:]
-        if kind not in _RESAMPLES or height != width:
+        if kind not in _RESAMPLES:
             check_size(preprocessing, family, folder, where)
-        loader = HfLoader(loader.cls, values, where, height)
+        loader = replace(loader, image_size=preprocessing.input_size[1:])
         patched = unmerged(f"{name} is", loader.architecture())
     return recipe_from_model(
         name,

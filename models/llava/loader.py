@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
+from tome_export.models.hf.loader import resampled_positions
 from tome_export.models.llava.config import LlavaConfig
+from tome_export.models.positions import Grid, resampling
 from tome_export.models.recipe import LoadedModel, Loader, Recipe, WeightsInfo, loaded, refuse_depth
+from tome_export.spec import ImageSize
 from tome_export.weights.files import (
     Checkpoint,
     check_finite,
@@ -34,6 +37,7 @@ _VISION = re.compile(
 )
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 _PROJECTOR = re.compile(r"(?:model\.)?(?:mm|multi_modal)_projector\.(.+)")
+_POSITIONS = "vision_model.embeddings.position_embedding.weight"
 _LINEAR = re.compile(r"linear_([1-9])\.(.+)")
 
 
@@ -60,12 +64,30 @@ def tower_key(key: str, layers: int, projector: bool) -> str | None:
 
 @dataclass(frozen=True)
 class LlavaLoader(Loader):
-    """Makes the tower of one checkpoint."""
+    """Makes the tower of one checkpoint.
+
+    Attributes:
+        image_size: Height and width of the images; None for the checkpoint's own.
+    """
 
     config: LlavaConfig
+    image_size: Grid | None = None
 
     def create(self, depth: int | None = None) -> nn.Module:
         """See ``Loader``."""
+        tower = self._made(depth)
+        if self.image_size is not None:
+            from tome_export.patch.hf.positions import resample
+
+            resample(tower.vision_model, self.image_size)
+        made: nn.Module = tower
+        return made
+
+    def at(self, image_size: ImageSize) -> LlavaLoader:
+        """See ``Loader``."""
+        return replace(self, image_size=(image_size.height, image_size.width))
+
+    def _made(self, depth: int | None = None) -> Any:
         from tome_export.models.llava.tower import LlavaTower
         from tome_export.patch.hf.base import check_attention
 
@@ -115,10 +137,25 @@ class LlavaLoader(Loader):
     def _own(self, key: str) -> str | None:
         return tower_key(key, self.config.layers, bool(self.config.options.projector))
 
+    @property
+    def own(self) -> LlavaLoader:
+        """See ``Loader``."""
+        return self if self.image_size is None else replace(self, image_size=None)
+
+    def fitted(self, state: State, module: nn.Module) -> tuple[State, Grid | None]:  # noqa: ARG002
+        """See ``Loader``."""
+        if self.image_size is None or _POSITIONS not in state:
+            return state, None
+        vision = self._made(depth=1).vision_model
+        found, before = resampled_positions(vision, state[_POSITIONS], self.image_size)
+        return state if found is None else {**state, _POSITIONS: found}, before
+
     def _filled(self, recipe: Recipe, state: State, info: WeightsInfo) -> LoadedModel:
         module: Any = self.architecture()
         who = f"weights of {info.source}"
         check_stored(state, who)
+        stored = stored_dtype(state.values())
+        state, before = self.fitted(state, module)
         check_fit(
             state,
             module.state_dict(),
@@ -126,9 +163,13 @@ class LlavaLoader(Loader):
             "the whole checkpoint of this architecture",
         )
         check_finite(state, f"{who} have")
-        stored = stored_dtype(state.values())
         # One tensor at a time, so that no more than one is there in both types.
         ready = {key: state.pop(key).float() for key in list(state)}
         module.load_state_dict(ready, strict=True, assign=True)
         module.place_constants()
+        if before is not None:
+            from tome_export.patch.hf.positions import grid_of
+
+            source = info.source + resampling(before, grid_of(module.vision_model))
+            info = replace(info, source=source, resampled_from=before)
         return loaded(module, recipe, replace(info, stored_dtype=stored))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tome_export.errors import InputError
 from tome_export.models.facts import DATA
 from tome_export.models.hub import cached_file, check_hub, check_url, loading_failed
+from tome_export.models.positions import Grid, fit_positions, position_grid, resampling
 from tome_export.models.recipe import (
     LoadedModel,
     Loader,
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     State = dict[str, Tensor]
 
 
+_POSITIONS = ("pos_embed", "visual.positional_embedding", "visual.trunk.pos_embed")
+"""Names of the position embedding in the layouts of timm, OpenAI's CLIP and open_clip."""
+
+
 @dataclass(frozen=True)
 class TimmLoader(Loader):
     """Makes timm's models.
@@ -36,11 +41,13 @@ class TimmLoader(Loader):
         timm_name: timm's architecture with the tag of its weights.
         arguments: Arguments of ``timm.create_model`` that differ from its defaults.
         bundled: File name under ``models/data`` of weights that come with the package.
+        origin: The loader of the model for its own image size, where another was asked for.
     """
 
     timm_name: str
     arguments: tuple[tuple[str, Any], ...] = ()
     bundled: str = ""
+    origin: TimmLoader | None = None
 
     def create(self, depth: int | None = None, **more: Any) -> nn.Module:
         """See ``Loader``; ``more`` are arguments of ``timm.create_model``, left out if None."""
@@ -51,10 +58,27 @@ class TimmLoader(Loader):
         return module
 
     def at(self, image_size: ImageSize) -> TimmLoader:
-        """See ``Loader``: timm resamples positions as it loads weights, for any grid."""
-        size = (image_size.height, image_size.width)
-        given = {**dict(self.arguments), "img_size": size}
-        return replace(self, arguments=tuple(given.items()))
+        """See ``Loader``: timm makes its models for any size, rotary positions too."""
+        given = {**dict(self.arguments), "img_size": (image_size.height, image_size.width)}
+        return replace(self, arguments=tuple(given.items()), origin=self.own)
+
+    @property
+    def own(self) -> TimmLoader:
+        """See ``Loader``."""
+        return self.origin or self
+
+    def fitted(self, state: State, module: Any) -> tuple[State, Grid | None]:
+        """See ``Loader``."""
+        wanted: Grid = module.patch_embed.grid_size
+        if module.pos_embed is None:
+            return state, None
+        own, rows = self._own_grid(module), int(module.pos_embed.shape[1])
+        return fit_positions(state, "pos_embed", rows, own, wanted)
+
+    def _own_grid(self, module: Any) -> Grid:
+        like: Any = module if self.origin is None else self.origin.architecture()
+        grid: Grid = like.patch_embed.grid_size
+        return grid
 
     def described(self, recipe: Recipe, module: nn.Module) -> Recipe:
         """See ``Loader``: a checkpoint may bring a head, or leave it out."""
@@ -68,10 +92,14 @@ class TimmLoader(Loader):
         classes = _head_classes(state, checkpoint.path)
         # The mean for a norm behind the pooling and none before it: fine-tuned MAE.
         mean = "fc_norm.weight" in state and "norm.weight" not in state
-        module = self.create(depth, num_classes=classes, global_pool="avg" if mean else None)
+        module: Any = self.create(depth, num_classes=classes, global_pool="avg" if mean else None)
         stored = stored_dtype(state.values())
-        state, remark = _converted(module, state, self.timm_name.partition(".")[0])
-        return filled(recipe, module, state, checkpoint, stored, remark and f"; {remark}")
+        fitting, before = self.fitted(state, module)
+        if shapes_of(fitting) != shapes_of(module.state_dict()):
+            architecture = self.timm_name.partition(".")[0]
+            fitting, before = _converted(module, state, architecture, self._own_grid(module))
+        remark = resampling(before, module.patch_embed.grid_size)
+        return filled(recipe, module, fitting, checkpoint, stored, remark, before)
 
     def pretrained(self, recipe: Recipe, depth: int | None = None) -> LoadedModel:
         """See ``Loader``."""
@@ -88,7 +116,7 @@ class TimmLoader(Loader):
             )
         overlay = self._overlay(recipe)
         try:
-            module = self.create(pretrained=True, pretrained_cfg_overlay=overlay)
+            module: Any = self.create(pretrained=True, pretrained_cfg_overlay=overlay)
         except (OSError, RuntimeError, ValueError) as error:
             raise loading_failed(recipe, error, "a downloaded .safetensors or .pth file") from None
         info = WeightsInfo("pretrained", recipe.source.weights)
@@ -96,6 +124,11 @@ class TimmLoader(Loader):
             # timm has widened what the file holds.
             stored = stored_dtype(read_checkpoint(path).state.values())
             info = replace(info, sha256=sha256(path), stored_dtype=stored)
+        if module.pos_embed is not None:
+            embed, size = module.patch_embed, self._cfg().input_size[-2:]
+            before = (size[0] // embed.patch_size[0], size[1] // embed.patch_size[1])
+            if before != embed.grid_size:
+                info = replace(info, resampled_from=before)
         return loaded(module, recipe, info)
 
     def recorded_file(self) -> Path | None:
@@ -151,28 +184,36 @@ def _head_classes(state: State, path: Path) -> int | None:
     return next(iter(heads.values()), None)
 
 
-def _converted(module: nn.Module, state: State, architecture: str) -> tuple[State, str]:
-    """The state brought into the form of the module, where timm can, and a remark on it.
+def _converted(
+    module: Any, state: State, architecture: str, own: Grid
+) -> tuple[State, Grid | None]:
+    """The state brought into the form of the module, where timm can.
 
-    If the keys or shapes differ, timm's own filter for the architecture converts original
-    checkpoints (DeiT, DeiT III, DINOv2 and others) and resamples the position embedding. What it
-    cannot make fit is what is nearest, for a message.
+    Timm's own filter for the architecture converts original checkpoints (DeiT, DeiT III, DINOv2 and
+    others) and resamples the position embedding; also given is the grid that it was resampled
+    from, if it was. What timm cannot make fit is what is nearest, for a message. ``own`` is the
+    grid of the model's own image size.
     """
     shapes, found = shapes_of(module.state_dict()), shapes_of(state)
-    converted = _timm_filter(module, state, architecture) if found != shapes else None
+    converted = _timm_filter(module, state, architecture)
     if converted is None:
-        return state, ""
+        return state, None
     if shapes_of(converted) != shapes:
         nearer = len(converted.keys() ^ shapes) < len(found.keys() ^ shapes)
-        return converted if nearer else state, ""
+        return converted if nearer else state, None
     side = shapes.get("patch_embed.proj.weight", ())
     # timm would also resample the patches' kernel, which makes another model of it.
     if found.get("patch_embed.proj.weight", side)[2:] != side[2:]:
-        return state, ""
-    before, after = found.get("pos_embed"), shapes.get("pos_embed")
-    # One token of difference is the class token, stored apart by models with registers.
-    same = not before or not after or before[1] - after[1] in (0, 1)
-    return converted, "" if same else f"position embedding resampled {before} -> {after}"
+        return state, None
+    key = next((key for key in _POSITIONS if key in found), "")
+    if not key or "pos_embed" not in shapes:
+        return converted, None
+    grid: Grid = module.patch_embed.grid_size
+    prefix = shapes["pos_embed"][1] - grid[0] * grid[1]
+    # The class token's position is another one where models with registers store it apart.
+    counts = (found[key][-2] - prefix, found[key][-2] - prefix - 1)
+    before = next(filter(None, (position_grid(count, own, grid) for count in counts)), None)
+    return converted, None if before == grid else before
 
 
 def _timm_filter(module: nn.Module, state: State, architecture: str) -> State | None:

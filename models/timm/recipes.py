@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 from tome_export.errors import InputError
@@ -59,6 +60,7 @@ def _timm(
     arguments: tuple[tuple[str, Any], ...] = (),
     family: str = "timm_vit",
     aliases: tuple[str, ...] = (),
+    advise: Callable[[int, int], MergingAdvice] = rule_advice,
 ) -> Recipe:
     r, where = published or (geometry.recommended_r(size), "")
     return Recipe(
@@ -73,6 +75,7 @@ def _timm(
         description=description,
         aliases=aliases,
         geometry=geometry,
+        advise=advise,
     )
 
 
@@ -122,6 +125,7 @@ def _dinov2(name: str, arch: str, title: str, registers: int = 0) -> Recipe:
         geometry,
         "Meta Research (DINOv2)",
         advice=dinov2_advice(256 + geometry.prefix, geometry.depth),
+        advise=dinov2_advice,
         crop_pct=1.0,
         arguments=(("img_size", 224),),
     )

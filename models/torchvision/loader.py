@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tome_export.errors import InputError
 from tome_export.models.hub import check_url, loading_failed
+from tome_export.models.positions import Grid, fit_positions, resampling
 from tome_export.models.recipe import LoadedModel, Loader, Recipe, filled
+from tome_export.spec import ImageSize
 from tome_export.weights.files import Checkpoint
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    State = dict[str, Tensor]
 
 _LEGACY = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}
 """Names of before torchvision 0.14, which its published files still have."""
@@ -25,10 +29,12 @@ class TorchvisionLoader(Loader):
     Attributes:
         arch: Torchvision's name, such as ``vit_b_16``.
         weights: Torchvision's name of the weights, such as ``IMAGENET1K_V1``.
+        image_size: Height and width of the images; None for the weights' own.
     """
 
     arch: str
     weights: str
+    image_size: tuple[int, int] | None = None
 
     @property
     def entry(self) -> Any:
@@ -51,8 +57,9 @@ class TorchvisionLoader(Loader):
 
         with torch.device("meta"):
             like: Any = get_model(self.arch, image_size=int(self.entry.meta["min_size"][0]))
-        made: nn.Module = VisionTransformer(
-            image_size=like.image_size,
+        height, width = self.image_size or (like.image_size,) * 2
+        made: Any = VisionTransformer(
+            image_size=height,
             patch_size=like.patch_size,
             num_layers=depth or len(like.encoder.layers),
             num_heads=like.encoder.layers[0].num_heads,
@@ -60,7 +67,31 @@ class TorchvisionLoader(Loader):
             mlp_dim=like.mlp_dim,
             num_classes=classes,
         )
-        return made
+        if height != width:
+            # Its classes take squares only, and look at this where they say so.
+            made.image_size = (height, width)
+            rows = _grid(made)[0] * _grid(made)[1] + 1
+            positions = torch.empty(1, rows, like.hidden_dim).normal_(std=0.02)
+            made.encoder.pos_embedding = torch.nn.Parameter(positions)
+        return cast("nn.Module", made)
+
+    def at(self, image_size: ImageSize) -> TorchvisionLoader:
+        """See ``Loader``."""
+        return replace(self, image_size=(image_size.height, image_size.width))
+
+    @property
+    def own(self) -> TorchvisionLoader:
+        """See ``Loader``."""
+        return self if self.image_size is None else replace(self, image_size=None)
+
+    def fitted(self, state: State, module: Any) -> tuple[State, Grid | None]:
+        """See ``Loader``: as its ``interpolate_embeddings``, for what is not square too."""
+        if self.image_size is None:
+            return state, None
+        own, wanted = _grid(self.own.architecture()), _grid(module)
+        key, rows = "encoder.pos_embedding", module.encoder.pos_embedding.shape[1]
+        how = {"antialias": False, "align_corners": True}
+        return fit_positions(state, key, rows, own, wanted, **how)
 
     def from_file(self, recipe: Recipe, checkpoint: Checkpoint, depth: int | None) -> LoadedModel:
         """See ``Loader``."""
@@ -69,7 +100,10 @@ class TorchvisionLoader(Loader):
             state = {key.replace(old, new): value for key, value in state.items()}
         head = state.get("heads.head.weight")
         classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 1000
-        return filled(recipe, self.create(depth, classes), state, checkpoint)
+        module = self.create(depth, classes)
+        state, before = self.fitted(state, module)
+        remark = resampling(before, _grid(module))
+        return filled(recipe, module, state, checkpoint, remark=remark, resampled_from=before)
 
     def download(self, recipe: Recipe) -> Path:
         """See ``Loader``."""
@@ -85,3 +119,9 @@ class TorchvisionLoader(Loader):
             except (OSError, RuntimeError) as error:
                 raise loading_failed(recipe, error, "a downloaded .pth file") from None
         return path
+
+
+def _grid(module: Any) -> Grid:
+    size, patch = module.image_size, module.patch_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return height // patch, width // patch

@@ -168,8 +168,9 @@ def test_original_dinov2_layout_is_resampled_and_told(tmp_path):
     torch.save(original, tmp_path / "dinov2.pth")
     loaded = RECIPES["dinov2_s14"].load(str(tmp_path / "dinov2.pth"), depth=1)
     assert loaded.weights.source == (
-        "dinov2.pth; position embedding resampled (1, 1370, 384) -> (1, 257, 384)"
+        "dinov2.pth; position embedding resampled 37x37 -> 16x16 patches"
     )
+    assert loaded.weights.resampled_from == (37, 37)
     del state["pos_embed"]
     assert all(torch.equal(loaded.module.state_dict()[k], v) for k, v in state.items())
 

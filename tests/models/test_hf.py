@@ -146,7 +146,9 @@ def test_dinov2_is_resampled_as_the_library_does(tmp_path):
     recipe = resolve(f"hf:{tmp_path}")
     assert recipe.preprocessing.input_size == (3, 32, 32)
     loaded = recipe.load()
-    assert loaded.weights.source.endswith("; position embedding resampled 48 -> 32 pixels")
+    said = "; position embedding resampled 12x12 -> 8x8 patches"
+    assert loaded.weights.source.endswith(said)
+    assert loaded.weights.resampled_from == (12, 12)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded.module(images)[0], model(images)[0])

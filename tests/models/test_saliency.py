@@ -26,7 +26,7 @@ TINY = {
 
 
 def tiny(size: int = 32):
-    loader = SaliencyLoader("Dinov2Model", TINY, "tiny", size, (12, 8, 4))
+    loader = SaliencyLoader("Dinov2Model", TINY, "tiny", (size, size), (12, 8, 4))
     return replace(RECIPES["dinov2_s14_saliency"], source=ModelSource(loader))
 
 
@@ -66,7 +66,7 @@ def test_positions_are_resampled_as_the_library_does(written):
     # The library itself resamples at every call for images of another size.
     expected = module(images(16))["saliency"]
     assert torch.allclose(found.module(images(16))["saliency"], expected, atol=1e-5)
-    assert "32 -> 16 pixels" in found.weights.source
+    assert "8x8 -> 4x4 patches" in found.weights.source
     assert found.module.backbone.config.image_size == 16
 
 

@@ -83,6 +83,9 @@ Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 """How many of what there is at least one of, such as rows or pixels."""
 
+SizeText = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")]
+"""Height and width of images in pixels, such as ``448x224``; see ``spec.ImageSize``."""
+
 Positive = Annotated[float, Field(ge=0)]
 """A number that measures something: milliseconds, ratios."""
 

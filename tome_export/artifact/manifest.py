@@ -19,6 +19,7 @@ from tome_export.artifact.document import (
     PathText,
     Positive,
     Size,
+    SizeText,
     Whole,
     fault_of,
     short,
@@ -90,6 +91,8 @@ class Weights(Part):
         seed: Seed of random weights.
         stored_dtype: Type of the values in the weights file.
         key: Where in the weights file they are; empty if they are all that it holds.
+        resampled_from: Rows and columns of the patches that its positions are for, where they were
+            resampled for those of this model.
         state_sha256: Digest of the library model's weights by name, shape and value.
         common_sha256: The same without embeddings of positions, which are others at another image
             size; empty in artifacts of before.
@@ -101,6 +104,7 @@ class Weights(Part):
     seed: Whole | None
     stored_dtype: str
     key: str = ""
+    resampled_from: tuple[Size, Size] | None = Absent
     state_sha256: str
     common_sha256: str = ""
 
@@ -115,6 +119,7 @@ class ModelInfo(Part):
         timm_name: Name of the architecture in timm, where it has one.
         description: For people.
         weights: Where its weights come from.
+        image_size: Height and width of the images as asked for; None for the model's own.
         learned_sha256: Digest of what reducer and compressor learned; None where nothing was.
         random_weights: Whether the weights are random, and so not meant for use.
     """
@@ -125,6 +130,7 @@ class ModelInfo(Part):
     timm_name: str | None
     description: str
     weights: Weights
+    image_size: SizeText | None = Absent
     learned_sha256: str | None
     random_weights: bool
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tome_export.artifact.document import Count, Document, Measured, Part, Text
+from tome_export.artifact.document import Count, Document, Measured, Part, SizeText, Text
 from tome_export.artifact.environment import Environment
 from tome_export.artifact.evaluation import Difference, Mean, Share
 from tome_export.artifact.goal import Goal, Metric
 from tome_export.artifact.manifest import Absent, Component
 from tome_export.errors import InputError
-from tome_export.spec import Precision
+from tome_export.spec import ImageSize, Precision
 
 SCHEDULE = "schedule.json"
 
@@ -50,6 +50,7 @@ class ScheduleFile(Document):
         model: Recipe that the schedule is for.
         schedule: r of every layer.
         tokens_in: Tokens that enter the model's first layer.
+        image_size: Height and width of the images that it was found with.
         weights: The weights of the search.
         reducer: How tokens become fewer.
     """
@@ -60,6 +61,7 @@ class ScheduleFile(Document):
     model: str
     schedule: tuple[Count, ...]
     tokens_in: Count | None = Absent
+    image_size: SizeText | None = Absent
     weights: ScheduleWeights | None = Absent
     reducer: ScheduleReducer | None = Absent
     _file: Path = PrivateAttr(default=Path(SCHEDULE))
@@ -98,6 +100,15 @@ class ScheduleFile(Document):
                 f"schedule file {self._file} is for --reducer {wanted.name} with options "
                 f"{json.dumps(wanted.options)}; give the same here, or the numbers themselves: "
                 f"{self._option}"
+            )
+
+    def check_image_size(self, image_size: ImageSize) -> None:
+        """Raise ``InputError`` unless it was found with images of this size."""
+        if self.image_size not in (None, str(image_size)):
+            raise InputError(
+                f"schedule file {self._file} is for images of {self.image_size}, and {self.model} "
+                f"takes {image_size} here; give --image-size {self.image_size}, or tune it again at "
+                "this image size"
             )
 
     def check_depth(self, depth: int) -> None:

@@ -22,6 +22,7 @@ from tome_export.engine.build import build_engine, compile_kernels, plugins_of
 from tome_export.errors import ExportError, InputError, MissingComponentError
 from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress, Silent
+from tome_export.spec import ImageSize
 
 if TYPE_CHECKING:
     from tome_export.build.form import AttentionDecision
@@ -175,6 +176,7 @@ def _load(request: BuildRequest) -> tuple[LoadedModel, _Merging]:
     if tuned is not None:
         tuned.check_model(recipe.name)
         tuned.check_reducer(reducer.record())
+        tuned.check_image_size(ImageSize(*recipe.preprocessing.input_size[1:]))
         schedule = Schedule(per_layer=tuned.schedule)
     if schedule is not None and recipe.video is not None:
         schedule = recipe.video.schedule(schedule)

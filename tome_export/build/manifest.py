@@ -130,6 +130,7 @@ def model_info(loaded: LoadedModel, model: MergedModel) -> ModelInfo:
             state_sha256=state_sha256(model),
             common_sha256=common_sha256(model),
         ),
+        image_size=None if recipe.image_size is None else str(recipe.image_size),
         learned_sha256=learned_sha256(model),
         random_weights=weights.kind == "random",
     )

@@ -40,6 +40,8 @@ def _build_arguments(manifest: Manifest) -> Iterator[str]:
             yield from ("--schedule", named[2])
     else:
         yield from ("--schedule", ",".join(map(str, merge.r)))
+    if manifest.model.image_size is not None:
+        yield from ("--image-size", manifest.model.image_size)
     yield f"--{manifest.precision}"
     if weights.kind == "random":
         yield from ("--weights", "random", "--seed", str(weights.seed or 0))

@@ -26,7 +26,7 @@ from tome_export.progress import Progress
 from tome_export.runtime.inputs import extra_inputs
 from tome_export.runtime.registry import backend_of
 from tome_export.runtime.runner import EngineFile, Runnable, Runner
-from tome_export.spec import BatchRange, TowerOptions, lowering_of
+from tome_export.spec import BatchRange, ImageSize, TowerOptions, lowering_of
 from tome_export.video.options import VideoOptions
 from tome_export.weights.files import sha256
 
@@ -67,7 +67,8 @@ def reference_model(artifact: Artifact, weights: str | None = None) -> tuple[Mer
         weights = "random" if kind == "random" else "pretrained"
     video = manifest.video or VideoOptions()
     tower = TowerOptions() if manifest.tower is None else manifest.tower.options
-    recipe = resolve(name, tower, video)
+    size = manifest.model.image_size
+    recipe = resolve(name, tower, video, size and ImageSize.parse(size))
     merge = manifest.merge
     reducer = merge.reducer.made(reducer_class(merge.reducer.name))
     reducer = with_own_weights(reducer, artifact, REDUCER)

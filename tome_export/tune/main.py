@@ -40,7 +40,7 @@ from tome_export.merge.schedule import Schedule
 from tome_export.progress import Progress, Silent
 from tome_export.reducers import DEFAULT
 from tome_export.runtime.environment import environment
-from tome_export.spec import Activation, Precision
+from tome_export.spec import Activation, ImageSize, Precision
 from tome_export.tune.images import TuneImages, read_images, tuning_source
 from tome_export.tune.latency import Stopwatch, predicted_ms
 from tome_export.tune.measure import (
@@ -91,6 +91,7 @@ class TuneRequest:
         weights: ``pretrained``, ``random`` or the path of a checkpoint.
         weights_key: Where in that file they are; see ``weights.files.read_checkpoint``.
         activation: What makes scores of the output; None for what the model says.
+        image_size: Size of the images; None for the model's own.
         measure: What is counted of a model without classes; None for similarity.
         batch: Images per run, for latency.
         precision: Precision whose latency is measured; outputs are compared in fp32.
@@ -112,6 +113,7 @@ class TuneRequest:
     weights: str = "pretrained"
     weights_key: str = ""
     activation: Activation | None = None
+    image_size: ImageSize | None = None
     measure: SimilarityKind | None = None
     batch: int = 1
     precision: Precision = "fp32"
@@ -228,7 +230,7 @@ def _load(request: TuneRequest) -> _Subject:
             f"reducer {reducer.name} weighs the size of a token by similarity, so --min-entropy "
             "cannot count its patches; leave --min-entropy out"
         )
-    recipe = resolve(request.model)
+    recipe = resolve(request.model, image_size=request.image_size)
     if request.weights in ("pretrained", "random"):  # a file may bring a classifier of its own
         _check_goal(recipe.scored_by(request.activation), request)
     loaded = recipe.load(
@@ -441,6 +443,7 @@ class _Tuning:
             model=self.loaded.recipe.name,
             schedule=chosen.r,
             tokens_in=self.space.tokens,
+            image_size=str(ImageSize(*self.model.image_size[1:])),
             weights=ScheduleWeights(
                 kind=weights.kind, source=weights.source, state_sha256=state_sha256(self.model)
             ),

@@ -20,6 +20,7 @@ ATTENTIONS = ("sdpa", "eager")
 """Attention implementations that take an additive bias; flash kernels take none."""
 
 PLAIN = (nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout, nn.Identity, nn.ModuleList)
+_FITTED = "tome_export.patch.hf.positions"
 QUANTISED = ("torch.ao.", "torchao.", "bitsandbytes.", "peft.", "gptqmodel.", "awq.", "optimum.")
 """Packages whose modules compute with codes, or add to another module's output."""
 
@@ -112,6 +113,11 @@ def classifiers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: head for name, head in found.items() if isinstance(head, nn.Module)}
 
 
+def is_fitted(part: nn.Module) -> bool:
+    """Whether it is one of ``patch.hf.positions``, which is not imported where none is."""
+    return type(part).__module__ == _FITTED
+
+
 def check_modules(module: nn.Module, name: str) -> None:
     """Refuse modules that are not the library's own, such as quantised layers.
 
@@ -123,7 +129,8 @@ def check_modules(module: nn.Module, name: str) -> None:
         cls = type(part)
         if id(part) in inside and not cls.__module__.startswith(QUANTISED):
             continue
-        if cls.__module__ in (home, "transformers.activations") or cls in PLAIN + ACTIVATIONS:
+        known = (home, "transformers.activations", _FITTED)
+        if cls.__module__ in known or cls in PLAIN + ACTIVATIONS:
             continue
         if cls is nn.MultiheadAttention or cls.__name__ == "NonDynamicallyQuantizableLinear":
             continue

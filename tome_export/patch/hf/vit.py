@@ -146,7 +146,7 @@ class MergedDino(_MergedTransformer):
 
     The output is ``logits`` of a classifier, whose mean over patches counts every patch once,
     else ``pooler_output``, the class token. Dense features are ``last_hidden_state``. Images that
-    are not square are refused.
+    are not square are for models that ``patch.hf.positions.fit`` made ready for them.
     """
 
     library_classes = (
@@ -162,7 +162,7 @@ class MergedDino(_MergedTransformer):
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         height, width = hf.pair(model.config.image_size)
-        if height != width:
+        if height != width and not hf.is_fitted(_base(model).embeddings):
             raise InputError(
                 f"model {type(model).__name__} has an image size of {height} x {width}; the "
                 "library resamples its positions as those of square images; expected a square"

@@ -27,15 +27,17 @@ class MergedTorchvision(MergedModel):
 
     def __init__(self, model: Any, settings: MergeSettings) -> None:
         _check(model)
-        size, patch, width = int(model.image_size), int(model.patch_size), int(model.hidden_dim)
+        patch, width = int(model.patch_size), int(model.hidden_dim)
+        # A pair is for images that are not square, which the library's own forward refuses.
+        size = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
         blocks = model.encoder.layers
         # Behind a convolutional stem a patch is a cell of its features.
-        grid = PatchGrid(size // patch, size // patch, patch, patch)
+        grid = PatchGrid(size[0] // patch, size[1] // patch, patch, patch)
         layout = ModelLayout(
             blocks=blocks,
             costs=[multihead_block_cost(width, block.mlp) for block in blocks],
             width=width,
-            input_size=(3, size, size),
+            input_size=(3, *map(int, size)),
             tokens=grid.patches + 1,
             prefix=1,
             class_token=True,
@@ -72,13 +74,16 @@ class MergedTorchvision(MergedModel):
 
     def library(self, pixel_values: Tensor) -> Tensor:
         """What torchvision's model itself gives."""
+        model, dense = self.model, self.settings.dense
         with same_arithmetic():
-            if self.settings.dense:
-                return cast(Tensor, self.model.encoder(self._patches(pixel_values))[:, 1:])
-            return cast(Tensor, self.model(pixel_values))
+            if not dense and not isinstance(model.image_size, tuple):
+                return cast(Tensor, model(pixel_values))
+            tokens = model.encoder(self._patches(pixel_values))
+            return cast(Tensor, tokens[:, 1:] if dense else model.heads(tokens[:, 0]))
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
-        patches = self.model._process_input(pixel_values)
+        """As its ``_process_input``, which asks for squares, and the class token in front."""
+        patches = self.model.conv_proj(pixel_values).flatten(2).transpose(1, 2)
         return torch.cat([self.model.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 
