@@ -107,8 +107,8 @@ class ScheduleFile(Document):
         if self.image_size not in (None, str(image_size)):
             raise InputError(
                 f"schedule file {self._file} is for images of {self.image_size}, and {self.model} "
-                f"takes {image_size} here; give --image-size {self.image_size}, or tune it again at "
-                "this image size"
+                f"takes {image_size} here; give --image-size {self.image_size}, or tune it "
+                "again at this image size"
             )
 
     def check_depth(self, depth: int) -> None:
