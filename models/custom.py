@@ -27,7 +27,7 @@ from tome_export.models.recipe import (
     recipe_from_model,
     unmerged,
 )
-from tome_export.spec import CropOffset, Interpolation, Preprocessing, Resize, is_fill
+from tome_export.spec import CropOffset, ImageSize, Interpolation, Preprocessing, Resize, is_fill
 from tome_export.weights.files import Checkpoint, check_finite, check_stored, stored_dtype
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ class FunctionLoader(Loader):
     def architecture(self) -> nn.Module:
         """See ``Loader``."""
         return self.create()
+
+    def at(self, image_size: ImageSize) -> Loader:
+        """Refused: the function makes the model for the size that it likes."""
+        raise InputError(
+            f"image size {image_size} was asked for {self.name}, whose function makes the model "
+            "for another; make it for that size there, as with img_size of timm.create_model, and "
+            "leave --image-size out"
+        )
 
     def random(self, recipe: Recipe, seed: int, depth: int | None = None) -> LoadedModel:  # noqa: ARG002
         """Refused: the function makes its own weights."""

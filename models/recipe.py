@@ -176,10 +176,10 @@ class Recipe:
         size = (image_size.height, image_size.width)
         if size == tuple(own):
             return replace(self, image_size=image_size)
+        loader = self.source.loader.at(image_size)
         grid = unmerged(f"{self.name} is", self.architecture())[0].patch_grid
         if grid is not None:
             check_divides(image_size, (grid.height, grid.width), self.name)
-        loader = self.source.loader.at(image_size)
         merged, _ = unmerged(f"{self.name} at {image_size} is", loader.architecture())
         if merged.image_size[1:] != size:
             raise InputError(
@@ -194,6 +194,7 @@ class Recipe:
             source=replace(self.source, loader=loader),
             preprocessing=replace(self.preprocessing, input_size=(channels, *size)),
             merging=replace(self.merging, r=advice.r, source=advice.source),
+            description=f"{self.description}; here for images of {image_size}",
             geometry=None,
             image_size=image_size,
         )

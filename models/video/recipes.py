@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tome_export.errors import InputError, UsageError
 from tome_export.models.facts import CLIP_NORM, Geometry, MergingAdvice, ModelOutput
 from tome_export.models.recipe import LoadedModel, Loader, ModelSource, Recipe, filled
-from tome_export.spec import Preprocessing
+from tome_export.spec import ImageSize, Preprocessing
 from tome_export.video import VIDEO_FEATURES
 from tome_export.video.options import ClipSizes, FrameMerging, VideoOptions
 from tome_export.weights.files import Checkpoint, stored_dtype
@@ -60,6 +60,14 @@ class Clip4ClipLoader(Loader):
         stored = stored_dtype(state.values())
         state, remark = with_positions(state, module)
         return filled(recipe, module, state, checkpoint, stored, remark)
+
+    def at(self, image_size: ImageSize) -> Loader:
+        """Refused, as the public code of these towers has nothing that resamples positions."""
+        side = self.sizes.image
+        raise InputError(
+            f"image size {image_size} was asked for a video tower of frames of {side}x{side}, "
+            "whose public code resamples no positions; leave --image-size out"
+        )
 
     def download(self, recipe: Recipe) -> Path:
         """Refuse: there is no place to get these weights from."""

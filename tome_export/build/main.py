@@ -114,7 +114,7 @@ def _export(
     folder: Path, request: BuildRequest, form: GraphForm, progress: Progress
 ) -> tuple[Manifest, GraphForm]:
     """Everything that needs the PyTorch model; the manifest so far, and the form as written."""
-    from tome_export.patch.describe import state_sha256
+    from tome_export.patch.describe import check_memory, state_sha256
 
     at = "" if request.image_size is None else f" at {request.image_size}"
     progress.stage(f"Load {request.model}{at}")
@@ -130,6 +130,7 @@ def _export(
     form = fit_form(form, model, request.engine)
     images = None
     if request.check:
+        check_memory(model, min(form.batch.max, max(form.batch.min, BUILD_COUNT)))
         images = parity_images(
             loaded.recipe, model.input_size, request.images, BUILD_COUNT, progress
         )

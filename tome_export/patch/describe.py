@@ -6,6 +6,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
+from tome_export.errors import InputError
 from tome_export.spec import ENTROPY, FEATURES, SOURCE_MAP
 
 if TYPE_CHECKING:
@@ -45,6 +46,39 @@ def output_names(name: str, model: MergedModel) -> list[str]:
     main = FEATURES if settings.dense else name
     asked = ((SOURCE_MAP, settings.source_map), (ENTROPY, settings.entropy))
     return [main, *(output for output, given in asked if given)]
+
+
+def check_memory(model: MergedModel, images: int) -> None:
+    """Refuse to run a model on so many images at once where this machine cannot hold them.
+
+    What is counted is what grows with the square of the tokens, float32 and there at the same time
+    (as ONNX Runtime was seen to hold it): logits of one attention ``[B, H, N, N]`` and their
+    softmax, and about three times as much as of one head for the bias and the match.
+
+    Raises:
+        InputError: if they take more than the memory that is free.
+    """
+    import psutil
+
+    tokens = max((layer.attended for layer in model.layers), default=0)
+    sequences = images * max((layer.sequences for layer in model.layers), default=1)
+    needed = 4 * sequences * (2 * _heads(model) + 3) * tokens**2
+    free = psutil.virtual_memory().available
+    if needed > free:
+        size = "x".join(map(str, model.image_size[1:]))
+        raise InputError(
+            f"images of {size} have {tokens:,} tokens, whose attention takes "
+            f"{needed / 2**30:.1f} GiB for {images} of them at once; {free / 2**30:.1f} GiB are "
+            "free here: use a smaller image size or batch, or a machine with more memory"
+        )
+
+
+def _heads(model: MergedModel) -> int:
+    """Heads of the first block's attention; 1 where its library has no name for them."""
+    names = ("num_heads", "num_attention_heads")
+    parts = (part for block in model.blocks[:1] for part in block.modules())
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((heads for heads in found if isinstance(heads, int)), 1)
 
 
 def state_sha256(model: MergedModel) -> str:
