@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from torch.nn import functional
 
 from tome_export.artifact.cascade import ComplexityPolicy, ConfidencePolicy, LearnedPolicy
 from tome_export.cascade import policy
+from tome_export.data.pixels import normalised
+from tome_export.spec import Preprocessing
 
 
 def images(count=5, shape=(3, 12, 9), seed=0):
@@ -44,6 +48,32 @@ def test_complexity_of_known_images():
     # Every step to the right is 1, every step down 0.
     assert policy.complexity(stripes).tolist() == [0.5]
     assert policy.complexity(np.float32([[[[0, 2, 4]]]])).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("form", ["uint8", "uint8-nchw"])
+def test_uint8_pixels_are_looked_at_as_the_model_sees_them(form):
+    """What is served reads its settings from JSON, and decides as the calibration did on floats."""
+    preprocessing = Preprocessing(
+        (3, 12, 9), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 1.0, "bicubic", form=form
+    )
+    raw = np.random.default_rng(1).integers(0, 256, (9, *preprocessing.pixel_shape), np.uint8)
+    floats = normalised(raw, asdict(preprocessing))
+    found = policy.normalised(raw, preprocessing)
+    np.testing.assert_array_equal(found, floats)
+    weights = np.random.default_rng(2).standard_normal((2, 3 * 4 * 3)).tolist()
+    learned = {"weights": weights, "bias": [0.0, 0.1], "shares": [0.5, 1.0], "price": 0.01}
+    middle = float(np.median(policy.complexity(floats)))
+    for settings in (
+        {"policy": "complexity", "thresholds": [middle]},
+        {"policy": "learned", "patch": [4, 3], **learned},
+    ):
+        plain, own = (
+            policy.settings_from_json(json.dumps({**settings, **more}))
+            for more in ({}, {"pixels": asdict(preprocessing)})
+        )
+        expected = policy.first_budgets(plain, floats)
+        assert len(set(expected.tolist())) == 2
+        assert policy.first_budgets(own, raw).tolist() == expected.tolist()
 
 
 def test_complexity_is_the_same_number_in_any_batch():

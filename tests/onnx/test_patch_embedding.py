@@ -9,12 +9,21 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from tome_export.errors import InputError
+from tome_export.merge.schedule import Schedule
 from tome_export.models.facts import DATA
 from tome_export.onnx.files import patch_embedding
 
 
 def test_it_is_the_models_own(digit_members):
     weights, bias = patch_embedding(digit_members[8] / "model.onnx")
+    state = load_file(DATA / "vit_digits.safetensors")
+    np.testing.assert_array_equal(weights, state["patch_embed.proj.weight"])
+    np.testing.assert_array_equal(bias, state["patch_embed.proj.bias"])
+
+
+def test_it_is_behind_what_normalises_uint8(built_artifact):
+    artifact = built_artifact(schedule=Schedule(8), check=False, input="uint8")
+    weights, bias = patch_embedding(artifact.model_path)
     state = load_file(DATA / "vit_digits.safetensors")
     np.testing.assert_array_equal(weights, state["patch_embed.proj.weight"])
     np.testing.assert_array_equal(bias, state["patch_embed.proj.bias"])
