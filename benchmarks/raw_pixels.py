@@ -85,7 +85,11 @@ def graph_rows(artifacts: Mapping[str, Artifact], rounds: int) -> list[dict[str,
     cpu = ["CPUExecutionProvider"]
     graphs: dict[str, Any] = {form: str(artifacts[form].model_path) for form in FORMS}
     graphs[FOLDED] = folded(onnx.load(graphs["uint8"])).SerializeToString()
-    sessions = {k: onnxruntime.InferenceSession(v, providers=cpu) for k, v in graphs.items()}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    sessions = {
+        k: onnxruntime.InferenceSession(v, options, providers=cpu) for k, v in graphs.items()
+    }
     rows = []
     for batch in BATCHES:
         paths = (sample_paths() * batch)[:batch]
