@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import tome_export
-from tome_export.artifact import Artifact
 from tome_export.build import BuildRequest, build
 from tome_export.data.images import load_inputs
 from tome_export.data.preprocess import load_images
@@ -113,13 +111,3 @@ def test_wrong_pixels_are_one_line(made):
     assert moved.endswith("the channels with numpy.moveaxis(pixel_values, -1, -3)")
     assert "build with --input uint8" in refusal(plain, channels_first)
     assert refusal(plain, channels_first.astype(np.float64)).endswith(".astype(numpy.float32)")
-
-
-def test_a_manifest_of_another_form_is_refused(made, tmp_path):
-    text = (made("uint8").path / "build.json").read_text()
-    for key, value in (("form", "float32"), ("form", "uint8-nchw")):
-        values = json.loads(text)
-        values["preprocessing"][key] = value
-        (tmp_path / "build.json").write_text(json.dumps(values))
-        with pytest.raises(InputError, match="as preprocessing has input_size and form"):
-            Artifact.open(tmp_path)
