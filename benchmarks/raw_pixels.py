@@ -168,7 +168,7 @@ def main() -> int:
             except TomeExportError as error:
                 print(f"Error: {error}", file=sys.stderr)
                 return error.exit_code
-            artifacts = {
+            artifacts: dict[str, Artifact] = {
                 form: build(
                     BuildRequest(
                         model,
