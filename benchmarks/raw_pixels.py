@@ -184,7 +184,7 @@ def main() -> int:
                 for form in FORMS
             }
             load = os.getloadavg()[0]
-            found = graph_rows(artifacts, 10 * arguments.rounds)
+            found = graph_rows(artifacts, 6 * arguments.rounds)
             found += wire_rows(
                 artifacts, tool, folder / "models", arguments.rounds, arguments.seconds
             )
