@@ -125,6 +125,24 @@ def test_load_and_predict_take_video_files(artifact, tmp_path):
         predict(PredictRequest(artifact.path, (tmp_path / "a.png",)))
 
 
+def test_frames_in_uint8_are_those_of_float32(artifact, tmp_path, monkeypatch):
+    """Features, and pictures too, of videos ``[B, F, H, W, C]``."""
+    pytest.importorskip("av", reason="the video extra is not installed")
+    monkeypatch.chdir(artifact.path.parent)
+    raw = build(made(tmp_path / "raw", input="uint8"))
+    assert raw.manifest.parity.defects == 0
+    assert raw.manifest.input.shape == ("batch", 8, 32, 32, 3)
+    video = write_video(tmp_path / "a.mp4", 9)
+    found = []
+    for one in (raw, artifact):
+        with tome_export.load(one.path) as model:
+            found.append(model(video).features)
+    np.testing.assert_array_equal(*found)
+    (ours,), (theirs,) = (merge_maps(one, [video]) for one in (raw, artifact))
+    np.testing.assert_array_equal(ours.image, theirs.image)
+    np.testing.assert_array_equal(ours.layers[-1].ids, theirs.layers[-1].ids)
+
+
 @pytest.fixture(scope="module", params=["clip4clip", "stop"])
 def judged(request, artifact, tmp_path_factory):
     """A tower's artifact, videos for it, their mask, and the independent reading of them."""
