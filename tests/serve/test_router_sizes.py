@@ -14,12 +14,13 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from tome_export.artifact import write_manifest
+from tome_export.artifact import Artifact, write_manifest
+from tome_export.artifact.compatibility import check_one_model, shared_facts
 from tome_export.artifact.manifest import read_manifest
 from tome_export.data.best_size import best_size
 from tome_export.errors import InputError
 from tome_export.serve.client import connect
-from tome_export.serve.config import ModelFolder, front_config
+from tome_export.serve.config import ModelFolder
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.names import ROUTES
 from tome_export.serve.repository import config_of
@@ -275,14 +276,12 @@ def test_outputs_that_depend_on_the_size_have_open_dims(make_artifact, tmp_path)
     assert [*config.input[0].dims] == [3, -1, -1]
 
 
-def test_a_cascade_is_of_one_size(make_artifact, tmp_path):
-    paths = [made(lambda _, **c: make_artifact(**c), None, size, 0) for size in SIZES[:2]]
-    serve(ServeRequest(tuple(paths), tmp_path / "models"))
-    configs = {
-        name: config_of(tmp_path / "models" / name) for name in ("small_8x8_r0", "small_8x16_r0")
-    }
-    with pytest.raises(InputError, match="different inputs or outputs; a cascade needs"):
-        front_config("cascade", "c", configs, ServeOptions())
+def test_a_cascade_is_of_one_size(make_artifact):
+    members = [
+        Artifact.open(made(lambda _, **c: make_artifact(**c), None, size, 0)) for size in SIZES[:2]
+    ]
+    with pytest.raises(InputError, match="have different image sizes; a cascade is made of"):
+        check_one_model(members, shared_facts, "a cascade is made of artifacts of one model")
 
 
 def test_weights_that_models_share_are_stored_once(make_artifact, tmp_path):

@@ -17,10 +17,12 @@ def shared_facts(artifact: Artifact, *, any_size: bool = False) -> dict[str, obj
     """
     manifest = artifact.manifest
     weights, preprocessing = manifest.model.weights, manifest.preprocessing
+    size = None if any_size else preprocessing.image_size
     if any_size:
         preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], 0, 0))
     return {
         "models": manifest.model.name,
+        "image sizes": size,
         "weights": (any_size and weights.common_sha256) or weights.state_sha256,
         "preprocessing": preprocessing,
         "labels": manifest.labels,
