@@ -15,6 +15,7 @@ from tome_export.build import main as build_main
 from tome_export.errors import InputError, UsageError
 from tome_export.merge.schedule import Schedule
 from tome_export.onnx.files import load
+from tome_export.parity.main import CheckRequest, check
 from tome_export.spec import BatchRange, ImageSize
 
 SIZES = ("32", "24x40", "16")
@@ -82,12 +83,16 @@ def test_a_copy_of_one_and_one_built_alone_compute_the_same(built, tmp_path):
     onnx.checker.check_model(tmp_path / "copy" / "model.onnx", full_check=True)
 
 
+def test_it_can_be_checked_again(built):
+    assert check(CheckRequest(built[1].path, backends=("ort-cpu",))).passed
+
+
 @pytest.mark.parametrize(
     ("sizes", "error", "message"),
     [
         (("32", "24x40", "32x32"), UsageError, "image size 32x32 is given twice"),
         (("32", None), UsageError, "no image size is given; expected one or more, such as"),
-        (("32", "0x8"), InputError, "expected sides of 1 to"),
+        (("32", "33"), InputError, "33x33"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_before_anything_is_built(

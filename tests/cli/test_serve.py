@@ -290,7 +290,7 @@ def test_artifacts_of_different_models(run, built, built_random, tmp_path):
     assert ran.code == 3
     assert ran.error == (
         f"{built} and {built_random} have different weights; several artifacts served together "
-        "must be of one model, with different r"
+        "must be of one model, with different r or image sizes"
     )
     ran = run("serve", built, built, "--repository", "models")
     assert ran.code == 3

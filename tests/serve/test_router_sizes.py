@@ -241,6 +241,12 @@ def test_models_of_one_size_are_called_as_before(make_artifact, tmp_path):
     assert done.entry == "small_r8"
     done = serve(ServeRequest((path,), tmp_path / "named", ServeOptions(name="mine_8x16_r8")))
     assert done.entry == "mine_8x16_r8"
+    # A size that was asked for is not the model's own, which may be served later.
+    manifest = read_manifest(path)
+    model = manifest.model.model_copy(update={"image_size": "8x16"})
+    write_manifest(path, manifest.model_copy(update={"model": model}))
+    done = serve(ServeRequest((path,), tmp_path / "asked"))
+    assert done.entry == "small_8x16_r8"
 
 
 def test_what_does_not_belong_together_is_refused(make_artifact, tmp_path):

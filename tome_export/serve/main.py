@@ -240,10 +240,15 @@ def _check_compatible(artifacts: Sequence[Artifact]) -> None:
 def _have_several_sizes(
     artifacts: Sequence[Artifact], request: ServeRequest, repository: Path
 ) -> bool:
-    """Whether models differ in image size, with those that the router has already."""
+    """Whether models differ in image size, with those that the router has already.
+
+    One of another size than the model's own is called by it as well: the other may come later.
+    """
     name = request.options.name
     base = name or plain_name(artifacts[0].manifest.model.name)
     sizes = {str(artifact.manifest.preprocessing.image_size) for artifact in artifacts}
+    if name is None and any(artifact.manifest.model.image_size for artifact in artifacts):
+        return True
     chosen = name is not None and name.endswith(name_end(artifacts[0].manifest, sized=True))
     return chosen or len(sizes | sizes_behind(repository, base)) > 1
 
