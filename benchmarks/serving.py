@@ -9,7 +9,8 @@ the server makes of it: 1, 4, and 8, the largest.
 
     python -m benchmarks.serving --perf-analyzer TOOLS [--rounds 5] [--seconds 9] [--no-write]
 
-What TOOLS is and how to get it: ``benchmarks/perf_analyzer.py``.
+What TOOLS is and how to get it: ``benchmarks/perf_analyzer.py``. With ``--jpeg`` what is served is
+the pipeline from JPEG bytes: ``benchmarks/serving_pipeline.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import serving_pipeline
 from benchmarks.harness import write_rows
 from benchmarks.perf_analyzer import Load, PerfAnalyzer
 from tome_export.build import BuildRequest, build
@@ -149,7 +151,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=9.0, help="of one measurement")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--jpeg", action="store_true", help="measure the pipeline from JPEG bytes")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="to compare --jpeg with")
     arguments = parser.parse_args()
+    if arguments.jpeg:
+        return main_of_pipelines(arguments)
     images = sample_pixels(resolve(arguments.model), max(BATCH_OF.values()))
     with ExitStack() as stack:
         folder, tools = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in "12")
@@ -191,6 +197,31 @@ def main() -> int:
         show(row)
     if not arguments.no_write:
         print(write_rows("serving", rows))
+    return 0
+
+
+def main_of_pipelines(arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        artifact, repository = Path(folder) / "artifact", Path(folder) / "repository"
+        request = BuildRequest(
+            arguments.model,
+            artifact,
+            Schedule.of(serving_pipeline.R),
+            weights="random",
+            engine="none",
+            batch=BatchRange(1, 4, max(BATCH_OF.values())),
+            check=False,
+        )
+        build(request)
+        load = os.getloadavg()[0]
+        rows = serving_pipeline.pipeline_rows(
+            artifact, repository, arguments.before, arguments.rounds, arguments.seconds
+        )
+    rows = [{"model": arguments.model, "load_average_before": load, **row} for row in rows]
+    for row in rows:
+        serving_pipeline.show(row)
+    if not arguments.no_write:
+        print(write_rows("serving_pipeline", rows))
     return 0
 
 

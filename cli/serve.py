@@ -18,6 +18,7 @@ from tome_export.cli.progress import working
 from tome_export.cli.signals import Interrupted
 
 if TYPE_CHECKING:
+    from tome_export.serve.load import Analysis
     from tome_export.serve.main import ServeResult
     from tome_export.serve.server import RunRequest
 
@@ -27,6 +28,10 @@ class QueueGroup(Group):
 
     instances: int = option(
         default=1, help="Copies of the model per device; at least 2 where its queue is limited."
+    )
+    threads: int | None = option(
+        help="Of each copy of an ONNX model on a CPU; one thread waits for no other, and leaves "
+        "other cores to the decoders.  [default: as many as cores]"
     )
     max_queue_delay_us: int = option(
         "--max-queue-delay",
@@ -88,6 +93,27 @@ class ServeCommandOptions(QueueGroup, RunGroup, SelfTestGroup):
     preprocess: bool = option(
         heading="Model", help="Also a pipeline from JPEG or PNG bytes to labels or features."
     )
+    scaled_decoding: bool = option(
+        heading="Model",
+        help="With --preprocess: decode large JPEG files at a half, quarter or eighth of their "
+        "size. Faster; pixels differ a little.",
+    )
+    dali: bool = option(
+        heading="Model",
+        help="With --preprocess: decode on the GPU, by the server's DALI backend. For files that "
+        "are trusted; see docs/serving-preprocessing.md.",
+    )
+    decoders: int | None = option(
+        heading="Model",
+        help="With --preprocess: processes that decode.  [default: as many as cores, up to 16]",
+    )
+    analyze: float | None = option(
+        heading="Engine",
+        metavar="MILLISECONDS",
+        help="Measure on this machine, and write in place of those given, the instances, threads "
+        "and queue delay that answer the most images per second with a 99th percentile of the "
+        "latencies of at most so long.",
+    )
 
 
 @grouped_command(
@@ -110,6 +136,7 @@ def command(
     if options.log and not options.run:
         raise click.UsageError("--log shows the log of a server; give --run too")
     with working(terminal) as progress:
+        from tome_export.serve.analyze import serve_analyzed
         from tome_export.serve.main import KServeOptions, ServeOptions, ServeRequest, serve
         from tome_export.serve.server import RunRequest
 
@@ -121,7 +148,10 @@ def command(
             options=options.request(ServeOptions),
             kserve_options=options.request(KServeOptions),
         )
-        done = serve(request, progress)
+        if options.analyze is None:
+            done = serve(request, progress)
+        else:
+            done = serve_analyzed(request, options.analyze, progress)
     if options.run:
         _run(terminal, done, server, log=options.log)
     else:
@@ -165,9 +195,28 @@ def _lines(done: ServeResult) -> list[str]:
     rows = [(m.name, ", ".join(map(str, m.versions)), m.status) for m in done.models]
     return [
         *([RANDOM] if done.random_weights else []),
+        *([] if done.analysis is None else [*_analysis_lines(done.analysis), ""]),
         *table(("model", "versions", ""), rows, "lll"),
         *done.notes,
         *([done.self_test] if done.self_test else []),
         *([f"KServe manifest: {done.kserve}"] if done.kserve else []),
         f"Repository: {done.repository}; ask for {done.entry}",
     ]
+
+
+def _analysis_lines(analysis: Analysis) -> list[str]:
+    head = ("instances", "threads", "queue delay", "requests at once", "images/s", "p50", "p99", "")
+    rows = [
+        (
+            str(one.setting.instances),
+            "all" if one.setting.threads is None else str(one.setting.threads),
+            f"{one.setting.max_queue_delay_us} us",
+            str(one.load.concurrency),
+            f"{one.load.images_per_second:.1f}",
+            f"{one.load.latency_ms['p50']:.1f} ms",
+            f"{one.load.latency_ms['p99']:.1f} ms",
+            "chosen" if one.setting == analysis.chosen else "" if one.fits else "too slow",
+        )
+        for one in analysis.results
+    ]
+    return [*table(head, rows, "rrrrrrrl"), *analysis.notes]

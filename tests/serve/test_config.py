@@ -300,7 +300,14 @@ def test_names_that_are_none(name):
 
 def test_the_largest_values_fit_the_schema(source):
     most = 2**31 - 1
-    options = ServeOptions(None, 2**63 - 1, False, most, most, most, most)
+    options = ServeOptions(
+        version=2**63 - 1,
+        instances=most,
+        threads=most,
+        max_queue_delay_us=most,
+        max_queue_size=most,
+        timeout_ms=most,
+    )
     config = file_folder(source(), "m", options).config
     assert config_from_text(config_text(config), "it") == config
 

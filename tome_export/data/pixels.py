@@ -29,6 +29,10 @@ MAX_PIXELS = 64_000_000
 MAX_SCANS = 64
 """Scans of a progressive JPEG, each of which goes through all of its pixels; encoders make 10."""
 
+SCALED_GAP = 1.5
+"""How many times the size that it is resized to a JPEG file has at least, once it was decoded at a
+part of its own size (``scaled_decoding``)."""
+
 ROWS = 256
 """Rows of an image that transparency is removed from at a time."""
 
@@ -36,7 +40,7 @@ MODES = {1: "L", 3: "RGB"}
 
 Settings = dict[str, Any]
 """The fields of ``spec.Preprocessing``; where they differ from the constants above, ``max_pixels``
-and ``formats``."""
+and ``formats``; ``scaled_decoding`` where JPEG files may be decoded at a part of their size."""
 
 
 _MEMORY = "takes more memory to decode than is allowed; give a smaller one"
@@ -117,11 +121,29 @@ def _decoded(data: bytes, settings: Settings, names: str) -> Image.Image:
         ) from None
     with image:
         _check_size(*image.size, settings)
-        if image.format in ("JPEG", "MPO") and scans(data) > MAX_SCANS:
-            raise BadImageError(
-                f"is a JPEG file of more than {MAX_SCANS} scans; save it anew, encoders make 10"
-            )
+        if image.format in ("JPEG", "MPO"):
+            # Each scan begins with these two bytes: few of them cannot be many scans, and are
+            # counted in a tenth of the time.
+            if data.count(b"\xff\xda") > MAX_SCANS and scans(data) > MAX_SCANS:
+                raise BadImageError(
+                    f"is a JPEG file of more than {MAX_SCANS} scans; save it anew, encoders make 10"
+                )
+            if settings.get("scaled_decoding"):
+                _scale_down(image, settings)
         return upright(image, settings)
+
+
+def _scale_down(image: Image.Image, settings: Settings) -> None:
+    """Let an opened JPEG file be decoded at a half, quarter or eighth of its size.
+
+    Its decoder leaves high frequencies out then, which resizing would remove as well. It is done
+    where both sides keep ``SCALED_GAP`` times what they are resized to.
+    """
+    _, height, width = settings["input_size"]
+    least = SCALED_GAP * max(height, width) / settings["crop_pct"]
+    scale = min(image.size) / least
+    if scale >= 2:
+        image.draft(None, (math.ceil(image.width / scale), math.ceil(image.height / scale)))
 
 
 def _check_size(width: int, height: int, settings: Settings) -> None:

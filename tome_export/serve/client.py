@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from tome_export.errors import InputError, MissingComponentError, TomeExportError, UsageError
 from tome_export.serve.names import IMAGE, PIPELINE, ROUTER, ROUTES, VIDEO
 from tome_export.serve.server_log import shortened
@@ -143,8 +145,8 @@ class Client:
     def _is_pipeline(self, model: str) -> bool:
         """Whether it takes encoded images or videos, and gives more than their pixels."""
         inputs, outputs = self.tensors(model)
-        encoded = (inputs[kind]["datatype"] for kind in (IMAGE, VIDEO) if kind in inputs)
-        return "BYTES" in encoded and INPUT_NAME not in outputs
+        encoded = {inputs[kind]["datatype"] for kind in (IMAGE, VIDEO) if kind in inputs}
+        return bool(encoded & {"BYTES", "UINT8"}) and INPUT_NAME not in outputs
 
     def infer(
         self,
@@ -255,6 +257,18 @@ def connect(
         yield client
     finally:
         client.close()
+
+
+def encoded_file(data: bytes, datatype: str, dims: int) -> NDArray[Any]:
+    """The content of one file as a model takes it, with a batch of one.
+
+    ``datatype`` is BYTES, of so many ``dims``, or UINT8, which DALI takes: ``[1, bytes]``.
+    """
+    if datatype == "UINT8":
+        return np.frombuffer(data, np.uint8)[None]
+    tensor = np.empty([1] * dims, np.object_)
+    tensor[...] = data
+    return tensor
 
 
 def parse_url(url: str, protocol: Protocol | None = None) -> tuple[str, Protocol, bool]:

@@ -72,6 +72,8 @@ PYTHON_MODELS = Path(__file__).parent / "python_models"
 MOST = 2**31 - 1
 """Largest number of the options: most are of 32 bits in the server's schema."""
 
+MOST_DECODERS = 256
+
 MOST_VERSION = 2**63 - 1
 """Largest version: the server reads the name of a version folder as a signed 64-bit number."""
 
@@ -90,7 +92,12 @@ class ServeOptions:
         version: Version folder, at least 1; None for 1, or the version that already has the same
             files.
         preprocess: Also write the models that take encoded images and give labels or features.
+        scaled_decoding: Decode large JPEG files at a half, quarter or eighth of their size (see
+            ``pixels.Settings``): faster, and pixels differ a little.
+        dali: Decode on the GPU, by the server's DALI backend.
+        decoders: Processes that decode; None for as many as the server's machine has cores.
         instances: Copies of the model per device; a limited queue takes two or more.
+        threads: Of each copy of an ONNX model on a CPU; None for as many as there are cores.
         max_queue_delay_us: How long the server may hold a request back to fill a batch.
         max_queue_size: Requests that may wait; further ones are rejected at once.
         timeout_ms: How long a request may wait in the queue before it is rejected.
@@ -104,7 +111,11 @@ class ServeOptions:
     name: str | None = None
     version: int | None = None
     preprocess: bool = False
+    scaled_decoding: bool = False
+    dali: bool = False
+    decoders: int | None = None
     instances: int = 1
+    threads: int | None = None
     max_queue_delay_us: int = 2000
     max_queue_size: int | None = None
     timeout_ms: int | None = None
@@ -114,6 +125,8 @@ class ServeOptions:
         ranges = [
             ("version", self.version, 1, MOST_VERSION),
             ("instances", self.instances, 1, MOST),
+            ("threads", self.threads, 1, MOST),
+            ("decoders", self.decoders, 1, MOST_DECODERS),
             ("queue delay", self.max_queue_delay_us, 0, MOST),
             ("queue size", self.max_queue_size, 1, MOST),
             ("queue timeout", self.timeout_ms, 1, MOST),
@@ -122,6 +135,12 @@ class ServeOptions:
         for what, value, least, most in ranges:
             if value is not None and not least <= value <= most:
                 raise UsageError(f"{what} is {value}; expected {least} to {most}")
+        decoding = {"scaled decoding": self.scaled_decoding, "decoders": self.decoders}
+        for what, given in {**decoding, "dali": self.dali}.items():
+            if given and not self.preprocess:
+                raise UsageError(f"{what} is for a server that decodes images; preprocess too")
+            if given and self.dali and what in decoding:
+                raise UsageError(f"{what} is not for DALI, which decodes on the GPU; give one")
 
     @property
     def folder(self) -> str:
@@ -196,6 +215,11 @@ def file_folder(
         f"{options.folder}/{name}": path for name, path in file.files.items()
     }
     files |= {} if behind else _label_files(file)
+    if options.threads is not None and file.platform != "onnxruntime_onnx":
+        raise UsageError(
+            "threads are given and a TensorRT engine is served; leave them out, or serve the ONNX "
+            "model with --format onnx"
+        )
     if file.version_compatible:
         note = b"Servers load it with --backend-config=tensorrt,version-compatible=true only.\n"
         files[f"{options.folder}/{VERSION_COMPATIBLE}"] = note
@@ -244,6 +268,9 @@ def model_config(
     if options.limits_queue and not behind:
         count = max(count, LEAST_WITH_LIMITS)
     labels = bool(file.labels) and not behind
+    # One thread an instance waits for no other, and so never spins, which would take the core that
+    # decodes the next image.
+    threads = {"intra_op_thread_count": {"string_value": str(options.threads)}}
     return config_from_values(
         name=name,
         platform=file.platform,
@@ -256,6 +283,7 @@ def model_config(
             for rows in sorted({1, most or 1})
         ],
         optimization=_gpu_optimization(file, name, options, inputs) if gpu else None,
+        parameters=threads if options.threads is not None and not gpu else None,
         dynamic_batching=None if behind else _batching(most, options),
     )
 

@@ -18,6 +18,7 @@ from tome_export.serve.config import (
     python_folder,
     tensor_values,
 )
+from tome_export.serve.dali import dali_folder
 from tome_export.serve.model_file import image_shape
 from tome_export.serve.names import IMAGE, PIPELINE, POSTPROCESS, PREPROCESS, VIDEO
 from tome_export.spec import INPUT_NAME
@@ -67,7 +68,11 @@ def _preprocess(
         **asdict(recipe),
         "max_pixels": pixels.MAX_PIXELS,
         "formats": pixels.SERVED_FORMATS,
+        "scaled_decoding": options.scaled_decoding,
+        "decoders": options.decoders,
     }
+    if options.dali:
+        return dali_folder(manifest, f"{name}{PREPROCESS}", options, max_batch, outputs)
     modules = [Path(pixels.__file__), Path(decoder.__file__)]
     if video:
         modules.append(Path(frames.__file__))

@@ -30,6 +30,7 @@ from tome_export.serve.config import (
 from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.installation import find
 from tome_export.serve.kserve import KServeOptions, write_manifest
+from tome_export.serve.load import Analysis
 from tome_export.serve.model_file import TENSORRT, ModelFile, model_file_from_artifact
 from tome_export.serve.names import FIXED, check_chosen_name, check_name, name_end, plain_name
 from tome_export.serve.repository import (
@@ -86,6 +87,7 @@ class ServeResult:
         random_weights: Whether the model has learned nothing.
         self_test: What was tried out, or why nothing was; empty if that was not asked for.
         notes: What a user should know.
+        analysis: What ``serve --analyze`` has measured and chosen.
     """
 
     repository: Path
@@ -96,6 +98,7 @@ class ServeResult:
     random_weights: bool
     self_test: str
     notes: tuple[str, ...]
+    analysis: Analysis | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""
@@ -105,6 +108,7 @@ class ServeResult:
             "models": [vars(model) for model in self.models],
             "server": {**vars(self.server)},
             "kserve": None if self.kserve is None else str(self.kserve),
+            "analysis": None if self.analysis is None else self.analysis.to_dict(),
         }
 
 
@@ -266,6 +270,7 @@ def _served_artifact(
 ) -> _ServedArtifact:
     options = request.options
     file = model_file_from_artifact(artifact, request.format)
+    file = replace(file, needs_gpu=file.needs_gpu or options.dali)
     base, name = _base_and_name(artifact, request, repository, sized=sized)
     check_name(name)
     asked = (

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tome_export.data.answers import ImageAnswer, Label
 from tome_export.errors import InputError, MissingComponentError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.runtime.inputs import inputs_from_file
-from tome_export.serve.client import Protocol, connect
+from tome_export.serve.client import Protocol, connect, encoded_file
 from tome_export.serve.names import IMAGE, PIPELINE, PREPROCESS, VIDEO
 from tome_export.spec import INPUT_NAME, ImageSize
 
@@ -101,8 +99,7 @@ def query(request: QueryRequest, progress: Progress | None = None) -> QueryResul
         answers = []
         for count, (path, data) in enumerate(images, 1):
             one = {name: rows[count - 1 : count] for name, rows in further.items()}
-            image = np.empty([1] * len(tensors[kind]["shape"]), np.object_)
-            image[...] = data
+            image = encoded_file(data, tensors[kind]["datatype"], len(tensors[kind]["shape"]))
             try:
                 outputs = client.infer(
                     model,

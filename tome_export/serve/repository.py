@@ -269,7 +269,7 @@ def _signature(config: ModelConfig) -> object:
 
 def _is_derived(config: ModelConfig) -> bool:
     """Whether it is one of the models around a model."""
-    return bool(config.platform == "ensemble" or config.backend == "python")
+    return bool(config.platform == "ensemble" or config.backend in ("python", "dali"))
 
 
 def _is_versioned(name: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tome_export.errors import ExportError, InputError, MissingComponentError
-from tome_export.serve.client import Client, connect
+from tome_export.serve.client import Client, connect, encoded_file
 from tome_export.serve.config import ModelFolder
 from tome_export.serve.names import IMAGE, ROUTES, VIDEO
 from tome_export.serve.server import RunRequest, running
@@ -50,6 +50,9 @@ def sample_request(folders: Sequence[ModelFolder], config: ModelConfig) -> dict[
         shape = [1] if config.max_batch_size else []
         shape += [max(size, 1) for size in tensor.dims]  # -1 is any size
         kind = DataType.Name(tensor.data_type).removeprefix("TYPE_")
+        if tensor.name == IMAGE and kind == "UINT8":
+            request[tensor.name] = encoded_file(sample_image(), kind, len(shape))
+            continue
         if kind != "STRING":
             request[tensor.name] = np.zeros(shape, triton_to_np_dtype(kind))
             continue

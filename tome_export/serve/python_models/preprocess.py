@@ -5,10 +5,11 @@ Input ``image`` BYTES ``[B, 1]``: one whole JPEG or PNG file each; output ``pixe
 ``pixel_values`` FP32 ``[B, F, C, H, W]``, every frame preprocessed as an image, and ``video_mask``
 FP32 ``[B, F]``, all ones, where the model takes one.
 
-``preprocessing.json`` beside this file says how, ``pixels.py`` and ``frames.py`` do it, in the
-processes of ``decoder.py``. What cannot be used fails the request it came with, and no other; what
-takes long has processes of its own, so that nothing else waits for it. Answers are sent as soon as
-they are there, which the server allows since release 24.06.
+``preprocessing.json`` beside this file says how, ``pixels.py`` and ``frames.py`` do it: in the
+processes of ``decoder.py`` as far as bytes of pixels, and here the rest, which makes four times as
+many of them. What cannot be used fails the request it came with, and no other; what takes long has
+processes of its own, so that nothing else waits for it. Answers are sent as soon as they are there,
+which the server allows since release 24.06.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ SMALL_BYTES = 1 << 22
 SMALL_PIXELS = 1 << 22
 """Images up to both sizes are decoded in tens of milliseconds, and wait for no larger one."""
 
+SCALED_PIXELS = 1 << 24
+"""The same of a JPEG file of one scan that is decoded at a part of its size, in that time too."""
+
 SMALL_SECONDS = 2
 """Most time of a processor that one of them takes."""
 
-LARGE_AT_ONCE = 2
-"""Larger images and videos that are decoded at once."""
+LEAST_DECODERS, MOST_DECODERS = 2, 16
+"""Processes that decode smaller images, unless the settings say how many; there is one for each
+core, and half as many more, at least two, for larger images and videos."""
 
 NICENESS = 10
 """How far their processes stand back behind all others."""
@@ -104,7 +109,11 @@ class TritonPythonModel:
         if self.kind == "video":
             check_decoder("av", "av", "PyAV, which decodes videos")
             frames = folder / "frames.py"
-        decoder = beside("decoder", folder)
+        decoder, self.pixels = beside("decoder", folder), beside("pixels", folder)
+        form = self.settings.get("form", "float32")
+        # What a process hands over; the model that takes numbers is given them here.
+        self.asked = {**self.settings, "form": "uint8" if form == "float32" else form}
+        self.normalises = form == "float32"
 
         def small() -> Any:
             return decoder.Decoder(folder / "pixels.py", seconds={"pixels": SMALL_SECONDS})
@@ -112,9 +121,13 @@ class TritonPythonModel:
         def large() -> Any:
             return decoder.Decoder(folder / "pixels.py", frames, NICENESS)
 
-        self.large = self.small = DecoderPool(LARGE_AT_ONCE, large)
+        count = self.settings["decoders"] or min(MOST_DECODERS, len(os.sched_getaffinity(0)))
+        groups = json.loads(args["model_config"])["instance_group"]
+        instances = sum(group["count"] for group in groups)  # which share them
+        count = max(LEAST_DECODERS, -(-count // instances))
+        self.large = self.small = DecoderPool(max(LEAST_DECODERS, count // 2), large)
         if self.kind == "image":
-            self.small = DecoderPool(max(2, min(4, len(os.sched_getaffinity(0)))), small)
+            self.small = DecoderPool(count, small)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered, with pixels or an error of its own, when it is done."""
@@ -126,9 +139,10 @@ class TritonPythonModel:
             PendingResponse(self, sender, pb_utils, [self.submit(data) for data in batch])
 
     def submit(self, data: bytes) -> Future[Any]:
-        """One file to ``[C, H, W]`` or ``[F, C, H, W]`` float32, or the error that it makes."""
-        pool = self.small if self.kind == "image" and is_small(data) else self.large
-        return pool.submit("video" if self.kind == "video" else "pixels", data, self.settings)
+        """The pixels of one file, ``[H, W, C]`` or ``[F, H, W, C]``, or the error that it makes."""
+        soon = self.kind == "image" and is_small(data, scaled=self.settings["scaled_decoding"])
+        pool = self.small if soon else self.large
+        return pool.submit("video" if self.kind == "video" else "pixels", data, self.asked)
 
     def finalize(self) -> None:
         """Let the processes end with the model."""
@@ -142,6 +156,8 @@ class TritonPythonModel:
             error = pb_utils.TritonError(problem, pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
         pixels = np.stack([future.result() for future in futures])
+        if self.normalises:
+            pixels = self.pixels.normalised(pixels, self.asked)
         outputs = [pb_utils.Tensor("pixel_values", pixels)]
         if self.settings.get("mask"):
             mask = np.ones(pixels.shape[:2], np.float32)
@@ -178,7 +194,7 @@ class PendingResponse:
         self._sender.send(response, flags=utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-def is_small(data: bytes) -> bool:
+def is_small(data: bytes, *, scaled: bool = False) -> bool:
     """Whether a JPEG or PNG file is soon decoded, from its header; also what is neither."""
     if len(data) > SMALL_BYTES:
         return False
@@ -198,7 +214,9 @@ def is_small(data: bytes) -> bool:
             if len(data) < place + 9:
                 return True
             height, width = struct.unpack(">HH", data[place + 5 : place + 9])
-            return bool(width * height <= SMALL_PIXELS)
+            # Of a progressive file (C2) all coefficients are decoded, at whatever size.
+            most = SCALED_PIXELS if scaled and marker[1] == 0xC0 else SMALL_PIXELS
+            return bool(width * height <= most)
         place += 2 + length
     return False
 

@@ -27,6 +27,9 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        threads = config.get("parameters", {}).get("intra_op_thread_count")
+        if threads is not None:
+            options.intra_op_num_threads = int(threads["string_value"])
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / file
         if not path.is_file():
