@@ -101,7 +101,7 @@ class ServeCommandOptions(QueueGroup, RunGroup, SelfTestGroup):
     dali: bool = option(
         heading="Model",
         help="With --preprocess: decode on the GPU, by the server's DALI backend. For files that "
-        "are trusted; see docs/serving-preprocessing.md.",
+        "are trusted; see docs/serving-throughput.md.",
     )
     decoders: int | None = option(
         heading="Model",

@@ -20,6 +20,9 @@ HEADLINE = ("<!-- headline by scripts/measured.py -->\n", "<!-- end of headline 
 TUNED = ("<!-- tuned by scripts/measured.py -->\n", "<!-- end of tuned -->")
 EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluated -->")
 
+PIPELINE = ("<!-- pipeline by scripts/measured.py -->\n", "<!-- end of pipeline -->")
+SCALED = ("<!-- scaled by scripts/measured.py -->\n", "<!-- end of scaled -->")
+
 
 def rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Environment and rows of one result file."""
@@ -284,6 +287,61 @@ def serving_lines() -> list[str]:
     ]
 
 
+def pipeline_table() -> str:
+    """What a served pipeline answers, and what its parts cost, before and after."""
+    environment, found = rows("serving_pipeline")
+    first = found[0]
+    names = [*first["images_per_second"]]
+    lines = [
+        f"{first['model']}, r = {first['r']}, fp32, random weights, {first['cores']} cores"
+        f"{', stand-in for the ONNX Runtime backend' * first['stand_in']}; medians of "
+        f"{first['rounds']} rounds in which the pipelines took turns "
+        "(`benchmarks/results/serving_pipeline.json`). «before» is what `serve --preprocess` wrote "
+        "before, «after» now, «sized» with "
+        f"`--instances {first['cores']} --threads 1`, «scaled» with `--scaled-decoding` too. CPU is "
+        "the time of a processor per image; preprocessing's part of the time of a request has the "
+        "wait for a decoder in it.",
+        "",
+        "| photographs | at once | | images/s | ratio | p50 | p99 | CPU of the model | of decoding "
+        "| preprocessing's part of the time |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in found:
+        for name in names:
+            cpu, latency = row["cpu_ms"][name], row["latency_ms"][name]
+            lines.append(
+                f"| {row['photographs']} | {row['concurrency']} | {name} | "
+                f"{row['images_per_second'][name]:.1f} | {row['ratio'].get(name, 1):.2f} | "
+                f"{latency['p50']:.0f} ms | {latency['p99']:.0f} ms | {cpu['model']:.0f} ms | "
+                f"{cpu['decoder'] + cpu['preprocess']:.1f} ms | "
+                f"{row['preprocess_share'][name]:.0%} |"
+            )
+    return "\n".join(lines) + f"\n\nMeasured on {environment['cpu']}.\n"
+
+
+def decoding_table() -> str:
+    """What other ways of decoding cost, and how far their pixels are off."""
+    _, found = rows("decoding")
+    ways = {"scaled": "`--scaled-decoding`", "simd": "pillow-simd", "dali": "DALI, on a CPU"}
+    lines = [
+        "One image on one core, and levels (of 255) by which the pixels differ from the library's "
+        "(`benchmarks/results/decoding.json`):",
+        "",
+        f"| photographs | exact | {' | '.join(ways.values())} |",
+        f"|---|--:|{'--:|' * len(ways)}",
+    ]
+    for row in found:
+        cells = [
+            f"{row['cpu_ms'][way]:.1f} ms, mean {levels['mean']:.3f}, at most {levels['max']}"
+            for way in ways
+            for levels in [row["levels"][way]]
+        ]
+        lines.append(
+            f"| {row['photographs']} | {row['cpu_ms']['exact']:.1f} ms | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def soak_line() -> str:
     """What became of many requests while versions changed, beside garbage."""
     _, row = rows("serving_soak")[1]
@@ -474,6 +532,8 @@ def pages() -> dict[Path, str]:
         (DOCS / "which-r.md", TUNED, tuned_table()),
         (DOCS / "reducers.md", REDUCED, reducers_lines()),
         (DOCS / "attention.md", ATTENTION, attention_lines()),
+        (DOCS / "serving-throughput.md", PIPELINE, pipeline_table()),
+        (DOCS / "serving-throughput.md", SCALED, decoding_table()),
         (DOCS / "attention.md", GPU_ATTENTION, gpu_attention_lines()),
     )
     texts = {path: path.read_text() for path, _, _ in parts}
