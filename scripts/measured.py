@@ -298,9 +298,9 @@ def pipeline_table() -> str:
         f"{first['rounds']} rounds in which the pipelines took turns "
         "(`benchmarks/results/serving_pipeline.json`). «before» is what `serve --preprocess` wrote "
         "before, «after» now, «sized» with "
-        f"`--instances {first['cores']} --threads 1`, «scaled» with `--scaled-decoding` too. CPU is "
-        "the time of a processor per image; preprocessing's part of the time of a request has the "
-        "wait for a decoder in it.",
+        f"`--instances {first['cores']} --threads 1`, «scaled» with `--scaled-decoding` too. CPU "
+        "is the time of a processor per image; preprocessing's part of the time of a request has "
+        "the wait for a decoder in it.",
         "",
         "| photographs | at once | | images/s | ratio | p50 | p99 | CPU of the model | of decoding "
         "| preprocessing's part of the time |",

@@ -326,6 +326,14 @@ def test_the_largest_values_fit_the_schema(source):
         ({"timeout_ms": 0}, "queue timeout is 0; expected 1 to 2147483647"),
         ({"timeout_ms": 2**31}, "queue timeout is 2147483648; expected 1 to 2147483647"),
         ({"cuda_graph_batches": (1, 0)}, "CUDA graph batch is 0; expected 1 to 2147483647"),
+        ({"threads": 0}, "threads is 0; expected 1 to 2147483647"),
+        ({"preprocess": True, "decoders": 0}, "decoders is 0; expected 1 to 256"),
+        ({"decoders": 2}, "decoders is for a server that decodes images; preprocess too"),
+        ({"dali": True}, "dali is for a server that decodes images; preprocess too"),
+        (
+            {"preprocess": True, "dali": True, "scaled_decoding": True},
+            "scaled decoding is not for DALI, which decodes on the GPU; give one",
+        ),
         (
             {"cuda_graph_batches": (2**31,)},
             f"CUDA graph batch is {2**31}; expected 1 to {2**31 - 1}",

@@ -327,3 +327,52 @@ def test_a_small_image_is_known_by_its_header():
     assert not preprocess.is_small(b"\xff\xd8" + bytes(preprocess.SMALL_BYTES))
     # These are refused at once.
     assert all(preprocess.is_small(data) for data in (b"", b"hello", b"\x89PN"))
+
+
+def test_a_file_that_is_soon_decoded_at_a_part_of_its_size_is_small():
+    phone = encoded(Image.new("L", (4096, 4096)), "JPEG")
+    assert not preprocess.is_small(phone)
+    assert preprocess.is_small(phone, scaled=True)
+    assert not preprocess.is_small(encoded(Image.new("L", (4096, 4097)), "JPEG"), scaled=True)
+    # All coefficients of these are decoded, at whatever size.
+    assert not preprocess.is_small(progressive(4096, 4), scaled=True)
+    many = phone + phone[phone.rindex(b"\xff\xda") :] * preprocess.SCALED_SCANS
+    assert not preprocess.is_small(many, scaled=True)
+    assert not preprocess.is_small(encoded(Image.new("L", (4096, 4096))), scaled=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "decoded"),
+    [
+        # 1.5 times what it is resized to is left, and no less: 8 / 1.0 * 1.5 = 12.
+        ((96, 97), "crop", (12, 13)),
+        ((95, 95), "crop", (24, 24)),
+        ((200, 25), "crop", (100, 13)),
+        ((23, 400), "squash", (23, 400)),
+        ((800, 96), "letterbox", (100, 12)),
+    ],
+)
+def test_scaled_decoding_leaves_what_resizing_needs(size, resize, decoded, monkeypatch):
+    seen = []
+    keep = pixels_module.upright
+
+    def watched(image, settings):
+        seen.append(image.size)
+        return keep(image, settings)
+
+    monkeypatch.setattr(pixels_module, "upright", watched)
+    data = encoded(Image.fromarray(noise((*size[::-1], 3))), "JPEG")
+    settings = TINY | {"resize": resize}
+    exact = pixels_from_bytes(data, settings)
+    assert pixels_from_bytes(data, settings | {"scaled_decoding": True}).shape == exact.shape
+    assert seen == [size, decoded]
+
+
+def test_scaled_decoding_is_near_and_for_jpeg_files_only():
+    recipe = settings_of(RECIPES["vit_b16"].preprocessing) | {"form": "uint8"}
+    for path in sample_paths():
+        photo = Image.open(path).convert("RGB").resize((1600, 1200))
+        for data, near in ((encoded(photo, "JPEG", quality=90), 1.0), (encoded(photo), 0.0)):
+            exact = pixels_from_bytes(data, recipe).astype(int)
+            found = pixels_from_bytes(data, recipe | {"scaled_decoding": True})
+            assert np.abs(found - exact).mean() <= near

@@ -141,9 +141,9 @@ def _scale_down(image: Image.Image, settings: Settings) -> None:
     """
     _, height, width = settings["input_size"]
     least = SCALED_GAP * max(height, width) / settings["crop_pct"]
-    scale = min(image.size) / least
-    if scale >= 2:
-        image.draft(None, (math.ceil(image.width / scale), math.ceil(image.height / scale)))
+    part = next((part for part in (8, 4, 2) if part * least <= min(image.size)), 1)
+    if part > 1:
+        image.draft(None, (image.width // part, image.height // part))
 
 
 def _check_size(width: int, height: int, settings: Settings) -> None:

@@ -18,33 +18,28 @@ from nvidia.dali.plugin.triton import autoserialize
 
 SETTINGS = json.loads((Path(__file__).parent / "preprocessing.json").read_text())
 
-FILTERS = {
-    "nearest": types.INTERP_NN,
-    "bilinear": types.INTERP_LINEAR,
-    "bicubic": types.INTERP_CUBIC,
-    "lanczos": types.INTERP_LANCZOS3,
-}
+FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
-def rounded(number: Any, divisor: Any) -> Any:
-    """``round(number / divisor)`` of integers of DALI, halves to the even neighbour, as Python."""
-    nearest = (2 * number + divisor) // (2 * divisor)
-    half = (2 * divisor * nearest) == (2 * number + divisor)
-    odd = (nearest - nearest // 2 * 2) == 1
-    return nearest - fn.cast(half & odd, dtype=types.INT64)
+def rounded(number: Any) -> Any:
+    """``round(number)`` of float64, halves to the even neighbour, as Python does it."""
+    below = arrays.floor(number)
+    half, odd = number - below == 0.5, below - 2 * arrays.floor(below / 2) == 1
+    return below + fn.cast((number - below > 0.5) | (half & odd), dtype=types.FLOAT64)
 
 
 def resized(height: Any, width: Any) -> tuple[Any, Any]:
-    """Height and width that an image is resized to, see ``pixels._resized``."""
+    """Height and width, float64, that an image is resized to: see ``pixels._resized``."""
     _, *size = SETTINGS["input_size"]
     target_h, target_w = (math.floor(side / SETTINGS["crop_pct"]) for side in size)
     if SETTINGS["resize"] == "squash":
         return target_h + 0 * height, target_w + 0 * width
     if target_h == target_w:
-        sides = target_h * height // width, target_w * width // height
-    else:
-        sides = rounded(target_w * height, width), rounded(target_h * width, height)
-    return arrays.max(sides[0], target_h), arrays.max(sides[1], target_w)
+        longer = arrays.floor(target_h * arrays.max(height, width) / arrays.min(height, width))
+        upright = fn.cast(height >= width, dtype=types.FLOAT64)
+        return target_h + upright * (longer - target_h), longer + upright * (target_w - longer)
+    ratio = arrays.min(height / target_h, width / target_w)
+    return rounded(height / ratio), rounded(width / ratio)
 
 
 @autoserialize  # type: ignore[untyped-decorator]
@@ -57,7 +52,7 @@ def preprocess() -> Any:
     """``image`` UINT8 ``[bytes]`` to ``pixel_values`` in the form that the model takes."""
     _, height, width = SETTINGS["input_size"]
     encoded = fn.external_source(device="cpu", name="image", dtype=types.UINT8, ndim=1)
-    shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.INT64)  # upright, as decoded
+    shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT64)  # upright, as decoded
     new_h, new_w = resized(shape[0], shape[1])
     images = fn.decoders.image(encoded, device=SETTINGS["device"], output_type=types.RGB)
     images = fn.resize(
@@ -65,14 +60,12 @@ def preprocess() -> Any:
         resize_x=fn.cast(new_w, dtype=types.FLOAT),
         resize_y=fn.cast(new_h, dtype=types.FLOAT),
         interp_type=FILTERS[SETTINGS["interpolation"]],
-        antialias=SETTINGS["interpolation"] != "nearest",
+        antialias=True,
     )
-    if SETTINGS["crop_offset"] == "round":
-        start = rounded(new_h - height, 2), rounded(new_w - width, 2)
-    else:
-        start = (new_h - height) // 2, (new_w - width) // 2
-    start_of = fn.cast(fn.stack(*start), dtype=types.INT32)
-    images = fn.slice(images, start=start_of, shape=[height, width], axes=[0, 1])
+    offset = rounded if SETTINGS["crop_offset"] == "round" else arrays.floor
+    start = fn.stack(offset((new_h - height) / 2), offset((new_w - width) / 2))
+    start = fn.cast(start, dtype=types.INT32)
+    images = fn.slice(images, start=start, shape=[height, width], axes=[0, 1])
     if SETTINGS["form"] == "uint8":
         return images
     if SETTINGS["form"] == "uint8-nchw":

@@ -34,8 +34,8 @@ SMALL_BYTES = 1 << 22
 SMALL_PIXELS = 1 << 22
 """Images up to both sizes are decoded in tens of milliseconds, and wait for no larger one."""
 
-SCALED_PIXELS = 1 << 24
-"""The same of a JPEG file of one scan that is decoded at a part of its size, in that time too."""
+SCALED_PIXELS, SCALED_SCANS = 1 << 24, 4
+"""The same of a JPEG file of few scans that is decoded at a part of its size, in that time too."""
 
 SMALL_SECONDS = 2
 """Most time of a processor that one of them takes."""
@@ -214,8 +214,10 @@ def is_small(data: bytes, *, scaled: bool = False) -> bool:
             if len(data) < place + 9:
                 return True
             height, width = struct.unpack(">HH", data[place + 5 : place + 9])
-            # Of a progressive file (C2) all coefficients are decoded, at whatever size.
-            most = SCALED_PIXELS if scaled and marker[1] == 0xC0 else SMALL_PIXELS
+            # Of a progressive file (C2) all coefficients are decoded, at whatever size. A preview
+            # in the metadata has a scan as well.
+            few = marker[1] == 0xC0 and data.count(b"\xff\xda") <= SCALED_SCANS
+            most = SCALED_PIXELS if scaled and few else SMALL_PIXELS
             return bool(width * height <= most)
         place += 2 + length
     return False
