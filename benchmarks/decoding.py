@@ -102,7 +102,14 @@ def decoded_elsewhere(
         (folder / "preprocessing.json").write_text(json.dumps(settings | more))
         for number, file in enumerate(files):
             (folder / f"{number:03d}.jpg").write_bytes(file)
-        command = [python, "-c", LOAD + run + MEASURE, folder, module.name, str(SECONDS)]
+        command: list[str | Path] = [
+            python,
+            "-c",
+            LOAD + run + MEASURE,
+            folder,
+            module.name,
+            str(SECONDS),
+        ]
         subprocess.run(command, check=True)
         found = np.load(folder / "found.npz")
         return found["pixels"], float(found["ms"])

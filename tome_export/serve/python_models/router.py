@@ -167,7 +167,9 @@ class TritonPythonModel:
                 "the size that a video goes to is not chosen; give the parameter size, one of "
                 f"{', '.join(self.sizes)}"
             )
-        files = tensors[IMAGE].as_numpy().reshape(-1)
+        images = tensors[IMAGE].as_numpy()
+        # DALI takes the bytes themselves, ``[B, bytes]``.
+        files = map(bytes, images) if images.dtype == np.uint8 else images.reshape(-1)
         return np.array([self._size_of(data) for data in files], object)
 
     def _size_of_pixels(self, shape: list[int], asked: str | None) -> str:
