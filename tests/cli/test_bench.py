@@ -139,8 +139,9 @@ def test_another_model(run, built, artifact):
     ran = run("bench", built, "--against", artifact)
     assert ran.code == 3
     assert ran.error == (
-        f"{artifact} has the input pixel_values [3, 224, 224], {built} has pixel_values "
-        "[1, 32, 32]; only models with the same input and output are comparable"
+        f"{artifact} has the input pixel_values float32 [3, 224, 224], {built} has "
+        "pixel_values float32 [1, 32, 32]; only models with the same input and output are "
+        "comparable"
     )
 
 

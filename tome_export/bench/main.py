@@ -157,9 +157,9 @@ def _check_comparable(artifact: Artifact, other: Artifact) -> None:
     ):
         if (a.name, a.dtype, a.shape[1:]) != (b.name, b.dtype, b.shape[1:]):
             raise InputError(
-                f"{other.path} has the {what} {b.name} {list(b.shape[1:])}, {artifact.path} has "
-                f"{a.name} {list(a.shape[1:])}; only models with the same input and output are "
-                "comparable"
+                f"{other.path} has the {what} {b.name} {b.dtype} {list(b.shape[1:])}, "
+                f"{artifact.path} has {a.name} {a.dtype} {list(a.shape[1:])}; only models with the "
+                "same input and output are comparable"
             )
 
 
