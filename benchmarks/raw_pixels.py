@@ -42,7 +42,7 @@ from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.server import RunRequest, running
 from tome_export.spec import BatchRange, InputForm
 
-MODELS = {"timm:vit_tiny_patch16_224": 13, "timm:test_vit.r160_in1k": 9}
+MODELS = {"timm:vit_small_patch16_224": 16, "timm:test_vit.r160_in1k": 9}
 """Model -> r."""
 
 FORMS: tuple[InputForm, ...] = ("float32", "uint8")

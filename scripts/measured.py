@@ -22,6 +22,7 @@ EVALUATED = ("<!-- evaluated by scripts/measured.py -->\n", "<!-- end of evaluat
 
 PIPELINE = ("<!-- pipeline by scripts/measured.py -->\n", "<!-- end of pipeline -->")
 SCALED = ("<!-- scaled by scripts/measured.py -->\n", "<!-- end of scaled -->")
+RAW = ("<!-- raw pixels by scripts/measured.py -->\n", "<!-- end of raw pixels -->")
 
 
 def rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -521,6 +522,43 @@ def video_lines() -> list[str]:
     return lines
 
 
+def raw_pixels_table() -> str:
+    """What pixels in uint8 save, for docs/raw-pixels.md."""
+    if not (ROOT / "benchmarks" / "results" / "raw_pixels.json").exists():
+        return "Not measured yet: `python -m benchmarks.raw_pixels`.\n"
+    found = rows("raw_pixels")[1]
+    stand_in = any(row["part"] == "wire" and row["stand_in"] for row in found)
+    lines = [
+        "Pixels in uint8 over float32 (`benchmarks/results/raw_pixels.json`); the graph alone in "
+        "one thread of ONNX Runtime, the server "
+        + "by the stand-in for the ONNX Runtime backend, " * stand_in
+        + "one image a request over gRPC:",
+        "",
+        "| model | the graph's time, by batch | the same, folded | largest difference of logits "
+        "| folded | served throughput, by concurrency |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in found):
+        own = [row for row in found if row["model"] == model]
+        graph = {
+            kind: [row for row in own if row["part"] == "graph" and row["input"] == kind]
+            for kind in ("uint8", "uint8, folded")
+        }
+        wire = [row for row in own if row["part"] == "wire" and row["input"] == "uint8"]
+        times = [
+            ", ".join(f"{row['batch']}: {row['time_over_float32']:.3f}" for row in part)
+            for part in graph.values()
+        ]
+        apart = [
+            f"{max(row['relative_difference'] for row in part):.1e}" for part in graph.values()
+        ]
+        served = ", ".join(
+            f"{row['concurrency']}: {row['throughput_over_float32']:.2f}" for row in wire
+        )
+        lines.append(f"| {model}, r = {own[0]['r']} | {' | '.join((*times, *apart, served))} |")
+    return "\n".join(lines) + "\n"
+
+
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
@@ -537,6 +575,7 @@ def pages() -> dict[Path, str]:
         (DOCS / "serving-throughput.md", PIPELINE, pipeline_table()),
         (DOCS / "serving-throughput.md", SCALED, decoding_table()),
         (DOCS / "attention.md", GPU_ATTENTION, gpu_attention_lines()),
+        (DOCS / "raw-pixels.md", RAW, raw_pixels_table()),
     )
     texts = {path: path.read_text() for path, _, _ in parts}
     for path, (start, end), made in parts:
