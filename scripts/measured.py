@@ -139,7 +139,7 @@ def measured() -> str:
         for row in cpu
     ]
     lines += ["", *(parity_line(name) for name in ("recipes", "recipes_full")), registry_line()]
-    lines += [families_line(), llava_line(), *serving_lines(), soak_line()]
+    lines += [families_line(), llava_line(), *serving_lines(), soak_line(), sizes_line()]
     lines += [*cascade_lines(), *video_lines(), *gpu_lines()]
     return "\n".join(lines) + "\n"
 
@@ -355,6 +355,19 @@ def soak_line() -> str:
         f"(`benchmarks/results/serving_soak.json`): {row['wrong']} wrong, {row['lost']} lost "
         "outside the restart, 99th percentile "
         f"{row['p99_over_that_without_garbage']:.1f} times that without garbage."
+    )
+
+
+def sizes_line() -> str:
+    """What became of many requests to a router of several image sizes."""
+    (row,) = rows("serving_sizes")[1]
+    several = row["requests_by_kind"]["images of several sizes"]
+    return (
+        f"- {row['requests']} requests for pixels and images at concurrency {row['concurrency']} "
+        f"to a router of {len(row['sizes'])} image sizes x {len(row['r'])} r, {several} of them "
+        "with images that go to several sizes (`benchmarks/results/serving_sizes.json`): "
+        f"{row['wrong']} wrong, {row['lost']} lost; {row['files_of_weights']} models, whose "
+        f"weights are stored {'once' if row['stored_files_of_weights'] == 1 else 'apart'}."
     )
 
 
