@@ -155,8 +155,9 @@ def write(
             with _staging(repository, staying) as made:
 
                 def known() -> Iterator[Path]:
-                    for place in (made, repository):
-                        yield from place.rglob(f"*{DATA}")
+                    yield from made.rglob(f"*{DATA}")
+                    for name in filter(lambda name: is_ours(repository / name), staying):
+                        yield from (repository / name).glob(f"*/*{DATA}")
 
                 if check is not None:
                     for folder in folders:
@@ -321,15 +322,13 @@ def _stage(
             (view / name).rename(target)
         elif isinstance(content, bytes):
             target.write_bytes(content)
-        elif twin := next((one for one in known() if _is_twin(one, content)), None):
-            link_or_copy(twin, target)
         else:
-            shutil.copyfile(content, target)
-
-
-def _is_twin(known: Path, source: Path) -> bool:
-    """Whether a file of weights is the same as one to be copied."""
-    return source.suffix == DATA and filecmp.cmp(known, source, shallow=False)
+            others = known() if content.suffix == DATA else ()
+            twin = next((one for one in others if _holds(one, content)), None)
+            if twin is None:
+                shutil.copyfile(content, target)
+            else:
+                link_or_copy(twin, target)
 
 
 def _publish(staged: Path, model: Path, change: _Change) -> None:
