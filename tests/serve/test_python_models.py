@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import create_transform
 from video_files import write_video
 
-from tome_export.data import decoder, scores
+from tome_export.data import best_size, decoder, headers, scores
 from tome_export.data import pixels as pixels_module
 from tome_export.data.pixels import BadImageError, pixels_from_bytes, pixels_from_image
 from tome_export.data.preprocess import load_images
@@ -248,7 +248,10 @@ def test_budgets_that_cannot_be_met_in_any_way_are_refused():
         router.chosen_route(ROUTES, {"r": 1, "max_ms": 1})
 
 
-SERVED = [preprocess, postprocess, scores, router, pixels_module, decoder, frames]
+SERVED = [
+    *(preprocess, postprocess, scores, router, pixels_module, decoder, frames),
+    *(best_size, headers),
+]
 
 
 @pytest.mark.parametrize("module", SERVED, ids=lambda m: m.__name__)
@@ -313,32 +316,36 @@ def test_one_whole_frame_of_a_video_is_held_at_a_time(tmp_path):
     np.testing.assert_array_equal(pixels, np.stack(expected))
 
 
+def is_small(data, **how):
+    return preprocess.is_small(data, headers.read_header(data), **how)
+
+
 def test_a_small_image_is_known_by_its_header():
     """What would take long is never taken for small, whatever its bytes say first."""
     small = [encoded(Image.new("RGB", (2048, 2048)), kind) for kind in ("PNG", "JPEG")]
     large = [encoded(Image.new("L", (2048, 2049)), kind) for kind in ("PNG", "JPEG")]
     bomb = progressive(8000, 60)
-    assert [preprocess.is_small(data) for data in small] == [True, True]
-    assert [preprocess.is_small(data) for data in [*large, bomb]] == [False] * 3
+    assert [is_small(data) for data in small] == [True, True]
+    assert [is_small(data) for data in [*large, bomb]] == [False] * 3
     text = chunk(b"tEXt", b"size\0" + b"\0\0\0\1" * 9)
-    assert not preprocess.is_small(large[0][:8] + text + large[0][8:])  # its header comes later
+    assert not is_small(large[0][:8] + text + large[0][8:])  # its header comes later
     comments = segment(0xFE, b"") * 100_000
-    assert not preprocess.is_small(small[1][:2] + comments + small[1][2:])
-    assert not preprocess.is_small(b"\xff\xd8" + bytes(preprocess.SMALL_BYTES))
+    assert not is_small(small[1][:2] + comments + small[1][2:])
+    assert not is_small(b"\xff\xd8" + bytes(preprocess.SMALL_BYTES))
     # These are refused at once.
-    assert all(preprocess.is_small(data) for data in (b"", b"hello", b"\x89PN"))
+    assert all(is_small(data) for data in (b"", b"hello", b"\x89PN"))
 
 
 def test_a_file_that_is_soon_decoded_at_a_part_of_its_size_is_small():
     phone = encoded(Image.new("L", (4096, 4096)), "JPEG")
-    assert not preprocess.is_small(phone)
-    assert preprocess.is_small(phone, scaled=True)
-    assert not preprocess.is_small(encoded(Image.new("L", (4096, 4097)), "JPEG"), scaled=True)
+    assert not is_small(phone)
+    assert is_small(phone, scaled=True)
+    assert not is_small(encoded(Image.new("L", (4096, 4097)), "JPEG"), scaled=True)
     # All coefficients of these are decoded, at whatever size.
-    assert not preprocess.is_small(progressive(4096, 4), scaled=True)
+    assert not is_small(progressive(4096, 4), scaled=True)
     many = phone + phone[phone.rindex(b"\xff\xda") :] * preprocess.SCALED_SCANS
-    assert not preprocess.is_small(many, scaled=True)
-    assert not preprocess.is_small(encoded(Image.new("L", (4096, 4096))), scaled=True)
+    assert not is_small(many, scaled=True)
+    assert not is_small(encoded(Image.new("L", (4096, 4096))), scaled=True)
 
 
 @pytest.mark.parametrize(

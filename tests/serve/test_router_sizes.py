@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -17,12 +18,15 @@ from PIL import Image
 from tome_export.artifact import Artifact, write_manifest
 from tome_export.artifact.compatibility import check_one_model, shared_facts
 from tome_export.artifact.manifest import read_manifest
+from tome_export.data import best_size as best_size_module
+from tome_export.data import headers
 from tome_export.data.best_size import best_size
 from tome_export.errors import InputError
 from tome_export.serve.client import connect
 from tome_export.serve.config import ModelFolder
 from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.names import ROUTES
+from tome_export.serve.python_models import router
 from tome_export.serve.repository import config_of
 from tome_export.serve.self_test import _requests
 from tome_export.serve.server import RunRequest, running
@@ -189,16 +193,28 @@ def test_a_bad_size_is_an_error_of_its_request(client):
         client.infer(ROUTER, pixels, parameters={"size": "16x16"})
 
 
+def test_bytes_as_dali_takes_them_are_looked_at_too():
+    model = router.TritonPythonModel()
+    model.rule, model.headers, model.sizes = best_size_module, headers, ["8x8", "8x16"]
+    model.settings = {"crop_pct": 1.0, "resize": "crop"}
+    files = [file_of(*image, kind="PNG") for image in ((8, 8), (16, 8))]
+    width = max(map(len, files))
+    rows = [np.frombuffer(data.ljust(width, b"\0"), np.uint8) for data in files]
+    for array in (np.stack(rows), images_of(*files)["image"]):
+        tensor = SimpleNamespace(as_numpy=lambda array=array: array, shape=lambda a=array: a.shape)
+        assert [*model._sizes({"image": tensor}, {})] == ["8x8", "8x16"]
+
+
 # Repositories, without a server.
 
 
 def test_the_self_test_asks_a_router_about_each_model(repository):
     folders = {name: ModelFolder(name, config_of(repository / name)) for name in (ROUTER, *PLAIN)}
     routes = {"1/routes.json": (repository / ROUTER / "1" / "routes.json").read_bytes()}
-    router = replace(folders[ROUTER], files=routes)
+    routing = replace(folders[ROUTER], files=routes)
     asked = [
         ([*config.input[0].dims], dict(parameters))
-        for config, parameters in _requests([*folders.values()], router)
+        for config, parameters in _requests([*folders.values()], routing)
     ]
     assert asked == [
         ([3, *size], {"r": f"{r}", "size": text_of(size)})

@@ -53,7 +53,8 @@ def test_a_video_model_is_written_with_its_decoder(artifact, tmp_path):
     config = (tmp_path / "repository" / name / "config.pbtxt").read_text()
     assert 'name: "video_mask"' in config
     files = {path.name for path in (tmp_path / "repository" / f"{name}_preprocess" / "1").iterdir()}
-    assert files == {"model.py", "decoder.py", "pixels.py", "frames.py", "preprocessing.json"}
+    modules = {"model.py", "decoder.py", "pixels.py", "frames.py", "headers.py"}
+    assert files == {*modules, "preprocessing.json"}
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ to send them on.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MOST_SEGMENTS = 200
 """Most segments of a JPEG file in front of its size; a colour profile of 10 MB takes 160."""
@@ -22,8 +21,7 @@ _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _ON_ITS_SIDE = range(5, 9)
 
 
-@dataclass(frozen=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """Width and height as they are stored, and what may say how the image is held.
 
     Attributes:

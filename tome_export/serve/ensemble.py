@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tome_export.data import decoder, pixels, scores
+from tome_export.data import decoder, headers, pixels, scores
 from tome_export.errors import InputError
 from tome_export.serve.config import (
     ModelFolder,
@@ -73,7 +73,7 @@ def _preprocess(
     }
     if options.dali:
         return dali_folder(manifest, f"{name}{PREPROCESS}", options, max_batch, outputs)
-    modules = [Path(pixels.__file__), Path(decoder.__file__)]
+    modules = [Path(pixels.__file__), Path(decoder.__file__), Path(headers.__file__)]
     if video:
         modules.append(Path(frames.__file__))
         mask = any(tensor.name == VIDEO_MASK for tensor in manifest.inputs)

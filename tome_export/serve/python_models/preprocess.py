@@ -18,7 +18,6 @@ import importlib.util
 import json
 import os
 import queue
-import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,9 +45,6 @@ core, and half as many more, at least two, for larger images and videos."""
 
 NICENESS = 10
 """How far their processes stand back behind all others."""
-
-_SEGMENTS = 200
-"""Most segments of a JPEG file in front of its size; a colour profile of 10 MB takes 160."""
 
 
 def beside(name: str, folder: Path) -> ModuleType:
@@ -110,6 +106,7 @@ class TritonPythonModel:
             check_decoder("av", "av", "PyAV, which decodes videos")
             frames = folder / "frames.py"
         decoder, self.pixels = beside("decoder", folder), beside("pixels", folder)
+        self.headers = beside("headers", folder)
         form = self.settings.get("form", "float32")
         # What a process hands over; the model that takes numbers is given them here.
         self.asked = {**self.settings, "form": "uint8" if form == "float32" else form}
@@ -140,8 +137,11 @@ class TritonPythonModel:
 
     def submit(self, data: bytes) -> Future[Any]:
         """The pixels of one file, ``[H, W, C]`` or ``[F, H, W, C]``, or the error that it makes."""
-        soon = self.kind == "image" and is_small(data, scaled=self.settings["scaled_decoding"])
-        pool = self.small if soon else self.large
+        pool = self.large
+        if self.kind == "image":
+            header = self.headers.read_header(data) if len(data) <= SMALL_BYTES else None
+            soon = is_small(data, header, scaled=self.settings["scaled_decoding"])
+            pool = self.small if soon else self.large
         return pool.submit("video" if self.kind == "video" else "pixels", data, self.asked)
 
     def finalize(self) -> None:
@@ -194,33 +194,17 @@ class PendingResponse:
         self._sender.send(response, flags=utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-def is_small(data: bytes, *, scaled: bool = False) -> bool:
+def is_small(data: bytes, header: Any, *, scaled: bool = False) -> bool:
     """Whether a JPEG or PNG file is soon decoded, from its header; also what is neither."""
     if len(data) > SMALL_BYTES:
         return False
-    if data[:4] == b"\x89PNG":
-        if data[12:16] != b"IHDR" or len(data) < 24:
-            return False
-        width, height = struct.unpack(">II", data[16:24])
-        return bool(width * height <= SMALL_PIXELS)
-    if data[:2] != b"\xff\xd8":
-        return True
-    place = 2
-    for _ in range(_SEGMENTS):
-        marker, length = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4], "big")
-        if len(marker) < 2 or marker[0] != 0xFF:
-            return False
-        if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
-            if len(data) < place + 9:
-                return True
-            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
-            # Of a progressive file (C2) all coefficients are decoded, at whatever size. A preview
-            # in the metadata has a scan as well.
-            few = marker[1] == 0xC0 and data.count(b"\xff\xda") <= SCALED_SCANS
-            most = SCALED_PIXELS if scaled and few else SMALL_PIXELS
-            return bool(width * height <= most)
-        place += 2 + length
-    return False
+    if header is None:
+        return not data.startswith((b"\x89PNG", b"\xff\xd8"))
+    # Of a progressive file all coefficients are decoded, at whatever size. A preview in the
+    # metadata has a scan as well.
+    few = header.baseline and data.count(b"\xff\xda") <= SCALED_SCANS
+    most = SCALED_PIXELS if scaled and few else SMALL_PIXELS
+    return bool(header.width * header.height <= most)
 
 
 def error_message(kind: str, errors: list[BaseException | None]) -> str:

@@ -29,7 +29,6 @@ import asyncio
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,7 +219,6 @@ def beside(name: str, folder: Path) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"{name}.py is not beside the model; write the repository again")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
