@@ -142,7 +142,7 @@ class VideoGroup(Group):
 
 
 class GraphGroup(Group):
-    """What the graph gives."""
+    """What the graph takes and gives."""
 
     dense: bool = option(help="The features of every patch: merged, then unmerged.")
     source_map: bool = option(help="Also which final token each patch went into.")

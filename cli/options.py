@@ -75,7 +75,7 @@ HEADINGS = (
     "Model",
     "Merging",
     "Merging across the frames of a video",
-    "What the graph gives",
+    "What the graph takes and gives",
     "Policy",
     "Precision",
     "Engine",
