@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tome_export.errors import ExportError, MissingComponentError
 
@@ -103,3 +105,35 @@ def test_ratios_are_medians_of_the_rounds(bench, tool):
         assert row["share_of_speedup_alone"] == pytest.approx(0.9)
         assert row["served_over_alone"] == pytest.approx({"merged": 0.9, "unmerged": 1.0})
         assert row["latency_ms"]["merged"] == {"p50": 1.0, "p95": 2.0, "p99": 3.0}
+
+
+def test_pipelines_are_held_against_the_first_in_each_round(bench):
+    """A round in which the machine was slow throughout changes no ratio."""
+    pipeline = bench("serving_pipeline")
+
+    def measured(rate):
+        load = pipeline.Load(1, 10, rate, {"p50": 1.0, "p95": 2.0, "p99": 3.0}, 0.1)
+        return pipeline.Measured(load, dict.fromkeys(pipeline.STAGES, 5.0), 0.25)
+
+    keys = [(size, at) for size in pipeline.SIZES for at in pipeline.CONCURRENCY]
+    rounds = [
+        {(*key, name): measured(rate * speed) for key in keys for name, rate in rates.items()}
+        for speed in (1.0, 0.5, 1.0)
+        for rates in [{"before": 10.0, "after": 15.0}]
+    ]
+    rows = pipeline.rows_of(rounds, ["before", "after"])
+    assert [(row["photographs"], row["concurrency"]) for row in rows] == keys
+    for row in rows:
+        assert row["ratio"] == {"after": pytest.approx(1.5)}
+        assert row["images_per_second"] == {"before": 10.0, "after": 15.0}
+        assert row["preprocess_share"]["after"] == 0.25
+        assert row["latency_ms"]["after"] == {"p50": 1.0, "p99": 3.0}
+        assert row["cpu_ms"]["before"]["decoder"] == 5.0
+
+
+def test_photographs_are_as_large_as_asked_for(bench):
+    found = bench("serving_pipeline").photographs((320, 200))
+    assert len(found) > 3
+    for request in found:
+        assert request.shape == (1, 1)
+        assert Image.open(io.BytesIO(request.item())).size == (320, 200)

@@ -24,8 +24,10 @@ def load_of(concurrency, rate, p99):
         # More load gives more answers until the limit is passed.
         ([10, 20, 40], [10, 20, 60], 2, True),
         # More load gives no more answers: the rest is not measured.
-        ([10, 20, 20.5], [10, 20, 30], 4, True),
-        ([10, 20, 19], [10, 20, 30], 2, True),
+        ([10, 20, 20.5, 20.4], [10, 20, 30, 40], 4, True),
+        ([10, 20, 19, 18], [10, 20, 30, 40], 2, True),
+        # One that gives no more may be a moment's.
+        ([10, 9, 20, 60, 60, 60], [10, 20, 30, 40, 45, 49], 8, True),
         ([10], [60], 1, False),
     ],
 )

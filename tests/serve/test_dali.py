@@ -153,3 +153,15 @@ def test_pixels_are_near_ours(recipe, form, tmp_path):
         off = np.abs(one.astype(np.float32) - expected) * scale
         assert off.mean() < 0.3
         assert off.max() < 12
+
+
+def test_the_router_of_sizes_reads_bytes_as_dali_takes_them():
+    from tome_export.serve.python_models.router import IMAGE, TritonPythonModel
+
+    model = TritonPythonModel.__new__(TritonPythonModel)
+    model.sizes = ["8x8", "8x16"]
+    model._size_of = lambda data: {b"abc": "8x8", b"ab\0": "8x16"}[bytes(data)]
+    for given in (np.array([[b"abc"], [b"ab\0"]], object), np.array([[97, 98, 99], [97, 98, 0]])):
+        array = given if given.dtype == object else given.astype(np.uint8)
+        tensor = SimpleNamespace(as_numpy=lambda array=array: array, shape=lambda: [2, 1])
+        assert model._sizes({IMAGE: tensor}, {}).tolist() == ["8x8", "8x16"]

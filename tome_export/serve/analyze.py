@@ -35,8 +35,9 @@ QUEUE_DELAYS_US = (0, 2000, 10_000)
 GPU_INSTANCES = (1, 2, 3)
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 
-GROWS = 1.05
-"""Less than that many times the throughput of half the load is no more of it."""
+GROWS, STALLED = 1.05, 2
+"""Loads in a row that give less than that many times the most throughput before end it: one may be
+a machine's moment of other work."""
 
 SECONDS = 3.0
 """Length of one measurement."""
@@ -106,7 +107,9 @@ def serve_analyzed(
 
 
 def _words(setting: Setting) -> str:
-    threads = "" if setting.threads is None else f" of {setting.threads} threads"
+    threads = ""
+    if setting.threads is not None:
+        threads = f" of {setting.threads} thread{'s' * (setting.threads > 1)}"
     return (
         f"{setting.instances} instance{'s' * (setting.instances > 1)}{threads}, queue delay "
         f"{setting.max_queue_delay_us} us"
@@ -152,14 +155,16 @@ def _measure(
 def _most_within(measure: Callable[[int], Load], p99_ms: float) -> tuple[Load, bool]:
     """The load of the most answers within the limit, and whether there is one."""
     best: Load | None = None
+    stalled = 0
     for concurrency in CONCURRENCY:
         load = measure(concurrency)
         if load.latency_ms["p99"] > p99_ms:
             return (load, False) if best is None else (best, True)
         grows = best is None or load.images_per_second > GROWS * best.images_per_second
+        stalled = 0 if grows else stalled + 1
         if best is None or load.images_per_second > best.images_per_second:
             best = load
-        if not grows:
+        if stalled == STALLED:
             break
     assert best is not None  # noqa: S101 (the first load has fitted)
     return best, True
