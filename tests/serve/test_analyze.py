@@ -65,6 +65,7 @@ def test_settings_share_the_cores(make_artifact, tmp_path, monkeypatch):
     assert {one.max_queue_delay_us for one in found} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installation")
 def test_the_best_setting_is_written(make_artifact, tmp_path):
     """On the real server: two settings are measured, and one of them is what is served."""
