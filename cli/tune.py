@@ -131,11 +131,13 @@ def command(terminal: Terminal, /, model: str, options: TuneOptions) -> None:
     path = options.output
     values = {"file": str(path), **tuned.model_dump(mode="json")}
     values |= {"unrecorded": unrecorded} if unrecorded else {}
-    terminal.recorded(values, _lines(tuned, None if unrecorded else path), unrecorded)
+    asked = "" if options.image_size is None else f" --image-size {options.image_size}"
+    build_with = None if unrecorded else f"{path}; build it with --schedule {path}{asked}"
+    terminal.recorded(values, _lines(tuned, build_with), unrecorded)
 
 
-def _lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
-    """All a person wants to know of a search, and the file that holds it, if one does."""
+def _lines(tuned: TunedSchedule, build_with: str | None) -> list[str]:
+    """All a person wants to know of a search, and how to build from its file, if there is one."""
     data, search = tuned.data, tuned.search
     ended = ", ended by the time limit" if search.ended_by_time_limit else ""
     return [
@@ -147,7 +149,7 @@ def _lines(tuned: TunedSchedule, path: Path | None) -> list[str]:
         f"{search.schedules} schedules were searched in {tuned.seconds:.0f} s{ended}; "
         f"{search.validation_looks} were looked at on the images to choose with",
         *(f"Note: {note}" for note in data.notes),
-        *([f"Schedule: {path}; build it with --schedule {path}"] if path else []),
+        *([f"Schedule: {build_with}"] if build_with else []),
     ]
 
 

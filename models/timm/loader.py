@@ -125,9 +125,8 @@ class TimmLoader(Loader):
             stored = stored_dtype(read_checkpoint(path).state.values())
             info = replace(info, sha256=sha256(path), stored_dtype=stored)
         if module.pos_embed is not None:
-            embed, size = module.patch_embed, self._cfg().input_size[-2:]
-            before = (size[0] // embed.patch_size[0], size[1] // embed.patch_size[1])
-            if before != embed.grid_size:
+            like: Any = self.at(ImageSize(*self._cfg().input_size[-2:])).architecture()
+            if (before := like.patch_embed.grid_size) != module.patch_embed.grid_size:
                 info = replace(info, resampled_from=before)
         return loaded(module, recipe, info)
 
