@@ -5,8 +5,10 @@ The models have one layer, with other weights for each size and r.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -203,6 +205,38 @@ def test_bytes_as_dali_takes_them_are_looked_at_too():
     for array in (np.stack(rows), images_of(*files)["image"]):
         tensor = SimpleNamespace(as_numpy=lambda array=array: array, shape=lambda a=array: a.shape)
         assert [*model._sizes({"image": tensor}, {})] == ["8x8", "8x16"]
+
+
+def test_outputs_whose_shape_depends_on_the_size_are_not_put_together(monkeypatch):
+    def ask(route, _request, inputs):
+        ((_, images),) = inputs
+        array = np.full((len(images), route["tokens"]), route["tokens"])
+        answer = SimpleNamespace(has_error=lambda: False, array=array)
+        return asyncio.sleep(0, answer)
+
+    backend = SimpleNamespace(
+        Tensor=lambda name, array: (name, array),
+        InferenceResponse=lambda outputs: outputs,
+        get_output_tensor_by_name=lambda answer, _: SimpleNamespace(as_numpy=lambda: answer.array),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    image = SimpleNamespace(name=lambda: "image", as_numpy=lambda: np.zeros((3, 1)))
+    request = SimpleNamespace(inputs=lambda: [image], requested_output_names=lambda: ["features"])
+    model = router.TritonPythonModel()
+    model._ask = ask
+
+    def together(tokens):
+        groups = {
+            "8x8": ({"tokens": 4}, np.array([0, 2])),
+            "8x16": ({"tokens": tokens}, np.array([1])),
+        }
+        return asyncio.run(model._answer_together(request, groups))
+
+    message = r"whose features differ in shape \(8x8 \[4\], 8x16 \[8\]\); ask about each in a req"
+    with pytest.raises(router.BadRequestError, match=message):
+        together(8)
+    ((name, array),) = together(4)
+    assert (name, array.shape) == ("features", (3, 4))
 
 
 # Repositories, without a server.
