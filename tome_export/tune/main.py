@@ -221,7 +221,7 @@ class _Subject:
 def _load(request: TuneRequest) -> _Subject:
     from tome_export.models import resolve
     from tome_export.patch import patch
-    from tome_export.patch.describe import output_shape
+    from tome_export.patch.describe import check_memory, output_shape
     from tome_export.reducers import reducer_from_text
 
     reducer = reducer_from_text(request.reducer, request.reducer_options)
@@ -265,6 +265,7 @@ def _load(request: TuneRequest) -> _Subject:
         ).eval()
 
     model = patched(dense)
+    check_memory(model, request.batch)
     if model.extra_inputs:
         raise InputError(
             f"reducer {reducer.name} needs the input {', '.join(model.extra_inputs)}, which images "
