@@ -31,7 +31,8 @@ def counted_waste(image, size, crop_pct, resize, cells=48):
     part = min(width * across, cols) * min(height * down, rows)
     pixels = sorted([part, part / (across * down)])
     squeezed = min(across / down, down / across)
-    return (1 - seen) + (1 - covered) + (1 - pixels[0] / pixels[1]) + (1 - squeezed)
+    resampled = 1 - pixels[0] / pixels[1]
+    return (1 - seen) + (1 - covered) + (1 - squeezed) + 0.1 * resampled
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad", "letterbox"])
@@ -67,6 +68,30 @@ def test_every_small_image_gets_the_size_that_counting_says(resize, crop_pct):
 def test_what_users_would_choose(image, chosen):
     sizes = [(224, 224), (448, 448), (448, 224), (224, 448)]
     assert best_size(image, sizes) == chosen
+
+
+@pytest.mark.parametrize(
+    ("image", "chosen"),
+    [
+        ((500, 500), (224, 224)),  # all of it is seen, where a larger size would see half
+        ((640, 480), (224, 224)),  # three quarters, where the others see two thirds or less
+        ((480, 640), (224, 224)),
+        ((1200, 800), (224, 448)),
+        ((800, 1200), (448, 224)),
+        ((4000, 3000), (224, 224)),
+    ],
+)
+def test_more_pixels_are_no_reason_to_cut_the_image(image, chosen):
+    assert best_size(image, [(224, 224), (448, 224), (224, 448)]) == chosen
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad", "letterbox"])
+def test_no_image_that_lies_goes_to_a_size_that_stands(resize):
+    sizes = [(224, 224), (448, 224), (224, 448)]
+    for width, height in itertools.combinations(range(40, 4000, 173), 2):
+        lying = max(width, height), min(width, height)
+        assert best_size(lying, sizes, resize=resize) != (448, 224)
+        assert best_size(lying[::-1], sizes, resize=resize) != (224, 448)
 
 
 def test_of_equal_sizes_the_one_of_fewest_pixels_then_the_lower():

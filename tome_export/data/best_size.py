@@ -8,24 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+RESAMPLED = 0.1
+"""What pixels that are lost to shrinking, or invented, count beside parts of an image that are not
+seen: models are trained on shrunken images, and what is cut away they cannot know of."""
+
+
 def waste(
     image: tuple[int, int], size: tuple[int, int], crop_pct: float = 1.0, resize: str = "crop"
 ) -> float:
     """How much is wasted when an image becomes the input of a model of some image size.
 
-    It is the sum of four shares, each 0 where nothing is wasted and below 1:
+    It is the sum of four shares, each 0 where nothing is wasted and below 1, the last of them
+    weighted by ``RESAMPLED``:
 
     - cropped: of the image's area, what lies outside of the cut;
     - empty: of the input's area, what is border and no image (``pad``, ``letterbox``);
-    - resampled: of the finer of image and input, ``1 - min(a, 1 / a)``, where ``a`` is input pixels
-      per image pixel. Above 1 it is the pixels that are computed although enlarging has invented
-      them, below 1 the image's pixels that are lost to shrinking. Of two sizes of one shape, an
-      image gets the larger one from the geometric mean of both on;
     - distorted: ``1 - s / t``, where ``s`` is the smaller and ``t`` the larger of the scales of the
-      two axes (``squash``).
+      two axes (``squash``);
+    - resampled: ``1 - min(a, 1 / a)``, where ``a`` is input pixels per image pixel. Above 1 it is
+      the pixels that are computed although enlarging has invented them, below 1 the image's pixels
+      that are lost to shrinking.
 
-    For a photo that is much larger than all sizes the third share is close to 1 for each, so its
-    shape decides; among sizes of its shape it gets the largest.
+    So the shape decides, and among sizes whose shapes fit about as well how many pixels the image
+    has: of two sizes of one shape it gets the larger one from the geometric mean of both on.
 
     Args:
         image: Width and height of the image, upright.
@@ -43,9 +48,8 @@ def waste(
     seen = min(1, 1 / spans[0]) * min(1, 1 / spans[1])
     covered = min(1, spans[0]) * min(1, spans[1])
     area = scales[0] * scales[1]
-    cropped, empty = 1 - seen, 1 - covered
-    resampled, distorted = 1 - min(area, 1 / area), 1 - min(scales) / max(scales)
-    return cropped + empty + resampled + distorted
+    distorted, resampled = 1 - min(scales) / max(scales), 1 - min(area, 1 / area)
+    return (1 - seen) + (1 - covered) + distorted + RESAMPLED * resampled
 
 
 def best_size(
