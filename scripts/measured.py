@@ -290,8 +290,6 @@ def serving_lines() -> list[str]:
 
 def pipeline_table() -> str:
     """What a served pipeline answers, and what its parts cost, before and after."""
-    if not (ROOT / "benchmarks" / "results" / "serving_pipeline.json").is_file():
-        return "Not measured yet.\n"
     environment, found = rows("serving_pipeline")
     first = found[0]
     names = [*first["images_per_second"]]
