@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 RESAMPLED = 0.1
 """What pixels that are lost to shrinking, or invented, count beside parts of an image that are not
 seen: models are trained on shrunken images, and what is cut away they cannot know of."""
