@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -102,6 +103,18 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_built(
     with pytest.raises(error, match=message):
         build_sizes(requests(tmp_path / "out", *sizes))
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_schedule_file_is_for_one_size_and_that_is_said_before_anything_is_built(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build_main, "_model_and_engine", None)
+    file = tmp_path / "tuned.json"
+    values = {"format": 1, "model": "vit_digits", "schedule": [4] * 6, "image_size": "32x32"}
+    file.write_text(json.dumps(values))
+    given = requests(tmp_path / "out", "32", "16", schedule=None, schedule_file=file)
+    with pytest.raises(InputError, match=r"is for images of 32x32, and vit_digits takes 16x16"):
+        build_sizes(given)
 
 
 def test_one_that_fails_leaves_nothing_of_the_others(built, tmp_path, monkeypatch):

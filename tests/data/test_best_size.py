@@ -31,8 +31,8 @@ def counted_waste(image, size, crop_pct, resize, cells=48):
     part = min(width * across, cols) * min(height * down, rows)
     pixels = sorted([part, part / (across * down)])
     squeezed = min(across / down, down / across)
-    resampled = 1 - pixels[0] / pixels[1]
-    return (1 - seen) + (1 - covered) + (1 - squeezed) + 0.1 * resampled
+    resampled = 1 - np.sqrt(pixels[0] / pixels[1])
+    return (1 - seen) + (1 - covered) + (1 - squeezed) + 0.3 * resampled
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad", "letterbox"])
@@ -83,6 +83,10 @@ def test_what_users_would_choose(image, chosen):
 )
 def test_more_pixels_are_no_reason_to_cut_the_image(image, chosen):
     assert best_size(image, [(224, 224), (448, 224), (224, 448)]) == chosen
+
+
+def test_a_sliver_is_no_reason_to_shrink_an_image_to_half():
+    assert best_size((1000, 1000), [(224, 224), (448, 432)]) == (448, 432)
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad", "letterbox"])

@@ -10,6 +10,9 @@ from PIL import Image
 
 from tome_export.data.headers import MOST_SEGMENTS, read_header
 
+TYPES = {3: 2, 4: 4, 6: 1, 8: 2, 9: 4}
+"""TIFF 6.0, section 2: types of whole numbers that Pillow has as numbers, and their lengths."""
+
 
 def upright_size(data):
     header = read_header(data)
@@ -65,6 +68,23 @@ def test_size_of_files_with_much_in_front():
     segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
     data = file_of("JPEG")
     assert upright_size(data[:2] + segment + data[2:]) == (17, 31)
+
+
+@pytest.mark.parametrize(("kind", "value"), TYPES.items(), ids=lambda one: str(one)[:2])
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_orientation_may_be_of_any_type_of_whole_numbers(kind, value, order):
+    """As Pillow reads it, whatever type the standard wants (EXIF 2.32, 4.6.4: SHORT)."""
+
+    def number(n, length):
+        return n.to_bytes(length, order)
+
+    mark = {"little": b"II", "big": b"MM"}[order]
+    entry = number(0x0112, 2) + number(kind, 2) + number(1, 4) + number(6, value).ljust(4, b"\0")
+    exif = b"Exif\0\0" + mark + number(42, 2) + number(8, 4) + number(1, 2) + entry + bytes(4)
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    data = file_of("JPEG")
+    data = data[:2] + segment + data[2:]
+    assert upright_size(data) == turned_size(data) == (17, 31)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -219,6 +220,19 @@ def test_the_build_command_is_that_of_the_manifest(built, changes, expected):
     first, *_, last = reproducing_commands(manifest, None, None, "x")
     assert first == f"tome-export {expected}"
     assert last == "tome-export report x"
+
+
+def test_the_build_command_says_what_goes_in_and_comes_out(built):
+    manifest = Artifact.open(built).manifest
+    manifest = manifest.model_copy(
+        update={
+            "model": manifest.model.model_copy(update={"image_size": "48x32"}),
+            "preprocessing": replace(manifest.preprocessing, form="uint8"),
+            "form": manifest.form.model_copy(update={"dense": True, "source_map": True}),
+        }
+    )
+    first = reproducing_commands(manifest, None, None, "x")[0]
+    assert "--image-size 48x32 --input uint8 --dense --source-map --fp16" in first
 
 
 def large(depth: int = 24, side: int = 24, count: int = MOST_PICTURES) -> list[MergeMap]:

@@ -10,7 +10,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.serve import analyze
 from tome_export.serve.analyze import Setting, serve_analyzed
 from tome_export.serve.load import Load
-from tome_export.serve.main import ServeOptions, ServeRequest
+from tome_export.serve.main import ServeOptions, ServeRequest, serve
 from tome_export.serve.repository import config_of
 
 
@@ -49,6 +49,16 @@ def test_a_limit_that_is_none_is_refused(limit, make_artifact, tmp_path):
     request = ServeRequest((make_artifact(),), tmp_path / "repository")
     with pytest.raises(UsageError, match=r"p99 is .* ms; expected a number above 0"):
         serve_analyzed(request, limit)
+
+
+def test_what_the_repository_refuses_is_said_before_anything_is_measured(
+    make_artifact, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(analyze, "_measure", None)
+    options = ServeOptions(name="m")
+    serve(ServeRequest((make_artifact(size=(8, 16)),), tmp_path / "models", options))
+    with pytest.raises(InputError, match=r"m has version 1 with another platform"):
+        serve_analyzed(ServeRequest((make_artifact(),), tmp_path / "models", options), 500)
 
 
 def test_settings_share_the_cores(make_artifact, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from tome_export.data.samples import sample_paths
 from tome_export.errors import InputError
 from tome_export.serve.client import encoded_file
 from tome_export.serve.config import PYTHON_MODELS, ServeOptions, config_from_text, config_text
-from tome_export.serve.dali import dali_folder
+from tome_export.serve.dali import dali_folder, path_note
 from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.main import ServeRequest, serve
 from tome_export.serve.repository import write
@@ -67,6 +68,14 @@ def test_what_dali_does_otherwise_is_refused(changes, message, make_artifact):
     manifest = manifest.model_copy(update={"preprocessing": recipe})
     with pytest.raises(InputError, match=f"the model takes {message}, which DALI"):
         dali_folder(manifest, "m_preprocess", OPTIONS, 8, [])
+
+
+def test_a_path_that_the_backend_does_not_take_is_said(make_artifact, tmp_path):
+    options = ServeOptions(name="m", preprocess=True, dali=True)
+    done = serve(ServeRequest((make_artifact(),), tmp_path / "my models", options))
+    (said,) = [note for note in done.notes if "DALI" in note]
+    assert f"{tmp_path}/my models has to be another where it is served" in said
+    assert path_note(Path("/models/v1.0_a")) == ""
 
 
 def test_a_name_that_the_backend_does_not_take_is_refused(make_artifact, tmp_path):

@@ -285,6 +285,30 @@ def test_a_size_joins_the_router_of_another(make_artifact, tmp_path):
         put(((8, 8), 0))
 
 
+def test_a_size_of_other_weights_is_said(make_artifact, tmp_path):
+    """They may be on their way into the repository one by one, and nobody would notice else."""
+
+    def put(size, digest, **options):
+        path = made(lambda _, **c: make_artifact(**c), None, size, 0)
+        manifest = read_manifest(path)
+        weights = manifest.model.weights.model_copy(update={"common_sha256": digest * 64})
+        model = manifest.model.model_copy(update={"weights": weights})
+        write_manifest(path, manifest.model_copy(update={"model": model}))
+        request = ServeRequest((path,), tmp_path / "models", ServeOptions(name="n"), **options)
+        return serve(
+            replace(request, options=replace(request.options, name=f"n_{text_of(size)}_r0"))
+        )
+
+    paths = [made(lambda _, **c: make_artifact(**c), None, size, 0) for size in SIZES[:2]]
+    together = serve(ServeRequest(tuple(paths), tmp_path / "models", ServeOptions(name="n")))
+    assert not [note for note in together.notes if "weights" in note]
+    mixed = [note for note in put((16, 16), "b").notes if "weights" in note]
+    assert mixed == [
+        "n_router chooses among models of different weights now (n_16x16_r0; n_8x16_r0, n_8x8_r0): "
+        "serve the others again too, or give this one another --name"
+    ]
+
+
 def test_models_of_one_size_are_called_as_before(make_artifact, tmp_path):
     path = made(lambda _, **changes: make_artifact(**changes), None, (8, 16), 8)
     done = serve(ServeRequest((path,), tmp_path / "models"))

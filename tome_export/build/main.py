@@ -74,8 +74,10 @@ def build_sizes(
     form = choose_form(first)
     _attention(first, form)
     check_sizes([request.image_size for request in requests])
-    for request in requests:  # a size that cannot be is refused before the others are built
+    for request in requests:  # what cannot be is refused before the others are built
         resolve(request.model, request.tower, request.video, request.image_size)
+        if request.schedule_file is not None and request.image_size is not None:
+            ScheduleFile.read(request.schedule_file).check_image_size(request.image_size)
     with staged(first.output, force=first.force) as root:
         folders, manifests = [root / str(one.image_size) for one in requests], []
         for folder, request in zip(folders, requests, strict=True):

@@ -5,9 +5,10 @@ Needs nothing but Python.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-RESAMPLED = 0.1
+RESAMPLED = 0.3
 """What pixels that are lost to shrinking, or invented, count beside parts of an image that are not
 seen: models are trained on shrunken images, and what is cut away they cannot know of."""
 
@@ -24,9 +25,9 @@ def waste(
     - empty: of the input's area, what is border and no image (``pad``, ``letterbox``);
     - distorted: ``1 - s / t``, where ``s`` is the smaller and ``t`` the larger of the scales of the
       two axes (``squash``);
-    - resampled: ``1 - min(a, 1 / a)``, where ``a`` is input pixels per image pixel. Above 1 it is
-      the pixels that are computed although enlarging has invented them, below 1 the image's pixels
-      that are lost to shrinking.
+    - resampled: ``1 - min(a, 1 / a)``, where ``a`` is input pixels per image pixel along a side,
+      the mean of both. Above 1 it is the pixels that are computed although enlarging has invented
+      them, below 1 the image's pixels that are lost to shrinking.
 
     So the shape decides, and among sizes whose shapes fit about as well how many pixels the image
     has: of two sizes of one shape it gets the larger one from the geometric mean of both on.
@@ -46,8 +47,8 @@ def waste(
     spans = scales[0] * width / size[1], scales[1] * height / size[0]
     seen = min(1, 1 / spans[0]) * min(1, 1 / spans[1])
     covered = min(1, spans[0]) * min(1, spans[1])
-    area = scales[0] * scales[1]
-    distorted, resampled = 1 - min(scales) / max(scales), 1 - min(area, 1 / area)
+    scale = math.sqrt(scales[0] * scales[1])
+    distorted, resampled = 1 - min(scales) / max(scales), 1 - min(scale, 1 / scale)
     return (1 - seen) + (1 - covered) + distorted + RESAMPLED * resampled
 
 

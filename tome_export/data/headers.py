@@ -16,7 +16,11 @@ MOST_CHUNKS = 10_000
 """Most chunks of a PNG file that are gone through for its orientation."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION, _SHORT = 0x0112, 3  # a tag and a type of TIFF
+_ORIENTATION = 0x0112
+_WHOLE = {3: 2, 4: 4, 6: 1, 8: 2, 9: 4}
+"""TIFF's types of whole numbers and their lengths: writers use others than the standard's SHORT.
+Not BYTE, which Pillow has as bytes."""
+
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _ON_ITS_SIDE = range(5, 9)
 
@@ -117,6 +121,7 @@ def _exif_orientation(exif: bytes) -> int | None:
 
     at = number(4, 4)
     for entry in range(at + 2, min(at + 2 + 12 * number(at, 2), len(exif)), 12):
-        if number(entry, 2) == _ORIENTATION and number(entry + 2, 2) == _SHORT:
-            return number(entry + 8, 2)
+        length = _WHOLE.get(number(entry + 2, 2))
+        if number(entry, 2) == _ORIENTATION and length is not None:
+            return number(entry + 8, length)
     return None

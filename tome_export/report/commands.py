@@ -42,6 +42,11 @@ def _build_arguments(manifest: Manifest) -> Iterator[str]:
         yield from ("--schedule", ",".join(map(str, merge.r)))
     if manifest.model.image_size is not None:
         yield from ("--image-size", manifest.model.image_size)
+    if manifest.preprocessing.form != "float32":
+        yield from ("--input", manifest.preprocessing.form)
+    form = manifest.form
+    asked = {"--dense": form.dense, "--source-map": form.source_map, "--entropy": form.entropy}
+    yield from (option for option, given in asked.items() if given)
     yield f"--{manifest.precision}"
     if weights.kind == "random":
         yield from ("--weights", "random", "--seed", str(weights.seed or 0))

@@ -73,6 +73,8 @@ def sections_of(content: Content) -> list[Section]:
     """The sections of the page, those without data included."""
     folder, model = shlex.quote(content.folder), content.manifest.model.name
     bench, evaluation, schedule = content.bench, content.evaluation, content.schedule
+    if content.manifest.model.image_size is not None:
+        model = f"{model} --image-size {content.manifest.model.image_size}"
     return [
         Section("layers", "Tokens and MACs per layer"),
         Section(

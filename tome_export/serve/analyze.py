@@ -22,7 +22,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.progress import Progress, Silent
 from tome_export.serve.client import connect
 from tome_export.serve.load import Analysis, Load, Setting, SettingResult, measure_load
-from tome_export.serve.main import ServeRequest, ServeResult, serve
+from tome_export.serve.main import ServeRequest, ServeResult, planned, serve
 from tome_export.serve.names import IMAGE
 from tome_export.serve.repository import config_of
 from tome_export.serve.self_test import READY_SECONDS, sample_request
@@ -71,6 +71,7 @@ def serve_analyzed(
     if not 0 < p99_ms < np.inf:
         raise UsageError(f"p99 is {p99_ms:g} ms; expected a number above 0")
     progress = progress or Silent()
+    planned(request)  # before minutes of measurements, what the repository would refuse after them
     with tempfile.TemporaryDirectory(prefix="tome-export-analyze-") as folder:
         tried = replace(
             request, repository=Path(folder) / "repository", self_test=False, kserve=None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_export.errors import InputError
@@ -25,6 +26,19 @@ THREADS = 4
 RESIZES = ("crop", "squash")
 FILTERS = ("bilinear", "bicubic")
 """Rules that DALI follows to rounding. Its «nearest» takes other pixels, and it lays no borders."""
+
+
+_PATH = re.compile(r"[A-Za-z0-9._/]+")
+
+
+def path_note(repository: Path) -> str:
+    """What to say of a repository whose path the backend does not load from; empty of any other."""
+    if _PATH.fullmatch(str(repository)):
+        return ""
+    return (
+        f"DALI's backend loads from paths of letters, digits, ., _ and / only: {repository} has to "
+        "be another where it is served"
+    )
 
 
 def dali_folder(
@@ -54,7 +68,7 @@ def dali_folder(
             f"the model takes {what}, which DALI does not make as the model expects it; serve it "
             "without --dali"
         )
-    if not re.fullmatch(r"[A-Za-z0-9._]+", name):
+    if not _PATH.fullmatch(name):
         raise InputError(
             f"the model would be called {name}; DALI's backend takes letters, digits, . and _, "
             "give such a --name"

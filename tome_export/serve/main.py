@@ -27,6 +27,7 @@ from tome_export.serve.config import (
     interface_of,
     model_folders,
 )
+from tome_export.serve.dali import path_note
 from tome_export.serve.ensemble import pipeline_folders
 from tome_export.serve.installation import find
 from tome_export.serve.kserve import KServeOptions, write_manifest
@@ -41,7 +42,14 @@ from tome_export.serve.repository import (
     models_in,
     write,
 )
-from tome_export.serve.router import RouteList, has_router, route_to, router_folders, sizes_behind
+from tome_export.serve.router import (
+    RouteList,
+    has_router,
+    mixed_weights_note,
+    route_to,
+    router_folders,
+    sizes_behind,
+)
 from tome_export.serve.self_test import run_self_test
 from tome_export.serve.server import ServerOptions, server_options_from_repository
 from tome_export.spec import ImageSize
@@ -136,23 +144,29 @@ class _ServedArtifact:
         return self.models[-1]
 
 
-def serve(
+@dataclass(frozen=True)
+class Plan:
+    """What is to be in a repository: checked against it, and not written yet.
+
+    Attributes:
+        folders: All models, each after those that it needs.
+        routers: Those of them that choose among others.
+        entry: See ``ServeResult``.
+    """
+
+    repository: Path
+    served: Sequence[_ServedArtifact]
+    folders: Sequence[ModelFolder]
+    routers: Sequence[ModelFolder]
+    entry: str
+
+
+def planned(
     request: ServeRequest,
     progress: Progress | None = None,
     further: Callable[[Sequence[ModelFolder]], list[ModelFolder]] | None = None,
-) -> ServeResult:
-    """Write artifacts into a model repository, all checked before the first file is written.
-
-    What ``further`` makes of the artifacts' models is checked and written with them.
-
-    Raises:
-        UsageError: if an option is out of its range.
-        InputError: if an artifact is damaged, artifacts are not of one model, or the repository
-            cannot take them.
-        MissingComponentError: if the packages of the ``serve`` extra are missing, or what an
-            explicit self-test needs.
-        ExportError: if the self-test's server does not start.
-    """
+) -> Plan:
+    """What ``serve`` would write; raises what it raises before it tries the models out."""
     progress = progress or Silent()
     check_packages()
     repository, options = check_repository(request.repository), request.options
@@ -179,6 +193,30 @@ def serve(
         folders += further([one.called for one in served])
     _check_names(folders)
     server_options_from_repository(repository)  # finds damaged configs
+    return Plan(repository, served, folders, routers, entry)
+
+
+def serve(
+    request: ServeRequest,
+    progress: Progress | None = None,
+    further: Callable[[Sequence[ModelFolder]], list[ModelFolder]] | None = None,
+) -> ServeResult:
+    """Write artifacts into a model repository, all checked before the first file is written.
+
+    What ``further`` makes of the artifacts' models is checked and written with them.
+
+    Raises:
+        UsageError: if an option is out of its range.
+        InputError: if an artifact is damaged, artifacts are not of one model, or the repository
+            cannot take them.
+        MissingComponentError: if the packages of the ``serve`` extra are missing, or what an
+            explicit self-test needs.
+        ExportError: if the self-test's server does not start.
+    """
+    progress = progress or Silent()
+    plan = planned(request, progress, further)
+    repository, served, folders = plan.repository, plan.served, plan.folders
+    artifacts, routers = [one.artifact for one in served], plan.routers
     files = [one.file for one in served]
     untested = why_untested(files, request.self_test) if request.self_test is not False else ""
     tested = [f"No self-test: {untested}"] if untested else []
@@ -195,7 +233,7 @@ def serve(
     written = write(repository, folders, force=request.force, check=check if testing else None)
     server = server_options_from_repository(repository)
     if request.kserve is not None:
-        write_manifest(request.kserve, folders, entry, request.kserve_options, server)
+        write_manifest(request.kserve, folders, plan.entry, request.kserve_options, server)
     notes = [
         *(note for one in served for note in one.file.notes),
         *(_batching_note(one) for one in served if len(one.models) > 1),
@@ -205,7 +243,9 @@ def serve(
             for one in served
             if len(one.models) == 1 and is_ours(repository / f"{one.called.name}{FIXED}")
         ),
-        *([] if routers or not many else [_no_router_note(served)]),
+        *([] if routers or len(served) == 1 else [_no_router_note(served)]),
+        *filter(None, [path_note(repository) if request.options.dali else ""]),
+        *filter(None, (mixed_weights_note(repository, router.name) for router in routers[:1])),
         *(
             f"{artifact.path}: {artifact.stale[BENCH]}"
             for artifact in artifacts
@@ -215,7 +255,7 @@ def serve(
     return ServeResult(
         repository,
         tuple(written),
-        entry,
+        plan.entry,
         server,
         request.kserve,
         any(artifact.manifest.model.random_weights for artifact in artifacts),

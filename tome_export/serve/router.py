@@ -34,6 +34,7 @@ class Route(Part):
         ms: Measured latency of one image.
         size: Size of its images, such as ``448x224``.
         shape: Of the pixels of one image or video, as the model takes them.
+        weights: Digest of the weights, without embeddings of positions where that is known.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Route(Part):
     ms: Measure | None
     size: str
     shape: tuple[Size, ...]
+    weights: str = ""
 
 
 class RouteList(Document):
@@ -157,7 +159,7 @@ def router_folder(
 
 def route_to(artifact: Artifact, model: str, ms: float | None = None) -> Route:
     """The route to a model that serves an artifact."""
-    merge = artifact.manifest.merge
+    merge, weights = artifact.manifest.merge, artifact.manifest.model.weights
     asked = re.match(r"r=(\d+)", merge.schedule)
     mean = sum(merge.r) / len(merge.r) if merge.r else 0
     return Route(
@@ -166,4 +168,20 @@ def route_to(artifact: Artifact, model: str, ms: float | None = None) -> Route:
         ms=ms,
         size=str(artifact.manifest.preprocessing.image_size),
         shape=image_shape(artifact.manifest.input),
+        weights=weights.common_sha256 or weights.state_sha256,
+    )
+
+
+def mixed_weights_note(repository: Path, router: str) -> str:
+    """What to say of a router whose models have different weights; empty of any other."""
+    listed = _routes_in(repository, router)
+    by_weights: dict[str, list[str]] = {}
+    for route in listed.routes:
+        by_weights.setdefault(route.weights, []).append(route.model)
+    if len(by_weights) < 2:
+        return ""
+    groups = "; ".join(", ".join(models) for models in by_weights.values())
+    return (
+        f"{router} chooses among models of different weights now ({groups}): serve the others "
+        "again too, or give this one another --name"
     )
