@@ -149,6 +149,9 @@ def test_what_is_there_is_replaced_only_if_it_is_ours(built, tmp_path, monkeypat
         put("32", "16")
     assert put("32", "16", force=True) == ["16x16", "32x32"]
     assert put("24x40", "16", force=True) == ["16x16", "24x40"]
+    (single,) = requests(out, "16", force=True)
+    with pytest.raises(InputError, match=r"image sizes \(16x16, 24x40\), which a single one would"):
+        build(single)
     (out / "16x16" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds what is not of the artifact \(notes.txt\)"):
         put("32", "16", force=True)

@@ -91,13 +91,29 @@ def _check_replaceable(output: Path, force: bool, check: Callable[[Path], None])
     check(output)
 
 
+def check_artifacts(output: Path) -> None:
+    """Refuse what is no artifact, and no folder of those of one model at several image sizes."""
+    sizes = _sizes_in(output)
+    for folder in sizes:
+        _check_ours(folder)
+    if not sizes:
+        _check_artifact(output)
+
+
+def _sizes_in(output: Path) -> list[Path]:
+    """The artifacts in a folder of nothing but artifacts called by their image sizes."""
+    found = sorted(output.iterdir()) if output.is_dir() else []
+    ours = all(SIZE.fullmatch(one.name) and (one / MANIFEST).is_file() for one in found)
+    return found if ours else []
+
+
 def _check_artifact(output: Path) -> None:
-    """An artifact, or a folder of those that were built at several image sizes together."""
-    sizes = [*output.iterdir()] if output.is_dir() else []
-    if sizes and all(SIZE.fullmatch(one.name) and (one / MANIFEST).is_file() for one in sizes):
-        for folder in sizes:
-            _check_ours(folder)
-        return
+    if sizes := _sizes_in(output):
+        raise InputError(
+            f"{output} holds artifacts of image sizes ({', '.join(one.name for one in sizes)}), "
+            f"which a single one would replace; give one of them, such as {sizes[0]}, or another "
+            "directory"
+        )
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
         raise InputError(
             f"{output} exists and is not an artifact (it has no {MANIFEST}); "

@@ -13,6 +13,7 @@ from tome_export.artifact.environment import versions
 from tome_export.artifact.learned import write_learned
 from tome_export.artifact.parity import PARITY, ParityFile
 from tome_export.artifact.schedule import SCHEDULE, ScheduleFile
+from tome_export.artifact.staging import check_artifacts
 from tome_export.build.form import GraphForm, attention_form, choose_form, fit_form
 from tome_export.build.library import check_library
 from tome_export.build.manifest import Notes, manifest_of, merge_info, model_info
@@ -78,7 +79,7 @@ def build_sizes(
         resolve(request.model, request.tower, request.video, request.image_size)
         if request.schedule_file is not None and request.image_size is not None:
             ScheduleFile.read(request.schedule_file).check_image_size(request.image_size)
-    with staged(first.output, force=first.force) as root:
+    with staged(first.output, force=first.force, replaceable=check_artifacts) as root:
         folders, manifests = [root / str(one.image_size) for one in requests], []
         for folder, request in zip(folders, requests, strict=True):
             folder.mkdir()
