@@ -12,7 +12,6 @@ from typing import Literal
 import click
 
 from tome_export import display
-from tome_export.artifact import MODEL
 from tome_export.cli.format import artifact_lines
 from tome_export.cli.options import (
     EngineGroup,
@@ -234,6 +233,7 @@ def command(terminal: Terminal, /, model: str, options: BuildOptions) -> None:
         raise click.UsageError("--images are for the check that --no-check omits; give one")
     precision = options.precision
     with working(terminal) as progress:
+        from tome_export.artifact import MODEL
         from tome_export.build import BuildRequest, build, build_sizes
 
         tower, reducer = options.request(TowerOptions), options.reducer
