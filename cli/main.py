@@ -13,7 +13,7 @@ import click
 
 from tome_export import __version__
 from tome_export.cli.output import Terminal, beside_the_error
-from tome_export.cli.signals import Interrupted, interruptible
+from tome_export.cli.signals import Interrupted, interrupt, interruptible
 from tome_export.errors import InputError, TomeExportError, exit_text
 
 COMMANDS = (
@@ -108,7 +108,8 @@ def _run(arguments: list[str], terminal: Terminal) -> int:
     except BrokenPipeError:
         return _silenced()
     except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:
-        return _failed(error, terminal)
+        # A library's C++ may drop the interrupt, and fail at what it has not done.
+        return _failed(interrupt() or error, terminal)
     return 0
 
 

@@ -43,6 +43,11 @@ class _Handler:
 _handler = _Handler()
 
 
+def interrupt() -> Interrupted | None:
+    """What ended the command, or is to, also where a library made another error of it."""
+    return _handler.first
+
+
 def raise_if_interrupted() -> None:
     """Raise again an interrupt that ``except:`` in a library, or a callback from C++, dropped."""
     if _handler.first is not None and threading.current_thread() is threading.main_thread():

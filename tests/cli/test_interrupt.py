@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tome_export.cli import signals
+from tome_export.cli.main import main
 from tome_export.cli.signals import Interrupted, interruptible, raise_if_interrupted
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
@@ -104,6 +105,20 @@ def test_an_interrupt_that_a_library_swallowed_is_raised_again(monkeypatch):
         signal.raise_signal(signal.SIGINT)  # within the time of grace: ignored
     with interruptible():
         raise_if_interrupted()
+
+
+def test_an_error_that_a_library_made_of_an_interrupt_is_the_interrupt(monkeypatch, capsys):
+    """As torch did, loading, in a build that was interrupted: exit code 1, «this is a bug»."""
+
+    def swallow(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Interrupted:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr("tome_export.models.catalog.catalog", swallow)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "Error: interrupted; nothing half-made was left behind\n"
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
