@@ -13,7 +13,7 @@ from tome_export.errors import InputError, UsageError
 from tome_export.serve.client import parse_url
 from tome_export.serve.config import HEADER, ServeOptions
 from tome_export.serve.main import ServeRequest, serve
-from tome_export.serve.python_models.router import BadBudgetError, chosen_route
+from tome_export.serve.python_models.router import BadRequestError, chosen_route
 from tome_export.serve.server_log import (
     LIMIT,
     asked_to_stop,
@@ -133,7 +133,7 @@ def test_parameters_of_a_request(parameters):
     routes = [{"model": "a", "r": 0, "ms": 2.0}, {"model": "b", "r": 8, "ms": None}]
     try:
         assert chosen_route(routes, parameters) in routes
-    except BadBudgetError as error:
+    except BadRequestError as error:
         assert str(error)  # noqa: PT017
 
 
