@@ -535,8 +535,6 @@ def video_lines() -> list[str]:
 
 def raw_pixels_table() -> str:
     """What pixels in uint8 save, for docs/raw-pixels.md."""
-    if not (ROOT / "benchmarks" / "results" / "raw_pixels.json").exists():
-        return "Not measured yet: `python -m benchmarks.raw_pixels`.\n"
     found = rows("raw_pixels")[1]
     stand_in = any(row["part"] == "wire" and row["stand_in"] for row in found)
     lines = [
